@@ -1,0 +1,121 @@
+"""Every default of every experiment, with its unit and its source.
+
+Sources: [paper] FlexTok, arXiv 2502.13967; [code] the public inference code; [video] the sibling video tokenizer,
+arXiv 2604.12887; [ours] no public record, our choice with the reason beside it.
+"""
+
+import ml_collections
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """Returns the base configuration: FlexTok d12-d12 on ImageNet at 256 px."""
+  c = ConfigDict()
+  c.stage = "tokenizer"  # "tokenizer" (frozen VAE) or "vae"
+  c.seed = 0  # initialisation, data order, noise
+  c.image_size = 256  # pixels; height = width [paper]
+  c.dtype = "bfloat16"  # compute dtype; parameters, norms, softmax, FSQ and losses stay float32
+  c.remat = False  # recompute a block's activations in the backward pass: memory for about a third more FLOPs
+  c.init_from = ""  # weights to start from (a workdir or a .safetensors file); top-level parts that it holds are taken
+
+  c.vae = ConfigDict()
+  c.vae.kind = "autoencoder_kl"  # or "pixels": no VAE, latents are the scaled image
+  c.vae.latent_channels = 16  # 4, 8 or 16 [paper]; ignored for "pixels" (3)
+  c.vae.block_out_channels = (128, 256, 512, 512)  # 8x down: one stride-2 convolution after each but the last [code]
+  c.vae.layers_per_block = 2  # residual blocks a level in the encoder; one more in the decoder [code]
+  c.vae.norm_groups = 32  # [code]
+  c.vae.scaling_factor = 0.18  # latents = scaling_factor * posterior sample or mode [code: a field; value ours]
+  c.vae.sample_posterior = True  # in training; evaluation takes the mode [code]
+
+  c.encoder = ConfigDict()
+  c.encoder.width = 768  # 64 * depth [paper]
+  c.encoder.depth = 12
+  c.encoder.head_dim = 64  # [paper]
+  c.encoder.patch_size = 2  # latent pixels a side [paper]
+
+  c.decoder = ConfigDict()
+  c.decoder.width = 768
+  c.decoder.depth = 12
+  c.decoder.head_dim = 64
+  c.decoder.patch_size = 2
+
+  c.tokens = ConfigDict()
+  c.tokens.num_registers = 256  # tokens an image at most [paper]
+  c.tokens.levels = (8, 8, 8, 5, 5, 5)  # FSQ levels: 64,000 codes [paper]
+  c.tokens.nested_dropout = "uniform_pow2"  # "uniform", "pow2", "uniform_pow2" (SPEC: draw 1..N, round up) [code]
+  c.tokens.null_prob = 0.2  # share of samples trained without condition, for guidance [code]
+
+  c.flow = ConfigDict()
+  c.flow.t_sampling = "mode"  # "logit_normal", "stratified_logit_normal", "uniform", "mode" (SD3) [code]
+  c.flow.mode_scale = 0.25  # s of SD3's mode sampling [code]
+
+  c.sampler = ConfigDict()
+  c.sampler.num_steps = 25  # Euler steps [paper]
+  c.sampler.guidance = "apg"  # "apg", "cfg" or "none"
+  c.sampler.guidance_scale = 7.5  # with APG [paper]
+  c.sampler.apg_momentum = -0.5  # [code]
+  c.sampler.apg_eta = 0.0  # weight of the part parallel to the conditional velocity [code]
+  c.sampler.apg_threshold = 2.5  # bound on the L2 norm of the guidance direction, per sample; 0 is off [code]
+
+  c.vae_loss = ConfigDict()
+  c.vae_loss.l1_weight = 1.0  # mean absolute error over pixels [ours: SDXL's trainer uses L1]
+  c.vae_loss.l2_weight = 0.0  # mean squared error over pixels
+  c.vae_loss.kl_weight = 1e-6  # of the KL summed over a latent and averaged over the batch [SDXL's order; not in the record]
+
+  c.data = ConfigDict()
+  c.data.global_batch = 1024  # images a step, over all devices [ours]
+  c.data.crop = "random"  # "random": random resized crop; "center": shorter side to image_size, centre crop
+  c.data.crop_min_area = 0.4  # smallest area share of a random crop [ours: milder than a classifier's 0.08]
+  c.data.flip = True  # horizontal, one half of the images (never emoji's captions with left/right: see data/sources.py)
+  c.data.num_threads = 8  # reading threads a process
+  c.data.num_workers = 0  # worker processes a process; 0: threads alone
+  c.data.prefetch = 4  # batches ready on the host; two more wait on the device
+  c.data.max_unreadable = 100  # unreadable files passed over before the run stops
+  # A source takes part with its weight (share of the images); the validation split never overlaps the training split.
+  c.data.sources = ConfigDict()
+  c.data.sources.synthetic = ConfigDict(dict(weight=0.0, render_size=64))  # procedural scenes; pixels a side drawn
+  c.data.sources.emoji = ConfigDict(dict(weight=0.0, path=""))  # "" finds the system's NotoColorEmoji.ttf
+  c.data.sources.photos = ConfigDict(dict(weight=0.0, min_crop=64))  # photographs of scikit-image and scikit-learn
+  c.data.sources.folder = ConfigDict(dict(weight=0.0, path="", val_path=""))  # trees of jpg/png/webp, class = subfolder
+  c.data.sources.tfds = ConfigDict(dict(weight=1.0, name="imagenet2012", data_dir="", train_split="train",
+                                        val_split="validation", image_key="image", label_key="label"))
+
+  c.optim = ConfigDict()
+  c.optim.learning_rate = 5.62e-4  # peak. [video] reports 1.124e-3 under muP; halved as there is no muP here [ours]
+  c.optim.end_learning_rate = 1e-6  # after the cosine
+  c.optim.warmup_steps = 10_000
+  c.optim.b1 = 0.9
+  c.optim.b2 = 0.99  # [ours: large-batch transformers]
+  c.optim.eps = 1e-8
+  c.optim.weight_decay = 0.02  # matrices only: no biases, tables, registers or mask tokens [ours]
+  c.optim.clip_norm = 1.0  # global L2 norm of the gradient
+  c.optim.accumulate_steps = 1  # the global batch is split into this many equal parts, gradients averaged
+  c.optim.ema_decay = 0.9999  # per step; evaluation and release use the average
+
+  c.train = ConfigDict()
+  c.train.num_steps = 400_000
+  c.train.log_every = 100  # steps
+  c.train.checkpoint_every = 5_000  # steps
+  c.train.keep_checkpoints = 3  # newest kept
+  c.train.keep_period = 100_000  # and every one at a multiple of it; 0: none
+  c.train.eval_every = 10_000  # steps
+  c.train.tensorboard = True  # where tensorflow is installed
+  c.train.export_dtype = "bfloat16"  # of weights.safetensors, the averaged weights written at the end
+
+  c.eval = ConfigDict()
+  c.eval.sources = ("tfds",)  # validation splits to report, each on its own
+  c.eval.num_images = 256  # a source
+  c.eval.batch_size = 32
+  c.eval.num_tokens = ()  # (): the powers of two up to num_registers
+  c.eval.grid_images = 4  # a source, rows of the picture
+
+  c.mesh = ConfigDict()
+  c.mesh.data = -1  # devices along the batch; -1: all
+  return c.lock()
+
+
+def derive(**overrides) -> ConfigDict:
+  """Returns the base configuration with dotted or nested overrides: derive(seed=1, encoder=dict(width=64))."""
+  c = ml_collections.ConfigDict(get_config())
+  c.update(overrides)
+  return c.lock()

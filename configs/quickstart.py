@@ -1,0 +1,33 @@
+"""The tiny tokenizer that the repository ships, and that the quickstart trains: 32 px, pixel space, 16 tokens.
+
+Sizes by what two CPU cores can train: the encoder reads 8x8 px patches (16 of them), the decoder writes 4x4 px patches
+(64), so an image costs about 0.5 GFLOP a training step.
+"""
+
+from configs import common
+
+
+def get_config():
+  return common.derive(
+      image_size=32,
+      dtype="float32",  # CPUs gain nothing from bfloat16
+      vae=dict(kind="pixels", scaling_factor=1.5),  # brings [-1, 1] RGB to about unit variance
+      encoder=dict(width=128, depth=3, patch_size=8),
+      decoder=dict(width=128, depth=4, patch_size=4),
+      tokens=dict(num_registers=16, nested_dropout="pow2", null_prob=0.1),
+      flow=dict(t_sampling="uniform"),
+      sampler=dict(num_steps=25, guidance="cfg", guidance_scale=2.0),
+      data=dict(
+          global_batch=32,
+          num_threads=2,
+          sources=dict(
+              synthetic=dict(weight=0.45),
+              emoji=dict(weight=0.4),
+              photos=dict(weight=0.15),
+              tfds=dict(weight=0.0),
+          ),
+      ),
+      optim=dict(learning_rate=1.5e-3, warmup_steps=500, b2=0.98, ema_decay=0.999),
+      train=dict(num_steps=16_000, log_every=50, checkpoint_every=500, keep_period=0, eval_every=2_000),
+      eval=dict(sources=("synthetic", "emoji", "photos"), num_images=64, batch_size=64, grid_images=6),
+  )

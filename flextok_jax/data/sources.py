@@ -1,0 +1,193 @@
+"""The five sources of images behind one interface.
+
+A source is a random-access sequence: len(source), and source[i] -> {"image": Pillow image or uint8 array as stored,
+"label": int, "caption": str, "num_objects": int}, numbers -1 where unknown. Its attribute `framed` says that the
+picture is composed already, so that the pipeline resizes without a random crop; `flip` whether mirroring leaves the
+caption true. A record that cannot be read raises UnreadableRecord.
+"""
+
+import hashlib
+import io
+import os
+
+from absl import logging
+import numpy as np
+
+from flextok_jax.data import emoji, photos, synthetic, transforms
+
+NAMES = ("synthetic", "emoji", "photos", "folder", "tfds")
+SPLITS = ("train", "validation")
+VALIDATION_PERCENT = 5  # of a folder without val_path
+MAX_RUN = 20  # unreadable records in a row before reading stops
+
+
+class UnreadableRecord(Exception):
+  """One record that cannot be decoded; `name` says which, `reason` why."""
+
+  def __init__(self, name: str, reason: str):
+    super().__init__(f"{name}: {reason}")
+    self.name = name
+    self.reason = reason
+
+  def __reduce__(self):
+    return (UnreadableRecord, (self.name, self.reason))
+
+
+def make_source(name: str, cfg, split: str):
+  """Returns the source of a split ("train" or "validation"); cfg is config.data.sources[name]."""
+  if split not in SPLITS:
+    raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+  if name == "synthetic":
+    return synthetic.Synthetic(split, cfg.render_size)
+  if name == "emoji":
+    return emoji.Emoji(split, cfg.path)
+  if name == "photos":
+    return photos.Photos(split, cfg.min_crop)
+  if name == "folder":
+    return Folder(split, cfg.path, cfg.val_path)
+  if name == "tfds":
+    if cfg.train_split == cfg.val_split:
+      raise ValueError(f"train_split and val_split of config.data.sources.tfds are both {cfg.train_split!r}: "
+                       "validation must be held out")
+    tfds_split = cfg.train_split if split == "train" else cfg.val_split
+    return Tfds(tfds_split, cfg.name, cfg.data_dir, cfg.image_key, cfg.label_key)
+  raise ValueError(f"unknown data source {name!r}: use one of {', '.join(NAMES)}")
+
+
+def is_validation(relative_path: str) -> bool:
+  """The stable split of a folder without val_path: VALIDATION_PERCENT percent of the files, by a hash of their path."""
+  digest = hashlib.sha256(relative_path.replace(os.sep, "/").encode()).digest()
+  return int.from_bytes(digest[:4], "big") % 100 < VALIDATION_PERCENT
+
+
+class Folder:
+  """A tree of jpg, jpeg, png and webp files; class = first subfolder below path (sorted), caption = its name.
+
+  validation: val_path, or without it VALIDATION_PERCENT percent of path, by a hash of the file's relative path. Class
+  numbers are path's in both splits; a file outside any subfolder, or in one that path lacks, has label -1.
+  """
+
+  framed = False
+  flip = True
+
+  def __init__(self, split: str, path: str, val_path: str = ""):
+    if not path:
+      raise ValueError("the folder source needs a folder: pass --config.data.sources.folder.path=DIR")
+    if val_path and _nested(path, val_path):
+      raise ValueError(f"the folder source's val_path {val_path} overlaps its path {path}: give two separate folders")
+    files = _relative_files(path)
+    self.class_names = tuple(sorted({_class_of(f) for f in files} - {""}))
+    self._labels = {name: i for i, name in enumerate(self.class_names)}
+    self._root = path
+    if not val_path:
+      files = [f for f in files if is_validation(f) == (split == "validation")]
+    elif split == "validation":
+      self._root, files = val_path, _relative_files(val_path)
+    if not files:
+      raise ValueError(f"the image folder {path} is too small to hold out {VALIDATION_PERCENT} percent "
+                       f"(none fell to {split}): pass --config.data.sources.folder.val_path=DIR")
+    self._files = files
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, index: int) -> dict:
+    file = self._files[index]
+    path = os.path.join(self._root, file)
+    try:
+      image = transforms.to_rgb(path)
+    except transforms.DECODE_ERRORS as error:
+      raise UnreadableRecord(path, str(error)) from error
+    name = _class_of(file)
+    return {"image": image, "label": self._labels.get(name, -1), "caption": name.replace("_", " "), "num_objects": -1}
+
+
+def _relative_files(folder: str) -> list[str]:
+  return [os.path.relpath(path, folder) for path in transforms.list_images(folder)]
+
+
+def _class_of(relative_path: str) -> str:
+  return relative_path.split(os.sep)[0] if os.sep in relative_path else ""
+
+
+def _nested(one: str, other: str) -> bool:
+  one, other = os.path.realpath(one), os.path.realpath(other)
+  return os.path.commonpath((one, other)) in (one, other)
+
+
+class Tfds:
+  """A TFDS image data set prepared as ArrayRecord, read at random access through tfds.data_source; needs no tensorflow.
+
+  The stored bytes are decoded by Pillow, like files. label_key "" means no label; the caption is the label's name where
+  TFDS has one.
+  """
+
+  framed = False
+  flip = True
+
+  def __init__(self, split: str, name: str, data_dir: str, image_key: str, label_key: str):
+    import tensorflow_datasets as tfds  # late: slow to import, and only this source needs it
+    what = f"TFDS data set {name!r}"
+    place = data_dir or tfds.core.constants.DATA_DIR
+    prepare = f"tfds build {name}{f' --data_dir={data_dir}' if data_dir else ''} --file_format=array_record"
+    try:
+      builder = tfds.builder(name, data_dir=data_dir or None)
+    except Exception as error:  # tfds raises many types, some with the list of all its data sets as message
+      raise ValueError(f"{what} cannot be found, by TFDS or in {place}: {_first_line(error)}") from error
+    if not builder.info.splits:
+      raise ValueError(f"{what} is not prepared in {place}: run `{prepare}`")
+    features = dict(builder.info.features)
+    names = ", ".join(features)
+    if not isinstance(features.get(image_key), tfds.features.Image):
+      raise ValueError(f"{what} has no image feature {image_key!r}; its features are {names}")
+    label = features.get(label_key)
+    if label_key and (label is None or label.shape != () or not np.issubdtype(label.np_dtype, np.integer)):
+      raise ValueError(f"{what} has no integer label {label_key!r}; its features are {names} ('' for no label)")
+    try:
+      self._records = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
+    except NotImplementedError as error:  # TFRecord files have no random access
+      raise ValueError(f"{what} in {builder.data_dir} is not in ArrayRecord files, which random access needs: run "
+                       f"`tfds build {name} --data_dir=NEW_DIR --file_format=array_record`") from error
+    except (ValueError, KeyError) as error:
+      splits = ", ".join(builder.info.splits)
+      raise ValueError(f"{what} has no split {split!r}; its splits are {splits}") from error
+    self._name, self._image_key, self._label_key = f"{name} {split}", image_key, label_key
+    self.class_names = tuple(getattr(label, "names", None) or ())
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> dict:
+    record = self._records[index]
+    try:
+      image = transforms.to_rgb(io.BytesIO(record[self._image_key]))
+    except transforms.DECODE_ERRORS as error:
+      raise UnreadableRecord(f"{self._name} [{index}]", str(error)) from error
+    label = int(record[self._label_key]) if self._label_key else -1
+    caption = self.class_names[label].replace("_", " ") if 0 <= label < len(self.class_names) else ""
+    return {"image": image, "label": label, "caption": caption, "num_objects": -1}
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+_named = set()  # unreadable records that the log has named already
+
+
+def read(source, index: int) -> tuple[dict, int]:
+  """Returns the record at index or the next readable one (wrapping around), and the number of records passed over.
+
+  Each unreadable record is named once in the log of its process. ValueError after MAX_RUN unreadable ones in a row.
+  """
+  skipped = 0
+  while True:
+    try:
+      return source[(index + skipped) % len(source)], skipped
+    except UnreadableRecord as error:
+      skipped += 1
+      if error.name not in _named:
+        _named.add(error.name)
+        logging.warning("Unreadable image passed over: %s", error)
+      if skipped >= min(MAX_RUN, len(source)):
+        raise ValueError(f"{skipped} images in a row are unreadable, the last one is {error}") from error

@@ -1,0 +1,372 @@
+"""Procedural scenes: an endless source with class labels, captions and a known number of objects.
+
+A scene is a background (plain, gradient, glow, two halves, landscape, room, stripes, checks, clouds, rays) and one to
+six objects, the first one the largest. Every object is a signed distance function, so that edges are anti-aliased at
+any size; it has a colour, a texture, a shading and often a shadow. Scene i of a split depends on (split, i) alone.
+"""
+
+import numpy as np
+
+from flextok_jax.data import draws
+
+# The class of a scene is the shape of its first, largest object.
+CLASS_NAMES = ("circle", "ball", "ellipse", "square", "rectangle", "triangle", "pentagon", "hexagon", "star", "ring",
+               "cross", "crescent", "heart", "capsule", "cube", "cylinder")
+COLORS = {
+    "red": (0.86, 0.14, 0.15), "orange": (0.96, 0.52, 0.10), "yellow": (0.97, 0.84, 0.20),
+    "green": (0.20, 0.64, 0.24), "teal": (0.10, 0.62, 0.62), "blue": (0.16, 0.36, 0.84),
+    "sky blue": (0.50, 0.76, 0.95), "purple": (0.52, 0.22, 0.70), "pink": (0.95, 0.52, 0.70),
+    "brown": (0.48, 0.29, 0.15), "beige": (0.90, 0.82, 0.66), "white": (0.95, 0.95, 0.94),
+    "gray": (0.52, 0.53, 0.55), "black": (0.09, 0.09, 0.11),
+}
+COLOR_NAMES = tuple(COLORS)
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+MAX_OBJECTS = 6
+
+_PALETTE = np.array(list(COLORS.values()), np.float32)
+_SKIES = ("sky blue", "blue", "orange", "pink", "purple", "gray", "black", "beige")
+_GROUNDS = ("green", "brown", "beige", "white", "gray", "teal", "orange", "blue")
+
+
+class Synthetic:
+  """Random-access scenes of render_size x render_size pixels."""
+
+  framed = True  # composed here: the pipeline resizes without cropping, so num_objects stays true
+  flip = True
+
+  def __init__(self, split: str, render_size: int):
+    if render_size < 8:
+      raise ValueError(f"synthetic scenes need render_size >= 8 pixels, got {render_size}")
+    self._split = split
+    self._size = render_size
+
+  def __len__(self) -> int:
+    return draws.LENGTH
+
+  def __getitem__(self, index: int) -> dict:
+    return draw_scene(draws.generator(self._split, index), self._size)
+
+
+def draw_scene(rng: np.random.Generator, size: int) -> dict:
+  """Draws one scene; returns a record whose image is uint8 [size, size, 3]."""
+  y, x = _grid(size)
+  canvas, background, used = _background(rng, x, y)
+  light = _light(rng)
+  kinds, placed = _layout(rng, used)
+  for kind, cx, cy, radius in placed:
+    _draw_object(rng, canvas, kind, cx * size, cy * size, radius * size, light)
+  canvas *= 1.0 + rng.uniform(-0.12, 0.12) * x + rng.uniform(-0.12, 0.12) * y  # uneven light over the scene
+  image = np.clip(canvas, 0.0, 1.0).transpose(1, 2, 0) * 255.0 + 0.5
+  return {"image": image.astype(np.uint8), "label": CLASS_NAMES.index(kinds[0][0]),
+          "caption": _caption(placed, background), "num_objects": len(placed)}
+
+
+_GRIDS = {}
+
+
+def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Pixel centres y [size, 1] and x [1, size] in (-1, 1)."""
+  if size not in _GRIDS:
+    line = (np.arange(size, dtype=np.float32) + 0.5) * (2.0 / size) - 1.0
+    _GRIDS[size] = (line[:, None], line[None, :])
+  return _GRIDS[size]
+
+
+def _color(rng: np.random.Generator, name: str) -> np.ndarray:
+  """A shade of the named colour, [3, 1, 1]."""
+  shade = _PALETTE[COLOR_NAMES.index(name)] * rng.uniform(0.82, 1.1) + rng.uniform(-0.05, 0.05, 3)
+  return np.clip(shade, 0.02, 1.0).astype(np.float32)[:, None, None]
+
+
+def _pick(rng: np.random.Generator, names, avoid=()) -> str:
+  names = [n for n in names if n not in avoid]
+  return names[rng.integers(len(names))]
+
+
+def _lerp(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> np.ndarray:
+  return a + (b - a) * t
+
+
+def _clouds(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, terms: int = 5) -> np.ndarray:
+  """Smooth noise in about [0, 1] from a few plane waves, the longer the stronger."""
+  frequency = rng.uniform(1.0, 7.0, terms)
+  angle, phase = rng.uniform(0.0, 2.0 * np.pi, (2, terms))
+  warp = 0.5 * np.sin(2.0 * y + phase[0])
+  total = 0.0
+  for f, a, p in zip(frequency, angle, phase):
+    total = total + np.sin((f * np.cos(a)) * x + (f * np.sin(a)) * y + (p + warp), dtype=np.float32) / f
+  return np.clip(0.5 + 0.5 * total / np.sum(1.0 / frequency) * 1.8, 0.0, 1.0)
+
+
+def _background(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, str, set]:
+  """Returns the canvas [3, size, size] in [0, 1], its words, and the names of its colours."""
+  size = x.shape[1]
+  soft = size / 2.0  # (-1, 1) units to pixels: coverage = clip(0.5 + distance * soft)
+  kind = rng.choice(10, p=(0.10, 0.16, 0.10, 0.06, 0.22, 0.08, 0.08, 0.07, 0.09, 0.04))
+  first = _pick(rng, COLOR_NAMES)
+  second = _pick(rng, COLOR_NAMES, (first,))
+  angle = rng.uniform(0.0, 2.0 * np.pi)
+  along = np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y  # [size, size]
+  if kind == 4:
+    first, second = _pick(rng, _SKIES), ""
+    second = _pick(rng, _GROUNDS, (first,))
+  a, b = _color(rng, first), _color(rng, second)
+  if kind == 0:
+    return np.broadcast_to(a, (3, size, size)).copy(), f"a plain {first} background", {first}
+  if kind == 1:
+    return _lerp(a, b, np.clip(0.5 + 0.5 * along, 0.0, 1.0)), f"a gradient from {first} to {second}", {first, second}
+  if kind == 2:
+    cx, cy = rng.uniform(-0.6, 0.6, 2)
+    t = np.clip(np.sqrt((x - cx) ** 2 + (y - cy) ** 2) / rng.uniform(0.7, 1.6), 0.0, 1.0).astype(np.float32)
+    return _lerp(a, b, t), f"a {first} glow on {second}", {first, second}
+  if kind == 3:
+    edge = np.clip(0.5 + (along - rng.uniform(-0.5, 0.5)) * soft, 0.0, 1.0).astype(np.float32)
+    return _lerp(a, b, edge), f"{first} beside {second}", {first, second}
+  if kind == 4:
+    return _landscape(rng, x, y, a, b), f"a {second} landscape under a {first} sky", {first, second}
+  if kind == 5:  # a wall and a floor, with boards or tiles
+    horizon = rng.uniform(0.0, 0.6)
+    depth = np.maximum(y - horizon, 1e-3)
+    boards = np.sin((x / (0.35 + depth)) * rng.uniform(4.0, 12.0), dtype=np.float32)
+    floor = b * (0.8 + 0.12 * np.clip(boards * 3.0, -1.0, 1.0) + 0.25 * depth)
+    wall = a * (0.95 - 0.2 * y)
+    paint = _lerp(wall, floor, np.clip(0.5 + (y - horizon) * soft, 0.0, 1.0)).astype(np.float32)
+    return paint, f"a {second} floor before a {first} wall", {first, second}
+  if kind == 6:
+    frequency = rng.uniform(4.0, 14.0)
+    bend = rng.uniform(0.0, 0.5) * np.sin(3.0 * (x - y), dtype=np.float32) if rng.random() < 0.4 else 0.0
+    wave = np.sin((along + bend * 0.5) * frequency) * (soft / frequency)
+    paint = np.clip(0.5 + wave, 0.0, 1.0).astype(np.float32)
+    return _lerp(a, b, paint), f"{first} and {second} stripes", {first, second}
+  if kind == 7:
+    frequency = rng.uniform(4.0, 11.0)
+    across = np.float32(-np.sin(angle)) * x + np.float32(np.cos(angle)) * y
+    wave = np.sin(along * frequency) * np.sin(across * frequency) * (soft / frequency)
+    paint = np.clip(0.5 + wave, 0.0, 1.0).astype(np.float32)
+    return _lerp(a, b, paint), f"{first} and {second} checks", {first, second}
+  if kind == 8:
+    paint = _clouds(rng, x * 2.0, y * 2.0).astype(np.float32)
+    return _lerp(a, b, paint), f"{first} and {second} clouds", {first, second}
+  cx, cy = rng.uniform(-0.8, 0.8, 2)
+  rays = rng.integers(5, 13)
+  wave = np.sin(np.arctan2(y - cy, x - cx) * rays + angle) * np.sqrt((x - cx) ** 2 + (y - cy) ** 2) * (soft / rays)
+  paint = np.clip(0.5 + wave, 0.0, 1.0).astype(np.float32)
+  return _lerp(a, b, paint), f"{first} and {second} rays", {first, second}
+
+
+def _landscape(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, sky: np.ndarray,
+               ground: np.ndarray) -> np.ndarray:
+  """A sky gradient, sometimes with clouds, above one to three ridges of hills."""
+  soft = x.shape[1] / 2.0
+  haze = np.clip(sky + rng.uniform(-0.3, 0.4), 0.0, 1.0)
+  canvas = _lerp(sky, haze, np.clip(0.5 + 0.6 * y, 0.0, 1.0) * np.ones_like(x))
+  if rng.random() < 0.35:
+    clouds = np.clip(_clouds(rng, x * 1.5, y * 4.0, 4) * 3.0 - 1.6, 0.0, 0.8)
+    canvas = _lerp(canvas, np.float32(0.97), clouds)
+  ridges = rng.integers(1, 4)
+  horizon = rng.uniform(-0.3, 0.45)
+  for i in range(ridges):
+    f1, f2, p1, p2 = rng.uniform((1.0, 3.0, 0.0, 0.0), (3.0, 8.0, 6.3, 6.3))
+    height = rng.uniform(0.0, 0.3) * (ridges - i) / ridges
+    line = horizon + height * (0.7 * np.sin(f1 * x + p1) + 0.3 * np.sin(f2 * x + p2))
+    near = (i + 1) / ridges
+    shade = _lerp(haze, ground, np.float32(0.3 + 0.7 * near)) * (1.0 - 0.25 * np.clip(y - horizon, 0.0, 1.0))
+    canvas = _lerp(canvas, shade, np.clip(0.5 + (y - line) * soft, 0.0, 1.0))
+    horizon += rng.uniform(0.1, 0.3)
+  return canvas.astype(np.float32)
+
+
+def _light(rng: np.random.Generator) -> np.ndarray:
+  """Unit vector to the light: from above, left or right, towards the viewer (y points down)."""
+  v = np.array((rng.uniform(-0.8, 0.8), rng.uniform(-0.9, -0.2), rng.uniform(0.5, 0.9)))
+  return (v / np.linalg.norm(v)).astype(np.float32)
+
+
+def _layout(rng: np.random.Generator, used: set) -> tuple[list, list]:
+  """Returns the kinds (shape, colour) and the objects (kind, x, y, radius), in units of the canvas side."""
+  free = [c for c in COLOR_NAMES if c not in used]
+  kinds = [(CLASS_NAMES[rng.integers(len(CLASS_NAMES))], free[rng.integers(len(free))])]
+  count = 1 + int(rng.choice(MAX_OBJECTS, p=(0.30, 0.22, 0.18, 0.13, 0.10, 0.07)))
+  big = rng.uniform(0.24, 0.44) if count == 1 else rng.uniform(0.17, 0.32)
+  placed = [(kinds[0], *rng.uniform(big * 0.8, 1.0 - big * 0.8, 2), big)]
+  for _ in range(1, count):
+    if len(kinds) == 1 or (len(kinds) < 3 and rng.random() < 0.5):
+      kinds.append((CLASS_NAMES[rng.integers(len(CLASS_NAMES))], free[rng.integers(len(free))]))
+    kind = kinds[rng.integers(len(kinds))]
+    spots = rng.uniform(0.08, 0.92, (12, 2))
+    taken = np.array([p[1:] for p in placed])
+    room = np.sqrt(((spots[:, None] - taken[:, :2]) ** 2).sum(-1)) - taken[:, 2]
+    room = room.min(1)  # distance of each spot to the nearest object's edge
+    best = int(rng.integers(12)) if rng.random() < 0.3 else int(np.argmax(room))
+    if room[best] < 0.06:
+      best = int(np.argmax(room))
+    if room[best] < 0.05:  # no space that leaves it visible
+      continue
+    radius = min(rng.uniform(0.07, 0.19), room[best] * 1.05, big)
+    placed.append((kind, *spots[best], radius))
+  return kinds, placed
+
+
+def _caption(placed: list, background: str) -> str:
+  """'a red ball, two blue stars and a green ring on a gradient from pink to white'."""
+  counts = {}
+  for kind, *_ in placed:
+    counts[kind] = counts.get(kind, 0) + 1
+  parts = []
+  for (shape, color), count in counts.items():
+    if count == 1:
+      parts.append(f"a {color} {shape}")
+    else:
+      parts.append(f"{NUMBERS[count]} {color} {shape}{'es' if shape.endswith('s') else 's'}")
+  things = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+  return f"{things} on {background}".replace("a orange", "an orange")  # the one colour that starts with a vowel
+
+
+def _polygon(x, y, sides):
+  """Regular polygon of circumradius 1, a corner at the top."""
+  step = 2.0 * np.pi / sides
+  a = np.arctan2(x, -y)
+  a -= step * np.floor(a / step) + 0.5 * step
+  return np.hypot(x, y) * np.cos(a) - np.cos(0.5 * step)
+
+
+def _star(x, y, points=5, inner=0.45):
+  """Distance to the line from a tip (radius 1) to the next notch (radius inner), folded into one half sector."""
+  step = 2.0 * np.pi / points
+  a = np.arctan2(x, -y)
+  a = np.abs(a - step * np.round(a / step))
+  r = np.hypot(x, y)
+  px, py = r * np.cos(a) - 1.0, r * np.sin(a)
+  ex, ey = inner * np.cos(0.5 * step) - 1.0, inner * np.sin(0.5 * step)
+  return (px * ey - py * ex) / np.hypot(ex, ey)
+
+
+def _heart(x, y, h=0.56):
+  """A tilted square with a disc on each upper side."""
+  p, q = (x + y) * 0.70710678, (y - x) * 0.70710678
+  square = np.maximum(np.abs(p), np.abs(q)) - h
+  return np.minimum(square, np.minimum(np.hypot(p + h, q), np.hypot(p, q + h)) - h)
+
+
+def _cross(x, y):
+  flat = np.maximum(np.abs(x) - 0.95, np.abs(y) - 0.32)
+  return np.minimum(flat, np.maximum(np.abs(x) - 0.32, np.abs(y) - 0.95))
+
+
+def _cylinder(x, y):
+  body = np.maximum(np.abs(x) - 0.62, np.abs(y) - 0.68)
+  caps = np.sqrt((x / 0.62) ** 2 + ((np.abs(y) - 0.68) / 0.24) ** 2)
+  return np.minimum(body, (caps - 1.0) * 0.24)
+
+
+# Signed distances, negative inside, in units of the object's radius; x right, y down.
+SHAPES = {
+    "circle": lambda x, y: np.hypot(x, y) - 0.95,
+    "ball": lambda x, y: np.hypot(x, y) - 0.95,
+    "ellipse": lambda x, y: (np.sqrt(x * x + (y / 0.58) ** 2) - 1.0) * 0.58,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.78,
+    "rectangle": lambda x, y: np.maximum(np.abs(x) - 0.95, np.abs(y) - 0.48),
+    "triangle": lambda x, y: _polygon(x, y, 3),
+    "pentagon": lambda x, y: _polygon(x, y, 5),
+    "hexagon": lambda x, y: _polygon(x, y, 6),
+    "star": _star,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.24,
+    "cross": _cross,
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.82 - np.hypot(x - 0.5, y)),
+    "heart": _heart,
+    "capsule": lambda x, y: np.hypot(np.maximum(np.abs(x) - 0.58, 0.0), y) - 0.38,
+    "cube": lambda x, y: _polygon(x, y, 6),
+    "cylinder": _cylinder,
+}
+_UPRIGHT = {"ball", "cube", "cylinder"}  # solids stand; flat shapes turn freely
+_LEANING = {"heart", "triangle", "star"}  # most often near upright, as they are drawn
+
+
+def _angle(rng, shape):
+  if shape in _UPRIGHT:
+    return rng.uniform(-0.15, 0.15)
+  return rng.normal(0.0, 0.25) if shape in _LEANING and rng.random() < 0.7 else rng.uniform(-np.pi, np.pi)
+
+
+def _draw_object(rng: np.random.Generator, canvas: np.ndarray, kind: tuple, cx: float, cy: float, radius: float,
+                 light: np.ndarray):
+  """Paints one object and its shadow onto canvas [3, size, size]; cx, cy, radius in pixels."""
+  shape, color = kind
+  size = canvas.shape[1]
+  pad = radius * 1.1 + 2.0
+  angle = _angle(rng, shape)
+  shadow, soft, drop = rng.random() < 0.6, radius * rng.uniform(0.1, 0.5) + 1.0, radius * rng.uniform(0.1, 0.35)
+  c, s = np.float32(np.cos(angle) / radius), np.float32(np.sin(angle) / radius)
+
+  def frame(ox, oy, reach):
+    """Slices of the canvas around (ox, oy) and the object's own coordinates there."""
+    x0, x1 = max(int(ox - reach), 0), min(int(ox + reach) + 1, size)
+    y0, y1 = max(int(oy - reach), 0), min(int(oy + reach) + 1, size)
+    px = (np.arange(x0, x1, dtype=np.float32) + np.float32(0.5 - ox))[None]
+    py = (np.arange(y0, y1, dtype=np.float32) + np.float32(0.5 - oy))[:, None]
+    return canvas[:, y0:y1, x0:x1], c * px + s * py, c * py - s * px
+
+  if shadow:
+    sx, sy = cx - light[0] * drop * 2.0, cy - light[1] * drop * 2.0
+    view, x, y = frame(sx, sy, pad + soft)
+    if view.size:
+      view *= 1.0 - rng.uniform(0.25, 0.6) * np.clip(0.5 - SHAPES[shape](x, y) * (radius / soft), 0.0, 1.0)
+  view, x, y = frame(cx, cy, pad)
+  distance = SHAPES[shape](x, y)
+  cover = np.clip(0.5 - distance * radius, 0.0, 1.0)
+  first = _color(rng, color)
+  paint = _texture(rng, first, x, y, radius)
+  paint = paint * _shade(rng, shape, x, y, distance, light, angle)
+  if shape == "ball":
+    hx, hy = light[0] * 0.5, light[1] * 0.5
+    spot = np.exp(-((x - hx) ** 2 + (y - hy) ** 2) * 14.0) * rng.uniform(0.3, 0.9)
+    paint = _lerp(paint, np.float32(1.0), spot)
+  if rng.random() < 0.2:  # an outline, darker or lighter than the inside
+    band = np.clip(0.5 - (np.abs(distance + 0.08) - 0.07) * radius, 0.0, 1.0)
+    paint = _lerp(paint, first * 0.35 if rng.random() < 0.7 else np.clip(first * 0.4 + 0.6, 0.0, 1.0), band)
+  view += (paint - view) * cover
+
+
+def _texture(rng, first, x, y, radius):
+  """The object's own colours: mostly plain, else with a second shade as gradient, stripes, checks, dots or clouds."""
+  kind = rng.choice(6, p=(0.50, 0.16, 0.12, 0.08, 0.08, 0.06))
+  if kind == 0:
+    return first
+  gain = rng.uniform(0.35, 0.65)
+  second = first * gain if first.mean() > 0.35 else np.clip(first * gain + (1.0 - gain), 0.0, 1.0)
+  if kind == 1:
+    return _lerp(first, second, np.clip(0.5 + 0.6 * y, 0.0, 1.0))
+  frequency = rng.uniform(5.0, 11.0)
+  edge = radius / frequency
+  if kind == 2:
+    return _lerp(first, second, np.clip(0.5 + np.sin(x * frequency) * edge, 0.0, 1.0))
+  if kind == 3:
+    return _lerp(first, second, np.clip(0.5 + np.sin(x * frequency) * np.sin(y * frequency) * edge, 0.0, 1.0))
+  if kind == 4:
+    dots = np.cos(x * frequency) + np.cos(y * frequency) - 0.7
+    return _lerp(first, second, np.clip(0.5 + dots * edge, 0.0, 1.0))
+  return _lerp(first, second, _clouds(rng, x * 3.0, y * 3.0, 4))
+
+
+def _shade(rng, shape, x, y, distance, light, angle):
+  """Brightness over the object, about 1: Lambert's law on solids, a plane or a bevel on flat shapes."""
+  if shape == "ball":
+    z = np.sqrt(np.clip(1.0 - (x * x + y * y) / 0.9025, 0.0, 1.0))
+    return 0.38 + 0.85 * np.clip((x * light[0] + y * light[1]) / 0.95 + z * light[2], 0.0, 1.0)
+  if shape == "cylinder":
+    nx = np.clip(x / 0.62, -1.0, 1.0)
+    side = 0.45 + 0.65 * np.clip(nx * light[0] + np.sqrt(1.0 - nx * nx) * light[2], 0.0, 1.0)
+    top = (x / 0.62) ** 2 + ((y + 0.68) / 0.24) ** 2 < 1.0
+    return np.where(top, np.float32(1.2), side)
+  if shape == "cube":  # the three faces meet in the middle: top, left and right
+    left = 0.72 - 0.3 * light[0]
+    right = 0.72 + 0.3 * light[0]
+    return np.where(y < -np.abs(x) * 0.57735, np.float32(1.15), np.where(x < 0.0, np.float32(left), np.float32(right)))
+  style = rng.random()
+  if style < 0.4:
+    return np.float32(1.0)
+  if style < 0.75:  # a plane tilted to the light; the light turns back into the object's own frame
+    lx = light[0] * np.cos(angle) + light[1] * np.sin(angle)
+    ly = light[1] * np.cos(angle) - light[0] * np.sin(angle)
+    return 1.0 + 0.32 * (np.float32(lx) * x + np.float32(ly) * y)
+  return 0.72 + 0.4 * np.clip(-distance * 3.0, 0.0, 1.0)  # rounded rim

@@ -1,0 +1,142 @@
+"""From stored pictures of any mode to uint8 RGB arrays of one size."""
+
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+# What Pillow raises on files that are missing, foreign, truncated, corrupt or absurdly large.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
+                 Image.DecompressionBombError)
+MAX_ASPECT = 8  # a longer strip is cut to this before it is resized
+
+
+def to_rgb(image) -> Image.Image:
+  """Returns a Pillow RGB image of a Pillow image, a path, an open file, or an array [h, w] or [h, w, 1, 3 or 4].
+
+  EXIF rotation is applied; transparency is composited on white; 16-bit values are scaled by 1/257 to 8 bits; CMYK,
+  palette and grey are converted by Pillow. Arrays are uint8, uint16, bool, or floating point in [0, 1].
+  """
+  if isinstance(image, (str, os.PathLike, io.IOBase)):
+    with Image.open(image) as opened:
+      return to_rgb(opened)
+  if not isinstance(image, Image.Image):
+    image = _from_array(np.asarray(image))
+  image = ImageOps.exif_transpose(image)
+  if image.mode.startswith("I"):  # 16-bit grey (I;16 and its byte orders) or 32-bit integers holding 16-bit values
+    values = np.asarray(image).astype(np.int64)
+    image = Image.fromarray((np.clip(values, 0, 65535) / 257.0 + 0.5).astype(np.uint8))
+  elif image.mode == "F":
+    image = _from_array(np.asarray(image))
+  if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+  return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+  if array.ndim == 3 and array.shape[2] == 1:
+    array = array[:, :, 0]
+  if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+    raise ValueError(f"an image array must have shape [h, w] or [h, w, 1, 3 or 4], got {list(array.shape)}")
+  if array.dtype == bool:
+    array = array.astype(np.uint8) * 255
+  elif array.dtype == np.uint16:
+    array = (array / 257.0 + 0.5).astype(np.uint8)
+  elif np.issubdtype(array.dtype, np.floating):
+    array = (np.clip(np.nan_to_num(array), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+  elif array.dtype != np.uint8:
+    raise ValueError(f"an image array must be uint8, uint16, bool or floating point, got {array.dtype}")
+  return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _resize(image: Image.Image, size: tuple[int, int], box=None) -> Image.Image:
+  """Antialiased bicubic; a picture over three times too large is first reduced by box averages, which is faster."""
+  return image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+
+
+def center_crop(image, size: int) -> np.ndarray:
+  """Shorter side to size, then the centre: uint8 [size, size, 3]."""
+  image = to_rgb(image)
+  limit = MAX_ASPECT * min(image.size)
+  if max(image.size) > limit:
+    image = ImageOps.fit(image, (min(image.width, limit), min(image.height, limit)), Image.Resampling.NEAREST)
+  short = min(image.size)
+  width, height = size * image.width // short, size * image.height // short
+  if (width, height) != image.size:
+    image = _resize(image, (width, height))
+  left, top = round((width - size) / 2.0), round((height - size) / 2.0)  # torchvision's rounding, here and above
+  return np.asarray(image)[top:top + size, left:left + size].copy()
+
+
+def random_resized_crop(image, size: int, rng: np.random.Generator, min_area: float) -> np.ndarray:
+  """A crop of a share min_area to 1 of the area and aspect ratio 3/4 to 4/3, resized: uint8 [size, size, 3].
+
+  The largest centre square where ten draws do not fit.
+  """
+  image = to_rgb(image)
+  width, height = image.size
+  for _ in range(10):
+    area = width * height * rng.uniform(min_area, 1.0)
+    ratio = np.exp(rng.uniform(np.log(3.0 / 4.0), np.log(4.0 / 3.0)))
+    w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+    if 0 < w <= width and 0 < h <= height:
+      left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+      return np.asarray(_resize(image, (size, size), box=(left, top, left + w, top + h))).copy()
+  return center_crop(image, size)
+
+
+def flip(image: np.ndarray) -> np.ndarray:
+  """Mirrors [h, w, c] from left to right."""
+  return image[:, ::-1]
+
+
+def list_images(folder: str) -> list[str]:
+  """Paths of the jpg, jpeg, png and webp files under folder, recursive, sorted; hidden files and folders left out."""
+  if not os.path.isdir(folder):
+    problem = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
+    raise FileNotFoundError(f"the image folder {folder} {problem}")
+  found, seen = [], set()
+  for root, folders, files in os.walk(folder, followlinks=True):
+    real = os.path.realpath(root)
+    if real in seen:  # a link back up, or a second link to the same folder
+      folders[:] = []
+      continue
+    seen.add(real)
+    folders[:] = sorted(f for f in folders if not f.startswith("."))
+    found += [os.path.join(root, f) for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+  if not found:
+    raise ValueError(f"the image folder {folder} holds no jpg, jpeg, png or webp file")
+  return sorted(found, key=lambda path: os.path.relpath(path, folder).split(os.sep))
+
+
+def load_images(paths, size: int) -> tuple[np.ndarray, list[str]]:
+  """Reads a folder, a file, or a list of files: (uint8 [n, size, size, 3] centre crops, names).
+
+  A name is the path relative to the folder, or the path as given. ValueError or FileNotFoundError name the first bad
+  path.
+  """
+  if isinstance(paths, (str, os.PathLike)):
+    paths = [paths]
+  named = []
+  for path in map(os.fspath, paths):
+    if os.path.isdir(path):
+      named += [(p, os.path.relpath(p, path)) for p in list_images(path)]
+    elif os.path.exists(path):
+      named.append((path, path))
+    else:
+      raise FileNotFoundError(f"the image {path} does not exist")
+  if not named:
+    raise ValueError("no image was given: name files or a folder")
+  images = []
+  for path, _ in named:
+    try:
+      images.append(center_crop(path, size))
+    except DECODE_ERRORS as error:
+      raise ValueError(f"the image {path} cannot be read: {error}") from error
+  return np.stack(images), [name for _, name in named]

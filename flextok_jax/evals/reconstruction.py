@@ -1,0 +1,229 @@
+"""Reconstruction quality against the number of tokens: encode once, decode at every token count, compare."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flextok_jax.evals import metrics, plots
+
+VAE_COLUMN = "vae"  # the one column of a stage without tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What one evaluation measured.
+
+  scores is JSON-able: {"seed", "num_tokens", "sets": {set: {"num_images": n, "by_tokens": {column: {"psnr", "ssim",
+  "mae"}}}}}. A column is a token count as a string ("1", "2", ...), or "vae"; each metric is the mean over the n images
+  (evals/metrics.py: 8-bit images, data range 1, PSNR in dB).
+  examples holds the first images of each set, uint8 [g, h, w, 3]: {set: {"original": ..., column: ...}}.
+  """
+
+  scores: dict[str, Any]
+  examples: dict[str, dict[str, np.ndarray]]
+
+  def scalars(self) -> dict[str, float]:
+    """Returns flat numbers for a metric writer: "eval/<set>/<metric>_<column>"."""
+    return {
+        f"eval/{name}/{metric}_{column}": value
+        for name, scored in self.scores["sets"].items()
+        for column, values in scored["by_tokens"].items()
+        for metric, value in values.items()
+    }
+
+
+def format_table(report: Report) -> str:
+  """Returns the scores as text, a block a set and a line a token count."""
+  blocks = []
+  for name, scored in report.scores["sets"].items():
+    lines = [f"{name}, {scored['num_images']} images", f"{'tokens':>8} {'PSNR dB':>9} {'SSIM':>8} {'MAE':>8}"]
+    for column, row in scored["by_tokens"].items():
+      lines.append(f"{column:>8} {row['psnr']:9.2f} {row['ssim']:8.4f} {row['mae']:8.4f}")
+    blocks.append("\n".join(lines))
+  return "\n\n".join(blocks)
+
+
+def token_counts(requested: Sequence[int], num_registers: int) -> tuple[int, ...]:
+  """Returns the token counts to report, ascending; () asks for the powers of two up to num_registers, and itself.
+
+  Raises:
+    ValueError: a count outside 1..num_registers.
+  """
+  if not requested:
+    return tuple(sorted({2**i for i in range(num_registers.bit_length())} | {num_registers}))
+  for count in requested:
+    if not 1 <= count <= num_registers:
+      raise ValueError(f"num_tokens {count} is out of range: this model takes 1 to {num_registers} tokens")
+  return tuple(sorted(set(requested)))
+
+
+def decoder_by_image(detokenize: Callable, seed: int) -> Callable:
+  """Gives every image its own noise: the same whatever its neighbours, the batch size and the number of tokens.
+
+  Args:
+    detokenize: of a stage's predict_fns.
+    seed: of the noise.
+
+  Returns:
+    (params, ids [b, num_registers], keep_k [b], index [b]) -> images [b, h, w, 3]; index numbers the noises.
+
+  Raises:
+    ValueError: a seed that does not fit 32 bits.
+  """
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"seed {seed} is out of range: 0 to {2**32 - 1}")
+
+  def decode(params, ids, keep_k, index):
+    def one(image_ids, image_keep_k, image_index):
+      key = jax.random.fold_in(jax.random.key(seed), image_index)
+      return detokenize(params, image_ids[None], image_keep_k[None], key)[0]
+
+    return jax.vmap(one)(ids, keep_k, index)
+
+  return decode
+
+
+class Reconstruction:
+  """Measures reconstructions of fixed image sets by the predict functions of a stage.
+
+  Image i of a set is decoded from the same noise at every token count, whatever the batch size. The last batch is
+  padded and its padding left out of the means, so one compilation serves all sets and token counts.
+
+  Args:
+    predict_fns: {"tokenize", "detokenize"} or {"reconstruct"} (see flextok_jax/stages).
+    eval_sets: {name: {"image": uint8 [n, h, w, 3], ...}}.
+    num_tokens: token counts to decode from (see token_counts); without meaning for "reconstruct".
+    batch_size: images at once; lowered to the largest set.
+    seed: of the noise.
+    grid_images: images a set kept as examples.
+    sharding: places batches over the devices of a mesh along their first axis; None: the default device.
+
+  Raises:
+    ValueError: no sets, an empty set, or images too small for the metrics.
+  """
+
+  def __init__(
+      self,
+      predict_fns: Mapping[str, Callable],
+      eval_sets: Mapping[str, Mapping[str, Any]],
+      num_tokens: Sequence[int],
+      batch_size: int,
+      seed: int,
+      grid_images: int = 4,
+      sharding: jax.sharding.NamedSharding | None = None,
+  ):
+    if not eval_sets:
+      raise ValueError("no evaluation set is named: set eval.sources")
+    for name, eval_set in eval_sets.items():
+      shape = eval_set["image"].shape
+      if not shape[0]:
+        raise ValueError(f"evaluation set {name!r} has no images")
+      if min(shape[1:3]) < metrics.SSIM_WINDOW:
+        raise ValueError(f"evaluation set {name!r}: images of {shape[1]}x{shape[2]} px are smaller than SSIM's window"
+                         f" of {metrics.SSIM_WINDOW}x{metrics.SSIM_WINDOW}")
+    self._images = {name: np.asarray(eval_set["image"]) for name, eval_set in eval_sets.items()}
+    self._has_tokens = "tokenize" in predict_fns
+    self._num_tokens = tuple(num_tokens) if self._has_tokens else ()
+    devices = sharding.num_devices if sharding else 1
+    batch_size = min(batch_size, max(len(images) for images in self._images.values()))
+    self._batch_size = -(-batch_size // devices) * devices
+    self._seed = seed
+    self._grid_images = grid_images
+    self._sharding = sharding
+
+    if self._has_tokens:
+      detokenize = decoder_by_image(predict_fns["detokenize"], seed)
+
+    def compare(images, restored):
+      restored = metrics.round_to_8bit(restored)
+      originals = images.astype(jnp.float32) / 255
+      scores = {name: metric(originals, restored) for name, metric in metrics.METRICS.items()}
+      return (restored * 255).round().astype(jnp.uint8), scores
+
+    def decode(params, images, ids, num_tokens, index):
+      keep_k = jnp.full(len(images), num_tokens)
+      return compare(images, detokenize(params, ids, keep_k, index))
+
+    def reconstruct(params, images):
+      return compare(images, predict_fns["reconstruct"](params, images))
+
+    # Results are small and read on every host: replicated.
+    replicated = jax.NamedSharding(sharding.mesh, jax.P()) if sharding else None
+    if self._has_tokens:
+      self._tokenize = jax.jit(predict_fns["tokenize"])
+      self._decode = jax.jit(decode, out_shardings=replicated)
+    else:
+      self._reconstruct = jax.jit(reconstruct, out_shardings=replicated)
+
+  def run(self, params: Any) -> Report:
+    """Evaluates params, the full tree that the predict functions take.
+
+    Raises:
+      ValueError: a token count that the model does not take, or a metric that is not finite.
+    """
+    sets, examples = {}, {}
+    for name, images in self._images.items():
+      by_tokens, restored = self._run_set(params, images)
+      for column, scores in by_tokens.items():
+        if not np.isfinite(list(scores.values())).all():
+          raise ValueError(f"reconstructions of {name!r} at {column} tokens are not finite: these weights diverged")
+      sets[name] = {"num_images": len(images), "by_tokens": by_tokens}
+      examples[name] = {"original": images[: self._grid_images], **restored}
+    return Report({"seed": self._seed, "num_tokens": list(self._num_tokens), "sets": sets}, examples)
+
+  def _run_set(self, params: Any, images: np.ndarray) -> tuple[dict, dict]:
+    """Returns the mean metrics and the first reconstructions of one set, by column."""
+    scores, restored = {}, {}
+    for start in range(0, len(images), self._batch_size):
+      rows = images[start : start + self._batch_size]
+      for column, (pictures, values) in self._run_batch(params, rows, start):
+        scores.setdefault(column, []).append({k: v[: len(rows)] for k, v in values.items()})
+        if start < self._grid_images:
+          kept = min(self._grid_images - start, len(rows))
+          restored.setdefault(column, []).append(np.asarray(pictures[:kept]))
+    means = {}
+    for column, parts in scores.items():
+      joined = {k: np.concatenate([np.asarray(part[k]) for part in parts]) for k in parts[0]}
+      means[column] = {k: float(v.mean(dtype=np.float64)) for k, v in joined.items()}
+    return means, {column: np.concatenate(parts) for column, parts in restored.items()}
+
+  def _run_batch(self, params: Any, rows: np.ndarray, start: int):
+    """Yields (column, (uint8 pictures, metrics)) of a batch whose first row is image `start` of its set."""
+    padding = self._batch_size - len(rows)
+    batch = self._place(np.pad(rows, ((0, padding), (0, 0), (0, 0), (0, 0)), mode="edge"))
+    if not self._has_tokens:
+      yield VAE_COLUMN, self._reconstruct(params, batch)
+      return
+    ids = self._tokenize(params, batch)
+    token_counts(self._num_tokens, ids.shape[1])
+    index = self._place(np.arange(start, start + self._batch_size, dtype=np.int32))
+    for count in self._num_tokens:
+      yield str(count), self._decode(params, batch, ids, np.int32(count), index)
+
+  def _place(self, batch: np.ndarray) -> jax.Array:
+    return jax.device_put(batch, self._sharding)
+
+
+def write_report(report: Report, out_dir: str | Path, settings: Mapping[str, Any] | None = None) -> list[Path]:
+  """Writes report.json (settings and scores), curve.png (where there are token counts) and grid_<set>.png.
+
+  Returns:
+    The paths written.
+  """
+  out_dir = Path(out_dir)
+  paths = [out_dir / "report.json"]
+  plots.write_file(paths[0], (json.dumps({**(settings or {}), **report.scores}, indent=2) + "\n").encode())
+  if report.scores["num_tokens"]:
+    paths.append(out_dir / "curve.png")
+    plots.write_file(paths[-1], plots.curve_png(report.scores["sets"]))
+  for name, columns in report.examples.items():
+    labels = [plots.column_label(column, last=column == list(columns)[-1]) for column in columns]
+    paths.append(out_dir / f"grid_{name}.png")
+    plots.write_file(paths[-1], plots.to_png(plots.grid(list(columns.values()), labels)))
+  return paths

@@ -1,0 +1,139 @@
+"""Measures reconstructions of held-out images at every token count and draws them.
+
+python -m flextok_jax.evaluate --workdir=DIR [--config=configs/X.py] [--checkpoint=PATH] [--num_tokens=1,2,4]
+
+Prints a table; writes report.json, curve.png and grid_<set>.png, and appends the report to eval.jsonl.
+"""
+
+from collections.abc import Mapping, Sequence
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+import jax
+from ml_collections import ConfigDict, config_flags
+
+from flextok_jax import cli
+from flextok_jax.data import pipeline
+from flextok_jax.evals import reconstruction
+from flextok_jax.stages import make_stage
+from flextok_jax.training import checkpoint, sharding
+
+MODEL_FIELDS = ("stage", "image_size", "vae", "encoder", "decoder", "tokens")
+TRAINING_FIELDS = ("vae.sample_posterior", "tokens.nested_dropout", "tokens.null_prob")  # without effect here
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS):
+  """Defines the command's flags."""
+  config_flags.DEFINE_config_file(
+      "config", None, "Settings of data, eval and sampler; default: the checkpoint's own.", flag_values=values)
+  flags.DEFINE_string("workdir", None, "The run's directory: its newest checkpoint, and DIR/eval for results.",
+                      flag_values=values)
+  flags.DEFINE_string("checkpoint", None, "Another workdir or a .safetensors file to evaluate.", flag_values=values)
+  flags.DEFINE_list("num_tokens", [], "Token counts; default: config.eval.num_tokens.", flag_values=values)
+  flags.DEFINE_list("sources", [], "Evaluation sets; default: config.eval.sources.", flag_values=values)
+  flags.DEFINE_integer("num_images", None, "Images a set; default: config.eval.num_images.", flag_values=values)
+  flags.DEFINE_integer("seed", None, "Of the decoder's noise; default: config.seed.", flag_values=values)
+  flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/eval.", flag_values=values)
+
+
+def main(values: flags.FlagValues):
+  """Evaluates a checkpoint and writes its report."""
+  if not values.checkpoint and not values.workdir:
+    raise ValueError("nothing to evaluate: give --workdir or --checkpoint")
+  if not values.out and not values.workdir:
+    raise ValueError("nowhere to write: give --out or --workdir")
+  out = Path(values.out or Path(values.workdir) / "eval")
+  source = values.checkpoint or values.workdir
+  config, params = checkpoint.load_weights(source)
+  if values.config is not None:
+    check_same_model(values.config, config)
+    config = values.config
+  config = apply_flags(config.copy_and_resolve_references(), values)
+  if out.exists() and not out.is_dir():
+    raise ValueError(f"--out={out} is a file: give a folder")
+  report = evaluate(config, params)
+  settings = {"checkpoint": str(source), "image_size": config.image_size, "sampler": config.sampler.to_dict()}
+  paths = reconstruction.write_report(report, out, settings)
+  with open(out / "eval.jsonl", "a") as f:
+    f.write(json.dumps({**settings, **report.scores}) + "\n")
+  print(reconstruction.format_table(report) + "\n")
+  for path in (*paths, out / "eval.jsonl"):
+    print(path)
+
+
+def check_same_model(given: Mapping[str, Any], trained: Mapping[str, Any]):
+  """Raises ValueError where two configs do not describe the same model."""
+  given, trained = ({k: v for name in MODEL_FIELDS for k, v in _flat(name, c[name])} for c in (given, trained))
+  for name in sorted(given.keys() | trained.keys()):
+    if name not in TRAINING_FIELDS and given.get(name) != trained.get(name):
+      raise ValueError(f"--config has {name} = {given.get(name)!r}, but the checkpoint was trained with"
+                       f" {trained.get(name)!r}: give the config of that run, or none")
+
+
+def apply_flags(config, values: flags.FlagValues):
+  """Returns the config with evaluation settings from the flags.
+
+  Raises:
+    ValueError: naming the flag.
+  """
+  if values.num_tokens:
+    if config.stage == "vae":
+      raise ValueError("--num_tokens has no meaning for a model of stage 'vae', which has no tokens")
+    config.eval.num_tokens = tuple(_integer("num_tokens", item) for item in values.num_tokens)
+  if values.sources:
+    config.eval.sources = tuple(values.sources)
+  if values.num_images is not None:
+    config.eval.num_images = values.num_images
+  if values.seed is not None:
+    config.seed = values.seed
+  return config
+
+
+def evaluate(config, params) -> reconstruction.Report:
+  """Evaluates params on the validation splits of config.eval.sources.
+
+  Raises:
+    ValueError: a setting out of range, before anything is read or compiled.
+  """
+  c = config.eval
+  for name in ("num_images", "batch_size", "grid_images"):
+    if c[name] < 1:
+      raise ValueError(f"eval.{name} must be at least 1, got {c[name]}")
+  for name in c.sources:
+    if name not in config.data.sources:
+      raise ValueError(f"unknown evaluation set {name!r}: one of {', '.join(config.data.sources)}")
+  counts = ()
+  if config.stage != "vae":
+    counts = reconstruction.token_counts(c.num_tokens, config.tokens.num_registers)
+  stage = make_stage(config)
+  sets = {
+      name: pipeline.eval_set(config.data, name, image_size=config.image_size, num_images=c.num_images)
+      for name in c.sources
+  }
+  mesh = sharding.make_mesh(ConfigDict({"data": -1}))  # all devices here, whatever the training had
+  evaluator = reconstruction.Reconstruction(
+      stage.predict_fns, sets, counts, c.batch_size, config.seed, c.grid_images, sharding.batch_sharding(mesh))
+  return evaluator.run(jax.device_put(params, sharding.replicated(mesh)))
+
+
+def _flat(name: str, value: Any):
+  """Yields (dotted name, value) of the leaves of a nested config; sequences compare as tuples."""
+  if isinstance(value, Mapping) or hasattr(value, "items"):
+    for key, inner in value.items():
+      yield from _flat(f"{name}.{key}", inner)
+  else:
+    yield name, tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _integer(name: str, item: str) -> int:
+  try:
+    return int(item)
+  except ValueError:
+    raise ValueError(f"--{name} takes whole numbers separated by commas, got {item!r}") from None
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(lambda: main(flags.FLAGS))

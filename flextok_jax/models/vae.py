@@ -1,0 +1,240 @@
+"""AutoencoderKL: images to latents and back, module for module the network of diffusers (so are the names)."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
+
+
+def conv(
+  features: int, kernel: int, dtype: jnp.dtype, *, stride: int = 1, padding="SAME", name: str | None = None
+) -> nn.Conv:
+  """Returns a square convolution with bias and named parameter axes."""
+  return nn.Conv(
+    features,
+    (kernel, kernel),
+    strides=(stride, stride),
+    padding=padding,
+    dtype=dtype,
+    name=name,
+    kernel_init=nn.with_logical_partitioning(
+      nn.initializers.lecun_normal(), ("conv_h", "conv_w", "conv_in", "conv_out")
+    ),
+    bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("conv_out",)),
+  )
+
+
+def group_norm(groups: int, name: str) -> nn.GroupNorm:
+  """Returns a GroupNorm that computes and answers in float32 whatever the input's type."""
+  return nn.GroupNorm(
+    groups,
+    epsilon=1e-6,
+    dtype=jnp.float32,
+    use_fast_variance=False,
+    name=name,
+    scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("conv_out",)),
+    bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("conv_out",)),
+  )
+
+
+class ResnetBlock(nn.Module):
+  """x + conv(silu(norm(conv(silu(norm(x)))))), a 1x1 convolution on x where the channels change."""
+
+  channels: int
+  norm_groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    h = nn.silu(group_norm(self.norm_groups, "norm1")(x))
+    h = conv(self.channels, 3, self.dtype, name="conv1")(h)
+    h = nn.silu(group_norm(self.norm_groups, "norm2")(h))
+    h = conv(self.channels, 3, self.dtype, name="conv2")(h)
+    if x.shape[-1] != self.channels:
+      x = conv(self.channels, 1, self.dtype, name="conv_shortcut")(x)
+    return x + h  # [b, h, w, channels]
+
+
+class SpatialAttention(nn.Module):
+  """One head of self-attention over all positions of a map, with residual."""
+
+  norm_groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    b, h, w, c = x.shape
+
+    def linear(name: str) -> nn.Dense:
+      return nn.Dense(
+        c,
+        dtype=self.dtype,
+        name=name,
+        kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("conv_in", "conv_out")),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("conv_out",)),
+      )
+
+    tokens = group_norm(self.norm_groups, "group_norm")(x).reshape(b, h * w, c)
+    q, k, v = (linear(name)(tokens) for name in ("to_q", "to_k", "to_v"))
+    logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * c**-0.5
+    weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+    out = linear("to_out")(jnp.einsum("bqk,bkc->bqc", weights, v))
+    return x + out.reshape(b, h, w, c)
+
+
+class MidBlock(nn.Module):
+  """Resnet, attention, resnet at the coarsest level."""
+
+  channels: int
+  norm_groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = ResnetBlock(self.channels, self.norm_groups, self.dtype, name="resnet_0")(x)
+    x = SpatialAttention(self.norm_groups, self.dtype, name="attention")(x)
+    return ResnetBlock(self.channels, self.norm_groups, self.dtype, name="resnet_1")(x)
+
+
+class DownBlock(nn.Module):
+  """Resnets, then a stride-2 convolution in every level but the last."""
+
+  channels: int
+  num_layers: int
+  downsample: bool
+  norm_groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for i in range(self.num_layers):
+      x = ResnetBlock(self.channels, self.norm_groups, self.dtype, name=f"resnet_{i}")(x)
+    if self.downsample:  # padded at the bottom and the right only, as diffusers does
+      x = conv(self.channels, 3, self.dtype, stride=2, padding=((0, 1), (0, 1)), name="downsample")(x)
+    return x
+
+
+class UpBlock(nn.Module):
+  """Resnets, then nearest-neighbour doubling and a convolution in every level but the last."""
+
+  channels: int
+  num_layers: int
+  upsample: bool
+  norm_groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for i in range(self.num_layers):
+      x = ResnetBlock(self.channels, self.norm_groups, self.dtype, name=f"resnet_{i}")(x)
+    if self.upsample:
+      x = x.repeat(2, axis=1).repeat(2, axis=2)  # [b, 2h, 2w, c]
+      x = conv(self.channels, 3, self.dtype, name="upsample")(x)
+    return x
+
+
+class Encoder(nn.Module):
+  """Images [b, h, w, 3] to features [b, h/f, w/f, out_channels]."""
+
+  out_channels: int
+  block_out_channels: Sequence[int]
+  layers_per_block: int
+  norm_groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    last = len(self.block_out_channels) - 1
+    x = conv(self.block_out_channels[0], 3, self.dtype, name="conv_in")(x)
+    for i, channels in enumerate(self.block_out_channels):
+      x = DownBlock(channels, self.layers_per_block, i < last, self.norm_groups, self.dtype, name=f"down_{i}")(x)
+    x = MidBlock(self.block_out_channels[-1], self.norm_groups, self.dtype, name="mid")(x)
+    x = nn.silu(group_norm(self.norm_groups, "conv_norm_out")(x))
+    return conv(self.out_channels, 3, self.dtype, name="conv_out")(x)
+
+
+class Decoder(nn.Module):
+  """Latents [b, h/f, w/f, c] to images [b, h, w, 3]."""
+
+  block_out_channels: Sequence[int]
+  layers_per_block: int
+  norm_groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    last = len(self.block_out_channels) - 1
+    x = conv(self.block_out_channels[-1], 3, self.dtype, name="conv_in")(x)
+    x = MidBlock(self.block_out_channels[-1], self.norm_groups, self.dtype, name="mid")(x)
+    for i, channels in enumerate(reversed(self.block_out_channels)):
+      x = UpBlock(channels, self.layers_per_block + 1, i < last, self.norm_groups, self.dtype, name=f"up_{i}")(x)
+    x = nn.silu(group_norm(self.norm_groups, "conv_norm_out")(x))
+    return conv(3, 3, self.dtype, name="conv_out")(x)
+
+
+class AutoencoderKL(nn.Module):
+  """KL autoencoder; latents are unscaled, a scaling factor belongs to the caller.
+
+  Attributes:
+    latent_channels: c.
+    block_out_channels: channels of each level; the map is halved after every level but the last.
+    layers_per_block: resnets a level in the encoder, one more in the decoder.
+    norm_groups: groups of every GroupNorm; must divide every entry of block_out_channels.
+    dtype: compute type of convolutions and projections; parameters, norms, softmax and outputs are float32.
+  """
+
+  latent_channels: int
+  block_out_channels: Sequence[int]
+  layers_per_block: int = 2
+  norm_groups: int = 32
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    sizes = (self.block_out_channels, self.layers_per_block, self.norm_groups, self.dtype)
+    self.encoder = Encoder(2 * self.latent_channels, *sizes)
+    self.decoder = Decoder(*sizes)
+    self.quant_conv = conv(2 * self.latent_channels, 1, self.dtype)
+    self.post_quant_conv = conv(self.latent_channels, 1, self.dtype)
+
+  @property
+  def downscale(self) -> int:
+    """Image pixels a side of one latent pixel."""
+    return 2 ** (len(self.block_out_channels) - 1)
+
+  def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the posterior of images [b, h, w, 3] in [-1, 1].
+
+    Returns:
+      mean and logvar, each [b, h/f, w/f, c] float32, f = downscale.
+
+    Raises:
+      ValueError: height or width is not a multiple of f.
+    """
+    height, width = images.shape[1:3]
+    if height % self.downscale or width % self.downscale:
+      raise ValueError(f"image size {height}x{width} is not a multiple of {self.downscale}: resize or crop it")
+    moments = self.quant_conv(self.encoder(images)).astype(jnp.float32)  # [b, h/f, w/f, 2c]
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+  def decode(self, latents: jax.Array) -> jax.Array:
+    """Returns images [b, h, w, 3] float32, not clipped, of latents [b, h/f, w/f, c]."""
+    return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Returns the reconstruction of images [b, h, w, 3] from the posterior's mean."""
+    mean, _ = self.encode(images)
+    return self.decode(mean)
+
+
+def sample_posterior(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
+  """Returns mean + std * eps, all [b, h, w, c]."""
+  return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
+
+
+def kl_divergence(mean: jax.Array, logvar: jax.Array) -> jax.Array:
+  """Returns KL(N(mean, exp(logvar)) || N(0, I)) in nats, summed over a latent: [b, h, w, c] to [b]."""
+  return 0.5 * jnp.sum(mean**2 + jnp.exp(logvar) - 1.0 - logvar, axis=tuple(range(1, mean.ndim)))

@@ -1,0 +1,1 @@
+"""The maths without parameters: free functions on arrays, importing nothing but jax."""

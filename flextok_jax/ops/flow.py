@@ -1,0 +1,67 @@
+"""Rectified flow (Liu et al. 2022; Esser et al. 2024): x_t = (1 - t) x0 + t noise, velocity = noise - x0."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+T_SAMPLINGS = ("logit_normal", "stratified_logit_normal", "uniform", "mode")
+
+
+def t_from_draw(draw: jax.Array, mode: str, mode_scale: float) -> jax.Array:
+  """Maps a draw [b] (normal for "logit_normal", else uniform in [0, 1)) to times [b] in [0, 1].
+
+  "logit_normal": sigmoid(n). "stratified_logit_normal": sample i takes the i-th of b equal quantiles of the same law.
+  "mode": 1 - u - s (cos^2(pi u / 2) - 1 + u) with s = mode_scale (Esser et al. 2024, eq. 20).
+  """
+  if mode == "logit_normal":
+    return jax.nn.sigmoid(draw)
+  if mode == "stratified_logit_normal":
+    quantile = (jnp.arange(draw.shape[0]) + draw) / draw.shape[0]
+    # The quantile may round to 0 or 1, whose normal deviate is infinite and whose sigmoid is still 0 or 1.
+    return jax.nn.sigmoid(jnp.sqrt(2.0) * jax.lax.erf_inv(2 * quantile - 1))
+  if mode == "uniform":
+    return draw
+  if mode == "mode":
+    return 1 - draw - mode_scale * (jnp.cos(jnp.pi / 2 * draw) ** 2 - 1 + draw)
+  raise ValueError(f"unknown t sampling {mode!r}: one of {', '.join(T_SAMPLINGS)}")
+
+
+def sample_t(key: jax.Array, batch: int, mode: str, mode_scale: float) -> jax.Array:
+  """Draws training times [batch] in [0, 1], float32."""
+  draw = jax.random.normal(key, (batch,)) if mode == "logit_normal" else jax.random.uniform(key, (batch,))
+  return t_from_draw(draw, mode, mode_scale)
+
+
+def add_noise(x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+  """Returns x_t [b, ...] for times t [b]."""
+  t = t.reshape(t.shape + (1,) * (x0.ndim - 1))
+  return (1 - t) * x0 + t * noise
+
+
+def flow_loss(velocity: jax.Array, x0: jax.Array, noise: jax.Array) -> jax.Array:
+  """Returns the mean squared error against noise - x0 per sample, float32 [b]."""
+  error = velocity.astype(jnp.float32) - (noise - x0)
+  return jnp.square(error).mean(range(1, error.ndim))
+
+
+def euler_sample(
+    velocity_fn: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
+    noise: jax.Array,
+    num_steps: int,
+    carry: Any = (),
+) -> jax.Array:
+  """Integrates from noise (t = 1) to data (t = 0): for t = i/N, i = N..1: x <- x - v(x, t) / N.
+
+  velocity_fn(x [b, ...], t scalar, carry) -> (velocity, carry); the carry holds what guidance remembers between steps.
+  """
+
+  def step(state, t):
+    x, carry = state
+    velocity, carry = velocity_fn(x, t, carry)
+    return (x - velocity.astype(jnp.float32) / num_steps, carry), None
+
+  times = jnp.arange(num_steps, 0, -1, dtype=jnp.float32) / num_steps
+  (x, _), _ = jax.lax.scan(step, (noise.astype(jnp.float32), carry), times)
+  return x

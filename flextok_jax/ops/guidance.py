@@ -1,0 +1,38 @@
+"""Guidance of the conditional velocity v_c by the unconditional one v_u, both [b, ...], in float32."""
+
+import jax
+import jax.numpy as jnp
+
+MODES = ("apg", "cfg", "none")
+
+
+def cfg(v_c: jax.Array, v_u: jax.Array, scale: jax.Array | float) -> jax.Array:
+  """Classifier-free guidance (Ho & Salimans 2022): v_u + scale (v_c - v_u)."""
+  return v_u + scale * (v_c - v_u)
+
+
+def apg(
+    v_c: jax.Array,
+    v_u: jax.Array,
+    scale: jax.Array | float,
+    running: jax.Array,
+    momentum: float = -0.5,
+    eta: float = 0.0,
+    threshold: float = 2.5,
+) -> tuple[jax.Array, jax.Array]:
+  """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416), per sample over all but the first axis.
+
+  The running sum of directions is clipped to the norm `threshold` (0: off), and of its part along v_c only eta stays.
+  Returns (guided velocity, new running sum), the latter unclipped; start it at zeros.
+  """
+  axes = tuple(range(1, v_c.ndim))
+  running = (v_c - v_u) + momentum * running
+  direction = running
+  if threshold > 0:
+    norm = jnp.sqrt(jnp.square(direction).sum(axes, keepdims=True))
+    direction = direction * jnp.minimum(1.0, threshold / jnp.maximum(norm, 1e-30))
+  length = jnp.sqrt(jnp.square(v_c).sum(axes, keepdims=True))
+  unit = v_c / jnp.maximum(length, 1e-12)
+  parallel = (direction * unit).sum(axes, keepdims=True) * unit
+  direction = direction - (1 - eta) * parallel
+  return v_c + (scale - 1) * direction, running

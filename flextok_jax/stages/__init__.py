@@ -1,0 +1,22 @@
+"""The trainable stages behind one interface; training, evaluation and commands know nothing else of them."""
+
+from flextok_jax.stages.tokenizer import TokenizerStage
+from flextok_jax.stages.vae import VAEStage
+
+_STAGES = {"tokenizer": TokenizerStage, "vae": VAEStage}
+
+
+def make_stage(config):
+  """Returns the stage that config.stage names.
+
+  A stage has
+    init(key) -> (params, frozen): trainable and frozen top-level parts of the parameter tree, boxed with logical axes;
+    loss_fn(params, batch, key) -> (loss, metrics): params is the joined tree, metrics a dict of (sum, count) pairs;
+    predict_fns: dict of pure functions of the joined tree, for evaluation and commands.
+
+  Raises:
+    ValueError: for an unknown stage or sizes that do not fit together.
+  """
+  if config.stage not in _STAGES:
+    raise ValueError(f"unknown stage {config.stage!r}: one of {', '.join(_STAGES)}")
+  return _STAGES[config.stage](config)

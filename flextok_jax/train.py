@@ -1,0 +1,177 @@
+"""Trains any stage: python -m flextok_jax.train --config=configs/X.py --workdir=DIR [--config.a.b=v].
+
+Rerunning the same command resumes from the newest checkpoint, bit for bit where the devices compute so.
+"""
+
+import os
+import signal
+import time
+
+from absl import flags
+import jax
+from ml_collections import config_flags
+
+from flextok_jax import cli, stages
+from flextok_jax.data import pipeline
+from flextok_jax.evals import reconstruction
+from flextok_jax.training import checkpoint, metrics as metrics_lib, optim, sharding
+from flextok_jax.training.state import init_state, make_update, unbox
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and pictures; made if missing.")
+
+
+def train(config, workdir: str):
+  """Runs config in workdir until config.train.num_steps, resuming what is there.
+
+  Raises:
+    ValueError: for bad settings, too many unreadable files, or a loss that is not finite.
+  """
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch(config.data.global_batch, config.optim.accumulate_steps, mesh)
+  stage = stages.make_stage(config)
+  optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
+  schedule = optim.make_schedule(config.optim, config.train.num_steps)
+  init_key, run_key = jax.random.split(jax.random.key(config.seed))
+  evaluator = make_evaluator(config, stage)  # before anything is written: its data may be missing
+  checkpoint.claim_workdir(workdir, config)
+  checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_period)
+
+  # State: at birth in its place on the mesh, or from the newest checkpoint into the same places.
+  boxed = jax.eval_shape(lambda key: init_state(stage, optimizer, key), init_key)
+  shardings = sharding.tree_shardings(boxed, mesh)
+  if checkpoints.latest_step() is None:
+    state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)), out_shardings=shardings)(init_key)
+    if config.init_from:
+      joined = checkpoint.warm_start(state.joined(), config.init_from)
+      start = dict(params={k: joined[k] for k in state.params}, frozen={k: joined[k] for k in state.frozen})
+      start["ema"] = jax.tree.map(lambda x: x.copy(), start["params"])
+      state = jax.device_put(state.replace(**start), shardings)
+  else:
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), unbox(boxed), shardings)
+    state = checkpoints.restore(shapes)
+    print(f"resuming from step {int(state.step)} of {workdir}", flush=True)
+  update = jax.jit(
+      make_update(
+          stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=config.optim.ema_decay
+      ),
+      donate_argnums=0,
+      out_shardings=(shardings, None),
+  )
+
+  first, last = int(state.step), config.train.num_steps
+  local = pipeline.train_batches(
+      config.data,
+      image_size=config.image_size,
+      seed=config.seed,
+      start_step=first,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+  )
+  batches = sharding.device_batches(local, sharding.batch_sharding(mesh))
+  writer = metrics_lib.Writer(workdir, config.train.tensorboard)
+  count = sum(x.size for x in jax.tree.leaves(state.params))
+  print(f"stage {config.stage}: {count / 1e6:.1f}M trained parameters, {mesh.size} devices, steps {first}..{last}")
+  interrupted = _catch_sigterm()
+
+  pending, unreadable, mark = None, 0, (time.monotonic(), first)
+
+  def check(pending):
+    """Fetches the metrics since the last log; raises if the run must stop."""
+    nonlocal unreadable
+    scalars = metrics_lib.compute(pending)
+    bad = int(scalars.pop("first_bad_step"))
+    if bad != metrics_lib.NEVER:
+      kept = checkpoints.latest_step()
+      raise ValueError(
+          f"loss or gradient not finite at step {bad}; the checkpoint of step {kept} is untouched. "
+          "Lower optim.learning_rate or optim.clip_norm, or look at the data of that step"
+      )
+    unreadable += scalars["unreadable"]
+    if unreadable > config.data.max_unreadable:
+      raise ValueError(
+          f"{int(unreadable)} unreadable files, more than data.max_unreadable={config.data.max_unreadable} (named in the log)"
+      )
+    return scalars
+
+  try:
+    for step in range(first + 1, last + 1):
+      state, metrics = update(state, next(batches), run_key)
+      pending = metrics if pending is None else metrics_lib.merge(pending, metrics)
+      stop = interrupted()
+      log, save = step % config.train.log_every == 0, step % config.train.checkpoint_every == 0
+      if log or save or stop or step == last:
+        scalars = check(pending)
+        pending = None if log or stop or step == last else pending
+        if pending is None:
+          now = time.monotonic()
+          rate = (step - mark[1]) / (now - mark[0])
+          mark = (now, step)
+          scalars["learning_rate"] = float(schedule(step - 1))
+          scalars["images_per_second"] = rate * config.data.global_batch
+          scalars["eta_seconds"] = (last - step) / rate
+          writer.write(step, scalars, _line(step, last, scalars))
+        else:
+          unreadable -= scalars["unreadable"]  # still pending, to be counted with the next log
+      if save or stop or step == last:
+        checkpoints.save(state)
+      if stop:
+        print(f"stopped by signal at step {step}; rerun the same command to go on", flush=True)
+        return
+      if step % config.train.eval_every == 0 or step == last:
+        evaluate(evaluator, state.joined(average=True), step, workdir)
+        mark = (time.monotonic(), step)
+    if first < last:
+      path = os.path.join(workdir, "weights.safetensors")
+      checkpoint.save_weights(path, config, state.joined(average=True), config.train.export_dtype)
+      print(f"averaged weights ({config.train.export_dtype}): {path}", flush=True)
+    else:
+      print(f"nothing to do: {workdir} is at step {first} of train.num_steps={last}", flush=True)
+  finally:
+    checkpoints.close()
+    writer.close()
+
+
+def make_evaluator(config, stage) -> reconstruction.Reconstruction:
+  """Builds the periodic evaluation of config.eval."""
+  names, number = config.eval.sources, config.eval.num_images
+  sets = {n: pipeline.eval_set(config.data, n, image_size=config.image_size, num_images=number) for n in names}
+  counts = reconstruction.token_counts(config.eval.num_tokens, config.tokens.num_registers)
+  return reconstruction.Reconstruction(
+      stage.predict_fns, sets, counts, config.eval.batch_size, config.seed, config.eval.grid_images
+  )
+
+
+def evaluate(evaluator, params, step: int, workdir: str):
+  """Evaluates and writes the table, curve and grids under workdir/eval/STEP."""
+  out = os.path.join(workdir, "eval", f"{step:08d}")
+  report = evaluator.run(params)
+  reconstruction.write_report(report, out)
+  print(reconstruction.format_table(report), flush=True)
+  print(f"pictures of step {step}: {out}", flush=True)
+
+
+def _line(step: int, last: int, s: dict) -> str:
+  minutes, seconds = divmod(int(s["eta_seconds"]), 60)
+  eta = f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
+  return (
+      f"step {step}/{last}  loss {s['loss']:.4f}  |grad| {s['grad_norm']:.3f}  lr {s['learning_rate']:.2e}  "
+      f"{s['images_per_second']:.1f} images/s  ETA {eta}"
+  )
+
+
+def _catch_sigterm():
+  """Makes SIGTERM (preemption) a question to ask between steps; returns the question."""
+  received = []
+  signal.signal(signal.SIGTERM, lambda signum, frame: received.append(signum))
+  return lambda: bool(received)
+
+
+def main():
+  if CONFIG.value is None or not WORKDIR.value:
+    raise ValueError("give --config=configs/X.py and --workdir=DIR")
+  train(CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+  cli.run(main)

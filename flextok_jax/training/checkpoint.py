@@ -1,0 +1,193 @@
+"""Checkpoints of a run (orbax) and files of weights (safetensors), and which workdir belongs to which config."""
+
+import json
+import os
+import tempfile
+
+from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import orbax.checkpoint as ocp
+import safetensors
+from safetensors.flax import save_file
+
+from flextok_jax.training.state import TrainState, unbox
+
+# Fields that a resumed run may change; all others make another run of it.
+_FREE = ("train.", "eval.", "sampler.", "mesh.", "remat", "init_from")
+_FREE_DATA = ("data.num_threads", "data.num_workers", "data.prefetch", "data.max_unreadable")
+_FORMAT = "flextok_jax"
+_KEY = "flextok_jax.config"  # metadata key of a safetensors file
+
+
+def write_text(path: str, text: str):
+  """Writes a file so that a reader sees the old or the new text, never a part."""
+  fd, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".tmp-")
+  with os.fdopen(fd, "w") as f:
+    f.write(text)
+  os.replace(temporary, path)
+
+
+def _flat(config: ConfigDict) -> dict:
+  return flatten_dict(json.loads(config.to_json()), sep=".")
+
+
+def claim_workdir(workdir: str, config: ConfigDict):
+  """Makes the workdir and writes config.json, or checks that a run of the same config lives there.
+
+  Raises:
+    ValueError: naming the first field that differs.
+  """
+  os.makedirs(workdir, exist_ok=True)
+  path = os.path.join(workdir, "config.json")
+  if os.path.exists(path):
+    old, new = _flat(read_config(workdir)), _flat(config)
+    for name in sorted(old.keys() | new.keys()):
+      if old.get(name) != new.get(name) and not name.startswith(_FREE) and name not in _FREE_DATA:
+        raise ValueError(
+            f"workdir {workdir} belongs to another config: {name} is {old.get(name)!r} there and {new.get(name)!r} here; "
+            "use another --workdir"
+        )
+  write_text(path, config.to_json(indent=1) + "\n")
+
+
+def read_config(workdir: str) -> ConfigDict:
+  """Returns the config that a workdir was made with."""
+  path = os.path.join(workdir, "config.json")
+  if not os.path.exists(path):
+    raise FileNotFoundError(f"{workdir} is no workdir of a run: it has no config.json")
+  with open(path) as f:
+    return _parse_config(f.read(), path)
+
+
+def _parse_config(text: str, origin: str) -> ConfigDict:
+  try:
+    values = json.loads(text)
+  except json.JSONDecodeError as e:
+    raise ValueError(f"the config in {origin} is not JSON: {e}") from None
+  if not isinstance(values, dict) or "stage" not in values:
+    raise ValueError(f"the config in {origin} does not name a stage: not a file of flextok_jax")
+  return ConfigDict(values).lock()
+
+
+class Checkpoints:
+  """The checkpoints of a workdir: asynchronous, atomic, the newest few kept and every one at a multiple of keep_period."""
+
+  def __init__(self, workdir: str, keep: int = 1, keep_period: int = 0):
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_period or None)
+    self._manager = ocp.CheckpointManager(os.path.abspath(os.path.join(workdir, "checkpoints")), options=options)
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, state: TrainState):
+    """Starts to save the state under its step; does nothing if that step is saved already."""
+    step = int(state.step)
+    if step == self._manager.latest_step():
+      return
+    items = {k: v for k, v in vars(state).items() if k != "step" and v}  # orbax stores no empty tree
+    args = {k: ocp.args.StandardSave(v) for k, v in items.items()}
+    self._manager.save(step, args=ocp.args.Composite(**args))
+
+  def restore(self, state: TrainState) -> TrainState:
+    """Returns the newest checkpoint in the shapes, dtypes and shardings of an abstract state."""
+    step = self._manager.latest_step()
+    items = {k: v for k, v in vars(state).items() if k != "step" and v}
+    args = {k: ocp.args.StandardRestore(v) for k, v in items.items()}
+    restored = self._restore(step, args)
+    return state.replace(step=jnp.int32(step), **{k: restored[k] for k in items})
+
+  def restore_average(self) -> dict:
+    """Returns the newest averaged parameters joined with the frozen ones, on the first device."""
+    step = self._manager.latest_step()
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    metadata = self._manager.item_metadata(step)
+    args = {}
+    for name in ("ema", "frozen"):
+      if name in metadata and metadata[name] is not None:
+        tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), metadata[name].tree)
+        args[name] = ocp.args.StandardRestore(tree)
+    restored = self._restore(step, args)
+    return {k: v for name in args for k, v in restored[name].items()}
+
+  def _restore(self, step: int, args: dict):
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**args))
+    except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
+      folder = os.path.join(self._manager.directory, str(step))
+      reason = str(e).strip().splitlines()
+      raise ValueError(
+          f"checkpoint {folder} cannot be read ({type(e).__name__}: {reason[0][:200] if reason else ''}); "
+          "delete that folder to resume from the one before"
+      ) from e
+
+  def close(self):
+    """Waits for what is being saved."""
+    self._manager.close()
+
+
+def save_weights(path: str, config: ConfigDict, params: dict, dtype: str = "float32"):
+  """Writes parameters and their config as one safetensors file, atomically."""
+  flat = flatten_dict(jax.tree.map(lambda x: jnp.asarray(x, dtype), jax.device_get(unbox(params))), sep="/")
+  os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+  temporary = f"{path}.tmp-{os.getpid()}"
+  save_file(flat, temporary, metadata={"format": _FORMAT, _KEY: config.to_json()})
+  os.replace(temporary, path)
+
+
+def load_weights(path: str) -> tuple[ConfigDict, dict]:
+  """Returns (config, params float32) of a workdir's newest checkpoint (its average) or of a file of save_weights.
+
+  Raises:
+    FileNotFoundError: nothing there.
+    ValueError: a file that is damaged or not ours.
+  """
+  if os.path.isdir(path):
+    config = read_config(path)
+    checkpoints = Checkpoints(path)
+    try:
+      if checkpoints.latest_step() is None:
+        raise FileNotFoundError(f"workdir {path} has no checkpoint yet")
+      return config, checkpoints.restore_average()
+    finally:
+      checkpoints.close()
+  if not os.path.exists(path):
+    raise FileNotFoundError(f"no such checkpoint: {path}; give a workdir or a .safetensors file")
+  try:
+    with safetensors.safe_open(path, "flax") as f:
+      metadata = f.metadata() or {}
+      if _KEY not in metadata:
+        raise ValueError(f"{path} is no weights file of flextok_jax: its metadata has no {_KEY!r}")
+      flat = {k: f.get_tensor(k).astype(jnp.float32) for k in f.keys()}  # noqa: SIM118 not a dict
+  except safetensors.SafetensorError as e:
+    raise ValueError(f"{path} is not a readable safetensors file: {e}") from None
+  return _parse_config(metadata[_KEY], path), unflatten_dict(flat, sep="/")
+
+
+def check_params(params: dict, expected: dict, origin: str):
+  """Raises ValueError naming the first array that is missing, unexpected or of another shape than expected."""
+  have, want = flatten_dict(params, sep="/"), flatten_dict(unbox(expected), sep="/")
+  for name in sorted(have.keys() | want.keys()):
+    if name not in have:
+      raise ValueError(f"{origin} lacks the array {name}, which its config asks for")
+    if name not in want:
+      raise ValueError(f"{origin} has an array {name} that its config does not ask for")
+    if have[name].shape != want[name].shape:
+      raise ValueError(f"{origin}: {name} has shape {have[name].shape}, its config asks for {want[name].shape}")
+
+
+def warm_start(params: dict, path: str) -> dict:
+  """Replaces the top-level parts of params that the weights at `path` hold; the others stay.
+
+  Raises:
+    ValueError: when shapes differ, or no part is shared.
+  """
+  _, given = load_weights(path)
+  shared = {k: v for k, v in given.items() if k in params}
+  if not shared:
+    raise ValueError(f"init_from={path} holds {', '.join(given)}, of which this model has none")
+  check_params(shared, {k: params[k] for k in shared}, path)
+  logging.info("starting from %s of %s", ", ".join(shared), path)
+  return {**params, **shared}

@@ -1,0 +1,97 @@
+"""The train state and its one pure update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from flextok_jax.training import metrics as metrics_lib
+
+Params = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a run needs to go on; all float leaves float32."""
+
+  step: jax.Array  # int32, updates done
+  params: Params  # trainable top-level parts
+  frozen: Params  # the others
+  ema: Params  # average of params
+  opt_state: Any
+
+  def joined(self, average: bool = False) -> Params:
+    """Returns the whole tree that predict functions take."""
+    return {**(self.ema if average else self.params), **self.frozen}
+
+
+def init_state(stage, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+  """Initialises; leaves are boxed with their logical axes (flax.linen.get_partition_spec reads them)."""
+  params, frozen = stage.init(key)
+  return TrainState(
+      step=jnp.int32(0),
+      params=params,
+      frozen=frozen,
+      ema=jax.tree.map(jnp.copy, params),  # donated buffers must not be shared
+      opt_state=optimizer.init(params),
+  )
+
+
+def ema_decay(decay: float, step: jax.Array) -> jax.Array:
+  """Warm-up of the average: min(decay, (1 + step) / (10 + step)), so that early averages forget the initialisation."""
+  return jnp.minimum(decay, (1 + step) / (10 + step))
+
+
+def make_update(
+    stage, optimizer: optax.GradientTransformation, *, accumulate_steps: int, decay: float
+) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]:
+  """Returns update(state, batch, key) -> (state, metrics), pure; jit it with the state donated.
+
+  The key is folded by state.step (and by the part when gradients accumulate over equal parts of the batch). Metrics are
+  those of training/metrics.py, to be merged over steps.
+  """
+
+  def grads_of(params, frozen, batch, key):
+    loss_fn = lambda p: stage.loss_fn({**p, **frozen}, batch, key)
+    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return grads, metrics
+
+  def accumulated(params, frozen, batch, key):
+    # Row r goes to part r % accumulate_steps: every device keeps its own rows.
+    parts = jax.tree.map(lambda x: x.reshape(-1, accumulate_steps, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def body(total, part):
+      index, batch = part
+      result = grads_of(params, frozen, batch, jax.random.fold_in(key, index))
+      return jax.tree.map(jnp.add, total, result), None
+
+    shapes = jax.eval_shape(grads_of, params, frozen, jax.tree.map(lambda x: x[0], parts), key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (grads, metrics), _ = jax.lax.scan(body, zeros, (jnp.arange(accumulate_steps), parts))
+    return jax.tree.map(lambda g: g / accumulate_steps, grads), metrics
+
+  def update(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
+    key = jax.random.fold_in(key, state.step)
+    images = {"image": batch["image"]}
+    grads, metrics = (accumulated if accumulate_steps > 1 else grads_of)(state.params, state.frozen, images, key)
+    norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    d = ema_decay(decay, state.step)
+    ema = jax.tree.map(lambda e, p: e * d + p * (1 - d), state.ema, params)
+
+    step = state.step + 1
+    finite = jnp.isfinite(metrics["loss"][0]) & jnp.isfinite(norm)
+    metrics = metrics_lib.from_update(dict(metrics, grad_norm=(norm, 1)), batch["unreadable"].sum(), finite, step)
+    return state.replace(step=step, params=params, ema=ema, opt_state=opt_state), metrics
+
+  return update
+
+
+def unbox(tree):
+  """Strips the logical-axis boxes."""
+  return nn.meta.unbox(tree)

@@ -1,0 +1,336 @@
+"""The tokenizer's maths stated a second time: plain numpy, float64, no loop fused and nothing shared with the package.
+
+Weights `w` are a flat dict with the names and layouts of the official checkpoints (linear [out, in], convolution
+[out, in, kh, kw]); arrays are channels-last. Speed does not matter here, being obvious does.
+"""
+
+import itertools
+import math
+import statistics
+
+import numpy as np
+
+ENC, DEC = "encoder.module_dict.enc_", "decoder.module_dict.dec_"
+
+
+def float64(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns the weights in float64."""
+  return {name: np.asarray(value, np.float64) for name, value in weights.items()}
+
+
+def linear(w, name, x):
+  """x [..., in] to [..., out]; the bias is optional."""
+  return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+
+def silu(x):
+  return x / (1 + np.exp(-x))
+
+
+def softmax(x):
+  x = np.exp(x - x.max(-1, keepdims=True))
+  return x / x.sum(-1, keepdims=True)
+
+
+def layer_norm(x):
+  """No affine part, eps 1e-5."""
+  return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+
+# Patches and positions.
+
+
+def patchify(x, p):
+  """[b, h, w, c] to [b, h/p * w/p, p * p * c], rows of patches first, vector order (row, column, channel)."""
+  b, h, width, _ = x.shape
+  corners = itertools.product(range(0, h, p), range(0, width, p))
+  return np.stack([x[:, i : i + p, j : j + p].reshape(b, -1) for i, j in corners], 1)
+
+
+def unpatchify(patches, p, h, width):
+  """Inverse of patchify."""
+  x = np.zeros((patches.shape[0], h, width, patches.shape[-1] // p**2))
+  for n, (i, j) in enumerate(itertools.product(range(0, h, p), range(0, width, p))):
+    x[:, i : i + p, j : j + p] = patches[:, n].reshape(-1, p, p, x.shape[-1])
+  return x
+
+
+def sincos_2d(h, width, dim):
+  """[h, width, dim]: sin, cos of the row, then sin, cos of the column, at dim / 4 frequencies each."""
+  table = np.zeros((h, width, dim))
+  quarter = dim // 4
+  for row, col, i in itertools.product(range(h), range(width), range(quarter)):
+    frequency = 1 / 10000 ** (i / quarter)
+    table[row, col, i::quarter] = (
+      math.sin(row * frequency),
+      math.cos(row * frequency),
+      math.sin(col * frequency),
+      math.cos(col * frequency),
+    )
+  return table
+
+
+def timestep_features(t):
+  """[b] to [b, 256]: cosines, then sines, of 128 angles."""
+  angles = np.asarray(t, np.float64)[:, None] * 1000 * np.exp(-math.log(256) * np.arange(128) / 128)
+  return np.concatenate([np.cos(angles), np.sin(angles)], -1)
+
+
+# FSQ.
+
+
+def fsq_bound(z, levels):
+  bounded = np.empty(z.shape)
+  for i, level in enumerate(levels):
+    half_l = (level - 1) * (1 + 1e-3) / 2
+    offset = 0.5 if level % 2 == 0 else 0.0
+    bounded[..., i] = np.tanh(z[..., i] + np.arctanh(offset / half_l)) * half_l - offset
+  return bounded
+
+
+def fsq_quantize(z, levels):
+  """z [..., n] to codes in [-1, 1] and ids [...]."""
+  digits = np.round(fsq_bound(z, levels))  # half to even
+  half = np.array([level // 2 for level in levels])
+  basis = np.cumprod([1, *levels[:-1]])
+  return digits / half, ((digits + half) * basis).sum(-1).astype(np.int64)
+
+
+def fsq_lookup(ids, levels):
+  """ids [...] to codes [..., n]."""
+  codes = []
+  for level in levels:
+    codes.append((ids % level - level // 2) / (level // 2))
+    ids = ids // level
+  return np.stack(codes, -1)
+
+
+def fsq_grad(z, grad_codes, levels):
+  """Gradient of quantize, the rounding taken as the identity: bound's derivative over level // 2."""
+  grad = np.empty(z.shape)
+  for i, level in enumerate(levels):
+    half_l = (level - 1) * (1 + 1e-3) / 2
+    shift = np.arctanh((0.5 if level % 2 == 0 else 0.0) / half_l)
+    grad[..., i] = grad_codes[..., i] * half_l * (1 - np.tanh(z[..., i] + shift) ** 2) / (level // 2)
+  return grad
+
+
+# Transformer.
+
+
+def attention(w, name, x, head_dim, mask=None):
+  """x [b, l, d]; mask [l, l], true where a query (row) sees a key (column)."""
+  b, length, width = x.shape
+  q, k, v = (
+    linear(w, f"{name}.w{kind}", x).reshape(b, length, width // head_dim, head_dim).transpose(0, 2, 1, 3)
+    for kind in "qkv"
+  )
+  logits = layer_norm(q) @ layer_norm(k).swapaxes(-1, -2) * 8 / head_dim
+  if mask is not None:
+    logits = np.where(mask, logits, -np.inf)
+  out = (softmax(logits) @ v).transpose(0, 2, 1, 3).reshape(b, length, width)
+  return linear(w, f"{name}.proj", out)
+
+
+def mlp(w, name, x):
+  return linear(w, f"{name}.fc2", silu(linear(w, f"{name}.fc1", x)) * linear(w, f"{name}.fc3", x))
+
+
+def num_modules(w, prefix):
+  """Number of modules prefix.0, prefix.1, ..."""
+  return len({name.removeprefix(prefix).split(".")[1] for name in w if name.startswith(f"{prefix}.")})
+
+
+def patch_size_of(w, name, channels):
+  return math.isqrt(w[f"{name}.weight"].shape[1] // channels)
+
+
+def encode(w, latents, head_dim=64):
+  """Latents [b, h, w, c] to the encoder's output [b, n, len(levels)], before FSQ."""
+  b, h, width, c = latents.shape
+  p = patch_size_of(w, ENC + "patch_emb.patch_proj", c)
+  x = linear(w, ENC + "patch_emb.patch_proj", patchify(latents, p))
+  x = x + sincos_2d(h // p, width // p, x.shape[-1]).reshape(1, *x.shape[1:])
+  patches = x.shape[1]
+  registers = w[ENC + "register_module.registers"]
+  x = np.concatenate([x, np.repeat(registers[None], b, 0)], 1)
+  length = x.shape[1]
+  mask = np.zeros((length, length), bool)
+  for i, j in itertools.product(range(length), range(length)):
+    mask[i, j] = j < patches or j <= i
+  for i in range(num_modules(w, ENC + "transformer.blocks")):
+    block = f"{ENC}transformer.blocks.{i}"
+    x = x + attention(w, f"{block}.attn", layer_norm(x), head_dim, mask)
+    x = x + mlp(w, f"{block}.mlp", layer_norm(x))
+  return linear(w, ENC + "to_latents.proj", layer_norm(x[:, patches:]))
+
+
+def registers_in(w, codes, keep_k=None, null=None):
+  """Codes [b, k, n] to the decoder's registers [b, k, d]; keep_k int [b], null bool [b]."""
+  x = linear(w, DEC + "from_latents.proj", codes)
+  x = x + w[DEC + "registers_posemb_module.posembs"][0, 0].T[: x.shape[1]]
+  for i in range(x.shape[0]):
+    if keep_k is not None:
+      x[i, keep_k[i] :] = w[DEC + "nested_dropout.dropout_mask_token"]
+    if null is not None and null[i]:
+      x[i] = w[DEC + "latent_dropout.nullcond"]
+  return x
+
+
+def time_embedding(w, t):
+  return linear(w, DEC + "time_embedder.mlp.2", silu(linear(w, DEC + "time_embedder.mlp.0", timestep_features(t))))
+
+
+def velocity(w, x, t, codes, keep_k=None, null=None, head_dim=64):
+  """Predicted velocity [b, h, w, c] of noised latents x [b, h, w, c] at times t [b]."""
+  b, h, width, c = x.shape
+  p = patch_size_of(w, DEC + "noise_patch_emb.patch_proj", c)
+  patches = linear(w, DEC + "noise_patch_emb.patch_proj", patchify(x, p))
+  patches = patches + sincos_2d(h // p, width // p, patches.shape[-1]).reshape(1, *patches.shape[1:])
+  registers = registers_in(w, codes, keep_k, null)
+  count = patches.shape[1]
+  y = np.concatenate([patches, registers], 1)
+  condition = silu(time_embedding(w, t))
+  for i in range(num_modules(w, DEC + "transformer.blocks")):
+    block = f"{DEC}transformer.blocks.{i}"
+    chunks = np.split(linear(w, f"{block}.adaLN_modulation.1", condition), 12, -1)
+    modulation = []  # six arrays [b, l, d]: a patch takes chunk i, a register chunk 6 + i
+    for for_patches, for_registers in zip(chunks[:6], chunks[6:]):
+      modulation.append(
+        np.concatenate(
+          [np.repeat(for_patches[:, None], count, 1), np.repeat(for_registers[:, None], y.shape[1] - count, 1)], 1
+        )
+      )
+    gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = modulation
+    y = y + gate_attn * attention(w, f"{block}.attn", layer_norm(y) * (1 + scale_attn) + shift_attn, head_dim)
+    y = y + gate_mlp * mlp(w, f"{block}.mlp", layer_norm(y) * (1 + scale_mlp) + shift_mlp)
+  shift, scale = np.split(linear(w, DEC + "to_patches.adaLN_modulation.1", condition)[:, None], 2, -1)
+  out = linear(w, DEC + "to_patches.proj", layer_norm(y[:, :count]) * (1 + scale) + shift)
+  return unpatchify(out, p, h, width)
+
+
+# Flow, guidance, sampler.
+
+
+def t_from_draw(draw, mode, mode_scale):
+  """Training times [b] of a normal draw ("logit_normal") or a uniform one (else)."""
+  if mode == "uniform":
+    return draw
+  if mode == "mode":
+    return 1 - draw - mode_scale * (np.cos(np.pi * draw / 2) ** 2 - 1 + draw)
+  if mode == "stratified_logit_normal":
+    draw = np.array([statistics.NormalDist().inv_cdf((i + u) / len(draw)) for i, u in enumerate(draw)])
+  return 1 / (1 + np.exp(-draw))
+
+
+def add_noise(x0, noise, t):
+  t = np.asarray(t).reshape(-1, *[1] * (x0.ndim - 1))
+  return (1 - t) * x0 + t * noise
+
+
+def flow_loss(w, latents, codes, t, noise, keep_k=None, null=None):
+  """Per sample [b]."""
+  v = velocity(w, add_noise(latents, noise, t), t, codes, keep_k, null)
+  return ((v - (noise - latents)) ** 2).mean((1, 2, 3))
+
+
+def cfg(v_c, v_u, scale):
+  return v_u + scale * (v_c - v_u)
+
+
+def apg(v_c, v_u, scale, running, momentum=-0.5, eta=0.0, threshold=2.5):
+  """Returns (guided velocity, running sum), sample by sample."""
+  out, sums = np.empty(v_c.shape), np.empty(v_c.shape)
+  for i in range(len(v_c)):
+    c, sums[i] = v_c[i], v_c[i] - v_u[i] + momentum * running[i]
+    d = sums[i] * (min(1.0, threshold / np.linalg.norm(sums[i])) if threshold > 0 else 1.0)
+    parallel = (d * c).sum() / (c * c).sum() * c
+    out[i] = c + (scale - 1) * (d - parallel + eta * parallel)
+  return out, sums
+
+
+def sample(w, noise, codes, keep_k, num_steps, guidance="none", scale=1.0, head_dim=64):
+  """Returns the latents after every Euler step [num_steps, b, h, w, c]; APG with its default settings."""
+  x, b = noise, len(noise)
+  running, states = np.zeros(noise.shape), []
+  for i in range(num_steps, 0, -1):
+    t = np.full(b, i / num_steps)
+    v = velocity(w, x, t, codes, keep_k, head_dim=head_dim)
+    if guidance != "none":
+      v_u = velocity(w, x, t, codes, keep_k, np.ones(b, bool), head_dim)
+      if guidance == "cfg":
+        v = cfg(v, v_u, scale)
+      else:
+        v, running = apg(v, v_u, scale, running)
+    x = x - v / num_steps
+    states.append(x)
+  return np.stack(states)
+
+
+# VAE.
+
+
+def conv(w, name, x, stride=1, pad=None):
+  """x [b, h, w, c]; pad ((top, bottom), (left, right)), by default the one that keeps the size."""
+  kernel = w[f"{name}.weight"]
+  size = kernel.shape[2]
+  same = (size // 2, size // 2)
+  x = np.pad(x, ((0, 0), *(pad or (same, same)), (0, 0)))
+  rows, cols = x.shape[1] - size + 1, x.shape[2] - size + 1
+  out = sum(
+    x[:, i : i + rows : stride, j : j + cols : stride] @ kernel[:, :, i, j].T
+    for i, j in itertools.product(range(size), range(size))
+  )
+  return out + w[f"{name}.bias"]
+
+
+def group_norm(w, name, x, groups):
+  b, h, width, c = x.shape
+  g = x.reshape(b, h * width, groups, c // groups)
+  g = (g - g.mean((1, 3), keepdims=True)) / np.sqrt(g.var((1, 3), keepdims=True) + 1e-6)
+  return g.reshape(x.shape) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def resnet(w, name, x, groups):
+  h = conv(w, f"{name}.conv1", silu(group_norm(w, f"{name}.norm1", x, groups)))
+  h = conv(w, f"{name}.conv2", silu(group_norm(w, f"{name}.norm2", h, groups)))
+  return h + (conv(w, f"{name}.conv_shortcut", x) if f"{name}.conv_shortcut.weight" in w else x)
+
+
+def mid_block(w, name, x, groups):
+  x = resnet(w, f"{name}.resnets.0", x, groups)
+  tokens = group_norm(w, f"{name}.attentions.0.group_norm", x, groups).reshape(len(x), -1, x.shape[-1])
+  q, k, v = (linear(w, f"{name}.attentions.0.to_{kind}", tokens) for kind in "qkv")
+  out = softmax(q @ k.swapaxes(1, 2) / math.sqrt(x.shape[-1])) @ v
+  x = x + linear(w, f"{name}.attentions.0.to_out.0", out).reshape(x.shape)
+  return resnet(w, f"{name}.resnets.1", x, groups)
+
+
+def vae_encode(w, images, groups):
+  """Images [b, h, w, 3] to the mean and log-variance of the unscaled latents."""
+  name = "vae.vae.encoder"
+  x = conv(w, f"{name}.conv_in", images)
+  for level in range(num_modules(w, f"{name}.down_blocks")):
+    block = f"{name}.down_blocks.{level}"
+    for i in range(num_modules(w, f"{block}.resnets")):
+      x = resnet(w, f"{block}.resnets.{i}", x, groups)
+    if f"{block}.downsamplers.0.conv.weight" in w:
+      x = conv(w, f"{block}.downsamplers.0.conv", x, stride=2, pad=((0, 1), (0, 1)))
+  x = mid_block(w, f"{name}.mid_block", x, groups)
+  x = conv(w, f"{name}.conv_out", silu(group_norm(w, f"{name}.conv_norm_out", x, groups)))
+  mean, logvar = np.split(conv(w, "vae.vae.quant_conv", x), 2, -1)
+  return mean, np.clip(logvar, -30, 20)
+
+
+def vae_decode(w, latents, groups):
+  """Unscaled latents to images [b, h, w, 3], not clipped."""
+  name = "vae.vae.decoder"
+  x = conv(w, f"{name}.conv_in", conv(w, "vae.vae.post_quant_conv", latents))
+  x = mid_block(w, f"{name}.mid_block", x, groups)
+  for level in range(num_modules(w, f"{name}.up_blocks")):
+    block = f"{name}.up_blocks.{level}"
+    for i in range(num_modules(w, f"{block}.resnets")):
+      x = resnet(w, f"{block}.resnets.{i}", x, groups)
+    if f"{block}.upsamplers.0.conv.weight" in w:
+      x = conv(w, f"{block}.upsamplers.0.conv", x.repeat(2, 1).repeat(2, 2))
+  return conv(w, f"{name}.conv_out", silu(group_norm(w, f"{name}.conv_norm_out", x, groups)))
