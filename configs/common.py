@@ -42,7 +42,9 @@ def get_config() -> ConfigDict:
   c.tokens = ConfigDict()
   c.tokens.num_registers = 256  # tokens an image at most [paper]
   c.tokens.levels = (8, 8, 8, 5, 5, 5)  # FSQ levels: 64,000 codes [paper]
-  c.tokens.nested_dropout = "uniform_pow2"  # "uniform", "pow2", "uniform_pow2" (SPEC: draw 1..N, round up) [code]
+  # Law of the number of kept tokens: "uniform" on 1..N; "pow2": every power of two alike [paper]; "uniform_pow2": a
+  # uniform length rounded up to a power of two, so that about half of the samples keep all.
+  c.tokens.nested_dropout = "pow2"
   c.tokens.null_prob = 0.2  # share of samples trained without condition, for guidance [code]
 
   c.flow = ConfigDict()
@@ -64,13 +66,15 @@ def get_config() -> ConfigDict:
 
   c.data = ConfigDict()
   c.data.global_batch = 1024  # images a step, over all devices [ours]
-  c.data.crop = "random"  # "random": random resized crop; "center": shorter side to image_size, centre crop
+  # "random": random resized crop; "center": shorter side to image_size, centre crop. Of folder and tfds; the other
+  # sources frame their pictures themselves.
+  c.data.crop = "random"
   c.data.crop_min_area = 0.4  # smallest area share of a random crop [ours: milder than a classifier's 0.08]
-  c.data.flip = True  # horizontal, one half of the images (never emoji's captions with left/right: see data/sources.py)
+  c.data.flip = True  # horizontal, one half of the images (never emoji: letters, arrows and flags have sides)
   c.data.num_threads = 8  # reading threads a process
   c.data.num_workers = 0  # worker processes a process; 0: threads alone
   c.data.prefetch = 4  # batches ready on the host; two more wait on the device
-  c.data.max_unreadable = 100  # unreadable files passed over before the run stops
+  c.data.max_unreadable = 0.01  # share of unreadable files, since the last log line, above which the run stops
   # A source takes part with its weight (share of the images); the validation split never overlaps the training split.
   c.data.sources = ConfigDict()
   c.data.sources.synthetic = ConfigDict(dict(weight=0.0, render_size=64))  # procedural scenes; pixels a side drawn

@@ -54,7 +54,9 @@ def main(values: flags.FlagValues):
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out={out} is a file: give a folder")
   report = evaluate(config, params)
-  settings = {"checkpoint": str(source), "image_size": config.image_size, "sampler": config.sampler.to_dict()}
+  settings = {"checkpoint": str(source), "image_size": config.image_size}
+  if report.scores["num_tokens"]:
+    settings["sampler"] = config.sampler.to_dict()
   paths = reconstruction.write_report(report, out, settings)
   with open(out / "eval.jsonl", "a") as f:
     f.write(json.dumps({**settings, **report.scores}) + "\n")

@@ -74,52 +74,32 @@ def train(config, workdir: str):
   print(f"stage {config.stage}: {count / 1e6:.1f}M trained parameters, {mesh.size} devices, steps {first}..{last}")
   interrupted = _catch_sigterm()
 
-  pending, unreadable, mark = None, 0, (time.monotonic(), first)
-
-  def check(pending):
-    """Fetches the metrics since the last log; raises if the run must stop."""
-    nonlocal unreadable
-    scalars = metrics_lib.compute(pending)
-    bad = int(scalars.pop("first_bad_step"))
-    if bad != metrics_lib.NEVER:
-      kept = checkpoints.latest_step()
-      raise ValueError(
-          f"loss or gradient not finite at step {bad}; the checkpoint of step {kept} is untouched. "
-          "Lower optim.learning_rate or optim.clip_norm, or look at the data of that step"
-      )
-    unreadable += scalars["unreadable"]
-    if unreadable > config.data.max_unreadable:
-      raise ValueError(
-          f"{int(unreadable)} unreadable files, more than data.max_unreadable={config.data.max_unreadable} (named in the log)"
-      )
-    return scalars
-
+  pending, mark = None, (time.monotonic(), first)
   try:
     for step in range(first + 1, last + 1):
       state, metrics = update(state, next(batches), run_key)
       pending = metrics if pending is None else metrics_lib.merge(pending, metrics)
-      stop = interrupted()
-      log, save = step % config.train.log_every == 0, step % config.train.checkpoint_every == 0
-      if log or save or stop or step == last:
-        scalars = check(pending)
-        pending = None if log or stop or step == last else pending
-        if pending is None:
-          now = time.monotonic()
-          rate = (step - mark[1]) / (now - mark[0])
-          mark = (now, step)
-          scalars["learning_rate"] = float(schedule(step - 1))
-          scalars["images_per_second"] = rate * config.data.global_batch
-          scalars["eta_seconds"] = (last - step) / rate
-          writer.write(step, scalars, _line(step, last, scalars))
-        else:
-          unreadable -= scalars["unreadable"]  # still pending, to be counted with the next log
-      if save or stop or step == last:
+      stop, save = interrupted(), step % config.train.checkpoint_every == 0 or step == last
+      if stop or save or step % config.train.log_every == 0:
+        images = (step - mark[1]) * config.data.global_batch
+        scalars = metrics_lib.compute(pending)
+        _check(scalars, images, config, checkpoints)
+        rate = images / (time.monotonic() - mark[0])
+        scalars["learning_rate"] = float(schedule(step - 1))
+        scalars["images_per_second"] = rate
+        scalars["eta_seconds"] = (last - step) * config.data.global_batch / rate
+        writer.write(step, scalars, _line(step, last, scalars))
+        pending, mark = None, (time.monotonic(), step)
+      if stop or save:
         checkpoints.save(state)
       if stop:
-        print(f"stopped by signal at step {step}; rerun the same command to go on", flush=True)
+        print(f"stopped by a signal at step {step}; rerun the same command to go on", flush=True)
         return
       if step % config.train.eval_every == 0 or step == last:
-        evaluate(evaluator, state.joined(average=True), step, workdir)
+        report = evaluator.run(state.joined(average=True))
+        out = os.path.join(workdir, "eval", f"{step:08d}")
+        reconstruction.write_report(report, out)
+        writer.write(step, report.scalars(), f"{reconstruction.format_table(report)}\npictures of step {step}: {out}")
         mark = (time.monotonic(), step)
     if first < last:
       path = os.path.join(workdir, "weights.safetensors")
@@ -132,6 +112,23 @@ def train(config, workdir: str):
     writer.close()
 
 
+def _check(scalars: dict, images: int, config, checkpoints):
+  """Raises ValueError when a loss was not finite or too many files were unreadable."""
+  bad = int(scalars.pop("first_bad_step"))
+  if bad != metrics_lib.NEVER:
+    kept = checkpoints.latest_step()
+    state = f"the checkpoint of step {kept} is untouched" if kept is not None else "there is no checkpoint yet"
+    raise ValueError(
+        f"loss or gradient not finite at step {bad}; {state}. "
+        "Lower optim.learning_rate or optim.clip_norm, or look at the data of that step"
+    )
+  if scalars["unreadable"] > config.data.max_unreadable * images:
+    raise ValueError(
+        f"{int(scalars['unreadable'])} unreadable files among the last {images} images, a larger share than "
+        f"data.max_unreadable={config.data.max_unreadable}; the log names them"
+    )
+
+
 def make_evaluator(config, stage) -> reconstruction.Reconstruction:
   """Builds the periodic evaluation of config.eval."""
   names, number = config.eval.sources, config.eval.num_images
@@ -140,15 +137,6 @@ def make_evaluator(config, stage) -> reconstruction.Reconstruction:
   return reconstruction.Reconstruction(
       stage.predict_fns, sets, counts, config.eval.batch_size, config.seed, config.eval.grid_images
   )
-
-
-def evaluate(evaluator, params, step: int, workdir: str):
-  """Evaluates and writes the table, curve and grids under workdir/eval/STEP."""
-  out = os.path.join(workdir, "eval", f"{step:08d}")
-  report = evaluator.run(params)
-  reconstruction.write_report(report, out)
-  print(reconstruction.format_table(report), flush=True)
-  print(f"pictures of step {step}: {out}", flush=True)
 
 
 def _line(step: int, last: int, s: dict) -> str:

@@ -183,13 +183,13 @@ class Reconstruction:
     for start in range(0, len(images), self._batch_size):
       rows = images[start : start + self._batch_size]
       for column, (pictures, values) in self._run_batch(params, rows, start):
-        scores.setdefault(column, []).append({k: v[: len(rows)] for k, v in values.items()})
+        scores.setdefault(column, []).append((len(rows), values))  # left on the device: the next batch need not wait
         if start < self._grid_images:
           kept = min(self._grid_images - start, len(rows))
-          restored.setdefault(column, []).append(np.asarray(pictures[:kept]))
+          restored.setdefault(column, []).append(np.asarray(pictures)[:kept])
     means = {}
     for column, parts in scores.items():
-      joined = {k: np.concatenate([np.asarray(part[k]) for part in parts]) for k in parts[0]}
+      joined = {k: np.concatenate([np.asarray(values[k])[:n] for n, values in parts]) for k in metrics.METRICS}
       means[column] = {k: float(v.mean(dtype=np.float64)) for k, v in joined.items()}
     return means, {column: np.concatenate(parts) for column, parts in restored.items()}
 

@@ -6,6 +6,11 @@ import jax.numpy as jnp
 MODES = ("uniform", "pow2", "uniform_pow2")
 
 
+def lengths(num_registers: int) -> tuple[int, ...]:
+  """Returns the powers of two up to num_registers, and num_registers itself."""
+  return tuple(1 << i for i in range((num_registers - 1).bit_length())) + (num_registers,)
+
+
 def sample_keep_k(key: jax.Array, batch: int, num_registers: int, mode: str) -> jax.Array:
   """Draws the number of kept registers, int32 [batch] in 1..num_registers.
 

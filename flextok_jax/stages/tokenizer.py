@@ -97,7 +97,7 @@ class TokenizerStage:
 
     metrics = {"loss": where(jnp.ones(size, bool)), "loss_null": where(drop)}
     low = 0
-    for high in token_counts(n):
+    for high in nested.lengths(n):
       metrics[f"loss_k{high}"] = where(~drop & (keep_k > low) & (keep_k <= high))
       low = high
     return per_sample.mean(), metrics
@@ -114,8 +114,3 @@ class TokenizerStage:
       return jnp.clip(self.model.apply({"params": params}, latents, method="decode_latents"), -1, 1)
 
     return {"tokenize": tokenize, "detokenize": detokenize}
-
-
-def token_counts(num_registers: int) -> tuple[int, ...]:
-  """Returns the powers of two up to num_registers, and num_registers itself."""
-  return tuple(1 << i for i in range((num_registers - 1).bit_length())) + (num_registers,)

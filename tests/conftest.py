@@ -1,0 +1,24 @@
+"""Settings and fixtures of the whole suite; set before jax starts: 8 virtual CPU devices, exact float32 products."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" if (ROOT.parent / "shared" / "golden").is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+  """The folder with numbers of the reference implementation, which stands beside the repository where there is one."""
+  if SHARED is None:
+    pytest.skip("no ../shared/golden beside the repository: reference numbers not at hand")
+  return SHARED
