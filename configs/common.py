@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
   c.vae_loss = ConfigDict()
   c.vae_loss.l1_weight = 1.0  # mean absolute error over pixels [ours: SDXL's trainer uses L1]
   c.vae_loss.l2_weight = 0.0  # mean squared error over pixels
-  c.vae_loss.kl_weight = 1e-6  # of the KL summed over a latent and averaged over the batch [SDXL's order; not in the record]
+  c.vae_loss.kl_weight = 1e-6  # of the KL summed over a latent, mean of the batch [ours: the order of SDXL's]
 
   c.data = ConfigDict()
   c.data.global_batch = 1024  # images a step, over all devices [ours]
@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
   c.data.sources.synthetic = ConfigDict(dict(weight=0.0, render_size=64))  # procedural scenes; pixels a side drawn
   c.data.sources.emoji = ConfigDict(dict(weight=0.0, path=""))  # "" finds the system's NotoColorEmoji.ttf
   c.data.sources.photos = ConfigDict(dict(weight=0.0, min_crop=64))  # photographs of scikit-image and scikit-learn
-  c.data.sources.folder = ConfigDict(dict(weight=0.0, path="", val_path=""))  # trees of jpg/png/webp, class = subfolder
+  c.data.sources.folder = ConfigDict(dict(weight=0.0, path="", val_path=""))  # jpg/png/webp, class = subfolder
   c.data.sources.tfds = ConfigDict(dict(weight=1.0, name="imagenet2012", data_dir="", train_split="train",
                                         val_split="validation", image_key="image", label_key="label"))
 

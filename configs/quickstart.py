@@ -2,13 +2,17 @@
 
 Sizes by what two CPU cores can train: the encoder reads 8x8 px patches (16 of them), the decoder writes 4x4 px patches
 (64), so an image costs about 0.5 GFLOP a training step.
+
+quickstart.py:scratch is a run of a few minutes on what a fresh machine has: the same model, without emoji.
 """
 
 from configs import common
 
 
-def get_config():
-  return common.derive(
+def get_config(arg: str = ""):
+  if arg not in ("", "scratch"):
+    raise ValueError(f"configs/quickstart.py takes no argument or 'scratch', got {arg!r}")
+  c = common.derive(
       image_size=32,
       dtype="float32",  # CPUs gain nothing from bfloat16
       vae=dict(kind="pixels", scaling_factor=1.5),  # brings [-1, 1] RGB to about unit variance
@@ -31,3 +35,11 @@ def get_config():
       train=dict(num_steps=16_000, log_every=50, checkpoint_every=500, keep_period=0, eval_every=2_000),
       eval=dict(sources=("synthetic", "emoji", "photos"), num_images=64, batch_size=64, grid_images=6),
   )
+  if arg == "scratch":
+    c.update(
+        data=dict(sources=dict(synthetic=dict(weight=0.75), emoji=dict(weight=0.0), photos=dict(weight=0.25))),
+        optim=dict(warmup_steps=50, ema_decay=0.99),
+        train=dict(num_steps=250, log_every=25, checkpoint_every=125, eval_every=100_000),  # evaluated at the end alone
+        eval=dict(sources=("synthetic", "photos"), num_images=16, batch_size=16),
+    )
+  return c

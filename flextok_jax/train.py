@@ -14,7 +14,8 @@ from ml_collections import config_flags
 from flextok_jax import cli, stages
 from flextok_jax.data import pipeline
 from flextok_jax.evals import reconstruction
-from flextok_jax.training import checkpoint, metrics as metrics_lib, optim, sharding
+from flextok_jax.training import checkpoint, optim, sharding
+from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training.state import init_state, make_update, unbox
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().", lock_config=True)
@@ -33,7 +34,7 @@ def train(config, workdir: str):
   optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
   schedule = optim.make_schedule(config.optim, config.train.num_steps)
   init_key, run_key = jax.random.split(jax.random.key(config.seed))
-  evaluator = make_evaluator(config, stage)  # before anything is written: its data may be missing
+  evaluator = make_evaluator(config, stage, mesh)  # before anything is written: its data may be missing
   checkpoint.claim_workdir(workdir, config)
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_period)
 
@@ -129,13 +130,19 @@ def _check(scalars: dict, images: int, config, checkpoints):
     )
 
 
-def make_evaluator(config, stage) -> reconstruction.Reconstruction:
+def make_evaluator(config, stage, mesh) -> reconstruction.Reconstruction:
   """Builds the periodic evaluation of config.eval."""
   names, number = config.eval.sources, config.eval.num_images
   sets = {n: pipeline.eval_set(config.data, n, image_size=config.image_size, num_images=number) for n in names}
   counts = reconstruction.token_counts(config.eval.num_tokens, config.tokens.num_registers)
   return reconstruction.Reconstruction(
-      stage.predict_fns, sets, counts, config.eval.batch_size, config.seed, config.eval.grid_images
+      stage.predict_fns,
+      sets,
+      counts,
+      config.eval.batch_size,
+      config.seed,
+      config.eval.grid_images,
+      sharding.batch_sharding(mesh),
   )
 
 

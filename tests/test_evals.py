@@ -136,7 +136,7 @@ def test_padding_is_counted_once_and_batches_do_not_matter(stage, images, params
   scores = []
   for i, image in enumerate(images):  # one by one
     key = jax.random.fold_in(jax.random.key(3), i)
-    restored = metrics.round_to_8bit(detokenize(params, tokenize(params, image[None]), np.array([2]), key))
+    restored = metrics.round_to_8bit(detokenize(params, tokenize(params, image[None]), np.array([2]), key[None]))
     scores.append({k: f(jnp.float32(image[None]) / 255, restored)[0] for k, f in metrics.METRICS.items()})
     if i < 4:
       np.testing.assert_allclose(report.examples["left"]["2"][i], np.asarray(restored[0]) * 255, atol=1.01)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.evals import metrics, plots
+from flextok_jax.ops import nested
 
 VAE_COLUMN = "vae"  # the one column of a stage without tokens
 
@@ -56,7 +57,7 @@ def token_counts(requested: Sequence[int], num_registers: int) -> tuple[int, ...
     ValueError: a count outside 1..num_registers.
   """
   if not requested:
-    return tuple(sorted({2**i for i in range(num_registers.bit_length())} | {num_registers}))
+    return nested.lengths(num_registers)
   for count in requested:
     if not 1 <= count <= num_registers:
       raise ValueError(f"num_tokens {count} is out of range: this model takes 1 to {num_registers} tokens")
@@ -80,11 +81,8 @@ def decoder_by_image(detokenize: Callable, seed: int) -> Callable:
     raise ValueError(f"seed {seed} is out of range: 0 to {2**32 - 1}")
 
   def decode(params, ids, keep_k, index):
-    def one(image_ids, image_keep_k, image_index):
-      key = jax.random.fold_in(jax.random.key(seed), image_index)
-      return detokenize(params, image_ids[None], image_keep_k[None], key)[0]
-
-    return jax.vmap(one)(ids, keep_k, index)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
+    return detokenize(params, ids, keep_k, keys)
 
   return decode
 
@@ -129,7 +127,7 @@ class Reconstruction:
                          f" of {metrics.SSIM_WINDOW}x{metrics.SSIM_WINDOW}")
     self._images = {name: np.asarray(eval_set["image"]) for name, eval_set in eval_sets.items()}
     self._has_tokens = "tokenize" in predict_fns
-    self._num_tokens = tuple(num_tokens) if self._has_tokens else ()
+    self._num_tokens = tuple(num_tokens)
     devices = sharding.num_devices if sharding else 1
     batch_size = min(batch_size, max(len(images) for images in self._images.values()))
     self._batch_size = -(-batch_size // devices) * devices
@@ -175,7 +173,8 @@ class Reconstruction:
           raise ValueError(f"reconstructions of {name!r} at {column} tokens are not finite: these weights diverged")
       sets[name] = {"num_images": len(images), "by_tokens": by_tokens}
       examples[name] = {"original": images[: self._grid_images], **restored}
-    return Report({"seed": self._seed, "num_tokens": list(self._num_tokens), "sets": sets}, examples)
+    num_tokens = [int(column) for column in by_tokens] if self._has_tokens else []
+    return Report({"seed": self._seed, "num_tokens": num_tokens, "sets": sets}, examples)
 
   def _run_set(self, params: Any, images: np.ndarray) -> tuple[dict, dict]:
     """Returns the mean metrics and the first reconstructions of one set, by column."""
@@ -201,9 +200,8 @@ class Reconstruction:
       yield VAE_COLUMN, self._reconstruct(params, batch)
       return
     ids = self._tokenize(params, batch)
-    token_counts(self._num_tokens, ids.shape[1])
     index = self._place(np.arange(start, start + self._batch_size, dtype=np.int32))
-    for count in self._num_tokens:
+    for count in token_counts(self._num_tokens, ids.shape[1]):
       yield str(count), self._decode(params, batch, ids, np.int32(count), index)
 
   def _place(self, batch: np.ndarray) -> jax.Array:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from flextok_jax.models.decoder import Decoder
 from flextok_jax.models.encoder import Encoder
 from flextok_jax.models.flextok import FlexTok, sample_latents
-from flextok_jax.ops import flow, nested
+from flextok_jax.ops import flow, guidance, nested
 from flextok_jax.stages.vae import make_vae
 
 
@@ -26,6 +26,14 @@ def make_model(config: ConfigDict) -> FlexTok:
       raise ValueError(f"{part}.width {width} is not a multiple of 4 and of head_dim {head_dim}")
   if config.vae.kind not in ("autoencoder_kl", "pixels"):
     raise ValueError(f"unknown vae.kind {config.vae.kind!r}: 'autoencoder_kl' or 'pixels'")
+  if config.tokens.nested_dropout not in nested.MODES:
+    raise ValueError(
+        f"unknown tokens.nested_dropout {config.tokens.nested_dropout!r}: one of {', '.join(nested.MODES)}"
+    )
+  if config.flow.t_sampling not in flow.T_SAMPLINGS:
+    raise ValueError(f"unknown flow.t_sampling {config.flow.t_sampling!r}: one of {', '.join(flow.T_SAMPLINGS)}")
+  if config.sampler.guidance not in guidance.MODES:
+    raise ValueError(f"unknown sampler.guidance {config.sampler.guidance!r}: one of {', '.join(guidance.MODES)}")
   if config.tokens.num_registers < 1:
     raise ValueError(f"tokens.num_registers must be at least 1, got {config.tokens.num_registers}")
   model = FlexTok(
@@ -51,7 +59,8 @@ def make_model(config: ConfigDict) -> FlexTok:
     patch = config[part].patch_size
     if side < patch or side % patch:
       raise ValueError(
-          f"image_size {config.image_size} gives {side} latent pixels a side, not a multiple of {part}.patch_size {patch}"
+          f"image_size {config.image_size} gives {side} latent pixels a side, "
+          f"which is not a multiple of {part}.patch_size {patch}"
       )
   return model
 
@@ -104,12 +113,14 @@ class TokenizerStage:
 
   @property
   def predict_fns(self):
+    """tokenize(params, images) -> ids [b, num_registers]; detokenize(params, ids, keep_k [b], keys [b]) -> images."""
+
     def tokenize(params, images):
       return self.model.apply({"params": params}, images, method="tokenize")
 
-    def detokenize(params, token_ids, keep_k, key):
-      shape = (token_ids.shape[0], *self.model.latent_shape(self.image_size))
-      noise = jax.random.normal(key, shape)
+    def detokenize(params, token_ids, keep_k, keys):
+      shape = self.model.latent_shape(self.image_size)
+      noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
       latents = sample_latents(self.model, params, token_ids, keep_k, noise, **self.sampler)
       return jnp.clip(self.model.apply({"params": params}, latents, method="decode_latents"), -1, 1)
 

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import safetensors
 from safetensors.flax import save_file
 
+from flextok_jax import stages
 from flextok_jax.training.state import TrainState, unbox
 
 # Fields that a resumed run may change; all others make another run of it.
@@ -47,8 +48,8 @@ def claim_workdir(workdir: str, config: ConfigDict):
     for name in sorted(old.keys() | new.keys()):
       if old.get(name) != new.get(name) and not name.startswith(_FREE) and name not in _FREE_DATA:
         raise ValueError(
-            f"workdir {workdir} belongs to another config: {name} is {old.get(name)!r} there and {new.get(name)!r} here; "
-            "use another --workdir"
+            f"workdir {workdir} belongs to another config: {name} is {old.get(name)!r} there and {new.get(name)!r} "
+            "here; use another --workdir"
         )
   write_text(path, config.to_json(indent=1) + "\n")
 
@@ -73,7 +74,7 @@ def _parse_config(text: str, origin: str) -> ConfigDict:
 
 
 class Checkpoints:
-  """The checkpoints of a workdir: asynchronous, atomic, the newest few kept and every one at a multiple of keep_period."""
+  """The checkpoints of a workdir: asynchronous, atomic; the newest few are kept, and the multiples of keep_period."""
 
   def __init__(self, workdir: str, keep: int = 1, keep_period: int = 0):
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_period or None)
@@ -150,9 +151,11 @@ def load_weights(path: str) -> tuple[ConfigDict, dict]:
     try:
       if checkpoints.latest_step() is None:
         raise FileNotFoundError(f"workdir {path} has no checkpoint yet")
-      return config, checkpoints.restore_average()
+      params = checkpoints.restore_average()
     finally:
       checkpoints.close()
+    _check_params(config, params, path)
+    return config, params
   if not os.path.exists(path):
     raise FileNotFoundError(f"no such checkpoint: {path}; give a workdir or a .safetensors file")
   try:
@@ -163,7 +166,18 @@ def load_weights(path: str) -> tuple[ConfigDict, dict]:
       flat = {k: f.get_tensor(k).astype(jnp.float32) for k in f.keys()}  # noqa: SIM118 not a dict
   except safetensors.SafetensorError as e:
     raise ValueError(f"{path} is not a readable safetensors file: {e}") from None
-  return _parse_config(metadata[_KEY], path), unflatten_dict(flat, sep="/")
+  config, params = _parse_config(metadata[_KEY], path), unflatten_dict(flat, sep="/")
+  _check_params(config, params, path)
+  return config, params
+
+
+def _check_params(config: ConfigDict, params: dict, origin: str):
+  """Raises ValueError when params are not those of the model that the config describes."""
+  try:
+    expected = jax.eval_shape(stages.make_stage(config).init, jax.random.key(0))
+  except Exception as e:  # a hand-made config can be wrong in any way
+    raise ValueError(f"the config of {origin} describes no model ({type(e).__name__}: {e})") from e
+  check_params(params, {**expected[0], **expected[1]}, origin)
 
 
 def check_params(params: dict, expected: dict, origin: str):

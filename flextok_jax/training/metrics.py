@@ -67,8 +67,8 @@ class Writer:
     if tensorboard:
       try:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        import tensorflow as tf
         from clu import metric_writers
+        import tensorflow as tf
 
         tf.config.set_visible_devices([], "GPU")  # jax owns them
         self._summary = metric_writers.SummaryWriter(os.path.join(workdir, "tensorboard"))

@@ -6,7 +6,8 @@ import itertools
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 # Logical axis -> mesh axis. The batch is split over "data"; every parameter axis is replicated.

@@ -1,0 +1,12 @@
+"""FlexTok d12-d12 on ImageNet, 256 px: 341.3M parameters with the VAE. Every field is common.py's default.
+
+The VAE is frozen: train one first (configs/vae_c16.py) and start from it, its workdir or its weights file:
+
+  python -m flextok_jax.train --config=configs/flextok_d12_d12_in1k.py --workdir=DIR --config.init_from=VAE
+"""
+
+from configs import common
+
+
+def get_config():
+  return common.derive()

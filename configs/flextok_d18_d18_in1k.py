@@ -1,0 +1,16 @@
+"""FlexTok d18-d18 on ImageNet, 256 px: 949.1M parameters with the VAE.
+
+The VAE is frozen: train one first (configs/vae_c16.py) and start from it, its workdir or its weights file:
+
+  python -m flextok_jax.train --config=configs/flextok_d18_d18_in1k.py --workdir=DIR --config.init_from=VAE
+"""
+
+from configs import common
+
+
+def get_config():
+  return common.derive(
+      encoder=dict(width=1152, depth=18),
+      decoder=dict(width=1152, depth=18),
+      optim=dict(learning_rate=3.75e-4),  # d12-d12's, times 768 / width [ours: the 1 / width rule of muP]
+  )

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Shows the tokenizer in about ten minutes on two cores: launch/quickstart.sh [WORKDIR], by default runs/quickstart.
+# Run again, it writes the pretrained model's pictures anew and trains in a new folder.
+set -euo pipefail
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+work=${1:-$repo/runs/quickstart}
+[[ $work == /* ]] || work=$PWD/$work
+source "$repo/launch/env.sh"
+
+model=flextok_jax/assets/quickstart.safetensors
+photos=$work/photos
+scratch=$work/scratch
+n=1
+while [[ -e $scratch ]]; do
+  n=$((n + 1))
+  scratch=$work/scratch-$n
+done
+mkdir -p "$work" "$photos"
+
+heading() { printf '\n=== %s ===\n\n' "$1"; }
+
+heading "1. The pretrained tokenizer on held-out pictures, from 1 to 16 tokens"
+sources=synthetic,photos
+if python -c 'from flextok_jax.data.emoji import find_font; find_font("")' 2>/dev/null; then
+  sources+=,emoji
+else
+  echo "no Noto Color Emoji font here: going without emoji"
+fi
+python -m flextok_jax.evaluate --checkpoint=$model --sources=$sources --num_images=32 --out="$work/pretrained" |
+  tee "$work/pretrained.txt"
+
+for photo in chelsea coffee; do # never trained on
+  cp "$(python -c "from flextok_jax.data.photos import photo_path; print(photo_path('skimage', '$photo.png'))")" "$photos"
+done
+echo
+python -m flextok_jax.tokenize --checkpoint=$model --images="$photos/chelsea.png,$photos/coffee.png" \
+  --out="$photos/tokens.json"
+cat "$photos/tokens.json"
+for count in 1 4 16; do
+  python -m flextok_jax.detokenize --checkpoint=$model --tokens="$photos/tokens.json" --num_tokens=$count \
+    --out="$photos/from_$count"
+done
+
+heading "2. The same model from scratch, on procedural scenes and photographs"
+train=(python -m flextok_jax.train --config=configs/quickstart.py:scratch --workdir="$scratch")
+"${train[@]}"
+
+heading "3. The same run, resumed for a few steps more"
+"${train[@]}" --config.train.num_steps=275
+
+heading "The pretrained tokenizer once more, and where the pictures are"
+cat "$work/pretrained.txt"
+find "$photos" "$scratch" -name '*.png' | sort

@@ -1,0 +1,45 @@
+"""Installs flextok_jax. requirements.txt pins the tested set; here stand the ranges."""
+
+from pathlib import Path
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "flextok_jax" / "__init__.py").read_text(), re.MULTILINE)
+
+setup(
+    name="flextok-jax",
+    version=VERSION.group(1),
+    description="FlexTok in JAX: images as 1 to 256 ordered discrete tokens",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["flextok_jax", "flextok_jax.*"]),
+    package_data={"flextok_jax": ["assets/*.safetensors"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "clu>=0.0.12",
+        "einops>=0.8",
+        "flax>=0.12",
+        "fonttools>=4.50",  # the emoji font
+        "grain>=0.2.12",
+        "jax>=0.8",
+        "matplotlib>=3.9",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.25",
+        "pillow>=11.0",
+        "safetensors>=0.5",
+        "scikit-image>=0.25",  # its photographs are data here, as are scikit-learn's
+        "scikit-learn>=1.5",
+        "tensorflow-datasets>=4.9.7",  # reads prepared data sets without tensorflow
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "eval": [],  # evaluation needs nothing beyond the above
+        # tensorflow and tensorboard are for TensorBoard files; commands run without them.
+        "test": ["packaging", "pytest>=8", "ruff>=0.6", "setuptools>=77", "tensorboard>=2.18", "tensorflow-cpu>=2.18"],
+    },
+)
