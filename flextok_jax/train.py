@@ -34,8 +34,9 @@ def train(config, workdir: str):
   optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
   schedule = optim.make_schedule(config.optim, config.train.num_steps)
   init_key, run_key = jax.random.split(jax.random.key(config.seed))
-  evaluator = make_evaluator(config, stage, mesh)  # before anything is written: its data may be missing
-  checkpoint.claim_workdir(workdir, config)
+  # All that can be wrong is looked at before anything is written.
+  evaluator = make_evaluator(config, stage, mesh)
+  checkpoint.check_workdir(workdir, config)
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_period)
 
   # State: at birth in its place on the mesh, or from the newest checkpoint into the same places.
@@ -43,11 +44,8 @@ def train(config, workdir: str):
   shardings = sharding.tree_shardings(boxed, mesh)
   if checkpoints.latest_step() is None:
     state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)), out_shardings=shardings)(init_key)
-    if config.init_from:
-      joined = checkpoint.warm_start(state.joined(), config.init_from)
-      start = dict(params={k: joined[k] for k in state.params}, frozen={k: joined[k] for k in state.frozen})
-      start["ema"] = jax.tree.map(lambda x: x.copy(), start["params"])
-      state = jax.device_put(state.replace(**start), shardings)
+    if config.init_from or state.frozen:
+      state = jax.device_put(checkpoint.warm_start(state, config.init_from), shardings)
   else:
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), unbox(boxed), shardings)
     state = checkpoints.restore(shapes)
@@ -70,6 +68,7 @@ def train(config, workdir: str):
       process_count=jax.process_count(),
   )
   batches = sharding.device_batches(local, sharding.batch_sharding(mesh))
+  checkpoint.claim_workdir(workdir, config)
   writer = metrics_lib.Writer(workdir, config.train.tensorboard)
   count = sum(x.size for x in jax.tree.leaves(state.params))
   print(f"stage {config.stage}: {count / 1e6:.1f}M trained parameters, {mesh.size} devices, steps {first}..{last}")

@@ -2,11 +2,12 @@
 # Shows the tokenizer in about ten minutes on two cores: launch/quickstart.sh [WORKDIR], by default runs/quickstart.
 # Run again, it writes the pretrained model's pictures anew and trains in a new folder.
 set -euo pipefail
-repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-work=${1:-$repo/runs/quickstart}
-[[ $work == /* ]] || work=$PWD/$work
-source "$repo/launch/env.sh"
+work=${1:-}
+[[ -z $work || $work == /* ]] || work=$PWD/$work
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
+work=${work:-$PWD/runs/quickstart}
 model=flextok_jax/assets/quickstart.safetensors
 photos=$work/photos
 scratch=$work/scratch

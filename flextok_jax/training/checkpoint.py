@@ -35,23 +35,28 @@ def _flat(config: ConfigDict) -> dict:
   return flatten_dict(json.loads(config.to_json()), sep=".")
 
 
-def claim_workdir(workdir: str, config: ConfigDict):
-  """Makes the workdir and writes config.json, or checks that a run of the same config lives there.
+def check_workdir(workdir: str, config: ConfigDict):
+  """Checks that no run of another config lives in the workdir.
 
   Raises:
     ValueError: naming the first field that differs.
   """
+  if not os.path.exists(os.path.join(workdir, "config.json")):
+    return
+  old, new = _flat(read_config(workdir)), _flat(config)
+  for name in sorted(old.keys() | new.keys()):
+    if old.get(name) != new.get(name) and not name.startswith(_FREE) and name not in _FREE_DATA:
+      raise ValueError(
+          f"workdir {workdir} belongs to another config: {name} is {old.get(name)!r} there and {new.get(name)!r} "
+          "here; use another --workdir"
+      )
+
+
+def claim_workdir(workdir: str, config: ConfigDict):
+  """Makes the workdir the config's own: checks it and writes config.json."""
+  check_workdir(workdir, config)
   os.makedirs(workdir, exist_ok=True)
-  path = os.path.join(workdir, "config.json")
-  if os.path.exists(path):
-    old, new = _flat(read_config(workdir)), _flat(config)
-    for name in sorted(old.keys() | new.keys()):
-      if old.get(name) != new.get(name) and not name.startswith(_FREE) and name not in _FREE_DATA:
-        raise ValueError(
-            f"workdir {workdir} belongs to another config: {name} is {old.get(name)!r} there and {new.get(name)!r} "
-            "here; use another --workdir"
-        )
-  write_text(path, config.to_json(indent=1) + "\n")
+  write_text(os.path.join(workdir, "config.json"), config.to_json(indent=1) + "\n")
 
 
 def read_config(workdir: str) -> ConfigDict:
@@ -192,16 +197,24 @@ def check_params(params: dict, expected: dict, origin: str):
       raise ValueError(f"{origin}: {name} has shape {have[name].shape}, its config asks for {want[name].shape}")
 
 
-def warm_start(params: dict, path: str) -> dict:
-  """Replaces the top-level parts of params that the weights at `path` hold; the others stay.
+def warm_start(state: TrainState, path: str) -> TrainState:
+  """Replaces the top-level parts of a fresh state that the weights at `path` hold; other trained parts stay random.
 
   Raises:
-    ValueError: when shapes differ, or no part is shared.
+    ValueError: when no part is shared, a frozen part is not there, or shapes differ.
   """
+  parts = state.joined()
+  if not path:
+    raise ValueError(f"the frozen {', '.join(state.frozen)} needs trained weights: give --config.init_from=PATH")
   _, given = load_weights(path)
-  shared = {k: v for k, v in given.items() if k in params}
-  if not shared:
-    raise ValueError(f"init_from={path} holds {', '.join(given)}, of which this model has none")
-  check_params(shared, {k: params[k] for k in shared}, path)
+  shared = {k: v for k, v in given.items() if k in parts}
+  missing = [k for k in state.frozen if k not in given]
+  if missing or not shared:
+    raise ValueError(f"init_from={path} holds {', '.join(given)}; needed: {', '.join(missing or parts)}")
+  check_params(shared, {k: parts[k] for k in shared}, path)
   logging.info("starting from %s of %s", ", ".join(shared), path)
-  return {**params, **shared}
+  parts |= shared
+  params = {k: parts[k] for k in state.params}
+  return state.replace(
+      params=params, ema=jax.tree.map(jnp.copy, params), frozen={k: parts[k] for k in state.frozen}
+  )

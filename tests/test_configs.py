@@ -1,0 +1,233 @@
+"""Every experiment file, what it builds (shapes alone), the set of packages, and the shipped model."""
+
+import ast
+import importlib.metadata
+import runpy
+import sys
+
+from absl import flags
+from flax.traverse_util import flatten_dict
+import jax
+import jax.numpy as jnp
+from ml_collections import config_flags
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+import pytest
+import setuptools
+
+from configs import common, quickstart
+import flextok_jax
+from flextok_jax import evaluate, stages
+from flextok_jax.data import pipeline
+from flextok_jax.evals import reconstruction
+from flextok_jax.training import checkpoint, optim
+from flextok_jax.training.state import unbox
+from tests.conftest import ROOT
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
+SIZES = {  # millions of parameters with the VAE, as published; those count the fixed position tables too
+    "flextok_d12_d12_in1k": 341.7, "flextok_d18_d18_in1k": 949.7, "flextok_d18_d28_in1k": 2540.9,
+    "flextok_d18_d28_dfn": 2540.9, "vae_c4": 83.8, "vae_c8": 83.8, "vae_c16": 83.8,
+}
+ASSET = ROOT / "flextok_jax" / "assets" / "quickstart.safetensors"
+
+
+@pytest.fixture(params=[*EXPERIMENTS, "quickstart:scratch"])
+def name(request):
+  return request.param
+
+
+def parse(name, *args):
+  """Returns the config that --config=configs/name.py and more arguments give."""
+  values = flags.FlagValues()
+  file, _, arg = name.partition(":")
+  argv = ["test", f"--config={ROOT}/configs/{file}.py{':' if arg else ''}{arg}", *args]
+  holder = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
+  values(argv)
+  return holder.value
+
+
+def flat(config):
+  return flatten_dict(config.to_dict(), sep=".")
+
+
+def joined_shapes(config):
+  params, frozen = jax.eval_shape(stages.make_stage(config).init, jax.random.key(0))
+  return unbox({**params, **frozen})
+
+
+def count(params):
+  return sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_the_experiments_are_all_here():
+  assert set(SIZES) | {"quickstart", "debug"} <= set(EXPERIMENTS)
+
+
+def test_has_the_fields_of_common_and_is_locked(name):
+  config = parse(name)
+  assert flat(config).keys() == flat(common.get_config()).keys()
+  assert config.is_locked and config.data.sources.folder.is_locked
+
+
+def test_overrides_of_known_fields_alone(name):
+  assert parse(name, "--config.optim.learning_rate=0.5").optim.learning_rate == 0.5
+  for section, field in (("optim.", "lerning_rate"), ("", "extra")):
+    with pytest.raises((KeyError, AttributeError), match=field):
+      parse(name, f"--config.{section}{field}=0.5")
+
+
+def test_settings_fit_together(name):
+  c = parse(name)
+  assert c.data.global_batch % (8 * c.optim.accumulate_steps) == 0
+  assert 0 < c.optim.warmup_steps < c.train.num_steps and c.train.log_every <= c.train.num_steps
+  assert 0 < c.train.checkpoint_every <= c.train.num_steps
+  assert c.train.keep_period % c.train.checkpoint_every == 0
+  schedule = optim.make_schedule(c.optim, c.train.num_steps)
+  assert float(schedule(c.optim.warmup_steps)) == pytest.approx(c.optim.learning_rate)
+  weights = {key: source.weight for key, source in c.data.sources.items()}
+  assert sum(weights.values()) == pytest.approx(1)
+  for source in c.eval.sources:
+    assert weights[source] > 0  # what is evaluated is what is trained on
+  reconstruction.token_counts(c.eval.num_tokens, c.tokens.num_registers)
+
+
+def test_builds_loss_and_predictions(name):
+  """Shapes alone: every size in it fits, the patches divide the latents, and the settings have known names."""
+  c = parse(name)
+  stage, params = stages.make_stage(c), joined_shapes(c)
+  images = jax.ShapeDtypeStruct((2, c.image_size, c.image_size, 3), jnp.uint8)
+  loss, _ = jax.eval_shape(stage.loss_fn, params, {"image": images}, jax.random.key(0))
+  assert loss.shape == () and loss.dtype == jnp.float32
+  predict = stage.predict_fns
+  if c.stage == "vae":
+    recon = jax.eval_shape(predict["reconstruct"], params, images)
+  else:
+    ids = jax.eval_shape(predict["tokenize"], params, images)
+    assert ids.shape == (2, c.tokens.num_registers) and ids.dtype == jnp.int32
+    keep_k, keys = jax.ShapeDtypeStruct((2,), jnp.int32), jax.random.split(jax.random.key(0), 2)
+    recon = jax.eval_shape(predict["detokenize"], params, ids, keep_k, keys)
+  assert recon.shape == images.shape and recon.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_published_sizes(name):
+  params = joined_shapes(parse(name))
+  assert count(params) == pytest.approx(SIZES[name] * 1e6, rel=0.01)
+  assert count(params["vae"]) == pytest.approx(83.8e6, rel=0.01)
+
+
+@pytest.mark.parametrize("channels", [4, 8, 16])
+def test_a_trained_vae_fits_the_tokenizer_over_it(channels, tmp_path):
+  """The arrays that vae_cN trains are those that a tokenizer with N latent channels starts from."""
+  vae = joined_shapes(parse(f"vae_c{channels}"))
+  tokenizer = joined_shapes(parse("flextok_d12_d12_in1k", f"--config.vae.latent_channels={channels}"))
+  checkpoint.check_params(vae, {"vae": tokenizer["vae"]}, "the VAE")
+
+
+def test_the_folder_of_dfn_must_be_given():
+  c = parse("flextok_d18_d28_dfn")
+  for read in (
+      lambda: pipeline.eval_set(c.data, "folder", image_size=256, num_images=1),
+      lambda: pipeline.train_batches(c.data, image_size=256, seed=0),
+  ):
+    with pytest.raises(ValueError, match="pass --config.data.sources.folder.path=DIR"):
+      read()
+
+
+def test_quickstart_from_scratch_is_the_same_model_on_any_machine():
+  whole, scratch = quickstart.get_config(), quickstart.get_config("scratch")
+  evaluate.check_same_model(scratch, whole)
+  assert flat(whole) == flat(quickstart.get_config(""))
+  assert scratch.data.sources.emoji.weight == 0 and "emoji" not in scratch.eval.sources  # its font may be missing
+  with pytest.raises(ValueError, match="takes no argument or 'scratch', got 'scrach'"):
+    quickstart.get_config("scrach")
+
+
+def test_the_shipped_model():
+  assert ASSET.stat().st_size < 10e6
+  config, params = checkpoint.load_weights(str(ASSET))
+  checkpoint.check_params(params, joined_shapes(config), ASSET.name)
+  assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
+  evaluate.check_same_model(quickstart.get_config(), config)
+
+
+@pytest.fixture(scope="module")
+def declared():
+  """What setup.py hands to setuptools."""
+  given = {}
+  original, setuptools.setup = setuptools.setup, lambda **kwargs: given.update(kwargs)
+  try:
+    runpy.run_path(str(ROOT / "setup.py"))
+  finally:
+    setuptools.setup = original
+  return given
+
+
+def pins():
+  """{distribution: version} of requirements.txt."""
+  lines = (ROOT / "requirements.txt").read_text().splitlines()
+  parsed = [Requirement(line) for line in lines if line and not line.startswith("#")]
+  exact = {}
+  for requirement in parsed:
+    (specifier,) = requirement.specifier
+    assert specifier.operator == "==" and "*" not in specifier.version, requirement
+    exact[canonicalize_name(requirement.name)] = specifier.version
+  assert len(exact) == len(parsed)  # none twice
+  return exact
+
+
+def test_every_pin_lies_in_its_range(declared):
+  pinned = pins()
+  assert declared["python_requires"] == ">=3.11"
+  for line in (*declared["install_requires"], *declared["extras_require"]["test"]):
+    requirement = Requirement(line)
+    assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+    assert not any(s.operator in ("<", "<=", "==", "~=") for s in requirement.specifier)  # newer versions are welcome
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the pins are for Python 3.11")
+def test_the_pins_are_complete(declared):
+  """Whatever a pinned distribution asks for, for this machine and the extras it is asked with, is pinned and fits."""
+  pinned, seen = pins(), set()
+  todo = [Requirement(line) for line in (*declared["install_requires"], *declared["extras_require"]["test"])]
+  while todo:
+    requirement = todo.pop()
+    key = canonicalize_name(requirement.name), frozenset(requirement.extras)
+    if key in seen:
+      continue
+    seen.add(key)
+    assert pinned[key[0]] in requirement.specifier, requirement
+    for line in importlib.metadata.requires(requirement.name) or ():
+      needed = Requirement(line)
+      extras = requirement.extras or {""}
+      if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+        todo.append(needed)
+  assert {name for name, _ in seen} == pinned.keys()  # and nothing else is
+
+
+def test_every_import_is_declared(declared):
+  """The package imports nothing that setup.py does not name; tensorflow alone, for TensorBoard, is an extra's."""
+  names = {
+      canonicalize_name(Requirement(line).name)
+      for line in (*declared["install_requires"], "tensorflow-cpu", "flextok-jax")
+  }
+  providers = importlib.metadata.packages_distributions()
+  used = set()
+  for path in (ROOT / "flextok_jax").rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Import):
+        used |= {alias.name.partition(".")[0] for alias in node.names}
+      elif isinstance(node, ast.ImportFrom):
+        used.add(node.module.partition(".")[0])
+  used -= sys.stdlib_module_names | {"flextok_jax"}
+  assert "jax" in used and "tensorflow" in used
+  for module in used:
+    given = {canonicalize_name(d) for d in providers.get(module, ())}
+    assert given & names, f"{module} comes from {given or 'no installed package'}, which setup.py does not name"
+
+
+def test_version_and_packages(declared):
+  assert declared["version"] == flextok_jax.__version__
+  folders = {path.parent.relative_to(ROOT) for path in (ROOT / "flextok_jax").rglob("*.py")}
+  assert set(declared["packages"]) == {".".join(folder.parts) for folder in folders}  # none lacks its __init__.py

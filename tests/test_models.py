@@ -1,0 +1,328 @@
+"""Properties of the tokenizer's networks on tiny random models; their numbers: test_golden.py, test_reference.py."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common
+from flextok_jax.models.encoder import causal_last_mask
+from flextok_jax.models.flextok import sample_latents
+from flextok_jax.ops import fsq
+from flextok_jax.stages import make_stage
+from flextok_jax.stages.tokenizer import make_model
+
+PART = dict(width=32, depth=2, head_dim=16, patch_size=4)
+PIXELS = dict(image_size=16, vae=dict(kind="pixels", scaling_factor=1.5), encoder=PART, decoder=PART)
+TINY_VAE = dict(latent_channels=4, block_out_channels=(8, 8, 16), layers_per_block=1, norm_groups=4)
+LATENT = dict(image_size=32, vae=TINY_VAE, encoder=PART | dict(patch_size=2), decoder=PART | dict(patch_size=2))
+SETTINGS = dict(pixels=PIXELS, vae=LATENT)
+
+
+def config_of(settings, **overrides):
+  defaults = dict(dtype="float32", tokens=dict(num_registers=6, nested_dropout="uniform"), sampler=dict(num_steps=3))
+  return common.derive(**{**defaults, **settings, **overrides})
+
+
+def abstract_params(stage):
+  """The whole tree, boxed with logical axes, as shapes."""
+  params, frozen = jax.eval_shape(stage.init, jax.random.key(0))
+  return {**params, **frozen}
+
+
+def random_params(stage, seed=0):
+  """Normals everywhere, so that every path counts; kernels of deviation 2 / sqrt(width), others 0.5, scales near 1."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, x):
+    name = path[-1].key
+    deviation = 2 * np.prod(x.shape[-2:-1] or (1,)) ** -0.5 if name == "kernel" else 0.5
+    return jnp.asarray(rng.normal(size=x.shape) * deviation / (2 + (name == "scale")) + (name == "scale"), jnp.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_params(stage)))
+
+
+def random_images(n, size, seed=0):
+  return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), np.uint8)
+
+
+class Tiny:
+  """A pixel-space model of 6 registers with random parameters and inputs for 3 samples."""
+
+  def __init__(self):
+    self.config = config_of(PIXELS)
+    self.stage = make_stage(self.config)
+    self.model, self.params = self.stage.model, random_params(self.stage)
+    rng = np.random.default_rng(1)
+    self.latents = rng.normal(size=(3, 16, 16, 3)).astype(np.float32)
+    self.ids = rng.integers(0, 64_000, (3, 6)).astype(np.int32)
+    self.t = np.array([0.9, 0.05, 0.5], np.float32)
+    self.keep_k = np.array([1, 3, 6], np.int32)
+
+  @functools.cached_property
+  def compiled_velocity(self):
+    return jax.jit(functools.partial(self.model.apply, method="velocity"))
+
+  def velocity(self, ids, keep_k, drop=(False, False, False)):
+    codes = fsq.ids_to_codes(jnp.asarray(ids), self.config.tokens.levels)
+    return np.asarray(
+        self.compiled_velocity({"params": self.params}, self.latents, self.t, codes, keep_k, np.array(drop))
+    )
+
+  def scrambled(self, seed=2):
+    """Other ids at and past keep_k."""
+    other = np.random.default_rng(seed).integers(0, 64_000, self.ids.shape).astype(np.int32)
+    return np.where(np.arange(6) < self.keep_k[:, None], self.ids, other)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  return Tiny()
+
+
+# The encoder is causal.
+
+
+def test_mask_of_causal_last():
+  seen = causal_last_mask(3, 4)
+  patches, registers = seen[:3], seen[3:]
+  assert patches[:, :3].all() and not patches[:, 3:].any()
+  assert registers[:, :3].all() and (registers[:, 3:] == np.tri(4, dtype=bool)).all()
+
+
+def test_token_i_depends_on_registers_up_to_i_alone(tiny):
+  """Over two layers this also says that patches see no register: register i would see later ones through them."""
+  encoder = tiny.model.encoder.clone(parent=None)
+
+  def encode(registers):
+    return encoder.apply({"params": tiny.params["encoder"] | {"registers": registers}}, tiny.latents[:1])[0].sum(-1)
+
+  jacobian = jax.jit(jax.jacrev(encode))(tiny.params["encoder"]["registers"])  # [6, 6, width]
+  np.testing.assert_array_equal((jacobian != 0).any(-1), np.tri(6, dtype=bool))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_changing_a_register_changes_no_token_before_it(settings):
+  stage = make_stage(config_of(SETTINGS[settings]))
+  params, images = random_params(stage), random_images(4, stage.image_size)
+  tokenize = jax.jit(stage.predict_fns["tokenize"])
+  ids = np.asarray(tokenize(params, images))
+  for j in range(6):
+    registers = params["encoder"]["registers"].at[j].set(-3 * params["encoder"]["registers"][j] + 1)
+    changed = np.asarray(tokenize(params | {"encoder": params["encoder"] | {"registers": registers}}, images))
+    np.testing.assert_array_equal(changed[:, :j], ids[:, :j])
+    assert (changed[:, j] != ids[:, j]).all()
+
+
+def test_asking_for_k_tokens_gives_the_first_k(tiny):
+  images = random_images(4, 16)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def ask(k):
+    apply = functools.partial(tiny.model.apply, {"params": tiny.params})
+    return apply(images, k, method="tokenize"), apply(apply(images, method="encode_latents"), k, method="encode")
+
+  ids, codes = ask(None)
+  assert len(np.unique(ids)) > 12
+  for k in (1, 2, 5, 6):
+    np.testing.assert_array_equal(ask(k)[0], ids[:, :k])
+    np.testing.assert_allclose(ask(k)[1], codes[:, :k], atol=1e-6)
+
+
+# Dropped codes change nothing.
+
+
+def test_velocity_is_independent_of_dropped_codes(tiny):
+  v, again = tiny.velocity(tiny.ids, tiny.keep_k), tiny.velocity(tiny.scrambled(), tiny.keep_k)
+  assert (tiny.scrambled() != tiny.ids).sum() == 8
+  np.testing.assert_array_equal(v, again)
+  for position in range(6):  # and every kept code matters, to its own sample alone
+    ids = tiny.ids.copy()
+    ids[:, position] += 1
+    changed = (tiny.velocity(ids, tiny.keep_k) != v).any((1, 2, 3))
+    np.testing.assert_array_equal(changed, position < tiny.keep_k)
+
+
+@pytest.mark.parametrize("guidance", ["none", "cfg", "apg"])
+def test_image_is_independent_of_dropped_codes(tiny, guidance):
+  stage = make_stage(config_of(PIXELS, sampler=dict(num_steps=3, guidance=guidance, guidance_scale=3.0)))
+  detokenize = jax.jit(stage.predict_fns["detokenize"])
+  keys = jax.random.split(jax.random.key(0), 3)
+  images = detokenize(tiny.params, tiny.ids, tiny.keep_k, keys)
+  assert images.dtype == jnp.float32 and np.abs(images).max() <= 1
+  np.testing.assert_array_equal(images, detokenize(tiny.params, tiny.scrambled(), tiny.keep_k, keys))
+  other = np.asarray(detokenize(tiny.params, tiny.ids, np.array([2, 3, 5]), keys))
+  np.testing.assert_array_equal((other != images).any((1, 2, 3)), [True, False, True])
+
+
+def test_without_condition_codes_and_lengths_do_not_matter(tiny):
+  everywhere = (True, True, True)
+  v = tiny.velocity(tiny.ids, tiny.keep_k, everywhere)
+  np.testing.assert_array_equal(v, tiny.velocity(tiny.ids + 1, np.array([6, 1, 2]), everywhere))
+  mixed, conditional = tiny.velocity(tiny.ids, tiny.keep_k, (True, False, True)), tiny.velocity(tiny.ids, tiny.keep_k)
+  np.testing.assert_array_equal(mixed[1], conditional[1])
+  np.testing.assert_array_equal(mixed[[0, 2]], v[[0, 2]])
+  assert (v != conditional).any((1, 2, 3)).all()
+
+
+# Guidance.
+
+
+@pytest.mark.parametrize("mode, scale, batch", [("none", 3.0, 3), ("cfg", 1.0, 3), ("apg", 1.0, 3), ("cfg", 3.0, 6)])
+def test_no_unconditional_pass_without_guidance(tiny, mode, scale, batch):
+  """The number of samples that the decoder sees: 3, or twice as many where there is guidance."""
+  seen = []
+
+  class Spy(type(tiny.model)):
+
+    def velocity(self, x_t, *args):
+      seen.append(x_t.shape[0])
+      return super().velocity(x_t, *args)
+
+  fields = {k: getattr(tiny.model, k) for k in ("encoder", "decoder", "levels", "vae", "scaling_factor")}
+  spy = Spy(**fields)
+  sample = lambda **kwargs: sample_latents(
+      spy, tiny.params, tiny.ids, tiny.keep_k, jnp.asarray(tiny.latents), num_steps=2, **kwargs
+  )
+  out = sample(mode=mode, guidance_scale=scale)
+  assert set(seen) == {batch}
+  if batch == 3:
+    np.testing.assert_array_equal(out, sample(mode="none", guidance_scale=1.0))
+
+
+def test_unknown_guidance(tiny):
+  with pytest.raises(ValueError, match="'cgf'.*apg, cfg, none"):
+    sample_latents(tiny.model, tiny.params, tiny.ids, tiny.keep_k, tiny.latents, mode="cgf")
+
+
+# Options of the network.
+
+
+@pytest.fixture(scope="module")
+def loss_and_grads():
+  """(settings name, overrides) -> ((loss, metrics), gradients) at fixed parameters, images and key."""
+
+  @functools.cache
+  def compute(name, **overrides):
+    stage = make_stage(config_of(SETTINGS[name], **overrides))
+    batch = {"image": random_images(4, stage.image_size)}
+    fn = jax.value_and_grad(stage.loss_fn, has_aux=True)
+    return jax.jit(fn)(random_params(stage), batch, jax.random.key(5)), jax.make_jaxpr(fn), stage
+
+  return compute
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_remat_changes_no_value(loss_and_grads, name):
+  ((plain, _), grads), _, _ = loss_and_grads(name)
+  ((again, _), grads_again), jaxpr, stage = loss_and_grads(name, remat=True)
+  batch = {"image": random_images(4, stage.image_size)}
+  assert "remat" in str(jaxpr(random_params(stage), batch, jax.random.key(5)))
+  np.testing.assert_allclose(again, plain, rtol=1e-6)
+  for a, b in zip(jax.tree.leaves(grads_again), jax.tree.leaves(grads), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_gradient_reaches_every_trained_parameter(loss_and_grads, name):
+  ((loss, _), grads), _, _ = loss_and_grads(name)
+  assert np.isfinite(loss)
+  trained = {k: v for k, v in grads.items() if k != "vae"}
+  assert set(trained) == {"encoder", "decoder"}
+  for path, grad in jax.tree_util.tree_leaves_with_path(trained):
+    assert np.isfinite(grad).all() and (grad != 0).any(), jax.tree_util.keystr(path)
+  if name == "vae":
+    assert all((grad == 0).all() for grad in jax.tree.leaves(grads["vae"]))
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters(tiny):
+  """bfloat16 keeps 8 bits: outputs differ by some percent of their size, and by more than float32's rounding."""
+  coarse = make_stage(config_of(PIXELS, dtype="bfloat16"))
+  assert {x.dtype for x in jax.tree.leaves(abstract_params(coarse))} == {jnp.dtype("float32")}
+  codes = fsq.ids_to_codes(jnp.asarray(tiny.ids), tiny.config.tokens.levels)
+  drop = np.array([False, False, True])
+
+  def outputs(model):
+    v = model.apply({"params": tiny.params}, tiny.latents, tiny.t, codes, tiny.keep_k, drop, method="velocity")
+    return v, model.encoder.clone(parent=None).apply({"params": tiny.params["encoder"]}, tiny.latents)
+
+  expected, actual = (jax.jit(functools.partial(outputs, model))() for model in (tiny.model, coarse.model))
+  for a, b in zip(actual, expected, strict=True):
+    assert a.dtype == jnp.float32 and np.isfinite(a).all()
+    assert 1e-4 < np.linalg.norm(a - b) / np.linalg.norm(b) < 0.05
+  ids = jax.jit(coarse.predict_fns["tokenize"])(tiny.params, random_images(3, 16))
+  assert ids.dtype == jnp.int32 and (ids >= 0).all() and (ids < 64_000).all()
+
+
+@pytest.mark.parametrize("settings, latent_shape", [
+    (PIXELS | dict(image_size=24, tokens=dict(num_registers=1)), (24, 24, 3)),
+    (PIXELS | dict(image_size=16, tokens=dict(num_registers=5, levels=(8, 6, 5), nested_dropout="uniform_pow2")),
+     (16, 16, 3)),
+    (PIXELS | dict(image_size=48, tokens=dict(num_registers=16, nested_dropout="uniform"),
+                   encoder=PART | dict(patch_size=16)), (48, 48, 3)),
+    (LATENT | dict(image_size=24, vae=TINY_VAE | dict(latent_channels=8)), (6, 6, 8)),
+    (LATENT | dict(image_size=48, vae=TINY_VAE | dict(latent_channels=16), tokens=dict(num_registers=5),
+                   encoder=PART | dict(patch_size=4), decoder=PART | dict(width=48, patch_size=3)), (12, 12, 16)),
+    (LATENT | dict(image_size=16, vae=TINY_VAE | dict(block_out_channels=(8, 16))), (8, 8, 4)),
+], ids=lambda x: None if isinstance(x, dict) else "x".join(map(str, x)))  # fmt: skip
+def test_sizes(settings, latent_shape):
+  tokens = dict(dict(num_registers=4, nested_dropout="uniform"), **settings.get("tokens", {}))
+  stage = make_stage(config_of(settings | dict(tokens=tokens)))
+  n, size = tokens["num_registers"], settings["image_size"]
+  levels = tokens.get("levels", (8, 8, 8, 5, 5, 5))
+  assert stage.model.latent_shape(size) == latent_shape
+  params = random_params(stage)
+  ids = jax.jit(stage.predict_fns["tokenize"])(params, random_images(2, size))
+  assert ids.shape == (2, n) and ids.dtype == jnp.int32 and (ids >= 0).all() and (ids < np.prod(levels)).all()
+  images = jax.jit(stage.predict_fns["detokenize"])(params, ids, np.array([1, n]), jax.random.split(jax.random.key(0)))
+  assert images.shape == (2, size, size, 3) and images.dtype == jnp.float32 and np.isfinite(images).all()
+  loss, metrics = jax.jit(stage.loss_fn)(params, {"image": random_images(2, size)}, jax.random.key(0))
+  assert loss.shape == () and np.isfinite(loss)
+  assert metrics["loss"][1] == 2
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS, "vae_stage"])
+def test_logical_axes_are_named_at_every_parameter(settings):
+  config = config_of(LATENT, stage="vae") if settings == "vae_stage" else config_of(SETTINGS[settings])
+  boxes = jax.tree_util.tree_leaves_with_path(
+      abstract_params(make_stage(config)), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+  )
+  assert len(boxes) > 20
+  scanned = 0
+  for path, box in boxes:
+    assert isinstance(box, nn.LogicallyPartitioned), jax.tree_util.keystr(path)
+    assert len(box.names) == box.value.ndim and box.value.dtype == jnp.float32
+    if any(key.key == "blocks" for key in path if hasattr(key, "key")):
+      assert box.names[0] == "layers" and box.value.shape[0] == 2
+      scanned += 1
+    else:
+      assert "layers" not in box.names
+  assert scanned == {"pixels": 10, "vae": 10, "vae_stage": 0}[settings]
+
+
+def test_fresh_model_predicts_zero_velocity(tiny):
+  """adaLN-zero: at birth the head is zero, so the first loss is the mean of (noise - x0)^2."""
+  params = nn.unbox(jax.jit(tiny.stage.init)(jax.random.key(0))[0])
+  v = tiny.compiled_velocity(
+      {"params": params}, tiny.latents, tiny.t, jnp.zeros((3, 6, 6)), tiny.keep_k, np.zeros(3, bool)
+  )
+  np.testing.assert_array_equal(v, np.zeros_like(tiny.latents))
+
+
+@pytest.mark.parametrize("overrides, words", [
+    (dict(image_size=2), "image_size 2 gives 2 latent pixels"),
+    (dict(image_size=18), "18 .*not a multiple of encoder.patch_size 4"),
+    (dict(decoder=PART | dict(patch_size=3)), "decoder.patch_size 3"),
+    (dict(encoder=PART | dict(head_dim=12)), "encoder.width 32 .*head_dim 12"),
+    (dict(decoder=PART | dict(width=30, head_dim=10)), "decoder.width 30 is not a multiple of 4"),
+    (dict(tokens=dict(num_registers=0)), "num_registers must be at least 1, got 0"),
+    (dict(vae=dict(kind="vqgan")), "unknown vae.kind 'vqgan'"),
+    (dict(vae=TINY_VAE, image_size=18), "image_size 18 is not a multiple of the VAE's downscale 4"),
+])  # fmt: skip
+def test_sizes_that_do_not_fit_are_one_line(overrides, words):
+  with pytest.raises(ValueError, match=words) as error:
+    make_model(config_of(PIXELS | overrides))
+  assert "\n" not in str(error.value)
