@@ -71,9 +71,11 @@ class Decoder(nn.Module):
         bias_init=layers.zeros("embed"),
         name="code_embed",
     )(codes)
-    table = self.param("register_positions", layers.normal("registers", "embed"), (self.num_registers, self.width))
-    mask_token = self.param("mask_token", layers.normal("embed"), (self.width,))
-    null_token = self.param("null_token", layers.normal("embed"), (self.width,))
+    # Comparable to the embedded codes, so that the first LayerNorm keeps their magnitude and not their sign alone.
+    init = layers.normal(0.3, "registers", "embed")
+    table = self.param("register_positions", init, (self.num_registers, self.width))
+    mask_token = self.param("mask_token", layers.normal(0.02, "embed"), (self.width,))
+    null_token = self.param("null_token", layers.normal(0.02, "embed"), (self.width,))
     registers = nested.mask_tail(registers + table.astype(self.dtype), mask_token.astype(self.dtype), keep_k)
     registers = jnp.where(drop_condition[:, None, None], null_token.astype(self.dtype), registers)
 

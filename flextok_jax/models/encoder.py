@@ -45,7 +45,9 @@ class Encoder(nn.Module):
     x = x + posemb.sincos_2d(height, width, self.width).astype(self.dtype)
     x = x.reshape(batch, height * width, self.width)
 
-    registers = self.param("registers", layers.normal("registers", "embed"), (self.num_registers, self.width))
+    # Of the patches' scale: much smaller ones drown in the first block's residual, and all registers become alike.
+    init = layers.normal(1.0, "registers", "embed")
+    registers = self.param("registers", init, (self.num_registers, self.width))
     registers = jnp.broadcast_to(registers[:num_tokens].astype(self.dtype), (batch, num_tokens, self.width))
     x = jnp.concatenate([x, registers], 1)
     mask = jnp.asarray(causal_last_mask(height * width, num_tokens))
@@ -55,7 +57,7 @@ class Encoder(nn.Module):
     x = nn.Dense(
         self.code_dim,
         dtype=self.dtype,
-        kernel_init=layers.xavier_uniform(self.code_dim, ("embed", None)),
+        kernel_init=layers.zeros("embed", None),  # starts in the linear part of FSQ's tanh
         bias_init=layers.zeros(None),
         name="head",
     )(x)

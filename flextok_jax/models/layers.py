@@ -30,9 +30,8 @@ def zeros(*axes: str | None):
   return nn.with_logical_partitioning(nn.initializers.zeros, axes)
 
 
-def normal(*axes: str | None):
-  """Small normal initialiser (0.02) of learned tokens and tables."""
-  return nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
+def normal(stddev: float, *axes: str | None):
+  return nn.with_logical_partitioning(nn.initializers.normal(stddev), axes)
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:

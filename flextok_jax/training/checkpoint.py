@@ -105,18 +105,15 @@ class Checkpoints:
     restored = self._restore(step, args)
     return state.replace(step=jnp.int32(step), **{k: restored[k] for k in items})
 
-  def restore_average(self) -> dict:
-    """Returns the newest averaged parameters joined with the frozen ones, on the first device."""
-    step = self._manager.latest_step()
+  def restore_average(self, params: dict, frozen: dict) -> dict:
+    """Returns the newest averaged parameters joined with the frozen ones, for abstract trees of both."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    metadata = self._manager.item_metadata(step)
-    args = {}
-    for name in ("ema", "frozen"):
-      if name in metadata and metadata[name] is not None:
-        tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), metadata[name].tree)
-        args[name] = ocp.args.StandardRestore(tree)
-    restored = self._restore(step, args)
-    return {k: v for name in args for k, v in restored[name].items()}
+    items = {k: v for k, v in dict(ema=params, frozen=frozen).items() if v}
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), items)
+    restored = self._restore(
+        self._manager.latest_step(), {k: ocp.args.StandardRestore(v) for k, v in shapes.items()}
+    )
+    return {k: v for name in items for k, v in restored[name].items()}
 
   def _restore(self, step: int, args: dict):
     try:
@@ -156,11 +153,9 @@ def load_weights(path: str) -> tuple[ConfigDict, dict]:
     try:
       if checkpoints.latest_step() is None:
         raise FileNotFoundError(f"workdir {path} has no checkpoint yet")
-      params = checkpoints.restore_average()
+      return config, checkpoints.restore_average(*_abstract_params(config, path))
     finally:
       checkpoints.close()
-    _check_params(config, params, path)
-    return config, params
   if not os.path.exists(path):
     raise FileNotFoundError(f"no such checkpoint: {path}; give a workdir or a .safetensors file")
   try:
@@ -172,22 +167,22 @@ def load_weights(path: str) -> tuple[ConfigDict, dict]:
   except safetensors.SafetensorError as e:
     raise ValueError(f"{path} is not a readable safetensors file: {e}") from None
   config, params = _parse_config(metadata[_KEY], path), unflatten_dict(flat, sep="/")
-  _check_params(config, params, path)
+  trained, frozen = _abstract_params(config, path)
+  check_params(params, {**trained, **frozen}, path)
   return config, params
 
 
-def _check_params(config: ConfigDict, params: dict, origin: str):
-  """Raises ValueError when params are not those of the model that the config describes."""
+def _abstract_params(config: ConfigDict, origin: str) -> tuple[dict, dict]:
+  """Returns the (trained, frozen) shapes of the model that a config describes; ValueError if it describes none."""
   try:
-    expected = jax.eval_shape(stages.make_stage(config).init, jax.random.key(0))
+    return unbox(jax.eval_shape(stages.make_stage(config).init, jax.random.key(0)))
   except Exception as e:  # a hand-made config can be wrong in any way
     raise ValueError(f"the config of {origin} describes no model ({type(e).__name__}: {e})") from e
-  check_params(params, {**expected[0], **expected[1]}, origin)
 
 
 def check_params(params: dict, expected: dict, origin: str):
   """Raises ValueError naming the first array that is missing, unexpected or of another shape than expected."""
-  have, want = flatten_dict(params, sep="/"), flatten_dict(unbox(expected), sep="/")
+  have, want = flatten_dict(params, sep="/"), flatten_dict(expected, sep="/")
   for name in sorted(have.keys() | want.keys()):
     if name not in have:
       raise ValueError(f"{origin} lacks the array {name}, which its config asks for")
