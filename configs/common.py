@@ -45,11 +45,13 @@ def get_config() -> ConfigDict:
   # Law of the number of kept tokens: "uniform" on 1..N; "pow2": every power of two alike [paper]; "uniform_pow2": a
   # uniform length rounded up to a power of two, so that about half of the samples keep all.
   c.tokens.nested_dropout = "pow2"
+  c.tokens.saturation_weight = 0.0  # of the penalty on encoder outputs beyond [-1, 1], where FSQ's tanh is flat [ours]
   c.tokens.null_prob = 0.2  # share of samples trained without condition, for guidance [code]
 
   c.flow = ConfigDict()
   c.flow.t_sampling = "mode"  # "logit_normal", "stratified_logit_normal", "uniform", "mode" (SD3) [code]
   c.flow.mode_scale = 0.25  # s of SD3's mode sampling [code]
+  c.flow.t_shift = 1.0  # above 1: more noise in training, t <- shift t / (1 + (shift - 1) t) [SD3]
 
   c.sampler = ConfigDict()
   c.sampler.num_steps = 25  # Euler steps [paper]

@@ -18,8 +18,10 @@ def get_config(arg: str = ""):
       vae=dict(kind="pixels", scaling_factor=1.5),  # brings [-1, 1] RGB to about unit variance
       encoder=dict(width=128, depth=3, patch_size=8),
       decoder=dict(width=128, depth=4, patch_size=4),
-      tokens=dict(num_registers=16, nested_dropout="pow2", null_prob=0.1),
-      flow=dict(t_sampling="uniform"),
+      tokens=dict(num_registers=16, nested_dropout="pow2", null_prob=0.1, saturation_weight=0.1),
+      # Neighbouring pixels repeat each other: at t = 0.7 the noised image still shows its layout. Much more noise, and
+      # the layout has to come from the tokens.
+      flow=dict(t_sampling="uniform", t_shift=4.0),
       sampler=dict(num_steps=25, guidance="cfg", guidance_scale=2.0),
       data=dict(
           global_batch=32,

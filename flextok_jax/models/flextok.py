@@ -56,9 +56,13 @@ class FlexTok(nn.Module):
     latents = latents / self.scaling_factor
     return latents if self.vae is None else self.vae.decode(latents).astype(jnp.float32)
 
+  def encode_registers(self, latents: jax.Array, num_tokens: int | None = None) -> jax.Array:
+    """latents [b, h, w, c] -> what FSQ will quantise, [b, num_tokens, len(levels)]."""
+    return self.encoder(latents, num_tokens)
+
   def encode(self, latents: jax.Array, num_tokens: int | None = None) -> jax.Array:
     """latents [b, h, w, c] -> codes [b, num_tokens, len(levels)] in [-1, 1], straight-through."""
-    return fsq.quantize(self.encoder(latents, num_tokens), self.levels)
+    return fsq.quantize(self.encode_registers(latents, num_tokens), self.levels)
 
   def velocity(
       self, x_t: jax.Array, t: jax.Array, codes: jax.Array, keep_k: jax.Array, drop_condition: jax.Array

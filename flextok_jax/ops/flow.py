@@ -28,10 +28,15 @@ def t_from_draw(draw: jax.Array, mode: str, mode_scale: float) -> jax.Array:
   raise ValueError(f"unknown t sampling {mode!r}: one of {', '.join(T_SAMPLINGS)}")
 
 
-def sample_t(key: jax.Array, batch: int, mode: str, mode_scale: float) -> jax.Array:
+def shift_t(t: jax.Array, shift: float) -> jax.Array:
+  """Moves times towards noise for shift > 1: shift t / (1 + (shift - 1) t) (Esser et al. 2024, eq. 23)."""
+  return shift * t / (1 + (shift - 1) * t)
+
+
+def sample_t(key: jax.Array, batch: int, mode: str, mode_scale: float, shift: float = 1.0) -> jax.Array:
   """Draws training times [batch] in [0, 1], float32."""
   draw = jax.random.normal(key, (batch,)) if mode == "logit_normal" else jax.random.uniform(key, (batch,))
-  return t_from_draw(draw, mode, mode_scale)
+  return shift_t(t_from_draw(draw, mode, mode_scale), shift)
 
 
 def add_noise(x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:

@@ -41,6 +41,11 @@ def quantize(z: jax.Array, levels: Sequence[int]) -> jax.Array:
   return rounded / _half(levels)
 
 
+def saturation(z: jax.Array) -> jax.Array:
+  """How far z [b, k, d] lies outside [-1, 1], squared, mean per sample [b]: there tanh is flat and gradients vanish."""
+  return jnp.square(jax.nn.relu(jnp.abs(z.astype(jnp.float32)) - 1)).mean((1, 2))
+
+
 def codes_to_ids(codes: jax.Array, levels: Sequence[int]) -> jax.Array:
   """Maps codes [..., len(levels)] to ids [...] int32 in [0, prod(levels))."""
   half = _half(levels)

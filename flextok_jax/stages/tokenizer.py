@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from flextok_jax.models.decoder import Decoder
 from flextok_jax.models.encoder import Encoder
 from flextok_jax.models.flextok import FlexTok, sample_latents
-from flextok_jax.ops import flow, guidance, nested
+from flextok_jax.ops import flow, fsq, guidance, nested
 from flextok_jax.stages.vae import make_vae
 
 
@@ -93,13 +93,15 @@ class TokenizerStage:
         batch["image"], keys["posterior"] if self.sample_posterior else None, method="encode_latents"
     )
     latents = jax.lax.stop_gradient(latents)
-    t = flow.sample_t(keys["t"], size, self.flow.t_sampling, self.flow.mode_scale)
+    t = flow.sample_t(keys["t"], size, self.flow.t_sampling, self.flow.mode_scale, self.flow.t_shift)
     noise = jax.random.normal(keys["noise"], latents.shape)
     keep_k = nested.sample_keep_k(keys["keep_k"], size, n, self.tokens.nested_dropout)
     drop = jax.random.bernoulli(keys["null"], self.tokens.null_prob, (size,))
-    codes = apply(latents, method="encode")
+    z = apply(latents, method="encode_registers")
+    codes = fsq.quantize(z, self.model.levels)
     velocity = apply(flow.add_noise(latents, noise, t), t, codes, keep_k, drop, method="velocity")
     per_sample = flow.flow_loss(velocity, latents, noise)
+    saturation = fsq.saturation(z)
 
     def where(mask):
       return jnp.where(mask, per_sample, 0).sum(), mask.sum().astype(jnp.float32)
@@ -109,7 +111,8 @@ class TokenizerStage:
     for high in nested.lengths(n):
       metrics[f"loss_k{high}"] = where(~drop & (keep_k > low) & (keep_k <= high))
       low = high
-    return per_sample.mean(), metrics
+    metrics["saturation"] = saturation.sum(), jnp.float32(size)
+    return (per_sample + self.tokens.saturation_weight * saturation).mean(), metrics
 
   @property
   def predict_fns(self):
