@@ -3,15 +3,17 @@
 Sizes by what two CPU cores can train: the encoder reads 8x8 px patches (16 of them), the decoder writes 4x4 px patches
 (64), so an image costs about 0.5 GFLOP a training step.
 
-quickstart.py:scratch is a run of a few minutes on what a fresh machine has: the same model, without emoji.
+Made in two runs: quickstart.py:coarse, where the tokens learn to carry the layout as nearly all of the image is noise,
+then quickstart.py from its weights (config.init_from). quickstart.py:scratch is a run of a few minutes on what a fresh
+machine has: the same model, without emoji.
 """
 
 from configs import common
 
 
 def get_config(arg: str = ""):
-  if arg not in ("", "scratch"):
-    raise ValueError(f"configs/quickstart.py takes no argument or 'scratch', got {arg!r}")
+  if arg not in ("", "coarse", "scratch"):
+    raise ValueError(f"configs/quickstart.py takes no argument, 'coarse' or 'scratch', got {arg!r}")
   c = common.derive(
       image_size=32,
       dtype="float32",  # CPUs gain nothing from bfloat16
@@ -33,10 +35,17 @@ def get_config(arg: str = ""):
               tfds=dict(weight=0.0),
           ),
       ),
-      optim=dict(learning_rate=1e-3, warmup_steps=300, b2=0.98, ema_decay=0.999),
+      optim=dict(learning_rate=1.5e-3, warmup_steps=300, b2=0.98, ema_decay=0.999),
       train=dict(num_steps=16_000, log_every=50, checkpoint_every=500, keep_period=0, eval_every=2_000),
       eval=dict(sources=("synthetic", "emoji", "photos"), num_images=64, batch_size=64, grid_images=6),
   )
+  if arg == "coarse":
+    c.update(
+        flow=dict(t_shift=20.0),
+        optim=dict(end_learning_rate=1.5e-3),  # constant: the next run goes on
+        train=dict(num_steps=2_500, checkpoint_every=250, eval_every=2_500),
+        eval=dict(num_images=24, batch_size=24),
+    )
   if arg == "scratch":
     c.update(
         data=dict(sources=dict(synthetic=dict(weight=0.75), emoji=dict(weight=0.0), photos=dict(weight=0.25))),

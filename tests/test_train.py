@@ -9,8 +9,8 @@ import types
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from ml_collections import ConfigDict
 import numpy as np
 import optax
@@ -24,11 +24,12 @@ from flextok_jax import train
 from flextok_jax.data import pipeline
 from flextok_jax.ops import nested
 from flextok_jax.stages import make_stage
-from flextok_jax.training import checkpoint, metrics as metrics_lib, optim, sharding
+from flextok_jax.training import checkpoint, optim, sharding
+from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training.state import ema_decay, init_state, make_update, unbox
 
 ROOT = Path(__file__).parents[1]
-VAE = dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(4, 8), layers_per_block=1, norm_groups=2,
+VAE = dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(8,), layers_per_block=1, norm_groups=4,
            scaling_factor=0.5)  # fmt: skip
 
 
@@ -241,41 +242,35 @@ def mesh_of(devices):
 def test_eight_devices_compute_what_one_computes():
   """Plain gradient descent: Adam would blow rounding errors up where gradients are tiny."""
   config = config_of()
-  stage, optimizer = make_stage(config), optax.sgd(0.5)
+  stage, optimizer = make_stage(config), optax.sgd(0.1)
   batches = [next(pipeline.train_batches(config.data, image_size=16, seed=0, start_step=i)) for i in range(3)]
-  results = []
-  for devices, accumulate_steps in ((jax.devices(), 1), (jax.devices()[:1], 1), (jax.devices()[:4], 2)):
+  boxed = jax.eval_shape(lambda key: init_state(stage, optimizer, key), jax.random.key(0))
+  rng = np.random.default_rng(0)
+  start = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), unbox(boxed))
+  start = start.replace(step=np.int32(0), opt_state=optimizer.init(start.params))
+
+  def run_on(devices):
     mesh = mesh_of(devices)
-    sharding.check_batch(8, accumulate_steps, mesh)
-    boxed = jax.eval_shape(lambda key: init_state(stage, optimizer, key), jax.random.key(0))
     shardings = sharding.tree_shardings(boxed, mesh)
-    rng = np.random.default_rng(0)
-    draw = lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32)
-    state = unbox(boxed)
-    params = jax.tree.map(draw, state.params)
-    opt_state = optimizer.init(params)
-    state = state.replace(step=np.int32(0), params=params, ema=jax.tree.map(np.copy, params), opt_state=opt_state)
-    state = jax.device_put(state, shardings)
-    update = jax.jit(
-        make_update(stage, optimizer, accumulate_steps=accumulate_steps, decay=0.9),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
-    losses = []
+    update = make_update(stage, optimizer, accumulate_steps=1, decay=0.9)
+    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+    state, losses = jax.device_put(start, shardings), []
     for batch in sharding.device_batches(iter(batches), sharding.batch_sharding(mesh)):
       assert {s.data.shape[0] for s in batch["image"].addressable_shards} == {8 // len(devices)}
       state, metrics = update(state, batch, jax.random.key(1))
       losses.append(metrics_lib.compute(metrics)["loss"])
     assert state.params["encoder"]["head"]["kernel"].sharding.device_set == set(devices)
-    results.append((losses, jax.device_get(state.params)))
-  np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
-  for a, b in zip(jax.tree.leaves(results[0][1]), jax.tree.leaves(results[1][1]), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-  assert np.isfinite(results[2][0]).all()  # its parts draw their own noise
+    return losses, jax.device_get(state.params)
+
+  (losses, params), (expected_losses, expected) = run_on(jax.devices()), run_on(jax.devices()[:1])
+  np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+  for a, b, c in zip(*map(jax.tree.leaves, (params, expected, start.params)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert (b != c).any()
 
 
 def test_batches_reach_the_devices_whole_and_in_order():
-  """Global arrays of one process are the local batches, whatever is prefetched; 2 processes would give halves of each."""
+  """The global arrays are the rows of one process, or of two together, whatever is prefetched."""
   data = config_of().data
   whole = pipeline.train_batches(data, image_size=16, seed=0)
   halves = [pipeline.train_batches(data, image_size=16, seed=0, process_index=i, process_count=2) for i in (0, 1)]
@@ -366,17 +361,16 @@ def test_weights_are_written_even_if_a_kill_came_between_them_and_the_last_check
 def test_autoencoder_then_tokenizer_over_it(tmp_path, capsys):
   """Stage "vae" learns; a tokenizer run takes its average, keeps it frozen and out of its optimiser."""
   data = dict(global_batch=16)
-  quick = dict(num_steps=40, log_every=5, checkpoint_every=40, eval_every=40)
+  quick = dict(num_steps=40, log_every=2, checkpoint_every=40, eval_every=40)
   vae_config = config_of(stage="vae", vae=VAE, data=data, train=quick, optim=dict(learning_rate=5e-3, warmup_steps=5))
   train.train(vae_config, str(tmp_path / "vae"))
   lines, evals = read_metrics(tmp_path / "vae")
-  assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+  assert np.mean([x["loss"] for x in lines[-5:]]) < 0.65 * lines[0]["loss"]
   assert {"loss", "l1", "l2", "kl"} <= set(lines[0]) and evals[-1]["eval/synthetic/psnr_vae"] > 8
   x = lines[-1]
   np.testing.assert_allclose(x["loss"], x["l1"] + vae_config.vae_loss.kl_weight * x["kl"], rtol=1e-4)
 
-  part = dict(width=32, depth=1, head_dim=16, patch_size=2)
-  config = config_of(vae=VAE, encoder=part, decoder=part, init_from=str(tmp_path / "vae"),
+  config = config_of(vae=VAE, init_from=str(tmp_path / "vae"),
                      train=dict(num_steps=3, log_every=1, checkpoint_every=3, eval_every=3))  # fmt: skip
   train.train(config, str(tmp_path / "tokenizer"))
   trained, average = read_checkpoint(tmp_path / "vae", 40, "params"), read_checkpoint(tmp_path / "vae", 40, "ema")
@@ -391,11 +385,11 @@ def test_autoencoder_then_tokenizer_over_it(tmp_path, capsys):
   assert_trees_equal(weights["vae"], average["vae"])
   # Without trained weights a frozen autoencoder would be noise.
   with pytest.raises(ValueError, match="vae needs trained weights: give --config.init_from"):
-    train.train(config_of(vae=VAE, encoder=part, decoder=part), str(tmp_path / "random"))
+    train.train(config_of(vae=VAE), str(tmp_path / "random"))
   with pytest.raises(ValueError, match="encoder, decoder; needed: vae|needed: vae"):
     pixels = tmp_path / "pixels.safetensors"
     checkpoint.save_weights(str(pixels), config_of(), unbox(make_stage(config_of()).init(jax.random.key(0))[0]))
-    train.train(config_of(vae=VAE, encoder=part, decoder=part, init_from=str(pixels)), str(tmp_path / "random"))
+    train.train(config_of(vae=VAE, init_from=str(pixels)), str(tmp_path / "random"))
 
 
 # What stops a run.
@@ -477,7 +471,13 @@ def test_too_many_unreadable_files_stop_the_run(pictures, tmp_path):
 
 def test_training_runs_without_tensorflow(tmp_path):
   """As a user's process in which tensorflow cannot be imported: console and JSON lines, said once."""
-  code = "import sys; sys.modules['tensorflow'] = None; from flextok_jax import cli, train; cli.run(train.main)"
+  code = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *args: None if name.split(".")[0] == "tensorflow" else find(name, *args)
+from flextok_jax import cli, train
+cli.run(train.main)
+"""
   args = ["--config=configs/debug.py", f"--workdir={tmp_path}", "--config.train.num_steps=2",
           "--config.train.log_every=1", "--config.train.tensorboard=True"]  # fmt: skip
   env = {**os.environ, "XLA_FLAGS": ""}
