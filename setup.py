@@ -22,7 +22,7 @@ setup(
         "einops>=0.8",
         "flax>=0.12",
         "fonttools>=4.50",  # the emoji font
-        "grain>=0.2.12",
+        "grain>=0.2.14",
         "jax>=0.8",
         "matplotlib>=3.9",
         "ml-collections>=1.0",

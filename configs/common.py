@@ -4,7 +4,6 @@ Sources: [paper] FlexTok, arXiv 2502.13967; [code] the public inference code; [v
 arXiv 2604.12887; [ours] no public record, our choice with the reason beside it.
 """
 
-import ml_collections
 from ml_collections import ConfigDict
 
 
@@ -122,6 +121,6 @@ def get_config() -> ConfigDict:
 
 def derive(**overrides) -> ConfigDict:
   """Returns the base configuration with dotted or nested overrides: derive(seed=1, encoder=dict(width=64))."""
-  c = ml_collections.ConfigDict(get_config())
-  c.update(overrides)
-  return c.lock()
+  c = get_config()
+  c.update(overrides)  # a field that is not there is refused, as the configuration is locked
+  return c

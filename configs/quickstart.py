@@ -36,7 +36,7 @@ def get_config(arg: str = ""):
           ),
       ),
       optim=dict(learning_rate=1.5e-3, warmup_steps=300, b2=0.98, ema_decay=0.999),
-      train=dict(num_steps=16_000, log_every=50, checkpoint_every=500, keep_period=0, eval_every=2_000),
+      train=dict(num_steps=6_500, log_every=50, checkpoint_every=500, keep_period=0, eval_every=3_250),
       eval=dict(sources=("synthetic", "emoji", "photos"), num_images=64, batch_size=64, grid_images=6),
   )
   if arg == "coarse":
