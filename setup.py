@@ -18,6 +18,7 @@ setup(
     package_data={"flextok_jax": ["assets/*.safetensors"]},
     install_requires=[
         "absl-py>=2.1",
+        "chex>=0.1.86",
         "clu>=0.0.12",
         "einops>=0.8",
         "flax>=0.12",

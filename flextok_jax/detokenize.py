@@ -15,7 +15,7 @@ from absl import flags
 import jax
 import numpy as np
 
-from flextok_jax import cli
+from flextok_jax import cli, files
 from flextok_jax.evals import metrics, plots, reconstruction
 from flextok_jax.ops import fsq
 from flextok_jax.stages import make_stage
@@ -58,7 +58,7 @@ def main(values: flags.FlagValues):
   decode = reconstruction.decoder_by_image(predict_fns["detokenize"], values.seed)
   images = detokenize(decode, params, sequences, num_registers, values.batch_size)
   for i, (name, image) in enumerate(zip(names, images)):
-    plots.write_file(out / f"{i:05d}_{Path(name).stem}.png", plots.to_png(image))
+    files.write_file(out / f"{i:05d}_{Path(name).stem}.png", plots.to_png(image))
   print(f"wrote {len(names)} images of {config.image_size} px to {out}")
 
 

@@ -14,9 +14,9 @@ from absl import flags
 import jax
 import numpy as np
 
-from flextok_jax import cli
+from flextok_jax import cli, files
 from flextok_jax.data import transforms
-from flextok_jax.evals import plots, reconstruction
+from flextok_jax.evals import reconstruction
 from flextok_jax.stages import make_stage
 from flextok_jax.training import checkpoint
 
@@ -73,11 +73,11 @@ def write_tokens(path: Path, image_size: int, names: list[str], token_ids: np.nd
     buffer = io.BytesIO()
     np.savez(buffer, image_size=image_size, num_tokens=token_ids.shape[1], names=np.asarray(names, np.str_),
              token_ids=token_ids.astype(np.int32))
-    plots.write_file(path, buffer.getvalue())
+    files.write_file(path, buffer.getvalue())
     return
   fields = {"image_size": image_size, "num_tokens": token_ids.shape[1], "names": list(names),
             "token_ids": token_ids.tolist()}
-  plots.write_file(path, (json.dumps(fields) + "\n").encode())
+  files.write_file(path, (json.dumps(fields) + "\n").encode())
 
 
 if __name__ == "__main__":

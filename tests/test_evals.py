@@ -12,6 +12,7 @@ import skimage.data
 import skimage.metrics
 
 from configs import common
+from flextok_jax import files
 from flextok_jax.evals import metrics, plots, reconstruction
 from flextok_jax.stages import make_stage
 
@@ -209,10 +210,10 @@ def test_vae_report_has_one_column_and_no_curve(images, tmp_path):
 def test_files_are_whole_or_absent(tmp_path):
   (tmp_path / "taken").mkdir()
   with pytest.raises(ValueError, match="cannot write"):
-    plots.write_file(tmp_path / "taken", b"x")
+    files.write_file(tmp_path / "taken", b"x")
   with pytest.raises(ValueError, match="cannot write"):
     (tmp_path / "file").write_text("old")
-    plots.write_file(tmp_path / "file" / "below", b"x")
-  plots.write_file(tmp_path / "file", b"new")
+    files.write_file(tmp_path / "file" / "below", b"x")
+  files.write_file(tmp_path / "file", b"new")
   assert (tmp_path / "file").read_bytes() == b"new"
   assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 import io
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,23 +10,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 MIN_CELL = 96  # pixels; smaller images are enlarged by a whole factor
 _INK = (32, 32, 32)
-
-
-def write_file(path: Path, data: bytes):
-  """Writes a file whole or not at all: to a temporary name in the same directory, then renamed.
-
-  Raises:
-    ValueError: the path cannot be written.
-  """
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-  except OSError as e:
-    if temporary.is_file():
-      temporary.unlink()
-    raise ValueError(f"cannot write {path}: {e.strerror}") from e
 
 
 def to_png(image: Image.Image | np.ndarray) -> bytes:

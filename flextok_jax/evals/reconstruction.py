@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flextok_jax import files
 from flextok_jax.evals import metrics, plots
 from flextok_jax.ops import nested
 
@@ -216,12 +217,12 @@ def write_report(report: Report, out_dir: str | Path, settings: Mapping[str, Any
   """
   out_dir = Path(out_dir)
   paths = [out_dir / "report.json"]
-  plots.write_file(paths[0], (json.dumps({**(settings or {}), **report.scores}, indent=2) + "\n").encode())
+  files.write_file(paths[0], (json.dumps({**(settings or {}), **report.scores}, indent=2) + "\n").encode())
   if report.scores["num_tokens"]:
     paths.append(out_dir / "curve.png")
-    plots.write_file(paths[-1], plots.curve_png(report.scores["sets"]))
+    files.write_file(paths[-1], plots.curve_png(report.scores["sets"]))
   for name, columns in report.examples.items():
     labels = [plots.column_label(column, last=column == list(columns)[-1]) for column in columns]
     paths.append(out_dir / f"grid_{name}.png")
-    plots.write_file(paths[-1], plots.to_png(plots.grid(list(columns.values()), labels)))
+    files.write_file(paths[-1], plots.to_png(plots.grid(list(columns.values()), labels)))
   return paths

@@ -1,5 +1,6 @@
 """The rectified-flow decoder: noised latents, time and codes to a velocity."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,8 @@ class Decoder(nn.Module):
     Returns:
       [b, h, w, c] float32.
     """
+    chex.assert_shape([t, keep_k, drop_condition], x_t.shape[:1])  # else they would broadcast in silence
+    chex.assert_axis_dimension(codes, 1, self.num_registers)
     registers = nn.Dense(
         self.width,
         dtype=self.dtype,

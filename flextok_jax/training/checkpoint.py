@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+from pathlib import Path
 
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import safetensors
 from safetensors.flax import save_file
 
-from flextok_jax import stages
+from flextok_jax import files, stages
 from flextok_jax.training.state import TrainState, unbox
 
 # Fields that a resumed run may change; all others make another run of it.
@@ -21,14 +21,6 @@ _FREE = ("train.", "eval.", "sampler.", "mesh.", "remat", "init_from")
 _FREE_DATA = ("data.num_threads", "data.num_workers", "data.prefetch", "data.max_unreadable")
 _FORMAT = "flextok_jax"
 _KEY = "flextok_jax.config"  # metadata key of a safetensors file
-
-
-def write_text(path: str, text: str):
-  """Writes a file so that a reader sees the old or the new text, never a part."""
-  fd, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".tmp-")
-  with os.fdopen(fd, "w") as f:
-    f.write(text)
-  os.replace(temporary, path)
 
 
 def _flat(config: ConfigDict) -> dict:
@@ -55,8 +47,7 @@ def check_workdir(workdir: str, config: ConfigDict):
 def claim_workdir(workdir: str, config: ConfigDict):
   """Makes the workdir the config's own: checks it and writes config.json."""
   check_workdir(workdir, config)
-  os.makedirs(workdir, exist_ok=True)
-  write_text(os.path.join(workdir, "config.json"), config.to_json(indent=1) + "\n")
+  files.write_file(Path(workdir) / "config.json", (config.to_json(indent=1) + "\n").encode())
 
 
 def read_config(workdir: str) -> ConfigDict:
@@ -137,6 +128,7 @@ def save_weights(path: str, config: ConfigDict, params: dict, dtype: str = "floa
   os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
   temporary = f"{path}.tmp-{os.getpid()}"
   save_file(flat, temporary, metadata={"format": _FORMAT, _KEY: config.to_json()})
+  os.chmod(temporary, 0o644)  # the library's own mode shuts other users out
   os.replace(temporary, path)
 
 

@@ -67,6 +67,7 @@ class Writer:
     if tensorboard:
       try:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # says so otherwise, at length
         from clu import metric_writers
         import tensorflow as tf
 
