@@ -95,18 +95,17 @@ def train(config, workdir: str):
       if stop:
         print(f"stopped by a signal at step {step}; rerun the same command to go on", flush=True)
         return
-      if step % config.train.eval_every == 0 or step == last:
-        report = evaluator.run(state.joined(average=True))
-        out = os.path.join(workdir, "eval", f"{step:08d}")
-        reconstruction.write_report(report, out)
-        writer.write(step, report.scalars(), f"{reconstruction.format_table(report)}\npictures of step {step}: {out}")
+      if step % config.train.eval_every == 0 and step < last:
+        _evaluate(evaluator, state, step, workdir, writer)
         mark = (time.monotonic(), step)
-    if first < last:
-      path = os.path.join(workdir, "weights.safetensors")
-      checkpoint.save_weights(path, config, state.joined(average=True), config.train.export_dtype)
-      print(f"averaged weights ({config.train.export_dtype}): {path}", flush=True)
-    else:
+    # The weights come last: where they are missing, an earlier run was stopped before its end.
+    path = os.path.join(workdir, "weights.safetensors")
+    if first >= last and os.path.exists(path):
       print(f"nothing to do: {workdir} is at step {first} of train.num_steps={last}", flush=True)
+      return
+    _evaluate(evaluator, state, int(state.step), workdir, writer)
+    checkpoint.save_weights(path, config, state.joined(average=True), config.train.export_dtype)
+    print(f"averaged weights ({config.train.export_dtype}): {path}", flush=True)
   finally:
     checkpoints.close()
     writer.close()
@@ -143,6 +142,14 @@ def make_evaluator(config, stage, mesh) -> reconstruction.Reconstruction:
       config.eval.grid_images,
       sharding.batch_sharding(mesh),
   )
+
+
+def _evaluate(evaluator, state, step: int, workdir: str, writer):
+  """Writes table, curve and grids of the averaged parameters under workdir/eval/STEP."""
+  report = evaluator.run(state.joined(average=True))
+  out = os.path.join(workdir, "eval", f"{step:08d}")
+  reconstruction.write_report(report, out)
+  writer.write(step, report.scalars(), f"{reconstruction.format_table(report)}\npictures of step {step}: {out}")
 
 
 def _line(step: int, last: int, s: dict) -> str:

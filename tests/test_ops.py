@@ -75,6 +75,12 @@ def test_gradient_is_straight_through():
   assert (rounding == 0).all()
 
 
+def test_saturation_is_the_part_beyond_one():
+  z = np.zeros((3, 2, 6), np.float32)
+  z[1], z[2, 0, 0] = np.linspace(-1, 1, 6), -3
+  np.testing.assert_allclose(fsq.saturation(z), [0, 0, 4 / 12], rtol=1e-6)
+
+
 # Nested dropout (its distributions: test_reference.py).
 
 
@@ -151,6 +157,17 @@ def test_times_of_extreme_draws_stay_in_the_unit_interval(mode):
   t = np.asarray(flow.t_from_draw(jnp.asarray(draw), mode, 1.29))
   ends = (1, 0) if mode == "mode" else (0, 1)
   np.testing.assert_allclose(t[[0, -1]], ends, atol=0.02 if mode == "stratified_logit_normal" else 1e-6)
+
+
+def test_shifted_times():
+  """The ends stay, order stays, and the odds t / (1 - t) are multiplied by the shift."""
+  t = np.linspace(0, 1, 101, dtype=np.float32)
+  for shift in (0.5, 1.0, 3.0):
+    moved = np.asarray(flow.shift_t(t, shift), np.float64)
+    assert moved[0] == 0 and moved[-1] == 1 and (np.diff(moved) > 0).all()
+    np.testing.assert_allclose(moved[1:-1] / (1 - moved[1:-1]), shift * t[1:-1] / (1 - t[1:-1]), rtol=1e-4)
+  drawn = [flow.sample_t(jax.random.key(0), 50, "uniform", 0.0, shift) for shift in (1.0, 3.0)]
+  np.testing.assert_allclose(drawn[1], flow.shift_t(drawn[0], 3.0), rtol=1e-6)
 
 
 def test_unknown_t_sampling():

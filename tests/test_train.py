@@ -11,7 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
-from ml_collections import ConfigDict
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -34,9 +33,9 @@ VAE = dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(8,), la
 
 
 def config_of(**overrides):
-  c = ConfigDict(debug.get_config())
+  c = debug.get_config()
   c.update(overrides)
-  return c.lock()
+  return c
 
 
 def read_metrics(workdir):
@@ -204,18 +203,19 @@ def test_schedule():
 
 @pytest.mark.parametrize("mode, registers", [("pow2", 4), ("uniform", 6), ("uniform_pow2", 6)])
 def test_buckets_share_out_the_loss(mode, registers):
-  tokens = dict(num_registers=registers, nested_dropout=mode, null_prob=0.3)
+  tokens = dict(num_registers=registers, nested_dropout=mode, null_prob=0.3, saturation_weight=0.5)
   stage = make_stage(config_of(tokens=tokens))
   params = unbox(jax.eval_shape(stage.init, jax.random.key(0))[0])
   params = jax.tree.map(lambda x: np.random.default_rng(0).normal(0, 0.2, x.shape).astype(np.float32), params)
   batch = {"image": np.random.default_rng(1).integers(0, 256, (64, 16, 16, 3), np.uint8)}
   loss, metrics = jax.jit(stage.loss_fn)(params, batch, jax.random.key(0))
-  total, count = metrics.pop("loss")
+  (total, count), (saturation, _) = metrics.pop("loss"), metrics.pop("saturation")
   assert set(metrics) == {"loss_null"} | {f"loss_k{k}" for k in nested.lengths(registers)}
   assert count == 64 and sum(n for _, n in metrics.values()) == 64
   assert all(n > 0 for _, n in metrics.values()) and 8 < metrics["loss_null"][1] < 32
   np.testing.assert_allclose(sum(x for x, _ in metrics.values()), total, rtol=1e-5)
-  np.testing.assert_allclose(loss, total / 64, rtol=1e-6)
+  assert saturation > 0  # a penalty beside the loss that is reported
+  np.testing.assert_allclose(loss, (total + 0.5 * saturation) / 64, rtol=1e-6)
 
 
 def test_loss_falls_on_a_few_pictures():
@@ -307,7 +307,7 @@ def test_metrics_of_a_run(run):
     assert all(np.isfinite(v) for v in x.values())
     assert x["loss"] > 0 and x["grad_norm"] > 0 and x["unreadable"] == 0 and x["images_per_second"] > 0
     assert {"loss_k1", "loss_k2", "loss_k4"} & set(x) and set(x) - {"step"} <= {
-        "loss", "loss_k1", "loss_k2", "loss_k4", "loss_null", "grad_norm", "unreadable", "learning_rate",
+        "loss", "loss_k1", "loss_k2", "loss_k4", "loss_null", "saturation", "grad_norm", "unreadable", "learning_rate",
         "images_per_second", "eta_seconds"}  # fmt: skip
     np.testing.assert_allclose(x["learning_rate"], schedule(x["step"] - 1), rtol=1e-6)
     np.testing.assert_allclose(x["eta_seconds"], (20 - x["step"]) * 8 / x["images_per_second"], rtol=1e-6)
