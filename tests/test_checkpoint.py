@@ -153,7 +153,8 @@ def test_damaged_and_foreign_weights_are_one_line(config, params, tmp_path):
 def test_absurd_configs_in_weights_are_one_line(config, params, tmp_path, text, pattern):
   values = json.loads(config.to_json())
   changes = dict(width=("encoder", "width", 48), depth=("decoder", "depth", 3),
-                 registers=("tokens", "num_registers", 9), negative=("encoder", "width", -32), text=("decoder", "patch_size", "four"))  # fmt: skip
+                 registers=("tokens", "num_registers", 9), negative=("encoder", "width", -32),
+                 text=("decoder", "patch_size", "four"))  # fmt: skip
   if text in changes:
     part, name, value = changes[text]
     values[part][name] = value
