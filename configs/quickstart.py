@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
       # Neighbouring pixels repeat each other: at t = 0.7 the noised image still shows its layout. Much more noise, and
       # the layout has to come from the tokens.
       flow=dict(t_sampling="uniform", t_shift=4.0),
-      sampler=dict(num_steps=25, guidance="cfg", guidance_scale=2.0),
+      sampler=dict(num_steps=25, guidance="cfg", guidance_scale=1.5),
       data=dict(
           global_batch=32,
           num_threads=2,
@@ -36,7 +36,7 @@ def get_config(arg: str = ""):
           ),
       ),
       optim=dict(learning_rate=1.5e-3, warmup_steps=300, b2=0.98, ema_decay=0.999),
-      train=dict(num_steps=6_500, log_every=50, checkpoint_every=500, keep_period=0, eval_every=3_250),
+      train=dict(num_steps=5_000, log_every=50, checkpoint_every=500, keep_period=0, eval_every=2_500),
       eval=dict(sources=("synthetic", "emoji", "photos"), num_images=64, batch_size=64, grid_images=6),
   )
   if arg == "coarse":

@@ -6,6 +6,7 @@ concerns the command line itself runs as a user's process. The other commands: t
 
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ import pytest
 
 from configs import debug
 from flextok_jax import train
+from flextok_jax.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 PART = dict(width=32, depth=1, head_dim=16, patch_size=4)
@@ -65,10 +67,10 @@ def refused(pattern, workdir, **overrides):
     ("unknown stage 'tokeniser': one of tokenizer, vae", dict(stage="tokeniser")),
     ("stage 'vae' trains vae.kind 'autoencoder_kl', got 'pixels'", dict(stage="vae")),
     ("unknown vae.kind 'vqgan'", dict(vae=dict(kind="vqgan"))),
-    ("unknown nested dropout mode 'pow3'", dict(tokens=dict(nested_dropout="pow3"))),
+    ("unknown tokens.nested_dropout 'pow3': one of uniform, pow2", dict(tokens=dict(nested_dropout="pow3"))),
     ("'pow2' needs a power of two, got 6", dict(tokens=dict(num_registers=6))),
-    ("unknown t sampling 'lognormal'", dict(flow=dict(t_sampling="lognormal"))),
-    ("unknown guidance 'cgf'", dict(sampler=dict(guidance="cgf"))),
+    ("unknown flow.t_sampling 'lognormal': one of logit_normal", dict(flow=dict(t_sampling="lognormal"))),
+    ("unknown sampler.guidance 'cgf': one of apg, cfg, none", dict(sampler=dict(guidance="cgf"))),
     ("dtype.*float31", dict(dtype="float31")),
     ("export_dtype.*float7", dict(train=dict(export_dtype="float7"))),
     ("unknown data source 'mars'", dict(eval=dict(sources=("mars",)))),
@@ -82,20 +84,15 @@ def refused(pattern, workdir, **overrides):
     ("num_tokens 5 is out of range: this model takes 1 to 4", dict(eval=dict(num_tokens=(1, 5)))),
     ("num_tokens 0 is out of range", dict(eval=dict(num_tokens=(0,)))),
     ("no evaluation set is named", dict(eval=dict(sources=()))),
-    ("at least one image, got 0", dict(eval=dict(num_images=0))),
+    ("eval.num_images must be at least 1, got 0", dict(eval=dict(num_images=0))),
     ("eval.batch_size", dict(eval=dict(batch_size=0))),
-    ("train.num_steps", dict(train=dict(num_steps=0))),
-    ("train.log_every", dict(train=dict(log_every=0))),
+    ("train.log_every must be at least 1, got 0", dict(train=dict(log_every=0))),
     ("train.checkpoint_every", dict(train=dict(checkpoint_every=0))),
     ("train.eval_every", dict(train=dict(eval_every=0))),
     ("train.keep_checkpoints", dict(train=dict(keep_checkpoints=0))),
     ("sampler.num_steps", dict(sampler=dict(num_steps=0))),
-    # Weights to start from.
-    ("no such checkpoint: /absent/weights", dict(init_from="/absent/weights")),
+    # Weights to start from (others: test_checkpoint.py).
     ("setup.py is not a readable safetensors file", dict(init_from=str(ROOT / "setup.py"))),
-    ("configs is no workdir of a run", dict(init_from=str(ROOT / "configs"))),
-    ("the frozen vae needs trained weights: give --config.init_from",
-     dict(vae=dict(kind="autoencoder_kl", block_out_channels=(8,), norm_groups=4))),
     # No data.
     ("pass --config.data.sources.folder.path", dict(data=sources(folder=dict(weight=1.0)))),
     ("no data source has a weight above 0", dict(data=sources())),
@@ -112,9 +109,8 @@ def test_folders(held_out, tmp_path):
   (tmp_path / "broken").mkdir()
   for i in range(50):
     (tmp_path / "broken" / f"{i}.jpg").write_bytes(b"no picture")
-  folder = lambda path: dict(
-      data=sources(folder=dict(weight=1.0, path=str(path))), eval=dict(sources=("folder",) if held_out else ("synthetic",))
-  )
+  evaluation = dict(sources=("folder",) if held_out else ("synthetic",))
+  folder = lambda path: dict(data=sources(folder=dict(weight=1.0, path=str(path))), eval=evaluation)
   workdir = tmp_path / "new"
   refused(f"folder {tmp_path}/absent does not exist", workdir, **folder(tmp_path / "absent"))
   refused(f"folder {tmp_path}/empty holds no jpg", workdir, **folder(tmp_path / "empty"))
@@ -124,7 +120,8 @@ def test_folders(held_out, tmp_path):
 
 
 def test_workdir_of_another_config_or_no_folder(tmp_path):
-  train.train(config_of(train=dict(num_steps=1, export_dtype="float32")), str(tmp_path / "run"))
+  checkpoint.claim_workdir(str(tmp_path / "run"), config_of())
+  (tmp_path / "run" / "metrics.jsonl").write_text("precious\n")
   refused("belongs to another config: seed is 0 there and 1 here; use another --workdir", tmp_path / "run", seed=1)
   refused("belongs to another config: stage is", tmp_path / "run", stage="vae",
           vae=dict(kind="autoencoder_kl", block_out_channels=(8,), norm_groups=4), seed=0)  # fmt: skip
@@ -172,8 +169,6 @@ def test_command_lines(pattern, args, tmp_path):
 
 
 def one_line(pattern, code, printed, err):
-  import re
-
   assert (code, printed) == (1, ""), (code, printed, err)
   assert err.startswith("error: ") and re.search(pattern, err) and len(err.splitlines()) == 1, err
 
@@ -183,7 +178,7 @@ def test_a_line_and_an_exit_code(tmp_path):
   one_line("the image folder /absent does not exist", *shell(
       DEBUG, f"--workdir={tmp_path}", "--config.data.sources.synthetic.weight=0",
       "--config.data.sources.folder.weight=1", "--config.data.sources.folder.path=/absent"))  # fmt: skip
-  assert not list(tmp_path.iterdir())
+  assert not files_of(tmp_path)
   for i in range(64):
     path = tmp_path / "pictures" / f"{i}.png"
     path.parent.mkdir(exist_ok=True)
@@ -192,7 +187,8 @@ def test_a_line_and_an_exit_code(tmp_path):
       path.write_bytes(path.read_bytes()[:50])
   code, _, err = shell(
       DEBUG, f"--workdir={tmp_path / 'new'}", "--config.data.sources.synthetic.weight=0",
-      "--config.data.sources.folder.weight=1", f"--config.data.sources.folder.path={tmp_path / 'pictures'}")  # fmt: skip
+      "--config.data.sources.folder.weight=1",
+      f"--config.data.sources.folder.path={tmp_path / 'pictures'}")  # fmt: skip
   lines = err.splitlines()
   assert code == 1 and lines[-1].startswith("error: ") and "data.max_unreadable=0.01" in lines[-1]
   assert all("nreadable image passed over" in line for line in lines[:-1]) and "Traceback" not in err

@@ -153,7 +153,7 @@ def test_damaged_and_foreign_weights_are_one_line(config, params, tmp_path):
 def test_absurd_configs_in_weights_are_one_line(config, params, tmp_path, text, pattern):
   values = json.loads(config.to_json())
   changes = dict(width=("encoder", "width", 48), depth=("decoder", "depth", 3),
-                 registers=("tokens", "num_registers", 9), negative=("encoder", "width", -32),
+                 registers=("tokens", "num_registers", 8), negative=("encoder", "width", -32),
                  text=("decoder", "patch_size", "four"))  # fmt: skip
   if text in changes:
     part, name, value = changes[text]
@@ -205,7 +205,7 @@ def test_weights_of_a_workdir_are_the_average_and_the_frozen_parts(workdir, tmp_
   empty = tmp_path / "empty"
   checkpoint.claim_workdir(str(empty), over_vae)
   fails(f"workdir {empty} has no checkpoint yet", checkpoint.load_weights, str(empty))
-  assert [p.name for p in empty.iterdir()] == ["config.json"]
+  assert [p.name for p in files_of(empty)] == ["config.json"]
 
 
 def test_kept_checkpoints(config, tmp_path):
