@@ -22,7 +22,7 @@ def _parse(argv: list[str]) -> list[str]:
   except (AttributeError, KeyError) as e:
     overrides = [arg for arg in argv if arg.startswith("--config.")]
     _fail(e, f"unknown config key among {' '.join(overrides)} ({e}): all keys stand in configs/common.py")
-  except (flags.Error, TypeError, *_EXPECTED) as e:
+  except Exception as e:  # whatever is wrong with a config file
     _fail(e)
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # orbax tells a story at every checkpoint

@@ -14,7 +14,7 @@ from absl import flags
 import jax
 from ml_collections import ConfigDict, config_flags
 
-from flextok_jax import cli
+from flextok_jax import cli, settings
 from flextok_jax.data import pipeline
 from flextok_jax.evals import reconstruction
 from flextok_jax.stages import make_stage
@@ -54,12 +54,12 @@ def main(values: flags.FlagValues):
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out={out} is a file: give a folder")
   report = evaluate(config, params)
-  settings = {"checkpoint": str(source), "image_size": config.image_size}
+  given = {"checkpoint": str(source), "image_size": config.image_size}
   if report.scores["num_tokens"]:
     settings["sampler"] = config.sampler.to_dict()
-  paths = reconstruction.write_report(report, out, settings)
+  paths = reconstruction.write_report(report, out, given)
   with open(out / "eval.jsonl", "a") as f:
-    f.write(json.dumps({**settings, **report.scores}) + "\n")
+    f.write(json.dumps({**given, **report.scores}) + "\n")
   print(reconstruction.format_table(report) + "\n")
   for path in (*paths, out / "eval.jsonl"):
     print(path)
@@ -100,9 +100,7 @@ def evaluate(config, params) -> reconstruction.Report:
     ValueError: a setting out of range, before anything is read or compiled.
   """
   c = config.eval
-  for name in ("num_images", "batch_size", "grid_images"):
-    if c[name] < 1:
-      raise ValueError(f"eval.{name} must be at least 1, got {c[name]}")
+  settings.at_least_one(config, "eval.num_images", "eval.batch_size", "eval.grid_images")
   for name in c.sources:
     if name not in config.data.sources:
       raise ValueError(f"unknown evaluation set {name!r}: one of {', '.join(config.data.sources)}")

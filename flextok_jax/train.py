@@ -11,7 +11,7 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from flextok_jax import cli, stages
+from flextok_jax import cli, settings, stages
 from flextok_jax.data import pipeline
 from flextok_jax.evals import reconstruction
 from flextok_jax.training import checkpoint, optim, sharding
@@ -28,6 +28,10 @@ def train(config, workdir: str):
   Raises:
     ValueError: for bad settings, too many unreadable files, or a loss that is not finite.
   """
+  every = ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints", "num_steps")
+  settings.at_least_one(config, "optim.accumulate_steps", "eval.num_images", "eval.batch_size", "eval.grid_images")
+  settings.at_least_one(config, *(f"train.{name}" for name in every))
+  settings.float_dtype("train.export_dtype", config.train.export_dtype)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.data.global_batch, config.optim.accumulate_steps, mesh)
   stage = stages.make_stage(config)

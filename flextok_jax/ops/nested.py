@@ -11,6 +11,14 @@ def lengths(num_registers: int) -> tuple[int, ...]:
   return tuple(1 << i for i in range((num_registers - 1).bit_length())) + (num_registers,)
 
 
+def check_mode(mode: str, num_registers: int):
+  """Raises ValueError for an unknown mode, or for "pow2" with num_registers that is no power of two."""
+  if mode not in MODES:
+    raise ValueError(f"unknown tokens.nested_dropout {mode!r}: one of {', '.join(MODES)}")
+  if mode == "pow2" and num_registers & (num_registers - 1):
+    raise ValueError(f"nested dropout 'pow2' needs a power of two, got {num_registers} registers; use 'uniform_pow2'")
+
+
 def sample_keep_k(key: jax.Array, batch: int, num_registers: int, mode: str) -> jax.Array:
   """Draws the number of kept registers, int32 [batch] in 1..num_registers.
 
@@ -18,19 +26,15 @@ def sample_keep_k(key: jax.Array, batch: int, num_registers: int, mode: str) -> 
   rounded up to a power of two (and to num_registers at most), so about half of the samples keep everything.
 
   Raises:
-    ValueError: for an unknown mode, or "pow2" with num_registers that is no power of two.
+    ValueError: as check_mode.
   """
+  check_mode(mode, num_registers)
   if mode == "pow2":
-    exponent = num_registers.bit_length() - 1
-    if num_registers != 1 << exponent:
-      raise ValueError(f"nested dropout 'pow2' needs a power of two, got {num_registers} registers; use 'uniform_pow2'")
-    return jnp.left_shift(1, jax.random.randint(key, (batch,), 0, exponent + 1))
+    return jnp.left_shift(1, jax.random.randint(key, (batch,), 0, num_registers.bit_length()))
   k = jax.random.randint(key, (batch,), 1, num_registers + 1)
   if mode == "uniform":
     return k
-  if mode == "uniform_pow2":
-    return jnp.minimum(jnp.left_shift(1, 32 - jax.lax.clz(k - 1)), num_registers)
-  raise ValueError(f"unknown nested dropout mode {mode!r}: one of {', '.join(MODES)}")
+  return jnp.minimum(jnp.left_shift(1, 32 - jax.lax.clz(k - 1)), num_registers)  # up to the next power of two
 
 
 def mask_tail(x: jax.Array, fill: jax.Array, keep_k: jax.Array) -> jax.Array:

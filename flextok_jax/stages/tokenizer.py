@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from flextok_jax import settings
 from flextok_jax.models.decoder import Decoder
 from flextok_jax.models.encoder import Encoder
 from flextok_jax.models.flextok import FlexTok, sample_latents
@@ -19,23 +20,23 @@ def make_model(config: ConfigDict) -> FlexTok:
   Raises:
     ValueError: naming the value, when sizes do not fit together.
   """
-  dtype = jnp.dtype(config.dtype)
+  dtype = settings.float_dtype("dtype", config.dtype)
+  settings.at_least_one(config, "image_size", "tokens.num_registers", "sampler.num_steps")
   for part in ("encoder", "decoder"):
+    settings.at_least_one(config, *(f"{part}.{name}" for name in ("width", "depth", "head_dim", "patch_size")))
     width, head_dim = config[part].width, config[part].head_dim
     if width % head_dim or width % 4:
       raise ValueError(f"{part}.width {width} is not a multiple of 4 and of head_dim {head_dim}")
   if config.vae.kind not in ("autoencoder_kl", "pixels"):
     raise ValueError(f"unknown vae.kind {config.vae.kind!r}: 'autoencoder_kl' or 'pixels'")
-  if config.tokens.nested_dropout not in nested.MODES:
-    raise ValueError(
-        f"unknown tokens.nested_dropout {config.tokens.nested_dropout!r}: one of {', '.join(nested.MODES)}"
-    )
+  nested.check_mode(config.tokens.nested_dropout, config.tokens.num_registers)
   if config.flow.t_sampling not in flow.T_SAMPLINGS:
     raise ValueError(f"unknown flow.t_sampling {config.flow.t_sampling!r}: one of {', '.join(flow.T_SAMPLINGS)}")
   if config.sampler.guidance not in guidance.MODES:
     raise ValueError(f"unknown sampler.guidance {config.sampler.guidance!r}: one of {', '.join(guidance.MODES)}")
-  if config.tokens.num_registers < 1:
-    raise ValueError(f"tokens.num_registers must be at least 1, got {config.tokens.num_registers}")
+  levels = tuple(config.tokens.levels)
+  if not levels or any(not isinstance(level, int) or level < 2 for level in levels):
+    raise ValueError(f"tokens.levels must be whole numbers of at least 2, got {levels}")
   model = FlexTok(
       encoder=Encoder(
           num_registers=config.tokens.num_registers,
@@ -51,7 +52,7 @@ def make_model(config: ConfigDict) -> FlexTok:
           **config.decoder,
       ),
       vae=make_vae(config) if config.vae.kind == "autoencoder_kl" else None,
-      levels=tuple(config.tokens.levels),
+      levels=levels,
       scaling_factor=config.vae.scaling_factor,
   )
   side = model.latent_shape(config.image_size)[0]

@@ -5,6 +5,7 @@ import functools
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from flextok_jax import settings
 from flextok_jax.models.flextok import to_float
 from flextok_jax.models.vae import AutoencoderKL, kl_divergence, sample_posterior
 
@@ -21,7 +22,7 @@ def make_vae(config: ConfigDict) -> AutoencoderKL:
       block_out_channels=tuple(c.block_out_channels),
       layers_per_block=c.layers_per_block,
       norm_groups=c.norm_groups,
-      dtype=jnp.dtype(config.dtype),
+      dtype=settings.float_dtype("dtype", config.dtype),
   )
   if config.image_size % vae.downscale:
     raise ValueError(f"image_size {config.image_size} is not a multiple of the VAE's downscale {vae.downscale}")

@@ -55,7 +55,7 @@ def read_config(workdir: str) -> ConfigDict:
   path = os.path.join(workdir, "config.json")
   if not os.path.exists(path):
     raise FileNotFoundError(f"{workdir} is no workdir of a run: it has no config.json")
-  with open(path) as f:
+  with open(path, encoding="utf-8", errors="replace") as f:
     return _parse_config(f.read(), path)
 
 

@@ -78,7 +78,7 @@ def make_update(
     key = jax.random.fold_in(key, state.step)
     images = {"image": batch["image"]}
     grads, metrics = (accumulated if accumulate_steps > 1 else grads_of)(state.params, state.frozen, images, key)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     d = ema_decay(decay, state.step)
