@@ -54,12 +54,12 @@ def main(values: flags.FlagValues):
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out={out} is a file: give a folder")
   report = evaluate(config, params)
-  given = {"checkpoint": str(source), "image_size": config.image_size}
+  conditions = {"checkpoint": str(source), "image_size": config.image_size}
   if report.scores["num_tokens"]:
-    settings["sampler"] = config.sampler.to_dict()
-  paths = reconstruction.write_report(report, out, given)
+    conditions["sampler"] = config.sampler.to_dict()
+  paths = reconstruction.write_report(report, out, conditions)
   with open(out / "eval.jsonl", "a") as f:
-    f.write(json.dumps({**given, **report.scores}) + "\n")
+    f.write(json.dumps({**conditions, **report.scores}) + "\n")
   print(reconstruction.format_table(report) + "\n")
   for path in (*paths, out / "eval.jsonl"):
     print(path)
