@@ -100,8 +100,9 @@ def train(config, workdir: str):
         print(f"stopped by a signal at step {step}; rerun the same command to go on", flush=True)
         return
       if step % config.train.eval_every == 0 and step < last:
+        begun = time.monotonic()
         _evaluate(evaluator, state, step, workdir, writer)
-        mark = (time.monotonic(), step)
+        mark = (mark[0] + time.monotonic() - begun, mark[1])  # not a part of the training rate
     # The weights come last: where they are missing, an earlier run was stopped before its end.
     path = os.path.join(workdir, "weights.safetensors")
     if first >= last and os.path.exists(path):

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 import json
 import os
 
-from absl import logging
 from clu import metrics as clu_metrics
 import flax
 import jax
@@ -74,7 +73,7 @@ class Writer:
         tf.config.set_visible_devices([], "GPU")  # jax owns them
         self._summary = metric_writers.SummaryWriter(os.path.join(workdir, "tensorboard"))
       except ImportError as e:
-        logging.info("no TensorBoard files (%s): metrics go to the console and metrics.jsonl", e)
+        print(f"no TensorBoard files ({e}): metrics go to the console and metrics.jsonl", flush=True)
 
   def write(self, step: int, scalars: Mapping[str, float], line: str):
     """Writes the scalars of a step; `line` is what the console shows."""
