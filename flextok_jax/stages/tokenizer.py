@@ -21,7 +21,7 @@ def make_model(config: ConfigDict) -> FlexTok:
     ValueError: naming the value, when sizes do not fit together.
   """
   dtype = settings.float_dtype("dtype", config.dtype)
-  settings.at_least_one(config, "image_size", "tokens.num_registers", "sampler.num_steps")
+  settings.at_least_one(config, "image_size", "tokens.num_registers")
   for part in ("encoder", "decoder"):
     settings.at_least_one(config, *(f"{part}.{name}" for name in ("width", "depth", "head_dim", "patch_size")))
     width, head_dim = config[part].width, config[part].head_dim
@@ -29,11 +29,6 @@ def make_model(config: ConfigDict) -> FlexTok:
       raise ValueError(f"{part}.width {width} is not a multiple of 4 and of head_dim {head_dim}")
   if config.vae.kind not in ("autoencoder_kl", "pixels"):
     raise ValueError(f"unknown vae.kind {config.vae.kind!r}: 'autoencoder_kl' or 'pixels'")
-  nested.check_mode(config.tokens.nested_dropout, config.tokens.num_registers)
-  if config.flow.t_sampling not in flow.T_SAMPLINGS:
-    raise ValueError(f"unknown flow.t_sampling {config.flow.t_sampling!r}: one of {', '.join(flow.T_SAMPLINGS)}")
-  if config.sampler.guidance not in guidance.MODES:
-    raise ValueError(f"unknown sampler.guidance {config.sampler.guidance!r}: one of {', '.join(guidance.MODES)}")
   levels = tuple(config.tokens.levels)
   if not levels or any(not isinstance(level, int) or level < 2 for level in levels):
     raise ValueError(f"tokens.levels must be whole numbers of at least 2, got {levels}")
@@ -71,6 +66,12 @@ class TokenizerStage:
 
   def __init__(self, config: ConfigDict):
     self.model = make_model(config)
+    settings.at_least_one(config, "sampler.num_steps")
+    nested.check_mode(config.tokens.nested_dropout, config.tokens.num_registers)
+    if config.flow.t_sampling not in flow.T_SAMPLINGS:
+      raise ValueError(f"unknown flow.t_sampling {config.flow.t_sampling!r}: one of {', '.join(flow.T_SAMPLINGS)}")
+    if config.sampler.guidance not in guidance.MODES:
+      raise ValueError(f"unknown sampler.guidance {config.sampler.guidance!r}: one of {', '.join(guidance.MODES)}")
     self.image_size = config.image_size
     self.sample_posterior = config.vae.sample_posterior and self.model.vae is not None
     self.tokens = config.tokens
