@@ -1,4 +1,7 @@
-"""Settings and fixtures of the whole suite; set before jax starts: 8 virtual CPU devices, exact float32 products."""
+"""Settings and fixtures of the whole suite; set before jax starts: 8 virtual CPU devices, exact float32 products.
+
+Nearly all time of these tiny models goes into compiling: so it optimises little and never compiles the same twice.
+"""
 
 import os
 from pathlib import Path
@@ -7,12 +10,16 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" if (ROOT.parent / "shared" / "golden").is_dir() else None
 
 
