@@ -24,6 +24,7 @@ setup(
         "flax>=0.12",
         "fonttools>=4.50",  # the emoji font
         "grain>=0.2.14",
+        "huggingface-hub>=0.30",  # official checkpoints by their name on the hub
         "importlib-resources>=6.0",  # tensorflow-datasets imports it without asking for it
         "jax>=0.8",
         "matplotlib>=3.9",

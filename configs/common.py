@@ -25,18 +25,43 @@ def get_config() -> ConfigDict:
   c.vae.norm_groups = 32  # [code]
   c.vae.scaling_factor = 0.18  # latents = scaling_factor * posterior sample or mode [code: a field; value ours]
   c.vae.sample_posterior = True  # in training; evaluation takes the mode [code]
+  c.vae.dtype = "float32"  # compute dtype of the VAE, which stays in float32 where the rest does not [code]
 
   c.encoder = ConfigDict()
   c.encoder.width = 768  # 64 * depth [paper]
   c.encoder.depth = 12
   c.encoder.head_dim = 64  # [paper]
   c.encoder.patch_size = 2  # latent pixels a side [paper]
-
   c.decoder = ConfigDict()
   c.decoder.width = 768
   c.decoder.depth = 12
   c.decoder.head_dim = 64
   c.decoder.patch_size = 2
+  for part in (c.encoder, c.decoder):  # what follows is as in the released models [code]
+    part.mlp_ratio = 4.0  # hidden width over width; a gated MLP has two thirds of it
+    part.gated_mlp = True  # W2(act(W1 x) * W3 x); False: W2(act(W1 x))
+    part.activation = "silu"  # "silu", "gelu" (exact), "gelu_tanh" or "relu"
+    part.qk_norm = True  # layer-norms queries and keys, per head
+    part.qkv_bias = False
+    part.out_bias = False  # of attention's output projection
+    part.mlp_bias = False
+    # Positions of the patches: "sincos" (fixed), or learned vectors of a row and of a column, added ("learnable_sum")
+    # or multiplied ("learnable_prod").
+    part.posemb = "sincos"
+    # The table has max_grid x max_grid places. "absolute": a grid takes its corner, and none may be larger;
+    # "interpolate": all of it, resized bilinearly.
+    part.posemb_scaling = "absolute"
+    part.max_grid = 0  # patches a side; 0: those of image_size
+    part.head_bias = True  # of the output projection
+    part.readout_multiplier = 1.0  # of what the output projection reads (muP)
+  c.decoder.modulation = "per_segment"  # adaLN of patches and registers apart; "shared": one for both [paper]
+  c.decoder.head_modulation = True  # adaLN before the output projection
+  c.decoder.head_modulation_bias = True
+  c.decoder.code_bias = True  # of the embedding of the codes
+  c.decoder.max_timestep = 1.0  # unit of time: its features have the frequencies 1000 / max_timestep * 256^(-j/128)
+  # Without condition every register is the learned null token ("learned"), or zero ("zero"); or the registers become a
+  # single null token ("single").
+  c.decoder.null_condition = "learned"
 
   c.tokens = ConfigDict()
   c.tokens.num_registers = 256  # tokens an image at most [paper]

@@ -11,7 +11,7 @@ from configs import common
 def get_config():
   return common.derive(
       stage="vae",
-      vae=dict(latent_channels=16),
+      vae=dict(latent_channels=16, dtype="bfloat16"),
       vae_loss=dict(kl_weight=1e-6),
       data=dict(global_batch=256),
       optim=dict(learning_rate=1e-4, warmup_steps=5_000, b2=0.999, weight_decay=0.0),

@@ -1,3 +1,13 @@
 """FlexTok in JAX: images as 1 to 256 ordered discrete tokens, coarse to fine (arXiv 2502.13967)."""
 
 __version__ = "0.1.0"
+__all__ = ["FlexTok", "__version__", "load"]
+
+
+def __getattr__(name: str):
+  # Imported at the first use: commands set up jax before it starts.
+  if name in ("FlexTok", "load"):
+    from flextok_jax import api
+
+    return getattr(api, name)
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

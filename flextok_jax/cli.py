@@ -1,6 +1,7 @@
 """What every command shares: one clear line for bad input instead of a traceback."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 import sys
 
 from absl import app, flags, logging
@@ -14,7 +15,7 @@ def _fail(error: Exception, line: str = ""):
   sys.exit(1)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], arguments: Sequence[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
@@ -26,19 +27,24 @@ def _parse(argv: list[str]) -> list[str]:
     _fail(e)
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # orbax tells a story at every checkpoint
-  if len(rest) > 1:
-    _fail(ValueError(f"unexpected argument {rest[1]!r}: options are given as --name=value"))
+  given = rest[1:]
+  if len(given) > len(arguments):
+    _fail(ValueError(f"unexpected argument {given[len(arguments)]!r}: options are given as --name=value"))
+  if len(given) < len(arguments):
+    _fail(ValueError(f"{arguments[len(given)]} is missing: the arguments are {' '.join(arguments)}"))
   return rest
 
 
-def run(main: Callable[[], None]):
-  """Parses the flags and calls main(); bad input ends with a line on stderr and exit code 1."""
+def run(main: Callable[..., None], arguments: Sequence[str] = ()):
+  """Parses the flags and calls main(*arguments); bad input ends with a line on stderr and exit code 1.
+
+  `arguments` names what stands on the command line besides flags; none of it may be left out.
+  """
 
   def call(argv):
-    del argv
     try:
-      main()
+      main(*argv[1:])
     except _EXPECTED as e:
       _fail(e)
 
-  app.run(call, flags_parser=_parse)
+  app.run(call, flags_parser=functools.partial(_parse, arguments=arguments))

@@ -16,15 +16,15 @@ import jax
 import numpy as np
 
 from flextok_jax import cli, files
+from flextok_jax.checkpoints import loading
 from flextok_jax.evals import metrics, plots, reconstruction
 from flextok_jax.ops import fsq
 from flextok_jax.stages import make_stage
-from flextok_jax.training import checkpoint
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
-  flags.DEFINE_string("checkpoint", None, "A workdir or a .safetensors file of a tokenizer.", flag_values=values)
+  flags.DEFINE_string("checkpoint", None, "A tokenizer: file, folder or hub repository.", flag_values=values)
   flags.DEFINE_string("tokens", None, "Token file, .json or .npz (see flextok_jax.tokenize).", flag_values=values)
   flags.DEFINE_string("out", None, "Folder for the PNG files, <entry>_<name>.png.", flag_values=values)
   flags.DEFINE_integer("num_tokens", None, "Decode from the first so many tokens; default: all in the file.",
@@ -44,7 +44,7 @@ def main(values: flags.FlagValues):
       raise ValueError(f"--{name} is missing")
   if values.batch_size < 1:
     raise ValueError(f"--batch_size={values.batch_size} must be at least 1")
-  config, params = checkpoint.load_weights(values.checkpoint)
+  config, params = loading.load(values.checkpoint)
   config = with_sampler(config, values.num_steps, values.guidance, values.guidance_scale)
   predict_fns = make_stage(config).predict_fns
   if "detokenize" not in predict_fns:

@@ -15,10 +15,11 @@ import jax
 from ml_collections import ConfigDict, config_flags
 
 from flextok_jax import cli, settings
+from flextok_jax.checkpoints import loading
 from flextok_jax.data import pipeline
 from flextok_jax.evals import reconstruction
 from flextok_jax.stages import make_stage
-from flextok_jax.training import checkpoint, sharding
+from flextok_jax.training import sharding
 
 MODEL_FIELDS = ("stage", "image_size", "vae", "encoder", "decoder", "tokens")
 TRAINING_FIELDS = ("vae.sample_posterior", "tokens.nested_dropout", "tokens.null_prob")  # without effect here
@@ -30,7 +31,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
       "config", None, "Settings of data, eval and sampler; default: the checkpoint's own.", flag_values=values)
   flags.DEFINE_string("workdir", None, "The run's directory: its newest checkpoint, and DIR/eval for results.",
                       flag_values=values)
-  flags.DEFINE_string("checkpoint", None, "Another workdir or a .safetensors file to evaluate.", flag_values=values)
+  flags.DEFINE_string("checkpoint", None, "Another checkpoint to evaluate: file, folder or hub repository.",
+                      flag_values=values)
   flags.DEFINE_list("num_tokens", [], "Token counts; default: config.eval.num_tokens.", flag_values=values)
   flags.DEFINE_list("sources", [], "Evaluation sets; default: config.eval.sources.", flag_values=values)
   flags.DEFINE_integer("num_images", None, "Images a set; default: config.eval.num_images.", flag_values=values)
@@ -46,10 +48,11 @@ def main(values: flags.FlagValues):
     raise ValueError("nowhere to write: give --out or --workdir")
   out = Path(values.out or Path(values.workdir) / "eval")
   source = values.checkpoint or values.workdir
-  config, params = checkpoint.load_weights(source)
+  config, params = loading.load(source)
   if values.config is not None:
-    check_same_model(values.config, config)
-    config = values.config
+    config = with_settings(config, values.config)
+  if "eval" not in config:
+    raise ValueError(f"{source} carries no settings of data and evaluation: give --config=configs/X.py as well")
   config = apply_flags(config.copy_and_resolve_references(), values)
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out={out} is a file: give a folder")
@@ -65,13 +68,25 @@ def main(values: flags.FlagValues):
     print(path)
 
 
+def with_settings(trained: ConfigDict, given: ConfigDict) -> ConfigDict:
+  """Returns the config `given` with the model of the config `trained`, which must be the same where both tell it."""
+  if "data" in trained:  # of a run; other checkpoints tell nothing but the model
+    check_same_model(given, trained)
+  config = given.copy_and_resolve_references()
+  with config.unlocked():
+    for name in MODEL_FIELDS:
+      if name in trained:
+        config[name] = trained[name]
+  return config
+
+
 def check_same_model(given: Mapping[str, Any], trained: Mapping[str, Any]):
-  """Raises ValueError where two configs do not describe the same model."""
+  """Raises ValueError where two configs describe different models."""
   given, trained = ({k: v for name in MODEL_FIELDS for k, v in _flat(name, c[name])} for c in (given, trained))
-  for name in sorted(given.keys() | trained.keys()):
-    if name not in TRAINING_FIELDS and given.get(name) != trained.get(name):
-      raise ValueError(f"--config has {name} = {given.get(name)!r}, but the checkpoint was trained with"
-                       f" {trained.get(name)!r}: give the config of that run, or none")
+  for name in sorted(given.keys() & trained.keys()):  # an older checkpoint may lack a field
+    if name not in TRAINING_FIELDS and given[name] != trained[name]:
+      raise ValueError(f"--config has {name} = {given[name]!r}, but the checkpoint was trained with"
+                       f" {trained[name]!r}: give the config of that run, or none")
 
 
 def apply_flags(config, values: flags.FlagValues):

@@ -15,15 +15,15 @@ import jax
 import numpy as np
 
 from flextok_jax import cli, files
+from flextok_jax.checkpoints import loading
 from flextok_jax.data import transforms
 from flextok_jax.evals import reconstruction
 from flextok_jax.stages import make_stage
-from flextok_jax.training import checkpoint
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
-  flags.DEFINE_string("checkpoint", None, "A workdir or a .safetensors file of a tokenizer.", flag_values=values)
+  flags.DEFINE_string("checkpoint", None, "A tokenizer: file, folder or hub repository.", flag_values=values)
   flags.DEFINE_list("images", None, "Image files and folders, separated by commas.", flag_values=values)
   flags.DEFINE_string("out", None, "File to write: .json or .npz.", flag_values=values)
   flags.DEFINE_integer("num_tokens", None, "Tokens to write an image; default: all.", flag_values=values)
@@ -40,7 +40,7 @@ def main(values: flags.FlagValues):
     raise ValueError(f"--out={out} must end in .json or .npz")
   if values.batch_size < 1:
     raise ValueError(f"--batch_size={values.batch_size} must be at least 1")
-  config, params = checkpoint.load_weights(values.checkpoint)
+  config, params = loading.load(values.checkpoint)
   predict_fns = make_stage(config).predict_fns
   if "tokenize" not in predict_fns:
     raise ValueError(f"{values.checkpoint} is a model of stage {config.stage!r}, which has no tokens")

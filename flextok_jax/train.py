@@ -3,6 +3,7 @@
 Rerunning the same command resumes from the newest checkpoint, bit for bit where the devices compute so.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -10,8 +11,10 @@ import time
 from absl import flags
 import jax
 from ml_collections import config_flags
+import safetensors
 
 from flextok_jax import cli, settings, stages
+from flextok_jax.checkpoints import loading, saving
 from flextok_jax.data import pipeline
 from flextok_jax.evals import reconstruction
 from flextok_jax.training import checkpoint, optim, sharding
@@ -21,12 +24,16 @@ from flextok_jax.training.state import init_state, make_update, unbox
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and pictures; made if missing.")
 
+_STEP = "flextok_jax.step"  # metadata entry of weights.safetensors: the step whose average it holds
+
 
 def train(config, workdir: str):
   """Runs config in workdir until config.train.num_steps, resuming what is there.
 
   Raises:
-    ValueError: for bad settings, too many unreadable files, or a loss that is not finite.
+    FileNotFoundError: nothing at config.init_from.
+    ValueError: for bad settings, unusable weights at config.init_from, too many unreadable files, or a loss that is not
+      finite.
   """
   every = ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints", "num_steps")
   settings.at_least_one(config, "optim.accumulate_steps", "eval.num_images", "eval.batch_size", "eval.grid_images")
@@ -47,9 +54,11 @@ def train(config, workdir: str):
   boxed = jax.eval_shape(lambda key: init_state(stage, optimizer, key), init_key)
   shardings = sharding.tree_shardings(boxed, mesh)
   if checkpoints.latest_step() is None:
+    given = _read_init(config.init_from, boxed.frozen, mesh)  # before anything is compiled
     state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)), out_shardings=shardings)(init_key)
-    if config.init_from or state.frozen:
-      state = jax.device_put(checkpoint.warm_start(state, config.init_from), shardings)
+    if given:
+      state = jax.device_put(checkpoint.warm_start(state, given, config.init_from), shardings)
+    del given  # else what was replaced stays on the devices
   else:
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), unbox(boxed), shardings)
     state = checkpoints.restore(shapes)
@@ -76,10 +85,9 @@ def train(config, workdir: str):
   writer = metrics_lib.Writer(workdir, config.train.tensorboard)
   count = sum(x.size for x in jax.tree.leaves(state.params))
   print(f"stage {config.stage}: {count / 1e6:.1f}M trained parameters, {mesh.size} devices, steps {first}..{last}")
-  interrupted = _catch_sigterm()
 
   pending, mark = None, (time.monotonic(), first)
-  try:
+  with _sigterm_caught() as interrupted, contextlib.closing(writer), contextlib.closing(checkpoints):
     for step in range(first + 1, last + 1):
       state, metrics = update(state, next(batches), run_key)
       pending = metrics if pending is None else metrics_lib.merge(pending, metrics)
@@ -103,17 +111,32 @@ def train(config, workdir: str):
         begun = time.monotonic()
         _evaluate(evaluator, state, step, workdir, writer)
         mark = (mark[0] + time.monotonic() - begun, mark[1])  # not a part of the training rate
-    # The weights come last: where they are missing, an earlier run was stopped before its end.
+    # The weights come last: where those of this step are missing, an earlier run was stopped before its end.
     path = os.path.join(workdir, "weights.safetensors")
-    if first >= last and os.path.exists(path):
+    if first >= last and _step_of(path) == first:
       print(f"nothing to do: {workdir} is at step {first} of train.num_steps={last}", flush=True)
       return
     _evaluate(evaluator, state, int(state.step), workdir, writer)
-    checkpoint.save_weights(path, config, state.joined(average=True), config.train.export_dtype)
+    extra = {_STEP: str(int(state.step))}
+    saving.save_weights(path, config, state.joined(average=True), config.train.export_dtype, extra=extra)
     print(f"averaged weights ({config.train.export_dtype}): {path}", flush=True)
-  finally:
-    checkpoints.close()
-    writer.close()
+
+
+def _read_init(path: str, frozen: dict, mesh) -> dict:
+  """Returns the weights at config.init_from, {} where that is empty; ValueError if frozen parts need them."""
+  if frozen and not path:
+    raise ValueError(f"the frozen {', '.join(frozen)} needs trained weights: give --config.init_from=PATH")
+  return loading.load(path, mesh=mesh)[1] if path else {}
+
+
+def _step_of(path: str) -> int | None:
+  """Returns the step of the weights that train() left at path; None where no readable file of a known step is."""
+  try:
+    with safetensors.safe_open(path, "numpy") as f:
+      step = (f.metadata() or {}).get(_STEP, "")
+  except (OSError, safetensors.SafetensorError):
+    return None
+  return int(step) if step.isdecimal() else None
 
 
 def _check(scalars: dict, images: int, config, checkpoints):
@@ -166,11 +189,15 @@ def _line(step: int, last: int, s: dict) -> str:
   )
 
 
-def _catch_sigterm():
-  """Makes SIGTERM (preemption) a question to ask between steps; returns the question."""
+@contextlib.contextmanager
+def _sigterm_caught():
+  """Makes SIGTERM (preemption) a question to ask between steps, which it yields; afterwards all is as before."""
   received = []
-  signal.signal(signal.SIGTERM, lambda signum, frame: received.append(signum))
-  return lambda: bool(received)
+  previous = signal.signal(signal.SIGTERM, lambda signum, frame: received.append(signum))
+  try:
+    yield lambda: bool(received)
+  finally:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)  # None: not set from Python
 
 
 def main():

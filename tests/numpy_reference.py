@@ -4,6 +4,7 @@ Weights `w` are a flat dict with the names and layouts of the official checkpoin
 [out, in, kh, kw]); arrays are channels-last. Speed does not matter here, being obvious does.
 """
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -11,6 +12,23 @@ import statistics
 import numpy as np
 
 ENC, DEC = "encoder.module_dict.enc_", "decoder.module_dict.dec_"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What the weights' names and shapes do not tell of a transformer; the defaults are those of released models."""
+
+  activation: str = "silu"
+  qk_norm: bool = True
+  posemb: str = "sincos"
+  posemb_scaling: str = "absolute"
+  max_grid: int = 0  # of the fixed table; 0: large enough
+  readout_multiplier: float = 1.0
+  max_timestep: float = 1.0
+  single_null: bool = False
+
+
+RELEASED = Options()
 
 
 def float64(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -25,6 +43,17 @@ def linear(w, name, x):
 
 def silu(x):
   return x / (1 + np.exp(-x))
+
+
+def activate(x, kind):
+  if kind == "relu":
+    return np.maximum(x, 0)
+  if kind == "gelu":
+    return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+  if kind == "gelu_tanh":
+    return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+  assert kind == "silu"
+  return silu(x)
 
 
 def softmax(x):
@@ -70,9 +99,37 @@ def sincos_2d(h, width, dim):
   return table
 
 
-def timestep_features(t):
+def bilinear(table, h, width):
+  """Resizes [g, g, d] to [h, width, d]; the four corners stay where they are."""
+  out, last = np.zeros((h, width, table.shape[-1])), len(table) - 1
+  for i, j in itertools.product(range(h), range(width)):
+    row = i * last / (h - 1) if h > 1 else 0.0
+    col = j * last / (width - 1) if width > 1 else 0.0
+    for r, c in itertools.product(range(last + 1), range(last + 1)):
+      out[i, j] += max(0.0, 1 - abs(row - r)) * max(0.0, 1 - abs(col - c)) * table[r, c]
+  return out
+
+
+def patch_positions(w, name, h, width, dim, options):
+  """[h * width, dim], from a table of all places of the largest grid; only the learned vectors are in w."""
+  if options.posemb == "sincos":
+    side = options.max_grid or max(h, width)
+    table = sincos_2d(side, side, dim)
+  else:
+    rows, cols = w[f"{name}.posembs"][:, 0]  # [d, g] each
+    side = rows.shape[1]
+    table = np.zeros((side, side, dim))
+    for r, c in itertools.product(range(side), range(side)):
+      pair = rows[:, r], cols[:, c]
+      table[r, c] = pair[0] * pair[1] if options.posemb == "learnable_prod" else pair[0] + pair[1]
+  table = bilinear(table, h, width) if options.posemb_scaling == "interpolate" else table[:h, :width]
+  assert table.shape == (h, width, dim)
+  return table.reshape(h * width, dim)
+
+
+def timestep_features(t, max_timestep=1.0):
   """[b] to [b, 256]: cosines, then sines, of 128 angles."""
-  angles = np.asarray(t, np.float64)[:, None] * 1000 * np.exp(-math.log(256) * np.arange(128) / 128)
+  angles = np.asarray(t, np.float64)[:, None] * 1000 / max_timestep * np.exp(-math.log(256) * np.arange(128) / 128)
   return np.concatenate([np.cos(angles), np.sin(angles)], -1)
 
 
@@ -118,22 +175,27 @@ def fsq_grad(z, grad_codes, levels):
 # Transformer.
 
 
-def attention(w, name, x, head_dim, mask=None):
+def attention(w, name, x, head_dim, mask=None, qk_norm=True):
   """x [b, l, d]; mask [l, l], true where a query (row) sees a key (column)."""
   b, length, width = x.shape
   q, k, v = (
     linear(w, f"{name}.w{kind}", x).reshape(b, length, width // head_dim, head_dim).transpose(0, 2, 1, 3)
     for kind in "qkv"
   )
-  logits = layer_norm(q) @ layer_norm(k).swapaxes(-1, -2) * 8 / head_dim
+  if qk_norm:
+    q, k = layer_norm(q), layer_norm(k)
+  logits = q @ k.swapaxes(-1, -2) * 8 / head_dim
   if mask is not None:
     logits = np.where(mask, logits, -np.inf)
   out = (softmax(logits) @ v).transpose(0, 2, 1, 3).reshape(b, length, width)
   return linear(w, f"{name}.proj", out)
 
 
-def mlp(w, name, x):
-  return linear(w, f"{name}.fc2", silu(linear(w, f"{name}.fc1", x)) * linear(w, f"{name}.fc3", x))
+def mlp(w, name, x, activation="silu"):
+  h = activate(linear(w, f"{name}.fc1", x), activation)
+  if f"{name}.fc3.weight" in w:  # gated
+    h = h * linear(w, f"{name}.fc3", x)
+  return linear(w, f"{name}.fc2", h)
 
 
 def num_modules(w, prefix):
@@ -145,12 +207,12 @@ def patch_size_of(w, name, channels):
   return math.isqrt(w[f"{name}.weight"].shape[1] // channels)
 
 
-def encode(w, latents, head_dim=64):
+def encode(w, latents, head_dim=64, options=RELEASED):
   """Latents [b, h, w, c] to the encoder's output [b, n, len(levels)], before FSQ."""
   b, h, width, c = latents.shape
   p = patch_size_of(w, ENC + "patch_emb.patch_proj", c)
   x = linear(w, ENC + "patch_emb.patch_proj", patchify(latents, p))
-  x = x + sincos_2d(h // p, width // p, x.shape[-1]).reshape(1, *x.shape[1:])
+  x = x + patch_positions(w, ENC + "patches_posemb_module", h // p, width // p, x.shape[-1], options)
   patches = x.shape[1]
   registers = w[ENC + "register_module.registers"]
   x = np.concatenate([x, np.repeat(registers[None], b, 0)], 1)
@@ -160,9 +222,9 @@ def encode(w, latents, head_dim=64):
     mask[i, j] = j < patches or j <= i
   for i in range(num_modules(w, ENC + "transformer.blocks")):
     block = f"{ENC}transformer.blocks.{i}"
-    x = x + attention(w, f"{block}.attn", layer_norm(x), head_dim, mask)
-    x = x + mlp(w, f"{block}.mlp", layer_norm(x))
-  return linear(w, ENC + "to_latents.proj", layer_norm(x[:, patches:]))
+    x = x + attention(w, f"{block}.attn", layer_norm(x), head_dim, mask, options.qk_norm)
+    x = x + mlp(w, f"{block}.mlp", layer_norm(x), options.activation)
+  return linear(w, ENC + "to_latents.proj", options.readout_multiplier * layer_norm(x[:, patches:]))
 
 
 def registers_in(w, codes, keep_k=None, null=None):
@@ -173,40 +235,63 @@ def registers_in(w, codes, keep_k=None, null=None):
     if keep_k is not None:
       x[i, keep_k[i] :] = w[DEC + "nested_dropout.dropout_mask_token"]
     if null is not None and null[i]:
-      x[i] = w[DEC + "latent_dropout.nullcond"]
+      x[i] = w.get(DEC + "latent_dropout.nullcond", 0.0)
   return x
 
 
-def time_embedding(w, t):
-  return linear(w, DEC + "time_embedder.mlp.2", silu(linear(w, DEC + "time_embedder.mlp.0", timestep_features(t))))
+def time_embedding(w, t, max_timestep=1.0):
+  h = silu(linear(w, DEC + "time_embedder.mlp.0", timestep_features(t, max_timestep)))
+  return linear(w, DEC + "time_embedder.mlp.2", h)
 
 
-def velocity(w, x, t, codes, keep_k=None, null=None, head_dim=64):
+def velocity(w, x, t, codes, keep_k=None, null=None, head_dim=64, options=RELEASED):
   """Predicted velocity [b, h, w, c] of noised latents x [b, h, w, c] at times t [b]."""
   b, h, width, c = x.shape
   p = patch_size_of(w, DEC + "noise_patch_emb.patch_proj", c)
   patches = linear(w, DEC + "noise_patch_emb.patch_proj", patchify(x, p))
-  patches = patches + sincos_2d(h // p, width // p, patches.shape[-1]).reshape(1, *patches.shape[1:])
+  patches = patches + patch_positions(
+    w, DEC + "patches_posemb_module", h // p, width // p, patches.shape[-1], options
+  )
   registers = registers_in(w, codes, keep_k, null)
+  condition = silu(time_embedding(w, t, options.max_timestep))
+  if options.single_null and null is not None:  # sequences of two lengths: one sample at a time
+    count = np.where(null, 1, registers.shape[1])
+    out = np.concatenate(
+      [
+        denoise(w, patches[i : i + 1], registers[i : i + 1, : count[i]], condition[i : i + 1], head_dim, options)
+        for i in range(b)
+      ]
+    )
+  else:
+    out = denoise(w, patches, registers, condition, head_dim, options)
+  return unpatchify(out, p, h, width)
+
+
+def denoise(w, patches, registers, condition, head_dim, options):
+  """Patches [b, n, d], registers [b, k, d] and condition [b, d] to the velocities of the patches [b, n, p * p * c]."""
   count = patches.shape[1]
   y = np.concatenate([patches, registers], 1)
-  condition = silu(time_embedding(w, t))
   for i in range(num_modules(w, DEC + "transformer.blocks")):
     block = f"{DEC}transformer.blocks.{i}"
-    chunks = np.split(linear(w, f"{block}.adaLN_modulation.1", condition), 12, -1)
-    modulation = []  # six arrays [b, l, d]: a patch takes chunk i, a register chunk 6 + i
-    for for_patches, for_registers in zip(chunks[:6], chunks[6:]):
+    values = linear(w, f"{block}.adaLN_modulation.1", condition)
+    chunks = np.split(values, values.shape[1] // y.shape[2], -1)
+    modulation = []  # six arrays [b, l, d]: a patch takes chunk i, a register chunk 6 + i, or i where there are but six
+    for for_patches, for_registers in zip(chunks[:6], chunks[-6:]):
       modulation.append(
         np.concatenate(
           [np.repeat(for_patches[:, None], count, 1), np.repeat(for_registers[:, None], y.shape[1] - count, 1)], 1
         )
       )
     gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = modulation
-    y = y + gate_attn * attention(w, f"{block}.attn", layer_norm(y) * (1 + scale_attn) + shift_attn, head_dim)
-    y = y + gate_mlp * mlp(w, f"{block}.mlp", layer_norm(y) * (1 + scale_mlp) + shift_mlp)
-  shift, scale = np.split(linear(w, DEC + "to_patches.adaLN_modulation.1", condition)[:, None], 2, -1)
-  out = linear(w, DEC + "to_patches.proj", layer_norm(y[:, :count]) * (1 + scale) + shift)
-  return unpatchify(out, p, h, width)
+    h = layer_norm(y) * (1 + scale_attn) + shift_attn
+    y = y + gate_attn * attention(w, f"{block}.attn", h, head_dim, qk_norm=options.qk_norm)
+    h = layer_norm(y) * (1 + scale_mlp) + shift_mlp
+    y = y + gate_mlp * mlp(w, f"{block}.mlp", h, options.activation)
+  y = layer_norm(y[:, :count])
+  if DEC + "to_patches.adaLN_modulation.1.weight" in w:
+    shift, scale = np.split(linear(w, DEC + "to_patches.adaLN_modulation.1", condition)[:, None], 2, -1)
+    y = y * (1 + scale) + shift
+  return linear(w, DEC + "to_patches.proj", options.readout_multiplier * y)
 
 
 # Flow, guidance, sampler.

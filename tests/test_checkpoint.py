@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import debug
+from flextok_jax.checkpoints import loading, saving, tensor_file
 from flextok_jax.stages import make_stage
 from flextok_jax.training import checkpoint
 from flextok_jax.training.state import TrainState, init_state, unbox
@@ -85,8 +86,8 @@ def save_states(path, config, *states, keep=2, keep_period=0):
 
 def test_weights_round_trip(config, params, tmp_path):
   path = str(tmp_path / "new" / "weights.safetensors")
-  checkpoint.save_weights(path, config, params)
-  again_config, again = checkpoint.load_weights(path)
+  saving.save_weights(path, config, params)
+  again_config, again = loading.load(path)
   assert again_config.to_dict() == json.loads(config.to_json()) and again_config.is_locked
   assert_trees_equal(again, params)
   assert {x.dtype for x in jax.tree.leaves(again)} == {jnp.dtype("float32")}
@@ -96,45 +97,45 @@ def test_weights_round_trip(config, params, tmp_path):
 def test_bfloat16_weights(config, params, tmp_path):
   """Half the size; exact where the numbers are bfloat16's own, else to its 8 bits."""
   small, large = str(tmp_path / "small.safetensors"), str(tmp_path / "large.safetensors")
-  checkpoint.save_weights(small, config, params, "bfloat16")
-  checkpoint.save_weights(large, config, params)
+  saving.save_weights(small, config, params, "bfloat16")
+  saving.save_weights(large, config, params)
   assert Path(small).stat().st_size < 0.6 * Path(large).stat().st_size
-  rounded = checkpoint.load_weights(small)[1]
+  rounded = loading.load(small)[1]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), rounded, params)
   assert any((a != b).any() for a, b in zip(jax.tree.leaves(rounded), jax.tree.leaves(params)))
-  checkpoint.save_weights(small, config, rounded, "bfloat16")
-  assert_trees_equal(checkpoint.load_weights(small)[1], rounded)
+  saving.save_weights(small, config, rounded, "bfloat16")
+  assert_trees_equal(loading.load(small)[1], rounded)
 
 
 def test_a_failed_write_leaves_the_old_file(config, params, tmp_path, monkeypatch):
   path = tmp_path / "weights.safetensors"
-  checkpoint.save_weights(str(path), config, params)
+  saving.save_weights(str(path), config, params)
   before = path.read_bytes()
 
-  def full_disk(flat, temporary, metadata):
-    Path(temporary).write_bytes(b"half")
-    raise OSError("no space left on device")
+  def full_disk(*args):
+    raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(checkpoint, "save_file", full_disk)
-  with pytest.raises(OSError):
-    checkpoint.save_weights(str(path), config, params)
+  monkeypatch.setattr(tensor_file.os, "replace", full_disk)
+  fails("cannot write .*: No space left on device", saving.save_weights, str(path), config, params)
+  assert [p.name for p in tmp_path.iterdir()] == [path.name]
   assert path.read_bytes() == before
 
 
 def test_damaged_and_foreign_weights_are_one_line(config, params, tmp_path):
   path = tmp_path / "weights.safetensors"
-  checkpoint.save_weights(str(path), config, params)
+  saving.save_weights(str(path), config, params)
   good = path.read_bytes()
-  load = lambda: checkpoint.load_weights(str(path))
+  load = lambda: loading.load(str(path))
   for damaged in (good[: len(good) // 2], good[:-1], good[:7], b"", b"\0" * 64, b"\xff" * len(good), b"PK\3\4" + good):
     path.write_bytes(damaged)
-    fails(f"{path} is not a readable safetensors file", load)
+    fails(f"{path} is not a whole safetensors file", load)
   path.write_bytes(good[:100] + bytes(b ^ 255 for b in good[100:200]) + good[200:])
-  fails(f"{path} is not a readable safetensors file", load)
+  fails(f"{path} is not a whole safetensors file", load)
   save_file({"a": np.zeros(3, np.float32)}, path)
-  fails("no weights file of flextok_jax: its metadata has no", load)
-  fails("no such checkpoint: .*absent; give a", checkpoint.load_weights, str(tmp_path / "absent"))
-  fails("is no workdir of a run", checkpoint.load_weights, str(tmp_path))
+  fails("is no FlexTok checkpoint: its metadata has neither", load)
+  fails("no such checkpoint: .*absent; give a", loading.load, str(tmp_path / "absent"))
+  (tmp_path / "empty").mkdir()
+  fails("empty holds no checkpoint", loading.load, str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("text, pattern", [
@@ -145,8 +146,8 @@ def test_damaged_and_foreign_weights_are_one_line(config, params, tmp_path):
     ('{"stage": "tokenizer"}', "describes no model"),
     ('{"stage": 7}', "describes no model.*unknown stage 7"),
     ("width", "describes no model|shape"),  # a config of other sizes than the arrays
-    ("depth", "shape .*, its config asks for"),
-    ("registers", "shape .*, its config asks for"),
+    ("depth", "has shape .*, its configuration asks for"),
+    ("registers", "has shape .*, its configuration asks for"),
     ("negative", "describes no model"),
     ("text", "describes no model"),
 ])  # fmt: skip
@@ -160,9 +161,9 @@ def test_absurd_configs_in_weights_are_one_line(config, params, tmp_path, text, 
     values[part][name] = value
     text = json.dumps(values)
   path = tmp_path / "weights.safetensors"
-  checkpoint.save_weights(str(path), config, params)
+  saving.save_weights(str(path), config, params)
   save_file(load_file(path), path, metadata={"format": "flextok_jax", "flextok_jax.config": text})
-  fails(pattern, checkpoint.load_weights, str(path))
+  fails(pattern, loading.load, str(path))
 
 
 def test_check_params_names_the_first_mismatch():
@@ -191,20 +192,20 @@ def test_checkpoint_round_trip(config, workdir):
 
 def test_weights_of_a_workdir_are_the_average_and_the_frozen_parts(workdir, tmp_path):
   before = files_of(workdir)
-  _, params = checkpoint.load_weights(str(workdir))
+  _, params = loading.load(str(workdir))
   assert_trees_equal(params, random_state(config_of(), 5, seed=5).ema)
   over_vae = config_of(vae=VAE)
   state = random_state(over_vae)
   assert set(state.frozen) == {"vae"}
   save_states(tmp_path, over_vae, state)
-  config, params = checkpoint.load_weights(str(tmp_path))
+  config, params = loading.load(str(tmp_path))
   assert config.vae.kind == "autoencoder_kl"
   assert_trees_equal(params, {**state.ema, **state.frozen})
   # Reading writes nothing.
   assert files_of(workdir) == before
   empty = tmp_path / "empty"
   checkpoint.claim_workdir(str(empty), over_vae)
-  fails(f"workdir {empty} has no checkpoint yet", checkpoint.load_weights, str(empty))
+  fails(f"workdir {empty} has no checkpoint yet", loading.load, str(empty))
   assert [p.name for p in files_of(empty)] == ["config.json"]
 
 
@@ -233,9 +234,9 @@ def test_a_damaged_newest_checkpoint_is_one_line(config, workdir, tmp_path, harm
   checkpoints, shapes = checkpoint.Checkpoints(str(path)), shapes_of(random_state(config))
   fails(f"checkpoint {folder} cannot be read .*delete that folder", checkpoints.restore, shapes)
   checkpoints.close()
-  fails(f"checkpoint {folder} cannot be read", checkpoint.load_weights, str(path))
+  fails(f"checkpoint {folder} cannot be read", loading.load, str(path))
   shutil.rmtree(folder)  # as the message says
-  assert_trees_equal(checkpoint.load_weights(str(path))[1], random_state(config, 3, seed=3).ema)
+  assert_trees_equal(loading.load(str(path))[1], random_state(config, 3, seed=3).ema)
 
 
 # Which working folder belongs to which config.
@@ -296,8 +297,8 @@ def test_damaged_config_of_a_workdir_is_one_line(config, tmp_path, text, pattern
 def test_warm_start(config, tmp_path):
   state, given = random_state(config, 0), random_state(config, 0, seed=1)
   path = str(tmp_path / "weights.safetensors")
-  checkpoint.save_weights(path, config, given.params)
-  warm = checkpoint.warm_start(state, path)
+  saving.save_weights(path, config, given.params)
+  warm = checkpoint.warm_start(state, loading.load(path)[1], path)
   assert_trees_equal(warm.params, given.params)
   assert_trees_equal(warm.ema, given.params)
   assert_trees_equal(warm.opt_state, state.opt_state)
@@ -308,14 +309,12 @@ def test_warm_start(config, tmp_path):
   over_vae = config_of(vae=VAE)
   state, vae_config = random_state(over_vae, 0), config_of(stage="vae", vae=VAE)
   vae = random_state(vae_config, 0, seed=2).params
-  checkpoint.save_weights(path, vae_config, vae)
-  warm = checkpoint.warm_start(state, path)
+  saving.save_weights(path, vae_config, vae)
+  warm = checkpoint.warm_start(state, loading.load(path)[1], path)
   assert_trees_equal(warm.frozen, vae)
   assert_trees_equal(warm.params, state.params)
   other = config_of(stage="vae", vae=VAE | dict(latent_channels=8))
-  checkpoint.save_weights(path, other, random_state(other, 0).params)
-  fails(f"{path}: vae/.* has shape .*, its config asks for", checkpoint.warm_start, state, path)
-  checkpoint.save_weights(path, config, given.params)
-  fails("init_from=.* holds decoder, encoder; needed: vae", checkpoint.warm_start, state, path)
-  fails("the frozen vae needs trained weights: give --config.init_from=PATH", checkpoint.warm_start, state, "")
-  fails("no such checkpoint: /absent", checkpoint.warm_start, state, "/absent")
+  saving.save_weights(path, other, random_state(other, 0).params)
+  fails(f"{path}: vae/.* has shape .*, its config asks for", checkpoint.warm_start, state, loading.load(path)[1], path)
+  saving.save_weights(path, config, given.params)
+  fails("init_from=.* holds decoder, encoder; needed: vae", checkpoint.warm_start, state, loading.load(path)[1], path)

@@ -13,8 +13,8 @@ import pytest
 import skimage.data
 
 from flextok_jax import detokenize, evaluate, tokenize
+from flextok_jax.checkpoints import saving
 from flextok_jax.stages import make_stage
-from flextok_jax.training import checkpoint
 from tests.test_evals import make_params, tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ def model(tmp_path_factory):
   """Path of a tokenizer of 16 px images, 4 registers and 200 codes."""
   config = tiny_config(eval=dict(sources=("synthetic",), num_images=3, batch_size=2, grid_images=2))
   path = tmp_path_factory.mktemp("model") / "weights.safetensors"
-  checkpoint.save_weights(str(path), config, make_params(make_stage(config)))
+  saving.save_weights(str(path), config, make_params(make_stage(config)))
   return path
 
 
@@ -35,7 +35,7 @@ def vae(tmp_path_factory):
   config = tiny_config(stage="vae", vae=dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(32,),
                                              layers_per_block=1))
   path = tmp_path_factory.mktemp("vae") / "weights.safetensors"
-  checkpoint.save_weights(str(path), config, make_params(make_stage(config)))
+  saving.save_weights(str(path), config, make_params(make_stage(config)))
   return path
 
 

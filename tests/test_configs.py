@@ -18,6 +18,7 @@ import setuptools
 from configs import common, quickstart
 import flextok_jax
 from flextok_jax import evaluate, stages
+from flextok_jax.checkpoints import loading
 from flextok_jax.data import pipeline
 from flextok_jax.evals import reconstruction
 from flextok_jax.training import checkpoint, optim
@@ -125,6 +126,12 @@ def test_a_trained_vae_fits_the_tokenizer_over_it(channels, tmp_path):
   checkpoint.check_params(vae, {"vae": tokenizer["vae"]}, "the VAE")
 
 
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_a_frozen_vae_computes_in_float32_and_a_trained_one_in_bfloat16(name):
+  c = parse(name)
+  assert (c.dtype, c.vae.dtype) == ("bfloat16", "bfloat16" if c.stage == "vae" else "float32")
+
+
 def test_the_folder_of_dfn_must_be_given():
   c = parse("flextok_d18_d28_dfn")
   for read in (
@@ -147,10 +154,11 @@ def test_quickstart_variants_are_one_model_and_scratch_runs_on_any_machine():
 
 def test_the_shipped_model():
   assert ASSET.stat().st_size < 10e6
-  config, params = checkpoint.load_weights(str(ASSET))
+  config, params = loading.load(str(ASSET))
   checkpoint.check_params(params, joined_shapes(config), ASSET.name)
   assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
   evaluate.check_same_model(quickstart.get_config(), config)
+  assert flat(config).keys() == flat(quickstart.get_config()).keys()
 
 
 @pytest.fixture(scope="module")

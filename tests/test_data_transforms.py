@@ -1,5 +1,6 @@
 """Pictures of every stored mode become the RGB array that a person would expect."""
 
+import hashlib
 import io
 
 import numpy as np
@@ -106,6 +107,82 @@ def test_bad_arrays():
     transforms.to_rgb(np.zeros((4, 4), np.int64))
 
 
+def pattern(height: int, width: int) -> np.ndarray:
+  """A picture of fine and coarse stripes: uint8 [height, width, 3]."""
+  y, x = np.mgrid[:height, :width]
+  return np.stack([5 * x + 3 * y, x * y, (x - y) ** 2 // 7], -1).astype(np.uint8)
+
+
+def reference_crop(image: Image.Image, size: int) -> np.ndarray:
+  """What the reference does to a picture, said by its formulas: the whole resized bilinearly, then a slice."""
+  width, height = image.size
+  if width <= height:
+    width, height = size, int(size * height / width)
+  else:
+    width, height = int(size * width / height), size
+  top, left = int(round((height - size) / 2.0)), int(round((width - size) / 2.0))
+  resized = np.asarray(image if image.size == (width, height) else image.resize((width, height), Image.BILINEAR))
+  return resized[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize(
+    "height,width,size",
+    [(37, 512, 64), (512, 37, 64), (37, 512, 256), (64, 64, 64), (64, 127, 64), (127, 64, 64), (65, 64, 64),
+     (301, 199, 64), (199, 301, 63), (333, 777, 128), (45, 30, 64), (23, 15, 50), (1, 64, 16), (64, 1, 33),
+     (5, 320, 32), (1000, 1001, 31), (3000, 2000, 32), (2, 3, 16)],
+)  # fmt: skip
+def test_center_crop_is_a_bilinear_resize_of_the_whole_and_a_slice(height, width, size):
+  image = Image.fromarray(pattern(height, width))
+  crop = transforms.center_crop(image, size)
+  assert crop.shape == (size, size, 3) and crop.dtype == np.uint8 and crop.flags.writeable
+  assert np.array_equal(crop, reference_crop(image, size))
+
+
+# torchvision 0.28.0: Compose([Resize(size), CenterCrop(size)])(Image.fromarray(pattern(height, width))), the same with
+# Pillow 10.0 to 13.0: pixels (0, 0), (size // 2, size // 3) and (-1, -1), sha256 of all.
+@pytest.mark.parametrize(
+    "height,width,size,pixels,digest",
+    [
+        (37, 512, 64, [[161, 0, 87], [21, 130, 164], [195, 116, 118]], "f41a4d80b5e04b05"),
+        (37, 512, 256, [[161, 0, 93], [21, 136, 133], [198, 133, 151]], "c96f52e5c8a741de"),
+        (512, 37, 64, [[199, 0, 87], [59, 122, 146], [232, 116, 118]], "a450a079728572c2"),
+        (301, 199, 64, [[161, 69, 100], [20, 127, 104], [193, 129, 131]], "f60aedd57aaf5f21"),
+        (333, 778, 63, [[106, 140, 97], [128, 137, 131], [167, 131, 97]], "3fc558caf435d536"),
+        (64, 127, 64, [[160, 0, 146], [105, 160, 63], [152, 97, 146]], "100915679b4aed2c"),  # half a pixel: to even
+        (45, 30, 64, [[22, 0, 7], [115, 213, 23], [59, 42, 9]], "8248cce4d7858e13"),  # enlarged
+    ],
+)
+def test_center_crop_has_the_pixels_of_torchvision(height, width, size, pixels, digest):
+  crop = transforms.center_crop(pattern(height, width), size)
+  assert [crop[p].tolist() for p in ((0, 0), (size // 2, size // 3), (-1, -1))] == pixels
+  assert hashlib.sha256(crop.tobytes()).hexdigest()[:16] == digest
+
+
+def test_center_crop_of_every_mode():
+  """Grey, half-transparent, 16-bit grey and palette pictures are made RGB first and then cropped like any other."""
+  array = pattern(40, 60)
+  grey = Image.fromarray(array[..., 0])
+  crop = transforms.center_crop(stored(grey), 16)
+  assert crop.shape == (16, 16, 3)
+  assert np.array_equal(crop, reference_crop(grey.convert("RGB"), 16)) and (crop == crop[..., :1]).all()
+
+  deep = array[..., 0].astype(np.uint16) * 257  # 16 bits with a lossless 8-bit version
+  assert np.array_equal(transforms.center_crop(stored(Image.fromarray(deep)), 16), crop)
+
+  alpha = np.full((40, 60, 1), 255, np.uint8)
+  alpha[:, 30:] = 0  # the right half is invisible
+  visible = array.copy()
+  visible[:, 30:] = 255
+  crop = transforms.center_crop(stored(Image.fromarray(np.concatenate([array, alpha], -1))), 16)
+  assert np.array_equal(crop, reference_crop(Image.fromarray(visible), 16))
+  assert (crop[:, 9:] == 255).all() and crop[:, :8].mean() < 200
+
+  palette = Image.fromarray(array).quantize(8)
+  crop = transforms.center_crop(stored(palette), 16)
+  assert np.array_equal(crop, reference_crop(palette.convert("RGB"), 16))
+  assert len(np.unique(crop.reshape(-1, 3), axis=0)) > 8  # colours are mixed, not picked from the palette
+
+
 def test_center_crop_takes_the_middle():
   array = np.zeros((30, 90, 3), np.uint8)
   array[:, 30:60] = 255
@@ -113,8 +190,20 @@ def test_center_crop_takes_the_middle():
     crop = transforms.center_crop(image, 30)
     assert crop.shape == (30, 30, 3) and (crop == 255).all()
   crop = transforms.center_crop(array, 10)
-  assert crop.shape == (10, 10, 3) and crop.mean() > 245
+  assert crop.shape == (10, 10, 3) and crop.mean() > 240
   assert transforms.center_crop(array, 64).shape == (64, 64, 3)  # small images are enlarged
+
+
+def test_the_middle_of_an_absurd_strip(monkeypatch):
+  """What is resized stays small, and its middle is the strip's."""
+  sizes, resize = [], Image.Image.resize
+  monkeypatch.setattr(Image.Image, "resize", lambda self, size, *args: sizes.append(size) or resize(self, size, *args))
+  strip = np.zeros((16, 40_000, 3), np.uint8)
+  strip[:, 20_000:] = 255
+  for image, across in ((strip, 1), (strip.transpose(1, 0, 2), 0)):
+    profile = transforms.center_crop(image, 64).astype(float).mean((1 - across, 2))
+    assert (profile[:28] == 0).all() and (profile[36:] == 255).all()
+  assert max(map(max, sizes)) <= 64 * transforms.MAX_ASPECT
 
 
 def test_resizing_is_antialiased():
@@ -145,6 +234,23 @@ def test_random_resized_crop_respects_the_area():
   assert np.array_equal(*same)
 
 
+def test_random_resized_crop_draws_and_filter_stay():
+  """The numbers of the first release: a change here changes what every run sees."""
+  rng, crops = np.random.default_rng(0), []
+  for height, width, size in ((120, 160, 32), (301, 199, 24), (640, 480, 16), (20, 30, 64)):
+    crops.append(transforms.random_resized_crop(pattern(height, width), size, rng, 0.3).tobytes())
+  assert hashlib.sha256(b"".join(crops)).hexdigest()[:16] == "8e95a753bdd0ba0e"
+  assert int(rng.integers(1000)) == 257
+
+
+def test_random_resized_crop_falls_back_on_the_centre_square():
+  strip = pattern(40, 400)
+  crop = transforms.random_resized_crop(strip, 40, np.random.default_rng(0), 0.9)
+  assert np.array_equal(crop, strip[:, 180:220])
+  assert np.array_equal(transforms.random_resized_crop(strip.transpose(1, 0, 2), 40, np.random.default_rng(0), 0.9),
+                        strip[:, 180:220].transpose(1, 0, 2))  # fmt: skip
+
+
 def test_flip():
   assert (transforms.flip(halves())[:, :8] == (0, 0, 200)).all()
 
@@ -166,3 +272,34 @@ def test_load_images(tmp_path):
   (tmp_path / "b" / "bad.png").write_text("x")
   with pytest.raises(ValueError, match="bad.png cannot be read"):
     transforms.load_images(tmp_path, 8)
+
+
+def test_iter_images_reads_one_at_a_time(tmp_path, monkeypatch):
+  for i in range(4):
+    Image.new("RGB", (12, 9), (i, 0, 0)).save(tmp_path / f"{i}.png")
+  read, crop = [], transforms.center_crop
+  monkeypatch.setattr(transforms, "center_crop", lambda path, size: read.append(path) or crop(path, size))
+  images = transforms.iter_images(tmp_path, 8)
+  assert read == []
+  for i, (name, image) in enumerate(images):
+    assert name == f"{i}.png" and image.shape == (8, 8, 3) and image.dtype == np.uint8
+    assert (image == (i, 0, 0)).all() and len(read) == i + 1
+
+
+def test_iter_images_checks_before_it_reads(tmp_path, monkeypatch):
+  Image.new("RGB", (12, 9)).save(tmp_path / "a.png")
+  (tmp_path / "empty").mkdir()
+  (tmp_path / "bad.png").write_text("x")
+  with monkeypatch.context() as patch:
+    patch.setattr(transforms, "center_crop", None)  # reading would fail
+    for paths, error, words in (
+        ([tmp_path / "a.png", tmp_path / "gone.png"], FileNotFoundError, "gone.png does not exist"),
+        ([tmp_path / "a.png", tmp_path / "empty"], ValueError, "empty holds no jpg"),
+        ([], ValueError, "no image was given"),
+    ):
+      with pytest.raises(error, match=words):
+        transforms.iter_images(paths, 8)
+  images = transforms.iter_images([tmp_path / "a.png", tmp_path / "bad.png"], 8)
+  assert next(images)[0] == str(tmp_path / "a.png")
+  with pytest.raises(ValueError, match="bad.png cannot be read"):
+    next(images)

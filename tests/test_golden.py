@@ -4,14 +4,17 @@ Tolerances are those that the golden set's README derives from float64 against f
 test.
 """
 
+import ast
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 from safetensors.numpy import load_file
 
+from flextok_jax.checkpoints import loading, saving
 from flextok_jax.models.decoder import TimeEmbedding
 from flextok_jax.models.flextok import sample_latents
 from flextok_jax.ops import flow, fsq, guidance, nested, posemb
@@ -20,6 +23,10 @@ from tests import golden_weights
 from tests.conftest import SHARED
 
 pytestmark = pytest.mark.skipif(SHARED is None, reason="needs the golden set, ../shared/golden")
+FIXED_TABLES = {  # stored by official checkpoints, computed by us
+  "encoder.module_dict.enc_patches_posemb_module.posembs",
+  "decoder.module_dict.dec_patches_posemb_module.posembs",
+}
 LEVELS = {"888555": (8, 8, 8, 5, 5, 5), "865": (8, 6, 5), "75555": (7, 5, 5, 5, 5), "88865": (8, 8, 8, 6, 5)}
 SAMPLERS = {  # steps and guidance as recorded in flextok_tiny_meta.json
   "cfg": dict(num_steps=25, mode="cfg", guidance_scale=3.0),
@@ -56,15 +63,18 @@ def units():
 
 
 @pytest.fixture(scope="module")
-def model():
-  return make_model(golden_weights.tiny_config())
+def loaded():
+  return loading.load(SHARED / "golden" / "flextok_tiny.safetensors", vae_norm_num_groups=4, image_size=64)
 
 
 @pytest.fixture(scope="module")
-def params(model):
-  template = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
-  template = jax.tree.map(lambda x: x.value, template, is_leaf=lambda x: hasattr(x, "names"))
-  return golden_weights.load_official(SHARED / "golden" / "flextok_tiny.safetensors", template)
+def model(loaded):
+  return make_model(loaded[0])
+
+
+@pytest.fixture(scope="module")
+def params(loaded):
+  return loaded[1]
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +93,26 @@ def decode(model, params):
   return jax.jit(lambda latents: model.apply({"params": params}, latents, method="decode_latents"))
 
 
-def test_the_mapping_loses_nothing(params):
-  official = load_file(SHARED / "golden" / "flextok_tiny.safetensors")
-  ours = golden_weights.to_official(params)
-  assert set(official) == set(ours) | golden_weights.FIXED_TABLES
-  for name in ours:
-    np.testing.assert_array_equal(ours[name], official[name], err_msg=name)
+def test_import_and_export_lose_nothing(loaded, tmp_path):
+  """Written again, the file has the same tensors, bit for bit, and the same configuration; so has the hub's layout."""
+  golden = SHARED / "golden" / "flextok_tiny.safetensors"
+  official = load_file(golden)
+  for name, path in (("a.safetensors", "a.safetensors"), ("hub", "hub/model.safetensors")):
+    saving.save_official(tmp_path / name, *loaded)
+    written = load_file(tmp_path / path)
+    assert set(written) == set(official)
+    for key, value in official.items():
+      assert written[key].dtype == value.dtype
+      atol = 1e-6 if key in FIXED_TABLES else 0.0  # sines and cosines of another library
+      np.testing.assert_allclose(written[key], value, rtol=0, atol=atol, err_msg=key)
+    again = loading.load(tmp_path / name, vae_norm_num_groups=4, image_size=64)
+    assert again[0] == loaded[0]
+    jax.tree.map(np.testing.assert_array_equal, again[1], loaded[1])
+  metadata = [safetensors.safe_open(path, "numpy").metadata() for path in (golden, tmp_path / "a.safetensors")]
+  first, second = ({k: ast.literal_eval(v) for k, v in m.items() if k != "_target_"} for m in metadata)
+  assert first == second and metadata[0]["_target_"] == metadata[1]["_target_"]
+  assert json.loads((tmp_path / "hub" / "config.json").read_text()) == first
+  assert max(map(len, metadata[1].values())) < 10_000  # longer text is not parsed by the authors' loader
 
 
 def test_images_to_tokens(model, params, golden):
@@ -106,7 +130,7 @@ def test_sincos_tables(golden):
   close(posemb.sincos_2d(8, 8, 128), golden["sincos_enc"][0], 1e-6)
   close(posemb.sincos_2d(16, 16, 64), golden["sincos_16x16_d64"][0], 1e-6)
   official = load("flextok_tiny")
-  for name in golden_weights.FIXED_TABLES:
+  for name in FIXED_TABLES:
     close(posemb.sincos_2d(8, 8, official[name].shape[-1]), official[name][0], 1e-6)
 
 
@@ -145,12 +169,12 @@ def test_sampling(model, params, decode, golden, name, monkeypatch):
   @jax.jit
   def run(steps):
 
-    def stopped(velocity_fn, noise, num_steps, carry):
-      def until(x, t, carry):
-        v, carry = velocity_fn(x, t, carry)
+    def stopped(velocity_fn, noise, num_steps, carry, inputs):
+      def until(x, t, carry, inputs):
+        v, carry = velocity_fn(x, t, carry, inputs)
         return jnp.where(t > 1 - (steps - 0.5) / num_steps, v, 0.0), carry
 
-      return euler_sample(until, noise, num_steps, carry)
+      return euler_sample(until, noise, num_steps, carry, inputs)
 
     monkeypatch.setattr(flow, "euler_sample", stopped)
     return sample_latents(

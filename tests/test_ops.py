@@ -188,7 +188,7 @@ def test_noising_ends_and_loss_of_the_exact_velocity():
 def test_euler_is_exact_on_straight_lines(num_steps):
   """The flow to a single picture is v = (x - x0) / t: its paths are straight, so any number of steps ends at x0."""
   x0, noise = normals(2, 4, 4, 3), normals(2, 4, 4, 3, seed=1)
-  sample = jax.jit(lambda noise: flow.euler_sample(lambda x, t, c: ((x - x0) / t, c), noise, num_steps))
+  sample = jax.jit(lambda noise: flow.euler_sample(lambda x, t, c, _: ((x - x0) / t, c), noise, num_steps))
   np.testing.assert_allclose(sample(noise), x0, atol=1e-5)
 
 
@@ -200,20 +200,21 @@ def test_euler_times_carry_and_linear_field():
     times, i = seen
     return a * x + b * t, (times.at[i].set(t), i + 1)
 
-  def velocity_and_check(x, t, seen):
+  def velocity_and_check(x, t, seen, scale):
     v, (times, i) = velocity(x, t, seen)
-    return v + times[0] - 1, (times, i)  # the first time, 1, is still in the carry at every later step
+    return scale * (v + times[0] - 1), (times, i)  # the first time, 1, is still in the carry at every later step
 
-  noise = normals(3, 5)
-  x, expected = jax.jit(lambda z: flow.euler_sample(velocity_and_check, z, n, (jnp.zeros(n), 0)))(noise), noise
-  for t in 1 - np.arange(n) / n:
-    expected = expected - (a * expected + b * t) / n
+  noise, scales = normals(3, 5), np.linspace(0.5, 1.5, n)
+  x = jax.jit(lambda z: flow.euler_sample(velocity_and_check, z, n, (jnp.zeros(n), 0), scales))(noise)
+  expected = noise
+  for t, scale in zip(1 - np.arange(n) / n, scales):
+    expected = expected - scale * (a * expected + b * t) / n
   np.testing.assert_allclose(x, expected, atol=1e-6)
   # More steps approach the differential equation dx/dt = a x + b t, integrated from t = 1 to 0.
   exact = scipy.integrate.solve_ivp(lambda t, x: a * x + b * t, (1, 0), noise[0].astype(float), rtol=1e-9).y[:, -1]
-  fine = flow.euler_sample(lambda x, t, c: (a * x + b * t, c), jnp.asarray(noise), 2000)
+  fine = flow.euler_sample(lambda x, t, c, _: (a * x + b * t, c), jnp.asarray(noise), 2000)
   np.testing.assert_allclose(fine[0], exact, atol=1e-3)
-  assert flow.euler_sample(lambda x, t, c: (x, c), jnp.ones((1, 2), jnp.bfloat16), 3).dtype == jnp.float32
+  assert flow.euler_sample(lambda x, t, c, _: (x, c), jnp.ones((1, 2), jnp.bfloat16), 3).dtype == jnp.float32
 
 
 # Guidance.

@@ -25,20 +25,20 @@ from tests.conftest import SHARED
 ALL_LEVELS = [(8, 8, 8, 5, 5, 5), (8, 6, 5), (7, 5, 5, 5, 5), (8, 8, 8, 6, 5), (2, 3, 4)]
 VAE_GROUPS = 4
 CASES = {
-  # Over a VAE: 32x48 images, 8x12 latents, 4x6 patches.
+  # Over a VAE: 32x48 images, 8x12 latents, 4x6 patches; the tables are for 48x48 images.
   "vae": dict(
-    image_size=32,
+    image_size=48,
     vae=dict(latent_channels=4, block_out_channels=(8, 16, 16), norm_groups=VAE_GROUPS),
     encoder=dict(width=64, depth=2),
     decoder=dict(width=128, depth=2),
     tokens=dict(num_registers=8),
   ),
-  # In pixel space: 12x20 images, 3x5 patches; heads of 32, where 8 / head_dim is not 1 / sqrt(head_dim).
+  # In pixel space: 12x20 images, 3x5 patches of at most 5x5; heads of 32, where 8 / head_dim is not 1 / sqrt(head_dim).
   "pixels": dict(
     image_size=12,
     vae=dict(kind="pixels", scaling_factor=1.7),
-    encoder=dict(width=128, depth=1, head_dim=32, patch_size=4),
-    decoder=dict(width=64, depth=3, head_dim=32, patch_size=4),
+    encoder=dict(width=128, depth=1, head_dim=32, patch_size=4, max_grid=5),
+    decoder=dict(width=64, depth=3, head_dim=32, patch_size=4, max_grid=5),
     tokens=dict(num_registers=5, levels=(8, 6, 5)),
   ),
 }

@@ -3,6 +3,8 @@
 import json
 import os
 from pathlib import Path
+import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -12,9 +14,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from PIL import Image
 import pytest
+import safetensors
 import skimage.data
 
 from flextok_jax import train
+from flextok_jax.checkpoints import hub, loading, saving
 from flextok_jax.data import pipeline
 from flextok_jax.stages import make_stage
 from flextok_jax.training import checkpoint, optim
@@ -45,14 +49,33 @@ def files_of(folder):
   return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 
+def config_of_run(**settings):
+  train_settings = dict(num_steps=20, log_every=4, checkpoint_every=8, eval_every=10, keep_checkpoints=2, keep_period=0,
+                        tensorboard=True)  # fmt: skip
+  return config_of(train=train_settings | settings)
+
+
+def step_of_weights(workdir):
+  with safetensors.safe_open(Path(workdir) / "weights.safetensors", "numpy") as f:
+    return f.metadata()["flextok_jax.step"]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """A run of 20 steps with two evaluations and TensorBoard files."""
   workdir = tmp_path_factory.mktemp("run") / "a" / "workdir"
-  config = config_of(train=dict(num_steps=20, log_every=4, checkpoint_every=8, eval_every=10, keep_checkpoints=2,
-                                keep_period=0, tensorboard=True))  # fmt: skip
+  config = config_of_run()
   train.train(config, str(workdir))
   return types.SimpleNamespace(workdir=workdir, config=config)
+
+
+@pytest.fixture
+def sigterm_handler():
+  """A handler of SIGTERM that the caller of train() has installed."""
+  handler = lambda signum, frame: None
+  before = signal.signal(signal.SIGTERM, handler)
+  yield handler
+  signal.signal(signal.SIGTERM, before)
 
 
 def test_metrics_of_a_run(run):
@@ -80,7 +103,7 @@ def test_files_of_a_run(run):
     assert {p.name for p in folder.iterdir()} == {"report.json", "curve.png", "grid_synthetic.png"}
     assert Image.open(folder / "grid_synthetic.png").width > 96
   assert checkpoint.read_config(str(run.workdir)).to_dict() == json.loads(run.config.to_json())
-  config, weights = checkpoint.load_weights(str(run.workdir / "weights.safetensors"))
+  config, weights = loading.load(str(run.workdir / "weights.safetensors"))
   assert config.stage == "tokenizer"
   average = read_checkpoint(run.workdir, 20, "ema")
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), weights, average)
@@ -109,10 +132,98 @@ def test_rerun_of_a_finished_run_has_nothing_to_do(run, capsys):
 
 def test_weights_are_written_even_if_a_kill_came_between_them_and_the_last_checkpoint(run):
   path = run.workdir / "weights.safetensors"
-  before = checkpoint.load_weights(str(path))[1]
+  before = loading.load(str(path))[1]
   path.unlink()
   train.train(run.config, str(run.workdir))
-  assert_trees_equal(checkpoint.load_weights(str(path))[1], before)
+  assert_trees_equal(loading.load(str(path))[1], before)
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors file", None])
+def test_weights_that_do_not_tell_their_step_are_written_anew(run, tmp_path, content):
+  """A damaged file, or one that was put there by hand."""
+  workdir = tmp_path / "copy"
+  shutil.copytree(run.workdir, workdir)
+  path = workdir / "weights.safetensors"
+  weights = loading.load(str(path))[1]
+  if content is None:
+    saving.save_weights(str(path), run.config, jax.tree.map(np.zeros_like, weights))
+  else:
+    path.write_bytes(content)
+  train.train(run.config, str(workdir))
+  assert step_of_weights(workdir) == "20"
+  assert_trees_equal(loading.load(str(path))[1], weights)
+
+
+def test_an_extended_run_killed_before_its_export_does_not_keep_the_old_weights(
+    run, tmp_path, monkeypatch, capsys, sigterm_handler
+):
+  workdir = tmp_path / "copy"
+  shutil.copytree(run.workdir, workdir)
+  assert step_of_weights(workdir) == "20"
+  before = (workdir / "weights.safetensors").read_bytes()
+
+  def killed(*args, **kwargs):
+    raise KeyboardInterrupt
+
+  config = config_of_run(num_steps=28)
+  monkeypatch.setattr(saving, "save_weights", killed)
+  with pytest.raises(KeyboardInterrupt):
+    train.train(config, str(workdir))
+  assert signal.getsignal(signal.SIGTERM) is sigterm_handler
+  assert checkpoint_steps(workdir) == [24, 28] and (workdir / "weights.safetensors").read_bytes() == before
+  monkeypatch.undo()
+  train.train(config, str(workdir))
+  assert "nothing to do" not in capsys.readouterr().out
+  assert step_of_weights(workdir) == "28"
+  weights = loading.load(str(workdir / "weights.safetensors"))[1]
+  average = read_checkpoint(workdir, 28, "ema")
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype("bfloat16").astype("float32")), weights, average)
+  train.train(config, str(workdir))
+  assert "nothing to do" in capsys.readouterr().out
+  # A shorter run than what is there has nothing to do either.
+  train.train(run.config, str(workdir))
+  assert "nothing to do" in capsys.readouterr().out and step_of_weights(workdir) == "28"
+
+
+def test_the_callers_handler_of_sigterm_comes_back(run, tmp_path, monkeypatch, sigterm_handler):
+  """After a run with nothing to do, and after one that a signal stopped."""
+  train.train(run.config, str(run.workdir))
+  assert signal.getsignal(signal.SIGTERM) is sigterm_handler
+  make = pipeline.train_batches
+
+  def batches(*args, **kwargs):
+    for i, batch in enumerate(make(*args, **kwargs)):
+      if i == 4:
+        signal.raise_signal(signal.SIGTERM)
+      yield batch
+
+  monkeypatch.setattr(pipeline, "train_batches", batches)
+  train.train(run.config, str(tmp_path))
+  assert signal.getsignal(signal.SIGTERM) is sigterm_handler
+  (step,) = checkpoint_steps(tmp_path)
+  assert step < 5 and not (tmp_path / "weights.safetensors").exists()
+
+
+def asked_for(repository):
+  raise FileNotFoundError(f"asked the hub for {repository}")
+
+
+@pytest.mark.parametrize("vae,init_from,error,words", [
+    (VAE, "", ValueError, "the frozen vae needs trained weights: give --config.init_from=PATH"),
+    (VAE, "/absent/run", FileNotFoundError, "no such checkpoint: /absent/run"),
+    ({}, "absent/vae.safetensors", FileNotFoundError, "no such checkpoint: absent/vae.safetensors"),
+    (VAE, __file__, ValueError, "test_train.py is not a whole safetensors file"),
+    (VAE, "EPFL-VILAB/flextok_vae_c16", FileNotFoundError, "asked the hub for EPFL-VILAB/flextok_vae_c16"),
+])  # fmt: skip
+def test_a_wrong_init_from_is_said_before_anything_is_compiled(tmp_path, monkeypatch, vae, init_from, error, words):
+  inits, init_state = [], train.init_state
+  monkeypatch.setattr(train, "init_state", lambda *args: inits.append(1) or init_state(*args))
+  monkeypatch.setattr(hub, "fetch", asked_for)
+  with pytest.raises(error, match=words) as caught:
+    train.train(config_of(vae=vae, init_from=init_from), str(tmp_path))
+  assert "\n" not in str(caught.value)
+  assert len(inits) == 1  # its shapes alone
+  assert not (tmp_path / "config.json").exists()
 
 
 def test_autoencoder_then_tokenizer_over_it(tmp_path, capsys):
@@ -138,14 +249,14 @@ def test_autoencoder_then_tokenizer_over_it(tmp_path, capsys):
   params, opt_state = (read_checkpoint(tmp_path / "tokenizer", 3, name) for name in ("params", "opt_state"))
   assert set(params) == {"encoder", "decoder"}
   assert "vae" not in str(jax.tree_util.tree_structure(opt_state))
-  _, weights = checkpoint.load_weights(str(tmp_path / "tokenizer"))
+  _, weights = loading.load(str(tmp_path / "tokenizer"))
   assert_trees_equal(weights["vae"], average["vae"])
   # Without trained weights a frozen autoencoder would be noise.
   with pytest.raises(ValueError, match="vae needs trained weights: give --config.init_from"):
     train.train(config_of(vae=VAE), str(tmp_path / "random"))
   with pytest.raises(ValueError, match="encoder, decoder; needed: vae|needed: vae"):
     pixels = tmp_path / "pixels.safetensors"
-    checkpoint.save_weights(str(pixels), config_of(), unbox(make_stage(config_of()).init(jax.random.key(0))[0]))
+    saving.save_weights(str(pixels), config_of(), unbox(make_stage(config_of()).init(jax.random.key(0))[0]))
     train.train(config_of(vae=VAE, init_from=str(pixels)), str(tmp_path / "random"))
 
 

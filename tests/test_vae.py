@@ -5,10 +5,14 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
+from configs import common
 from flextok_jax.models import vae
+from flextok_jax.stages import make_stage
+from flextok_jax.stages.vae import make_vae
 
 CHANNELS = (8, 8, 16)
 
@@ -123,6 +127,33 @@ def test_bfloat16_compute_keeps_float32_outputs(params):
   out, exact = compiled(dtype=jnp.bfloat16)(params, images), compiled()(params, images)
   assert out.dtype == jnp.float32
   assert 0 < np.abs(out - exact).max() < 0.05 * np.abs(exact).max()  # some ten layers, each within 2^-9
+
+
+def test_computes_in_the_type_of_its_section():
+  """Not in that of the rest, but for configs that lack the field: older weights files."""
+  config = common.derive(vae=dict(block_out_channels=CHANNELS, norm_groups=4))
+  assert make_vae(config).dtype == jnp.float32 and config.dtype == "bfloat16"
+  config.vae.dtype = "bfloat16"
+  assert make_vae(config).dtype == jnp.bfloat16
+  older = config.to_dict()
+  del older["vae"]["dtype"]
+  older["dtype"] = "float16"
+  assert make_vae(ConfigDict(older)).dtype == jnp.float16
+  config.vae.dtype = "int8"
+  with pytest.raises(ValueError, match="vae.dtype must be a floating-point type .*, got 'int8'"):
+    make_vae(config)
+
+
+def test_training_in_bfloat16_has_float32_losses(params):
+  config = common.derive(
+      stage="vae",
+      image_size=8,
+      vae=dict(latent_channels=4, block_out_channels=CHANNELS, layers_per_block=1, norm_groups=4, dtype="bfloat16"),
+  )
+  loss, metrics = jax.eval_shape(
+      make_stage(config).loss_fn, {"vae": params["params"]}, {"image": random_images(2, 8, 8)}, jax.random.key(0)
+  )
+  assert {x.dtype for x in jax.tree.leaves((loss, metrics))} == {jnp.dtype("float32")}
 
 
 def test_reconstruction_is_differentiable_in_every_parameter(params):

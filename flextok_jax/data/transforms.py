@@ -1,5 +1,6 @@
 """From stored pictures of any mode to uint8 RGB arrays of one size."""
 
+from collections.abc import Iterator
 import io
 import os
 import struct
@@ -12,7 +13,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 # What Pillow raises on files that are missing, foreign, truncated, corrupt or absurdly large.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
                  Image.DecompressionBombError)
-MAX_ASPECT = 8  # a longer strip is cut to this before it is resized
+MAX_ASPECT = 64  # a longer strip is cut to this before it is resized, for bounded memory
 
 
 def to_rgb(image) -> Image.Image:
@@ -55,29 +56,30 @@ def _from_array(array: np.ndarray) -> Image.Image:
   return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _resize(image: Image.Image, size: tuple[int, int], box=None) -> Image.Image:
-  """Antialiased bicubic; a picture over three times too large is first reduced by box averages, which is faster."""
-  return image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-
-
 def center_crop(image, size: int) -> np.ndarray:
-  """Shorter side to size, then the centre: uint8 [size, size, 3]."""
+  """Shorter side to size, bilinear and antialiased, then the centre: uint8 [size, size, 3].
+
+  Bit for bit torchvision's Resize(size) and CenterCrop(size) of a Pillow image, the preparation of the reference; only
+  of strips longer than MAX_ASPECT times their width the ends are cut off first.
+  """
   image = to_rgb(image)
   limit = MAX_ASPECT * min(image.size)
   if max(image.size) > limit:
-    image = ImageOps.fit(image, (min(image.width, limit), min(image.height, limit)), Image.Resampling.NEAREST)
+    left, top = max(image.width - limit, 0) // 2, max(image.height - limit, 0) // 2
+    image = image.crop((left, top, left + min(image.width, limit), top + min(image.height, limit)))
   short = min(image.size)
   width, height = size * image.width // short, size * image.height // short
   if (width, height) != image.size:
-    image = _resize(image, (width, height))
-  left, top = round((width - size) / 2.0), round((height - size) / 2.0)  # torchvision's rounding, here and above
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+  left, top = round((width - size) / 2.0), round((height - size) / 2.0)  # halves to even, like torchvision
   return np.asarray(image)[top:top + size, left:left + size].copy()
 
 
 def random_resized_crop(image, size: int, rng: np.random.Generator, min_area: float) -> np.ndarray:
   """A crop of a share min_area to 1 of the area and aspect ratio 3/4 to 4/3, resized: uint8 [size, size, 3].
 
-  The largest centre square where ten draws do not fit.
+  Antialiased bicubic; a crop over three times too large is first reduced by box averages, which is faster. The largest
+  centre square where ten draws do not fit.
   """
   image = to_rgb(image)
   width, height = image.size
@@ -87,8 +89,12 @@ def random_resized_crop(image, size: int, rng: np.random.Generator, min_area: fl
     w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
     if 0 < w <= width and 0 < h <= height:
       left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-      return np.asarray(_resize(image, (size, size), box=(left, top, left + w, top + h))).copy()
-  return center_crop(image, size)
+      break
+  else:
+    w = h = min(width, height)
+    left, top = (width - w) // 2, (height - h) // 2
+  box = (left, top, left + w, top + h)
+  return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)).copy()
 
 
 def flip(image: np.ndarray) -> np.ndarray:
@@ -115,11 +121,14 @@ def list_images(folder: str) -> list[str]:
   return sorted(found, key=lambda path: os.path.relpath(path, folder).split(os.sep))
 
 
-def load_images(paths, size: int) -> tuple[np.ndarray, list[str]]:
-  """Reads a folder, a file, or a list of files: (uint8 [n, size, size, 3] centre crops, names).
+def iter_images(paths, size: int) -> Iterator[tuple[str, np.ndarray]]:
+  """Reads a folder, a file, or a list of files and folders one by one: (name, uint8 [size, size, 3] centre crop).
 
-  A name is the path relative to the folder, or the path as given. ValueError or FileNotFoundError name the first bad
-  path.
+  A name is the path relative to the folder, or the path as given.
+
+  Raises:
+    FileNotFoundError, ValueError: at the call, for a path that does not exist, a folder without images, or no path;
+      while iterating, ValueError for a file that cannot be read.
   """
   if isinstance(paths, (str, os.PathLike)):
     paths = [paths]
@@ -133,10 +142,19 @@ def load_images(paths, size: int) -> tuple[np.ndarray, list[str]]:
       raise FileNotFoundError(f"the image {path} does not exist")
   if not named:
     raise ValueError("no image was given: name files or a folder")
-  images = []
-  for path, _ in named:
-    try:
-      images.append(center_crop(path, size))
-    except DECODE_ERRORS as error:
-      raise ValueError(f"the image {path} cannot be read: {error}") from error
-  return np.stack(images), [name for _, name in named]
+
+  def read():
+    for path, name in named:
+      try:
+        image = center_crop(path, size)
+      except DECODE_ERRORS as error:
+        raise ValueError(f"the image {path} cannot be read: {error}") from error
+      yield name, image
+
+  return read()
+
+
+def load_images(paths, size: int) -> tuple[np.ndarray, list[str]]:
+  """What iter_images yields, at once: (uint8 [n, size, size, 3], names)."""
+  names, images = zip(*iter_images(paths, size))
+  return np.stack(images), list(names)

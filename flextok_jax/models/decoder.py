@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.models import layers
-from flextok_jax.models.transformer import Transformer
+from flextok_jax.models.attention import UNSEEN
+from flextok_jax.models.transformer import PatchTransformer
 from flextok_jax.ops import nested, posemb
+
+NULL_CONDITIONS = ("learned", "single", "zero")
 
 
 class TimeEmbedding(nn.Module):
@@ -15,34 +18,25 @@ class TimeEmbedding(nn.Module):
 
   width: int
   dtype: jnp.dtype = jnp.float32
+  max_timestep: float = 1.0
 
   @nn.compact
   def __call__(self, t: jax.Array) -> jax.Array:
     """t [b] in [0, 1] -> [b, width]."""
-
-    def linear(axes, name):
-      return nn.Dense(
-          self.width,
-          dtype=self.dtype,
-          kernel_init=layers.xavier_uniform(self.width, axes),
-          bias_init=layers.zeros(axes[1]),
-          name=name,
-      )
-
-    x = nn.silu(linear((None, "embed"), "in")(posemb.timestep_features(t)))
-    return linear(("embed", "embed_out"), "out")(x)
+    x = posemb.timestep_features(t, time_scale=1000.0 / self.max_timestep)
+    x = nn.silu(layers.dense(self.width, (None, "embed"), "in", self.dtype)(x))
+    return layers.dense(self.width, ("embed", "embed_out"), "out", self.dtype)(x)
 
 
-class Decoder(nn.Module):
-  """Diffusion transformer with separate adaLN-zero modulations for patches and registers (FlexTok, section 3.1)."""
+class Decoder(PatchTransformer, kw_only=True):
+  """Diffusion transformer with adaLN-zero modulations, of patches and registers apart (FlexTok, section 3.1)."""
 
-  width: int
-  depth: int
-  head_dim: int
-  patch_size: int
-  num_registers: int
-  dtype: jnp.dtype = jnp.float32
-  remat: bool = False
+  modulation: str = "per_segment"
+  head_modulation: bool = True
+  head_modulation_bias: bool = True
+  code_bias: bool = True
+  max_timestep: float = 1.0
+  null_condition: str = "learned"
 
   @nn.compact
   def __call__(
@@ -67,53 +61,35 @@ class Decoder(nn.Module):
     """
     chex.assert_shape([t, keep_k, drop_condition], x_t.shape[:1])  # else they would broadcast in silence
     chex.assert_axis_dimension(codes, 1, self.num_registers)
-    registers = nn.Dense(
-        self.width,
-        dtype=self.dtype,
-        kernel_init=layers.xavier_uniform(self.width, (None, "embed")),
-        bias_init=layers.zeros("embed"),
-        name="code_embed",
-    )(codes)
+    embed = layers.dense(self.width, (None, "embed"), "code_embed", self.dtype, use_bias=self.code_bias)
     # Comparable to the embedded codes, so that the first LayerNorm keeps their magnitude and not their sign alone.
     init = layers.normal(0.3, "registers", "embed")
     table = self.param("register_positions", init, (self.num_registers, self.width))
     mask_token = self.param("mask_token", layers.normal(0.02, "embed"), (self.width,))
-    null_token = self.param("null_token", layers.normal(0.02, "embed"), (self.width,))
-    registers = nested.mask_tail(registers + table.astype(self.dtype), mask_token.astype(self.dtype), keep_k)
-    registers = jnp.where(drop_condition[:, None, None], null_token.astype(self.dtype), registers)
+    null = 0.0
+    if self.null_condition != "zero":
+      null = self.param("null_token", layers.normal(0.02, "embed"), (self.width,)).astype(self.dtype)
+    registers = embed(codes) + table.astype(self.dtype)
+    registers = nested.mask_tail(registers, mask_token.astype(self.dtype), keep_k)
+    registers = jnp.where(drop_condition[:, None, None], null, registers)
 
-    channels = x_t.shape[-1]
-    x = layers.patchify(x_t, self.patch_size)
-    batch, height, width, _ = x.shape
-    x = nn.Dense(
-        self.width,
-        dtype=self.dtype,
-        kernel_init=layers.xavier_uniform(self.width, (None, "embed")),
-        bias_init=layers.zeros("embed"),
-        name="patch_embed",
-    )(x)
-    x = x + posemb.sincos_2d(height, width, self.width).astype(self.dtype)
-    x = x.reshape(batch, height * width, self.width)
+    patches = self.embed_patches(x_t)
+    key_bias = None
+    if self.null_condition == "single":  # the first null token alone is seen: as if there were no other
+      first = patches.shape[1]
+      place = jnp.arange(first + self.num_registers)
+      key_bias = jnp.where(drop_condition[:, None] & (place > first), UNSEEN, 0.0)  # [b, l]
 
-    cond = TimeEmbedding(self.width, self.dtype, name="time_embed")(t)
-    stack = Transformer(self.depth, self.head_dim, self.dtype, self.remat, name="transformer")
-    x, _ = stack((x, registers), cond)
+    cond = TimeEmbedding(self.width, self.dtype, self.max_timestep, name="time_embed")(t)
+    patches, _ = self.make_stack()((patches, registers), cond, key_bias=key_bias)
 
-    mod = nn.Dense(
-        2 * self.width,
-        dtype=self.dtype,
-        kernel_init=layers.zeros("embed", "modulation"),
-        bias_init=layers.zeros("modulation"),
-        name="head_modulation",
-    )(nn.silu(cond))
-    shift, scale = jnp.split(mod[:, None], 2, -1)
-    x = layers.layer_norm(x) * (1 + scale) + shift
-    x = nn.Dense(
+    _, height, width, channels = x_t.shape
+    head = self.make_head(
         self.patch_size**2 * channels,
         dtype=self.dtype,
-        kernel_init=layers.zeros("embed", None),
-        bias_init=layers.zeros(None),
-        name="head",
-    )(x)
-    x = x.reshape(batch, height, width, -1)
+        modulated=self.head_modulation,
+        modulation_bias=self.head_modulation_bias,
+    )
+    x = head(patches, cond)
+    x = x.reshape(-1, height // self.patch_size, width // self.patch_size, x.shape[-1])
     return layers.unpatchify(x, self.patch_size).astype(jnp.float32)

@@ -22,11 +22,12 @@ def to_float(images: jax.Array) -> jax.Array:
 class FlexTok(nn.Module):
   """Images to ordered discrete tokens and back (arXiv 2502.13967).
 
-  Without a VAE (vae=None) the latents are the scaled image itself: the pixel-space variant for tiny models.
+  Without a VAE (vae=None) the latents are the scaled image itself: the pixel-space variant for tiny models. Without
+  encoder and decoder it is a VAE alone, with latents but no tokens.
   """
 
-  encoder: Encoder
-  decoder: Decoder
+  encoder: Encoder | None
+  decoder: Decoder | None
   levels: Sequence[int]
   vae: AutoencoderKL | None = None
   scaling_factor: float = 1.0  # latents = scaling_factor * VAE latents (or image)
@@ -35,12 +36,15 @@ class FlexTok(nn.Module):
   def num_registers(self) -> int:
     return self.encoder.num_registers
 
+  @property
+  def downscale(self) -> int:
+    """Image pixels a side of one latent pixel."""
+    return 1 if self.vae is None else self.vae.downscale
+
   def latent_shape(self, image_size: int) -> tuple[int, int, int]:
     """Returns (height, width, channels) of the latents of a square image."""
-    if self.vae is None:
-      return image_size, image_size, 3
-    side = image_size // self.vae.downscale
-    return side, side, self.vae.latent_channels
+    side = image_size // self.downscale
+    return side, side, 3 if self.vae is None else self.vae.latent_channels
 
   def encode_latents(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """images uint8 or float [b, H, W, 3] -> latents [b, h, w, c]: the posterior's mode, or with a key a sample."""
@@ -93,7 +97,7 @@ def sample_latents(
     *,
     num_steps: int = 25,
     mode: str = "apg",
-    guidance_scale: float = 7.5,
+    guidance_scale: float | jax.Array = 7.5,
     apg_momentum: float = -0.5,
     apg_eta: float = 0.0,
     apg_threshold: float = 2.5,
@@ -104,14 +108,15 @@ def sample_latents(
     token_ids: int [b, num_registers]; those at or past keep_k have no influence.
     keep_k: int [b].
     noise: starting latents [b, h, w, c].
-    mode: "apg", "cfg" or "none". Without guidance (or at scale 1) there is no unconditional pass.
+    mode: "apg", "cfg" or "none".
+    guidance_scale: a number, or one for every step [num_steps]. Without guidance, or at the number 1, there is no
+      unconditional pass.
 
   Returns:
     latents [b, h, w, c] float32.
   """
-  if mode not in guidance.MODES:
-    raise ValueError(f"unknown guidance {mode!r}: one of {', '.join(guidance.MODES)}")
-  guided = mode != "none" and guidance_scale != 1.0
+  guidance.check_mode(mode)
+  guided = mode != "none" and not (isinstance(guidance_scale, int | float) and guidance_scale == 1)
   batch = noise.shape[0]
   codes = fsq.ids_to_codes(token_ids, model.levels)
   drop = jnp.zeros(batch, bool)
@@ -119,14 +124,15 @@ def sample_latents(
     codes, keep_k = jnp.concatenate([codes, codes]), jnp.concatenate([keep_k, keep_k])
     drop = jnp.concatenate([drop, ~drop])
 
-  def velocity_fn(x, t, running):
+  def velocity_fn(x, t, running, scale):
     x = jnp.concatenate([x, x]) if guided else x
     v = model.apply({"params": params}, x, jnp.full(x.shape[0], t), codes, keep_k, drop, method="velocity")
     if not guided:
       return v, running
     v_c, v_u = jnp.split(v, 2)
     if mode == "cfg":
-      return guidance.cfg(v_c, v_u, guidance_scale), running
-    return guidance.apg(v_c, v_u, guidance_scale, running, apg_momentum, apg_eta, apg_threshold)
+      return guidance.cfg(v_c, v_u, scale), running
+    return guidance.apg(v_c, v_u, scale, running, apg_momentum, apg_eta, apg_threshold)
 
-  return flow.euler_sample(velocity_fn, noise, num_steps, jnp.zeros_like(noise))
+  scales = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), (num_steps,))
+  return flow.euler_sample(velocity_fn, noise, num_steps, jnp.zeros_like(noise), scales)

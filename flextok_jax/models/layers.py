@@ -1,11 +1,19 @@
 """Small pieces that every model shares."""
 
+import functools
 import math
 
 from einops import rearrange
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+}
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-5) -> jax.Array:
@@ -32,6 +40,28 @@ def zeros(*axes: str | None):
 
 def normal(stddev: float, *axes: str | None):
   return nn.with_logical_partitioning(nn.initializers.normal(stddev), axes)
+
+
+def dense(
+    features: int,
+    axes: tuple[str | None, str | None],
+    name: str,
+    dtype: jnp.dtype,
+    *,
+    use_bias: bool = True,
+    zero: bool = False,
+    precision: jax.lax.Precision | None = None,
+) -> nn.Dense:
+  """Returns a linear layer with named axes; its kernel starts Xavier-uniform or at zero, its bias at zero."""
+  return nn.Dense(
+      features,
+      use_bias=use_bias,
+      dtype=dtype,
+      precision=precision,
+      kernel_init=zeros(*axes) if zero else xavier_uniform(features, axes),
+      bias_init=zeros(axes[1]),
+      name=name,
+  )
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:

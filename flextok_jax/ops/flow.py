@@ -52,21 +52,27 @@ def flow_loss(velocity: jax.Array, x0: jax.Array, noise: jax.Array) -> jax.Array
 
 
 def euler_sample(
-    velocity_fn: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
+    velocity_fn: Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]],
     noise: jax.Array,
     num_steps: int,
     carry: Any = (),
+    inputs: Any = (),
 ) -> jax.Array:
   """Integrates from noise (t = 1) to data (t = 0): for t = i/N, i = N..1: x <- x - v(x, t) / N.
 
-  velocity_fn(x [b, ...], t scalar, carry) -> (velocity, carry); the carry holds what guidance remembers between steps.
+  velocity_fn(x [b, ...], t scalar, carry, inputs of the step) -> (velocity, carry): the carry holds what guidance
+  remembers between steps, inputs [num_steps, ...] what is known of every step beforehand.
   """
 
-  def step(state, t):
-    x, carry = state
-    velocity, carry = velocity_fn(x, t, carry)
+  def step(state, scanned):
+    (x, carry), (t, inputs) = state, scanned
+    velocity, carry = velocity_fn(x, t, carry, inputs)
     return (x - velocity.astype(jnp.float32) / num_steps, carry), None
 
-  times = jnp.arange(num_steps, 0, -1, dtype=jnp.float32) / num_steps
-  (x, _), _ = jax.lax.scan(step, (noise.astype(jnp.float32), carry), times)
+  (x, _), _ = jax.lax.scan(step, (noise.astype(jnp.float32), carry), (step_times(num_steps), inputs))
   return x
+
+
+def step_times(num_steps: int) -> jax.Array:
+  """Returns the times of the sampler's steps, float32 [num_steps], from 1 down to 1 / num_steps."""
+  return jnp.arange(num_steps, 0, -1, dtype=jnp.float32) / num_steps

@@ -6,6 +6,12 @@ import jax.numpy as jnp
 MODES = ("apg", "cfg", "none")
 
 
+def check_mode(mode: str):
+  """Raises ValueError for a mode that is not one of MODES."""
+  if mode not in MODES:
+    raise ValueError(f"unknown guidance {mode!r}: one of {', '.join(MODES)}")
+
+
 def cfg(v_c: jax.Array, v_u: jax.Array, scale: jax.Array | float) -> jax.Array:
   """Classifier-free guidance (Ho & Salimans 2022): v_u + scale (v_c - v_u)."""
   return v_u + scale * (v_c - v_u)

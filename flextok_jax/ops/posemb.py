@@ -1,25 +1,76 @@
-"""Fixed sinusoidal features of grid positions and of time, float32."""
+"""Tables of grid positions, and sinusoidal features of time."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+KINDS = ("sincos", "learnable_sum", "learnable_prod")
+SCALINGS = ("absolute", "interpolate")
 
-def sincos_2d(height: int, width: int, dim: int) -> jax.Array:
-  """Returns the table [height, width, dim]: [sin(row w), cos(row w), sin(col w), cos(col w)], w_j = 10000^(-4j/dim).
 
-  A smaller grid is the corner of a larger one. Computed in float64 on the host, as the table is a constant.
+def sincos_axes(size: int, dim: int) -> np.ndarray:
+  """Returns the row table and the column table [2, size, dim], float64: [sin, cos, 0, 0] and [0, 0, sin, cos].
+
+  The angles are position * 10000^(-4j/dim). Computed on the host, as the table is a constant.
 
   Raises:
     ValueError: when dim is not a multiple of 4.
   """
   if dim % 4:
     raise ValueError(f"a 2D sin-cos table needs a width that is a multiple of 4, got {dim}")
-  omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
-  row = np.broadcast_to((np.arange(height)[:, None] * omega)[:, None], (height, width, dim // 4))
-  col = np.broadcast_to((np.arange(width)[:, None] * omega)[None], (height, width, dim // 4))
-  table = np.concatenate([np.sin(row), np.cos(row), np.sin(col), np.cos(col)], -1)
-  return jnp.asarray(table, jnp.float32)
+  angles = np.arange(size)[:, None] * 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
+  axis = np.concatenate([np.sin(angles), np.cos(angles)], -1)  # [size, dim / 2]
+  return np.stack([np.pad(axis, ((0, 0), (0, dim // 2))), np.pad(axis, ((0, 0), (dim // 2, 0)))])
+
+
+def grid_table(
+    axes: jax.Array | np.ndarray, height: int, width: int, *, scaling: str = "absolute", product: bool = False
+) -> jax.Array:
+  """Returns the table [height, width, dim] of the sums (or products) of a row's and a column's vector.
+
+  Args:
+    axes: row table and column table [2, size, dim].
+    height: rows of the grid.
+    width: columns of the grid.
+    scaling: "absolute" crops the corner of the size x size table; "interpolate" resizes all of it bilinearly, its
+      corners staying corners. A sum or product of two axes is resized by resizing each axis.
+    product: multiplies the two vectors.
+
+  Raises:
+    ValueError: when the grid is larger than the table that is to be cropped.
+  """
+  size = axes.shape[1]
+  if scaling == "absolute":
+    if max(height, width) > size:
+      raise ValueError(
+          f"a grid of {height} x {width} patches does not fit max_grid {size}: give a smaller image, "
+          "or set posemb_scaling to 'interpolate'"
+      )
+    rows, cols = axes[0, :height], axes[1, :width]
+  else:
+    rows, cols = resize_axis(axes[0], height), resize_axis(axes[1], width)
+  rows, cols = rows[:, None], cols[None]
+  return jnp.asarray(rows * cols if product else rows + cols, jnp.float32)
+
+
+def resize_axis(table: jax.Array | np.ndarray, size: int) -> jax.Array | np.ndarray:
+  """Linearly interpolates a table [n, dim] at size points from its first row to its last: [size, dim]."""
+  last = len(table) - 1
+  place = np.arange(size) * last / max(size - 1, 1)  # a single point is the first row
+  low = place.astype(np.int32)
+  part = (place - low)[:, None]
+  return table[low] * (1 - part) + table[np.minimum(low + 1, last)] * part
+
+
+def sincos_2d(height: int, width: int, dim: int) -> jax.Array:
+  """Returns the table [height, width, dim]: [sin(row w), cos(row w), sin(col w), cos(col w)], w_j = 10000^(-4j/dim).
+
+  A smaller grid is the corner of a larger one.
+
+  Raises:
+    ValueError: when dim is not a multiple of 4.
+  """
+  return grid_table(sincos_axes(max(height, width), dim), height, width)
 
 
 def timestep_features(t: jax.Array, dim: int = 256, max_period: float = 256.0, time_scale: float = 1000.0) -> jax.Array:

@@ -17,12 +17,13 @@ def make_vae(config: ConfigDict) -> AutoencoderKL:
     ValueError: when the image size does not fit it.
   """
   c = config.vae
+  dtype = c.get("dtype", config.dtype)  # weights files from before vae.dtype was a field: the VAE had the model's
   vae = AutoencoderKL(
       latent_channels=c.latent_channels,
       block_out_channels=tuple(c.block_out_channels),
       layers_per_block=c.layers_per_block,
       norm_groups=c.norm_groups,
-      dtype=settings.float_dtype("dtype", config.dtype),
+      dtype=settings.float_dtype("vae.dtype", dtype),
   )
   if config.image_size % vae.downscale:
     raise ValueError(f"image_size {config.image_size} is not a multiple of the VAE's downscale {vae.downscale}")

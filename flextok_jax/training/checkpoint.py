@@ -1,26 +1,22 @@
-"""Checkpoints of a run (orbax) and files of weights (safetensors), and which workdir belongs to which config."""
+"""Checkpoints of a run (orbax), which workdir belongs to which config, and starting from other weights."""
 
 import json
 import os
 from pathlib import Path
 
 from absl import logging
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import orbax.checkpoint as ocp
-import safetensors
-from safetensors.flax import save_file
 
-from flextok_jax import files, stages
-from flextok_jax.training.state import TrainState, unbox
+from flextok_jax import files
+from flextok_jax.training.state import TrainState
 
 # Fields that a resumed run may change; all others make another run of it.
 _FREE = ("train.", "eval.", "sampler.", "mesh.", "remat", "init_from")
 _FREE_DATA = ("data.num_threads", "data.num_workers", "data.prefetch", "data.max_unreadable")
-_FORMAT = "flextok_jax"
-_KEY = "flextok_jax.config"  # metadata key of a safetensors file
 
 
 def _flat(config: ConfigDict) -> dict:
@@ -56,17 +52,25 @@ def read_config(workdir: str) -> ConfigDict:
   if not os.path.exists(path):
     raise FileNotFoundError(f"{workdir} is no workdir of a run: it has no config.json")
   with open(path, encoding="utf-8", errors="replace") as f:
-    return _parse_config(f.read(), path)
+    return parse_config(f.read(), path)
 
 
-def _parse_config(text: str, origin: str) -> ConfigDict:
+def parse_config(text: str, origin: str) -> ConfigDict:
+  """Parses a config of ours from JSON; ValueError where it is none."""
   try:
     values = json.loads(text)
-  except json.JSONDecodeError as e:
+  except (ValueError, RecursionError) as e:
     raise ValueError(f"the config in {origin} is not JSON: {e}") from None
   if not isinstance(values, dict) or "stage" not in values:
     raise ValueError(f"the config in {origin} does not name a stage: not a file of flextok_jax")
-  return ConfigDict(values).lock()
+  try:
+    return ConfigDict(values).lock()
+  except Exception as e:  # names that a ConfigDict refuses
+    raise ValueError(f"the config in {origin} is not one of flextok_jax: {e}") from None
+
+
+def _items(state: TrainState) -> dict:
+  return {k: v for k, v in vars(state).items() if k != "step" and v}  # orbax stores no empty tree
 
 
 class Checkpoints:
@@ -84,25 +88,21 @@ class Checkpoints:
     step = int(state.step)
     if step == self._manager.latest_step():
       return
-    items = {k: v for k, v in vars(state).items() if k != "step" and v}  # orbax stores no empty tree
-    args = {k: ocp.args.StandardSave(v) for k, v in items.items()}
+    args = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
     self._manager.save(step, args=ocp.args.Composite(**args))
 
   def restore(self, state: TrainState) -> TrainState:
     """Returns the newest checkpoint in the shapes, dtypes and shardings of an abstract state."""
     step = self._manager.latest_step()
-    items = {k: v for k, v in vars(state).items() if k != "step" and v}
-    args = {k: ocp.args.StandardRestore(v) for k, v in items.items()}
+    args = {k: ocp.args.StandardRestore(v) for k, v in _items(state).items()}
     restored = self._restore(step, args)
-    return state.replace(step=jnp.int32(step), **{k: restored[k] for k in items})
+    return state.replace(step=jnp.int32(step), **{k: restored[k] for k in args})
 
   def restore_average(self, params: dict, frozen: dict) -> dict:
-    """Returns the newest averaged parameters joined with the frozen ones, for abstract trees of both."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    """Returns the newest averaged parameters joined with the frozen ones, as abstract trees of both ask for."""
     items = {k: v for k, v in dict(ema=params, frozen=frozen).items() if v}
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), items)
     restored = self._restore(
-        self._manager.latest_step(), {k: ocp.args.StandardRestore(v) for k, v in shapes.items()}
+        self._manager.latest_step(), {k: ocp.args.StandardRestore(v) for k, v in items.items()}
     )
     return {k: v for name in items for k, v in restored[name].items()}
 
@@ -122,56 +122,6 @@ class Checkpoints:
     self._manager.close()
 
 
-def save_weights(path: str, config: ConfigDict, params: dict, dtype: str = "float32"):
-  """Writes parameters and their config as one safetensors file, atomically."""
-  flat = flatten_dict(jax.tree.map(lambda x: jnp.asarray(x, dtype), jax.device_get(unbox(params))), sep="/")
-  os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-  temporary = f"{path}.tmp-{os.getpid()}"
-  save_file(flat, temporary, metadata={"format": _FORMAT, _KEY: config.to_json()})
-  os.chmod(temporary, 0o644)  # the library's own mode shuts other users out
-  os.replace(temporary, path)
-
-
-def load_weights(path: str) -> tuple[ConfigDict, dict]:
-  """Returns (config, params float32) of a workdir's newest checkpoint (its average) or of a file of save_weights.
-
-  Raises:
-    FileNotFoundError: nothing there.
-    ValueError: a file that is damaged or not ours.
-  """
-  if os.path.isdir(path):
-    config = read_config(path)
-    checkpoints = Checkpoints(path)
-    try:
-      if checkpoints.latest_step() is None:
-        raise FileNotFoundError(f"workdir {path} has no checkpoint yet")
-      return config, checkpoints.restore_average(*_abstract_params(config, path))
-    finally:
-      checkpoints.close()
-  if not os.path.exists(path):
-    raise FileNotFoundError(f"no such checkpoint: {path}; give a workdir or a .safetensors file")
-  try:
-    with safetensors.safe_open(path, "flax") as f:
-      metadata = f.metadata() or {}
-      if _KEY not in metadata:
-        raise ValueError(f"{path} is no weights file of flextok_jax: its metadata has no {_KEY!r}")
-      flat = {k: f.get_tensor(k).astype(jnp.float32) for k in f.keys()}  # noqa: SIM118 not a dict
-  except safetensors.SafetensorError as e:
-    raise ValueError(f"{path} is not a readable safetensors file: {e}") from None
-  config, params = _parse_config(metadata[_KEY], path), unflatten_dict(flat, sep="/")
-  trained, frozen = _abstract_params(config, path)
-  check_params(params, {**trained, **frozen}, path)
-  return config, params
-
-
-def _abstract_params(config: ConfigDict, origin: str) -> tuple[dict, dict]:
-  """Returns the (trained, frozen) shapes of the model that a config describes; ValueError if it describes none."""
-  try:
-    return unbox(jax.eval_shape(stages.make_stage(config).init, jax.random.key(0)))
-  except Exception as e:  # a hand-made config can be wrong in any way
-    raise ValueError(f"the config of {origin} describes no model ({type(e).__name__}: {e})") from e
-
-
 def check_params(params: dict, expected: dict, origin: str):
   """Raises ValueError naming the first array that is missing, unexpected or of another shape than expected."""
   have, want = flatten_dict(params, sep="/"), flatten_dict(expected, sep="/")
@@ -184,16 +134,15 @@ def check_params(params: dict, expected: dict, origin: str):
       raise ValueError(f"{origin}: {name} has shape {have[name].shape}, its config asks for {want[name].shape}")
 
 
-def warm_start(state: TrainState, path: str) -> TrainState:
-  """Replaces the top-level parts of a fresh state that the weights at `path` hold; other trained parts stay random.
+def warm_start(state: TrainState, given: dict, path: str) -> TrainState:
+  """Replaces the top-level parts of a fresh state that the weights `given` hold; other trained parts stay random.
+
+  `path` says where they come from.
 
   Raises:
     ValueError: when no part is shared, a frozen part is not there, or shapes differ.
   """
   parts = state.joined()
-  if not path:
-    raise ValueError(f"the frozen {', '.join(state.frozen)} needs trained weights: give --config.init_from=PATH")
-  _, given = load_weights(path)
   shared = {k: v for k, v in given.items() if k in parts}
   missing = [k for k in state.frozen if k not in given]
   if missing or not shared:

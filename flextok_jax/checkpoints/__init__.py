@@ -1,0 +1,1 @@
+"""Checkpoints and configurations of other implementations, read and written without them."""

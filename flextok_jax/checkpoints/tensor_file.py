@@ -1,0 +1,107 @@
+"""Safetensors files, a tensor at a time: neither reading nor writing holds more than one beside the model."""
+
+from collections.abc import Callable, Iterable, Mapping
+import json
+import math
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+_ALIGNMENT = 64  # bytes; jax uses aligned host memory on a CPU as it is, anything else it copies
+
+
+class TensorFile:
+  """Names, types and shapes of a safetensors file, and its tensors one by one.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: it is damaged, or holds a tensor that is not float32, float16 or bfloat16.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = os.fspath(path)
+    if not os.path.isfile(self.path):
+      raise FileNotFoundError(f"no such file: {self.path}")
+    with self._open() as f:
+      self.metadata: dict[str, str] = f.metadata() or {}
+      self.shapes: dict[str, tuple[int, ...]] = {}
+      self.dtypes: dict[str, np.dtype] = {}
+      for name in f.keys():  # noqa: SIM118 not a dict
+        tensor = f.get_slice(name)
+        dtype = tensor.get_dtype()
+        if dtype not in DTYPES:
+          raise ValueError(f"{self.path}: tensor {name!r:.80} is of type {dtype}, only {', '.join(DTYPES)} are read")
+        self.shapes[name] = tuple(tensor.get_shape())
+        self.dtypes[name] = DTYPES[dtype]
+
+  def _open(self):
+    try:
+      return safetensors.safe_open(self.path, "numpy")
+    except (safetensors.SafetensorError, OSError) as e:
+      raise ValueError(f"{self.path} is not a whole safetensors file ({e}): download or write it again") from None
+
+  def read(self, name: str) -> np.ndarray:
+    # Opened anew each time: pages of a mapped file count as memory of the process until it is unmapped.
+    with self._open() as f:
+      return f.get_tensor(name)
+
+
+def check_names(path: str, have: Iterable[str], want: Iterable[str], allowed: Iterable[str] = ()):
+  """Raises ValueError naming the first tensor that is missing or has no place; `allowed` ones may be there."""
+  have, want = set(have), set(want)
+  missing, extra = sorted(want - have), sorted(have - want - set(allowed))
+  if missing:
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    raise ValueError(f"{path} lacks the tensor {missing[0]}{more}, which its configuration asks for")
+  if extra:
+    more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+    raise ValueError(f"{path} has a tensor {extra[0]!r:.120}{more} that its configuration has no place for")
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """Returns uninitialised memory that jax on a CPU can use without a copy."""
+  size = math.prod(shape) * dtype.itemsize
+  buffer = np.empty(size + _ALIGNMENT, np.uint8)
+  start = -buffer.ctypes.data % _ALIGNMENT
+  return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def write(
+    path: str | os.PathLike,
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...], Callable[[], np.ndarray]]],
+    metadata: Mapping[str, str],
+):
+  """Writes {name: (dtype, shape, function that makes the tensor)} in the given order, whole or not at all.
+
+  Raises:
+    ValueError: the path cannot be written.
+  """
+  codes = {dtype: code for code, dtype in DTYPES.items()}
+  header: dict = {"__metadata__": dict(metadata)}
+  offset = 0
+  for name, (dtype, shape, _) in tensors.items():
+    end = offset + math.prod(shape) * dtype.itemsize
+    header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+    offset = end
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)  # the format asks for aligned data
+  path = Path(path)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary, "wb") as f:
+      f.write(len(text).to_bytes(8, "little") + text)
+      for dtype, shape, make in tensors.values():
+        tensor = np.ascontiguousarray(np.asarray(jax.device_get(make())), dtype)
+        assert tensor.shape == shape
+        f.write(tensor.reshape(-1).view(np.uint8).data)
+    os.replace(temporary, path)
+  except OSError as e:
+    raise ValueError(f"cannot write {path}: {e.strerror}") from e
+  finally:
+    temporary.unlink(missing_ok=True)
