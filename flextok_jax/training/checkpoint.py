@@ -55,6 +55,13 @@ def read_config(workdir: str) -> ConfigDict:
     return parse_config(f.read(), path)
 
 
+def _tuples(value):
+  """JSON's lists as the tuples that configs have."""
+  if isinstance(value, dict):
+    return {k: _tuples(v) for k, v in value.items()}
+  return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
 def parse_config(text: str, origin: str) -> ConfigDict:
   """Parses a config of ours from JSON; ValueError where it is none."""
   try:
@@ -64,7 +71,7 @@ def parse_config(text: str, origin: str) -> ConfigDict:
   if not isinstance(values, dict) or "stage" not in values:
     raise ValueError(f"the config in {origin} does not name a stage: not a file of flextok_jax")
   try:
-    return ConfigDict(values).lock()
+    return ConfigDict(_tuples(values)).lock()
   except Exception as e:  # names that a ConfigDict refuses
     raise ValueError(f"the config in {origin} is not one of flextok_jax: {e}") from None
 
