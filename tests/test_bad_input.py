@@ -92,7 +92,7 @@ def refused(pattern, workdir, **overrides):
     ("train.keep_checkpoints", dict(train=dict(keep_checkpoints=0))),
     ("sampler.num_steps", dict(sampler=dict(num_steps=0))),
     # Weights to start from (others: test_checkpoint.py).
-    ("setup.py is not a readable safetensors file", dict(init_from=str(ROOT / "setup.py"))),
+    ("setup.py is not a whole safetensors file", dict(init_from=str(ROOT / "setup.py"))),
     # No data.
     ("pass --config.data.sources.folder.path", dict(data=sources(folder=dict(weight=1.0)))),
     ("no data source has a weight above 0", dict(data=sources())),

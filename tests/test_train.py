@@ -102,7 +102,7 @@ def test_files_of_a_run(run):
     folder = run.workdir / "eval" / f"{step:08d}"
     assert {p.name for p in folder.iterdir()} == {"report.json", "curve.png", "grid_synthetic.png"}
     assert Image.open(folder / "grid_synthetic.png").width > 96
-  assert checkpoint.read_config(str(run.workdir)).to_dict() == json.loads(run.config.to_json())
+  assert checkpoint.read_config(str(run.workdir)) == run.config
   config, weights = loading.load(str(run.workdir / "weights.safetensors"))
   assert config.stage == "tokenizer"
   average = read_checkpoint(run.workdir, 20, "ema")

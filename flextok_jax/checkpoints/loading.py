@@ -294,7 +294,7 @@ def _abstract(config: ConfigDict, origin: str, mesh):
   try:
     trained, frozen = _boxed(FrozenConfigDict(config))
   except Exception as e:  # a hand-made config can be wrong in any way
-    raise ValueError(f"the config of {origin} describes no model ({type(e).__name__}: {e})") from e
+    raise ValueError(f"{origin}: its config describes no model ({type(e).__name__}: {e})") from e
   both = unbox({**trained, **frozen})
   if mesh is None:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
