@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
   c.seed = 0  # initialisation, data order, noise
   c.image_size = 256  # pixels; height = width [paper]
   c.dtype = "bfloat16"  # compute dtype; parameters, norms, softmax, FSQ and losses stay float32
+  c.fast = True  # exact savings: merged masked tokens, buckets, ...; False: the plain path, which says the same slowly
+  c.attention = "auto"  # implementation: "auto", "xla", "cudnn" (GPU), "pallas" (TPU)
   c.remat = False  # recompute a block's activations in the backward pass: memory for about a third more FLOPs
   c.init_from = ""  # weights to start from (a workdir or a .safetensors file); top-level parts that it holds are taken
 
@@ -70,6 +72,9 @@ def get_config() -> ConfigDict:
   # uniform length rounded up to a power of two, so that about half of the samples keep all.
   c.tokens.nested_dropout = "pow2"
   c.tokens.saturation_weight = 0.0  # of the penalty on encoder outputs beyond [-1, 1], where FSQ's tanh is flat [ours]
+  # Kept lengths are stratified over so many rows of the batch, or its largest divisor below. Rows of like lengths run
+  # together; best where the rows of a device are a multiple of it.
+  c.tokens.bucket_rows = 16
   c.tokens.null_prob = 0.2  # share of samples trained without condition, for guidance [code]
 
   c.flow = ConfigDict()
@@ -81,6 +86,7 @@ def get_config() -> ConfigDict:
   c.sampler.num_steps = 25  # Euler steps [paper]
   c.sampler.guidance = "apg"  # "apg", "cfg" or "none"
   c.sampler.guidance_scale = 7.5  # with APG [paper]
+  c.sampler.guidance_interval = (0.0, 1.0)  # times t at which guidance is applied
   c.sampler.apg_momentum = -0.5  # [code]
   c.sampler.apg_eta = 0.0  # weight of the part parallel to the conditional velocity [code]
   c.sampler.apg_threshold = 2.5  # bound on the L2 norm of the guidance direction, per sample; 0 is off [code]

@@ -18,7 +18,7 @@ from PIL import Image
 from flextok_jax.checkpoints import loading, saving
 from flextok_jax.data import transforms
 from flextok_jax.models import flextok
-from flextok_jax.ops import fsq
+from flextok_jax.ops import fsq, nested
 from flextok_jax.ops import guidance as guidance_lib
 from flextok_jax.stages.tokenizer import make_model
 from flextok_jax.stages.vae import make_vae
@@ -105,7 +105,8 @@ class FlexTok:
     num_tokens = total if num_tokens is None else num_tokens
     if not isinstance(num_tokens, int) or not 1 <= num_tokens <= total:
       raise ValueError(f"num_tokens={num_tokens!r} must be a whole number from 1 to {total}")
-    return _tokenize(self, self._images(images), num_tokens, key)
+    ids = _tokenize(self, self._images(images), self._length(num_tokens, 0), key)
+    return ids[:, :num_tokens]
 
   def detokenize(
       self,
@@ -116,6 +117,7 @@ class FlexTok:
       num_steps: int = 25,
       guidance: str | None = "apg",
       guidance_scale: float | Callable[[float], float] = 7.5,
+      guidance_interval: tuple[float, float] = (0.0, 1.0),
   ) -> jax.Array:
     """Turns token ids back into images, by guided Euler steps of the rectified flow.
 
@@ -127,6 +129,7 @@ class FlexTok:
       num_steps: Euler steps.
       guidance: "apg" (adaptive projected guidance), "cfg" or None.
       guidance_scale: a number, or a function of t in (0, 1] called once a step. 1 is no guidance.
+      guidance_interval: the times t at which guidance is applied; the other steps take half the time.
 
     Returns:
       images float32 [b, h, w, 3], about [-1, 1] and not clipped.
@@ -145,7 +148,9 @@ class FlexTok:
       if np.all(np.asarray(guidance_scale) == 1):
         mode = "none"
     scales = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), (num_steps,))
-    return _detokenize(self, ids, keep_k, noise, scales, num_steps, mode)
+    interval = tuple(map(float, guidance_interval))
+    guidance_lib.guided_steps(num_steps, interval)  # checks it
+    return _detokenize(self, ids, keep_k, noise, scales, num_steps, mode, interval)
 
   def encode_latents(self, images: Images, key: jax.Array | None = None) -> jax.Array:
     """images, as for tokenize, to scaled latents float32 [b, h, w, c]; with a key a sample of the posterior."""
@@ -230,7 +235,7 @@ class FlexTok:
       raise ValueError(f"the image {image} cannot be read: {e}") from e
 
   def _ids(self, ids: TokenIds, keep_k) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:
-    """Checks token ids and returns (int32 [b, num_registers], padded with 0; keep_k int32 [b])."""
+    """Checks token ids and returns (int32 [b, slots], padded with 0 or cut to what is used; keep_k int32 [b])."""
     total = self.num_registers
     lengths = None
     if not hasattr(ids, "ndim"):
@@ -255,7 +260,16 @@ class FlexTok:
       if wrong.any():
         i = int(np.argmax(wrong))
         raise ValueError(f"keep_k={int(keep_k[i])} of sample {i} must lie between 1 and its {lengths[i]} ids")
-    return jnp.pad(jnp.asarray(ids, jnp.int32), ((0, 0), (0, total - width))), keep_k
+    most = width if isinstance(keep_k, jax.core.Tracer) else int(keep_k.max())
+    length = self._length(most, 1)
+    ids = ids[:, :length] if isinstance(ids, jax.core.Tracer) else np.asarray(ids)[:, :length].astype(np.int32)
+    pad = jnp.pad if isinstance(ids, jax.core.Tracer) else np.pad
+    return pad(ids, ((0, 0), (0, max(length - width, 0)))), keep_k
+
+  def _length(self, count: int, spare: int) -> int:
+    """How many registers run for `count` of them: one of a few sizes, so that few programs are compiled."""
+    total = self.num_registers
+    return nested.slots(count + spare - 1, total) if self.config.get("fast", True) else total
 
   def _noise(self, key, noise, batch: int) -> jax.Array:
     if noise is not None:
@@ -323,9 +337,10 @@ def _velocity(model: FlexTok, x_t, t, ids, keep_k, drop_condition) -> jax.Array:
   return _apply(model, "velocity", x_t, t, codes, keep_k, drop_condition)
 
 
-@functools.partial(jax.jit, static_argnames=("num_steps", "mode"))
-def _detokenize(model: FlexTok, ids, keep_k, noise, scales, num_steps: int, mode: str) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("num_steps", "mode", "interval"))
+def _detokenize(model: FlexTok, ids, keep_k, noise, scales, num_steps: int, mode: str, interval) -> jax.Array:
   settings = {k: v for k, v in model.config.sampler.items() if k.startswith("apg_")}
+  settings |= {"guidance_interval": interval, "fast": model.config.get("fast", True)}
   precision = "highest" if model.config.dtype == "float32" else None
   with jax.default_matmul_precision(precision):
     latents = flextok.sample_latents(_network(model.config), model.params, ids, keep_k, noise, num_steps=num_steps,

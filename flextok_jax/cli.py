@@ -1,10 +1,12 @@
-"""What every command shares: one clear line for bad input instead of a traceback."""
+"""What every command shares: one clear line for bad input instead of a traceback, and a cache of compiled programs."""
 
 from collections.abc import Callable, Sequence
 import functools
+import os
 import sys
 
 from absl import app, flags, logging
+import jax
 
 _EXPECTED = (ValueError, OSError)
 
@@ -35,6 +37,13 @@ def _parse(argv: list[str], arguments: Sequence[str]) -> list[str]:
   return rest
 
 
+def _keep_compiled():
+  """Keeps compiled programs from run to run, unless jax was told where (JAX_COMPILATION_CACHE_DIR) or not to."""
+  if jax.config.jax_compilation_cache_dir is None:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    jax.config.update("jax_compilation_cache_dir", os.path.join(home, "flextok_jax", "compiled"))
+
+
 def run(main: Callable[..., None], arguments: Sequence[str] = ()):
   """Parses the flags and calls main(*arguments); bad input ends with a line on stderr and exit code 1.
 
@@ -42,6 +51,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()):
   """
 
   def call(argv):
+    _keep_compiled()
     try:
       main(*argv[1:])
     except _EXPECTED as e:

@@ -18,7 +18,8 @@ import numpy as np
 from flextok_jax import cli, files
 from flextok_jax.checkpoints import loading
 from flextok_jax.evals import metrics, plots, reconstruction
-from flextok_jax.ops import fsq
+from flextok_jax.ops import fsq, nested
+from flextok_jax.ops import guidance as guidance_lib
 from flextok_jax.stages import make_stage
 
 
@@ -70,8 +71,7 @@ def with_sampler(config, num_steps: int | None, guidance: str | None, guidance_s
   s = config.sampler
   if s.num_steps < 1:
     raise ValueError(f"--num_steps={s.num_steps} must be at least 1")
-  if s.guidance not in ("apg", "cfg", "none"):
-    raise ValueError(f"--guidance={s.guidance} must be apg, cfg or none")
+  guidance_lib.check_mode(s.guidance)
   if not np.isfinite(s.guidance_scale):
     raise ValueError(f"--guidance_scale={s.guidance_scale} must be finite")
   if s.guidance == "none" and guidance_scale is not None:
@@ -149,7 +149,8 @@ def detokenize(
   restore = jax.jit(lambda *args: metrics.round_to_8bit(decode(*args)) * 255)
   count = len(sequences)
   keep_k = np.asarray([len(sequence) for sequence in sequences], np.int32)
-  ids = np.zeros((count, num_registers), np.int32)  # ids at or past keep_k have no influence
+  slots = nested.slots(int(keep_k.max()), num_registers)
+  ids = np.zeros((count, slots), np.int32)  # ids at or past keep_k have no influence
   for row, sequence in zip(ids, sequences):
     row[: len(sequence)] = sequence
   batch_size = min(batch_size, count)

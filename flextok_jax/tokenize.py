@@ -6,6 +6,7 @@ A token file is JSON, {"image_size": pixels, "num_tokens": K, "names": [n], "tok
 four arrays (no pickles inside).
 """
 
+import functools
 import io
 import json
 from pathlib import Path
@@ -18,6 +19,7 @@ from flextok_jax import cli, files
 from flextok_jax.checkpoints import loading
 from flextok_jax.data import transforms
 from flextok_jax.evals import reconstruction
+from flextok_jax.ops import nested
 from flextok_jax.stages import make_stage
 
 
@@ -49,13 +51,14 @@ def main(values: flags.FlagValues):
       (registers if values.num_tokens is None else values.num_tokens,), registers)
 
   images, names = transforms.load_images(values.images, config.image_size)
-  token_ids = tokenize(predict_fns["tokenize"], params, images, values.batch_size)[:, :num_tokens]
+  tokenize_fn = functools.partial(predict_fns["tokenize"], num_tokens=nested.slots(num_tokens - 1, registers))
+  token_ids = tokenize(tokenize_fn, params, images, values.batch_size)[:, :num_tokens]
   write_tokens(out, config.image_size, names, token_ids)
   print(f"wrote {out}: {len(names)} images of {config.image_size} px, {num_tokens} tokens each")
 
 
 def tokenize(tokenize_fn, params, images: np.ndarray, batch_size: int) -> np.ndarray:
-  """Tokenizes images uint8 [n, h, w, 3] batch by batch, the last one padded: int32 [n, num_registers]."""
+  """Tokenizes images uint8 [n, h, w, 3] batch by batch, the last one padded: int32 [n, k]."""
   tokenize_fn = jax.jit(tokenize_fn)
   batch_size = min(batch_size, len(images))
   ids = []

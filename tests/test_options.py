@@ -23,6 +23,7 @@ from flextok_jax.ops import posemb
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.tokenizer import make_model
 from tests import numpy_reference as reference
+from tests.golden_weights import to_official
 
 LEVELS, REGISTERS = (8, 6, 5), 5
 PART = dict(width=64, depth=2, head_dim=32, patch_size=4)
@@ -96,57 +97,8 @@ def gap(actual, desired, atol):
 
 
 def official(params):
-  """Our tree {"encoder", "decoder"} in official names and layouts."""
-  w = {}
-
-  def put(name, kernel, bias):
-    """kernel [in, out], bias [out] or None."""
-    w[f"{name}.weight"] = np.float64(kernel).T
-    if bias is not None:
-      w[f"{name}.bias"] = np.float64(bias)
-
-  def put_parts(name, parts, axis, module):
-    """Modules that one kernel holds along an axis (of the bias: the one before), the axes around it flattened."""
-    for i, part in enumerate(parts):
-      kernel = module["kernel"].take(i, axis)
-      bias = module["bias"].take(i, axis - 1).ravel() if "bias" in module else None
-      put(f"{name}.{part}", kernel.reshape(kernel.shape[0], -1), bias)
-
-  linears = {
-      "encoder": {"patch_embed": "patch_emb.patch_proj", "head": "to_latents.proj"},
-      "decoder": {
-          "patch_embed": "noise_patch_emb.patch_proj",
-          "code_embed": "from_latents.proj",
-          "head": "to_patches.proj",
-          "head_modulation": "to_patches.adaLN_modulation.1",
-      },
-  }
-  for part, prefix in (("encoder", reference.ENC), ("decoder", reference.DEC)):
-    tree = params[part]
-    for ours, theirs in linears[part].items():
-      if ours in tree:
-        put(prefix + theirs, tree[ours]["kernel"], tree[ours].get("bias"))
-    if "positions" in tree:
-      w[prefix + "patches_posemb_module.posembs"] = np.float64(tree["positions"]).swapaxes(1, 2)[:, None]
-    for i in range(PART["depth"]):
-      block = jax.tree.map(lambda x: x[i], tree["transformer"]["blocks"])  # noqa: B023 used at once
-      name = f"{prefix}transformer.blocks.{i}"
-      put_parts(f"{name}.attn", ("wq", "wk", "wv"), 1, block["attention"]["qkv"])
-      out = block["attention"]["out"]
-      put(f"{name}.attn.proj", out["kernel"].reshape(-1, PART["width"]), out.get("bias"))
-      put_parts(f"{name}.mlp", ("fc1", "fc3")[: block["mlp"]["in"]["kernel"].shape[1]], 1, block["mlp"]["in"])
-      put(f"{name}.mlp.fc2", block["mlp"]["out"]["kernel"], block["mlp"]["out"].get("bias"))
-      if part == "decoder":
-        put(f"{name}.adaLN_modulation.1", block["modulation"]["kernel"], block["modulation"]["bias"])
-  decoder = params["decoder"]
-  put(reference.DEC + "time_embedder.mlp.0", **decoder["time_embed"]["in"])
-  put(reference.DEC + "time_embedder.mlp.2", **decoder["time_embed"]["out"])
-  w[reference.ENC + "register_module.registers"] = np.float64(params["encoder"]["registers"])
-  w[reference.DEC + "registers_posemb_module.posembs"] = np.float64(decoder["register_positions"]).T[None, None]
-  w[reference.DEC + "nested_dropout.dropout_mask_token"] = np.float64(decoder["mask_token"])
-  if "null_token" in decoder:
-    w[reference.DEC + "latent_dropout.nullcond"] = np.float64(decoder["null_token"])
-  return w
+  """Our tree {"encoder", "decoder"} in official names and layouts, float64."""
+  return reference.float64(to_official(params))
 
 
 def options(fields):
@@ -279,7 +231,7 @@ def test_gradients_reach_every_parameter_and_all_have_named_axes():
     assert np.isfinite(grad).all() and (grad != 0).any(), jax.tree_util.keystr(path)
 
 
-OWN = {"num_registers", "code_dim", "dtype", "remat", "parent", "name"}  # fields that come from elsewhere
+OWN = {"num_registers", "code_dim", "dtype", "remat", "attention", "parent", "name"}  # fields that come from elsewhere
 
 
 @pytest.mark.parametrize("section, module", [("encoder", Encoder), ("decoder", Decoder)])

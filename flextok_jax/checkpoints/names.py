@@ -21,7 +21,8 @@ class Entry:
     shape: ours.
     names: official names; by block, then by fused part.
     layout: einops pattern from our part to the official tensor.
-    parts: fused parts a block, 0 for an array that is a single tensor.
+    stacked: whether ours holds a block after another.
+    parts: fused parts a block.
     axis: where the fused parts stand within a block of ours, -1 where nothing is fused.
   """
 
@@ -29,15 +30,16 @@ class Entry:
   shape: tuple[int, ...]
   names: tuple[str, ...]
   layout: str
-  parts: int = 0
+  stacked: bool = False
+  parts: int = 1
   axis: int = -1
 
   def view(self, array: np.ndarray, index: int) -> np.ndarray:
     """Returns the part of our array that is the official tensor names[index]; writing to it writes to the array."""
-    if not self.parts:
-      return array
     block, part = divmod(index, self.parts)
-    return array[block] if self.axis < 0 else np.moveaxis(array[block], self.axis, 0)[part]
+    if self.stacked:
+      array = array[block]
+    return array if self.axis < 0 else np.moveaxis(array, self.axis, 0)[part]
 
   def to_official(self, array: np.ndarray, index: int) -> np.ndarray:
     return rearrange(self.view(array, index), self.layout)
@@ -80,9 +82,8 @@ _BLOCK = {  # ours in a block: (official modules in it, layout, axis of the fuse
     "mlp/in/bias": (("mlp.fc1", "mlp.fc3"), "f -> f", 0),
     "mlp/out/kernel": (("mlp.fc2",), "f d -> d f", -1),
     "mlp/out/bias": (("mlp.fc2",), "d -> d", -1),
-    "modulation/kernel": (("adaLN_modulation.1",), "d o -> o d", -1),
-    "modulation/bias": (("adaLN_modulation.1",), "o -> o", -1),
 }
+_ADALN = {"kernel": ("weight", "d o -> o d"), "bias": ("bias", "o -> o")}  # of all blocks, stacked
 _VAE = (  # regular expressions from our path to diffusers' name, applied in turn
     (r"/(kernel|scale)$", "/weight"),
     (r"(down|up)_(\d+)", r"\1_blocks.\2"),
@@ -97,22 +98,37 @@ _OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_a
 VAE_PREFIX = "vae.vae."  # inside a tokenizer's file
 
 
-def tokenizer_entry(path: str, shape: tuple[int, ...], roles: Mapping[str, str]) -> Entry:
-  """Returns the entry of an encoder's or decoder's array; roles as of official_config.from_official."""
+def tokenizer_entry(path: str, shape: tuple[int, ...], roles: Mapping[str, str], depths: Mapping[str, int]) -> Entry:
+  """Returns the entry of an encoder's or decoder's array.
+
+  Args:
+    roles: as of official_config.from_official.
+    depths: {"encoder": number of blocks, "decoder": ...}.
+  """
   module, _, kind = path.rpartition("/")
-  half, _, part = path.partition("/transformer/blocks/")
+  half, _, inner = path.partition("/")
+  part = re.fullmatch(r"transformer/(blocks|last)/(.*)", inner)
   if part:
-    modules, layout, axis = _BLOCK[part]
+    modules, layout, axis = _BLOCK[part[2]]
+    if part[1] == "last":  # stands apart, unstacked
+      blocks, sizes = [depths[half] - 1], shape
+    else:
+      blocks, sizes = range(shape[0]), shape[1:]
     if axis >= 0:
-      modules = modules[: shape[1 + axis]]  # a plain MLP has no fc3
+      modules = modules[: sizes[axis]]  # a plain MLP has no fc3
     prefix, suffix = roles[f"{half}/transformer"], "bias" if kind == "bias" else "weight"
-    names = (f"{prefix}.blocks.{i}.{name}.{suffix}" for i in range(shape[0]) for name in modules)
-    return Entry(path, shape, tuple(names), layout, len(modules), axis)
+    names = (f"{prefix}.blocks.{i}.{name}.{suffix}" for i in blocks for name in modules)
+    return Entry(path, shape, tuple(names), layout, part[1] == "blocks", len(modules), axis)
+  if module == "decoder/adaln":
+    suffix, layout = _ADALN[kind]
+    prefix = roles["decoder/transformer"]
+    names = (f"{prefix}.blocks.{i}.adaLN_modulation.1.{suffix}" for i in range(shape[0]))
+    return Entry(path, shape, tuple(names), layout, True)
   if path in _TABLES:
     role, name, layout = _TABLES[path]
     return Entry(path, shape, (f"{roles[role]}.{name}",), layout)
   suffix, layout = _LINEAR[kind]
-  if module == "decoder/head_modulation":
+  if module == "decoder/adaln/head":
     name = roles["decoder/head"] + ".adaLN_modulation.1"
   elif module.startswith("decoder/time_embed/"):
     name = roles["decoder/time_embed"] + (".mlp.0" if module.endswith("/in") else ".mlp.2")
@@ -142,12 +158,16 @@ def own_entry(path: str, shape: tuple[int, ...]) -> Entry:
 def entries(shapes: Mapping[str, tuple[int, ...]], roles: Mapping[str, str], vae_prefix: str = VAE_PREFIX,
             old_vae: bool = False) -> Iterator[Entry]:
   """Yields the entry of every array, for {path: shape} of a parameter tree."""
+  depths = {}
+  for half in ("encoder", "decoder"):
+    stacked = shapes.get(f"{half}/transformer/blocks/mlp/out/kernel", (0,))
+    depths[half] = 1 + stacked[0]
   for path, shape in shapes.items():
     if path.startswith("vae/"):
       entry = vae_entry(path, shape, old_vae)
       yield dataclasses.replace(entry, names=(vae_prefix + entry.names[0],))
     else:
-      yield tokenizer_entry(path, shape, roles)
+      yield tokenizer_entry(path, shape, roles, depths)
 
 
 def vae_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict:

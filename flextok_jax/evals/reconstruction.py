@@ -92,7 +92,7 @@ class Reconstruction:
   """Measures reconstructions of fixed image sets by the predict functions of a stage.
 
   Image i of a set is decoded from the same noise at every token count, whatever the batch size. The last batch is
-  padded and its padding left out of the means, so one compilation serves all sets and token counts.
+  padded and its padding left out of the means: one compilation serves all sets and all token counts of a slot size.
 
   Args:
     predict_fns: {"tokenize", "detokenize"} or {"reconstruct"} (see flextok_jax/stages).
@@ -202,8 +202,10 @@ class Reconstruction:
       return
     ids = self._tokenize(params, batch)
     index = self._place(np.arange(start, start + self._batch_size, dtype=np.int32))
-    for count in token_counts(self._num_tokens, ids.shape[1]):
-      yield str(count), self._decode(params, batch, ids, np.int32(count), index)
+    total = ids.shape[1]
+    for count in token_counts(self._num_tokens, total):
+      kept = ids[:, : nested.slots(count, total)]
+      yield str(count), self._decode(params, batch, kept, np.int32(count), index)
 
   def _place(self, batch: np.ndarray) -> jax.Array:
     return jax.device_put(batch, self._sharding)

@@ -1,13 +1,42 @@
 """Attention of the tokenizer's transformers."""
 
-from einops import rearrange
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from flextok_jax.models import layers
+from flextok_jax.ops import attention
 
-UNSEEN = float(jnp.finfo(jnp.float32).min) / 2  # key bias of a key that nobody sees: its weight is exactly 0
+UNSEEN = attention.UNSEEN
+
+
+class QKV(nn.Module):
+  """Queries, keys and values in one projection."""
+
+  head_dim: int
+  use_bias: bool
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, queries: tuple[int, int] | None = None) -> list[jax.Array]:
+    """x [b, l, d] -> q [b, length, h, e] of the positions queries = (start, length) or of all, k and v [b, l, h, e]."""
+    width = x.shape[-1]
+    shape = (3, width // self.head_dim, self.head_dim)
+    init = layers.xavier_uniform(width, ("embed", None, "heads", "head_dim"))
+    kernel = self.param("kernel", init, (width, *shape)).astype(self.dtype)
+    bias = jnp.zeros(shape, self.dtype)
+    if self.use_bias:
+      bias = self.param("bias", layers.zeros(None, "heads", "head_dim"), shape).astype(self.dtype)
+
+    def project(x, which):
+      y = jnp.tensordot(x.astype(self.dtype), kernel[:, which], 1)  # [b, l, n, h, e]
+      y = y + bias[which] if self.use_bias else y
+      return [y[:, :, i] for i in range(y.shape[2])]
+
+    if queries is None:
+      return project(x, slice(None))
+    start, length = queries
+    return project(x[:, start : start + length], slice(0, 1)) + project(x, slice(1, 3))
 
 
 class Attention(nn.Module):
@@ -18,37 +47,39 @@ class Attention(nn.Module):
   qkv_bias: bool = False
   out_bias: bool = False
   dtype: jnp.dtype = jnp.float32
+  implementation: str = "auto"
 
   @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array | None = None, key_bias: jax.Array | None = None) -> jax.Array:
-    """Lets every position of x see the others.
+  def __call__(
+      self,
+      x: jax.Array,
+      mask: jax.Array | None = None,
+      key_bias: jax.Array | None = None,
+      queries: tuple[int, int] | None = None,
+  ) -> jax.Array:
+    """Lets positions of x see the others.
 
     Args:
       x: [b, l, d].
       mask: boolean [l, l] (query, key), True where seen.
-      key_bias: float32 [b, l], added to all logits of a key: UNSEEN hides it, log(n) makes it count n times.
+      key_bias: float32 [b or 1, l], added to all logits of a key: UNSEEN hides it, log(n) makes it count n times.
+      queries: (start, length) of the positions that look, or None for all.
 
     Returns:
-      [b, l, d].
+      [b, length, d].
     """
     width = x.shape[-1]
-    qkv = nn.DenseGeneral(
-        (3, width // self.head_dim, self.head_dim),
-        use_bias=self.qkv_bias,
-        dtype=self.dtype,
-        kernel_init=layers.xavier_uniform(width, ("embed", None, "heads", "head_dim")),
-        bias_init=layers.zeros(None, "heads", "head_dim"),
-        name="qkv",
-    )(x)
-    q, k, v = rearrange(qkv, "b l n h d -> n b l h d")
+    if queries is not None:
+      start, length = queries
+      if start < 0 or length < 1 or start + length > x.shape[1]:
+        raise ValueError(f"queries (start, length) = {queries} are not among the {x.shape[1]} positions")
+      mask = None if mask is None else mask[start : start + length]
+    q, k, v = QKV(self.head_dim, self.qkv_bias, self.dtype, name="qkv")(x, queries)
     if self.qk_norm:
       q, k = layers.layer_norm(q), layers.layer_norm(k)
-    if mask is not None:
-      mask = mask[None, None]  # [1, 1, l, l]
-    if key_bias is not None:
-      key_bias = key_bias[:, None, None]  # [b, 1, 1, l]
-    scale = 8 / self.head_dim
-    x = jax.nn.dot_product_attention(q, k, v, bias=key_bias, mask=mask, scale=scale)  # softmax in float32
+    x = attention.attend(
+        q, k, v, scale=8 / self.head_dim, mask=mask, key_bias=key_bias, implementation=self.implementation
+    )
     return nn.DenseGeneral(
         width,
         axis=(-2, -1),

@@ -25,16 +25,14 @@ class Encoder(PatchTransformer, kw_only=True):
   def __call__(self, latents: jax.Array, num_tokens: int | None = None) -> jax.Array:
     """latents [b, h, w, c] -> [b, num_tokens, code_dim] float32; the first num_tokens registers alone are computed."""
     num_tokens = self.num_registers if num_tokens is None else num_tokens
-    x = self.embed_patches(latents)
-    batch, num_patches, _ = x.shape
+    patches = self.embed_patches(latents)
+    batch, num_patches, _ = patches.shape
 
     # Of the patches' scale: much smaller ones drown in the first block's residual, and all registers become alike.
     init = layers.normal(1.0, "registers", "embed")
     registers = self.param("registers", init, (self.num_registers, self.width))
     registers = jnp.broadcast_to(registers[:num_tokens].astype(self.dtype), (batch, num_tokens, self.width))
-    x = jnp.concatenate([x, registers], 1)
     mask = jnp.asarray(causal_last_mask(num_patches, num_tokens))
-    (x,) = self.make_stack()((x,), mask=mask)
+    x = self.run_blocks((patches, registers), 1, mask=mask)
     # FSQ rounds the outcome, so in float32 whatever dtype is; starting at zero is in the linear part of FSQ's tanh.
-    head = self.make_head(self.code_dim, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)
-    return head(x[:, num_patches:])
+    return self.project(x, self.code_dim, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)

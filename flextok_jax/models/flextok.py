@@ -11,6 +11,10 @@ from flextok_jax.models.encoder import Encoder
 from flextok_jax.models.vae import AutoencoderKL, sample_posterior
 from flextok_jax.ops import flow, fsq, guidance
 
+# Up to so many slots, conditional and unconditional half run in one call: the few registers that the unconditional half
+# carries in vain cost less than a second, smaller call.
+_JOINT_SLOTS = 16
+
 
 def to_float(images: jax.Array) -> jax.Array:
   """uint8 in [0, 255] or float in [-1, 1] -> float32 in [-1, 1]."""
@@ -68,11 +72,13 @@ class FlexTok(nn.Module):
     """latents [b, h, w, c] -> codes [b, num_tokens, len(levels)] in [-1, 1], straight-through."""
     return fsq.quantize(self.encode_registers(latents, num_tokens), self.levels)
 
-  def velocity(
-      self, x_t: jax.Array, t: jax.Array, codes: jax.Array, keep_k: jax.Array, drop_condition: jax.Array
-  ) -> jax.Array:
+  def velocity(self, x_t, t, codes, keep_k, drop_condition, modulations=None) -> jax.Array:
     """See Decoder."""
-    return self.decoder(x_t, t, codes, keep_k, drop_condition)
+    return self.decoder(x_t, t, codes, keep_k, drop_condition, modulations)
+
+  def modulations(self, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """See Decoder."""
+    return self.decoder.modulations(t)
 
   def tokenize(self, images: jax.Array, num_tokens: int | None = None, key: jax.Array | None = None) -> jax.Array:
     """images [b, H, W, 3] -> token_ids int32 [b, num_tokens]."""
@@ -98,41 +104,69 @@ def sample_latents(
     num_steps: int = 25,
     mode: str = "apg",
     guidance_scale: float | jax.Array = 7.5,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     apg_momentum: float = -0.5,
     apg_eta: float = 0.0,
     apg_threshold: float = 2.5,
+    fast: bool = True,
 ) -> jax.Array:
-  """Decodes token ids to latents by guided Euler steps of the flow; one scan, to be jitted by the caller.
+  """Decodes token ids to latents by guided Euler steps of the flow; to be jitted by the caller.
+
+  The fast path computes the modulation of all steps at once and merges masked registers, as far as token_ids has fewer
+  slots than the model registers, and all registers of the unconditional half; the plain one says the same slowly.
 
   Args:
-    token_ids: int [b, num_registers]; those at or past keep_k have no influence.
+    token_ids: int [b, slots]; those at or past keep_k have no influence. Fewer slots than num_registers must be more
+      than the kept ones (nested.slots).
     keep_k: int [b].
     noise: starting latents [b, h, w, c].
     mode: "apg", "cfg" or "none".
     guidance_scale: a number, or one for every step [num_steps]. Without guidance, or at the number 1, there is no
       unconditional pass.
+    guidance_interval: times t in which guidance is applied; outside there is no unconditional pass either.
+    fast: False for the plain path.
 
   Returns:
     latents [b, h, w, c] float32.
   """
   guidance.check_mode(mode)
   guided = mode != "none" and not (isinstance(guidance_scale, int | float) and guidance_scale == 1)
-  batch = noise.shape[0]
+  first, end = guidance.guided_steps(num_steps, guidance_interval) if guided else (0, 0)
+  batch, slots = token_ids.shape
+  if not fast:
+    slots = model.num_registers
+    token_ids = jnp.pad(token_ids, ((0, 0), (0, slots - token_ids.shape[1])))
   codes = fsq.ids_to_codes(token_ids, model.levels)
-  drop = jnp.zeros(batch, bool)
-  if guided:  # the unconditional half rides in the same call
-    codes, keep_k = jnp.concatenate([codes, codes]), jnp.concatenate([keep_k, keep_k])
-    drop = jnp.concatenate([drop, ~drop])
+  keep, drop = jnp.zeros(batch, bool), jnp.ones(batch, bool)
+  joint = not fast or slots <= _JOINT_SLOTS
 
-  def velocity_fn(x, t, running, scale):
-    x = jnp.concatenate([x, x]) if guided else x
-    v = model.apply({"params": params}, x, jnp.full(x.shape[0], t), codes, keep_k, drop, method="velocity")
-    if not guided:
-      return v, running
-    v_c, v_u = jnp.split(v, 2)
+  def velocity(x, t, codes, keep_k, drop, modulations):
+    t = jnp.full(x.shape[0], t)
+    return model.apply({"params": params}, x, t, codes, keep_k, drop, modulations, method="velocity")
+
+  def plain_fn(x, t, running, inputs):
+    return velocity(x, t, codes, keep_k, keep, inputs[1]), running
+
+  def guided_fn(x, t, running, inputs):
+    scale, modulations = inputs
+    if joint:  # the unconditional half rides in the same call
+      twice = [jnp.concatenate([a, a]) for a in (x, codes, keep_k)]
+      both = velocity(twice[0], t, *twice[1:], jnp.concatenate([keep, drop]), modulations)
+      v_c, v_u = jnp.split(both, 2)
+    else:
+      v_c = velocity(x, t, codes, keep_k, keep, modulations)
+      v_u = velocity(x, t, codes[:, :1], keep_k, drop, modulations)  # one null token counts for all
     if mode == "cfg":
       return guidance.cfg(v_c, v_u, scale), running
     return guidance.apg(v_c, v_u, scale, running, apg_momentum, apg_eta, apg_threshold)
 
-  scales = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), (num_steps,))
-  return flow.euler_sample(velocity_fn, noise, num_steps, jnp.zeros_like(noise), scales)
+  modulations = None
+  if fast:  # [num_steps, ..., 1, d] for a batch of one, which all samples share
+    blocks, head = model.apply({"params": params}, flow.step_times(num_steps), method="modulations")
+    modulations = (blocks.swapaxes(0, 1)[:, :, None], head if head is None else head[:, None])
+  inputs = (jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), (num_steps,)), modulations)
+  x, running = noise, jnp.zeros_like(noise)
+  for velocity_fn, span in ((plain_fn, (0, first)), (guided_fn, (first, end)), (plain_fn, (end, num_steps))):
+    if span[0] < span[1]:
+      x, running = flow.euler_steps(velocity_fn, x, num_steps, span, running, inputs)
+  return x

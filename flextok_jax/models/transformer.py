@@ -30,7 +30,7 @@ class BlockChoices:
   out_bias: bool
   mlp_bias: bool
   dtype: jnp.dtype
-  modulation: str = "per_segment"
+  attention: str
 
 
 def mlp_hidden(width: int, ratio: float, gated: bool) -> int:
@@ -66,116 +66,127 @@ def _residual(
     fn: Callable[[jax.Array], jax.Array],
     segments: Segments,
     modulation: list[tuple[jax.Array, jax.Array, jax.Array]] | None,
+    output: int | None = None,
 ) -> Segments:
   """x + gate * fn(LN(x) * (1 + scale) + shift), fn seeing all segments as one sequence.
 
-  Each segment has its own (gate, shift, scale), each [b, 1, d] and broadcast: never expanded to every token.
+  Each segment has its own (gate, shift, scale), each [b, 1, d] and broadcast: never expanded to every token. With
+  `output` fn answers for that segment alone, which is then all that is returned.
   """
   h = [layers.layer_norm(x) for x in segments]
   if modulation is not None:
     h = [x * (1 + scale) + shift for x, (_, shift, scale) in zip(h, modulation)]
-  ends = list(itertools.accumulate(x.shape[1] for x in segments))
-  y = jnp.split(fn(jnp.concatenate(h, 1)), ends[:-1], axis=1)
+  y = fn(jnp.concatenate(h, 1))
+  if output is None:
+    y = jnp.split(y, list(itertools.accumulate(x.shape[1] for x in segments))[:-1], axis=1)
+  else:
+    y, segments = [y], segments[output : output + 1]
+    modulation = modulation and modulation[output : output + 1]
   if modulation is not None:
     y = [gate * x for x, (gate, _, _) in zip(y, modulation)]
   return tuple(x + dx for x, dx in zip(segments, y))
 
 
 class Block(nn.Module):
-  """Attention and MLP, adaLN-zero modulated (Peebles & Xie 2023) when a condition is given."""
+  """Attention and MLP, adaLN-zero modulated (Peebles & Xie 2023) where a modulation is given."""
 
   choices: BlockChoices
+  output: int | None = None  # the only segment wanted, or all
 
   @nn.compact
   def __call__(
-      self, segments: Segments, cond: jax.Array | None, mask: jax.Array | None, key_bias: jax.Array | None
+      self, segments: Segments, modulation: jax.Array | None, mask: jax.Array | None, key_bias: jax.Array | None
   ) -> tuple[Segments, None]:
-    """See Transformer; the None is for the scan."""
-    c = self.choices
+    """See Transformer; modulation [b or 1, s * 6 * d] is of this block, the None is for the scan."""
+    c, output = self.choices, self.output
     attn = mlp = None
-    if cond is not None:
-      width, count = segments[0].shape[-1], len(segments)
-      sets = 1 if c.modulation == "shared" else count
-      mod = layers.dense(sets * 6 * width, ("embed", "modulation"), "modulation", c.dtype, zero=True)(nn.silu(cond))
-      mod = rearrange(mod, "b (s n d) -> s n b 1 d", s=sets, n=6)
-      mod = jnp.broadcast_to(mod, (count, *mod.shape[1:]))
+    if modulation is not None:
+      mod = rearrange(modulation, "b (s n d) -> s n b 1 d", n=6, d=segments[0].shape[-1])
+      mod = jnp.broadcast_to(mod, (len(segments), *mod.shape[1:]))  # one set may serve all segments
       attn = [(gate, shift, scale) for gate, _, shift, scale, _, _ in mod]
       mlp = [(gate, shift, scale) for _, gate, _, _, shift, scale in mod]
-    attention = Attention(c.head_dim, c.qk_norm, c.qkv_bias, c.out_bias, c.dtype, name="attention")
-    segments = _residual(lambda x: attention(x, mask, key_bias), segments, attn)
+    queries = None
+    if output is not None:
+      queries = sum(x.shape[1] for x in segments[:output]), segments[output].shape[1]
+      mlp = mlp and mlp[output : output + 1]
+    attention = Attention(
+        c.head_dim, c.qk_norm, c.qkv_bias, c.out_bias, c.dtype, implementation=c.attention, name="attention"
+    )
+    segments = _residual(lambda x: attention(x, mask, key_bias, queries), segments, attn, output)
     segments = _residual(MLP(c, name="mlp"), segments, mlp)
     return segments, None
 
 
 class Transformer(nn.Module):
-  """`depth` blocks, scanned: parameters are stacked along a leading "layers" axis."""
+  """`depth` blocks. All but the last are scanned, their parameters stacked along a leading "layers" axis."""
 
   depth: int
   choices: BlockChoices
+  output: int  # the segment to return: the last block has no queries of the others
   remat: bool = False
 
   @nn.compact
   def __call__(
       self,
       segments: Segments,
-      cond: jax.Array | None = None,
+      modulation: jax.Array | None = None,
       mask: jax.Array | None = None,
       key_bias: jax.Array | None = None,
-  ) -> Segments:
+  ) -> jax.Array:
     """Runs the blocks over the segments as one sequence of length l.
 
     Args:
       segments: [b, l_i, d] each.
-      cond: [b, d], or None for blocks without modulation.
+      modulation: [depth, b or 1, s * 6 * d] as of Modulation, or None for blocks without.
       mask: boolean [l, l], see Attention.
       key_bias: float32 [b, l], see Attention.
 
     Returns:
-      Segments of the same shapes.
+      The segment `output` [b, l_i, d].
     """
     block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-    stack = nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-        length=self.depth,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    segments, _ = stack(self.choices, name="blocks")(segments, cond, mask, key_bias)
-    return segments
+    first, last = (None, None) if modulation is None else (modulation[:-1], modulation[-1])
+    if self.depth > 1:
+      stack = nn.scan(
+          block,
+          variable_axes={"params": 0},
+          split_rngs={"params": True},
+          in_axes=(0, nn.broadcast, nn.broadcast),
+          length=self.depth - 1,
+          metadata_params={nn.PARTITION_NAME: "layers"},
+      )
+      segments, _ = stack(self.choices, name="blocks")(segments, first, mask, key_bias)
+    (x,), _ = block(self.choices, self.output, name="last")(segments, last, mask, key_bias)
+    return x
 
 
-class Head(nn.Module):
-  """LayerNorm, adaLN if modulated, projection; computes in dtype."""
+class AdaLN(nn.Module):
+  """Modulations of all blocks and of the head: SiLU > Linear of the time embedding, starting at zero.
 
-  features: int
-  use_bias: bool
-  multiplier: float
+  They depend on time alone, so a sampler computes them once for all its steps.
+  """
+
+  depth: int
+  sets: int  # (gate, shift, scale) of attention and MLP: 2 for patches and registers apart, 1 for both alike
+  head: bool
+  head_bias: bool
   dtype: jnp.dtype
-  modulated: bool = False
-  modulation_bias: bool = True
-  precision: jax.lax.Precision | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, cond: jax.Array | None = None) -> jax.Array:
-    """x [b, l, d], cond [b, d] where modulated -> [b, l, features]."""
-    x = layers.layer_norm(x.astype(self.dtype))
-    if self.modulated:
-      modulation = layers.dense(
-          2 * x.shape[-1],
-          ("embed", "modulation"),
-          "head_modulation",
-          self.dtype,
-          use_bias=self.modulation_bias,
-          zero=True,
-      )
-      shift, scale = jnp.split(modulation(nn.silu(cond))[:, None], 2, -1)
-      x = x * (1 + scale) + shift
-    dense = layers.dense(
-        self.features, ("embed", None), "head", self.dtype, use_bias=self.use_bias, zero=True, precision=self.precision
+  def __call__(self, cond: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """cond [b, d] -> blocks [depth, b, sets * 6 * d], head [b, 2 * d] or None."""
+    width = cond.shape[-1]
+    features = self.sets * 6 * width
+    cond = nn.silu(cond)
+    kernel = self.param("kernel", layers.zeros("layers", "embed", "modulation"), (self.depth, width, features))
+    bias = self.param("bias", layers.zeros("layers", "modulation"), (self.depth, features))
+    blocks = jnp.einsum("bd,ldf->lbf", cond, kernel.astype(self.dtype)) + bias.astype(self.dtype)[:, None]
+    if not self.head:
+      return blocks, None
+    head = layers.dense(
+        2 * width, ("embed", "modulation"), "head", self.dtype, use_bias=self.head_bias, zero=True
     )
-    return dense(self.multiplier * x)
+    return blocks, head(cond)
 
 
 class PatchTransformer(nn.Module, kw_only=True):
@@ -203,6 +214,7 @@ class PatchTransformer(nn.Module, kw_only=True):
   readout_multiplier: float = 1.0
   dtype: jnp.dtype = jnp.float32
   remat: bool = False
+  attention: str = "auto"
 
   def embed_patches(self, x: jax.Array) -> jax.Array:
     """Embeds the patches of x and adds their positions: [b, h, w, c] -> [b, h/p * w/p, width]."""
@@ -218,12 +230,35 @@ class PatchTransformer(nn.Module, kw_only=True):
     table = posemb.grid_table(axes, height, width, scaling=self.posemb_scaling, product=product)
     return (x + table.astype(self.dtype)).reshape(batch, height * width, self.width)
 
-  def make_stack(self) -> Transformer:
+  def run_blocks(
+      self,
+      segments: Segments,
+      output: int,
+      modulation: jax.Array | None = None,
+      mask: jax.Array | None = None,
+      key_bias: jax.Array | None = None,
+  ) -> jax.Array:
+    """See Transformer."""
     fields = [field.name for field in dataclasses.fields(BlockChoices)]
-    choices = BlockChoices(**{name: getattr(self, name) for name in fields if hasattr(self, name)})
-    return Transformer(self.depth, choices, self.remat, name="transformer")
+    choices = BlockChoices(**{name: getattr(self, name) for name in fields})
+    stack = Transformer(self.depth, choices, output, self.remat, name="transformer")
+    return stack(segments, modulation, mask, key_bias)
 
-  def make_head(self, features: int, **fields) -> Head:
-    head = Head(features, self.head_bias, self.readout_multiplier, **fields)
-    nn.share_scope(self, head)  # its parameters stand beside those of the other parts
-    return head
+  def project(
+      self,
+      x: jax.Array,
+      features: int,
+      modulation: jax.Array | None = None,
+      dtype: jnp.dtype | None = None,
+      precision: jax.lax.Precision | None = None,
+  ) -> jax.Array:
+    """The head: LayerNorm, adaLN by modulation [b or 1, 2 * d] if given, projection: [b, l, d] -> [b, l, features]."""
+    dtype = dtype or self.dtype
+    x = layers.layer_norm(x.astype(dtype))
+    if modulation is not None:
+      shift, scale = jnp.split(modulation[:, None], 2, -1)
+      x = x * (1 + scale) + shift
+    dense = layers.dense(
+        features, ("embed", None), "head", dtype, use_bias=self.head_bias, zero=True, precision=precision
+    )
+    return dense(self.readout_multiplier * x)

@@ -63,14 +63,21 @@ def euler_sample(
   velocity_fn(x [b, ...], t scalar, carry, inputs of the step) -> (velocity, carry): the carry holds what guidance
   remembers between steps, inputs [num_steps, ...] what is known of every step beforehand.
   """
+  return euler_steps(velocity_fn, noise, num_steps, (0, num_steps), carry, inputs)[0]
+
+
+def euler_steps(
+    velocity_fn: Callable, x: jax.Array, num_steps: int, span: tuple[int, int], carry: Any, inputs: Any
+) -> tuple[jax.Array, Any]:
+  """Takes the steps span[0] .. span[1] - 1 of the num_steps of euler_sample; returns (x, carry)."""
 
   def step(state, scanned):
     (x, carry), (t, inputs) = state, scanned
     velocity, carry = velocity_fn(x, t, carry, inputs)
     return (x - velocity.astype(jnp.float32) / num_steps, carry), None
 
-  (x, _), _ = jax.lax.scan(step, (noise.astype(jnp.float32), carry), (step_times(num_steps), inputs))
-  return x
+  scanned = jax.tree.map(lambda a: a[slice(*span)], (step_times(num_steps), inputs))
+  return jax.lax.scan(step, (x.astype(jnp.float32), carry), scanned)[0]
 
 
 def step_times(num_steps: int) -> jax.Array:

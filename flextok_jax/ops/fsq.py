@@ -41,9 +41,11 @@ def quantize(z: jax.Array, levels: Sequence[int]) -> jax.Array:
   return rounded / _half(levels)
 
 
-def saturation(z: jax.Array) -> jax.Array:
-  """How far z [b, k, d] lies outside [-1, 1], squared, mean per sample [b]: there tanh is flat and gradients vanish."""
-  return jnp.square(jax.nn.relu(jnp.abs(z.astype(jnp.float32)) - 1)).mean((1, 2))
+def saturation(z: jax.Array, keep_k: jax.Array) -> jax.Array:
+  """How far z [b, k, d] lies outside [-1, 1], squared, mean over the first keep_k [b]: there tanh is flat."""
+  outside = jnp.square(jax.nn.relu(jnp.abs(z.astype(jnp.float32)) - 1)).mean(2)
+  kept = jnp.arange(z.shape[1]) < keep_k[:, None]
+  return jnp.where(kept, outside, 0).sum(1) / keep_k
 
 
 def codes_to_ids(codes: jax.Array, levels: Sequence[int]) -> jax.Array:

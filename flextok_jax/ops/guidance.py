@@ -12,6 +12,19 @@ def check_mode(mode: str):
     raise ValueError(f"unknown guidance {mode!r}: one of {', '.join(MODES)}")
 
 
+def guided_steps(num_steps: int, interval: tuple[float, float]) -> tuple[int, int]:
+  """Returns (first, end) of the steps i whose t = 1 - i / num_steps lies in interval (Kynkäänniemi et al. 2024).
+
+  Raises:
+    ValueError: for an interval that is not within [0, 1].
+  """
+  low, high = interval
+  if not 0 <= low <= high <= 1:
+    raise ValueError(f"guidance_interval={tuple(interval)!r} must be two times 0 <= low <= high <= 1")
+  inside = [i for i in range(num_steps) if low - 1e-9 <= 1 - i / num_steps <= high + 1e-9]
+  return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
 def cfg(v_c: jax.Array, v_u: jax.Array, scale: jax.Array | float) -> jax.Array:
   """Classifier-free guidance (Ho & Salimans 2022): v_u + scale (v_c - v_u)."""
   return v_u + scale * (v_c - v_u)

@@ -75,6 +75,7 @@ def sincos_2d(height: int, width: int, dim: int) -> jax.Array:
 
 def timestep_features(t: jax.Array, dim: int = 256, max_period: float = 256.0, time_scale: float = 1000.0) -> jax.Array:
   """Returns [cos, sin] features [b, dim] of times t [b] in [0, 1]: frequencies time_scale * max_period^(-j/(dim/2))."""
-  freqs = time_scale * jnp.exp(-jnp.log(max_period) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
+  # A constant, computed on the host: angles reach 1000, where another rounding of a frequency shows.
+  freqs = np.float32(time_scale * np.exp(-np.log(max_period) * np.arange(dim // 2) / (dim // 2)))
   angles = t.astype(jnp.float32)[:, None] * freqs
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)

@@ -58,6 +58,7 @@ def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, si
       num_registers=config.tokens.num_registers,
       dtype=jnp.dtype(config.dtype),
       remat=config.remat,
+      attention=config.get("attention", "auto"),  # older weights files lack it
       **config[name],
       **fields,
   )
@@ -101,6 +102,11 @@ def _check_flow(config: ConfigDict):
     raise ValueError(f"flow.mode_scale must lie in [-1, {high:.4f}], where t falls from 1 to 0, got {c.mode_scale!r}")
 
 
+def bucket_rows(size: int, most: int) -> int:
+  """Returns the rows of a group: the largest divisor of the batch that is at most `most`."""
+  return max(rows for rows in range(1, min(size, most) + 1) if size % rows == 0)
+
+
 class TokenizerStage:
   """Trains {"encoder", "decoder"} over a frozen {"vae"}; without a VAE nothing is frozen."""
 
@@ -109,14 +115,15 @@ class TokenizerStage:
     settings.at_least_one(config, "sampler.num_steps")
     nested.check_mode(config.tokens.nested_dropout, config.tokens.num_registers)
     _check_flow(config)
-    if config.sampler.guidance not in guidance.MODES:
-      raise ValueError(f"unknown sampler.guidance {config.sampler.guidance!r}: one of {', '.join(guidance.MODES)}")
+    guidance.check_mode(config.sampler.guidance)
     self.image_size = config.image_size
     self.sample_posterior = config.vae.sample_posterior and self.model.vae is not None
+    self.fast = config.get("fast", True)
     self.tokens = config.tokens
+    self.bucket_rows = config.tokens.get("bucket_rows", 16)
     self.flow = config.flow
     s = config.sampler
-    self.sampler = dict(s, mode=s.guidance)
+    self.sampler = dict(s, mode=s.guidance, fast=self.fast)
     del self.sampler["guidance"]
 
   def init(self, key):
@@ -127,22 +134,43 @@ class TokenizerStage:
 
   def loss_fn(self, params, batch, key):
     """Flow-matching loss under nested dropout and condition dropout; also by bucket of kept tokens."""
-    apply = functools.partial(self.model.apply, {"params": params})
-    keys = dict(zip(("posterior", "t", "noise", "keep_k", "null"), jax.random.split(key, 5)))
-    n, size = self.tokens.num_registers, batch["image"].shape[0]
-    latents = apply(
-        batch["image"], keys["posterior"] if self.sample_posterior else None, method="encode_latents"
+    posterior_key, key = jax.random.split(key)
+    latents = self.model.apply(
+        {"params": params}, batch["image"], posterior_key if self.sample_posterior else None, method="encode_latents"
     )
-    latents = jax.lax.stop_gradient(latents)
+    return self.latents_loss(params, jax.lax.stop_gradient(latents), key)
+
+  def latents_loss(self, params, latents, key):
+    """The loss of latents [b, h, w, c].
+
+    Rows are in groups, in each of which the numbers of kept registers are stratified (nested.sample_kept). So the row's
+    place bounds its number, and rows of like bounds form a bucket that runs on as few registers as it needs. All groups
+    have the same buckets: where devices hold whole groups, each runs the same program on its own rows.
+    """
+    keys = dict(zip(("order", "t", "t_order", "noise", "kept"), jax.random.split(key, 5)))
+    size, n = latents.shape[0], self.tokens.num_registers
+    rows = bucket_rows(size, self.bucket_rows)
+    by_group = lambda x: jnp.asarray(x).reshape(-1, rows, *x.shape[1:])
+    # Which image keeps how much is left to chance: rows are shuffled within the groups, times over the batch.
+    latents = by_group(latents)[:, jax.random.permutation(keys["order"], rows)]
     t = flow.sample_t(keys["t"], size, self.flow.t_sampling, self.flow.mode_scale, self.flow.t_shift)
+    t = by_group(jax.random.permutation(keys["t_order"], t))
     noise = jax.random.normal(keys["noise"], latents.shape)
-    keep_k = nested.sample_keep_k(keys["keep_k"], size, n, self.tokens.nested_dropout)
-    drop = jax.random.bernoulli(keys["null"], self.tokens.null_prob, (size,))
-    z = apply(latents, method="encode_registers")
-    codes = fsq.quantize(z, self.model.levels)
-    velocity = apply(flow.add_noise(latents, noise, t), t, codes, keep_k, drop, method="velocity")
-    per_sample = flow.flow_loss(velocity, latents, noise)
-    saturation = fsq.saturation(z)
+    law = (self.tokens.nested_dropout, self.tokens.null_prob)
+    keep_k, drop = nested.sample_kept(keys["kept"], size // rows, rows, n, *law)
+
+    if self.fast:
+      bounds = nested.row_bounds(law[0], n, law[1], rows)
+      buckets = _runs([nested.slots(k, n) if k else 0 for k in bounds])
+    else:
+      buckets = [(0, rows, n)]
+    losses, saturations = [], []
+    for first, end, slots in buckets:
+      parts = [x[:, first:end].reshape(-1, *x.shape[2:]) for x in (latents, t, noise, keep_k, drop)]
+      for outputs, values in zip((losses, saturations), self._bucket_loss(params, slots, *parts)):
+        outputs.append(values.reshape(-1, end - first))
+    per_sample, saturation = (jnp.concatenate(x, 1).reshape(-1) for x in (losses, saturations))
+    keep_k, drop = keep_k.reshape(-1), drop.reshape(-1)
 
     def where(mask):
       return jnp.where(mask, per_sample, 0).sum(), mask.sum().astype(jnp.float32)
@@ -155,12 +183,27 @@ class TokenizerStage:
     metrics["saturation"] = saturation.sum(), jnp.float32(size)
     return (per_sample + self.tokens.saturation_weight * saturation).mean(), metrics
 
+  def _bucket_loss(self, params, slots: int, latents, t, noise, keep_k, drop):
+    """(loss, saturation of the kept registers) of each row, on `slots` registers; 0: no row has a condition."""
+    apply = functools.partial(self.model.apply, {"params": params})
+    batch, levels = latents.shape[0], self.model.levels
+    if slots:
+      z = apply(latents, slots, method="encode_registers")
+      codes = fsq.quantize(z, levels)
+      saturation = jnp.where(drop, 0.0, fsq.saturation(z, keep_k))
+    else:
+      codes, saturation = jnp.zeros((batch, 1, len(levels))), jnp.zeros(batch)
+    velocity = apply(flow.add_noise(latents, noise, t), t, codes, keep_k, drop, method="velocity")
+    return flow.flow_loss(velocity, latents, noise), saturation
+
   @property
   def predict_fns(self):
-    """tokenize(params, images) -> ids [b, num_registers]; detokenize(params, ids, keep_k [b], keys [b]) -> images."""
+    """tokenize(params, images, num_tokens) -> ids [b, num_tokens], by default all registers;
+    detokenize(params, ids, keep_k [b], keys [b]) -> images, in less time from fewer ids (see sample_latents).
+    """
 
-    def tokenize(params, images):
-      return self.model.apply({"params": params}, images, method="tokenize")
+    def tokenize(params, images, num_tokens=None):
+      return self.model.apply({"params": params}, images, num_tokens, method="tokenize")
 
     def detokenize(params, token_ids, keep_k, keys):
       shape = self.model.latent_shape(self.image_size)
@@ -169,3 +212,9 @@ class TokenizerStage:
       return jnp.clip(self.model.apply({"params": params}, latents, method="decode_latents"), -1, 1)
 
     return {"tokenize": tokenize, "detokenize": detokenize}
+
+
+def _runs(slots: list[int]) -> list[tuple[int, int, int]]:
+  """Equal neighbours as (first, end, value)."""
+  edges = [i for i in range(len(slots) + 1) if i in (0, len(slots)) or slots[i] != slots[i - 1]]
+  return [(first, end, slots[first]) for first, end in zip(edges, edges[1:])]

@@ -1,0 +1,162 @@
+"""Softmax attention: one function, with an implementation for every backend."""
+
+import jax
+import jax.numpy as jnp
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
+UNSEEN = float(jnp.finfo(jnp.float32).min) / 2  # key bias of a key that nobody sees: its weight is exactly 0
+
+_CUDNN_FEATURES = 128  # of a head, at most: Ampere's limit (later GPUs take 256)
+_BIAS_FEATURES = 3  # bfloat16 numbers that hold the 24 bits of a float32
+
+
+def choose(implementation: str, head_dim: int, dtype: jnp.dtype, device: jax.Device | None = None) -> str:
+  """Returns the name of the implementation that runs: "xla", "cudnn" or "pallas".
+
+  "auto" is "cudnn" where that can run, and "xla" everywhere else, on TPUs too. There XLA writes the float32 logits to
+  HBM once and reads them once: 8 bytes for each, as many as q, k, v and the output together have (2048 a query at head
+  width 64) from 256 keys on. "pallas" keeps them in VMEM, 0.3 MB a head at length 272 and 1 MB at 512. The compiler's
+  schedules for a v5e (32 x 272 positions, 12 heads) come to 1.1 M cycles for XLA's forward (2.3 M with a mask) and 0.3 M
+  for the kernel, beside up to 0.5 M for turning its operands into its layout. But nobody has measured that on a TPU, nor
+  run the kernel on one, so it is for those who ask for it.
+
+  Args:
+    implementation: one of IMPLEMENTATIONS.
+    head_dim: features of a head.
+    dtype: of queries, keys and values.
+    device: where the attention runs; None: the default device.
+
+  Raises:
+    ValueError: when the implementation is unknown or cannot run there.
+  """
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"unknown attention {implementation!r}: one of {', '.join(IMPLEMENTATIONS)}")
+  device = _default_device() if device is None else device
+  if implementation == "auto":
+    return "xla" if _obstacle("cudnn", head_dim, dtype, device) else "cudnn"
+  obstacle = _obstacle(implementation, head_dim, dtype, device)
+  if obstacle:
+    raise ValueError(f"attention {implementation!r} {obstacle}: use 'auto'")
+  return implementation
+
+
+def _default_device() -> jax.Device:
+  device = jax.config.jax_default_device  # a device, the name of a platform, or None
+  return device if isinstance(device, jax.Device) else jax.devices(device)[0]
+
+
+def _obstacle(name: str, head_dim: int, dtype: jnp.dtype, device: jax.Device) -> str:
+  """Returns what keeps the implementation from running, "" if nothing does."""
+  dtype = jnp.dtype(dtype)
+  if name == "cudnn":
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; "gfx90a" on AMD's
+    if device.platform != "gpu" or not capability[:1].isdigit() or float(capability) < 8:
+      return f"needs an NVIDIA GPU of compute capability 8.0 or later, not {device.platform} {capability}".rstrip()
+    if dtype not in (jnp.bfloat16, jnp.float16):
+      return f"computes in bfloat16 or float16, not {dtype}"
+    if head_dim + _BIAS_FEATURES > _CUDNN_FEATURES:
+      return f"takes heads of at most {_CUDNN_FEATURES - _BIAS_FEATURES} features, not {head_dim}"
+  if name == "pallas":
+    if device.platform != "tpu":
+      return f"needs a TPU, not {device.platform}"
+    if dtype not in (jnp.bfloat16, jnp.float32):
+      return f"computes in bfloat16 or float32, not {dtype}"
+  return ""
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    mask: jax.Array | None = None,
+    key_bias: jax.Array | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+  """softmax(scale q k^T + key_bias) v for each head, the softmax in float32; every query must see some key.
+
+  Args:
+    q: queries [b, lq, h, e].
+    k: keys [b, lk, h, e].
+    v: values [b, lk, h, e].
+    scale: of the products of queries and keys.
+    mask: boolean [lq, lk], True where seen.
+    key_bias: float32 [b or 1, lk], added to all logits of a key: UNSEEN hides it, log(n) makes it count n times. No
+      gradient flows into it.
+    implementation: see choose.
+
+  Returns:
+    [b, lq, h, e] of q's dtype.
+
+  Raises:
+    ValueError: as choose; when mask or key_bias do not fit q and k.
+  """
+  batch, queries, _, head_dim = q.shape
+  keys = k.shape[1]
+  if mask is not None and mask.shape != (queries, keys):
+    raise ValueError(f"the mask must be [{queries}, {keys}] (query, key), got {list(mask.shape)}")
+  if key_bias is not None:
+    if key_bias.shape not in ((batch, keys), (1, keys)):
+      raise ValueError(f"the key bias must be [{batch}, {keys}] or [1, {keys}], got {list(key_bias.shape)}")
+    key_bias = jax.lax.stop_gradient(key_bias.astype(jnp.float32))
+  name = choose(implementation, head_dim, q.dtype)
+  if name == "cudnn":
+    return _cudnn(q, k, v, scale, mask, key_bias)
+  if name == "pallas":
+    from flextok_jax.ops import attention_pallas  # Pallas takes a second to import, and only TPUs need it
+
+    return attention_pallas.attend(q, k, v, scale, mask, key_bias)
+  return _xla(q, k, v, scale, mask, key_bias)
+
+
+def _xla(q, k, v, scale, mask, key_bias):
+  bias = None if key_bias is None else key_bias[:, None, None]  # broadcast only where it is added
+  if mask is not None:
+    # On TPUs XLA joins the softmax to the product of q and k only if the bias differs from sample to sample, as for all
+    # it knows this one does: with the mask alone the logits would go through HBM twice as often.
+    key_bias = jnp.zeros((1, k.shape[1])) if key_bias is None else key_bias
+    key_bias = jax.lax.optimization_barrier(jnp.broadcast_to(key_bias, k.shape[:2]))
+    bias = key_bias[:, None, None] + jnp.where(mask, 0.0, UNSEEN)
+  return jax.nn.dot_product_attention(q, k, v, bias=bias, scale=scale, implementation="xla")
+
+
+def _cudnn(q, k, v, scale, mask, key_bias):
+  """Flash attention of cuDNN, which takes no key bias as such.
+
+  It would take a bias [1 or b, 1 or h, lq, lk] of q's dtype, but in bfloat16 log(255) is 0.3 % off, which is 1.6 % of
+  the weight; and it would spend time on that bias's gradient. So the bias travels in features of its own, and the mask,
+  whose 0 and -large are exact, as a bias.
+  """
+  queries, keys, head_dim = q.shape[1], k.shape[1], q.shape[-1]
+  if key_bias is not None:
+    q, k = bias_features(q, k, key_bias / scale)
+  q, k, v = (_pad(x, 3, -q.shape[-1] % 8 + q.shape[-1] - x.shape[-1]) for x in (q, k, v))
+  if mask is not None:  # the gradient takes a bias of even lengths only
+    mask = jnp.pad(mask, ((0, queries % 2), (0, 0)), constant_values=True)
+    mask = jnp.pad(mask, ((0, 0), (0, keys % 2)))[None, None]
+    q, k, v = _pad(q, 1, queries % 2), _pad(k, 1, keys % 2), _pad(v, 1, keys % 2)
+  out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
+  return out[:, :queries, :, :head_dim]
+
+
+def bias_features(q: jax.Array, k: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Widens q [b, lq, h, e] and k [b, lk, h, e] so that their product has bias [b or 1, lk] added: exact if in float32.
+
+  A float32 is the sum of three bfloat16 numbers; each is a feature of k and meets a 1 in q. Products are accumulated in
+  float32, so only the size of a bias is limited: below -2^40 (float16: -2^15) it counts as that.
+  """
+  bias = jnp.maximum(bias, -(2.0**15) if q.dtype == jnp.float16 else -(2.0**40))
+  parts = []
+  for _ in range(_BIAS_FEATURES):
+    parts.append(jax.lax.reduce_precision(bias, exponent_bits=8, mantissa_bits=7))  # XLA may drop a pair of casts
+    bias = bias - parts[-1]
+  parts = jnp.stack(parts, -1).astype(k.dtype)[:, :, None]  # [b or 1, lk, 1, 3]
+  ones = jnp.ones((*q.shape[:-1], _BIAS_FEATURES), q.dtype)
+  parts = jnp.broadcast_to(parts, (*k.shape[:-1], _BIAS_FEATURES))
+  return jnp.concatenate([q, ones], -1), jnp.concatenate([k, parts], -1)
+
+
+def _pad(x: jax.Array, axis: int, count: int) -> jax.Array:
+  """Appends `count` zeros along an axis."""
+  return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)]) if count else x
