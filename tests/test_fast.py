@@ -111,7 +111,7 @@ def test_modulations_known_beforehand(case):
 ])  # fmt: skip
 @pytest.mark.parametrize("slots", [8, 40, 256])
 def test_25_steps(case, mode, scale, interval, slots):
-  """8 slots run both halves in one call, 40 in two; 256 mixes all of KEEP in one batch."""
+  """8 slots run both halves in one call, more in two; 256 mixes all of KEEP in one batch."""
   keep_k = np.minimum(KEEP, slots - (slots < 256))
   settings = dict(mode=mode, guidance_scale=scale, guidance_interval=interval)
   sample = lambda fast: lambda ids: sample_latents(

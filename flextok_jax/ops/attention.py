@@ -7,24 +7,30 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
 UNSEEN = float(jnp.finfo(jnp.float32).min) / 2  # key bias of a key that nobody sees: its weight is exactly 0
 
 _CUDNN_FEATURES = 128  # of a head, at most: Ampere's limit (later GPUs take 256)
+_PALLAS_FEATURES = 128
 _BIAS_FEATURES = 3  # bfloat16 numbers that hold the 24 bits of a float32
 
 
-def choose(implementation: str, head_dim: int, dtype: jnp.dtype, device: jax.Device | None = None) -> str:
+def choose(
+    implementation: str, head_dim: int, dtype: jnp.dtype, device: jax.Device | None = None, masked: bool = False
+) -> str:
   """Returns the name of the implementation that runs: "xla", "cudnn" or "pallas".
 
-  "auto" is "cudnn" where that can run, and "xla" everywhere else, on TPUs too. There XLA writes the float32 logits to
-  HBM once and reads them once: 8 bytes for each, as many as q, k, v and the output together have (2048 a query at head
-  width 64) from 256 keys on. "pallas" keeps them in VMEM, 0.3 MB a head at length 272 and 1 MB at 512. The compiler's
-  schedules for a v5e (32 x 272 positions, 12 heads) come to 1.1 M cycles for XLA's forward (2.3 M with a mask) and 0.3 M
-  for the kernel, beside up to 0.5 M for turning its operands into its layout. But nobody has measured that on a TPU, nor
-  run the kernel on one, so it is for those who ask for it.
+  "auto" is "cudnn" where that can run and there is no mask (cuDNN takes a mask as a bias, whose gradient it may refuse
+  to give), and "xla" everywhere else, on TPUs too. There XLA sends the float32 logits of a
+  forward pass through HBM once each way, 8 bytes for each: from 64 keys of a bfloat16 head of 64 on that is more than
+  q, k, v and the output. "pallas" keeps them in VMEM, 0.3 MB a head at length 272, 1 MB at 512. For a v5e, 32 samples
+  and 12 heads of 64 the compiler reckons with these millions of cycles for a layer's attention and its projections,
+  forward (forward and gradient): at length 272 XLA 1.7 (6.1), pallas 1.5 (3.7); at 512 XLA 3.2 (12.4), pallas 2.3
+  (5.6). That is no measurement: the kernel has run in Pallas's interpreter only, never on a TPU, so it is for those who
+  ask for it.
 
   Args:
     implementation: one of IMPLEMENTATIONS.
     head_dim: features of a head.
     dtype: of queries, keys and values.
     device: where the attention runs; None: the default device.
+    masked: whether there is a mask of queries and keys.
 
   Raises:
     ValueError: when the implementation is unknown or cannot run there.
@@ -33,7 +39,7 @@ def choose(implementation: str, head_dim: int, dtype: jnp.dtype, device: jax.Dev
     raise ValueError(f"unknown attention {implementation!r}: one of {', '.join(IMPLEMENTATIONS)}")
   device = _default_device() if device is None else device
   if implementation == "auto":
-    return "xla" if _obstacle("cudnn", head_dim, dtype, device) else "cudnn"
+    return "xla" if masked or _obstacle("cudnn", head_dim, dtype, device) else "cudnn"
   obstacle = _obstacle(implementation, head_dim, dtype, device)
   if obstacle:
     raise ValueError(f"attention {implementation!r} {obstacle}: use 'auto'")
@@ -61,6 +67,8 @@ def _obstacle(name: str, head_dim: int, dtype: jnp.dtype, device: jax.Device) ->
       return f"needs a TPU, not {device.platform}"
     if dtype not in (jnp.bfloat16, jnp.float32):
       return f"computes in bfloat16 or float32, not {dtype}"
+    if head_dim > _PALLAS_FEATURES:
+      return f"takes heads of at most {_PALLAS_FEATURES} features, not {head_dim}"
   return ""
 
 
@@ -100,7 +108,7 @@ def attend(
     if key_bias.shape not in ((batch, keys), (1, keys)):
       raise ValueError(f"the key bias must be [{batch}, {keys}] or [1, {keys}], got {list(key_bias.shape)}")
     key_bias = jax.lax.stop_gradient(key_bias.astype(jnp.float32))
-  name = choose(implementation, head_dim, q.dtype)
+  name = choose(implementation, head_dim, q.dtype, masked=mask is not None)
   if name == "cudnn":
     return _cudnn(q, k, v, scale, mask, key_bias)
   if name == "pallas":
@@ -126,16 +134,20 @@ def _cudnn(q, k, v, scale, mask, key_bias):
 
   It would take a bias [1 or b, 1 or h, lq, lk] of q's dtype, but in bfloat16 log(255) is 0.3 % off, which is 1.6 % of
   the weight; and it would spend time on that bias's gradient. So the bias travels in features of its own, and the mask,
-  whose 0 and -large are exact, as a bias.
+  whose 0 and -large are exact, as a bias. Gradients want even lengths, and a number of features divisible by 8.
   """
   queries, keys, head_dim = q.shape[1], k.shape[1], q.shape[-1]
-  if key_bias is not None:
-    q, k = bias_features(q, k, key_bias / scale)
-  q, k, v = (_pad(x, 3, -q.shape[-1] % 8 + q.shape[-1] - x.shape[-1]) for x in (q, k, v))
-  if mask is not None:  # the gradient takes a bias of even lengths only
+  if mask is not None:
     mask = jnp.pad(mask, ((0, queries % 2), (0, 0)), constant_values=True)
     mask = jnp.pad(mask, ((0, 0), (0, keys % 2)))[None, None]
-    q, k, v = _pad(q, 1, queries % 2), _pad(k, 1, keys % 2), _pad(v, 1, keys % 2)
+  if keys % 2 and mask is None and key_bias is None:
+    key_bias = jnp.zeros((1, keys))
+  q, k, v = _pad(q, 1, queries % 2), _pad(k, 1, keys % 2), _pad(v, 1, keys % 2)
+  if key_bias is not None:
+    key_bias = jnp.pad(key_bias, ((0, 0), (0, keys % 2)), constant_values=UNSEEN)
+    q, k = bias_features(q, k, key_bias / scale)
+  features = -(-q.shape[-1] // 8) * 8
+  q, k, v = (_pad(x, 3, features - x.shape[-1]) for x in (q, k, v))
   out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
   return out[:, :queries, :, :head_dim]
 

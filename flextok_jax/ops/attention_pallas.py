@@ -1,8 +1,8 @@
 """Attention as one TPU kernel: the logits of a head and their gradients live and die in VMEM.
 
-Sequences are short here (up to MAX_LENGTH), so all keys fit at once: a plain softmax, with nothing kept for the
-gradient but q, k and v. Queries, keys and values stay [b, l, h * e], as a projection writes them; a program of the grid
-takes all positions of one sample and as many heads as fill the 128 lanes of a register.
+Sequences are short (MAX_LENGTH), so all keys fit at once: a plain softmax, and a gradient that needs q, k and v alone
+and computes the weights again. Everything is transposed, positions last, [lk, lq]: that is how XLA lays out what
+surrounds attention, and a sum over keys runs along sublanes.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-MAX_LENGTH = 1024  # of queries and of keys: the gradient needs about 5 float32 matrices of logits in 16 MB of VMEM
+MAX_LENGTH = 896  # queries or keys: then the gradient's matrices fit in the 16 MB of VMEM that every TPU has
 
-_MASKED = float(jnp.finfo(jnp.float32).min) / 2
+_MASKED = -(2.0**120)  # added to a logit; exact in bfloat16
 _INNER = (((1,), (0,)), ((), ()))  # x y
-_FIRST = (((0,), (0,)), ((), ()))  # contracts the first axes of two matrices: x^T y
-_LAST = (((1,), (1,)), ((), ()))  # contracts the last axes: x y^T
+_FIRST = (((0,), (0,)), ((), ()))  # x^T y
+_LAST = (((1,), (1,)), ((), ()))  # x y^T
 
 
+@functools.partial(jax.jit, static_argnames="scale")
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: jax.Array | None, key_bias: jax.Array | None
 ) -> jax.Array:
@@ -35,14 +36,14 @@ def attend(
   if max(queries, keys) > MAX_LENGTH:
     raise ValueError(f"attention 'pallas' takes at most {MAX_LENGTH} positions, not {max(queries, keys)}: use 'xla'")
   bias = jnp.zeros((batch, keys)) if key_bias is None else jnp.broadcast_to(key_bias, (batch, keys))
-  mask = None if mask is None else mask.T.astype(jnp.int8)
+  mask = None if mask is None else jnp.where(mask.T, 0.0, _MASKED).astype(jnp.bfloat16)
   q, k, v = (x.transpose(0, 2, 3, 1) for x in (q, k, v))
   return _attend(q, k, v, bias[:, :, None], mask, scale).transpose(0, 3, 1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(q, k, v, bias, mask, scale):
-  """q [b, h, e, lq], k and v [b, h, e, lk], bias float32 [b, lk, 1], mask int8 [lk, lq] or None -> [b, h, e, lq]."""
+  """q [b, h, e, lq], k, v [b, h, e, lk], bias float32 [b, lk, 1], mask bfloat16 [lk, lq] or None -> [b, h, e, lq]."""
   return _per_device(functools.partial(_run, _forward_kernel, 1, scale), q, k, v, bias, mask)[0]
 
 
@@ -82,7 +83,7 @@ def _weights(q, k, bias_ref, mask_ref, scale: float) -> jax.Array:
   """Returns the softmax of a head, float32 [lk, lq]."""
   logits = _dot(k, q, _FIRST) * scale + bias_ref[...]
   if mask_ref is not None:
-    logits = jnp.where(mask_ref[...] != 0, logits, _MASKED)
+    logits = logits + mask_ref[...].astype(jnp.float32)
   weights = jnp.exp(logits - logits.max(0, keepdims=True))
   return weights * (1 / weights.sum(0, keepdims=True))
 

@@ -1,0 +1,221 @@
+"""Analytic FLOPs of every job: the matrix products and convolutions that the code runs, loops multiplied out.
+
+A product [m, k] x [k, n] counts 2 m k n; a convolution 2 for each pair of an output and an input that its kernel joins,
+products with padding left out. Left out too is all elementwise work (norms, activations, softmax, modulation, FSQ,
+optimiser), a few percent of models of usable size, and what a fused attention kernel computes twice. Every function
+mirrors the path that runs, plain or fast: so these are FLOPs executed, and the fast path has fewer. Arguments are a
+config (configs/common.py) or a section of it, and whole numbers; results are whole numbers.
+"""
+
+from ml_collections import ConfigDict
+
+from flextok_jax.models import flextok
+from flextok_jax.models.transformer import mlp_hidden
+from flextok_jax.ops import guidance, nested
+from flextok_jax.stages.tokenizer import bucket_rows
+
+TIME_FEATURES = 256  # posemb.timestep_features
+
+
+def linear(rows: int, fan_in: int, fan_out: int) -> int:
+  """[rows, fan_in] x [fan_in, fan_out]: 2 rows fan_in fan_out."""
+  return 2 * rows * fan_in * fan_out
+
+
+def attention(part: ConfigDict, queries: int, length: int) -> int:
+  """`queries` of `length` tokens look at all of them; d = part.width.
+
+  q: 2 q d^2; k and v: 4 l d^2; logits and weighted sum: 2 q l d each; output projection: 2 q d^2.
+  """
+  d = part.width
+  products = 2 * linear(queries, d, length)
+  return linear(queries, d, d) + linear(length, d, 2 * d) + products + linear(queries, d, d)
+
+
+def mlp(part: ConfigDict, tokens: int) -> int:
+  """2 n d h in, twice that where gated, and 2 n h d out; h the hidden width."""
+  hidden = mlp_hidden(part.width, part.mlp_ratio, part.gated_mlp)
+  return linear(tokens, part.width, (2 if part.gated_mlp else 1) * hidden) + linear(tokens, hidden, part.width)
+
+
+def block(part: ConfigDict, queries: int, length: int) -> int:
+  """Attention and MLP of `queries` of `length` tokens; modulations are apart."""
+  return attention(part, queries, length) + mlp(part, queries)
+
+
+def blocks(part: ConfigDict, queries: int, length: int) -> int:
+  """All blocks: depth - 1 of `length` queries, and a last one of `queries`."""
+  return (part.depth - 1) * block(part, length, length) + block(part, queries, length)
+
+
+def latent_side(config: ConfigDict) -> int:
+  """Latent pixels a side of an image of config.image_size."""
+  if config.vae.kind == "pixels":
+    return config.image_size
+  return config.image_size // 2 ** (len(config.vae.block_out_channels) - 1)
+
+
+def patches(config: ConfigDict, part: ConfigDict) -> tuple[int, int]:
+  """Number of patches of an image, and numbers in each."""
+  channels = 3 if config.vae.kind == "pixels" else config.vae.latent_channels
+  return (latent_side(config) // part.patch_size) ** 2, part.patch_size**2 * channels
+
+
+def encoder(config: ConfigDict, num_tokens: int) -> int:
+  """Encoder of one image on num_tokens registers: patch embedding, blocks, head; the last block asks for registers."""
+  part, (count, size) = config.encoder, patches(config, config.encoder)
+  ends = linear(count, size, part.width) + linear(num_tokens, part.width, len(config.tokens.levels))
+  return ends + blocks(part, num_tokens, count + num_tokens)
+
+
+def decoder(config: ConfigDict, slots: int) -> int:
+  """Decoder of one image on `slots` registers, at one time: embeddings of codes and patches, blocks, head.
+
+  The last block asks for patches; modulations are apart.
+  """
+  part, (count, size) = config.decoder, patches(config, config.decoder)
+  ends = linear(slots, len(config.tokens.levels), part.width) + 2 * linear(count, size, part.width)
+  return ends + blocks(part, count, count + slots)
+
+
+def modulations(config: ConfigDict) -> int:
+  """What depends on one time alone: its embedding, shift, scale and gate of every block and the head's; d = width.
+
+  2 (256 d + d^2) + 2 depth d 6 d s + 2 d 2 d; s is 2 for patches and registers apart, else 1.
+  """
+  part = config.decoder
+  d, sets = part.width, 2 if part.modulation == "per_segment" else 1
+  head = linear(1, d, 2 * d) if part.head_modulation else 0
+  return linear(1, TIME_FEATURES, d) + linear(1, d, d) + part.depth * linear(1, d, sets * 6 * d) + head
+
+
+def encoded(config: ConfigDict, num_tokens: int, fast: bool) -> int:
+  """Registers that the encoder runs for num_tokens: all in the plain path."""
+  total = config.tokens.num_registers
+  return nested.slots(num_tokens - 1, total) if fast else total
+
+
+def decoded(config: ConfigDict, num_tokens: int, fast: bool) -> int:
+  """Registers that the decoder runs for num_tokens: all in the plain path."""
+  total = config.tokens.num_registers
+  return nested.slots(num_tokens, total) if fast else total
+
+
+def tokenize(config: ConfigDict, num_tokens: int, batch: int, fast: bool) -> int:
+  """Latents to token ids."""
+  return batch * encoder(config, encoded(config, num_tokens, fast))
+
+
+def sampler(config: ConfigDict, num_tokens: int, batch: int, fast: bool) -> int:
+  """Token ids to latents by the sampler of config.sampler.
+
+  Plain: every call of the decoder runs all registers, each row with modulations of its own; a guided step has twice the
+  rows. Fast: modulations once a step for all rows; the unconditional half of a guided step has one register where it is
+  a call of its own.
+  """
+  s, slots = config.sampler, decoded(config, num_tokens, fast)
+  guided = 0
+  if s.guidance != "none" and s.guidance_scale != 1:
+    first, end = guidance.guided_steps(s.num_steps, s.guidance_interval)
+    guided = end - first
+  if not fast:
+    return batch * (s.num_steps + guided) * (decoder(config, slots) + modulations(config))
+  null = slots if slots <= flextok.JOINT_SLOTS else 1
+  calls = s.num_steps * decoder(config, slots) + guided * decoder(config, null)
+  return batch * calls + s.num_steps * modulations(config)
+
+
+def train(config: ConfigDict, batch: int, fast: bool) -> int:
+  """Forward and backward pass over latents: three times the forward pass, as backward each product becomes two.
+
+  But there is no gradient of latents and times, which saves one product each of their embeddings; and with config.remat
+  the blocks run forward once more, but for outputs that no gradient needs (the encoder's MLPs', which have no gate).
+  Plain: all registers in every row. Fast: as many as a row's bucket needs; none in the encoder where all rows of the
+  bucket have no condition.
+  """
+  tokens, total = config.tokens, config.tokens.num_registers
+  rows = bucket_rows(batch, tokens.bucket_rows)
+  slots = [total] * rows
+  if fast:
+    bounds = nested.row_bounds(tokens.nested_dropout, total, tokens.null_prob, rows)
+    slots = [nested.slots(bound, total) if bound else 0 for bound in map(int, bounds)]
+  return batch // rows * sum(_train_row(config, n) for n in slots)
+
+
+def _train_row(config: ConfigDict, slots: int) -> int:
+  """One image of the training batch; slots 0: without condition, one register in the decoder alone."""
+  sum_ = 0
+  if slots:
+    part, (count, size) = config.encoder, patches(config, config.encoder)
+    sum_ += 3 * encoder(config, slots) - linear(count, size, part.width)
+    if config.remat:
+      hidden = mlp_hidden(part.width, part.mlp_ratio, part.gated_mlp)
+      outputs = (part.depth - 1) * (count + slots) + slots
+      sum_ += blocks(part, slots, count + slots) - linear(outputs, hidden, part.width)
+  slots = max(slots, 1)
+  part, (count, size) = config.decoder, patches(config, config.decoder)
+  sum_ += 3 * (decoder(config, slots) + modulations(config))
+  sum_ -= linear(count, size, part.width) + linear(1, TIME_FEATURES, part.width)
+  if config.remat:
+    sum_ += blocks(part, count, count + slots)
+  return sum_
+
+
+def train_vae(config: ConfigDict, batch: int) -> int:
+  """Forward and backward pass of stage "vae": three times the forward pass, but no gradient of the images."""
+  first = conv(config.image_size, 3, config.vae.block_out_channels[0])
+  return 3 * (vae_encode(config, batch) + vae_decode(config, batch)) - batch * first
+
+
+def conv(side: int, channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1, low: int = 1) -> int:
+  """A square convolution of a square map of `side` pixels, padded by `low` pixels at the top and left.
+
+  Along an axis, output o and tap j meet pixel o stride + j - low: those that exist are counted.
+  """
+  outputs = side // stride
+  taps = sum(0 <= o * stride + j - low < side for o in range(outputs) for j in range(kernel))
+  return 2 * taps**2 * channels_in * channels_out
+
+
+def resnet(side: int, channels_in: int, channels: int) -> int:
+  """Two 3x3 convolutions, and a 1x1 one where the channels change."""
+  shortcut = linear(side**2, channels_in, channels) if channels_in != channels else 0
+  return conv(side, channels_in, channels) + conv(side, channels, channels) + shortcut
+
+
+def vae_middle(side: int, channels: int) -> int:
+  """Two resnets, and attention between all pixels: four projections, logits, weighted sum."""
+  pixels = side**2
+  return 2 * resnet(side, channels, channels) + 4 * linear(pixels, channels, channels) + 2 * linear(
+      pixels, channels, pixels)
+
+
+def vae_encode(config: ConfigDict, batch: int) -> int:
+  """Images to the moments of latents."""
+  c, side = config.vae, config.image_size
+  sum_ = conv(side, 3, c.block_out_channels[0])
+  before = c.block_out_channels[0]
+  for i, channels in enumerate(c.block_out_channels):
+    sum_ += resnet(side, before, channels) + (c.layers_per_block - 1) * resnet(side, channels, channels)
+    if i < len(c.block_out_channels) - 1:
+      sum_ += conv(side, channels, channels, stride=2, low=0)
+      side //= 2
+    before = channels
+  moments = 2 * c.latent_channels
+  sum_ += vae_middle(side, before) + conv(side, before, moments) + linear(side**2, moments, moments)
+  return batch * sum_
+
+
+def vae_decode(config: ConfigDict, batch: int) -> int:
+  """Latents to images."""
+  c, side = config.vae, latent_side(config)
+  before = c.block_out_channels[-1]
+  sum_ = linear(side**2, c.latent_channels, c.latent_channels) + conv(side, c.latent_channels, before)
+  sum_ += vae_middle(side, before)
+  for i, channels in enumerate(reversed(c.block_out_channels)):
+    sum_ += resnet(side, before, channels) + c.layers_per_block * resnet(side, channels, channels)
+    if i < len(c.block_out_channels) - 1:
+      side *= 2
+      sum_ += conv(side, channels, channels)
+    before = channels
+  return batch * (sum_ + conv(side, before, 3))

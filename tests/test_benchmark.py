@@ -1,0 +1,178 @@
+"""The benchmark command on a tiny model: rows, ratios, table, files and errors; nothing is said about times."""
+
+import json
+import math
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import debug
+from flextok_jax import benchmark, timing
+
+ROOT = Path(__file__).parents[1]
+matmul_peak = timing.matmul_peak
+NUMBERS = ("images_per_second", "compile_seconds", "flops", "xla_flops", "flops_per_second", "peak_flops_per_second",
+           "mfu", "program_bytes")
+CONFIG = """
+from configs import common
+
+def get_config():
+  part = dict(width=32, depth=1, head_dim=16)
+  return common.derive(**{
+    **dict(image_size=16, dtype="float32", encoder=part, decoder=part, tokens=dict(num_registers=32),
+           vae=dict(block_out_channels=(32,), layers_per_block=1), sampler=dict(num_steps=2)),
+    **OVERRIDES})
+"""
+
+
+def config_file(folder, **overrides):
+  path = folder / f"config_{len(list(folder.iterdir()))}.py"
+  path.write_text(CONFIG.replace("OVERRIDES", repr(overrides)))
+  return path
+
+
+def run(*args):
+  values = flags.FlagValues()
+  benchmark.define_flags(values)
+  values(["benchmark", *args])
+  benchmark.main(values)
+
+
+def fails(pattern, *args):
+  with pytest.raises(ValueError, match=pattern) as caught:
+    run(*args)
+  assert len(str(caught.value).splitlines()) == 1
+
+
+def read(path):
+  """The JSON lines by kind."""
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  return [[line for line in lines if line["kind"] == kind] for kind in ("row", "ratio", "peak")]
+
+
+@pytest.fixture(autouse=True)
+def small_peak(monkeypatch):
+  """The peak's products are of no interest here and take seconds."""
+  monkeypatch.setattr(timing, "matmul_peak", lambda dtype, precision: 1e9)
+
+
+def test_every_job_on_both_paths(tmp_path, capsys):
+  out = tmp_path / "deep" / "rows.jsonl"
+  run(f"--config={config_file(tmp_path)}", "--num_tokens=32,1", "--repeats=2", "--batch_size=2", f"--out={out}")
+  rows, ratios, peaks = read(out)
+  both = [("tokenize", 1), ("tokenize", 32), ("detokenize", 1), ("detokenize", 32), ("train", None)]
+  expected = [(job, k, path) for job, k in both for path in ("plain", "fast")]
+  expected.insert(-2, ("vae", None, "-"))
+  assert [(row["job"], row["num_tokens"], row["path"]) for row in rows] == expected
+  for row in rows:
+    assert all(row[name] > 0 and math.isfinite(row[name]) for name in NUMBERS), row
+    assert len(row["seconds"]) == 2 and row["batch_size"] == 2 and row["latents"] and row["platform"] == "cpu"
+    assert row["images_per_second_min"] <= row["images_per_second"] <= row["images_per_second_max"]
+    assert row["mfu"] == pytest.approx(row["flops"] * row["images_per_second"] / 2 / 1e9)
+    assert row["device_peak_bytes"] is None and row["attention"] == "xla" and row["dtype"] == "float32"
+    assert row["precision"] == (None if row["job"] == "train" else "highest")
+  by_name = {(row["job"], row["num_tokens"], row["path"]): row for row in rows}
+  assert by_name["detokenize", 1, "fast"]["flops"] < by_name["detokenize", 1, "plain"]["flops"]
+  assert by_name["tokenize", 32, "fast"]["flops"] == by_name["tokenize", 1, "plain"]["flops"]
+  assert [(ratio["job"], ratio["num_tokens"]) for ratio in ratios] == both
+  assert all(0 < r["min"] <= r["max"] and r["fast_over_plain"] > 0 and r["rounds"] == 2 for r in ratios)
+  assert [r["same_program"] for r in ratios] == [False, True, False, False, False]
+  assert {(peak["dtype"], peak["precision"]) for peak in peaks} == {("float32", None), ("float32", "highest")}
+  assert all(peak["flops_per_second"] == [1e9, 1e9] for peak in peaks)
+  printed = capsys.readouterr().out
+  table = printed.split("\n\n")[1].splitlines()
+  assert [line.split()[0] for line in table[1:12]] == [row["job"] for row in rows]
+  assert sum("fast is" in line for line in table) == 5 and "MFU" in table[0] and "peak of matrix products" in printed
+
+
+def test_images_one_path_and_another_dtype(tmp_path):
+  out = tmp_path / "rows.jsonl"
+  given = (f"--config={config_file(tmp_path)}", "--repeats=1", "--batch_size=2", "--paths=fast", f"--out={out}")
+  run(*given, "--jobs=detokenize,tokenize", "--num_tokens=8", "--nolatents", "--dtype=bfloat16")
+  rows, ratios, _ = read(out)
+  assert [row["job"] for row in rows] == ["tokenize", "detokenize"] and not ratios
+  assert all(row["dtype"] == "bfloat16" and row["precision"] is None and not row["latents"] for row in rows)
+  run(*given, "--jobs=tokenize", "--num_tokens=8")
+  (row,), _, _ = read(out)  # written anew
+  assert row["latents"] and row["flops"] < rows[0]["flops"]  # without the VAE
+
+
+def test_models_without_vae_and_without_tokens(tmp_path):
+  out = tmp_path / "rows.jsonl"
+  pixels = f"--config={ROOT / 'configs' / 'debug.py'}"
+  assert benchmark.jobs_of(debug.get_config()) == ("tokenize", "detokenize", "train")
+  run(pixels, "--jobs=tokenize", "--repeats=9", "--seconds=0", f"--out={out}", "--paths=plain")
+  rows = read(out)[0]
+  assert [row["num_tokens"] for row in rows] == [1, 4] and all(len(row["seconds"]) == 1 for row in rows)
+  vae = f"--config={config_file(tmp_path, stage='vae')}"
+  run(vae, "--jobs=vae", "--repeats=1", "--batch_size=2", f"--out={out}")
+  assert [(row["job"], row["path"]) for row in read(out)[0]] == [("vae", "-")]
+  fails("no job 'tokenize' with stage 'vae', vae.kind 'autoencoder_kl', only vae, train", vae, "--jobs=tokenize")
+  fails("no job 'vae' with .*'pixels', only tokenize, detokenize, train", pixels, "--jobs=vae")
+
+
+def test_paths_see_the_same_and_training_is_the_update_of_a_run(tmp_path):
+  """Both paths agree on what they compute from one set of arguments; nothing in them is trivially zero."""
+  values = flags.FlagValues()
+  benchmark.define_flags(values)
+  values(["benchmark", f"--config={config_file(tmp_path)}"])
+  bench = benchmark.Benchmark(values.config, benchmark.PATHS, 2, True)
+  for job, k in (("tokenize", 8), ("detokenize", 8)):
+    args, made = bench.prepare(job, k)
+    assert all(np.any(x) for x in jax.tree.leaves(args[0]))
+    plain, fast = (jax.jit(fn)(*args) for fn, _ in made.values())
+    assert np.std(plain) > 0
+    np.testing.assert_allclose(plain[:, :8], fast[:, :8], atol=1e-4)
+  (state, batch, key), made = bench.prepare("train", None)
+  copies = lambda tree: jax.tree.map(jnp.copy, tree)  # the state is donated
+  compiler = timing.Compiler()
+  programs = [compiler(fn, (state, batch, key), donated=True).run for fn, _ in made.values()]
+  ends = [program(copies(state), batch, key) for program in programs]
+  assert all(int(end.step) == 1 and "vae" not in end.params and not end.frozen for end, _ in ends)
+  losses = [metrics["loss"].compute() for _, metrics in ends]
+  np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_rounds_and_peak():
+  calls = []
+  programs = {name: lambda x, name=name: (calls.append((name, int(x))), x + 1)[1:] for name in "ab"}
+  seconds = timing.time_rounds(programs, (jnp.int32(0),), repeats=2, carried=True)
+  assert calls == [("a", 0), ("b", 1), ("b", 2), ("a", 3), ("a", 4), ("b", 5)]
+  assert all(len(times) == 2 and min(times) >= 0 for times in seconds.values())
+  assert 1e8 < matmul_peak("float32", "highest", repeats=1) < 1e15
+  limited = timing.time_rounds(programs, (jnp.int32(0),), repeats=5, limit=0.0)
+  assert all(len(times) == 1 for times in limited.values())
+
+
+def test_bad_input_is_refused(tmp_path):
+  given = f"--config={config_file(tmp_path)}"
+  fails("give --config=configs/X.py")
+  fails("--jobs: unknown 'dance', one of tokenize, detokenize, vae, train", given, "--jobs=train,dance")
+  fails("--paths: unknown 'slow', one of plain, fast", given, "--paths=slow")
+  fails("--paths is empty", given, "--paths=")
+  fails("num_tokens 33 is out of range: this model takes 1 to 32", given, "--num_tokens=1,33")
+  fails("num_tokens 0 is out of range", given, "--num_tokens=0")
+  fails("--num_tokens takes whole numbers separated by commas: .*'many'", given, "--num_tokens=many")
+  fails("--repeats=0 must be at least 1", given, "--repeats=0")
+  fails("--batch_size=-1 must be at least 1", given, "--batch_size=-1")
+  fails("--seconds=-1.0 must be at least 0", given, "--seconds=-1")
+  fails("--seconds=nan must be at least 0", given, "--seconds=nan")
+  fails("dtype must be a floating-point type .*'int8'", given, "--dtype=int8")
+  fails("--batch_size=3 is not a multiple of optim.accumulate_steps 2",
+        f"--config={config_file(tmp_path, optim=dict(accumulate_steps=2))}", "--batch_size=3")
+  (tmp_path / "file").write_text("")
+  fails("cannot write", given, "--jobs=tokenize", "--num_tokens=1", "--repeats=1", f"--out={tmp_path / 'file' / 'x'}")
+
+
+def test_as_a_user_runs_it(tmp_path):
+  command = [sys.executable, "-m", "flextok_jax.benchmark", f"--config={config_file(tmp_path)}", "--repeats=0"]
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: --repeats=0 must be at least 1\n")
