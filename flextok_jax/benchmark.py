@@ -39,8 +39,7 @@ PATHS = ("plain", "fast")
 ONLY = "-"  # the path of a job that has but one
 Compute = tuple[str, str | None]  # dtype, and precision of its products
 
-_TABLE = ("job", "tokens", "path", "images/s", "(min .. max)", "compile s", "GFLOP", "by XLA", "GFLOP/s", "MFU",
-          "memory MB", "attention")
+_TABLE = "job,tokens,path,images/s,(min .. max),compile s,GFLOP,by XLA,GFLOP/s,MFU,memory MB,attention".split(",")
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -86,7 +85,7 @@ def main(values: flags.FlagValues):
     for count in counts if job in ("tokenize", "detokenize") else (None,):
       for row in bench.run(job, count, values.repeats, values.seconds):
         rows.append(row)
-        print(f"measured {row.name}, {row.path}: {_digits(row.rates[0])} images/s", flush=True)
+        print(f"measured {row.name}, {row.path}: {timing.digits(row.rates[0])} images/s", flush=True)
       save(rows, peaks)
   for c in computes:
     peaks[c].append(timing.matmul_peak(*c))
@@ -301,9 +300,7 @@ class Benchmark:
     return (params, ids, jnp.full(size, num_tokens), self._noise()), make
 
   def _vae(self):
-    def make(stage, fast: bool):
-      del fast  # one path
-
+    def make(stage, _):  # one path
       def fn(params, images):
         if not self.has_tokens:
           return stage.predict_fns["reconstruct"](params, images)
@@ -339,11 +336,8 @@ class Benchmark:
     """Implementation of attention, of encoder and decoder where a job has both; the VAE's is XLA's."""
     c, dtype = self.config, jnp.dtype(self.config.dtype)
     halves = {"tokenize": ("encoder",), "detokenize": ("decoder",), "train": ("encoder", "decoder")}.get(job, ())
-    names = [
-        attention.choose(c.attention, c[half].head_dim, dtype, masked=half == "encoder")
-        for half in halves
-        if self.has_tokens
-    ] or ["xla"]
+    names = [attention.choose(c.attention, c[half].head_dim, dtype, masked=half == "encoder")
+             for half in halves if self.has_tokens] or ["xla"]
     return "+".join(dict.fromkeys(names))
 
 
@@ -382,11 +376,11 @@ def format_report(rows: list[Row], peaks: dict[Compute, list[float]]) -> str:
   """Returns a table of the rows (images/s: the median and its range; FLOPs of a call), and the ratios below."""
   cells = [_TABLE]
   for row in rows:
-    rate, least, most = map(_digits, row.rates)
-    unknown = lambda value, scale: "?" if value is None else _digits(value / scale)
+    rate, least, most = map(timing.digits, row.rates)
+    unknown = lambda value, scale: "?" if value is None else timing.digits(value / scale)
     cells.append((
         row.job, str(row.num_tokens or ""), row.path, rate, f"({least} .. {most})", f"{row.compile_seconds:.1f}",
-        _digits(row.flops / 1e9), unknown(row.xla_flops, 1e9), _digits(row.flops_per_second / 1e9),
+        timing.digits(row.flops / 1e9), unknown(row.xla_flops, 1e9), timing.digits(row.flops_per_second / 1e9),
         f"{row.flops_per_second / max(peaks[row.compute]):.1%}", unknown(row.program_bytes, 1e6), row.attention))
   widths = [max(map(len, column)) for column in zip(*cells)]
   sides = [str.ljust if name in ("job", "path", "attention") else str.rjust for name in _TABLE]
@@ -397,11 +391,6 @@ def format_report(rows: list[Row], peaks: dict[Compute, list[float]]) -> str:
     lines.append(f"{name}: fast is {r['fast_over_plain']:.2f} times as fast as plain "
                  f"({r['min']:.2f} .. {r['max']:.2f} in {r['rounds']} rounds{same})")
   return "\n".join(lines)
-
-
-def _digits(x: float) -> str:
-  """Three digits or more, without exponent."""
-  return f"{x:.0f}" if x >= 100 else f"{x:.3g}" if x >= 0.001 else f"{x:.6f}"
 
 
 if __name__ == "__main__":

@@ -109,3 +109,8 @@ def program_bytes(program) -> int | None:
 def device_peak_bytes() -> int | None:
   """Returns the most that this process ever held on the first device; None where the device does not tell (CPU)."""
   return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def digits(x: float) -> str:
+  """Three digits or more, without exponent."""
+  return f"{x:.0f}" if x >= 100 else f"{x:.3g}" if x >= 0.001 else f"{x:.6f}"

@@ -12,7 +12,7 @@ from flextok_jax.models.vae import AutoencoderKL, sample_posterior
 from flextok_jax.ops import flow, fsq, guidance
 
 # Up to so many slots, conditional and unconditional half run in one call: the few registers that the unconditional half
-# carries in vain cost less than a second, smaller call. On a CPU both ways take the same time at 8; at 16 two are faster.
+# carries in vain cost less than a second, smaller call. On a CPU both take the same time at 8; at 16 two are faster.
 JOINT_SLOTS = 8
 
 
