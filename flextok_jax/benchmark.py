@@ -39,7 +39,8 @@ PATHS = ("plain", "fast")
 ONLY = "-"  # the path of a job that has but one
 Compute = tuple[str, str | None]  # dtype, and precision of its products
 
-_TABLE = ["job", "tokens", "path", "images/s", "(min .. max)", "compile s", "GFLOP", "by XLA", "GFLOP/s", "MFU", "memory MB", "attention"]
+_TABLE = ("job", "tokens", "path", "images/s", "(min .. max)", "compile s", "GFLOP", "by XLA", "GFLOP/s", "MFU",
+          "memory MB", "attention")
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
