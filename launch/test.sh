@@ -5,4 +5,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 python -m ruff check .
-python -m pytest -q tests "$@"
+# Two processes, a file of tests in one of them: most of the time goes into compiling, which takes one core.
+python -m pytest -q -n 2 --dist loadfile tests "$@"
