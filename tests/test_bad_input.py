@@ -70,7 +70,7 @@ def refused(pattern, workdir, **overrides):
     ("unknown tokens.nested_dropout 'pow3': one of uniform, pow2", dict(tokens=dict(nested_dropout="pow3"))),
     ("'pow2' needs a power of two, got 6", dict(tokens=dict(num_registers=6))),
     ("unknown flow.t_sampling 'lognormal': one of logit_normal", dict(flow=dict(t_sampling="lognormal"))),
-    ("unknown sampler.guidance 'cgf': one of apg, cfg, none", dict(sampler=dict(guidance="cgf"))),
+    ("unknown guidance 'cgf': one of apg, cfg, none", dict(sampler=dict(guidance="cgf"))),
     ("dtype.*float31", dict(dtype="float31")),
     ("export_dtype.*float7", dict(train=dict(export_dtype="float7"))),
     ("unknown data source 'mars'", dict(eval=dict(sources=("mars",)))),

@@ -146,7 +146,7 @@ def test_damaged_and_foreign_weights_are_one_line(config, params, tmp_path):
     ('{"stage": "tokenizer"}', "describes no model"),
     ('{"stage": 7}', "describes no model.*unknown stage 7"),
     ("width", "describes no model|shape"),  # a config of other sizes than the arrays
-    ("depth", "has shape .*, its configuration asks for"),
+    ("depth", "lacks the tensor .*blocks.*, which its configuration asks for"),
     ("registers", "has shape .*, its configuration asks for"),
     ("negative", "describes no model"),
     ("text", "describes no model"),

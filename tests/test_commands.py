@@ -220,7 +220,7 @@ def test_detokenize_refuses_bad_input(model, vae, tokens, tmp_path):
   fails(r"num_tokens=2, but token_ids\[1\] has only 1", detokenize, given[0], f"--tokens={short}", given[2],
         "--num_tokens=2")
   fails("--num_steps=0", detokenize, *given, "--num_steps=0")
-  fails("--guidance=strong must be", detokenize, *given, "--guidance=strong")
+  fails("unknown guidance .strong.: one of apg, cfg, none", detokenize, *given, "--guidance=strong")
   fails("--guidance_scale=nan must be finite", detokenize, *given, "--guidance=cfg", "--guidance_scale=nan")
   fails("--guidance_scale has no effect", detokenize, *given, "--guidance=none", "--guidance_scale=2")
   fails("--batch_size=0", detokenize, *given, "--batch_size=0")
