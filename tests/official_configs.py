@@ -33,7 +33,7 @@ OURS = dict(
     num_steps=25, guidance="apg", guidance_scale=7.5, apg_momentum=-0.5, apg_eta=0.0, apg_threshold=2.5
   ),
 )  # fmt: skip
-DELETE = object()
+DELETE = "<delete>"  # removes an entry
 E = "encoder.module_dict."
 D = "decoder.module_dict."
 CODE = "__import__('os').system('x')"
