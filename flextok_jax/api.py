@@ -105,7 +105,7 @@ class FlexTok:
     num_tokens = total if num_tokens is None else num_tokens
     if not isinstance(num_tokens, int) or not 1 <= num_tokens <= total:
       raise ValueError(f"num_tokens={num_tokens!r} must be a whole number from 1 to {total}")
-    ids = _tokenize(self, self._images(images), self._length(num_tokens, 0), key)
+    ids = _tokenize(self, self._images(images), self._length(num_tokens - 1), key)
     return ids[:, :num_tokens]
 
   def detokenize(
@@ -261,15 +261,15 @@ class FlexTok:
         i = int(np.argmax(wrong))
         raise ValueError(f"keep_k={int(keep_k[i])} of sample {i} must lie between 1 and its {lengths[i]} ids")
     most = width if isinstance(keep_k, jax.core.Tracer) else int(keep_k.max())
-    length = self._length(most, 1)
+    length = self._length(most)
     ids = ids[:, :length] if isinstance(ids, jax.core.Tracer) else np.asarray(ids)[:, :length].astype(np.int32)
     pad = jnp.pad if isinstance(ids, jax.core.Tracer) else np.pad
     return pad(ids, ((0, 0), (0, max(length - width, 0)))), keep_k
 
-  def _length(self, count: int, spare: int) -> int:
-    """How many registers run for `count` of them: one of a few sizes, so that few programs are compiled."""
+  def _length(self, count: int) -> int:
+    """How many registers run where more than `count` are needed: one of a few sizes, so few programs are compiled."""
     total = self.num_registers
-    return nested.slots(count + spare - 1, total) if self.config.get("fast", True) else total
+    return nested.slots(count, total) if self.config.get("fast", True) else total
 
   def _noise(self, key, noise, batch: int) -> jax.Array:
     if noise is not None:

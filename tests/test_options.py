@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from configs import common
-from flextok_jax.models.attention import UNSEEN, Attention
+from flextok_jax.models.attention import Attention
 from flextok_jax.models.decoder import Decoder
 from flextok_jax.models.encoder import Encoder
 from flextok_jax.ops import posemb
+from flextok_jax.ops.attention import UNSEEN
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.tokenizer import make_model
 from tests import numpy_reference as reference

@@ -251,10 +251,11 @@ def _read(file: TensorFile, config: ConfigDict, roles: Mapping[str, str], option
   wanted = [name for e in entries for name in e.names]
   tensor_file.check_names(file.path, file.shapes, [*wanted, *tables], _UNUSED)
   for e in entries:
+    shape = e.official_shape
     for name in e.names:
-      if file.shapes[name] != e.official_shape:
+      if file.shapes[name] != shape:
         raise ValueError(f"{file.path}: {name} has shape {list(file.shapes[name])}, its configuration asks for "
-                         f"{list(e.official_shape)}")
+                         f"{list(shape)}")
   for name, table in tables.items():
     _check_table(file, name, table)
 

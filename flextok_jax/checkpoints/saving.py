@@ -85,8 +85,8 @@ def _tensors(entries: Iterable[names.Entry], flat: Mapping[str, jax.Array], dtyp
   """Returns what tensor_file.write takes; every tensor is fetched when its turn comes."""
   tensors = {}
   for e in entries:
-    array = flat[e.path]
+    array, shape = flat[e.path], e.official_shape
     for i, name in enumerate(e.names):
       make = lambda e=e, i=i, array=array: e.to_official(np.asarray(array), i)
-      tensors[name] = np.dtype(dtype or array.dtype), e.official_shape, make
+      tensors[name] = np.dtype(dtype or array.dtype), shape, make
   return tensors

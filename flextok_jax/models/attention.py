@@ -7,8 +7,6 @@ import jax.numpy as jnp
 from flextok_jax.models import layers
 from flextok_jax.ops import attention
 
-UNSEEN = attention.UNSEEN
-
 
 class QKV(nn.Module):
   """Queries, keys and values in one projection."""
