@@ -109,7 +109,8 @@ def get_config() -> ConfigDict:
   c.data.max_unreadable = 0.01  # share of unreadable files, since the last log line, above which the run stops
   # A source takes part with its weight (share of the images); the validation split never overlaps the training split.
   c.data.sources = ConfigDict()
-  c.data.sources.synthetic = ConfigDict(dict(weight=0.0, render_size=64))  # procedural scenes; pixels a side drawn
+  # Procedural scenes: pixels a side drawn; "scenes", or "plain" for flat shapes on plain backgrounds.
+  c.data.sources.synthetic = ConfigDict(dict(weight=0.0, render_size=64, style="scenes"))
   c.data.sources.emoji = ConfigDict(dict(weight=0.0, path=""))  # "" finds the system's NotoColorEmoji.ttf
   c.data.sources.photos = ConfigDict(dict(weight=0.0, min_crop=64))  # photographs of scikit-image and scikit-learn
   c.data.sources.folder = ConfigDict(dict(weight=0.0, path="", val_path=""))  # jpg/png/webp, class = subfolder

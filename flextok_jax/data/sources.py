@@ -38,7 +38,7 @@ def make_source(name: str, cfg, split: str):
   if split not in SPLITS:
     raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
   if name == "synthetic":
-    return synthetic.Synthetic(split, cfg.render_size)
+    return synthetic.Synthetic(split, cfg.render_size, cfg.get("style", "scenes"))  # older weights files lack it
   if name == "emoji":
     return emoji.Emoji(split, cfg.path)
   if name == "photos":

@@ -3,6 +3,9 @@
 A scene is a background (plain, gradient, glow, two halves, landscape, room, stripes, checks, clouds, rays) and one to
 six objects, the first one the largest. Every object is a signed distance function, so that edges are anti-aliased at
 any size; it has a colour, a texture, a shading and often a shadow. Scene i of a split depends on (split, i) alone.
+
+Scenes of the style "plain" have the same layouts, captions and classes, but only flat upright shapes in one colour on a
+plain background: for models so small that textures are beyond them.
 """
 
 import numpy as np
@@ -12,6 +15,8 @@ from flextok_jax.data import draws
 # The class of a scene is the shape of its first, largest object.
 CLASS_NAMES = ("circle", "ball", "ellipse", "square", "rectangle", "triangle", "pentagon", "hexagon", "star", "ring",
                "cross", "crescent", "heart", "capsule", "cube", "cylinder")
+PLAIN_SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "crescent", "heart")
+STYLES = ("scenes", "plain")
 COLORS = {
     "red": (0.86, 0.14, 0.15), "orange": (0.96, 0.52, 0.10), "yellow": (0.97, 0.84, 0.20),
     "green": (0.20, 0.64, 0.24), "teal": (0.10, 0.62, 0.62), "blue": (0.16, 0.36, 0.84),
@@ -34,28 +39,39 @@ class Synthetic:
   framed = True  # composed here: the pipeline resizes without cropping, so num_objects stays true
   flip = True
 
-  def __init__(self, split: str, render_size: int):
+  def __init__(self, split: str, render_size: int, style: str = "scenes"):
     if render_size < 8:
       raise ValueError(f"synthetic scenes need render_size >= 8 pixels, got {render_size}")
+    if style not in STYLES:
+      raise ValueError(f"unknown style of synthetic scenes {style!r}: one of {', '.join(STYLES)}")
     self._split = split
     self._size = render_size
+    self._style = style
 
   def __len__(self) -> int:
     return draws.LENGTH
 
   def __getitem__(self, index: int) -> dict:
-    return draw_scene(draws.generator(self._split, index), self._size)
+    return draw_scene(draws.generator(self._split, index), self._size, self._style)
 
 
-def draw_scene(rng: np.random.Generator, size: int) -> dict:
+def draw_scene(rng: np.random.Generator, size: int, style: str = "scenes") -> dict:
   """Draws one scene; returns a record whose image is uint8 [size, size, 3]."""
-  y, x = _grid(size)
-  canvas, background, used = _background(rng, x, y)
-  light = _light(rng)
-  kinds, placed = _layout(rng, used)
-  for kind, cx, cy, radius in placed:
-    _draw_object(rng, canvas, kind, cx * size, cy * size, radius * size, light)
-  canvas *= 1.0 + rng.uniform(-0.12, 0.12) * x + rng.uniform(-0.12, 0.12) * y  # uneven light over the scene
+  if style == "plain":
+    color = _pick(rng, COLOR_NAMES)
+    canvas, background = np.repeat(np.repeat(_color(rng, color), size, 1), size, 2), f"a plain {color} background"
+    kinds, placed = _layout(rng, {color}, PLAIN_SHAPES)
+    for (shape, color), cx, cy, radius in placed:
+      view, x, y = _frame(canvas, cx * size, cy * size, radius * size)
+      view += (_color(rng, color) - view) * np.clip(0.5 - SHAPES[shape](x, y) * (radius * size), 0.0, 1.0)
+  else:
+    y, x = _grid(size)
+    canvas, background, used = _background(rng, x, y)
+    light = _light(rng)
+    kinds, placed = _layout(rng, used, CLASS_NAMES)
+    for kind, cx, cy, radius in placed:
+      _draw_object(rng, canvas, kind, cx * size, cy * size, radius * size, light)
+    canvas *= 1.0 + rng.uniform(-0.12, 0.12) * x + rng.uniform(-0.12, 0.12) * y  # uneven light over the scene
   image = np.clip(canvas, 0.0, 1.0).transpose(1, 2, 0) * 255.0 + 0.5
   return {"image": image.astype(np.uint8), "label": CLASS_NAMES.index(kinds[0][0]),
           "caption": _caption(placed, background), "num_objects": len(placed)}
@@ -182,16 +198,16 @@ def _light(rng: np.random.Generator) -> np.ndarray:
   return (v / np.linalg.norm(v)).astype(np.float32)
 
 
-def _layout(rng: np.random.Generator, used: set) -> tuple[list, list]:
+def _layout(rng: np.random.Generator, used: set, shapes: tuple) -> tuple[list, list]:
   """Returns the kinds (shape, colour) and the objects (kind, x, y, radius), in units of the canvas side."""
   free = [c for c in COLOR_NAMES if c not in used]
-  kinds = [(CLASS_NAMES[rng.integers(len(CLASS_NAMES))], free[rng.integers(len(free))])]
+  kinds = [(shapes[rng.integers(len(shapes))], free[rng.integers(len(free))])]
   count = 1 + int(rng.choice(MAX_OBJECTS, p=(0.30, 0.22, 0.18, 0.13, 0.10, 0.07)))
   big = rng.uniform(0.24, 0.44) if count == 1 else rng.uniform(0.17, 0.32)
   placed = [(kinds[0], *rng.uniform(big * 0.8, 1.0 - big * 0.8, 2), big)]
   for _ in range(1, count):
     if len(kinds) == 1 or (len(kinds) < 3 and rng.random() < 0.5):
-      kinds.append((CLASS_NAMES[rng.integers(len(CLASS_NAMES))], free[rng.integers(len(free))]))
+      kinds.append((shapes[rng.integers(len(shapes))], free[rng.integers(len(free))]))
     kind = kinds[rng.integers(len(kinds))]
     spots = rng.uniform(0.08, 0.92, (12, 2))
     taken = np.array([p[1:] for p in placed])
@@ -288,30 +304,29 @@ def _angle(rng, shape):
   return rng.normal(0.0, 0.25) if shape in _LEANING and rng.random() < 0.7 else rng.uniform(-np.pi, np.pi)
 
 
+def _frame(canvas: np.ndarray, cx: float, cy: float, radius: float, angle: float = 0.0, soft: float = 0.0) -> tuple:
+  """The part of canvas [3, size, size] around an object (soft pixels more), and the object's own coordinates x, y there."""
+  size, reach = canvas.shape[1], radius * 1.1 + 2.0 + soft
+  c, s = np.float32(np.cos(angle) / radius), np.float32(np.sin(angle) / radius)
+  x0, x1 = max(int(cx - reach), 0), min(int(cx + reach) + 1, size)
+  y0, y1 = max(int(cy - reach), 0), min(int(cy + reach) + 1, size)
+  px = (np.arange(x0, x1, dtype=np.float32) + np.float32(0.5 - cx))[None]
+  py = (np.arange(y0, y1, dtype=np.float32) + np.float32(0.5 - cy))[:, None]
+  return canvas[:, y0:y1, x0:x1], c * px + s * py, c * py - s * px
+
+
 def _draw_object(rng: np.random.Generator, canvas: np.ndarray, kind: tuple, cx: float, cy: float, radius: float,
                  light: np.ndarray):
   """Paints one object and its shadow onto canvas [3, size, size]; cx, cy, radius in pixels."""
   shape, color = kind
-  size = canvas.shape[1]
-  pad = radius * 1.1 + 2.0
   angle = _angle(rng, shape)
   shadow, soft, drop = rng.random() < 0.6, radius * rng.uniform(0.1, 0.5) + 1.0, radius * rng.uniform(0.1, 0.35)
-  c, s = np.float32(np.cos(angle) / radius), np.float32(np.sin(angle) / radius)
-
-  def frame(ox, oy, reach):
-    """Slices of the canvas around (ox, oy) and the object's own coordinates there."""
-    x0, x1 = max(int(ox - reach), 0), min(int(ox + reach) + 1, size)
-    y0, y1 = max(int(oy - reach), 0), min(int(oy + reach) + 1, size)
-    px = (np.arange(x0, x1, dtype=np.float32) + np.float32(0.5 - ox))[None]
-    py = (np.arange(y0, y1, dtype=np.float32) + np.float32(0.5 - oy))[:, None]
-    return canvas[:, y0:y1, x0:x1], c * px + s * py, c * py - s * px
-
   if shadow:
     sx, sy = cx - light[0] * drop * 2.0, cy - light[1] * drop * 2.0
-    view, x, y = frame(sx, sy, pad + soft)
+    view, x, y = _frame(canvas, sx, sy, radius, angle, soft)
     if view.size:
       view *= 1.0 - rng.uniform(0.25, 0.6) * np.clip(0.5 - SHAPES[shape](x, y) * (radius / soft), 0.0, 1.0)
-  view, x, y = frame(cx, cy, pad)
+  view, x, y = _frame(canvas, cx, cy, radius, angle)
   distance = SHAPES[shape](x, y)
   cover = np.clip(0.5 - distance * radius, 0.0, 1.0)
   first = _color(rng, color)
