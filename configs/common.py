@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   """Returns the base configuration: FlexTok d12-d12 on ImageNet at 256 px."""
   c = ConfigDict()
-  c.stage = "tokenizer"  # "tokenizer" (frozen VAE) or "vae"
+  c.stage = "tokenizer"  # "tokenizer" (frozen VAE), "vae", or "ar" (generator of token ids)
   c.seed = 0  # initialisation, data order, noise
   c.image_size = 256  # pixels; height = width [paper]
   c.dtype = "bfloat16"  # compute dtype; parameters, norms, softmax, FSQ and losses stay float32
@@ -91,6 +91,46 @@ def get_config() -> ConfigDict:
   c.sampler.apg_eta = 0.0  # weight of the part parallel to the conditional velocity [code]
   c.sampler.apg_threshold = 2.5  # bound on the L2 norm of the guidance direction, per sample; 0 is off [code]
 
+  c.ar = ConfigDict()  # of stage "ar"
+  c.ar.width = 768
+  c.ar.depth = 12
+  c.ar.head_dim = 64  # [paper]
+  c.ar.num_ids = 64_000  # token ids: the tokenizer's codes [paper]
+  c.ar.num_tokens = 256  # tokens an image at most [paper]
+  c.ar.condition = "class"  # "class" (added to the start vector), "text" (cross-attention in every block) or "none"
+  c.ar.num_classes = 1000
+  # True: one id more, that ends a sequence; train on shards with lengths (python -m flextok_jax.tokenize --quality).
+  c.ar.stop = False
+  # The block. What the released models have is not in the public record; from scratch a LLaMA-like one [ours].
+  c.ar.norm = "rmsnorm"  # "rmsnorm" or "layernorm"
+  c.ar.norm_eps = 0.0  # 0: 1e-5 in a layernorm, 1e-6 in an rmsnorm
+  c.ar.qk_norm = "rmsnorm"  # of queries and keys, per head: "rmsnorm", "layernorm" or "none"
+  c.ar.ffn = "swiglu"  # "swiglu" or "mlp_gelu" (exact GELU)
+  c.ar.mlp_ratio = 4.0  # hidden width over width; a gated MLP has two thirds of it
+  c.ar.ffn_multiple_of = 64  # a gated MLP's hidden width is rounded up to a multiple
+  c.ar.bias = False  # of all linear layers
+  c.ar.pos_embed = "absolute"  # learned positions, or a fixed "sincos1d" table
+  c.ar.head_layernorm = False  # one more LayerNorm, before the readout
+  c.ar.readout_multiplier = 1.0  # of what the readout reads (muP: base width / width)
+  c.ar.drop_condition = 0.1  # share of samples trained without condition, for guidance [paper]
+  c.ar.position_decay = 0.0  # the loss of position i (from 0) weighs (1 + i)^-position_decay, mean weight 1
+  c.ar.loss_chunk = 16  # positions whose float32 logits exist at once
+  c.ar.tokenizer = ""  # fingerprint of the tokenizer whose ids these are; "": that of the shards
+  # Sampling, as of python -m flextok_jax.sample; guided logits are u + s (c - u).
+  c.ar.guidance_scale = 1.5  # [paper: 1.5 of classes, 3.0 of text]
+  c.ar.temperature = 1.0
+  c.ar.top_k = 0  # 0: off
+  c.ar.top_p = 0.0  # 0: off
+
+  c.text = ConfigDict()  # of ar.condition "text"
+  c.text.encoder = "t5"  # "t5": frozen [paper], or "bytes": a small encoder of UTF-8 bytes, trained jointly [ours]
+  c.text.max_length = 120  # tokens (or bytes) a caption at most, with the one that ends it
+  c.text.path = "google/flan-t5-xl"  # of "t5": folder with config.json, weights and tokenizer, or a hub repository
+  c.text.features = 2048  # width of what the encoder gives: of "t5" d_model [paper]
+  c.text.mlp_hidden = 2048  # of the MLP from there to ar.width [code]
+  c.text.depth = 4  # blocks and
+  c.text.head_dim = 64  # size of a head of "bytes"
+
   c.vae_loss = ConfigDict()
   c.vae_loss.l1_weight = 1.0  # mean absolute error over pixels [ours: SDXL's trainer uses L1]
   c.vae_loss.l2_weight = 0.0  # mean squared error over pixels
@@ -106,6 +146,7 @@ def get_config() -> ConfigDict:
   c.data.num_threads = 8  # reading threads a process
   c.data.num_workers = 0  # worker processes a process; 0: threads alone
   c.data.prefetch = 4  # batches ready on the host; two more wait on the device
+  c.data.tokens = ""  # of stage "ar": a folder that python -m flextok_jax.tokenize --config wrote
   c.data.max_unreadable = 0.01  # share of unreadable files, since the last log line, above which the run stops
   # A source takes part with its weight (share of the images); the validation split never overlaps the training split.
   c.data.sources = ConfigDict()
