@@ -42,24 +42,27 @@ def mlp_hidden(width: int, ratio: float, gated: bool) -> int:
 class MLP(nn.Module):
   """W2(act(W1 x) * W3 x), or without gate W2(act(W1 x))."""
 
-  choices: BlockChoices
+  hidden: int
+  gated: bool
+  activation: str
+  use_bias: bool
+  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    c, width = self.choices, x.shape[-1]
-    hidden = mlp_hidden(width, c.mlp_ratio, c.gated_mlp)
+    width = x.shape[-1]
     x = nn.DenseGeneral(
-        (2 if c.gated_mlp else 1, hidden),
-        use_bias=c.mlp_bias,
-        dtype=c.dtype,
-        kernel_init=layers.xavier_uniform(hidden, ("embed", None, "mlp")),
+        (2 if self.gated else 1, self.hidden),
+        use_bias=self.use_bias,
+        dtype=self.dtype,
+        kernel_init=layers.xavier_uniform(self.hidden, ("embed", None, "mlp")),
         bias_init=layers.zeros(None, "mlp"),
         name="in",
     )(x)  # [b, l, n, hidden]
-    h = layers.ACTIVATIONS[c.activation](x[..., 0, :])
-    if c.gated_mlp:
+    h = layers.ACTIVATIONS[self.activation](x[..., 0, :])
+    if self.gated:
       h = h * x[..., 1, :]
-    return layers.dense(width, ("mlp", "embed"), "out", c.dtype, use_bias=c.mlp_bias)(h)
+    return layers.dense(width, ("mlp", "embed"), "out", self.dtype, use_bias=self.use_bias)(h)
 
 
 def _residual(
@@ -113,7 +116,9 @@ class Block(nn.Module):
         c.head_dim, c.qk_norm, c.qkv_bias, c.out_bias, c.dtype, implementation=c.attention, name="attention"
     )
     segments = _residual(lambda x: attention(x, mask, key_bias, queries), segments, attn, output)
-    segments = _residual(MLP(c, name="mlp"), segments, mlp)
+    hidden = mlp_hidden(segments[0].shape[-1], c.mlp_ratio, c.gated_mlp)
+    fn = MLP(hidden, c.gated_mlp, c.activation, c.mlp_bias, c.dtype, name="mlp")
+    segments = _residual(fn, segments, mlp)
     return segments, None
 
 

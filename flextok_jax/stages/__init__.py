@@ -1,9 +1,10 @@
 """The trainable stages behind one interface; training, evaluation and commands know nothing else of them."""
 
+from flextok_jax.stages.ar import ARStage
 from flextok_jax.stages.tokenizer import TokenizerStage
 from flextok_jax.stages.vae import VAEStage
 
-_STAGES = {"tokenizer": TokenizerStage, "vae": VAEStage}
+_STAGES = {"tokenizer": TokenizerStage, "vae": VAEStage, "ar": ARStage}
 
 
 def make_stage(config):

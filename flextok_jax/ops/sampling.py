@@ -1,0 +1,39 @@
+"""Choosing the next token: guidance, temperature, top-k and top-p of logits [..., num_ids]."""
+
+import jax
+import jax.numpy as jnp
+
+
+def guide(conditional: jax.Array, unconditional: jax.Array, scale: float | jax.Array) -> jax.Array:
+  """Classifier-free guidance of logits: u + scale (c - u); scale 1 is the conditional model."""
+  return unconditional + scale * (conditional - unconditional)
+
+
+def filter_logits(
+    logits: jax.Array, temperature: float | jax.Array = 1.0, top_k: int = 0, top_p: float | jax.Array | None = None
+) -> jax.Array:
+  """Returns float32 logits to sample from, -inf where a token is ruled out: temperature, then top-k, then top-p.
+
+  Args:
+    logits: [..., v].
+    temperature: above 0; logits are divided by it.
+    top_k: keeps the k largest, with all that equal the k-th; 0 keeps all.
+    top_p: of what is left, drops the least likely tokens whose probabilities add up to at most 1 - top_p (nucleus
+      sampling, Holtzman et al. 2020), never the likeliest; None keeps all.
+  """
+  logits = logits.astype(jnp.float32) / temperature
+  if 0 < top_k < logits.shape[-1]:
+    least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  if top_p is not None:
+    ascending = jnp.sort(logits, -1)
+    mass = jnp.cumsum(jax.nn.softmax(ascending, -1), -1)  # the small ones first, so that none is lost in rounding
+    kept = (mass > 1 - top_p).at[..., -1].set(True)
+    least = jnp.min(jnp.where(kept, ascending, jnp.inf), -1, keepdims=True)
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  return logits
+
+
+def sample(keys: jax.Array, logits: jax.Array) -> jax.Array:
+  """Draws int32 [b] from softmax(logits [b, v]), row i by keys[i] alone."""
+  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -1,0 +1,152 @@
+"""Stage 2: a generator of token ids, trained by next-token cross-entropy on token shards."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from flextok_jax import settings
+from flextok_jax.models import ar
+from flextok_jax.ops import attention, nested
+
+TEXT_ENCODERS = ("t5", "bytes")
+
+
+def mlp_hidden(c: ConfigDict) -> int:
+  """Returns the hidden width of the blocks' MLP; a gated one has two thirds of it, rounded up."""
+  hidden = int(c.mlp_ratio * c.width)
+  if c.ffn == "mlp_gelu":
+    return hidden
+  return -(-int(2 * hidden / 3) // c.ffn_multiple_of) * c.ffn_multiple_of
+
+
+def make_generator(config: ConfigDict) -> ar.Generator:
+  """Builds the generator from config.ar and config.text.
+
+  Raises:
+    ValueError: naming the value, when there is no such choice or sizes do not fit together.
+  """
+  settings.float_dtype("dtype", config.dtype)
+  sizes = ("width", "depth", "head_dim", "num_ids", "num_tokens", "ffn_multiple_of", "loss_chunk")
+  settings.at_least_one(config, *(f"ar.{name}" for name in sizes))
+  c = config.ar
+  known = dict(condition=ar.CONDITIONS, norm=tuple(ar.NORMS), qk_norm=(*ar.NORMS, "none"), ffn=ar.FFNS,
+               pos_embed=ar.POS_EMBEDS)
+  for name, values in known.items():
+    if c[name] not in values:
+      raise ValueError(f"unknown ar.{name} {c[name]!r}: one of {', '.join(values)}")
+  if c.width % c.head_dim:
+    raise ValueError(f"ar.width {c.width} is not a multiple of ar.head_dim {c.head_dim}")
+  if c.pos_embed == "sincos1d" and c.width % 4:
+    raise ValueError(f"ar.width {c.width} is not a multiple of 4, which ar.pos_embed 'sincos1d' needs")
+  if not 0 < c.mlp_ratio < math.inf or mlp_hidden(c) < 1:
+    raise ValueError(f"ar.mlp_ratio must be a number above 0 that leaves a hidden width, got {c.mlp_ratio!r}")
+  if c.condition == "class":
+    settings.at_least_one(config, "ar.num_classes")
+  if config.attention not in attention.IMPLEMENTATIONS:
+    raise ValueError(f"unknown attention {config.attention!r}: one of {', '.join(attention.IMPLEMENTATIONS)}")
+  dtype = jnp.dtype(config.dtype)
+  text = c.condition == "text"
+  choices = ar.BlockChoices(
+      width=c.width,
+      head_dim=c.head_dim,
+      hidden=mlp_hidden(c),
+      gated=c.ffn == "swiglu",
+      norm=c.norm,
+      norm_eps=c.norm_eps,
+      qk_norm=c.qk_norm,
+      bias=c.bias,
+      text=text,
+      dtype=dtype,
+      attention=config.attention,
+  )
+  transformer = ar.ARTransformer(
+      choices=choices,
+      depth=c.depth,
+      num_ids=c.num_ids,
+      num_outputs=c.num_ids + c.stop,
+      num_tokens=c.num_tokens,
+      num_classes=c.num_classes if c.condition == "class" else 0,
+      pos_embed=c.pos_embed,
+      head_layernorm=c.head_layernorm,
+      readout_multiplier=c.readout_multiplier,
+      remat=config.remat,
+  )
+  if not text:
+    return ar.Generator(transformer)
+  settings.at_least_one(config, "text.max_length", "text.features", "text.mlp_hidden")
+  if config.text.encoder not in TEXT_ENCODERS:
+    raise ValueError(f"unknown text.encoder {config.text.encoder!r}: one of {', '.join(TEXT_ENCODERS)}")
+  encoder = None
+  if config.text.encoder == "bytes":
+    from flextok_jax.models.text import make_text_encoder
+
+    encoder = make_text_encoder(config)
+  return ar.Generator(transformer, ar.TextMLP(config.text.mlp_hidden, c.width, dtype), encoder)
+
+
+class ARStage:
+  """Trains {"ar"} and, conditioned on text, {"text_mlp", "text"}; a T5 stays outside: it only feeds features."""
+
+  def __init__(self, config: ConfigDict):
+    self.config = config
+    self.model = make_generator(config)
+    c = config.ar
+    if not 0 <= c.drop_condition < 1:
+      raise ValueError(f"ar.drop_condition must lie in [0, 1), got {c.drop_condition!r}")
+    if not math.isfinite(c.position_decay):
+      raise ValueError(f"ar.position_decay must be finite, got {c.position_decay!r}")
+
+  def init(self, key):
+    c = self.config
+    ids, labels, lengths = jnp.zeros((1, c.ar.num_tokens), jnp.int32), jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32)
+    features = None
+    params = {}
+    if c.ar.condition == "text":
+      features = jnp.zeros((1, 1, c.text.features))
+      if self.model.text is not None:
+        text_key, key = jax.random.split(key)
+        text_ids = jnp.zeros((1, c.text.max_length), jnp.int32)
+        params = dict(self.model.init(text_key, text_ids, lengths, method="encode_text")["params"])
+    params |= self.model.init(key, ids, labels, features, lengths)["params"]
+    return params, {}
+
+  def token_losses(self, params, batch):
+    """Cross-entropy and whether it counts, float32 [b, n] each: of every token and of the one that stops.
+
+    `batch` is as of data/shards.py; text comes as text_features [b, t, f], or as text_ids for the joint encoder.
+    """
+    c, apply = self.config.ar, functools.partial(self.model.apply, {"params": params})
+    ids, length = batch["token_ids"], batch["length"][:, None]
+    place = jnp.arange(ids.shape[1])
+    text = ()
+    if c.condition == "text":
+      features = batch.get("text_features")
+      if features is None:
+        features = apply(batch["text_ids"], batch["text_lengths"], method="encode_text")
+      text = (features, batch["text_lengths"])
+    targets = jnp.where(place < length, ids, c.num_ids) if c.stop else ids
+    losses = apply(ids, batch["label"], targets, c.loss_chunk, *text, method="losses")
+    return losses, (place < length + int(c.stop)).astype(jnp.float32)
+
+  def loss_fn(self, params, batch, key):
+    """Mean cross-entropy (nats) over the tokens of the batch, also by position."""
+    del key  # the condition was dropped where the batch was made
+    losses, counts = self.token_losses(params, batch)
+    length = losses.shape[1]
+    decay = (1 + jnp.arange(length)) ** -float(self.config.ar.position_decay)
+    weights = counts * decay / decay.mean()
+    metrics = {"loss": ((losses * counts).sum(), counts.sum())}
+    low = 0
+    for high in nested.lengths(length):  # powers of two: the further, the more tokens share a number
+      part = slice(low, high)
+      metrics[f"loss_to_{high}"] = (losses * counts)[:, part].sum(), counts[:, part].sum()
+      low = high
+    return (losses * weights).sum() / weights.sum(), metrics
+
+  @property
+  def predict_fns(self):
+    """token_losses(params, batch) -> (losses [b, n], counts [b, n])."""
+    return {"token_losses": self.token_losses}
