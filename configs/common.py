@@ -105,6 +105,7 @@ def get_config() -> ConfigDict:
   c.ar.norm = "rmsnorm"  # "rmsnorm" or "layernorm"
   c.ar.norm_eps = 0.0  # 0: 1e-5 in a layernorm, 1e-6 in an rmsnorm
   c.ar.qk_norm = "rmsnorm"  # of queries and keys, per head: "rmsnorm", "layernorm" or "none"
+  c.ar.qk_norm_eps = 0.0  # as norm_eps
   c.ar.ffn = "swiglu"  # "swiglu" or "mlp_gelu" (exact GELU)
   c.ar.mlp_ratio = 4.0  # hidden width over width; a gated MLP has two thirds of it
   c.ar.ffn_multiple_of = 64  # a gated MLP's hidden width is rounded up to a multiple
@@ -156,7 +157,8 @@ def get_config() -> ConfigDict:
   c.data.sources.photos = ConfigDict(dict(weight=0.0, min_crop=64))  # photographs of scikit-image and scikit-learn
   c.data.sources.folder = ConfigDict(dict(weight=0.0, path="", val_path=""))  # jpg/png/webp, class = subfolder
   c.data.sources.tfds = ConfigDict(dict(weight=1.0, name="imagenet2012", data_dir="", train_split="train",
-                                        val_split="validation", image_key="image", label_key="label"))
+                                        val_split="validation", image_key="image", label_key="label",
+                                        caption_key=""))  # "" or a text feature: "captions/text" of coco_captions
 
   c.optim = ConfigDict()
   c.optim.learning_rate = 5.62e-4  # peak. [video] reports 1.124e-3 under muP; halved as there is no muP here [ours]

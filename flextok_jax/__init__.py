@@ -1,7 +1,7 @@
 """FlexTok in JAX: images as 1 to 256 ordered discrete tokens, coarse to fine (arXiv 2502.13967)."""
 
 __version__ = "0.1.0"
-__all__ = ["FlexTok", "__version__", "load"]
+__all__ = ["ARGenerator", "FlexTok", "__version__", "load", "load_ar"]
 
 
 def __getattr__(name: str):
@@ -10,4 +10,8 @@ def __getattr__(name: str):
     from flextok_jax import api
 
     return getattr(api, name)
+  if name in ("ARGenerator", "load_ar"):
+    from flextok_jax import generation
+
+    return getattr(generation, name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

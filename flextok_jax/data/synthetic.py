@@ -305,7 +305,7 @@ def _angle(rng, shape):
 
 
 def _frame(canvas: np.ndarray, cx: float, cy: float, radius: float, angle: float = 0.0, soft: float = 0.0) -> tuple:
-  """The part of canvas [3, size, size] around an object (soft pixels more), and the object's own coordinates x, y there."""
+  """The part of canvas [3, size, size] around an object, soft pixels wider, and the object's own x and y there."""
   size, reach = canvas.shape[1], radius * 1.1 + 2.0 + soft
   c, s = np.float32(np.cos(angle) / radius), np.float32(np.sin(angle) / radius)
   x0, x1 = max(int(cx - reach), 0), min(int(cx + reach) + 1, size)

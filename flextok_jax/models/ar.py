@@ -41,6 +41,7 @@ class BlockChoices:
   norm: str
   norm_eps: float
   qk_norm: str
+  qk_norm_eps: float
   bias: bool
   text: bool
   dtype: jnp.dtype
@@ -55,8 +56,8 @@ class _Attention(nn.Module):
   def _setup(self):
     c = self.choices
     if c.qk_norm != "none":
-      self.q_norm = _norm(c.qk_norm, 0.0, c.dtype, None)
-      self.k_norm = _norm(c.qk_norm, 0.0, c.dtype, None)
+      self.q_norm = _norm(c.qk_norm, c.qk_norm_eps, c.dtype, None)
+      self.k_norm = _norm(c.qk_norm, c.qk_norm_eps, c.dtype, None)
     self.out = nn.DenseGeneral(
         c.width,
         axis=(-2, -1),

@@ -57,6 +57,7 @@ def make_generator(config: ConfigDict) -> ar.Generator:
       norm=c.norm,
       norm_eps=c.norm_eps,
       qk_norm=c.qk_norm,
+      qk_norm_eps=c.qk_norm_eps,
       bias=c.bias,
       text=text,
       dtype=dtype,

@@ -1,0 +1,31 @@
+"""The shipped generator: plain scenes by the shape of their largest object, on the tokens of configs/shapes.py.
+
+shapes_ar.py:text is conditioned on captions, by a byte-level text encoder trained jointly; shapes_ar.py:stop also stops
+by itself, trained on shards with lengths (python -m flextok_jax.tokenize --quality).
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+  if arg not in ("", "text", "stop"):
+    raise ValueError(f"configs/shapes_ar.py takes no argument, 'text' or 'stop', got {arg!r}")
+  return common.derive(
+      stage="ar",
+      dtype="float32",  # CPUs gain nothing from bfloat16
+      ar=dict(
+          width=192,
+          depth=6,
+          num_ids=1000,
+          num_tokens=16,
+          num_classes=16,  # of the source synthetic; plain scenes have 8 of them
+          stop=arg == "stop",
+          condition="text" if arg else "class",
+          guidance_scale=2.0,
+      ),
+      text=dict(encoder="bytes", features=192, mlp_hidden=192, depth=2),
+      data=dict(global_batch=64 if arg else 128, num_threads=2),
+      optim=dict(learning_rate=1e-3, warmup_steps=200, b2=0.98, weight_decay=0.05, ema_decay=0.999),
+      train=dict(num_steps=3_000, log_every=50, checkpoint_every=500, keep_period=0, eval_every=1_000),
+      eval=dict(num_images=1024, batch_size=256),
+  )
