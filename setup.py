@@ -18,6 +18,7 @@ setup(
     package_data={"flextok_jax": ["assets/*.safetensors"]},
     install_requires=[
         "absl-py>=2.1",
+        "array-record>=0.8",
         "chex>=0.1.86",
         "clu>=0.0.12",
         "einops>=0.8",
@@ -29,14 +30,18 @@ setup(
         "jax>=0.8",
         "matplotlib>=3.9",
         "ml-collections>=1.0",
+        "msgpack>=1.0",
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.25",
         "pillow>=11.0",
+        "pyyaml>=6.0",
         "safetensors>=0.5",
         "scikit-image>=0.25",  # its photographs are data here, as are scikit-learn's
         "scikit-learn>=1.5",
+        "sentencepiece>=0.2",  # T5's tokenizer, as tokenizers below: one of its two file formats each
         "tensorflow-datasets>=4.9.7",  # reads prepared data sets without tensorflow
+        "tokenizers>=0.21",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],

@@ -15,8 +15,10 @@ from ml_collections import FrozenConfigDict
 import numpy as np
 from PIL import Image
 
+from flextok_jax import adaptive
 from flextok_jax.checkpoints import loading, saving
 from flextok_jax.data import transforms
+from flextok_jax.evals import distances
 from flextok_jax.models import flextok
 from flextok_jax.ops import fsq, nested
 from flextok_jax.ops import guidance as guidance_lib
@@ -62,8 +64,8 @@ def load(
 class FlexTok:
   """A tokenizer: parameters and the config that says what they are (arXiv 2502.13967).
 
-  A pytree (the config is static): it can be passed through jax.jit, and every method works under jit too. Outside, each
-  method is compiled once per shape of its arguments, and bad arguments raise a ValueError that names them.
+  A pytree (the config is static): it can be passed through jax.jit, where all methods work, but tokenize by quality.
+  Outside, each is compiled once per shape of its arguments, and bad arguments raise a ValueError that names them.
   """
 
   params: Any
@@ -89,24 +91,58 @@ class FlexTok:
     """(h, w, c) of the latents of an image of image_size."""
     return _network(self.config).latent_shape(self.image_size)
 
-  def tokenize(self, images: Images, num_tokens: int | None = None, key: jax.Array | None = None) -> jax.Array:
-    """Turns images into token ids.
+  def tokenize(
+      self,
+      images: Images,
+      num_tokens: int | None = None,
+      key: jax.Array | None = None,
+      quality: float | None = None,
+      metric: str | distances.Distance = "mse",
+      noise: jax.Array | None = None,
+      num_steps: int = 25,
+      guidance: str | None = "apg",
+      guidance_scale: float | Callable[[float], float] = 7.5,
+      guidance_interval: tuple[float, float] = (0.0, 1.0),
+  ) -> jax.Array | list[np.ndarray]:
+    """Turns images into token ids: equally many for each, or, given a quality, the fewest that suffice for it.
+
+    These are found by comparing the image with what its prefixes decode to, clipped (see adaptive.shortest_prefix).
 
     Args:
       images: [b, h, w, 3], uint8 or float in [-1, 1]; or a list of Pillow images or paths, which are turned to RGB
         (transparency on white), resized to image_size on the shorter side (bilinear) and cropped to the centre.
       num_tokens: how many of the first tokens; default: all. Fewer take less time.
       key: to sample the VAE's posterior; default: its mode.
+      quality: largest distance of a reconstruction that is good enough. What follows matters with it alone.
+      metric: the distance: "mse" (of pixels in [-1, 1]), "perceptual" (see evals/distances.py), or a function of two
+        batches [b, h, w, 3] in [-1, 1] that jax can trace and that returns one number an image.
+      noise: as for detokenize; default: the same for every image, whose length then depends on nothing but itself.
+      num_steps, guidance, guidance_scale, guidance_interval: as for detokenize.
 
     Returns:
-      int32 [b, num_tokens].
+      int32 [b, num_tokens]; with a quality a list of b arrays int32 [1 to num_tokens], which detokenize takes.
     """
     total = self.num_registers
     num_tokens = total if num_tokens is None else num_tokens
     if not isinstance(num_tokens, int) or not 1 <= num_tokens <= total:
       raise ValueError(f"num_tokens={num_tokens!r} must be a whole number from 1 to {total}")
-    ids = _tokenize(self, self._images(images), self._length(num_tokens - 1), key)
-    return ids[:, :num_tokens]
+    images = self._images(images)
+    tokenize = lambda: _tokenize(self, images, self._length(num_tokens - 1), key)[:, :num_tokens]
+    if quality is None:
+      return tokenize()
+    adaptive.check_quality(quality)
+    settings = _sampler_settings(num_steps, guidance, guidance_scale, guidance_interval)
+    metric = distances.resolve(metric)
+    if noise is None:
+      side, (batch, height, width, _) = _network(self.config).downscale, images.shape
+      shape = (batch, height // side, width // side, self.latent_shape[-1])
+      noise = jnp.broadcast_to(adaptive.shared_noise(0, shape[1:]), shape)
+    self._check_noised("noise", noise, len(images))
+    ids = tokenize()
+    if isinstance(ids, jax.core.Tracer):
+      raise ValueError("sequences of different lengths do not come out of jax.jit: call tokenize(quality=...) outside")
+    lengths = np.asarray(_lengths(self, images, ids, noise, np.float32(quality), metric, *settings))
+    return [row[:length] for row, length in zip(np.asarray(ids), lengths)]
 
   def detokenize(
       self,
@@ -135,22 +171,8 @@ class FlexTok:
       images float32 [b, h, w, 3], about [-1, 1] and not clipped.
     """
     ids, keep_k = self._ids(ids, keep_k)
-    if not isinstance(num_steps, int) or num_steps < 1:
-      raise ValueError(f"num_steps={num_steps!r} must be a whole number of at least 1")
-    mode = "none" if guidance is None else guidance
-    guidance_lib.check_mode(mode)
-    noise = self._noise(key, noise, len(ids))
-    if callable(guidance_scale):
-      guidance_scale = np.asarray([guidance_scale(i / num_steps) for i in range(num_steps, 0, -1)], np.float32)
-    if not isinstance(guidance_scale, jax.core.Tracer):
-      if np.shape(guidance_scale) not in ((), (num_steps,)) or not np.isfinite(guidance_scale).all():
-        raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number or a function of t that gives one")
-      if np.all(np.asarray(guidance_scale) == 1):
-        mode = "none"
-    scales = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), (num_steps,))
-    interval = tuple(map(float, guidance_interval))
-    guidance_lib.guided_steps(num_steps, interval)  # checks it
-    return _detokenize(self, ids, keep_k, noise, scales, num_steps, mode, interval)
+    settings = _sampler_settings(num_steps, guidance, guidance_scale, guidance_interval)
+    return _detokenize(self, ids, keep_k, self._noise(key, noise, len(ids)), *settings)
 
   def encode_latents(self, images: Images, key: jax.Array | None = None) -> jax.Array:
     """images, as for tokenize, to scaled latents float32 [b, h, w, c]; with a key a sample of the posterior."""
@@ -302,6 +324,24 @@ def _per_sample(name: str, value, batch: int, dtype) -> np.ndarray | jax.Array:
   return (jnp if isinstance(value, jax.core.Tracer) else np).broadcast_to(array.astype(dtype), (batch,))
 
 
+def _sampler_settings(num_steps, guidance, guidance_scale, guidance_interval) -> tuple:
+  """Checks the settings of detokenize and returns (scales [num_steps], num_steps, mode, interval)."""
+  if not isinstance(num_steps, int) or num_steps < 1:
+    raise ValueError(f"num_steps={num_steps!r} must be a whole number of at least 1")
+  mode = "none" if guidance is None else guidance
+  guidance_lib.check_mode(mode)
+  if callable(guidance_scale):
+    guidance_scale = np.asarray([guidance_scale(i / num_steps) for i in range(num_steps, 0, -1)], np.float32)
+  if not isinstance(guidance_scale, jax.core.Tracer):
+    if np.shape(guidance_scale) not in ((), (num_steps,)) or not np.isfinite(guidance_scale).all():
+      raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number or a function of t that gives one")
+    if np.all(np.asarray(guidance_scale) == 1):
+      mode = "none"
+  interval = tuple(map(float, guidance_interval))
+  guidance_lib.guided_steps(num_steps, interval)  # checks it
+  return jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), (num_steps,)), num_steps, mode, interval
+
+
 @functools.lru_cache(maxsize=32)
 def _network(config: FrozenConfigDict) -> flextok.FlexTok:
   if config.stage == "tokenizer":
@@ -346,3 +386,12 @@ def _detokenize(model: FlexTok, ids, keep_k, noise, scales, num_steps: int, mode
     latents = flextok.sample_latents(_network(model.config), model.params, ids, keep_k, noise, num_steps=num_steps,
                                      mode=mode, guidance_scale=scales, **settings)
   return _apply(model, "decode_latents", latents)
+
+
+@functools.partial(jax.jit, static_argnames=("metric", "num_steps", "mode", "interval"))
+def _lengths(model: FlexTok, images, ids, noise, quality, metric, scales, num_steps: int, mode: str, interval):
+  def decode(ids, keep_k):
+    ids = adaptive.pad_to_slots(ids, model.num_registers)
+    return jnp.clip(_detokenize(model, ids, keep_k, noise, scales, num_steps, mode, interval), -1, 1)
+
+  return adaptive.shortest_length(decode, metric, images, ids, quality)

@@ -16,13 +16,15 @@ from ml_collections import ConfigDict, config_flags
 
 from flextok_jax import cli, settings
 from flextok_jax.checkpoints import loading
-from flextok_jax.data import pipeline
-from flextok_jax.evals import reconstruction
+from flextok_jax.evals import reconstruction, token_loss
+from flextok_jax.evals.make import make_evaluator
 from flextok_jax.stages import make_stage
-from flextok_jax.training import sharding
+from flextok_jax.training import checkpoint, inputs, sharding
 
-MODEL_FIELDS = ("stage", "image_size", "vae", "encoder", "decoder", "tokens")
-TRAINING_FIELDS = ("vae.sample_posterior", "tokens.nested_dropout", "tokens.null_prob")  # without effect here
+MODEL_FIELDS = ("stage", "image_size", "vae", "encoder", "decoder", "tokens", "ar", "text")
+# Without effect here.
+TRAINING_FIELDS = ("vae.sample_posterior", "tokens.nested_dropout", "tokens.null_prob", "ar.tokenizer",
+                   "ar.drop_condition", "ar.position_decay", *checkpoint.FREE_AR)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -58,12 +60,12 @@ def main(values: flags.FlagValues):
     raise ValueError(f"--out={out} is a file: give a folder")
   report = evaluate(config, params)
   conditions = {"checkpoint": str(source), "image_size": config.image_size}
-  if report.scores["num_tokens"]:
+  if report.scores.get("num_tokens"):  # images were decoded
     conditions["sampler"] = config.sampler.to_dict()
-  paths = reconstruction.write_report(report, out, conditions)
+  paths = report.write(out, conditions)
   with open(out / "eval.jsonl", "a") as f:
     f.write(json.dumps({**conditions, **report.scores}) + "\n")
-  print(reconstruction.format_table(report) + "\n")
+  print(report.table() + "\n")
   for path in (*paths, out / "eval.jsonl"):
     print(path)
 
@@ -82,7 +84,9 @@ def with_settings(trained: ConfigDict, given: ConfigDict) -> ConfigDict:
 
 def check_same_model(given: Mapping[str, Any], trained: Mapping[str, Any]):
   """Raises ValueError where two configs describe different models."""
-  given, trained = ({k: v for name in MODEL_FIELDS for k, v in _flat(name, c[name])} for c in (given, trained))
+  given, trained = (
+      {k: v for name in MODEL_FIELDS if name in c for k, v in _flat(name, c[name])} for c in (given, trained)
+  )
   for name in sorted(given.keys() & trained.keys()):  # an older checkpoint may lack a field
     if name not in TRAINING_FIELDS and given[name] != trained[name]:
       raise ValueError(f"--config has {name} = {given[name]!r}, but the checkpoint was trained with"
@@ -95,6 +99,9 @@ def apply_flags(config, values: flags.FlagValues):
   Raises:
     ValueError: naming the flag.
   """
+  for name in ("num_tokens", "sources"):
+    if values[name].value and config.stage == "ar":
+      raise ValueError(f"--{name} has no meaning for a generator: its loss is over all tokens of config.data.tokens")
   if values.num_tokens:
     if config.stage == "vae":
       raise ValueError("--num_tokens has no meaning for a model of stage 'vae', which has no tokens")
@@ -108,28 +115,16 @@ def apply_flags(config, values: flags.FlagValues):
   return config
 
 
-def evaluate(config, params) -> reconstruction.Report:
-  """Evaluates params on the validation splits of config.eval.sources.
+def evaluate(config, params) -> reconstruction.Report | token_loss.Report:
+  """Evaluates params on the validation splits of config.eval.sources, a generator on those of config.data.tokens.
 
   Raises:
     ValueError: a setting out of range, before anything is read or compiled.
   """
-  c = config.eval
   settings.at_least_one(config, "eval.num_images", "eval.batch_size", "eval.grid_images")
-  for name in c.sources:
-    if name not in config.data.sources:
-      raise ValueError(f"unknown evaluation set {name!r}: one of {', '.join(config.data.sources)}")
-  counts = ()
-  if config.stage != "vae":
-    counts = reconstruction.token_counts(c.num_tokens, config.tokens.num_registers)
   stage = make_stage(config)
-  sets = {
-      name: pipeline.eval_set(config.data, name, image_size=config.image_size, num_images=c.num_images)
-      for name in c.sources
-  }
   mesh = sharding.make_mesh(ConfigDict({"data": -1}))  # all devices here, whatever the training had
-  evaluator = reconstruction.Reconstruction(
-      stage.predict_fns, sets, counts, c.batch_size, config.seed, c.grid_images, sharding.batch_sharding(mesh))
+  evaluator = make_evaluator(config, stage, mesh, inputs.make_prepare(config, mesh))
   return evaluator.run(jax.device_put(params, sharding.replicated(mesh)))
 
 

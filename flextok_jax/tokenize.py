@@ -1,9 +1,12 @@
 """Turns images into token ids.
 
 python -m flextok_jax.tokenize --checkpoint=PATH --images=FILE_OR_FOLDER[,...] --out=tokens.json [--num_tokens=K]
+python -m flextok_jax.tokenize --checkpoint=PATH --config=FILE --out=DIR [--split=validation] [--num_images=N]
+    [--copies=K] [--quality=Q]
 
-A token file is JSON, {"image_size": pixels, "num_tokens": K, "names": [n], "token_ids": [n][K]}, or an .npz of the same
-four arrays (no pickles inside).
+The first makes a token file: JSON, {"image_size": pixels, "num_tokens": K, "names": [n], "token_ids": [n][K]}, or an
+.npz of the same four arrays (no pickles inside). The second makes token shards of the sources of config.data, for
+training stage "ar" (data/shards.py); killed and rerun, it goes on.
 """
 
 import functools
@@ -13,35 +16,104 @@ from pathlib import Path
 
 from absl import flags
 import jax
+from jax.sharding import AxisType
+from ml_collections import config_flags
 import numpy as np
 
 from flextok_jax import cli, files
 from flextok_jax.checkpoints import loading
-from flextok_jax.data import transforms
+from flextok_jax.checkpoints.fingerprint import fingerprint
+from flextok_jax.data import shard_writer, transforms
 from flextok_jax.evals import reconstruction
 from flextok_jax.ops import nested
 from flextok_jax.stages import make_stage
+from flextok_jax.training import sharding
+
+_OF_SHARDS = ("split", "num_images", "copies", "shards", "quality", "metric")  # flags that --images has no use for
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
   flags.DEFINE_string("checkpoint", None, "A tokenizer: file, folder or hub repository.", flag_values=values)
   flags.DEFINE_list("images", None, "Image files and folders, separated by commas.", flag_values=values)
-  flags.DEFINE_string("out", None, "File to write: .json or .npz.", flag_values=values)
+  flags.DEFINE_string("out", None, "File to write, .json or .npz; with --config a folder.", flag_values=values)
   flags.DEFINE_integer("num_tokens", None, "Tokens to write an image; default: all.", flag_values=values)
   flags.DEFINE_integer("batch_size", 32, "Images at once.", flag_values=values)
+  config_flags.DEFINE_config_file(
+      "config", None, "For token shards: a file whose data and seed say what to read.", flag_values=values)
+  flags.DEFINE_enum("split", "train", ("train", "validation"), "With --config: of the sources.", flag_values=values)
+  flags.DEFINE_integer("num_images", None, "With --config: images; default: all of one source.", flag_values=values)
+  flags.DEFINE_integer("copies", 1, "With --config: crops of each image, the first the centre crop, the others as in "
+                       "training.", flag_values=values)
+  flags.DEFINE_integer("shards", None, "With --config: files; default: one for about 4096 records.", flag_values=values)
+  flags.DEFINE_float("quality", None, "With --config: stores the length of the shortest prefix whose reconstruction is "
+                     "this near, in --metric; default: all tokens.", flag_values=values)
+  flags.DEFINE_string("metric", "mse", "With --quality: the distance.", flag_values=values)
 
 
 def main(values: flags.FlagValues):
-  """Tokenizes values.images into values.out."""
-  for name in ("checkpoint", "images", "out"):
+  """Tokenizes values.images, or the sources of values.config, into values.out."""
+  for name in ("checkpoint", "images" if values.config is None else "config", "out"):
     if not values[name].value:
-      raise ValueError(f"--{name} is missing")
+      raise ValueError(f"--{name} is missing" + (" (or --config, for token shards)" if name == "images" else ""))
+  if values.batch_size < 1:
+    raise ValueError(f"--batch_size={values.batch_size} must be at least 1")
+  if values.config is None:
+    tokenize_files(values)
+  else:
+    tokenize_sources(values)
+
+
+def tokenize_files(values: flags.FlagValues):
+  """Writes a token file of values.images."""
+  for name in _OF_SHARDS:
+    if values[name].present:
+      raise ValueError(f"--{name} has no meaning for --images: it is for token shards, of the sources of --config")
   out = Path(values.out)
   if out.suffix not in (".json", ".npz"):
     raise ValueError(f"--out={out} must end in .json or .npz")
-  if values.batch_size < 1:
-    raise ValueError(f"--batch_size={values.batch_size} must be at least 1")
+  config, params, tokenize_fn, num_tokens = _load(values)
+  images, names = transforms.load_images(values.images, config.image_size)
+  token_ids = tokenize(tokenize_fn, params, images, values.batch_size)[:, :num_tokens]
+  write_tokens(out, config.image_size, names, token_ids)
+  print(f"wrote {out}: {len(names)} images of {config.image_size} px, {num_tokens} tokens each")
+
+
+def tokenize_sources(values: flags.FlagValues):
+  """Writes the token shards of values.config that belong to this process, on the devices of this process."""
+  if values.images:
+    raise ValueError("--images and --config are two ways to name images: give one of them")
+  if Path(values.out).is_file():
+    raise ValueError(f"--out={values.out} is a file: token shards need a folder")
+  config, params, tokenize_fn, num_tokens = _load(values)
+  mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,),
+                       devices=jax.local_devices())
+  tokenizer = {"fingerprint": fingerprint(config, params), "dtype": config.dtype, "image_size": config.image_size,
+               "num_ids": int(np.prod(config.tokens.levels)), "num_tokens": num_tokens}
+  params = jax.device_put(params, sharding.replicated(mesh))
+  lengths_fn = None
+  if values.quality is not None:
+    from flextok_jax import adaptive  # late: only lengths need it
+    lengths_fn = adaptive.make_lengths_fn(config, params, values.quality, values.metric)
+    tokenizer["sampler"] = config.sampler.to_dict()
+  elif values["metric"].present:
+    raise ValueError("--metric needs --quality, the distance that will do")
+  tokenize_fn = jax.jit(tokenize_fn)
+
+  def encode(images):
+    images = jax.device_put(images, sharding.batch_sharding(mesh))
+    ids = tokenize_fn(params, images)[:, :num_tokens]
+    return ids, lengths_fn and lengths_fn(images, ids)
+
+  shard_writer.write(
+      values.out, values.config, encode, tokenizer, split=values.split, num_images=values.num_images,
+      copies=values.copies, num_shards=values.shards, batch_size=-(-values.batch_size // mesh.size) * mesh.size,
+      quality=values.quality, metric=lengths_fn and values.metric, process_index=jax.process_index(),
+      process_count=jax.process_count())
+
+
+def _load(values: flags.FlagValues):
+  """(config, params, tokenize_fn(params, images), number of its tokens to keep)."""
   config, params = loading.load(values.checkpoint)
   predict_fns = make_stage(config).predict_fns
   if "tokenize" not in predict_fns:
@@ -49,12 +121,8 @@ def main(values: flags.FlagValues):
   registers = config.tokens.num_registers
   (num_tokens,) = reconstruction.token_counts(
       (registers if values.num_tokens is None else values.num_tokens,), registers)
-
-  images, names = transforms.load_images(values.images, config.image_size)
-  tokenize_fn = functools.partial(predict_fns["tokenize"], num_tokens=nested.slots(num_tokens - 1, registers))
-  token_ids = tokenize(tokenize_fn, params, images, values.batch_size)[:, :num_tokens]
-  write_tokens(out, config.image_size, names, token_ids)
-  print(f"wrote {out}: {len(names)} images of {config.image_size} px, {num_tokens} tokens each")
+  slots = nested.slots(num_tokens - 1, registers)
+  return config, params, functools.partial(predict_fns["tokenize"], num_tokens=slots), num_tokens
 
 
 def tokenize(tokenize_fn, params, images: np.ndarray, batch_size: int) -> np.ndarray:

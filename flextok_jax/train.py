@@ -15,9 +15,8 @@ import safetensors
 
 from flextok_jax import cli, settings, stages
 from flextok_jax.checkpoints import loading, saving
-from flextok_jax.data import pipeline
-from flextok_jax.evals import reconstruction
-from flextok_jax.training import checkpoint, optim, sharding
+from flextok_jax.evals.make import make_evaluator
+from flextok_jax.training import checkpoint, inputs, optim, sharding
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training.state import init_state, make_update, unbox
 
@@ -39,6 +38,7 @@ def train(config, workdir: str):
   settings.at_least_one(config, "optim.accumulate_steps", "eval.num_images", "eval.batch_size", "eval.grid_images")
   settings.at_least_one(config, *(f"train.{name}" for name in every))
   settings.float_dtype("train.export_dtype", config.train.export_dtype)
+  config = inputs.with_tokenizer(config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.data.global_batch, config.optim.accumulate_steps, mesh)
   stage = stages.make_stage(config)
@@ -46,7 +46,8 @@ def train(config, workdir: str):
   schedule = optim.make_schedule(config.optim, config.train.num_steps)
   init_key, run_key = jax.random.split(jax.random.key(config.seed))
   # All that can be wrong is looked at before anything is written.
-  evaluator = make_evaluator(config, stage, mesh)
+  prepare = inputs.make_prepare(config, mesh)
+  evaluator = make_evaluator(config, stage, mesh, prepare)
   checkpoint.check_workdir(workdir, config)
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_period)
 
@@ -72,15 +73,8 @@ def train(config, workdir: str):
   )
 
   first, last = int(state.step), config.train.num_steps
-  local = pipeline.train_batches(
-      config.data,
-      image_size=config.image_size,
-      seed=config.seed,
-      start_step=first,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-  )
-  batches = sharding.device_batches(local, sharding.batch_sharding(mesh))
+  local = inputs.train_batches(config, first)
+  batches = map(prepare, sharding.device_batches(local, sharding.batch_sharding(mesh)))
   checkpoint.claim_workdir(workdir, config)
   writer = metrics_lib.Writer(workdir, config.train.tensorboard)
   count = sum(x.size for x in jax.tree.leaves(state.params))
@@ -156,28 +150,12 @@ def _check(scalars: dict, images: int, config, checkpoints):
     )
 
 
-def make_evaluator(config, stage, mesh) -> reconstruction.Reconstruction:
-  """Builds the periodic evaluation of config.eval."""
-  names, number = config.eval.sources, config.eval.num_images
-  sets = {n: pipeline.eval_set(config.data, n, image_size=config.image_size, num_images=number) for n in names}
-  counts = reconstruction.token_counts(config.eval.num_tokens, config.tokens.num_registers)
-  return reconstruction.Reconstruction(
-      stage.predict_fns,
-      sets,
-      counts,
-      config.eval.batch_size,
-      config.seed,
-      config.eval.grid_images,
-      sharding.batch_sharding(mesh),
-  )
-
-
 def _evaluate(evaluator, state, step: int, workdir: str, writer):
-  """Writes table, curve and grids of the averaged parameters under workdir/eval/STEP."""
+  """Writes the report on the averaged parameters, numbers and pictures, under workdir/eval/STEP."""
   report = evaluator.run(state.joined(average=True))
   out = os.path.join(workdir, "eval", f"{step:08d}")
-  reconstruction.write_report(report, out)
-  writer.write(step, report.scalars(), f"{reconstruction.format_table(report)}\npictures of step {step}: {out}")
+  report.write(out)
+  writer.write(step, report.scalars(), f"{report.table()}\npictures of step {step}: {out}")
 
 
 def _line(step: int, last: int, s: dict) -> str:

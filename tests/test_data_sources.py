@@ -1,5 +1,6 @@
 """Sources: determinism, splits that do not overlap, captions that agree with pictures, clear errors."""
 
+import json
 import re
 
 from absl import logging
@@ -230,6 +231,47 @@ class TestFolder:
     assert same(got[1][0], source[3]) and same(got[9][0], source[0])  # the next readable one, wrapping around
     assert len(warnings) == 3 and "1.png" in warnings[0]  # each file is named once
 
+  def test_captions_beside_the_pictures(self, tmp_path):
+    write_folder(tmp_path / "a", count=6, classes=("tree_frog",))
+    beside = tmp_path / "a" / "tree_frog"
+    (beside / "0.txt").write_text("a frog\r\n\n  two  frogs \n", encoding="utf-8-sig")
+    (beside / "1.json").write_text(json.dumps({"caption": "ein Fr\u00f6schlein", "id": 3}), encoding="utf-8")
+    (beside / "2.json").write_text(json.dumps({"captions": ["one\nfrog", "", "green"]}))
+    (beside / "3.txt").write_text("from the text")
+    (beside / "3.json").write_text("never read")
+    (beside / "note.txt").write_text("of no picture")
+    cfg = self.cfg(path=str(tmp_path / "a"), val_path=str(write_folder(tmp_path / "v")))
+    source = sources.make_source("folder", cfg, "train")
+    want = [("a frog", "two frogs"), ("ein Fr\u00f6schlein",), ("one frog", "green"), ("from the text",),
+            ("tree frog",), ("tree frog",)]
+    records = [sources.read(source, i)[0] for i in range(6)]
+    assert [r["captions"] for r in records] == want
+    assert [r["caption"] for r in records] == [c[0] for c in want] and {r["label"] for r in records} == {0}
+
+  @pytest.mark.parametrize("name,data,words", [
+      pytest.param("0.txt", b"caf\xe9", "utf-8", id="latin-1"),
+      pytest.param("0.txt", b"", "no caption", id="empty"),
+      pytest.param("0.txt", b" \n\n", "no caption", id="blank"),
+      pytest.param("0.txt", b"x" * (sources.MAX_SIDECAR + 1), "more than 1000000 bytes", id="huge"),
+      pytest.param("0.json", b"", "Expecting value", id="empty-json"),
+      pytest.param("0.json", b"\xff{}", "utf-8", id="binary-json"),
+      pytest.param("0.json", b"[" * 100_000, "recursion", id="deep"),
+      pytest.param("0.json", b'{"captions": []}', "no caption", id="none"),
+      pytest.param("0.json", b'{"captions": "a"}', "neither", id="text-for-list"),
+      pytest.param("0.json", b'{"caption": 3}', "neither", id="number"),
+      pytest.param("0.json", b'{"text": "a"}', "neither", id="other-key"),
+      pytest.param("0.json", b'["a"]', "neither", id="list"),
+  ])
+  def test_damaged_captions(self, tmp_path, name, data, words):
+    write_folder(tmp_path / "a", count=2, classes=("bird",))
+    (tmp_path / "a" / "bird" / name).write_bytes(data)
+    cfg = self.cfg(path=str(tmp_path / "a"), val_path=str(write_folder(tmp_path / "v")))
+    source = sources.make_source("folder", cfg, "train")
+    with pytest.raises(sources.UnreadableRecord, match=f"bird/{name}: .*{words}") as caught:
+      source[0]
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert sources.read(source, 0)[1] == 1  # passed over, as an image would be
+
   def test_nothing_readable(self, tmp_path):
     (tmp_path / "a").mkdir()
     for i in range(30):
@@ -237,6 +279,12 @@ class TestFolder:
     cfg = self.cfg(path=str(tmp_path / "a"), val_path=str(write_folder(tmp_path / "v")))
     with pytest.raises(ValueError, match="20 images in a row are unreadable"):
       sources.read(sources.make_source("folder", cfg, "train"), 0)
+
+
+def test_every_record_has_all_its_captions():
+  for source in (synthetic.Synthetic("train", 16), photos.Photos("train", 48)):
+    record, _ = sources.read(source, 3)
+    assert record["captions"] == (source[3]["caption"],) == (record["caption"],)
 
 
 def test_unknown_names():

@@ -29,6 +29,7 @@ def data_dir(tmp_path_factory):
     def _info(self):
       return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
           "picture": tfds.features.Image(shape=(None, None, 3)), "note": tfds.features.Text(),
+          "captions": tfds.features.Sequence({"id": np.int64, "text": np.str_}),
           "kind": tfds.features.ClassLabel(names=["dark_one", "bright"])}))
 
     def _split_generators(self, dl_manager):
@@ -41,7 +42,8 @@ def data_dir(tmp_path_factory):
           buffer = io.BytesIO()
           Image.fromarray(np.random.default_rng(0).integers(0, 255, image.shape, np.uint8)).save(buffer, "PNG")
           image = io.BytesIO(buffer.getvalue()[:60])
-        yield i, {"picture": image, "kind": int(i >= 4), "note": f"number {i}"}
+        yield i, {"picture": image, "kind": int(i >= 4), "note": f"number {i}",
+                  "captions": [{"id": j, "text": f"{j} ö {i}" if i != 2 else b"\xff"} for j in range(i % 4)]}
 
   TinyPictures(data_dir=root, file_format="array_record").download_and_prepare()
   return root
@@ -85,6 +87,23 @@ def test_batches_and_evaluation_set(data_dir):
   assert len(sliced) == 6
 
 
+def test_captions(data_dir):
+  make = lambda key: sources.make_source("tfds", cfg(data_dir, caption_key=key).sources.tfds, "validation")
+  source = make("note")
+  assert sorted(source[i]["captions"] for i in range(3)) == [(f"number {i}",) for i in range(3)]
+  source = make("captions/text")
+  at = {int(np.asarray(make("note")[i]["image"])[0, 0, 0]) // 20: i for i in range(3)}
+  record = source[at[1]]
+  assert record["caption"] == "0 ö 1" and record["captions"] == ("0 ö 1",) and record["label"] == 0
+  for number, words in ((0, "no caption"), (2, "utf-8")):
+    where = rf"tiny_pictures test \[{at[number]}\], captions/text: "
+    with pytest.raises(sources.UnreadableRecord, match=f"{where}.*{words}"):
+      source[at[number]]
+  train = sources.make_source("tfds", cfg(data_dir, caption_key="captions/text").sources.tfds, "train")
+  read = [sources.read(train, i)[0]["captions"] for i in range(8)]
+  assert ("0 ö 7", "1 ö 7", "2 ö 7") in read and ("0 ö 6", "1 ö 6") in read
+
+
 @pytest.mark.parametrize("kwargs,words", [
     (dict(name="no_such_data_set"), "'no_such_data_set' cannot be found"),
     (dict(name="mnist"), "tfds build mnist --data_dir=.* --file_format=array_record"),
@@ -93,6 +112,10 @@ def test_batches_and_evaluation_set(data_dir):
     (dict(image_key="image"), "no image feature 'image'"),
     (dict(label_key="note"), "no integer label 'note'"),
     (dict(val_split="train"), "held out"),
+    (dict(caption_key="captions"), "no text 'captions'; its features are"),
+    (dict(caption_key="captions/id"), "no text 'captions/id'"),
+    (dict(caption_key="note/text"), "no text 'note/text'"),
+    (dict(caption_key="picture"), "no text 'picture'"),
 ])
 def test_errors_are_one_clear_line(data_dir, kwargs, words):
   with pytest.raises(ValueError, match=words) as caught:

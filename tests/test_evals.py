@@ -173,12 +173,12 @@ def test_bad_sets_and_diverged_weights_are_refused(stage, images, in_parts, para
 
 
 def test_written_report(report, images, tmp_path):
-  paths = reconstruction.write_report(report, tmp_path / "new", {"checkpoint": "x"})
+  paths = report.write(tmp_path / "new", {"checkpoint": "x"})
   assert sorted(path.name for path in paths) == ["curve.png", "grid_left.png", "grid_right.png", "report.json"]
   assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in paths)
   assert json.loads(paths[0].read_text()) == {"checkpoint": "x", **report.scores}
   assert report.scalars()["eval/left/psnr_2"] == report.scores["sets"]["left"]["by_tokens"]["2"]["psnr"]
-  assert len(reconstruction.format_table(report).splitlines()) == 2 * (2 + 3) + 1
+  assert len(report.table().splitlines()) == 2 * (2 + 3) + 1
 
   grid = np.asarray(Image.open(tmp_path / "new" / "grid_left.png"))
   left, top, right, bottom = plots.cell_box(3, 3, 16, 16)  # rows: 4 images; columns: original, 1, 2, 4
@@ -203,7 +203,7 @@ def test_vae_report_has_one_column_and_no_curve(images, tmp_path):
       stage="vae", vae=dict(latent_channels=4, block_out_channels=(32,), layers_per_block=1)))
   report = evaluator(stage, {"a": images}, 5).run(make_params(stage))
   assert list(report.scores["sets"]["a"]["by_tokens"]) == ["vae"]
-  paths = reconstruction.write_report(report, tmp_path)
+  paths = report.write(tmp_path)
   assert sorted(path.name for path in paths) == ["grid_a.png", "report.json"]
 
 

@@ -18,24 +18,39 @@ def fetch(repository: str) -> tuple[str, str]:
   Raises:
     FileNotFoundError: it cannot be had, with what to download and where to put it.
   """
+  needed = f"{CONFIG} and {WEIGHTS[0]} (of a VAE {WEIGHTS[1]})"
+  return fetch_file(repository, CONFIG, needed=needed), fetch_file(repository, *WEIGHTS, needed=needed)
+
+
+def fetch_file(repository: str, *names: str, needed: str) -> str:
+  """Returns the local path of the first of `names` that the repository has, downloading what the cache does not hold.
+
+  Args:
+    repository: "organisation/name".
+    names: of files, the best first.
+    needed: the files to download by hand, for the error.
+
+  Raises:
+    FileNotFoundError: none can be had, with what to download and where to put it.
+  """
   try:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import EntryNotFoundError
   except ImportError:
     raise FileNotFoundError(
         f"{repository} is no file or folder here, and without huggingface_hub it cannot be downloaded: "
-        "pip install huggingface_hub, or give a folder with its config.json and weights"
+        f"pip install huggingface_hub, or give a folder with {needed}"
     ) from None
   try:
-    config = hf_hub_download(repository, CONFIG)
-    try:
-      return config, hf_hub_download(repository, WEIGHTS[0])
-    except EntryNotFoundError:  # also when offline; then neither name is cached, or the second is
-      return config, hf_hub_download(repository, WEIGHTS[1])
+    for name in names[:-1]:
+      try:
+        return hf_hub_download(repository, name)
+      except EntryNotFoundError:  # also when offline; then no name is cached, or a later one is
+        pass
+    return hf_hub_download(repository, names[-1])
   except Exception as e:  # network, authentication, offline mode: huggingface_hub and its client raise many kinds
     reason = str(e).strip().partition("\n")[0].partition(". ")[0][:160]
     raise FileNotFoundError(
         f"{repository} is no file or folder here, nor could it be downloaded ({type(e).__name__}: {reason}). Download "
-        f"{CONFIG} and {WEIGHTS[0]} (of a VAE {WEIGHTS[1]}) from https://huggingface.co/{repository} into a folder "
-        "and give that folder"
+        f"{needed} from https://huggingface.co/{repository} into a folder and give that folder"
     ) from None

@@ -31,25 +31,37 @@ class _Records:
     return sources_lib.read(self._source, int(index))
 
 
-class _Prepare(grain.transforms.RandomMap):
-  """(record, passed over), generator -> row of the batch."""
+class Augment:
+  """(picture, generator) -> uint8 [size, size, 3]: the crop and the flip that config.data allows a source.
+
+  `varies` says whether two draws can differ.
+  """
 
   def __init__(self, data_cfg, source, image_size: int):
     self._size = image_size
     self._random_crop = data_cfg.crop == "random" and not source.framed
     self._min_area = data_cfg.crop_min_area
     self._flip = data_cfg.flip and source.flip
+    self.varies = self._random_crop or self._flip
+
+  def __call__(self, image, rng: np.random.Generator) -> np.ndarray:
+    if self._random_crop:
+      image = transforms.random_resized_crop(image, self._size, rng, self._min_area)
+    else:
+      image = transforms.center_crop(image, self._size)
+    return transforms.flip(image) if self._flip and rng.random() < 0.5 else image
+
+
+class _Prepare(grain.transforms.RandomMap):
+  """(record, passed over), generator -> row of the batch."""
+
+  def __init__(self, augment: Augment):
+    self._augment = augment
 
   def random_map(self, element, rng: np.random.Generator) -> dict:
     record, skipped = element
-    if self._random_crop:
-      image = transforms.random_resized_crop(record["image"], self._size, rng, self._min_area)
-    else:
-      image = transforms.center_crop(record["image"], self._size)
-    if self._flip and rng.random() < 0.5:
-      image = transforms.flip(image)
-    return {"image": image, "label": np.int32(record["label"]), "num_objects": np.int32(record["num_objects"]),
-            "unreadable": np.int32(skipped)}
+    return {"image": self._augment(record["image"], rng), "label": np.int32(record["label"]),
+            "num_objects": np.int32(record["num_objects"]), "unreadable": np.int32(skipped)}
 
 
 class _LocalRows:
@@ -85,20 +97,32 @@ def _check(data_cfg):
                      "for example --config.data.sources.synthetic.weight=1")
 
 
+def open_sources(data_cfg, split: str) -> dict:
+  """Returns {name: source} of those with a weight above 0, by name; ValueError for settings that make no sense."""
+  _check(data_cfg)
+  names = sorted(name for name in data_cfg.sources if data_cfg.sources[name].weight)
+  return {name: sources_lib.make_source(name, data_cfg.sources[name], split) for name in names}
+
+
+def seeds(seed: int, name: str) -> tuple[int, int]:
+  """Returns the seeds of the shuffle and of the augmentation of what is called `name`."""
+  return tuple(int(s) for s in np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(2))
+
+
+def mix(data_cfg, parts: dict) -> grain.MapDataset:
+  """Interleaves endless data sets, {name of a source: data set}, by the weights of their sources."""
+  datasets, weights = list(parts.values()), [data_cfg.sources[name].weight for name in parts]
+  return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights=weights)
+
+
 def _elements(data_cfg, image_size: int, seed: int):
   """The endless sequence of rows."""
-  parts, weights = [], []
-  for name in sorted(data_cfg.sources):
-    cfg = data_cfg.sources[name]
-    if not cfg.weight:
-      continue
-    source = sources_lib.make_source(name, cfg, "train")
-    seeds = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(2)
-    shuffle_seed, augment_seed = (int(s) for s in seeds)
+  parts = {}
+  for name, source in open_sources(data_cfg, "train").items():
+    shuffle_seed, augment_seed = seeds(seed, name)
     part = grain.MapDataset.source(_Records(source)).shuffle(seed=shuffle_seed).repeat()
-    parts.append(part.random_map(_Prepare(data_cfg, source, image_size), seed=augment_seed))
-    weights.append(cfg.weight)
-  return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=weights)
+    parts[name] = part.random_map(_Prepare(Augment(data_cfg, source, image_size)), seed=augment_seed)
+  return mix(data_cfg, parts)
 
 
 def train_batches(data_cfg, *, image_size: int, seed: int, start_step: int = 0, process_index: int = 0,
@@ -108,22 +132,41 @@ def train_batches(data_cfg, *, image_size: int, seed: int, start_step: int = 0, 
   Rows are a contiguous block of b = global_batch / process_count. A batch: image uint8 [b, s, s, 3]; label,
   num_objects, unreadable (records passed over to get the row) int32 [b].
   """
-  _check(data_cfg)
+  elements = _elements(data_cfg, image_size, seed)
+  return local_batches(elements, data_cfg, start_step, process_index, process_count)
+
+
+def local_batches(elements, data_cfg, start_step: int, process_index: int, process_count: int, **options):
+  """train_batches of any endless sequence of elements, dicts of arrays; options are those of stream."""
   size = data_cfg.global_batch
   if size < 1 or size % process_count:
     raise ValueError(f"config.data.global_batch={size} is not divisible by {process_count} processes")
   local = size // process_count
-  rows = _LocalRows(_elements(data_cfg, image_size, seed), size, local, process_index * local, start_step)
+  return stream(_LocalRows(elements, size, local, process_index * local, start_step), local, data_cfg, **options)
+
+
+def stream(rows, size: int, data_cfg, *, drop_remainder: bool = True, batch_fn=None, by_batch: bool = False):
+  """Returns an iterator over a random-access sequence in batches, read ahead by config.data's threads or workers.
+
+  Args:
+    batch_fn: joins a list of `size` rows, by default into arrays.
+    by_batch: a thread makes a whole batch, not a row: for rows so cheap that handing them over would cost the most.
+  """
   rows = grain.MapDataset.source(rows)
+  batching = dict(drop_remainder=drop_remainder, batch_fn=batch_fn)
+  if not data_cfg.num_workers and by_batch:
+    ready = max(data_cfg.prefetch, 1)
+    options = grain.ReadOptions(num_threads=min(data_cfg.num_threads, ready), prefetch_buffer_size=ready)
+    return iter(rows.batch(size, **batching).to_iter_dataset(options))
   if not data_cfg.num_workers:
-    ready = max(data_cfg.prefetch * local, 1)
+    ready = max(data_cfg.prefetch * size, 1)
     options = grain.ReadOptions(num_threads=data_cfg.num_threads, prefetch_buffer_size=ready)
-    return iter(rows.to_iter_dataset(options).batch(local, drop_remainder=True))
+    return iter(rows.to_iter_dataset(options).batch(size, **batching))
   if not flags.FLAGS.is_parsed():  # grain hands its flags to the workers; outside absl's app.run they have defaults
     flags.FLAGS.mark_as_parsed()
   # Workers take whole batches in turn: a batch is the unit that they interleave.
   options = grain.ReadOptions(num_threads=data_cfg.num_threads, prefetch_buffer_size=max(data_cfg.num_threads, 1))
-  batches = rows.batch(local, drop_remainder=True).to_iter_dataset(options)
+  batches = rows.batch(size, **batching).to_iter_dataset(options)
   return iter(batches.mp_prefetch(grain.MultiprocessingOptions(
       num_workers=data_cfg.num_workers, per_worker_buffer_size=max(data_cfg.prefetch // data_cfg.num_workers, 1))))
 

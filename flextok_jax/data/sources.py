@@ -1,13 +1,15 @@
 """The five sources of images behind one interface.
 
 A source is a random-access sequence: len(source), and source[i] -> {"image": Pillow image or uint8 array as stored,
-"label": int, "caption": str, "num_objects": int}, numbers -1 where unknown. Its attribute `framed` says that the
+"label": int, "caption": str, "num_objects": int}, numbers -1 where unknown. "captions" are all captions of the record,
+"caption" is the first of them: where a source has but one, `read` adds them. Its attribute `framed` says that the
 picture is composed already, so that the pipeline resizes without a random crop; `flip` whether mirroring leaves the
 caption true. A record that cannot be read raises UnreadableRecord.
 """
 
 import hashlib
 import io
+import json
 import os
 
 from absl import logging
@@ -19,6 +21,7 @@ NAMES = ("synthetic", "emoji", "photos", "folder", "tfds")
 SPLITS = ("train", "validation")
 VALIDATION_PERCENT = 5  # of a folder without val_path
 MAX_RUN = 20  # unreadable records in a row before reading stops
+MAX_SIDECAR = 1_000_000  # bytes of a file with captions
 
 
 class UnreadableRecord(Exception):
@@ -50,7 +53,8 @@ def make_source(name: str, cfg, split: str):
       raise ValueError(f"train_split and val_split of config.data.sources.tfds are both {cfg.train_split!r}: "
                        "validation must be held out")
     tfds_split = cfg.train_split if split == "train" else cfg.val_split
-    return Tfds(tfds_split, cfg.name, cfg.data_dir, cfg.image_key, cfg.label_key)
+    return Tfds(tfds_split, cfg.name, cfg.data_dir, cfg.image_key, cfg.label_key,
+                cfg.get("caption_key", ""))  # older weights files lack it
   raise ValueError(f"unknown data source {name!r}: use one of {', '.join(NAMES)}")
 
 
@@ -63,6 +67,7 @@ def is_validation(relative_path: str) -> bool:
 class Folder:
   """A tree of jpg, jpeg, png and webp files; class = first subfolder below path (sorted), caption = its name.
 
+  Beside X.jpg, X.txt (a caption a line) or else X.json ({"caption": str} or {"captions": [str, ...]}) has its captions.
   validation: val_path, or without it VALIDATION_PERCENT percent of path, by a hash of the file's relative path. Class
   numbers are path's in both splits; a file outside any subfolder, or in one that path lacks, has label -1.
   """
@@ -99,7 +104,42 @@ class Folder:
     except transforms.DECODE_ERRORS as error:
       raise UnreadableRecord(path, str(error)) from error
     name = _class_of(file)
-    return {"image": image, "label": self._labels.get(name, -1), "caption": name.replace("_", " "), "num_objects": -1}
+    captions = _sidecar_captions(os.path.splitext(path)[0]) or (name.replace("_", " "),)
+    return {"image": image, "label": self._labels.get(name, -1), "caption": captions[0], "captions": captions,
+            "num_objects": -1}
+
+
+def _sidecar_captions(stem: str) -> tuple[str, ...]:
+  """Returns the captions in stem.txt or else stem.json; () where there is neither."""
+  for path, parse in ((f"{stem}.txt", str.splitlines), (f"{stem}.json", _json_captions)):
+    try:
+      with open(path, "rb") as f:
+        data = f.read(MAX_SIDECAR + 1)
+      if len(data) > MAX_SIDECAR:
+        raise ValueError(f"more than {MAX_SIDECAR} bytes")
+      return _clean(parse(data.decode("utf-8-sig")))
+    except FileNotFoundError:
+      continue
+    except (OSError, ValueError, RecursionError) as error:
+      raise UnreadableRecord(path, _first_line(error)) from error
+  return ()
+
+
+def _json_captions(text: str) -> list[str]:
+  values = json.loads(text)
+  if isinstance(values, dict):
+    captions = values["captions"] if "captions" in values else [values.get("caption")]
+    if isinstance(captions, list) and all(isinstance(caption, str) for caption in captions):
+      return captions
+  raise ValueError('neither {"caption": "..."} nor {"captions": ["...", ...]}')
+
+
+def _clean(captions) -> tuple[str, ...]:
+  """Returns the captions, each in one line and none empty; ValueError where none is left."""
+  captions = tuple(line for line in (" ".join(caption.split()) for caption in captions) if line)
+  if not captions:
+    raise ValueError("no caption")
+  return captions
 
 
 def _relative_files(folder: str) -> list[str]:
@@ -118,14 +158,15 @@ def _nested(one: str, other: str) -> bool:
 class Tfds:
   """A TFDS image data set prepared as ArrayRecord, read at random access through tfds.data_source; needs no tensorflow.
 
-  The stored bytes are decoded by Pillow, like files. label_key "" means no label; the caption is the label's name where
-  TFDS has one.
+  The stored bytes are decoded by Pillow, like files. label_key "" means no label. caption_key is a text feature, or a
+  sequence of them, in the manner of "captions/text" where it lies within others; "" makes the label's name the caption,
+  where TFDS has one.
   """
 
   framed = False
   flip = True
 
-  def __init__(self, split: str, name: str, data_dir: str, image_key: str, label_key: str):
+  def __init__(self, split: str, name: str, data_dir: str, image_key: str, label_key: str, caption_key: str = ""):
     import tensorflow_datasets as tfds  # late: slow to import, and only this source needs it
     what = f"TFDS data set {name!r}"
     place = data_dir or tfds.core.constants.DATA_DIR
@@ -143,6 +184,10 @@ class Tfds:
     label = features.get(label_key)
     if label_key and (label is None or label.shape != () or not np.issubdtype(label.np_dtype, np.integer)):
       raise ValueError(f"{what} has no integer label {label_key!r}; its features are {names} ('' for no label)")
+    caption = _feature(builder.info.features, caption_key)
+    if caption_key and getattr(caption, "np_dtype", None) != np.object_:  # TFDS's type of text
+      raise ValueError(f"{what} has no text {caption_key!r}; its features are {names} ('' for the label's name; "
+                       "'captions/text' for the text within captions)")
     try:
       self._records = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
     except NotImplementedError as error:  # TFRecord files have no random access
@@ -152,6 +197,7 @@ class Tfds:
       splits = ", ".join(builder.info.splits)
       raise ValueError(f"{what} has no split {split!r}; its splits are {splits}") from error
     self._name, self._image_key, self._label_key = f"{name} {split}", image_key, label_key
+    self._caption_key = caption_key
     self.class_names = tuple(getattr(label, "names", None) or ())
 
   def __len__(self) -> int:
@@ -164,8 +210,32 @@ class Tfds:
     except transforms.DECODE_ERRORS as error:
       raise UnreadableRecord(f"{self._name} [{index}]", str(error)) from error
     label = int(record[self._label_key]) if self._label_key else -1
-    caption = self.class_names[label].replace("_", " ") if 0 <= label < len(self.class_names) else ""
-    return {"image": image, "label": label, "caption": caption, "num_objects": -1}
+    captions = (self.class_names[label].replace("_", " ") if 0 <= label < len(self.class_names) else "",)
+    if self._caption_key:
+      try:
+        captions = _clean(_texts(record, self._caption_key.split("/")))
+      except ValueError as error:
+        raise UnreadableRecord(f"{self._name} [{index}], {self._caption_key}", _first_line(error)) from error
+    return {"image": image, "label": label, "caption": captions[0], "captions": captions, "num_objects": -1}
+
+
+def _feature(features, path: str):
+  """Returns the TFDS feature at "a/b", or what a sequence there consists of; None where there is none."""
+  for part in path.split("/"):
+    features = getattr(features, "feature", features)  # of a sequence
+    if not hasattr(features, "keys") or part not in features:
+      return None
+    features = features[part]
+  return getattr(features, "feature", features)
+
+
+def _texts(value, path: list[str]) -> list[str]:
+  """Returns the texts at a path of a record; sequences on the way are walked through."""
+  if isinstance(value, dict):
+    return _texts(value[path[0]], path[1:])
+  if isinstance(value, (str, bytes)):
+    return [value.decode() if isinstance(value, bytes) else value]
+  return [text for item in value for text in _texts(item, path)]
 
 
 def _first_line(error: Exception) -> str:
@@ -183,7 +253,8 @@ def read(source, index: int) -> tuple[dict, int]:
   skipped = 0
   while True:
     try:
-      return source[(index + skipped) % len(source)], skipped
+      record = source[(index + skipped) % len(source)]
+      return {"captions": (record["caption"],), **record}, skipped
     except UnreadableRecord as error:
       skipped += 1
       if error.name not in _named:

@@ -1,8 +1,9 @@
-"""Pictures of an evaluation: the curve of quality over tokens (matplotlib) and the reconstruction grid (Pillow)."""
+"""Pictures: the curve of quality over tokens (matplotlib), grids of images and texts and strips of images (Pillow)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import io
 import math
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 MIN_CELL = 96  # pixels; smaller images are enlarged by a whole factor
 _INK = (32, 32, 32)
+_FRAME = (150, 150, 150)
+_MAX_LABEL = 200  # characters in a line of a text
+_STRIP_COLUMNS = 8
 
 
 def to_png(image: Image.Image | np.ndarray) -> bytes:
@@ -26,31 +30,63 @@ def column_label(column: str, last: bool) -> str:
   return column if not last else f"{column} token{'s' * (column != '1')}"
 
 
-def cell_box(row: int, column: int, height: int, width: int) -> tuple[int, int, int, int]:
-  """Returns (left, top, right, bottom) in the grid of the cell of images [height, width]; column 0 is the original."""
+def cell_box(row: int, column: int, height: int, width: int, apart: bool = True) -> tuple[int, int, int, int]:
+  """Returns (left, top, right, bottom) in the grid of the cell of images [height, width], column 0 a little apart."""
   scale = _scale(height, width)
   height, width = height * scale, width * scale
   gap = _gap(width)
-  left = 2 * gap + column * (width + gap) + (gap if column else 0)  # the original stands a little apart
+  left = 2 * gap + column * (width + gap) + (gap if column and apart else 0)
   top = gap + _header(width) + row * (height + gap)
   return left, top, left + width, top + height
 
 
-def grid(columns: Sequence[np.ndarray], labels: Sequence[str]) -> Image.Image:
-  """Lays out columns of uint8 [n, h, w, 3] pictures, a row an image, under their labels on white."""
-  n, height, width, _ = columns[0].shape
+def grid(
+    columns: Sequence[np.ndarray | Sequence[str]],
+    labels: Sequence[str],
+    framed: Collection[tuple[int, int]] = (),
+    apart: bool = True,
+) -> Image.Image:
+  """Lays out columns of pictures, a row an image, under their labels on white.
+
+  Args:
+    columns: uint8 [n, h, w, 3], all of one size; or n texts, wrapped to fit a cell. Of a text only its first paragraph
+      is cut, with an ellipsis, where it does not fit.
+    labels: of the columns.
+    framed: (row, column) of cells in a grey frame.
+    apart: column 0, with originals or texts, stands a little apart.
+  """
+  n, height, width, _ = next(column.shape for column in columns if isinstance(column, np.ndarray))
   scale = _scale(height, width)
-  _, _, right, bottom = cell_box(n - 1, len(columns) - 1, height, width)
+  _, _, right, bottom = cell_box(n - 1, len(columns) - 1, height, width, apart)
   gap = _gap(width * scale)
   picture = Image.new("RGB", (right + 2 * gap, bottom + 2 * gap), "white")
   draw = ImageDraw.Draw(picture)
-  for column, (images, label) in enumerate(zip(columns, labels, strict=True)):
-    left, top, right, _ = cell_box(0, column, height, width)
+  for column, (cells, label) in enumerate(zip(columns, labels, strict=True)):
+    left, top, right, _ = cell_box(0, column, height, width, apart)
     font = _font(label, width * scale)
     draw.text(((left + right) / 2, top - gap), label, fill=_INK, font=font, anchor="md")
-    for row, image in enumerate(images):
-      cell = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-      picture.paste(cell, cell_box(row, column, height, width)[:2])
+    for row, content in enumerate(cells):
+      box = cell_box(row, column, height, width, apart)
+      if isinstance(content, str):
+        _write(draw, content, box)
+        continue
+      cell = Image.fromarray(content).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+      if (row, column) in framed:
+        left, top, right, bottom = box
+        draw.rectangle((left - gap // 2, top - gap // 2, right + gap // 2 - 1, bottom + gap // 2 - 1), _FRAME)
+      picture.paste(cell, box[:2])
+  return picture
+
+
+def strip(images: np.ndarray, labels: Sequence[str]) -> Image.Image:
+  """Lays out pictures uint8 [n, h, w, 3], each under its label, from left to right in as many lines as it takes."""
+  lines = []
+  for start in range(0, len(images), _STRIP_COLUMNS):
+    part = slice(start, start + _STRIP_COLUMNS)
+    lines.append(grid([image[None] for image in images[part]], labels[part], apart=False))
+  picture = Image.new("RGB", (lines[0].width, sum(line.height for line in lines)), "white")
+  for i, line in enumerate(lines):
+    picture.paste(line, (0, i * line.height))
   return picture
 
 
@@ -102,3 +138,34 @@ def _font(label: str, cell: int) -> ImageFont.FreeTypeFont:
   if font.getlength(label) > cell:
     font = ImageFont.load_default(max(8, int(size * cell / font.getlength(label))))
   return font
+
+
+def _write(draw: ImageDraw.ImageDraw, text: str, box: tuple[int, int, int, int]):
+  """Writes a text into a cell: from its left edge, in the middle of its height."""
+  left, top, right, bottom = box
+  size = max(14, (right - left) // 14)
+  font = _text_font(text, size)
+  spacing = size // 4
+  first, *rest = text.split("\n")
+  rest = [line for paragraph in rest for line in _wrap(paragraph, font, right - left)]
+  most = (bottom - top) // (sum(font.getmetrics()) + spacing) - len(rest)
+  lines = [*_wrap(first, font, right - left, max(1, most)), *rest]
+  draw.multiline_text((left, (top + bottom) / 2), "\n".join(lines), fill=_INK, font=font, anchor="lm", spacing=spacing)
+
+
+def _text_font(text: str, size: int) -> ImageFont.FreeTypeFont:
+  """Returns the built-in font; for what it lacks that of matplotlib: European languages, Arabic, symbols."""
+  if text.isascii():
+    return ImageFont.load_default(size)
+  import matplotlib  # late, as above
+
+  return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int | None = None) -> list[str]:
+  """Breaks a text into lines of at most `width` pixels; what is left over after `most` lines becomes an ellipsis."""
+  for characters in range(min(len(text), _MAX_LABEL), 0, -1):
+    lines = textwrap.wrap(text, characters, max_lines=most, placeholder="…")
+    if all(font.getlength(line) <= width for line in lines):
+      return lines
+  return ["…"]

@@ -39,16 +39,33 @@ class Report:
         for metric, value in values.items()
     }
 
+  def table(self) -> str:
+    """Returns the scores as text, a block a set and a line a token count."""
+    blocks = []
+    for name, scored in self.scores["sets"].items():
+      lines = [f"{name}, {scored['num_images']} images", f"{'tokens':>8} {'PSNR dB':>9} {'SSIM':>8} {'MAE':>8}"]
+      for column, row in scored["by_tokens"].items():
+        lines.append(f"{column:>8} {row['psnr']:9.2f} {row['ssim']:8.4f} {row['mae']:8.4f}")
+      blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
 
-def format_table(report: Report) -> str:
-  """Returns the scores as text, a block a set and a line a token count."""
-  blocks = []
-  for name, scored in report.scores["sets"].items():
-    lines = [f"{name}, {scored['num_images']} images", f"{'tokens':>8} {'PSNR dB':>9} {'SSIM':>8} {'MAE':>8}"]
-    for column, row in scored["by_tokens"].items():
-      lines.append(f"{column:>8} {row['psnr']:9.2f} {row['ssim']:8.4f} {row['mae']:8.4f}")
-    blocks.append("\n".join(lines))
-  return "\n\n".join(blocks)
+  def write(self, out_dir: str | Path, settings: Mapping[str, Any] | None = None) -> list[Path]:
+    """Writes report.json (settings and scores), curve.png (where there are token counts) and grid_<set>.png.
+
+    Returns:
+      The paths written.
+    """
+    out_dir = Path(out_dir)
+    paths = [out_dir / "report.json"]
+    files.write_file(paths[0], (json.dumps({**(settings or {}), **self.scores}, indent=2) + "\n").encode())
+    if self.scores["num_tokens"]:
+      paths.append(out_dir / "curve.png")
+      files.write_file(paths[-1], plots.curve_png(self.scores["sets"]))
+    for name, columns in self.examples.items():
+      labels = [plots.column_label(column, last=column == list(columns)[-1]) for column in columns]
+      paths.append(out_dir / f"grid_{name}.png")
+      files.write_file(paths[-1], plots.to_png(plots.grid(list(columns.values()), labels)))
+    return paths
 
 
 def token_counts(requested: Sequence[int], num_registers: int) -> tuple[int, ...]:
@@ -209,22 +226,3 @@ class Reconstruction:
 
   def _place(self, batch: np.ndarray) -> jax.Array:
     return jax.device_put(batch, self._sharding)
-
-
-def write_report(report: Report, out_dir: str | Path, settings: Mapping[str, Any] | None = None) -> list[Path]:
-  """Writes report.json (settings and scores), curve.png (where there are token counts) and grid_<set>.png.
-
-  Returns:
-    The paths written.
-  """
-  out_dir = Path(out_dir)
-  paths = [out_dir / "report.json"]
-  files.write_file(paths[0], (json.dumps({**(settings or {}), **report.scores}, indent=2) + "\n").encode())
-  if report.scores["num_tokens"]:
-    paths.append(out_dir / "curve.png")
-    files.write_file(paths[-1], plots.curve_png(report.scores["sets"]))
-  for name, columns in report.examples.items():
-    labels = [plots.column_label(column, last=column == list(columns)[-1]) for column in columns]
-    paths.append(out_dir / f"grid_{name}.png")
-    files.write_file(paths[-1], plots.to_png(plots.grid(list(columns.values()), labels)))
-  return paths

@@ -17,6 +17,7 @@ from flextok_jax.training.state import TrainState
 # Fields that a resumed run may change; all others make another run of it.
 _FREE = ("train.", "eval.", "sampler.", "mesh.", "remat", "init_from")
 _FREE_DATA = ("data.num_threads", "data.num_workers", "data.prefetch", "data.max_unreadable")
+FREE_AR = ("ar.loss_chunk", "ar.guidance_scale", "ar.temperature", "ar.top_k", "ar.top_p")
 
 
 def _flat(config: ConfigDict) -> dict:
@@ -33,7 +34,7 @@ def check_workdir(workdir: str, config: ConfigDict):
     return
   old, new = _flat(read_config(workdir)), _flat(config)
   for name in sorted(old.keys() | new.keys()):
-    if old.get(name) != new.get(name) and not name.startswith(_FREE) and name not in _FREE_DATA:
+    if old.get(name) != new.get(name) and not name.startswith(_FREE) and name not in _FREE_DATA + FREE_AR:
       raise ValueError(
           f"workdir {workdir} belongs to another config: {name} is {old.get(name)!r} there and {new.get(name)!r} "
           "here; use another --workdir"

@@ -76,8 +76,8 @@ def make_update(
 
   def update(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
     key = jax.random.fold_in(key, state.step)
-    images = {"image": batch["image"]}
-    grads, metrics = (accumulated if accumulate_steps > 1 else grads_of)(state.params, state.frozen, images, key)
+    inputs = {name: x for name, x in batch.items() if name != "unreadable"}
+    grads, metrics = (accumulated if accumulate_steps > 1 else grads_of)(state.params, state.frozen, inputs, key)
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

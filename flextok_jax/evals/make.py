@@ -1,0 +1,35 @@
+"""The evaluation that a config asks for."""
+
+from collections.abc import Callable
+
+from flextok_jax.data import pipeline, shards
+from flextok_jax.evals.reconstruction import Reconstruction, token_counts
+from flextok_jax.evals.token_loss import TokenLoss
+from flextok_jax.training import sharding
+
+
+def make_evaluator(config, stage, mesh, prepare: Callable[[dict], dict]) -> Reconstruction | TokenLoss:
+  """Returns the evaluation of config.eval: evaluator.run(params) gives a report.
+
+  A report has scalars(), table() and write(folder, settings).
+
+  Args:
+    prepare: of training/inputs.py, for the stage "ar".
+
+  Raises:
+    ValueError: a setting out of range, or nothing to evaluate on.
+  """
+  c = config.eval
+  placed = sharding.batch_sharding(mesh)
+  if config.stage == "ar":
+    arrays = shards.eval_arrays(config, c.num_images)
+    return TokenLoss(stage.predict_fns["token_losses"], arrays, c.batch_size, placed, prepare)
+  for name in c.sources:
+    if name not in config.data.sources:
+      raise ValueError(f"unknown evaluation set {name!r}: one of {', '.join(config.data.sources)}")
+  counts = () if config.stage == "vae" else token_counts(c.num_tokens, config.tokens.num_registers)
+  sets = {
+      name: pipeline.eval_set(config.data, name, image_size=config.image_size, num_images=c.num_images)
+      for name in c.sources
+  }
+  return Reconstruction(stage.predict_fns, sets, counts, c.batch_size, config.seed, c.grid_images, placed)

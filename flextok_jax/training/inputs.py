@@ -1,0 +1,63 @@
+"""What a stage is fed: batches of images, or of tokens with the features of their text."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from flextok_jax.data import pipeline, shards
+from flextok_jax.training import sharding
+
+
+def with_tokenizer(config: ConfigDict) -> ConfigDict:
+  """Returns the config of stage "ar" with the fingerprint of the tokenizer whose token shards it names.
+
+  So a run, and the weights that it leaves, belong to one tokenizer. Other stages' configs come back as they are.
+
+  Raises:
+    FileNotFoundError, ValueError: no shards there, or such as do not suit the config.
+  """
+  if config.stage != "ar":
+    return config
+  config = config.copy_and_resolve_references()
+  config.ar.tokenizer = shards.open_shards(config, "train").meta["fingerprint"]
+  return config
+
+
+def train_batches(config: ConfigDict, start_step: int) -> Iterator[dict]:
+  """Returns an endless iterator over this process's rows of the batches of steps start_step, start_step + 1, ..."""
+  where = dict(
+      start_step=start_step, process_index=jax.process_index(), process_count=jax.process_count()
+  )
+  if config.stage == "ar":
+    return shards.train_batches(config, **where)
+  return pipeline.train_batches(config.data, image_size=config.image_size, seed=config.seed, **where)
+
+
+def make_prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable[[dict], dict]:
+  """Returns a function of a batch on the devices that replaces text ids by the features of a frozen T5.
+
+  Its encoder computes in config.dtype, outside of the update: neither state nor checkpoints hold it. Everything else
+  stays as it is.
+
+  Raises:
+    FileNotFoundError, ValueError: there is no T5 at config.text.path, or it is not that of config.text.features.
+  """
+  if config.stage != "ar" or config.ar.condition != "text" or config.text.encoder != "t5":
+    return lambda batch: batch
+  from flextok_jax.checkpoints.t5 import load_t5  # late: nothing else needs it
+  from flextok_jax.models.text import make_text_encoder
+
+  sizes, params = load_t5(config.text.path, config.dtype, mesh)
+  encoder = make_text_encoder(config, sizes)
+  encode = jax.jit(
+      lambda params, ids, lengths: encoder.apply({"params": params}, ids, lengths).astype(jnp.dtype(config.dtype)),
+      out_shardings=sharding.batch_sharding(mesh),
+  )
+
+  def prepare(batch: dict) -> dict:
+    batch = dict(batch)
+    return batch | {"text_features": encode(params, batch.pop("text_ids"), batch["text_lengths"])}
+
+  return prepare
