@@ -4,9 +4,10 @@ python -m flextok_jax.sample --checkpoint=GENERATOR --tokenizer=PATH --out=DIR
     [--classes=0,3,7 | --classes=all | --prompts="a red star;two blue rings" | --prompts_file=FILE]
     [--prefix_images=FILES_OR_FOLDERS --prefix_tokens=K] [--num_samples=N] [--num_tokens=N]
 
-Writes a PNG file a sample; tokens.json, which flextok_jax.detokenize reads (with the same --seed it gives the same
+Writes a PNG file a sample; tokens.json, which flextok_jax.detokenize reads (with the same settings it gives the same
 pictures); samples.json with settings, conditions, lengths and log-probabilities; grid.png, a row a sample and a column
-a number of tokens; strip.png, the first sample token by token; and with --npz samples.npz, arr_0 uint8 [n, h, w, 3].
+a number of tokens, framed where the sample has fewer; strip.png, the first sample token by token; and with --npz
+samples.npz, arr_0 uint8 [n, h, w, 3].
 Sample i depends on the seed, its condition and i alone.
 """
 
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import json
-import math
 from pathlib import Path
 import re
 from typing import Any
@@ -28,7 +28,7 @@ from flextok_jax import cli, detokenize, files, generation, tokenize
 from flextok_jax.checkpoints import fingerprint, loading
 from flextok_jax.data import transforms
 from flextok_jax.evals import plots, reconstruction
-from flextok_jax.ops import fsq, nested
+from flextok_jax.ops import fsq, guidance, nested
 from flextok_jax.stages import make_stage
 
 _NAME_LENGTH = 40  # characters of a prompt in a file's name
@@ -42,30 +42,28 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   string("checkpoint", None, "A generator: file, folder or hub repository.")
   string("tokenizer", None, "The tokenizer whose ids it was trained on: file, folder or hub repository.")
   string("out", None, "Folder for the results.")
-  flags.DEFINE_multi_string("setting", [], "name=value, what the files of a released generator do not say (see"
-                            " flextok_jax.load_ar).", flag_values=values)
+  flags.DEFINE_multi_string("setting", [], "name=value, of flextok_jax.load_ar, for the released format.",
+                            flag_values=values)
   flags.DEFINE_list("classes", [], "Classes by number, or 'all'.", flag_values=values)
   string("prompts", None, "Texts, separated by semicolons.")
   string("prompts_file", None, "File with a text a line.")
-  integer("num_samples", 1, "Samples a class, prompt and image.", lower_bound=1)
+  integer("num_samples", 1, "Samples a class, prompt and image.", 1)
   flags.DEFINE_list("prefix_images", [], "Image files and folders, whose first tokens are kept.", flag_values=values)
-  integer("prefix_tokens", None, "How many are kept; the others are drawn.", lower_bound=1)
-  integer("num_tokens", None, "Tokens a sample at most; default: the model's.", lower_bound=1)
+  integer("prefix_tokens", None, "How many are kept; the others are drawn.", 1)
+  integer("num_tokens", None, "Tokens a sample at most; default: the model's.", 1)
   real("guidance_scale", None, "Of the condition; 1 is no guidance; default: the checkpoint's.")
-  real("temperature", None, "Default: the checkpoint's.", lower_bound=0.0)
-  integer("top_k", None, "The k likeliest alone are drawn; 0: off; default: the checkpoint's.", lower_bound=0)
-  real("top_p", None, "As many of the likeliest as make up this share; 0: off; default: the checkpoint's.",
-       lower_bound=0.0, upper_bound=1.0)
+  real("temperature", None, "Default: the checkpoint's.", 0.0)
+  integer("top_k", None, "The k likeliest alone are drawn; 0: off; default: the checkpoint's.", 0)
+  real("top_p", None, "As many of the likeliest as make up this share; 0: off; default: the checkpoint's.", 0.0, 1.0)
   flags.DEFINE_bool("greedy", False, "The likeliest always.", flag_values=values)
-  integer("decoder_steps", None, "Euler steps of the tokenizer's decoder; default: the tokenizer's.", lower_bound=1)
-  flags.DEFINE_enum("decoder_guidance", None, ["apg", "cfg", "none"], "Of the decoder by the tokens; default: the"
-                    " tokenizer's.", flag_values=values)
-  real("decoder_scale", None, "Of the decoder's guidance; default: the tokenizer's.")
+  integer("decoder_steps", None, "Euler steps of the tokenizer's decoder; default: the tokenizer's.", 1)
+  flags.DEFINE_enum("decoder_guidance", None, guidance.MODES, "Default: the tokenizer's.", flag_values=values)
+  real("decoder_scale", None, "Of the decoder's guidance; 1 is no guidance; default: the tokenizer's.")
   integer("seed", 0, "Of the tokens and the decoder's noise.")
-  integer("batch_size", 32, "Samples at once.", lower_bound=1)
+  integer("batch_size", 32, "Samples at once.", 1)
   flags.DEFINE_list("counts", [], "Token counts, the columns of the grid; default: powers of two.", flag_values=values)
-  integer("grid_rows", 16, "Samples in the grid at most, equally many of each condition; 0: no grid.", lower_bound=0)
-  integer("strip_tokens", 32, "Pictures in the strip at most; 0: no strip.", lower_bound=0)
+  integer("grid_rows", 16, "Samples in the grid at most, equally many of each condition; 0: no grid.", 0)
+  integer("strip_tokens", 32, "Pictures in the strip at most; 0: no strip.", 0)
   flags.DEFINE_bool("npz", False, "Write samples.npz too.", flag_values=values)
 
 
@@ -109,12 +107,11 @@ def main(values: flags.FlagValues):
   originals, names, prefix, kept = None, [None], None, values.prefix_tokens or 0
   if kept:
     originals, names = transforms.load_images(values.prefix_images, config.image_size)
-  samples = [Sample(condition, name, kept, number) for name in names for condition in conditions
-             for number in range(values.num_samples)]
-  if kept:
     function = functools.partial(predict_fns["tokenize"], num_tokens=nested.slots(kept - 1, registers))
     prefix = tokenize.tokenize(function, params, originals, values.batch_size)[:, :kept]
-    prefix, originals = (np.repeat(x, len(samples) // len(names), axis=0) for x in (prefix, originals))
+    prefix, originals = (np.repeat(x, len(conditions) * values.num_samples, axis=0) for x in (prefix, originals))
+  samples = [Sample(condition, name, kept, number) for name in names for condition in conditions
+             for number in range(values.num_samples)]
   sequences, log_probs = draw(gen, [s.condition for s in samples], prefix, values.seed, values.batch_size,
                               num_tokens=num_tokens, **choices)
 
@@ -129,13 +126,12 @@ def main(values: flags.FlagValues):
   jobs = list(dict.fromkeys((*whole, *pictures)))  # each once
   decoded = decode_prefixes(decode, params, sequences, jobs, registers, values.batch_size)
   for done, (job, picture) in enumerate(decoded, 1):
-    i = job[0]
     if job in pictures:
       pictures[job] = picture
-    if job == whole[i]:
-      files.write_file(paths[i], plots.to_png(picture))
+    if job == whole[job[0]]:
+      files.write_file(paths[job[0]], plots.to_png(picture))
       if values.npz:
-        everything[i] = picture
+        everything[job[0]] = picture
     _tell("pictures decoded", done, len(jobs), values.batch_size)
 
   settings = {name: values[name].value for name in ("checkpoint", "tokenizer", "seed")}
@@ -179,15 +175,14 @@ def draw(
   """
   count = len(conditions)
   batch_size = min(batch_size, count)
-  fold = jax.vmap(jax.random.fold_in, (None, 0))
   sequences, sums = [], []
   for start in range(0, count, batch_size):
     rows = np.minimum(np.arange(start, start + batch_size), count - 1)
     given = [conditions[i] for i in rows]
     condition = {} if given[0] is None else {"prompts" if isinstance(given[0], str) else "labels": given}
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
     ids, log_probs = gen.generate(
-        fold(jax.random.key(seed), rows), **condition, prefix=None if prefix is None else prefix[rows],
-        return_log_probs=True, **choices)
+        keys, **condition, prefix=None if prefix is None else prefix[rows], return_log_probs=True, **choices)
     sequences += gen.trim(ids)[: count - start]
     sums.append(np.asarray(log_probs)[: count - start].sum(1))
     _tell("samples drawn", len(sequences), count, batch_size)
@@ -216,8 +211,7 @@ def decode_prefixes(
 
 
 def _lists(
-    samples: Sequence[Sample], paths: Sequence[Path], sequences: Sequence[np.ndarray], log_probs: np.ndarray,
-    image_size: int, settings: dict[str, Any],
+    samples: list[Sample], paths: list[Path], sequences: list, log_probs: np.ndarray, image_size: int, settings: dict
 ) -> dict[str, bytes]:
   """Returns tokens.json and samples.json."""
   tokens = {"image_size": image_size, "num_tokens": settings["num_tokens"], "names": [s.name for s in samples],
@@ -254,10 +248,10 @@ def _check_flags(values: flags.FlagValues) -> list[str]:
   if Path(values.out).exists() and not Path(values.out).is_dir():
     raise ValueError(f"--out={values.out} is a file: give a folder")
   given = [f"--{name}" for name in ("classes", "prompts", "prompts_file") if values[name].present]
-  if values["classes"].present and not values.classes:
-    raise ValueError("--classes is empty: leave it out to draw without condition")
   if len(given) > 1:
     raise ValueError(f"{' and '.join(given)} are both given: give one of them")
+  if given == ["--classes"] and not values.classes:
+    raise ValueError("--classes is empty: leave it out to draw without condition")
   if bool(values.prefix_images) != (values.prefix_tokens is not None):
     missing = "prefix_tokens" if values.prefix_images else "prefix_images"
     raise ValueError(f"--{missing} is missing: --prefix_images and --prefix_tokens are given together")
@@ -291,8 +285,8 @@ def _settings(items: Sequence[str]) -> dict[str, Any]:
 def _conditions(values: flags.FlagValues, gen: generation.ARGenerator, prompts: list[str]) -> list[int | str | None]:
   """Returns classes, prompts, or [None]."""
   kind = gen.config.ar.condition
-  takes = {"class": "--classes", "text": "--prompts or --prompts_file"}.get(kind, "neither --classes nor --prompts")
   if (prompts and kind != "text") or (values.classes and kind != "class"):
+    takes = {"class": "--classes", "text": "--prompts or --prompts_file"}.get(kind, "neither classes nor prompts")
     raise ValueError(f"{values.checkpoint} is a model of condition {kind!r}: it takes {takes}")
   if values.classes == ["all"]:
     return list(range(gen.num_classes))
@@ -343,7 +337,7 @@ def _load_tokenizer(values: flags.FlagValues, gen: generation.ARGenerator) -> tu
     raise ValueError(f"the generator was trained on ids of the tokenizer {trained}, but --tokenizer={values.tokenizer}"
                      f" is {given}: {remedy}")
   scale = values.decoder_scale
-  if scale is not None and not math.isfinite(scale):
+  if scale is not None and not np.isfinite(scale):
     raise ValueError(f"--decoder_scale={scale} must be finite")
   if scale is not None and (values.decoder_guidance or config.sampler.guidance) == "none":
     raise ValueError("--decoder_scale has no effect without guidance: give --decoder_guidance=apg or cfg as well")

@@ -235,7 +235,7 @@ def test_texts_in_a_grid_fit_their_cell():
     ("text", ["--classes=1"], "condition 'text': it takes --prompts"),
     ("text", ["--prompts=a;;b"], "prompt 2 of --prompts is empty"),
     ("text", ["--prompts_file=absent.txt"], "absent.txt"),
-    ("none", ["--prompts=a"], "it takes neither --classes nor --prompts"),
+    ("none", ["--prompts=a"], "it takes neither classes nor prompts"),
     ("foreign", [], "ids of the tokenizer 0123456789abcdef, but --tokenizer=.* is [0-9a-f]{16}: give the tokenizer"),
     ("other_codes", [], "up to 4 tokens of 240 ids, --tokenizer=.* takes 4 of 200: give the tokenizer"),
     ("longer", [], "up to 8 tokens of 200 ids, --tokenizer=.* takes 4 of 200"),

@@ -65,10 +65,11 @@ def grid(
     left, top, right, _ = cell_box(0, column, height, width, apart)
     font = _font(label, width * scale)
     draw.text(((left + right) / 2, top - gap), label, fill=_INK, font=font, anchor="md")
+    font = None if isinstance(cells, np.ndarray) else _text_font("".join(cells), width * scale)
     for row, content in enumerate(cells):
       box = cell_box(row, column, height, width, apart)
       if isinstance(content, str):
-        _write(draw, content, box)
+        _write(draw, content, box, font)
         continue
       cell = Image.fromarray(content).resize((width * scale, height * scale), Image.Resampling.NEAREST)
       if (row, column) in framed:
@@ -140,12 +141,10 @@ def _font(label: str, cell: int) -> ImageFont.FreeTypeFont:
   return font
 
 
-def _write(draw: ImageDraw.ImageDraw, text: str, box: tuple[int, int, int, int]):
+def _write(draw: ImageDraw.ImageDraw, text: str, box: tuple[int, int, int, int], font: ImageFont.FreeTypeFont):
   """Writes a text into a cell: from its left edge, in the middle of its height."""
   left, top, right, bottom = box
-  size = max(14, (right - left) // 14)
-  font = _text_font(text, size)
-  spacing = size // 4
+  spacing = font.size // 4
   first, *rest = text.split("\n")
   rest = [line for paragraph in rest for line in _wrap(paragraph, font, right - left)]
   most = (bottom - top) // (sum(font.getmetrics()) + spacing) - len(rest)
@@ -153,8 +152,9 @@ def _write(draw: ImageDraw.ImageDraw, text: str, box: tuple[int, int, int, int])
   draw.multiline_text((left, (top + bottom) / 2), "\n".join(lines), fill=_INK, font=font, anchor="lm", spacing=spacing)
 
 
-def _text_font(text: str, size: int) -> ImageFont.FreeTypeFont:
-  """Returns the built-in font; for what it lacks that of matplotlib: European languages, Arabic, symbols."""
+def _text_font(text: str, cell: int) -> ImageFont.FreeTypeFont:
+  """Returns the built-in font; where it may lack a letter that of matplotlib: European languages, Arabic, symbols."""
+  size = max(14, cell // 14)
   if text.isascii():
     return ImageFont.load_default(size)
   import matplotlib  # late, as above
