@@ -60,7 +60,7 @@ def draw_scene(rng: np.random.Generator, size: int, style: str = "scenes") -> di
   if style == "plain":
     color = _pick(rng, COLOR_NAMES)
     canvas, background = np.repeat(np.repeat(_color(rng, color), size, 1), size, 2), f"a plain {color} background"
-    kinds, placed = _layout(rng, {color}, PLAIN_SHAPES)
+    kinds, placed = _layout(rng, {color}, PLAIN_SHAPES, (0.3, 0.44), (0.24, 0.34))
     for (shape, color), cx, cy, radius in placed:
       view, x, y = _frame(canvas, cx * size, cy * size, radius * size)
       view += (_color(rng, color) - view) * np.clip(0.5 - SHAPES[shape](x, y) * (radius * size), 0.0, 1.0)
@@ -68,7 +68,7 @@ def draw_scene(rng: np.random.Generator, size: int, style: str = "scenes") -> di
     y, x = _grid(size)
     canvas, background, used = _background(rng, x, y)
     light = _light(rng)
-    kinds, placed = _layout(rng, used, CLASS_NAMES)
+    kinds, placed = _layout(rng, used, CLASS_NAMES, (0.24, 0.44), (0.17, 0.32))
     for kind, cx, cy, radius in placed:
       _draw_object(rng, canvas, kind, cx * size, cy * size, radius * size, light)
     canvas *= 1.0 + rng.uniform(-0.12, 0.12) * x + rng.uniform(-0.12, 0.12) * y  # uneven light over the scene
@@ -198,12 +198,19 @@ def _light(rng: np.random.Generator) -> np.ndarray:
   return (v / np.linalg.norm(v)).astype(np.float32)
 
 
-def _layout(rng: np.random.Generator, used: set, shapes: tuple) -> tuple[list, list]:
-  """Returns the kinds (shape, colour) and the objects (kind, x, y, radius), in units of the canvas side."""
+def _layout(rng: np.random.Generator, used: set, shapes: tuple, alone: tuple, first: tuple) -> tuple[list, list]:
+  """Returns the kinds (shape, colour) and the objects (kind, x, y, radius), in units of the canvas side.
+
+  Args:
+    used: colours that are taken.
+    shapes: to choose from.
+    alone: range of the radius of an object that is alone.
+    first: that of the first among several; the others are smaller.
+  """
   free = [c for c in COLOR_NAMES if c not in used]
   kinds = [(shapes[rng.integers(len(shapes))], free[rng.integers(len(free))])]
   count = 1 + int(rng.choice(MAX_OBJECTS, p=(0.30, 0.22, 0.18, 0.13, 0.10, 0.07)))
-  big = rng.uniform(0.24, 0.44) if count == 1 else rng.uniform(0.17, 0.32)
+  big = rng.uniform(*(alone if count == 1 else first))
   placed = [(kinds[0], *rng.uniform(big * 0.8, 1.0 - big * 0.8, 2), big)]
   for _ in range(1, count):
     if len(kinds) == 1 or (len(kinds) < 3 and rng.random() < 0.5):
