@@ -23,7 +23,7 @@ TEXT = {  # name: (width, depth), blocks of 16 width^2 with cross-attention [cod
 }
 
 
-def get_config(size: str):
+def get_config(size: str = "85m"):
   """Returns the configuration of a size: a key of CLASS or of TEXT."""
   if size not in CLASS and size not in TEXT:
     raise ValueError(f"configs/ar.py takes a size, one of {', '.join([*CLASS, *TEXT])}, got {size!r}")

@@ -155,13 +155,14 @@ class ARGenerator:
     if not isinstance(num_tokens, int | np.integer) or not 1 <= num_tokens <= self.num_tokens:
       raise ValueError(f"num_tokens={num_tokens!r} must be a whole number from 1 to the model's {self.num_tokens}")
     self._check_choices(guidance_scale, temperature, top_k, top_p)
+    key = _typed(key)
     batch = self._batch(key, labels, prompts, text_embeddings, prefix, batch_size)
     guided = guidance_scale != 1
     labels = self._labels(labels, batch)
     if guided:
       if self.config.ar.condition == "none":
         raise ValueError(f"guidance_scale={guidance_scale} needs a condition, and this model has none: leave it at 1")
-      labels = np.concatenate([labels, np.full(batch, -1, np.int32)])
+      labels = _numpy(labels).concatenate([labels, np.full(batch, -1, np.int32)])
     if prompts is not None:
       text_embeddings, text_lengths = self._encode_prompts(prompts, text_embeddings)
     text, lengths = self._text(text_embeddings, text_lengths, batch)
@@ -173,8 +174,9 @@ class ARGenerator:
     prefix = self._prefix(prefix, batch, num_tokens)
     if key is None and not greedy:
       raise ValueError("generate draws at random: pass key=jax.random.key(seed), or greedy=True")
-    key = jax.random.key(0) if key is None else key
-    keys = key if jnp.shape(key) == (batch,) else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    if key is None:
+      key = jax.random.key(0)
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     choices = ar_sampling.Choices(guided, greedy, int(top_k), bool(top_p), fast)
     slots = next(size for size in nested.slot_sizes(self.num_tokens) if size >= num_tokens)
     scalars = (np.int32(num_tokens), *map(np.float32, (guidance_scale, temperature, top_p)))
@@ -195,6 +197,7 @@ class ARGenerator:
     config = self.config
     if config.ar.condition != "text":
       raise ValueError(f"this model's condition is {config.ar.condition!r}: it takes no prompts")
+    _check_texts(prompts)
     ids, lengths = _tokenizer(config.text)(list(prompts))
     if config.text.encoder == "bytes":
       return _encode_text(self, ids, lengths), lengths
@@ -221,7 +224,7 @@ class ARGenerator:
     sizes |= {name: np.shape(value)[0] for name, value in named.items() if np.ndim(value)}
     if prefix is not None and np.ndim(prefix) == 2 and len(prefix) > 1:
       sizes["prefix"] = len(prefix)
-    if key is not None and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim:
+    if key is not None and key.ndim:
       sizes["key"] = len(key)
     sizes = {name: size for name, size in sizes.items() if size is not None}
     if len(set(sizes.values())) > 1:
@@ -249,28 +252,26 @@ class ARGenerator:
     prefix = self._ids("prefix", prefix)
     if prefix.shape[1] >= num_tokens:
       raise ValueError(f"a prefix of {prefix.shape[1]} tokens leaves nothing to draw of num_tokens={num_tokens}")
-    return (jnp if isinstance(prefix, jax.core.Tracer) else np).broadcast_to(prefix, (batch, prefix.shape[1]))
+    return _numpy(prefix).broadcast_to(prefix, (batch, prefix.shape[1]))
 
   def _labels(self, labels, batch: int) -> np.ndarray | jax.Array:
     if labels is None:
       return np.full(batch, -1, np.int32)
     if not self.num_classes:
       raise ValueError(f"this model's condition is {self.config.ar.condition!r}: it takes no labels")
-    if isinstance(labels, jax.core.Tracer):
-      return labels
-    labels = np.asarray(labels)
-    if labels.shape not in ((), (batch,)) or not np.issubdtype(labels.dtype, np.integer):
+    traced = isinstance(labels, jax.core.Tracer)
+    labels = labels if traced else np.asarray(labels)
+    if labels.shape not in ((), (batch,)) or not jnp.issubdtype(labels.dtype, jnp.integer):
       raise ValueError(f"labels must be whole numbers, one for each of {batch} samples, got {labels!r}")
-    if not -1 <= labels.min() <= labels.max() < self.num_classes:
+    if not traced and not -1 <= labels.min() <= labels.max() < self.num_classes:
       worst = labels.min() if labels.min() < -1 else labels.max()
       raise ValueError(f"class {worst} is out of range: classes are 0 to {self.num_classes - 1}, -1 for none")
-    return np.broadcast_to(labels.astype(np.int32), (batch,))
+    return _numpy(labels).broadcast_to(labels.astype(np.int32), (batch,))
 
   def _encode_prompts(self, prompts: Sequence[str], text_embeddings) -> tuple:
     if text_embeddings is not None:
       raise ValueError("prompts and text_embeddings are both given: give one of them")
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-      raise ValueError(f"prompts must be a list of texts, got {prompts!r}")
+    _check_texts(prompts)
     for i, prompt in enumerate(prompts):
       if not prompt.strip():
         raise ValueError(f"prompt {i} is empty: say what to draw, or leave prompts out to draw without condition")
@@ -285,6 +286,7 @@ class ARGenerator:
     if features is None:
       features, lengths = self.encode_text([""])
       features, lengths = jnp.repeat(features, batch, 0), np.repeat(lengths, batch)
+    features = features if isinstance(features, jax.core.Tracer) else jnp.asarray(features)
     width = self.config.text.features
     if np.ndim(features) != 3 or features.shape[0] != batch or not features.shape[1] or features.shape[2] != width:
       raise ValueError(f"text_embeddings must have shape [{batch}, t, {width}], got {list(np.shape(features))}")
@@ -310,6 +312,30 @@ class ARGenerator:
     size = max(text.shape[1], null_text.shape[1])
     both = [jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0))) for x in (jnp.asarray(text), null_text)]
     return jnp.concatenate(both), jnp.concatenate([lengths, null_lengths])
+
+
+def _numpy(x):
+  """The numpy that x is of: under jit jax's."""
+  return jnp if isinstance(x, jax.core.Tracer) else np
+
+
+def _typed(key):
+  """Returns a key, or one a sample, in jax's new style; ValueError for anything else."""
+  if key is None:
+    return None
+  dtype, ndim = getattr(key, "dtype", None), np.ndim(key)
+  if dtype == np.uint32 and np.shape(key)[-1:] == (2,):
+    key, ndim = jax.random.wrap_key_data(key), ndim - 1
+  elif dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    raise ValueError(f"key must be a key like jax.random.key(seed), got {key!r}")
+  if ndim > 1:
+    raise ValueError(f"key must be one key or one a sample [b], got keys of shape {list(key.shape)}")
+  return key
+
+
+def _check_texts(prompts):
+  if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+    raise ValueError(f"prompts must be a list of texts, got {prompts!r}")
 
 
 @functools.lru_cache(maxsize=32)

@@ -25,10 +25,14 @@ def tiny(**ar):
   return common.derive(stage="ar", dtype="float32", ar={**TINY, **ar}, text=TINY_TEXT)
 
 
+def abstract_params(config):
+  return unbox(jax.eval_shape(ARStage(config).init, jax.random.key(0))[0])
+
+
 def random_params(config, seed=0):
   """Returns parameters that are all random, norms and biases too, so that none can be left out unnoticed."""
   rng = np.random.default_rng(seed)
-  shapes = flatten_dict(unbox(jax.eval_shape(ARStage(config).init, jax.random.key(0))[0]))
+  shapes = flatten_dict(abstract_params(config))
   flat = {}
   for path, x in shapes.items():
     draw = rng.standard_normal(x.shape).astype(np.float32)
@@ -61,7 +65,7 @@ def forward(params, c, ids, labels, features=None, lengths=None):
 def _sample(p, c, ids, label, text):
   start = p["start"] + (p["class_embedding"][label] if c.condition == "class" and label >= 0 else 0)
   x = np.stack([start, *(p["embedding"][i] for i in ids[:-1])])
-  x = x + (p["positions"] if c.pos_embed == "absolute" else _sincos(len(ids), c.width))[: len(ids)]
+  x = x + (p["positions"] if c.pos_embed == "absolute" else sincos(len(ids), c.width))[: len(ids)]
   for i in range(c.depth):
     block = jax.tree.map(lambda a, i=i: a[i], p["blocks"])
     normed = _norm(x, block["norm_1"], c.norm, c.norm_eps)
@@ -111,7 +115,7 @@ def _attend(q, k, v, p, c, seen):
   return np.tensordot(out, p["out"]["kernel"], 2) + p["out"].get("bias", 0.0)
 
 
-def _sincos(length, width):
+def sincos(length, width):
   table = np.zeros((length, width))
   for place in range(1, length):
     for j in range(width // 4):

@@ -13,7 +13,7 @@ import skimage.data
 
 from configs import common
 import flextok_jax
-from flextok_jax import api
+from flextok_jax import api, generation
 from flextok_jax.checkpoints import loading
 from flextok_jax.ops import fsq
 from tests import numpy_reference as reference
@@ -335,7 +335,8 @@ def test_bfloat16_is_near_float32(model, images, ids, noise):
 
 
 def test_nothing_but_the_public_names_is_exported():
-  assert sorted(flextok_jax.__all__) == ["FlexTok", "__version__", "load"]
+  assert sorted(flextok_jax.__all__) == ["ARGenerator", "FlexTok", "__version__", "load", "load_ar"]
   assert flextok_jax.load is api.load and flextok_jax.FlexTok is api.FlexTok
+  assert flextok_jax.load_ar is generation.load_ar and flextok_jax.ARGenerator is generation.ARGenerator
   with pytest.raises(AttributeError, match="no attribute 'laod'"):
     flextok_jax.laod  # noqa: B018

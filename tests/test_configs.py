@@ -30,10 +30,15 @@ SIZES = {  # millions of parameters with the VAE, as published; those count the 
     "flextok_d12_d12_in1k": 341.7, "flextok_d18_d18_in1k": 949.7, "flextok_d18_d28_in1k": 2540.9,
     "flextok_d18_d28_dfn": 2540.9, "vae_c4": 83.8, "vae_c8": 83.8, "vae_c16": 83.8,
 }
+AR_SIZES = {  # millions of parameters in the blocks, as published
+    "ar_49m": 49, "ar_85m": 85, "ar_201m": 201, "ar_393m": 393, "ar_679m": 679, "ar_1b3": 1327,
+    "ar_113m": 113, "ar_382m": 382, "ar_1b": 1152, "ar_3b": 3058,
+}
 ASSET = ROOT / "flextok_jax" / "assets" / "quickstart.safetensors"
 
 
-@pytest.fixture(params=[*EXPERIMENTS, "quickstart:coarse", "quickstart:scratch"])
+@pytest.fixture(params=[*EXPERIMENTS, "quickstart:coarse", "quickstart:scratch", "shapes:coarse", "shapes_ar:text",
+                        "shapes_ar:stop"])
 def name(request):
   return request.param
 
@@ -62,7 +67,7 @@ def count(params):
 
 
 def test_the_experiments_are_all_here():
-  assert set(SIZES) | {"quickstart", "debug"} <= set(EXPERIMENTS)
+  assert set(SIZES) | set(AR_SIZES) | {"quickstart", "debug", "shapes", "shapes_ar"} <= set(EXPERIMENTS)
 
 
 def test_has_the_fields_of_common_and_is_locked(name):
@@ -93,14 +98,28 @@ def test_settings_fit_together(name):
   reconstruction.token_counts(c.eval.num_tokens, c.tokens.num_registers)
 
 
+def token_batch(c):
+  """Shapes of a batch of two sequences."""
+  of = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((2, *shape), dtype)
+  batch = dict(token_ids=of(c.ar.num_tokens), length=of(), label=of())
+  if c.ar.condition == "text":
+    features = dict(text_features=of(c.text.max_length, c.text.features, dtype=jnp.dtype(c.dtype)))
+    batch |= dict(text_lengths=of(), **(features if c.text.encoder == "t5" else {"text_ids": of(c.text.max_length)}))
+  return batch
+
+
 def test_builds_loss_and_predictions(name):
   """Shapes alone: every size in it fits, the patches divide the latents, and the settings have known names."""
   c = parse(name)
   stage, params = stages.make_stage(c), joined_shapes(c)
   images = jax.ShapeDtypeStruct((2, c.image_size, c.image_size, 3), jnp.uint8)
-  loss, _ = jax.eval_shape(stage.loss_fn, params, {"image": images}, jax.random.key(0))
+  batch = token_batch(c) if c.stage == "ar" else {"image": images}
+  loss, _ = jax.eval_shape(stage.loss_fn, params, batch, jax.random.key(0))
   assert loss.shape == () and loss.dtype == jnp.float32
   predict = stage.predict_fns
+  if c.stage == "ar":
+    assert jax.eval_shape(predict["token_losses"], params, batch)[0].shape == (2, c.ar.num_tokens)
+    return
   if c.stage == "vae":
     recon = jax.eval_shape(predict["reconstruct"], params, images)
   else:
@@ -116,6 +135,14 @@ def test_published_sizes(name):
   params = joined_shapes(parse(name))
   assert count(params) == pytest.approx(SIZES[name] * 1e6, rel=0.01)
   assert count(params["vae"]) == pytest.approx(83.8e6, rel=0.01)
+
+
+@pytest.mark.parametrize("name", sorted(AR_SIZES))
+def test_published_sizes_of_generators(name):
+  c, params = parse(name), joined_shapes(parse(name))
+  assert count(params["ar"]["blocks"]) == pytest.approx(AR_SIZES[name] * 1e6, rel=0.015)
+  assert ("text_mlp" in params) == (c.ar.condition == "text") and "t5" not in params
+  assert params["ar"]["readout"]["kernel"].shape == (c.ar.width, 64_000)
 
 
 @pytest.mark.parametrize("channels", [4, 8, 16])
@@ -158,7 +185,7 @@ def test_the_shipped_model():
   checkpoint.check_params(params, joined_shapes(config), ASSET.name)
   assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
   evaluate.check_same_model(quickstart.get_config(), config)
-  assert flat(config).keys() == flat(quickstart.get_config()).keys()
+  assert flat(config).keys() <= flat(quickstart.get_config()).keys()  # fields are added, not renamed
 
 
 @pytest.fixture(scope="module")

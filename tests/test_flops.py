@@ -1,47 +1,112 @@
-"""Analytic FLOPs against XLA's count of the very programs that the benchmark runs."""
+"""Analytic FLOPs against the products in the very programs that the benchmark runs, and those against XLA's count."""
 
+import functools
+import math
+
+import flax
 import jax
+from jax.extend import core
 import jax.numpy as jnp
+from ml_collections import FrozenConfigDict
+import numpy as np
 import pytest
 
 from configs import common
-from flextok_jax import benchmark, flops
+from flextok_jax import benchmark_ar, benchmark_jobs, flops, flops_ar
+from flextok_jax.models.ar_sampling import PLAIN_CHUNK
+from flextok_jax.stages import make_stage
 from flextok_jax.training.state import unbox
 
-BATCH = 8
+BATCH = 4
 
 
 def small_config(**overrides):
-  """Wide enough that matrix products are nearly all of the work: 64 patches and up to 64 registers of width 384."""
-  part = dict(width=384, depth=3)
+  """64 patches and up to 64 registers, all widths unlike."""
+  part = dict(width=96, depth=3, head_dim=32)
   config = common.derive(
-      image_size=32, dtype="float32", encoder=part, decoder=dict(part, width=448),
-      vae=dict(block_out_channels=(64, 96), layers_per_block=1), tokens=dict(num_registers=64, bucket_rows=8),
+      image_size=32, dtype="float32", encoder=part, decoder=dict(part, width=128),
+      vae=dict(block_out_channels=(32, 64), layers_per_block=1), tokens=dict(num_registers=64, bucket_rows=4),
       sampler=dict(num_steps=3))
   config.update(overrides)
   return config
 
 
+def generator(**overrides):
+  """80 tokens: more than two chunks of the plain path, the last one not full."""
+  config = common.derive(
+      stage="ar", dtype="float32", ar=dict(width=64, depth=3, head_dim=32, num_ids=500, num_tokens=80, mlp_ratio=3.0),
+      text=dict(features=48, mlp_hidden=40, max_length=12, depth=2, head_dim=16))
+  config.update(overrides)
+  return config
+
+
+def equations(jaxpr, trips):
+  """Yields (equation, how often it runs); `trips` are those of the while loops, in their order."""
+  for eqn in jaxpr.eqns:
+    yield eqn, 1
+    times = {"scan": lambda eqn=eqn: eqn.params["length"], "while": lambda: next(trips)}
+    times = times.get(eqn.primitive.name, lambda: 1)()
+    for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, core.Jaxpr)):
+      if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
+        inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+        yield from ((e, n * times) for e, n in equations(inner, trips))
+
+
+def product(eqn):
+  """FLOPs of a matrix product or convolution, 0 of everything else."""
+  p, (result,) = eqn.params, eqn.outvars[:1] or (None,)
+  if eqn.primitive.name == "dot_general":
+    contracted = p["dimension_numbers"][0][0]
+    return 2 * result.aval.size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+  if eqn.primitive.name != "conv_general_dilated":
+    return 0
+  axes, (image, kernel) = p["dimension_numbers"], (x.aval.shape for x in eqn.invars)
+  count = 2 * math.prod(result.aval.shape[axis] for axis in axes.out_spec[:2]) * kernel[axes.rhs_spec[1]]
+  for i, (stride, (low, _)) in enumerate(zip(p["window_strides"], p["padding"]), 2):
+    length, taps, outputs = image[axes.lhs_spec[i]], kernel[axes.rhs_spec[i]], result.aval.shape[axes.out_spec[i]]
+    places = [o * stride + t * p["rhs_dilation"][i - 2] - low for o in range(outputs) for t in range(taps)]
+    gap = p["lhs_dilation"][i - 2]
+    count *= sum(place % gap == 0 and 0 <= place // gap < length for place in places)
+  return count
+
+
+@functools.cache
+def shapes(config):
+  """Of the parameters, trained and frozen."""
+  return unbox(jax.eval_shape(make_stage(config).init, jax.random.key(0)))
+
+
 @pytest.fixture(autouse=True)
-def unrolled(monkeypatch):
-  """Unrolls loops, as XLA counts the body of a loop once however often it runs; parameters are zeros, to be quick."""
-  monkeypatch.setattr(jax.lax, "scan", lambda *args, scan=jax.lax.scan, **kw: scan(*args, **{**kw, "unroll": True}))
+def zero_params(monkeypatch):
+  """Parameters are zeros: random ones that look at themselves cannot be shapes alone."""
 
   def zeros(self, names, dtype):
-    params, frozen = unbox(jax.eval_shape(self._stage(benchmark.ONLY).init, jax.random.key(0)))
+    params, frozen = shapes(FrozenConfigDict(self.config))
     return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), {name: {**params, **frozen}[name] for name in names})
 
-  monkeypatch.setattr(benchmark.Benchmark, "_random_params", zeros)
+  monkeypatch.setattr(benchmark_jobs.Benchmark, "_random_params", zeros)
 
 
-def check(config, job, num_tokens=None, *, paths=benchmark.PATHS, latents=True, compiled=False):
-  """Asserts that XLA counts up to 3% more, the share of elementwise work, and hardly less; returns our counts."""
-  args, made = benchmark.Benchmark(config, paths, BATCH, latents).prepare(job, num_tokens)
-  for path, (fn, count) in made.items():
-    program = jax.jit(fn).lower(*args)
-    program = program.compile() if compiled else program
-    gap = program.cost_analysis()["flops"] / count - 1
-    assert -0.002 < gap < 0.03, (job, num_tokens, path, gap)
+def programs(config, job, num_tokens, paths, latents):
+  """Returns by path the traced program, whose arguments are shapes alone, and our count."""
+  module, made = benchmark_ar if config.stage == "ar" else benchmark_jobs, {}
+
+  def prepare():
+    args, by_path = module.Benchmark(config, paths, BATCH, latents).prepare(job, num_tokens)
+    made.update(by_path)
+    return args
+
+  args = jax.eval_shape(prepare)
+  return {path: (jax.jit(fn).trace(*args), count) for path, (fn, count) in made.items()}
+
+
+def check(config, job, num_tokens=None, *, paths=benchmark_jobs.PATHS, latents=True, trips=()):
+  """Asserts that the program has as many FLOPs as we count, loops multiplied out; returns our counts."""
+  made = programs(config, job, num_tokens, paths, latents)
+  for path, (traced, count) in made.items():
+    found = sum(product(eqn) * times for eqn, times in equations(traced.jaxpr.jaxpr, iter(trips)))
+    # The fast training step: what a learned vector gives to each of six codes.
+    assert count == pytest.approx(found, rel=3e-6), (job, num_tokens, path)
   return {path: count for path, (_, count) in made.items()}
 
 
@@ -61,17 +126,30 @@ def test_training():
   assert check(accumulated, "train", paths=("plain",))["plain"] == counts["plain"]
 
 
-def test_compiled_programs():
-  """What XLA makes of a program has the same FLOPs: it finds nothing to leave out that was counted."""
-  config = small_config(encoder=dict(depth=2), decoder=dict(depth=2), sampler=dict(num_steps=2), remat=True)
-  check(config, "tokenize", 8, compiled=True)
-  check(config, "detokenize", 8, compiled=True)
-  check(config, "train", paths=("plain",), compiled=True)
+@pytest.mark.parametrize("job", ["tokenize", "detokenize", "train", "vae", "ar", "train_ar"])
+def test_xla_counts_the_same(job, monkeypatch):
+  """XLA finds nothing to leave out of a program that was counted: up to 3% more, by elementwise work, and hardly less.
+
+  Loops are unrolled, as XLA counts the body of a loop once; of a loop over tokens the only one. Sizes are such that
+  products are nearly all of the work.
+  """
+  monkeypatch.setattr(jax.lax, "scan", lambda *args, scan=jax.lax.scan, **kw: scan(*args, **{**kw, "unroll": True}))
+  part = dict(width=384, depth=2, head_dim=64)
+  config = small_config(encoder=part, decoder=dict(part, width=448), sampler=dict(num_steps=2), remat=job == "train")
+  if "ar" in job:
+    config = generator(ar=dict(part, num_ids=64, num_tokens=8 if job == "ar" else 64, loss_chunk=64))
+  elif job == "vae":
+    config = small_config(vae=dict(block_out_channels=(64, 96)))
+  count_of = {"tokenize": 8, "detokenize": 8, "ar": 1}.get(job)
+  paths = ("plain",) if "train" in job else benchmark_jobs.PATHS
+  for path, (traced, count) in programs(config, job.removesuffix("_ar"), count_of, paths, True).items():
+    gap = traced.lower().compile().cost_analysis()["flops"] / count - 1
+    assert -0.002 < gap < 0.03, (path, gap)
 
 
 def test_the_vae_and_whole_images():
   config = small_config(vae=dict(latent_channels=4))
-  vae = check(config, "vae")[benchmark.ONLY]
+  vae = check(config, "vae")[benchmark_jobs.ONLY]
   check(small_config(stage="vae"), "train")
   share = 0
   for job in ("tokenize", "detokenize"):
@@ -97,8 +175,53 @@ def test_options(fields):
   check(config, "detokenize", 8)
 
 
+@pytest.mark.parametrize("fields", [
+    dict(),
+    dict(ar=dict(condition="text", stop=True, ffn="mlp_gelu", bias=True), text=dict(encoder="bytes")),
+    dict(ar=dict(condition="text", guidance_scale=1.0)),
+    dict(ar=dict(condition="text"), text=dict(encoder="bytes"), remat=True),
+    dict(ar=dict(condition="none", pos_embed="sincos1d"), optim=dict(accumulate_steps=2)),
+], ids=["class", "bytes", "t5", "remat", "none"])
+def test_generator(fields):
+  """Fast: one loop of as many steps as tokens. Plain: a loop for each length of the prefix."""
+  config = generator(**fields)
+  check(config, "train")
+  check(config, "ar", 20, paths=("plain",), trips=(20,))
+  plain = check(config, "ar", 80, paths=("plain",), trips=(PLAIN_CHUNK, PLAIN_CHUNK, 80 - 2 * PLAIN_CHUNK))["plain"]
+  fast = check(config, "ar", 80, paths=("fast",), trips=(80,))["fast"]
+  assert fast < plain / 15
+  assert flops_ar.is_guided(config) == (config.ar.condition != "none" and config.ar.guidance_scale != 1)
+
+
+def test_what_a_token_reads():
+  """Every matrix once but those that only the text sees, and the caches of guided rows, of 72 slots for 70 tokens."""
+  config = generator(ar=dict(condition="text"))
+  named = flax.traverse_util.flatten_dict(shapes(FrozenConfigDict(config))[0]["ar"])
+  matrices = sum(x.size for path, x in named.items() if path[-1] == "kernel" and "kv" not in path)
+  caches = 2 * BATCH * config.ar.depth * 2 * (72 + 12) * config.ar.width
+  assert flops_ar.token_bytes(config, 70, BATCH, True) == 4 * (matrices + caches)
+  config.dtype = "bfloat16"
+  assert flops_ar.token_bytes(config, 70, BATCH, True) == 2 * (matrices + caches)
+
+
+def test_logits_of_all_positions_never_exist_at_once():
+  """The gradient of the loss at 12 x 768: no array over the ids but of loss_chunk positions, and the weights' own."""
+  most = {}
+  for chunk in (16, 256):
+    config = common.derive(stage="ar", ar=dict(loss_chunk=chunk))
+    stage, whole = make_stage(config), jax.ShapeDtypeStruct((BATCH, 256), jnp.int32)
+    rows = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    params = shapes(FrozenConfigDict(config))[0]
+    grad = jax.grad(lambda params, batch, stage=stage: stage.loss_fn(params, batch, None)[0])
+    jaxpr = jax.make_jaxpr(grad)(params, {"token_ids": whole, "length": rows, "label": rows}).jaxpr
+    sizes = [x.aval.size for eqn, _ in equations(jaxpr, iter(())) for x in eqn.outvars
+             if 64_000 in np.shape(x.aval) and 768 not in np.shape(x.aval)]
+    most[chunk] = max(sizes)
+  assert most == {chunk: BATCH * chunk * 64_000 for chunk in (16, 256)}
+
+
 def test_formulas_by_hand():
-  part = small_config(encoder=dict(width=64, depth=3, gated_mlp=False)).encoder
+  part = small_config(encoder=dict(width=64, gated_mlp=False)).encoder
   assert flops.linear(2, 3, 4) == 48
   q, k, v, logits, weighted, out = (2 * 5 * 64 * 64, 2 * 9 * 64 * 64, 2 * 9 * 64 * 64, 2 * 5 * 9 * 64, 2 * 5 * 9 * 64,
                                     2 * 5 * 64 * 64)
@@ -118,3 +241,15 @@ def test_the_released_size():
   assert plain / fast[0] > 1.9
   assert flops.train(config, 16, False) / flops.train(config, 16, True) > 1.5
   assert flops.train(config, 32, True) == 2 * flops.train(config, 16, True)
+
+
+def test_generator_at_the_released_size():
+  """12 x 768: a token costs 2 FLOPs a weight and row, and the cache; recomputing 256 costs over 80 times that."""
+  config = common.derive(stage="ar")
+  weights = 12 * (4 * 768**2 + 3 * 768 * 2048) + 768 * 64_000
+  token = 2 * weights + 12 * 2 * 2 * 768 * 256
+  assert flops_ar.ar_generate(config, 256, 4, True, True) == 8 * 256 * token
+  assert flops_ar.ar_generate(config, 256, 4, False, True) == 4 * 256 * token
+  assert 80 < flops_ar.ar_generate(config, 256, 4, True, False) / (8 * 256 * token) < 120
+  assert flops_ar.token_bytes(config, 256, 1, True) == 2 * (weights + 12 * 2 * 2 * 768 * 256)
+  assert flops_ar.ar_train(config, 8) == 2 * flops_ar.ar_train(config, 4)

@@ -56,8 +56,9 @@ def generate(
 
   Returns:
     ids int32 [b, slots] and log-probabilities float32 [b, slots]: of each token under the guided logits, before
-    temperature, top-k and top-p; 0 for the prefix. Where a sample has stopped, and past num_tokens, ids are num_ids and
-    log-probabilities 0; that of the stop itself stands at its place.
+    temperature, top-k and top-p; 0 for the prefix. The first token is never the stop, and its probability is among the
+    others. Where a sample has stopped, and past num_tokens, ids are num_ids and log-probabilities 0; that of the stop
+    itself stands at its place.
   """
   batch, given = prefix.shape
   # What is never written stays num_ids: the stop id, where there is one.
@@ -65,9 +66,9 @@ def generate(
   runner = (_Cached if choices.fast else _Recomputed)(model, params, labels, features, text_lengths, slots)
   stops = model.ar.num_outputs > model.ar.num_ids
 
-  def body(state):
+  def body(state, end):
     i, ids, log_probs, done, carried = state
-    logits, carried = runner.logits(ids, i, carried)
+    logits, carried = runner.logits(ids, i, carried, end)
     if choices.guided:
       logits = sampling.guide(*jnp.split(logits, 2), guidance_scale)
     if stops:  # at least one token
@@ -84,9 +85,8 @@ def generate(
 
   state = jnp.int32(given), ids, jnp.zeros((batch, slots)), jnp.zeros(batch, bool), runner.start(prefix)
   for end in runner.stages(given):
-    runner.length = end
     go_on = lambda state, end=end: (state[0] < jnp.minimum(num_tokens, end)) & ~state[3].all()
-    state = jax.lax.while_loop(go_on, body, state)
+    state = jax.lax.while_loop(go_on, lambda state, end=end: body(state, end), state)
   return state[1], state[2]
 
 
@@ -135,8 +135,9 @@ class _Cached:
       caches[i] = tuple(old.at[:, :, :given].set(new.swapaxes(1, 2)) for old, new in zip(caches[i], kv))
     return caches
 
-  def logits(self, ids: jax.Array, i: jax.Array, caches: list) -> tuple[jax.Array, list]:
+  def logits(self, ids: jax.Array, i: jax.Array, caches: list, end: int) -> tuple[jax.Array, list]:
     """Returns the logits [rows, v] of token i, and the caches with position i."""
+    del end  # the caches hold all
     rows = len(self.labels)
     last = jnp.tile(ids[:, i - 1], rows // len(ids))
     x = jnp.where(i == 0, self.first, self._ar(jnp.minimum(last, self.model.ar.num_ids - 1), method="embed"))
@@ -152,7 +153,7 @@ class _Recomputed:
   """Each step computes the whole prefix anew, its length rounded up to a multiple of PLAIN_CHUNK."""
 
   def __init__(self, model, params, labels, features, text_lengths, slots: int):
-    self.length, self.slots, self.rows = slots, slots, len(labels)
+    self.slots, self.rows = slots, len(labels)
 
     def hidden(ids):
       ids = jnp.minimum(jnp.tile(ids, (self.rows // len(ids), 1)), model.ar.num_ids - 1)
@@ -168,5 +169,6 @@ class _Recomputed:
   def start(self, prefix: jax.Array) -> tuple:
     return ()
 
-  def logits(self, ids: jax.Array, i: jax.Array, nothing: tuple) -> tuple[jax.Array, tuple]:
-    return self.read(self.hidden(ids[:, : self.length])[:, i]), nothing
+  def logits(self, ids: jax.Array, i: jax.Array, nothing: tuple, end: int) -> tuple[jax.Array, tuple]:
+    """Returns the logits [rows, v] of token i, from the first `end` of ids."""
+    return self.read(self.hidden(ids[:, :end])[:, i]), nothing
