@@ -49,7 +49,12 @@ class Compiler:
 
 
 def time_rounds(
-    programs: dict[str, Callable], args: tuple, repeats: int, limit: float = float("inf"), carried: bool = False
+    programs: dict[str, Callable],
+    args: tuple,
+    repeats: int,
+    limit: float = float("inf"),
+    carried: bool = False,
+    warm_up: dict[str, Callable] | None = None,
 ) -> dict[str, list[float]]:
   """Times programs in rounds; a round calls each once, and their order turns from round to round.
 
@@ -59,6 +64,7 @@ def time_rounds(
     repeats: timed rounds; one that is not timed goes before them.
     limit: seconds after which no round begins, but one is timed in any case.
     carried: the first output of a call is the first argument of the next.
+    warm_up: what the round that is not timed calls, where running the programs twice would take too long.
 
   Returns:
     seconds of each program's calls, by name and in the order of the rounds.
@@ -67,9 +73,10 @@ def time_rounds(
   for index in range(repeats + 1):
     if index > 1 and time.perf_counter() - begun > limit:
       break
-    for name in list(programs)[:: -1 if index % 2 else 1]:
+    called = programs if index or warm_up is None else warm_up
+    for name in list(called)[:: -1 if index % 2 else 1]:
       start = time.perf_counter()
-      outputs = jax.block_until_ready(programs[name](*args))
+      outputs = jax.block_until_ready(called[name](*args))
       if index:
         seconds[name].append(time.perf_counter() - start)
       if carried:

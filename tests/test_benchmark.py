@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs import debug
-from flextok_jax import benchmark, timing
+from flextok_jax import benchmark, benchmark_ar, benchmark_jobs, timing
 
 ROOT = Path(__file__).parents[1]
 matmul_peak = timing.matmul_peak
@@ -30,6 +30,11 @@ def get_config():
            vae=dict(block_out_channels=(32,), layers_per_block=1), sampler=dict(num_steps=2)),
     **OVERRIDES})
 """
+
+GENERATOR = dict(
+    stage="ar",
+    ar=dict(width=32, depth=1, head_dim=16, num_ids=60, num_tokens=40, guidance_scale=2.0),
+    text=dict(encoder="bytes", max_length=6, features=16, mlp_hidden=8, depth=1, head_dim=16))
 
 
 def config_file(folder, **overrides):
@@ -54,7 +59,7 @@ def fails(pattern, *args):
 def read(path):
   """The JSON lines by kind."""
   lines = [json.loads(line) for line in path.read_text().splitlines()]
-  return [[line for line in lines if line["kind"] == kind] for kind in ("row", "ratio", "peak")]
+  return [[line for line in lines if line["kind"] == kind] for kind in ("row", "ratio", "peak", "span")]
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +71,7 @@ def small_peak(monkeypatch):
 def test_every_job_on_both_paths(tmp_path, capsys):
   out = tmp_path / "deep" / "rows.jsonl"
   run(f"--config={config_file(tmp_path)}", "--num_tokens=32,1", "--repeats=2", "--batch_size=2", f"--out={out}")
-  rows, ratios, peaks = read(out)
+  rows, ratios, peaks, spans = read(out)
   both = [("tokenize", 1), ("tokenize", 32), ("detokenize", 1), ("detokenize", 32), ("train", None)]
   expected = [(job, k, path) for job, k in both for path in ("plain", "fast")]
   expected.insert(-2, ("vae", None, "-"))
@@ -86,6 +91,7 @@ def test_every_job_on_both_paths(tmp_path, capsys):
   assert [r["same_program"] for r in ratios] == [False, True, False, False, False]
   assert {(peak["dtype"], peak["precision"]) for peak in peaks} == {("float32", None), ("float32", "highest")}
   assert all(peak["flops_per_second"] == [1e9, 1e9] for peak in peaks)
+  assert not spans and all(row["ms_per_token"] is None and not row["shorter"] for row in rows)
   printed = capsys.readouterr().out
   table = printed.split("\n\n")[1].splitlines()
   assert [line.split()[0] for line in table[1:12]] == [row["job"] for row in rows]
@@ -96,11 +102,11 @@ def test_images_one_path_and_another_dtype(tmp_path):
   out = tmp_path / "rows.jsonl"
   given = (f"--config={config_file(tmp_path)}", "--repeats=1", "--batch_size=2", "--paths=fast", f"--out={out}")
   run(*given, "--jobs=detokenize,tokenize", "--num_tokens=8", "--nolatents", "--dtype=bfloat16")
-  rows, ratios, _ = read(out)
+  rows, ratios, *_ = read(out)
   assert [row["job"] for row in rows] == ["tokenize", "detokenize"] and not ratios
   assert all(row["dtype"] == "bfloat16" and row["precision"] is None and not row["latents"] for row in rows)
   run(*given, "--jobs=tokenize", "--num_tokens=8")
-  (row,), _, _ = read(out)  # written anew
+  (row,), *_ = read(out)  # written anew
   assert row["latents"] and row["flops"] < rows[0]["flops"]  # without the VAE
 
 
@@ -123,7 +129,7 @@ def test_paths_see_the_same_and_training_is_the_update_of_a_run(tmp_path):
   values = flags.FlagValues()
   benchmark.define_flags(values)
   values(["benchmark", f"--config={config_file(tmp_path)}"])
-  bench = benchmark.Benchmark(values.config, benchmark.PATHS, 2, True)
+  bench = benchmark_jobs.Benchmark(values.config, benchmark.PATHS, 2, True)
   for job, k in (("tokenize", 8), ("detokenize", 8)):
     args, made = bench.prepare(job, k)
     assert all(np.any(x) for x in jax.tree.leaves(args[0]))
@@ -140,6 +146,57 @@ def test_paths_see_the_same_and_training_is_the_update_of_a_run(tmp_path):
   np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+def test_generator(tmp_path, capsys):
+  """Every span of the tokens has its cost; the round that is not timed draws one token."""
+  out = tmp_path / "rows.jsonl"
+  given = f"--config={config_file(tmp_path, **GENERATOR)}"
+  run(given, "--num_tokens=40", "--repeats=2", "--batch_size=2", f"--out={out}")
+  (plain, fast, train), (ratio,), _, spans = read(out)
+  assert [(row["job"], row["path"], row["num_tokens"]) for row in (plain, fast, train)] == [
+      ("ar", "plain", 40), ("ar", "fast", 40), ("train", "-", None)]
+  assert all(row[name] > 0 for row in (plain, fast, train) for name in NUMBERS) and ratio["fast_over_plain"] > 0
+  for row in (plain, fast):
+    assert row["ms_per_token"] == pytest.approx(1e3 * np.median(row["seconds"]) / 40) and row["precision"] == "highest"
+  assert train["ms_per_token"] is None and train["token_bytes"] is None and plain["token_bytes"] is None
+  assert fast["token_bytes"] > 0 and sorted(map(int, fast["shorter"])) == [1, 10, 20, 30] and not plain["shorter"]
+  assert [(s["path"], s["from"], s["to"]) for s in spans] == [
+      ("fast", low, high) for low, high in ((1, 10), (10, 20), (20, 30), (30, 40))]
+  calls = {**fast["shorter"], "40": fast["seconds"]}
+  for span in spans:
+    pairs = zip(calls[str(span["from"])], calls[str(span["to"])])
+    each = [1e3 * (b - a) / (span["to"] - span["from"]) for a, b in pairs]
+    assert span["rounds"] == 2 and min(each) <= span["ms_per_token"] <= max(each)
+  printed = capsys.readouterr().out
+  assert "ar k=40, plain: " in printed and " from 30 to 40); each reads " in printed
+  fails("no job 'tokenize' with stage 'ar', only ar, train", given, "--jobs=tokenize")
+  fails("num_tokens 41 is out of range: this model takes 1 to 40", given, "--num_tokens=41")
+
+
+@pytest.mark.parametrize("condition", ["class", "text"])
+def test_generators_paths_see_the_same(condition, tmp_path):
+  """Both draw the same, past a chunk of the plain path; fewer tokens need no other program."""
+  values = flags.FlagValues()
+  benchmark.define_flags(values)
+  config = config_file(tmp_path, **{**GENERATOR, "ar": dict(GENERATOR["ar"], condition=condition)})
+  values(["benchmark", f"--config={config}"])
+  bench = benchmark_ar.Benchmark(values.config, benchmark.PATHS, 2, True)
+  args, made = bench.prepare("ar", 40)
+  parts = {"ar", "text_mlp", "text"} if condition == "text" else {"ar"}
+  assert all(np.any(x) for x in jax.tree.leaves(args[0])) and set(args[0]) == parts
+  programs = {path: timing.Compiler()(fn, args).run for path, (fn, _) in made.items()}
+  plain, fast = (program(*args) for program in programs.values())
+  np.testing.assert_array_equal(plain[0], fast[0])
+  np.testing.assert_allclose(plain[1], fast[1], atol=1e-4)
+  assert len(np.unique(plain[0])) > 10
+  fewer = programs["fast"](*args[:5], jnp.int32(7), *args[6:])[0]
+  np.testing.assert_array_equal(fewer[:, :7], fast[0][:, :7])
+  assert (np.asarray(fewer[:, 7:]) == 60).all()
+  (state, batch, key), made = bench.prepare("train", None)
+  ((update, _),) = made.values()
+  end, metrics = jax.eval_shape(update, state, batch, key)
+  assert set(end.params) == parts and not end.frozen and "loss" in metrics
+
+
 def test_rounds_and_peak():
   calls = []
   programs = {name: lambda x, name=name: (calls.append((name, int(x))), x + 1)[1:] for name in "ab"}
@@ -147,6 +204,9 @@ def test_rounds_and_peak():
   assert calls == [("a", 0), ("b", 1), ("b", 2), ("a", 3), ("a", 4), ("b", 5)]
   assert all(len(times) == 2 and min(times) >= 0 for times in seconds.values())
   assert 1e8 < matmul_peak("float32", "highest", repeats=1) < 1e15
+  calls.clear()
+  timing.time_rounds(programs, (jnp.int32(0),), repeats=1, warm_up={"a": programs["a"]})
+  assert [name for name, _ in calls] == ["a", "b", "a"]
   limited = timing.time_rounds(programs, (jnp.int32(0),), repeats=5, limit=0.0)
   assert all(len(times) == 1 for times in limited.values())
 
@@ -154,7 +214,7 @@ def test_rounds_and_peak():
 def test_bad_input_is_refused(tmp_path):
   given = f"--config={config_file(tmp_path)}"
   fails("give --config=configs/X.py")
-  fails("--jobs: unknown 'dance', one of tokenize, detokenize, vae, train", given, "--jobs=train,dance")
+  fails("--jobs: unknown 'dance', one of tokenize, detokenize, vae, ar, train", given, "--jobs=train,dance")
   fails("--paths: unknown 'slow', one of plain, fast", given, "--paths=slow")
   fails("--paths is empty", given, "--paths=")
   fails("num_tokens 33 is out of range: this model takes 1 to 32", given, "--num_tokens=1,33")

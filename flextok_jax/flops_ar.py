@@ -1,0 +1,120 @@
+"""Analytic FLOPs of the generator, counted as in flops.py, and the bytes that a token reads at least."""
+
+from ml_collections import ConfigDict
+import numpy as np
+
+from flextok_jax import flops
+from flextok_jax.flops import linear
+from flextok_jax.models.ar_sampling import PLAIN_CHUNK
+from flextok_jax.ops import nested
+from flextok_jax.stages.ar import mlp_hidden
+
+
+def slots(config: ConfigDict, num_tokens: int) -> int:
+  """Length of the arrays and of the cache in which num_tokens tokens are drawn."""
+  return next(size for size in nested.slot_sizes(config.ar.num_tokens) if size >= num_tokens)
+
+
+def is_guided(config: ConfigDict) -> bool:
+  """Whether a model of this config is sampled with guidance: then every sample is two rows."""
+  return config.ar.condition != "none" and config.ar.guidance_scale != 1
+
+
+def block(c: ConfigDict, queries: int, keys: int, text: int) -> int:
+  """A block of config.ar: `queries` tokens look at `keys`, which `queries` of them are added to, and at `text` tokens.
+
+  Self-attention: q, k, v, output 8 q d^2; logits and weighted sum 2 q l d each. Cross-attention: query and output
+  4 q d^2, and 2 q t d each; the text's keys and values are apart (look_at). MLP: 2 q d h, twice that where gated, and
+  2 q h d.
+  """
+  d, hidden = c.width, mlp_hidden(c)
+  attention = 4 * linear(queries, d, d) + 2 * linear(queries, d, keys)
+  cross = 2 * linear(queries, d, d) + 2 * linear(queries, d, text) if text else 0
+  mlp = linear(queries, d, (2 if c.ffn == "swiglu" else 1) * hidden) + linear(queries, hidden, d)
+  return attention + cross + mlp
+
+
+def text_tokens(config: ConfigDict) -> int:
+  """Tokens of a text, padding included; 0 without text."""
+  return config.text.max_length if config.ar.condition == "text" else 0
+
+
+def project(config: ConfigDict) -> int:
+  """Features of one text to the generator's width: two linear layers."""
+  c, length = config.text, text_tokens(config)
+  return linear(length, c.features, c.mlp_hidden) + linear(length, c.mlp_hidden, config.ar.width)
+
+
+def look_at(config: ConfigDict) -> int:
+  """Keys and values of one projected text in all blocks."""
+  return config.ar.depth * linear(text_tokens(config), config.ar.width, 2 * config.ar.width)
+
+
+def encode_text(config: ConfigDict) -> int:
+  """One text by the encoder that is trained jointly; a T5 is no part of the generator: 0."""
+  if text_tokens(config) == 0 or config.text.encoder != "bytes":
+    return 0
+  return config.text.depth * flops.block(_bytes_part(config), config.text.max_length, config.text.max_length)
+
+
+def _bytes_part(config: ConfigDict) -> ConfigDict:
+  """The byte encoder's blocks as a section of the tokenizer's kind, whose blocks they are."""
+  return ConfigDict(dict(width=config.text.features, mlp_ratio=4.0, gated_mlp=True))
+
+
+def readout(config: ConfigDict) -> int:
+  """Logits of one token, that of the stop id included."""
+  return linear(1, config.ar.width, config.ar.num_ids + config.ar.stop)
+
+
+def ar_generate(config: ConfigDict, num_tokens: int, batch: int, guided: bool, fast: bool) -> int:
+  """Draws num_tokens tokens a sample; where the text encoder is trained jointly, with the texts and an empty one.
+
+  Fast: keys and values of the text once; then each step runs one position, which looks at all slots of the cache, and
+  one readout. Plain: each step projects the text anew and runs the whole prefix, its length rounded up to PLAIN_CHUNK,
+  and one readout. No model is taken to stop by itself.
+  """
+  c, text, total = config.ar, text_tokens(config), slots(config, num_tokens)
+  rows = batch * (2 if guided else 1)
+  texts = (batch + (1 if guided else 0)) * encode_text(config)
+  steps = num_tokens * readout(config)
+  if fast:
+    steps += project(config) + look_at(config) + num_tokens * c.depth * block(c, 1, total, text)
+  else:
+    lengths = [min(-(-(i + 1) // PLAIN_CHUNK) * PLAIN_CHUNK, total) for i in range(num_tokens)]
+    steps += num_tokens * (project(config) + look_at(config)) + c.depth * sum(block(c, n, n, text) for n in lengths)
+  return texts + rows * steps
+
+
+def ar_train(config: ConfigDict, batch: int) -> int:
+  """Forward and backward pass over all num_tokens positions: three times the forward pass.
+
+  But the readout runs forward once more, as its logits are not kept; features of a T5 have no gradient; and with
+  config.remat all blocks run forward once more, but for the MLPs' outputs, which no gradient needs.
+  """
+  c, text, length = config.ar, text_tokens(config), config.ar.num_tokens
+  blocks = c.depth * block(c, length, length, text) + look_at(config)
+  sum_ = 3 * (blocks + project(config) + encode_text(config)) + 4 * length * readout(config)
+  if text and not encode_text(config):
+    sum_ -= linear(text, config.text.features, config.text.mlp_hidden)
+  if config.remat:
+    sum_ += blocks - c.depth * linear(length, mlp_hidden(c), c.width)
+    if encode_text(config):
+      part = _bytes_part(config)
+      hidden = flops.mlp_hidden(part.width, part.mlp_ratio, part.gated_mlp)
+      sum_ += encode_text(config) - config.text.depth * linear(text, hidden, part.width)
+  return batch * sum_
+
+
+def token_bytes(config: ConfigDict, num_tokens: int, batch: int, guided: bool) -> int:
+  """Bytes that a step of the fast path reads at least: matrices of blocks and readout once, and the rows' caches.
+
+  Caches are of all slots, and of the text's tokens. Norms, vectors and what is written (one position) are left out.
+  """
+  c, rows = config.ar, batch * (2 if guided else 1)
+  # A product with one row has two FLOPs for each number of its matrix.
+  matrices = (c.depth * block(c, 1, 0, 0) + readout(config)) // 2
+  if text_tokens(config):
+    matrices += 2 * c.depth * c.width**2  # cross-attention: query and output
+  caches = 2 * c.depth * rows * (slots(config, num_tokens) + text_tokens(config)) * c.width
+  return (matrices + caches) * np.dtype(config.dtype).itemsize
