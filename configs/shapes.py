@@ -22,6 +22,11 @@ def get_config(arg: str = ""):
       ),
       eval=dict(sources=("synthetic",)),
   )
-  if not arg:
-    c.update(train=dict(num_steps=6_000, eval_every=3_000))
+  c.data.global_batch = 16  # many small steps
+  c.optim.update(learning_rate=3e-3, warmup_steps=200)
+  if arg:
+    c.optim.end_learning_rate = 3e-3  # constant: the next run goes on
+    c.train.update(num_steps=20_000, checkpoint_every=1_000, eval_every=5_000)
+  else:
+    c.train.update(num_steps=6_000, eval_every=3_000)
   return c
