@@ -86,7 +86,7 @@ class Benchmark(benchmark_jobs.Benchmark):
 
     def make(stage, fast: bool) -> tuple[Callable, int]:
       choices = ar_sampling.Choices(guided=guided, top_k=c.top_k, use_top_p=bool(c.top_p), fast=fast)
-      slots = flops_ar.slots(self.config, num_tokens)
+      slots = ar_sampling.slots(num_tokens, self.config.ar.num_tokens)
 
       def fn(params, keys, labels, text, prefix, *scalars):
         features = lengths = None

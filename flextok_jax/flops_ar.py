@@ -5,14 +5,8 @@ import numpy as np
 
 from flextok_jax import flops
 from flextok_jax.flops import linear
-from flextok_jax.models.ar_sampling import PLAIN_CHUNK
-from flextok_jax.ops import nested
+from flextok_jax.models.ar_sampling import PLAIN_CHUNK, slots
 from flextok_jax.stages.ar import mlp_hidden
-
-
-def slots(config: ConfigDict, num_tokens: int) -> int:
-  """Length of the arrays and of the cache in which num_tokens tokens are drawn."""
-  return next(size for size in nested.slot_sizes(config.ar.num_tokens) if size >= num_tokens)
 
 
 def is_guided(config: ConfigDict) -> bool:
@@ -74,7 +68,7 @@ def ar_generate(config: ConfigDict, num_tokens: int, batch: int, guided: bool, f
   one readout. Plain: each step projects the text anew and runs the whole prefix, its length rounded up to PLAIN_CHUNK,
   and one readout. No model is taken to stop by itself.
   """
-  c, text, total = config.ar, text_tokens(config), slots(config, num_tokens)
+  c, text, total = config.ar, text_tokens(config), slots(num_tokens, config.ar.num_tokens)
   rows = batch * (2 if guided else 1)
   texts = (batch + (1 if guided else 0)) * encode_text(config)
   steps = num_tokens * readout(config)
@@ -116,5 +110,5 @@ def token_bytes(config: ConfigDict, num_tokens: int, batch: int, guided: bool) -
   matrices = (c.depth * block(c, 1, 0, 0) + readout(config)) // 2
   if text_tokens(config):
     matrices += 2 * c.depth * c.width**2  # cross-attention: query and output
-  caches = 2 * c.depth * rows * (slots(config, num_tokens) + text_tokens(config)) * c.width
+  caches = 2 * c.depth * rows * (slots(num_tokens, config.ar.num_tokens) + text_tokens(config)) * c.width
   return (matrices + caches) * np.dtype(config.dtype).itemsize

@@ -17,7 +17,6 @@ import numpy as np
 
 from flextok_jax.checkpoints import loading, official_ar, saving
 from flextok_jax.models import ar_sampling
-from flextok_jax.ops import nested
 from flextok_jax.stages.ar import make_generator
 
 Array = jax.Array | np.ndarray
@@ -178,7 +177,7 @@ class ARGenerator:
       key = jax.random.key(0)
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     choices = ar_sampling.Choices(guided, greedy, int(top_k), bool(top_p), fast)
-    slots = next(size for size in nested.slot_sizes(self.num_tokens) if size >= num_tokens)
+    slots = ar_sampling.slots(num_tokens, self.num_tokens)
     scalars = (np.int32(num_tokens), *map(np.float32, (guidance_scale, temperature, top_p)))
     ids, log_probs = _generate(self, keys, labels, text, lengths, prefix, *scalars, slots=slots, choices=choices)
     ids, log_probs = ids[:, :num_tokens], log_probs[:, :num_tokens]

@@ -5,7 +5,6 @@ every tensor must have a place of its shape. Arrays come one by one, straight to
 """
 
 from collections.abc import Mapping
-import contextlib
 import dataclasses
 import functools
 import os
@@ -18,7 +17,7 @@ import numpy as np
 
 from flextok_jax import settings, stages
 from flextok_jax.checkpoints import diffusers_config, hub, names, official_config, tensor_file
-from flextok_jax.checkpoints.tensor_file import TensorFile
+from flextok_jax.checkpoints.tensor_file import TensorFile, named
 from flextok_jax.ops import posemb
 from flextok_jax.stages.tokenizer import make_model
 from flextok_jax.training import checkpoint, sharding
@@ -159,7 +158,7 @@ def _load_file(path: str, options: _Options) -> tuple[ConfigDict, dict]:
         f"{path} is no FlexTok checkpoint: its metadata has neither {CONFIG_KEY!r} nor an official configuration; "
         "where the weights came with a config.json, give the folder of both"
     )
-  with _named(path):
+  with named(path):
     official = official_config.parse_literals(file.metadata)
   return _load_official(file, official, options)
 
@@ -173,23 +172,14 @@ def _load_pair(config_path: str, path: str, options: _Options) -> tuple[ConfigDi
     raise ValueError(f"{config_path} cannot be read: {e}") from None
   file = TensorFile(path)
   if "_class_name" in config or "block_out_channels" in config:
-    with _named(config_path):
+    with named(config_path):
       vae = diffusers_config.from_diffusers(config)
     return _load_diffusers(file, vae, options)
   return _load_official(file, config, options)
 
 
-@contextlib.contextmanager
-def _named(path: str):
-  """Puts the file's name before an error in its configuration."""
-  try:
-    yield
-  except ValueError as e:
-    raise ValueError(f"{path}: {e}") from None
-
-
 def _load_official(file: TensorFile, official: Mapping, options: _Options) -> tuple[ConfigDict, dict]:
-  with _named(file.path):
+  with named(file.path):
     config, roles = official_config.from_official(official, mup_base_width=options.mup_base_width)
   vae, hub_id = config["vae"], config["vae"].pop("hub_id")
   inside = any(name.startswith(names.VAE_PREFIX) for name in file.shapes)

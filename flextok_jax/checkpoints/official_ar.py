@@ -6,7 +6,6 @@ are all of q, then k, then v, each by head.
 """
 
 from collections.abc import Mapping
-import contextlib
 import itertools
 import math
 import os
@@ -22,7 +21,7 @@ from flextok_jax import stages
 from flextok_jax.checkpoints import hub, official_ar_config, tensor_file
 from flextok_jax.checkpoints.names import Entry
 from flextok_jax.checkpoints.official_ar_facts import Facts, add_settings
-from flextok_jax.checkpoints.tensor_file import TensorFile
+from flextok_jax.checkpoints.tensor_file import TensorFile, named
 from flextok_jax.models.ar import sincos_table
 from flextok_jax.stages.ar import mlp_hidden
 from flextok_jax.training import sharding
@@ -119,26 +118,17 @@ def load(
   """
   dtype = jnp.dtype(settings_lib.float_dtype("dtype", dtype or "float32"))
   weights, configuration = _find(os.fspath(source))
-  file = TensorFile(weights)
+  file = TensorFile(weights, _IGNORED)
   facts = Facts()
   add_settings(facts, settings, "the settings")
   if configuration:
     official_ar_config.add_file(facts, configuration)
-  with _named(file.path):
+  with named(file.path):
     _add_weights(facts, file)
     table = _positions(facts, file)
     config = _config(facts, file, dtype.name, "sincos1d" if table else "absolute")
     multiplier = _multiplier(facts)
   return config, _read(file, config, multiplier, mesh)
-
-
-@contextlib.contextmanager
-def _named(path: str):
-  """Puts the file's name before an error about it."""
-  try:
-    yield
-  except ValueError as e:
-    raise ValueError(f"{path}: {e}") from None
 
 
 def _find(source: str) -> tuple[str, str | None]:
@@ -333,9 +323,7 @@ def _read(file: TensorFile, config: ConfigDict, multiplier: float, mesh: jax.sha
   # Of layers that never have a bias where others have one, it is zero.
   absent = {e.path for e in entries if _is_linear_bias(e) and not any(name in file.shapes for name in e.names)}
   wanted = [name for e in entries if e.path not in absent for name in e.names]
-  unused = [name for name in file.shapes if name.startswith(_IGNORED)]
-  if config.ar.pos_embed == "sincos1d":
-    unused.append(f"{_MODEL}preprocessor.positional_embedding")
+  unused = (f"{_MODEL}preprocessor.positional_embedding",) if config.ar.pos_embed == "sincos1d" else ()
   tensor_file.check_names(file.path, file.shapes, wanted, unused)
   for e in entries:
     for name in e.names if e.path not in absent else ():

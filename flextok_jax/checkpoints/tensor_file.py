@@ -1,6 +1,7 @@
 """Safetensors files, a tensor at a time: neither reading nor writing holds more than one beside the model."""
 
 from collections.abc import Callable, Iterable, Mapping
+import contextlib
 import json
 import math
 import os
@@ -18,12 +19,14 @@ _ALIGNMENT = 64  # bytes; jax uses aligned host memory on a CPU as it is, anythi
 class TensorFile:
   """Names, types and shapes of a safetensors file, and its tensors one by one.
 
+  Tensors whose names begin with one of `ignored` are left out, whatever their type.
+
   Raises:
     FileNotFoundError: no such file.
     ValueError: it is damaged, or holds a tensor that is not float32, float16 or bfloat16.
   """
 
-  def __init__(self, path: str | os.PathLike):
+  def __init__(self, path: str | os.PathLike, ignored: tuple[str, ...] = ()):
     self.path = os.fspath(path)
     if not os.path.isfile(self.path):
       raise FileNotFoundError(f"no such file: {self.path}")
@@ -32,6 +35,8 @@ class TensorFile:
       self.shapes: dict[str, tuple[int, ...]] = {}
       self.dtypes: dict[str, np.dtype] = {}
       for name in f.keys():  # noqa: SIM118 not a dict
+        if name.startswith(ignored):
+          continue
         tensor = f.get_slice(name)
         dtype = tensor.get_dtype()
         if dtype not in DTYPES:
@@ -49,6 +54,15 @@ class TensorFile:
     # Opened anew each time: pages of a mapped file count as memory of the process until it is unmapped.
     with self._open() as f:
       return f.get_tensor(name)
+
+
+@contextlib.contextmanager
+def named(path: str):
+  """Puts the file's name before a ValueError about what is in it."""
+  try:
+    yield
+  except ValueError as e:
+    raise ValueError(f"{path}: {e}") from None
 
 
 def check_names(path: str, have: Iterable[str], want: Iterable[str], allowed: Iterable[str] = ()):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.models.ar import Block, Generator
-from flextok_jax.ops import sampling
+from flextok_jax.ops import nested, sampling
 
 PLAIN_CHUNK = 32  # the plain path recomputes prefixes of a multiple of this length: one program for each
 
@@ -21,6 +21,11 @@ class Choices:
   top_k: int = 0
   use_top_p: bool = False
   fast: bool = True
+
+
+def slots(num_tokens: int, most: int) -> int:
+  """Returns the length of the arrays that draw num_tokens of at most `most`: one of a few, so few programs are made."""
+  return next(size for size in nested.slot_sizes(most) if size >= num_tokens)
 
 
 def generate(
