@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 import functools
+import json
 import os
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 import jax
@@ -42,6 +44,24 @@ def _keep_compiled():
   if jax.config.jax_compilation_cache_dir is None:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     jax.config.update("jax_compilation_cache_dir", os.path.join(home, "flextok_jax", "compiled"))
+
+
+def parse_settings(items: Sequence[str]) -> dict[str, Any]:
+  """Returns what the items of --setting=name=value say to load_ar; values as in JSON (1, true, null), else texts.
+
+  Raises:
+    ValueError: an item that is no name=value.
+  """
+  settings = {}
+  for item in items:
+    name, equals, value = item.partition("=")
+    if not equals or not name.isidentifier() or name in ("source", "mesh"):
+      raise ValueError(f"--setting={item} must be name=value, with a name that flextok_jax.load_ar knows")
+    try:
+      settings[name] = json.loads(value)
+    except ValueError:
+      settings[name] = value
+  return settings
 
 
 def run(main: Callable[..., None], arguments: Sequence[str] = ()):

@@ -1,10 +1,12 @@
 """Converts checkpoints between the authors' format (or diffusers', for a VAE alone) and ours.
 
 python -m flextok_jax.convert SRC DST [--to=ours|official] [--dtype=bfloat16] [--check]
+python -m flextok_jax.convert SRC DST --generator [--setting=name=value ...]
 
-SRC is whatever flextok_jax.load takes. DST is a .safetensors file or a folder, and must not exist. By default the other
-format is written than SRC has. Prints the parameters by part; with --check reads DST back, tokenizes and reconstructs a
-photograph with both, compares, and writes the picture beside DST.
+SRC is whatever flextok_jax.load takes, or with --generator flextok_jax.load_ar; generators are written as ours. DST is
+a .safetensors file or a folder, and must not exist. By default the other format is written than SRC has. Prints the
+parameters by part; with --check reads DST back, tokenizes and reconstructs a photograph with both, compares, and writes
+the picture beside DST; of generators it compares logits.
 """
 
 from collections.abc import Mapping
@@ -16,7 +18,7 @@ from flax.traverse_util import flatten_dict
 import jax
 import numpy as np
 
-from flextok_jax import api, cli, files
+from flextok_jax import api, cli, files, generation
 from flextok_jax.checkpoints import loading, saving
 from flextok_jax.data import photos, transforms
 from flextok_jax.evals import metrics, plots
@@ -34,22 +36,28 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_integer("mup_base_width", None, "Base width of an official model with a muP readout.",
                        flag_values=values)
   flags.DEFINE_integer("image_size", None, "Pixels a side, in place of SRC's own.", flag_values=values)
+  flags.DEFINE_bool("generator", False, "SRC is a generator, in the released format or ours.", flag_values=values)
+  flags.DEFINE_multi_string("setting", [], "name=value, of flextok_jax.load_ar, for the released format.",
+                            flag_values=values)
 
 
 def main(source: str, target: str, values: flags.FlagValues):
   """Converts `source` to `target`."""
   if os.path.exists(target):
     raise ValueError(f"{target} is there already: remove it, or give another DST")
+  if values.generator:
+    convert_generator(source, target, values)
+    return
+  if values.setting:
+    raise ValueError(f"--setting={values.setting[0]} is of generators: give --generator as well")
   to = values.to or ("official" if loading.is_ours(source) else "ours")
   names = ("dtype", "vae_norm_num_groups", "mup_base_width", "image_size")
   given = {name: values[name].value for name in names}
   model = api.load(source, **given)
   if to == "official":
     model.to_official(target)
-  elif target.endswith(".safetensors"):
-    saving.save_weights(target, model.config, model.params)
   else:
-    model.save(target)
+    write_ours(target, model)
   print(summary(model.params))
   print(f"wrote {target} ({'official format' if to == 'official' else 'flextok_jax'})")
   if values.check:
@@ -57,6 +65,37 @@ def main(source: str, target: str, values: flags.FlagValues):
     before = reconstruct(model, photograph)
     del model  # two large ones need not fit
     check(before, reconstruct(api.load(target, **given), photograph), photograph, Path(target))
+
+
+def convert_generator(source: str, target: str, values: flags.FlagValues):
+  """Writes the generator at `source` to `target` in our format."""
+  if values.to == "official":
+    raise ValueError("--to=official: generators are written in our format alone")
+  for name in ("vae_norm_num_groups", "mup_base_width", "image_size"):
+    if values[name].present:
+      raise ValueError(f"--{name} is of tokenizers: a generator's settings are given as --setting=name=value")
+  gen = generation.load_ar(source, values.dtype, **cli.parse_settings(values.setting))
+  write_ours(target, gen)
+  print(summary(gen.params))
+  print(f"wrote {target} (flextok_jax)")
+  if values.check:
+    ids = np.random.default_rng(0).integers(0, gen.num_ids, (1, gen.num_tokens))
+    text = np.random.default_rng(1).normal(size=(1, 8, gen.config.text.features)).astype(np.float32)
+    args = (ids, None, text if gen.config.ar.condition == "text" else None)
+    before = np.asarray(gen.logits(*args))
+    del gen
+    after = np.asarray(generation.load_ar(target, values.dtype).logits(*args))
+    if not np.array_equal(before, after):
+      raise ValueError(f"{target} does not predict as its source does: logits differ by {np.abs(before - after).max()}")
+    print(f"checked: the logits of {ids.size} random ids are equal")
+
+
+def write_ours(target: str, model: api.FlexTok | generation.ARGenerator):
+  """Writes a .safetensors file, or a folder."""
+  if target.endswith(".safetensors"):
+    saving.save_weights(target, model.config, model.params)
+  else:
+    model.save(target)
 
 
 def summary(params: Mapping) -> str:

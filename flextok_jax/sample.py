@@ -97,7 +97,7 @@ class Sample:
 def main(values: flags.FlagValues):
   """Draws samples and writes what the module's docstring lists under values.out."""
   prompts = _check_flags(values)
-  gen = generation.load_ar(values.checkpoint, **_settings(values.setting))
+  gen = generation.load_ar(values.checkpoint, **cli.parse_settings(values.setting))
   conditions = _conditions(values, gen, prompts)
   num_tokens, counts = _lengths(values, gen.num_tokens)
   choices = _choices(values, gen, conditions != [None])
@@ -266,20 +266,6 @@ def _check_flags(values: flags.FlagValues) -> list[str]:
   if "" in prompts:
     raise ValueError(f"prompt {prompts.index('') + 1} of {given[0]} is empty: leave it out")
   return prompts
-
-
-def _settings(items: Sequence[str]) -> dict[str, Any]:
-  """Returns what name=value says; values are numbers, true, false or null as in JSON, and else texts."""
-  settings = {}
-  for item in items:
-    name, equals, value = item.partition("=")
-    if not equals or not name.isidentifier() or name in ("source", "mesh"):
-      raise ValueError(f"--setting={item} must be name=value, with a name that flextok_jax.load_ar knows")
-    try:
-      settings[name] = json.loads(value)
-    except ValueError:
-      settings[name] = value
-  return settings
 
 
 def _conditions(values: flags.FlagValues, gen: generation.ARGenerator, prompts: list[str]) -> list[int | str | None]:

@@ -292,7 +292,7 @@ def test_evaluate_refuses_bad_input(model, vae, pictures, tmp_path):
   fails("num_tokens 0 is out of range: this model takes 1 to 4", evaluate, *given, "--num_tokens=0,1")
   fails("num_tokens 5 is out of range", evaluate, *given, "--num_tokens=5")
   fails("whole numbers separated by commas, got 'x'", evaluate, *given, "--num_tokens=1,x")
-  fails("unknown evaluation set 'mars'", evaluate, *given, "--sources=mars")
+  fails("unknown data source 'mars'", evaluate, *given, "--sources=mars")
   fails("eval.num_images must be at least 1, got 0", evaluate, *given, "--num_images=0")
   fails("--num_tokens has no meaning", evaluate, f"--checkpoint={vae}", given[1], "--num_tokens=1")
   fails("is a file", evaluate, given[0], f"--out={pictures / 'a.png'}")

@@ -153,6 +153,8 @@ def _load_file(path: str, options: _Options) -> tuple[ConfigDict, dict]:
   if CONFIG_KEY in file.metadata:
     config = options.config(checkpoint.parse_config(file.metadata[CONFIG_KEY], path))
     return config, _read(file, config, {}, options, names.own_entry)
+  if any(name.startswith("models.ar_image_model.") for name in file.shapes):
+    raise ValueError(f"{path} holds a generator: load it by flextok_jax.load_ar, convert it with --generator")
   if "encoder" not in file.metadata:
     raise ValueError(
         f"{path} is no FlexTok checkpoint: its metadata has neither {CONFIG_KEY!r} nor an official configuration; "

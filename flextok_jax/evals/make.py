@@ -24,9 +24,6 @@ def make_evaluator(config, stage, mesh, prepare: Callable[[dict], dict]) -> Reco
   if config.stage == "ar":
     arrays = shards.eval_arrays(config, c.num_images)
     return TokenLoss(stage.predict_fns["token_losses"], arrays, c.batch_size, placed, prepare)
-  for name in c.sources:
-    if name not in config.data.sources:
-      raise ValueError(f"unknown evaluation set {name!r}: one of {', '.join(config.data.sources)}")
   counts = () if config.stage == "vae" else token_counts(c.num_tokens, config.tokens.num_registers)
   sets = {
       name: pipeline.eval_set(config.data, name, image_size=config.image_size, num_images=c.num_images)
