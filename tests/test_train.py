@@ -21,7 +21,7 @@ from flextok_jax import train
 from flextok_jax.checkpoints import hub, loading, saving
 from flextok_jax.data import pipeline
 from flextok_jax.stages import make_stage
-from flextok_jax.training import checkpoint, optim
+from flextok_jax.training import checkpoint, inputs, optim
 from flextok_jax.training.state import unbox
 from tests.test_update import assert_trees_equal, config_of
 
@@ -271,7 +271,7 @@ def poisoned_batches(monkeypatch, bad_step):
       images = batch["image"].astype(np.float32) / 127.5 - 1
       yield {**batch, "image": images * (np.nan if i == bad_step else 1)}
 
-  monkeypatch.setattr(train, "pipeline", types.SimpleNamespace(train_batches=batches, eval_set=pipeline.eval_set))
+  monkeypatch.setattr(inputs, "pipeline", types.SimpleNamespace(train_batches=batches))
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
