@@ -66,18 +66,18 @@ def ar_generate(config: ConfigDict, num_tokens: int, batch: int, guided: bool, f
 
   Fast: keys and values of the text once; then each step runs one position, which looks at all slots of the cache, and
   one readout. Plain: each step projects the text anew and runs the whole prefix, its length rounded up to PLAIN_CHUNK,
-  and one readout. No model is taken to stop by itself.
+  and one readout. Guidance mixes what the readout reads: that of a sample, not of its two rows. No model is taken to
+  stop by itself.
   """
   c, text, total = config.ar, text_tokens(config), slots(num_tokens, config.ar.num_tokens)
   rows = batch * (2 if guided else 1)
   texts = (batch + (1 if guided else 0)) * encode_text(config)
-  steps = num_tokens * readout(config)
   if fast:
-    steps += project(config) + look_at(config) + num_tokens * c.depth * block(c, 1, total, text)
+    steps = project(config) + look_at(config) + num_tokens * c.depth * block(c, 1, total, text)
   else:
     lengths = [min(-(-(i + 1) // PLAIN_CHUNK) * PLAIN_CHUNK, total) for i in range(num_tokens)]
-    steps += num_tokens * (project(config) + look_at(config)) + c.depth * sum(block(c, n, n, text) for n in lengths)
-  return texts + rows * steps
+    steps = num_tokens * (project(config) + look_at(config)) + c.depth * sum(block(c, n, n, text) for n in lengths)
+  return texts + rows * steps + batch * num_tokens * readout(config)
 
 
 def ar_train(config: ConfigDict, batch: int) -> int:

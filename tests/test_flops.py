@@ -246,10 +246,11 @@ def test_the_released_size():
 def test_generator_at_the_released_size():
   """12 x 768: a token costs 2 FLOPs a weight and row, and the cache; recomputing 256 costs over 80 times that."""
   config = common.derive(stage="ar")
-  weights = 12 * (4 * 768**2 + 3 * 768 * 2048) + 768 * 64_000
-  token = 2 * weights + 12 * 2 * 2 * 768 * 256
-  assert flops_ar.ar_generate(config, 256, 4, True, True) == 8 * 256 * token
-  assert flops_ar.ar_generate(config, 256, 4, False, True) == 4 * 256 * token
-  assert 80 < flops_ar.ar_generate(config, 256, 4, True, False) / (8 * 256 * token) < 120
-  assert flops_ar.token_bytes(config, 256, 1, True) == 2 * (weights + 12 * 2 * 2 * 768 * 256)
+  blocks, readout = 12 * (4 * 768**2 + 3 * 768 * 2048), 768 * 64_000
+  row = 2 * blocks + 12 * 2 * 2 * 768 * 256
+  guided = 4 * 256 * (2 * row + 2 * readout)  # of both rows one readout
+  assert flops_ar.ar_generate(config, 256, 4, True, True) == guided
+  assert flops_ar.ar_generate(config, 256, 4, False, True) == 4 * 256 * (row + 2 * readout)
+  assert 80 < flops_ar.ar_generate(config, 256, 4, True, False) / guided < 120
+  assert flops_ar.token_bytes(config, 256, 1, True) == 2 * (blocks + readout + 12 * 2 * 2 * 768 * 256)
   assert flops_ar.ar_train(config, 8) == 2 * flops_ar.ar_train(config, 4)

@@ -73,9 +73,11 @@ def generate(
 
   def body(state, end):
     i, ids, log_probs, done, carried = state
-    logits, carried = runner.logits(ids, i, carried, end)
-    if choices.guided:
-      logits = sampling.guide(*jnp.split(logits, 2), guidance_scale)
+    hidden, carried = runner.hidden(ids, i, carried, end)
+    if choices.guided:  # before the readout, which is linear: half the rows, the same logits
+      guided = sampling.guide(*jnp.split(hidden.astype(jnp.float32), 2), guidance_scale)
+      hidden = guided.astype(hidden.dtype)
+    logits = model.ar.apply({"params": params["ar"]}, hidden, method="logits")
     if stops:  # at least one token
       logits = logits.at[:, -1].set(jnp.where(i == 0, -jnp.inf, logits[:, -1]))
     if choices.greedy:
@@ -140,8 +142,8 @@ class _Cached:
       caches[i] = tuple(old.at[:, :, :given].set(new.swapaxes(1, 2)) for old, new in zip(caches[i], kv))
     return caches
 
-  def logits(self, ids: jax.Array, i: jax.Array, caches: list, end: int) -> tuple[jax.Array, list]:
-    """Returns the logits [rows, v] of token i, and the caches with position i."""
+  def hidden(self, ids: jax.Array, i: jax.Array, caches: list, end: int) -> tuple[jax.Array, list]:
+    """Returns what the readout reads for token i, [rows, d], and the caches with position i."""
     del end  # the caches hold all
     rows = len(self.labels)
     last = jnp.tile(ids[:, i - 1], rows // len(ids))
@@ -151,21 +153,20 @@ class _Cached:
     for params, cache, looked in zip(self.blocks, caches, self.looked):
       x, cache = self._block(params, x, cache, looked, self.key_bias, i, method="step")
       new.append(cache)
-    return self._ar(self._ar(x[:, 0], method="finish"), method="logits"), new
+    return self._ar(x[:, 0], method="finish"), new
 
 
 class _Recomputed:
   """Each step computes the whole prefix anew, its length rounded up to a multiple of PLAIN_CHUNK."""
 
   def __init__(self, model, params, labels, features, text_lengths, slots: int):
-    self.slots, self.rows = slots, len(labels)
+    self.slots = slots
 
-    def hidden(ids):
-      ids = jnp.minimum(jnp.tile(ids, (self.rows // len(ids), 1)), model.ar.num_ids - 1)
+    def run(ids):
+      ids = jnp.minimum(jnp.tile(ids, (len(labels) // len(ids), 1)), model.ar.num_ids - 1)
       return model.apply({"params": params}, ids, labels, features, text_lengths, method="hidden")
 
-    self.hidden = hidden
-    self.read = lambda x: model.ar.apply({"params": params["ar"]}, x, method="logits")
+    self.run = run
 
   def stages(self, given: int) -> tuple[int, ...]:
     ends = np.minimum(np.arange(PLAIN_CHUNK, self.slots + PLAIN_CHUNK, PLAIN_CHUNK), self.slots)
@@ -174,6 +175,6 @@ class _Recomputed:
   def start(self, prefix: jax.Array) -> tuple:
     return ()
 
-  def logits(self, ids: jax.Array, i: jax.Array, nothing: tuple, end: int) -> tuple[jax.Array, tuple]:
-    """Returns the logits [rows, v] of token i, from the first `end` of ids."""
-    return self.read(self.hidden(ids[:, :end])[:, i]), nothing
+  def hidden(self, ids: jax.Array, i: jax.Array, nothing: tuple, end: int) -> tuple[jax.Array, tuple]:
+    """Returns what the readout reads for token i, [rows, d], from the first `end` of ids."""
+    return self.run(ids[:, :end])[:, i], nothing
