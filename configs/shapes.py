@@ -1,4 +1,4 @@
-"""The tiny tokenizer of the shipped generator: plain scenes at 32 px, 16 tokens of 1,000 codes.
+"""A tiny tokenizer to generate on: plain scenes at 32 px, 16 tokens of 1,000 codes.
 
 As configs/quickstart.py, in two runs: shapes.py:coarse, where nearly all is noise and the tokens learn the layout, then
 shapes.py from its weights. 1,000 codes rather than 64,000, as a generator has to see each of them often enough, and all
@@ -22,11 +22,8 @@ def get_config(arg: str = ""):
       ),
       eval=dict(sources=("synthetic",)),
   )
-  c.data.global_batch = 16  # many small steps
-  c.optim.update(learning_rate=3e-3, warmup_steps=200)
   if arg:
-    c.optim.end_learning_rate = 3e-3  # constant: the next run goes on
-    c.train.update(num_steps=20_000, checkpoint_every=1_000, eval_every=5_000)
+    c.train.update(num_steps=12_000, checkpoint_every=500, eval_every=3_000)
   else:
     c.train.update(num_steps=6_000, eval_every=3_000)
   return c

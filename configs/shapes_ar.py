@@ -1,4 +1,4 @@
-"""The shipped generator: plain scenes by the shape of their largest object, on the tokens of configs/shapes.py.
+"""A tiny generator: plain scenes by the shape of their largest object, on the tokens of configs/shapes.py.
 
 shapes_ar.py:text is conditioned on captions, by a byte-level text encoder trained jointly; shapes_ar.py:stop also stops
 by itself, trained on shards with lengths (python -m flextok_jax.tokenize --quality).
