@@ -25,7 +25,7 @@ from flextok_jax.checkpoints import loading
 from flextok_jax.checkpoints.fingerprint import fingerprint
 from flextok_jax.data import shard_writer, transforms
 from flextok_jax.evals import reconstruction
-from flextok_jax.ops import nested
+from flextok_jax.ops import fsq, nested
 from flextok_jax.stages import make_stage
 from flextok_jax.training import sharding
 
@@ -89,7 +89,7 @@ def tokenize_sources(values: flags.FlagValues):
   mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,),
                        devices=jax.local_devices())
   tokenizer = {"fingerprint": fingerprint(config, params), "dtype": config.dtype, "image_size": config.image_size,
-               "num_ids": int(np.prod(config.tokens.levels)), "num_tokens": num_tokens}
+               "num_ids": fsq.num_codes(config.tokens.levels), "num_tokens": num_tokens}
   params = jax.device_put(params, sharding.replicated(mesh))
   lengths_fn = None
   if values.quality is not None:

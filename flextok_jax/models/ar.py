@@ -347,11 +347,6 @@ class TextMLP(nn.Module):
     return layers.dense(self.width, ("mlp", "embed"), "out", self.dtype, use_bias=False)(nn.gelu(x, approximate=True))
 
 
-def padding_bias(lengths: jax.Array, size: int) -> jax.Array:
-  """lengths int [b] -> float32 [b, size] for attention: 0 before the length, UNSEEN from there on."""
-  return jnp.where(jnp.arange(size) < lengths[:, None], 0.0, attention.UNSEEN)
-
-
 class Generator(nn.Module):
   """The generator with what turns text into its condition.
 
@@ -367,7 +362,7 @@ class Generator(nn.Module):
     if self.text_mlp is None:
       return None, None
     features = features.astype(self.ar.choices.dtype)
-    return self.text_mlp(features), padding_bias(lengths, features.shape[1])
+    return self.text_mlp(features), attention.padding_bias(lengths, features.shape[1])
 
   def encode_text(self, text_ids: jax.Array, text_lengths: jax.Array) -> jax.Array:
     """text_ids int [b, t], text_lengths [b] -> features [b, t, f]."""

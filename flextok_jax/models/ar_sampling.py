@@ -109,14 +109,15 @@ class _Cached:
     self.block = Block(self.choices)
     stack = params["ar"]["blocks"]
     self.blocks = [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(model.ar.depth)]
-    text, self.key_bias = self._apply(features, text_lengths, method="project")
-    self.text = text
-    self.looked = [None if text is None else self._block(p, text, method="look_at") for p in self.blocks]
-    self.looked = [kv and tuple(x.swapaxes(1, 2) for x in kv) for kv in self.looked]
+    self.text, self.key_bias = model.apply({"params": params}, features, text_lengths, method="project")
+    self.looked = [self._look_at_text(p) for p in self.blocks]
     self.first = self._ar(labels, method="start_vector")
 
-  def _apply(self, *args, method):
-    return self.model.apply({"params": self.params}, *args, method=method)
+  def _look_at_text(self, params) -> tuple[jax.Array, jax.Array] | None:
+    """A block's keys and values [b, h, t, e] of the text, if there is one."""
+    if self.text is None:
+      return None
+    return tuple(x.swapaxes(1, 2) for x in self._block(params, self.text, method="look_at"))
 
   def _ar(self, *args, method):
     return self.model.ar.apply({"params": self.params["ar"]}, *args, method=method)

@@ -57,7 +57,7 @@ class ByteEncoder(nn.Module):
         dtype=self.dtype,
         attention=self.attention,
     )
-    key_bias = jnp.where(jnp.arange(length) < lengths[:, None], 0.0, attention_lib.UNSEEN)
+    key_bias = attention_lib.padding_bias(lengths, length)
     x = Transformer(self.depth, choices, 0, self.remat, name="transformer")((x,), key_bias=key_bias)
     return layers.layer_norm(x)
 

@@ -152,6 +152,11 @@ def _cudnn(q, k, v, scale, mask, key_bias):
   return out[:, :queries, :, :head_dim]
 
 
+def padding_bias(lengths: jax.Array, size: int) -> jax.Array:
+  """lengths int [b] -> float32 [b, size] for attend's key_bias: 0 before the length, UNSEEN from there on."""
+  return jnp.where(jnp.arange(size) < lengths[:, None], 0.0, UNSEEN)
+
+
 def bias_features(q: jax.Array, k: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Widens q [b, lq, h, e] and k [b, lk, h, e] so that their product has bias [b or 1, lk] added: exact if in float32.
 

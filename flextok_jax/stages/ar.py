@@ -9,9 +9,8 @@ from ml_collections import ConfigDict
 
 from flextok_jax import settings
 from flextok_jax.models import ar
+from flextok_jax.models import text as text_models
 from flextok_jax.ops import attention, nested
-
-TEXT_ENCODERS = ("t5", "bytes")
 
 
 def mlp_hidden(c: ConfigDict) -> int:
@@ -78,13 +77,11 @@ def make_generator(config: ConfigDict) -> ar.Generator:
   if not text:
     return ar.Generator(transformer)
   settings.at_least_one(config, "text.max_length", "text.features", "text.mlp_hidden")
-  if config.text.encoder not in TEXT_ENCODERS:
-    raise ValueError(f"unknown text.encoder {config.text.encoder!r}: one of {', '.join(TEXT_ENCODERS)}")
+  if config.text.encoder not in text_models.ENCODERS:
+    raise ValueError(f"unknown text.encoder {config.text.encoder!r}: one of {', '.join(text_models.ENCODERS)}")
   encoder = None
   if config.text.encoder == "bytes":
-    from flextok_jax.models.text import make_text_encoder
-
-    encoder = make_text_encoder(config)
+    encoder = text_models.make_text_encoder(config)
   return ar.Generator(transformer, ar.TextMLP(config.text.mlp_hidden, c.width, dtype), encoder)
 
 
