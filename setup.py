@@ -32,7 +32,7 @@ setup(
         "ml-collections>=1.0",
         "msgpack>=1.0",
         "numpy>=2.0",
-        "optax>=0.2.5",
+        "optax>=0.2.7",
         "orbax-checkpoint>=0.11.25",
         "pillow>=11.0",
         "pyyaml>=6.0",

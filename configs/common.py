@@ -161,6 +161,7 @@ def get_config() -> ConfigDict:
                                         caption_key=""))  # "" or a text feature: "captions/text" of coco_captions
 
   c.optim = ConfigDict()
+  c.optim.name = "adamw"  # or "muon": the blocks' matrices by Muon, the rest by Adam, at the same learning rate [ours]
   c.optim.learning_rate = 5.62e-4  # peak. [video] reports 1.124e-3 under muP; halved as there is no muP here [ours]
   c.optim.end_learning_rate = 1e-6  # after the cosine
   c.optim.warmup_steps = 10_000

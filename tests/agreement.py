@@ -1,6 +1,6 @@
 """Does the generator draw what it was asked for? Agreement of its images with their class or caption.
 
-python -m tests.agreement --generator=FILE --tokenizer=FILE [--num_images=256] [--guidance_scale=2] [--out=DIR]
+python -m tests.agreement --generators=FILE,FILE --tokenizer=FILE [--num_images=256] [--guidance_scale=2] [--out=DIR]
 
 A small convolutional network learns, on plain scenes of the `synthetic` source alone, the shape and the colour of the
 largest object, the colour of the background and the number of objects. It then looks at generated images (classes: as
@@ -26,11 +26,11 @@ from flextok_jax import cli, files
 from flextok_jax.data import synthetic, transforms
 from flextok_jax.evals import metrics
 
-GENERATOR = flags.DEFINE_string("generator", None, "Anything that load_ar takes.")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer whose tokens it draws.")
+GENERATORS = flags.DEFINE_list("generators", [], "Anything that load_ar takes.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer whose tokens they draw.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 256, "Images of each kind.")
-GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Of the generator; default: its config's.")
-TOP_P = flags.DEFINE_float("top_p", None, "Of the generator; default: its config's.")
+GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Of the generators; default: their configs'.")
+TOP_P = flags.DEFINE_float("top_p", None, "Of the generators; default: their configs'.")
 STEPS = flags.DEFINE_integer("steps", 1500, "Of the network's training.")
 SEED = flags.DEFINE_integer("seed", 0, "Of everything.")
 OUT = flags.DEFINE_string("out", None, "Folder for agreement.json; default: none.")
@@ -119,37 +119,44 @@ def decode(tokenizer, ids: list, seed: int, batch: int = 64) -> np.ndarray:
   return np.concatenate(images)
 
 
+def generate(gen, seed: int, labels: np.ndarray, captions: list[str], **change) -> tuple[dict, list]:
+  """Returns (settings, sequences of ids) for the classes, or for a text-conditional generator the captions."""
+  ar = gen.config.ar
+  settings = {name: ar[name] for name in ("guidance_scale", "temperature", "top_k", "top_p")} | change
+  asked = {"labels": labels} if ar.condition == "class" else {"prompts": captions}
+  return settings, gen.trim(gen.generate(jax.random.key(seed), **asked, **settings))
+
+
 def main():
-  if not GENERATOR.value or not TOKENIZER.value:
-    raise ValueError("give --generator=FILE and --tokenizer=FILE")
-  gen, tokenizer = flextok_jax.load_ar(GENERATOR.value), flextok_jax.load(TOKENIZER.value)
-  ar, count, seed = gen.config.ar, NUM_IMAGES.value, SEED.value
-  scale = ar.guidance_scale if GUIDANCE_SCALE.value is None else GUIDANCE_SCALE.value
-  top_p = ar.top_p if TOP_P.value is None else TOP_P.value
-  images, asked, captions = scenes("validation", 0, count, tokenizer.image_size)
+  if not GENERATORS.value or not TOKENIZER.value:
+    raise ValueError("give --generators=FILES and --tokenizer=FILE")
+  tokenizer = flextok_jax.load(TOKENIZER.value)
+  generators = {name: flextok_jax.load_ar(name) for name in GENERATORS.value}
+  count, seed = NUM_IMAGES.value, SEED.value
+  flags_given = {"guidance_scale": GUIDANCE_SCALE.value, "top_p": TOP_P.value}
+  given = {name: value for name, value in flags_given.items() if value is not None}
+  images, said, captions = scenes("validation", 0, count, tokenizer.image_size)
+  shapes = [synthetic.CLASS_NAMES.index(name) for name in synthetic.PLAIN_SHAPES]
+  labels = np.resize(shapes, count)
   answer = learn(tokenizer.image_size, STEPS.value, seed)
 
   def share(pictures, wanted):
     found = answer(pictures)
     return {k: float((found[k] == v).mean()) for k, v in wanted.items()}
 
-  report = {"num_images": count, "guidance_scale": scale, "top_p": top_p, "held-out scenes": share(images, asked)}
   ids = np.concatenate([tokenizer.tokenize(images[i : i + 64]) for i in range(0, count, 64)])
-  report["their reconstructions"] = share(decode(tokenizer, ids, seed), asked)
-  settings = dict(guidance_scale=scale, temperature=ar.temperature, top_k=ar.top_k, top_p=top_p)
-  if ar.condition == "class":
-    shapes = [synthetic.CLASS_NAMES.index(name) for name in synthetic.PLAIN_SHAPES]
-    asked = {"shape": np.resize(shapes, count)}
-    settings["labels"] = asked["shape"]
-  else:
-    settings["prompts"] = captions
-  for name, change in (("generated", {}), ("generated without guidance", {"guidance_scale": 1.0})):
-    sequences = gen.trim(gen.generate(jax.random.key(seed), **settings | change))
-    report[name] = share(decode(tokenizer, sequences, seed), asked)
-    if gen.stop_id is not None:
-      lengths = [len(sequence) for sequence in sequences]
-      rho = scipy.stats.spearmanr(lengths, asked["objects"])[0]
-      report[name] |= {"mean length": float(np.mean(lengths)), "rank correlation with objects": float(rho)}
+  report = {"num_images": count, "held-out scenes": share(images, said),
+            "their reconstructions": share(decode(tokenizer, ids, seed), said)}
+  for name, gen in generators.items():
+    asked = {"shape": labels} if gen.config.ar.condition == "class" else said
+    for title, change in (("with guidance", given), ("without", given | {"guidance_scale": 1.0})):
+      settings, sequences = generate(gen, seed, labels, captions, **change)
+      results = share(decode(tokenizer, sequences, seed), asked)
+      if gen.stop_id is not None:
+        lengths = [len(sequence) for sequence in sequences]
+        rho = scipy.stats.spearmanr(lengths, said["objects"])[0]
+        results |= {"mean length": float(np.mean(lengths)), "rank correlation with objects": float(rho)}
+      report[f"{name}, {title}"] = settings | results
   text = json.dumps(report, indent=1)
   print(text)
   if OUT.value:

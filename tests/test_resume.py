@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 40, 10
 COMMAND = ["--config=configs/debug.py", f"--config.train.num_steps={STEPS}", "--config.train.log_every=1",
            f"--config.train.checkpoint_every={EVERY}", "--config.train.keep_checkpoints=9",
-           f"--config.train.eval_every={STEPS}", "--config.train.export_dtype=float32"]  # fmt: skip
+           f"--config.train.eval_every={STEPS}", "--config.train.export_dtype=float32",
+           "--config.optim.name=muon"]  # Adam's moments and Muon's; fmt: skip
 
 # The command with a signal to itself at a chosen moment: no clock decides where it falls.
 DRIVER = """

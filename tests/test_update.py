@@ -145,6 +145,49 @@ def test_only_kernels_are_decayed():
   assert names >= {"kernel", "bias", "registers", "mask_token", "null_token", "register_positions"}
 
 
+def test_muon_moves_the_blocks_matrices_along_orthogonal_ones_and_the_rest_as_adam_does():
+  """Against singular value decompositions: of every layer, and of queries, keys, values, gates apart."""
+  stage = make_stage(config_of())
+  rng = np.random.default_rng(0)
+  params = unbox(jax.eval_shape(stage.init, jax.random.key(0))[0])
+  params, grads = (jax.tree.map(lambda x: rng.normal(0, 1, x.shape).astype(np.float32), params) for _ in range(2))
+  choices = dict(learning_rate=0.5, warmup_steps=0, weight_decay=0.0, clip_norm=1e9)
+
+  def first_step(name):
+    optimizer = optim.make_optimizer(config_of(optim=dict(choices, name=name)).optim, 100)
+    return jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p)[0])(params, grads)
+
+  matrices = 0
+  for (path, update), grad, adam in zip(
+      jax.tree_util.tree_leaves_with_path(first_step("muon")), *map(jax.tree.leaves, (grads, first_step("adamw"))),
+      strict=True,
+  ):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if not name.endswith("kernel") or "transformer" not in name:
+      # Adam's first step is the sign of the gradient; with Nesterov's momentum, almost twice of it.
+      np.testing.assert_array_equal(np.sign(update), np.sign(adam), err_msg=name)
+      assert np.abs(update).max() < 1.1 * 0.5 * 1.9, name
+      continue
+    pairs = [(np.asarray(update), grad)]
+    if "blocks" in name:
+      pairs = [pair for both in pairs for pair in zip(*both)]
+    if "qkv" in name or "mlp/in" in name:
+      pairs = [pair for both in pairs for pair in zip(*(np.moveaxis(x, 1, 0) for x in both))]
+    for u, g in pairs:
+      inputs = int(np.prod(g.shape[:-1])) if "out" in name else g.shape[0]
+      u, g = u.reshape(inputs, -1), g.reshape(inputs, -1)
+      left, values, right = np.linalg.svd(g.astype(np.float64), full_matrices=False)
+      values /= np.linalg.norm(values)
+      for _ in range(5):  # Newton-Schulz, quintic: all but the smallest come near 1
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+      assert 0.7 < np.median(values) < 1.2
+      scale = -0.5 * 0.2 * np.sqrt(max(u.shape))  # the root mean square of Adam's steps is about 0.2 of the rate
+      np.testing.assert_allclose(u / scale, (left * values) @ right, atol=1e-4, err_msg=name)
+      matrices += 1
+  c = config_of()
+  assert matrices == (c.encoder.depth + c.decoder.depth) * (3 + 1 + 2 + 1)
+
+
 def test_gradients_are_clipped_by_their_global_norm():
   settings = config_of(optim=dict(clip_norm=0.5, b1=0.0, weight_decay=0.0)).optim
   optimizer, params = optim.make_optimizer(settings, 10), {"kernel": jnp.zeros(4), "bias": jnp.zeros(3)}
