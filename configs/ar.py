@@ -31,7 +31,7 @@ def get_config(size: str = "85m"):
   width, depth = TEXT[size] if text else (64 * CLASS[size], CLASS[size])
   return common.derive(
       stage="ar",
-      remat=depth >= 24,
+      remat="full" if depth >= 24 else "none",
       ar=dict(
           width=width,
           depth=depth,

@@ -13,10 +13,16 @@ def get_config() -> ConfigDict:
   c.stage = "tokenizer"  # "tokenizer" (frozen VAE), "vae", or "ar" (generator of token ids)
   c.seed = 0  # initialisation, data order, noise
   c.image_size = 256  # pixels; height = width [paper]
-  c.dtype = "bfloat16"  # compute dtype; parameters, norms, softmax, FSQ and losses stay float32
+  # Compute dtype; parameters, norms, softmax, FSQ and losses stay float32. Devices sum their gradients in the type that
+  # computes them, so of the blocks' matrices in this one; optim.accumulate_steps are summed in float32.
+  c.dtype = "bfloat16"
   c.fast = True  # exact savings: merged masked tokens, buckets, ...; False: the plain path, which says the same slowly
   c.attention = "auto"  # implementation: "auto", "xla", "cudnn" (GPU), "pallas" (TPU)
-  c.remat = False  # recompute a block's activations in the backward pass: memory for about a third more FLOPs
+  # What the backward pass of a block computes again instead of keeping it: "none"; "dots": all but the products with
+  # weights; "full": everything, for about a third more FLOPs.
+  c.remat = "none"
+  # (start, stop): a profile of the steps from start to before stop, for TensorBoard or Perfetto, in workdir/profile.
+  c.profile_steps = ()
   c.init_from = ""  # weights to start from (a workdir or a .safetensors file); top-level parts that it holds are taken
 
   c.vae = ConfigDict()
@@ -139,15 +145,21 @@ def get_config() -> ConfigDict:
 
   c.data = ConfigDict()
   c.data.global_batch = 1024  # images a step, over all devices [ours]
-  # "random": random resized crop; "center": shorter side to image_size, centre crop. Of folder and tfds; the other
-  # sources frame their pictures themselves.
+  # "random": random resized crop; "center": shorter side to image_size, centre crop. Of folder, tfds and their files in
+  # arrayrecord; the other sources frame their pictures themselves.
   c.data.crop = "random"
   c.data.crop_min_area = 0.4  # smallest area share of a random crop [ours: milder than a classifier's 0.08]
   c.data.flip = True  # horizontal, one half of the images (never emoji: letters, arrows and flags have sides)
+  # A JPEG file of folder, tfds or arrayrecord is decoded at 1/2, 1/4 or 1/8 of its sides where its crop keeps
+  # image_size pixels so: less work, and pixels that differ by about 1 of 255 levels, 5 where the texture is finest [ours].
+  c.data.reduce_jpeg = True
   c.data.num_threads = 8  # reading threads a process
   c.data.num_workers = 0  # worker processes a process; 0: threads alone
   c.data.prefetch = 4  # batches ready on the host; two more wait on the device
   c.data.tokens = ""  # of stage "ar": a folder that python -m flextok_jax.tokenize --config wrote
+  # Of stage "tokenizer": a folder that python -m flextok_jax.tokenize --what=latents wrote, in place of data.sources
+  # and the VAE's encoder. Crops and flips are those made when writing.
+  c.data.latents = ""
   c.data.max_unreadable = 0.01  # share of unreadable files, since the last log line, above which the run stops
   # A source takes part with its weight (share of the images); the validation split never overlaps the training split.
   c.data.sources = ConfigDict()
@@ -156,6 +168,8 @@ def get_config() -> ConfigDict:
   c.data.sources.emoji = ConfigDict(dict(weight=0.0, path=""))  # "" finds the system's NotoColorEmoji.ttf
   c.data.sources.photos = ConfigDict(dict(weight=0.0, min_crop=64))  # photographs of scikit-image and scikit-learn
   c.data.sources.folder = ConfigDict(dict(weight=0.0, path="", val_path=""))  # jpg/png/webp, class = subfolder
+  # A folder that python -m flextok_jax.tokenize --what=images wrote: image files in ArrayRecord files.
+  c.data.sources.arrayrecord = ConfigDict(dict(weight=0.0, path=""))
   c.data.sources.tfds = ConfigDict(dict(weight=1.0, name="imagenet2012", data_dir="", train_split="train",
                                         val_split="validation", image_key="image", label_key="label",
                                         caption_key=""))  # "" or a text feature: "captions/text" of coco_captions
@@ -163,6 +177,9 @@ def get_config() -> ConfigDict:
   c.optim = ConfigDict()
   c.optim.name = "adamw"  # or "muon": the blocks' matrices by Muon, the rest by Adam, at the same learning rate [ours]
   c.optim.learning_rate = 5.62e-4  # peak. [video] reports 1.124e-3 under muP; halved as there is no muP here [ours]
+  # muP (Yang et al. 2022): the learning rate is that of a model of this width, and serves every other; 0: off. Goes
+  # with readout_multiplier = mup_base_width / width, in encoder and decoder or in ar.
+  c.optim.mup_base_width = 0
   c.optim.end_learning_rate = 1e-6  # after the cosine
   c.optim.warmup_steps = 10_000
   c.optim.b1 = 0.9
@@ -190,8 +207,14 @@ def get_config() -> ConfigDict:
   c.eval.num_tokens = ()  # (): the powers of two up to num_registers
   c.eval.grid_images = 4  # a source, rows of the picture
 
+  # Axes of the device mesh; a run may go on with others. One may be -1: as many devices as are left.
   c.mesh = ConfigDict()
-  c.mesh.data = -1  # devices along the batch; -1: all
+  c.mesh.data = -1  # parts of the batch, each with parameters and optimiser state of its own
+  c.mesh.fsdp = 1  # parts of the batch that share one set of parameters and optimiser state, each holding a part of it
+  c.mesh.tensor = 1  # parts of every block's heads and hidden units, on the same rows of the batch
+  # Slices of a TPU pod (or groups of GPUs that jax calls slices; on CPUs processes) that "data" goes across: slower
+  # connections, over which nothing but gradients travels.
+  c.mesh.slices = 1
   return c.lock()
 
 

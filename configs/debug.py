@@ -17,7 +17,7 @@ def get_config():
           num_threads=2,
           sources=dict(synthetic=dict(weight=1.0, render_size=32), tfds=dict(weight=0.0)),
       ),
-      optim=dict(learning_rate=1e-3, warmup_steps=10),
+      optim=dict(learning_rate=1e-3, warmup_steps=10, ema_decay=0.9),
       train=dict(num_steps=20, log_every=5, checkpoint_every=10, keep_period=0, eval_every=20, tensorboard=False),
       eval=dict(sources=("synthetic",), num_images=4, batch_size=4, grid_images=2),
   )

@@ -10,6 +10,8 @@ from typing import Any
 from absl import app, flags, logging
 import jax
 
+from flextok_jax.training import distributed
+
 _EXPECTED = (ValueError, OSError)
 
 
@@ -67,14 +69,18 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
 def run(main: Callable[..., None], arguments: Sequence[str] = ()):
   """Parses the flags and calls main(*arguments); bad input ends with a line on stderr and exit code 1.
 
+  Where several processes run the command together, as the environment says (training/distributed.py), they join first.
+
   `arguments` names what stands on the command line besides flags; none of it may be left out.
   """
 
   def call(argv):
     _keep_compiled()
-    try:
-      main(*argv[1:])
-    except _EXPECTED as e:
-      _fail(e)
+    with distributed.failing_at_once():
+      try:
+        distributed.initialize()
+        main(*argv[1:])
+      except _EXPECTED as e:
+        _fail(e)
 
   app.run(call, flags_parser=functools.partial(_parse, arguments=arguments))

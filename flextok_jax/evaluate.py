@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-import jax
 from ml_collections import ConfigDict, config_flags
 
 from flextok_jax import cli, settings
@@ -19,7 +18,7 @@ from flextok_jax.checkpoints import loading
 from flextok_jax.evals import reconstruction, token_loss
 from flextok_jax.evals.make import make_evaluator
 from flextok_jax.stages import make_stage
-from flextok_jax.training import checkpoint, inputs, sharding
+from flextok_jax.training import checkpoint, distributed, inputs, sharding
 
 MODEL_FIELDS = ("stage", "image_size", "vae", "encoder", "decoder", "tokens", "ar", "text")
 # Without effect here.
@@ -50,7 +49,7 @@ def main(values: flags.FlagValues):
     raise ValueError("nowhere to write: give --out or --workdir")
   out = Path(values.out or Path(values.workdir) / "eval")
   source = values.checkpoint or values.workdir
-  config, params = loading.load(source)
+  config, params = loading.load(source, mesh=sharding.make_mesh())
   if values.config is not None:
     config = with_settings(config, values.config)
   if "eval" not in config:
@@ -59,6 +58,8 @@ def main(values: flags.FlagValues):
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out={out} is a file: give a folder")
   report = evaluate(config, params)
+  if not distributed.is_first():
+    return
   conditions = {"checkpoint": str(source), "image_size": config.image_size}
   if report.scores.get("num_tokens"):  # images were decoded
     conditions["sampler"] = config.sampler.to_dict()
@@ -123,9 +124,9 @@ def evaluate(config, params) -> reconstruction.Report | token_loss.Report:
   """
   settings.at_least_one(config, "eval.num_images", "eval.batch_size", "eval.grid_images")
   stage = make_stage(config)
-  mesh = sharding.make_mesh(ConfigDict({"data": -1}))  # all devices here, whatever the training had
+  mesh = sharding.make_mesh()  # all devices here, whatever the training had
   evaluator = make_evaluator(config, stage, mesh, inputs.make_prepare(config, mesh))
-  return evaluator.run(jax.device_put(params, sharding.replicated(mesh)))
+  return evaluator.run(sharding.place(params, sharding.replicated(mesh)))
 
 
 def _flat(name: str, value: Any):

@@ -10,7 +10,7 @@ config (configs/common.py) or a section of it, and whole numbers; results are wh
 from ml_collections import ConfigDict
 
 from flextok_jax.models import flextok
-from flextok_jax.models.transformer import mlp_hidden
+from flextok_jax.models.transformer import mlp_hidden, remat_name
 from flextok_jax.ops import guidance, nested
 from flextok_jax.stages.tokenizer import bucket_rows
 
@@ -46,6 +46,21 @@ def block(part: ConfigDict, queries: int, length: int) -> int:
 def blocks(part: ConfigDict, queries: int, length: int) -> int:
   """All blocks: depth - 1 of `length` queries, and a last one of `queries`."""
   return (part.depth - 1) * block(part, length, length) + block(part, queries, length)
+
+
+def computed_again(part: ConfigDict, queries: int, length: int, remat: str, outputs: bool) -> int:
+  """What the backward pass of `blocks` computes a second time under a name of transformer.REMATS.
+
+  Args:
+    outputs: whether gradients need the MLPs' outputs, as those of a gate do; else they are left out.
+  """
+  if remat == "none":
+    return 0
+  queries_of_all = (part.depth - 1) * length + queries
+  if remat == "dots":
+    return 2 * linear(queries_of_all, part.width, length)  # logits and weighted sum
+  hidden = mlp_hidden(part.width, part.mlp_ratio, part.gated_mlp)
+  return blocks(part, queries, length) - (0 if outputs else linear(queries_of_all, hidden, part.width))
 
 
 def latent_side(config: ConfigDict) -> int:
@@ -128,8 +143,8 @@ def sampler(config: ConfigDict, num_tokens: int, batch: int, fast: bool) -> int:
 def train(config: ConfigDict, batch: int, fast: bool) -> int:
   """Forward and backward pass over latents: three times the forward pass, as backward each product becomes two.
 
-  But there is no gradient of latents and times, which saves one product each of their embeddings; and with config.remat
-  the blocks run forward once more, but for outputs that no gradient needs (the encoder's MLPs', which have no gate).
+  But there is no gradient of latents and times, which saves one product each of their embeddings; and config.remat lets
+  blocks run forward once more, or parts of them.
   Plain: all registers in every row. Fast: as many as a row's bucket needs; none in the encoder where all rows of the
   bucket have no condition.
   """
@@ -144,21 +159,16 @@ def train(config: ConfigDict, batch: int, fast: bool) -> int:
 
 def _train_row(config: ConfigDict, slots: int) -> int:
   """One image of the training batch; slots 0: without condition, one register in the decoder alone."""
-  sum_ = 0
+  sum_, remat = 0, remat_name(config.remat)
   if slots:
     part, (count, size) = config.encoder, patches(config, config.encoder)
     sum_ += 3 * encoder(config, slots) - linear(count, size, part.width)
-    if config.remat:
-      hidden = mlp_hidden(part.width, part.mlp_ratio, part.gated_mlp)
-      outputs = (part.depth - 1) * (count + slots) + slots
-      sum_ += blocks(part, slots, count + slots) - linear(outputs, hidden, part.width)
+    sum_ += computed_again(part, slots, count + slots, remat, outputs=False)  # no gates in the encoder
   slots = max(slots, 1)
   part, (count, size) = config.decoder, patches(config, config.decoder)
   sum_ += 3 * (decoder(config, slots) + modulations(config))
   sum_ -= linear(count, size, part.width) + linear(1, TIME_FEATURES, part.width)
-  if config.remat:
-    sum_ += blocks(part, count, count + slots)
-  return sum_
+  return sum_ + computed_again(part, count, count + slots, remat, outputs=True)
 
 
 def train_vae(config: ConfigDict, batch: int) -> int:

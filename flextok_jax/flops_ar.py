@@ -6,6 +6,7 @@ import numpy as np
 from flextok_jax import flops
 from flextok_jax.flops import linear
 from flextok_jax.models.ar_sampling import PLAIN_CHUNK, slots
+from flextok_jax.models.transformer import remat_name
 from flextok_jax.stages.ar import mlp_hidden
 
 
@@ -53,7 +54,8 @@ def encode_text(config: ConfigDict) -> int:
 
 def _bytes_part(config: ConfigDict) -> ConfigDict:
   """The byte encoder's blocks as a section of the tokenizer's kind, whose blocks they are."""
-  return ConfigDict(dict(width=config.text.features, mlp_ratio=4.0, gated_mlp=True))
+  c = config.text
+  return ConfigDict(dict(width=c.features, depth=c.depth, mlp_ratio=4.0, gated_mlp=True))
 
 
 def readout(config: ConfigDict) -> int:
@@ -83,20 +85,21 @@ def ar_generate(config: ConfigDict, num_tokens: int, batch: int, guided: bool, f
 def ar_train(config: ConfigDict, batch: int) -> int:
   """Forward and backward pass over all num_tokens positions: three times the forward pass.
 
-  But the readout runs forward once more, as its logits are not kept; features of a T5 have no gradient; and with
-  config.remat all blocks run forward once more, but for the MLPs' outputs, which no gradient needs.
+  But the readout runs forward once more, as its logits are not kept; features of a T5 have no gradient; and
+  config.remat lets blocks run forward once more, or parts of them, but for the MLPs' outputs, which no gradient needs.
   """
   c, text, length = config.ar, text_tokens(config), config.ar.num_tokens
   blocks = c.depth * block(c, length, length, text) + look_at(config)
   sum_ = 3 * (blocks + project(config) + encode_text(config)) + 4 * length * readout(config)
   if text and not encode_text(config):
     sum_ -= linear(text, config.text.features, config.text.mlp_hidden)
-  if config.remat:
+  remat = remat_name(config.remat)
+  if remat == "dots":
+    sum_ += 2 * c.depth * linear(length, c.width, length + text)  # logits and weighted sums
+  elif remat == "full":
     sum_ += blocks - c.depth * linear(length, mlp_hidden(c), c.width)
-    if encode_text(config):
-      part = _bytes_part(config)
-      hidden = flops.mlp_hidden(part.width, part.mlp_ratio, part.gated_mlp)
-      sum_ += encode_text(config) - config.text.depth * linear(text, hidden, part.width)
+  if encode_text(config):
+    sum_ += flops.computed_again(_bytes_part(config), text, text, remat, outputs=False)
   return batch * sum_
 
 

@@ -1,12 +1,15 @@
-"""Turns images into token ids.
+"""Turns images into token ids, or into shards: of token ids, of a VAE's latents, or of the image files themselves.
 
 python -m flextok_jax.tokenize --checkpoint=PATH --images=FILE_OR_FOLDER[,...] --out=tokens.json [--num_tokens=K]
 python -m flextok_jax.tokenize --checkpoint=PATH --config=FILE --out=DIR [--split=validation] [--num_images=N]
     [--copies=K] [--quality=Q]
+python -m flextok_jax.tokenize --what=latents --checkpoint=PATH --config=FILE --out=DIR [--copies=K] [--dtype=bfloat16]
+python -m flextok_jax.tokenize --what=images --config=FILE --out=DIR
 
 The first makes a token file: JSON, {"image_size": pixels, "num_tokens": K, "names": [n], "token_ids": [n][K]}, or an
-.npz of the same four arrays (no pickles inside). The second makes token shards of the sources of config.data, for
-training stage "ar" (data/shards.py); killed and rerun, it goes on.
+.npz of the same four arrays (no pickles inside). The others make shards of the sources of config.data (data/
+shard_files.py): token ids for training stage "ar", latents for training stage "tokenizer" without the VAE's encoder,
+image files for fast reading (data.sources.arrayrecord). Killed and rerun, they go on.
 """
 
 import functools
@@ -16,6 +19,7 @@ from pathlib import Path
 
 from absl import flags
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 from ml_collections import config_flags
 import numpy as np
@@ -23,24 +27,35 @@ import numpy as np
 from flextok_jax import cli, files
 from flextok_jax.checkpoints import loading
 from flextok_jax.checkpoints.fingerprint import fingerprint
-from flextok_jax.data import shard_writer, transforms
+from flextok_jax.checkpoints.vae_fingerprint import vae_fingerprint
+from flextok_jax.data import latent_shards, shard_contents, shard_writer, transforms
 from flextok_jax.evals import reconstruction
+from flextok_jax.models.flextok import to_float
 from flextok_jax.ops import fsq, nested
 from flextok_jax.stages import make_stage
+from flextok_jax.stages.vae import make_vae
 from flextok_jax.training import sharding
 
-_OF_SHARDS = ("split", "num_images", "copies", "shards", "quality", "metric")  # flags that --images has no use for
+WHAT = ("tokens", "latents", "images")
+_OF_SHARDS = ("what", "split", "num_images", "copies", "shards", "quality", "metric", "dtype")  # not of --images
+_NOT_OF = {  # flags that the kinds of shards have no use for
+    "tokens": ("dtype",),
+    "latents": ("num_tokens", "quality", "metric"),
+    "images": ("num_tokens", "quality", "metric", "dtype", "checkpoint", "copies"),
+}
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
-  flags.DEFINE_string("checkpoint", None, "A tokenizer: file, folder or hub repository.", flag_values=values)
+  flags.DEFINE_string("checkpoint", None, "A tokenizer, or for latents a VAE: file, folder or hub repository.",
+                      flag_values=values)
   flags.DEFINE_list("images", None, "Image files and folders, separated by commas.", flag_values=values)
   flags.DEFINE_string("out", None, "File to write, .json or .npz; with --config a folder.", flag_values=values)
   flags.DEFINE_integer("num_tokens", None, "Tokens to write an image; default: all.", flag_values=values)
   flags.DEFINE_integer("batch_size", 32, "Images at once.", flag_values=values)
   config_flags.DEFINE_config_file(
-      "config", None, "For token shards: a file whose data and seed say what to read.", flag_values=values)
+      "config", None, "For shards: a file whose data and seed say what to read.", flag_values=values)
+  flags.DEFINE_enum("what", "tokens", WHAT, "With --config: what the shards hold.", flag_values=values)
   flags.DEFINE_enum("split", "train", ("train", "validation"), "With --config: of the sources.", flag_values=values)
   flags.DEFINE_integer("num_images", None, "With --config: images; default: all of one source.", flag_values=values)
   flags.DEFINE_integer("copies", 1, "With --config: crops of each image, the first the centre crop, the others as in "
@@ -49,26 +64,29 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_float("quality", None, "With --config: stores the length of the shortest prefix whose reconstruction is "
                      "this near, in --metric; default: all tokens.", flag_values=values)
   flags.DEFINE_string("metric", "mse", "With --quality: the distance.", flag_values=values)
+  # float16 has 11 bits of mantissa to bfloat16's 8, and latents are far from its largest value, 65504.
+  flags.DEFINE_enum("dtype", "float16", latent_shards.DTYPES, "Of latents.", flag_values=values)
 
 
 def main(values: flags.FlagValues):
   """Tokenizes values.images, or the sources of values.config, into values.out."""
-  for name in ("checkpoint", "images" if values.config is None else "config", "out"):
+  needed = ["checkpoint"] if values.what != "images" else []
+  for name in (*needed, "images" if values.config is None else "config", "out"):
     if not values[name].value:
-      raise ValueError(f"--{name} is missing" + (" (or --config, for token shards)" if name == "images" else ""))
+      raise ValueError(f"--{name} is missing" + (" (or --config, for shards)" if name == "images" else ""))
   if values.batch_size < 1:
     raise ValueError(f"--batch_size={values.batch_size} must be at least 1")
   if values.config is None:
     tokenize_files(values)
   else:
-    tokenize_sources(values)
+    write_shards(values)
 
 
 def tokenize_files(values: flags.FlagValues):
   """Writes a token file of values.images."""
   for name in _OF_SHARDS:
     if values[name].present:
-      raise ValueError(f"--{name} has no meaning for --images: it is for token shards, of the sources of --config")
+      raise ValueError(f"--{name} has no meaning for --images: it is for shards, of the sources of --config")
   out = Path(values.out)
   if out.suffix not in (".json", ".npz"):
     raise ValueError(f"--out={out} must end in .json or .npz")
@@ -79,15 +97,31 @@ def tokenize_files(values: flags.FlagValues):
   print(f"wrote {out}: {len(names)} images of {config.image_size} px, {num_tokens} tokens each")
 
 
-def tokenize_sources(values: flags.FlagValues):
-  """Writes the token shards of values.config that belong to this process, on the devices of this process."""
+def write_shards(values: flags.FlagValues):
+  """Writes the shards of values.config that belong to this process, on the devices of this process."""
   if values.images:
     raise ValueError("--images and --config are two ways to name images: give one of them")
+  for name in _NOT_OF[values.what]:
+    if values[name].present:
+      raise ValueError(f"--{name} has no meaning for --what={values.what}")
   if Path(values.out).is_file():
-    raise ValueError(f"--out={values.out} is a file: token shards need a folder")
-  config, params, tokenize_fn, num_tokens = _load(values)
+    raise ValueError(f"--out={values.out} is a file: shards need a folder")
   mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,),
                        devices=jax.local_devices())
+  make = {"tokens": _tokens, "latents": _latents, "images": _pictures}[values.what]
+  shard_writer.write_shards(
+      values.out, values.config, make(values, mesh), split=values.split, num_images=values.num_images,
+      copies=values.copies, num_shards=values.shards, process_index=jax.process_index(),
+      process_count=jax.process_count())
+
+
+def _batch_size(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> int:
+  """--batch_size, rounded up to a multiple of the devices."""
+  return -(-values.batch_size // mesh.size) * mesh.size
+
+
+def _tokens(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents.Tokens:
+  config, params, tokenize_fn, num_tokens = _load(values)
   tokenizer = {"fingerprint": fingerprint(config, params), "dtype": config.dtype, "image_size": config.image_size,
                "num_ids": fsq.num_codes(config.tokens.levels), "num_tokens": num_tokens}
   params = jax.device_put(params, sharding.replicated(mesh))
@@ -105,11 +139,34 @@ def tokenize_sources(values: flags.FlagValues):
     ids = tokenize_fn(params, images)[:, :num_tokens]
     return ids, lengths_fn and lengths_fn(images, ids)
 
-  shard_writer.write(
-      values.out, values.config, encode, tokenizer, split=values.split, num_images=values.num_images,
-      copies=values.copies, num_shards=values.shards, batch_size=-(-values.batch_size // mesh.size) * mesh.size,
-      quality=values.quality, metric=lengths_fn and values.metric, process_index=jax.process_index(),
-      process_count=jax.process_count())
+  return shard_contents.Tokens(encode, tokenizer, _batch_size(values, mesh), values.quality,
+                               lengths_fn and values.metric)
+
+
+def _latents(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents.Latents:
+  config, params = loading.load(values.checkpoint)
+  if "vae" not in params:
+    raise ValueError(f"{values.checkpoint} is a model of stage {config.stage!r} without a VAE, so it has no latents to "
+                     "write: give a VAE, or a tokenizer that has one")
+  facts = {"fingerprint": vae_fingerprint(config, params), "compute_dtype": config.vae.get("dtype", config.dtype),
+           "image_size": config.image_size, "dtype": values.dtype}
+  vae = make_vae(config)
+  params = jax.device_put(params["vae"], sharding.replicated(mesh))
+
+  @jax.jit
+  def moments(params, images):
+    moments = jnp.concatenate(vae.apply({"params": params}, to_float(images), method="encode"), axis=-1)
+    return moments.astype(values.dtype)
+
+  def encode(images):
+    return moments(params, jax.device_put(images, sharding.batch_sharding(mesh)))
+
+  facts["shape"] = list(jax.eval_shape(moments, params, np.zeros((1, *[config.image_size] * 2, 3), np.uint8)).shape[1:])
+  return shard_contents.Latents(encode, facts, _batch_size(values, mesh))
+
+
+def _pictures(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents.Pictures:
+  return shard_contents.Pictures(_batch_size(values, mesh))
 
 
 def _load(values: flags.FlagValues):

@@ -5,7 +5,6 @@ Rerunning the same command resumes from the newest checkpoint, bit for bit where
 
 import contextlib
 import os
-import signal
 import time
 
 from absl import flags
@@ -16,7 +15,7 @@ import safetensors
 from flextok_jax import cli, settings, stages
 from flextok_jax.checkpoints import loading, saving
 from flextok_jax.evals.make import make_evaluator
-from flextok_jax.training import checkpoint, inputs, optim, sharding
+from flextok_jax.training import checkpoint, distributed, inputs, optim, sharding
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training.state import init_state, make_update, unbox
 
@@ -29,10 +28,13 @@ _STEP = "flextok_jax.step"  # metadata entry of weights.safetensors: the step wh
 def train(config, workdir: str):
   """Runs config in workdir until config.train.num_steps, resuming what is there.
 
+  Where several processes run it (training/distributed.py), all do the same; the first one writes and prints.
+
   Raises:
     FileNotFoundError: nothing at config.init_from.
-    ValueError: for bad settings, unusable weights at config.init_from, too many unreadable files, or a loss that is not
-      finite.
+    OSError: when the disk is full.
+    ValueError: for bad settings, a workdir where another run is at work, unusable weights at config.init_from, no
+      checkpoint that can be read, too many unreadable files, or a loss that is not finite.
   """
   every = ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints", "num_steps")
   settings.at_least_one(config, "optim.accumulate_steps", "eval.num_images", "eval.batch_size", "eval.grid_images")
@@ -49,71 +51,89 @@ def train(config, workdir: str):
   prepare = inputs.make_prepare(config, mesh)
   evaluator = make_evaluator(config, stage, mesh, prepare)
   checkpoint.check_workdir(workdir, config)
-  checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_period)
 
-  # State: at birth in its place on the mesh, or from the newest checkpoint into the same places.
-  boxed = jax.eval_shape(lambda key: init_state(stage, optimizer, key), init_key)
-  shardings = sharding.tree_shardings(boxed, mesh)
-  if checkpoints.latest_step() is None:
-    given = _read_init(config.init_from, boxed.frozen, mesh)  # before anything is compiled
-    state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)), out_shardings=shardings)(init_key)
-    if given:
-      state = jax.device_put(checkpoint.warm_start(state, given, config.init_from), shardings)
-    del given  # else what was replaced stays on the devices
-  else:
-    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), unbox(boxed), shardings)
-    state = checkpoints.restore(shapes)
-    print(f"resuming from step {int(state.step)} of {workdir}", flush=True)
-  update = jax.jit(
-      make_update(
-          stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=config.optim.ema_decay
-      ),
-      donate_argnums=0,
-      out_shardings=(shardings, None),
-  )
+  keep = config.train.keep_checkpoints, config.train.keep_period
+  with (
+      checkpoint.locked(workdir),
+      contextlib.closing(checkpoint.Checkpoints(workdir, *keep, own=True)) as checkpoints,
+  ):
+    # State: at birth in its place on the mesh, or from the newest checkpoint into the same places.
+    boxed = jax.eval_shape(lambda key: init_state(stage, optimizer, key), init_key)
+    shardings = sharding.tree_shardings(boxed, mesh)
+    if checkpoints.latest_step() is None:
+      given = _read_init(config.init_from, boxed.frozen, mesh)  # before anything is compiled
+      state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)), out_shardings=shardings)(init_key)
+      if given:
+        state = jax.device_put(checkpoint.warm_start(state, given, config.init_from), shardings)
+      del given  # else what was replaced stays on the devices
+    else:
+      shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), unbox(boxed), shardings)
+      state = checkpoints.restore(shapes)
+      distributed.say(f"resuming from step {int(state.step)} of {workdir}")
+    update = jax.jit(
+        make_update(
+            stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=config.optim.ema_decay
+        ),
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
 
-  first, last = int(state.step), config.train.num_steps
-  local = inputs.train_batches(config, first)
-  batches = map(prepare, sharding.device_batches(local, sharding.batch_sharding(mesh)))
-  checkpoint.claim_workdir(workdir, config)
-  writer = metrics_lib.Writer(workdir, config.train.tensorboard)
-  count = sum(x.size for x in jax.tree.leaves(state.params))
-  print(f"stage {config.stage}: {count / 1e6:.1f}M trained parameters, {mesh.size} devices, steps {first}..{last}")
+    first, last = int(state.step), config.train.num_steps
+    local = inputs.train_batches(config, first, mesh)
+    batches = map(prepare, sharding.device_batches(local, sharding.batch_sharding(mesh)))
+    distributed.by_first(lambda: checkpoint.claim_workdir(workdir, config))
+    writer = metrics_lib.Writer(workdir, config.train.tensorboard) if distributed.is_first() else _NoWriter()
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    distributed.say(
+        f"stage {config.stage}: {count / 1e6:.1f}M trained parameters, {mesh.size} devices, steps {first}..{last}"
+    )
 
-  pending, mark = None, (time.monotonic(), first)
-  with _sigterm_caught() as interrupted, contextlib.closing(writer), contextlib.closing(checkpoints):
-    for step in range(first + 1, last + 1):
-      state, metrics = update(state, next(batches), run_key)
-      pending = metrics if pending is None else metrics_lib.merge(pending, metrics)
-      stop, save = interrupted(), step % config.train.checkpoint_every == 0 or step == last
-      if stop or save or step % config.train.log_every == 0:
-        images = (step - mark[1]) * config.data.global_batch
-        scalars = metrics_lib.compute(pending)
-        _check(scalars, images, config, checkpoints)
-        rate = images / (time.monotonic() - mark[0])
-        scalars["learning_rate"] = float(schedule(step - 1))
-        scalars["images_per_second"] = rate
-        scalars["eta_seconds"] = (last - step) * config.data.global_batch / rate
-        writer.write(step, scalars, _line(step, last, scalars))
-        pending, mark = None, (time.monotonic(), step)
-      if stop or save:
-        checkpoints.save(state)
-      if stop:
-        print(f"stopped by a signal at step {step}; rerun the same command to go on", flush=True)
+    pending, mark = None, (time.monotonic(), first)
+    with distributed.preemption() as preempted, contextlib.closing(writer):
+      for step in range(first + 1, last + 1):
+        state, metrics = update(state, next(batches), run_key)
+        pending = metrics if pending is None else metrics_lib.merge(pending, metrics)
+        stop, save = preempted(step), step % config.train.checkpoint_every == 0 or step == last
+        if stop or save or step % config.train.log_every == 0:
+          images = (step - mark[1]) * config.data.global_batch
+          scalars = metrics_lib.compute(pending)
+          _check(scalars, images, config, checkpoints)
+          rate = images / (time.monotonic() - mark[0])
+          scalars["learning_rate"] = float(schedule(step - 1))
+          scalars["images_per_second"] = rate
+          scalars["eta_seconds"] = (last - step) * config.data.global_batch / rate
+          writer.write(step, scalars, _line(step, last, scalars))
+          pending, mark = None, (time.monotonic(), step)
+        if stop or save:
+          checkpoints.save(state)
+        if stop:
+          distributed.say(f"stopped by a signal at step {step}; rerun the same command to go on")
+          return
+        if step % config.train.eval_every == 0 and step < last:
+          begun = time.monotonic()
+          _evaluate(evaluator, state, step, workdir, writer)
+          mark = (mark[0] + time.monotonic() - begun, mark[1])  # not a part of the training rate
+      # The weights come last: where those of this step are missing, an earlier run was stopped before its end.
+      path = os.path.join(workdir, "weights.safetensors")
+      if first >= last and _step_of(path) == first:
+        distributed.say(f"nothing to do: {workdir} is at step {first} of train.num_steps={last}")
         return
-      if step % config.train.eval_every == 0 and step < last:
-        begun = time.monotonic()
-        _evaluate(evaluator, state, step, workdir, writer)
-        mark = (mark[0] + time.monotonic() - begun, mark[1])  # not a part of the training rate
-    # The weights come last: where those of this step are missing, an earlier run was stopped before its end.
-    path = os.path.join(workdir, "weights.safetensors")
-    if first >= last and _step_of(path) == first:
-      print(f"nothing to do: {workdir} is at step {first} of train.num_steps={last}", flush=True)
-      return
-    _evaluate(evaluator, state, int(state.step), workdir, writer)
-    extra = {_STEP: str(int(state.step))}
-    saving.save_weights(path, config, state.joined(average=True), config.train.export_dtype, extra=extra)
-    print(f"averaged weights ({config.train.export_dtype}): {path}", flush=True)
+      _evaluate(evaluator, state, int(state.step), workdir, writer)
+      extra = {_STEP: str(int(state.step))}
+      weights = distributed.fetched(state.joined(average=True))
+      if distributed.is_first():
+        saving.save_weights(path, config, weights, config.train.export_dtype, extra=extra)
+      distributed.say(f"averaged weights ({config.train.export_dtype}): {path}")
+
+
+class _NoWriter:
+  """In place of metrics.Writer, where another process writes."""
+
+  def write(self, *args):
+    pass
+
+  def close(self):
+    pass
 
 
 def _read_init(path: str, frozen: dict, mesh) -> dict:
@@ -153,6 +173,8 @@ def _check(scalars: dict, images: int, config, checkpoints):
 def _evaluate(evaluator, state, step: int, workdir: str, writer):
   """Writes the report on the averaged parameters, numbers and pictures, under workdir/eval/STEP."""
   report = evaluator.run(state.joined(average=True))
+  if not distributed.is_first():
+    return
   out = os.path.join(workdir, "eval", f"{step:08d}")
   report.write(out)
   writer.write(step, report.scalars(), f"{report.table()}\npictures of step {step}: {out}")
@@ -165,17 +187,6 @@ def _line(step: int, last: int, s: dict) -> str:
       f"step {step}/{last}  loss {s['loss']:.4f}  |grad| {s['grad_norm']:.3f}  lr {s['learning_rate']:.2e}  "
       f"{s['images_per_second']:.1f} images/s  ETA {eta}"
   )
-
-
-@contextlib.contextmanager
-def _sigterm_caught():
-  """Makes SIGTERM (preemption) a question to ask between steps, which it yields; afterwards all is as before."""
-  received = []
-  previous = signal.signal(signal.SIGTERM, lambda signum, frame: received.append(signum))
-  try:
-    yield lambda: bool(received)
-  finally:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)  # None: not set from Python
 
 
 def main():

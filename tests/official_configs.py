@@ -17,7 +17,7 @@ OURS = dict(
   seed=0,
   image_size=0,
   dtype="float32",
-  remat=False,
+  remat="none",
   init_from="",
   vae=dict(
     kind="autoencoder_kl", latent_channels=8, scaling_factor=0.5, sample_posterior=False, dtype="float32", hub_id=None

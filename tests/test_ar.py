@@ -190,7 +190,7 @@ def test_loss_of_numpy(stop, decay):
 def test_gradients_of_numpy():
   """Slopes of the loss in random directions, with recomputed activations and text ids for the joint encoder."""
   config = numpy_ar.tiny(condition="text", bias=True)
-  config.remat = True
+  config.remat = "full"
   stage, params, batch = make_stage(config), numpy_ar.random_params(config), draw_batch(config)
   del batch["text_features"]
   batch["text_ids"] = np.random.default_rng(0).integers(0, 257, (3, 10), np.int32)

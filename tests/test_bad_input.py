@@ -80,7 +80,7 @@ def refused(pattern, workdir, **overrides):
     ("global_batch=8 is not divisible by 8 devices x optim.accumulate_steps=2", dict(optim=dict(accumulate_steps=2))),
     ("accumulate_steps", dict(optim=dict(accumulate_steps=0))),
     ("global_batch=0", dict(data=dict(global_batch=0))),
-    ("mesh.data=3 does not match the 8 devices", dict(mesh=dict(data=3))),
+    ("mesh of data=3, fsdp=1, tensor=1 does not match the 8 devices", dict(mesh=dict(data=3))),
     ("num_tokens 5 is out of range: this model takes 1 to 4", dict(eval=dict(num_tokens=(1, 5)))),
     ("num_tokens 0 is out of range", dict(eval=dict(num_tokens=(0,)))),
     ("no evaluation set is named", dict(eval=dict(sources=()))),

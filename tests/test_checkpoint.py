@@ -1,8 +1,12 @@
 """Weights files, checkpoints and the claim of a working folder."""
 
+import errno
 import json
+import os
 from pathlib import Path
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import debug
+from flextok_jax import train
 from flextok_jax.checkpoints import loading, saving, tensor_file
 from flextok_jax.stages import make_stage
 from flextok_jax.training import checkpoint
@@ -217,26 +222,102 @@ def test_kept_checkpoints(config, tmp_path):
   assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [10, 20, 30, 35]
 
 
-@pytest.mark.parametrize("harm", ["truncated", "garbled", "missing"])
-def test_a_damaged_newest_checkpoint_is_one_line(config, workdir, tmp_path, harm):
-  path = tmp_path / "copy"
-  shutil.copytree(workdir, path)
-  data = [p for name in ("params", "ema") for p in (path / "checkpoints" / "5" / name).rglob("d/*") if p.is_file()]
+def harm(folder, how):
+  """Damages the arrays of a checkpoint."""
+  data = [p for name in ("params", "ema") for p in (folder / name).rglob("d/*") if p.is_file()]
   assert data
   for file in data:
-    if harm == "truncated":
+    if how == "truncated":
       file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    elif harm == "garbled":
+    elif how == "garbled":
       file.write_bytes(bytes(b ^ 85 for b in file.read_bytes()))
     else:
       file.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "garbled", "missing"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(config, workdir, tmp_path, how, caplog):
+  """With a line that names it. Weights are read around it; a run sets it aside, and saves that step again."""
+  path = tmp_path / "copy"
+  shutil.copytree(workdir, path)
   folder = path / "checkpoints" / "5"
-  checkpoints, shapes = checkpoint.Checkpoints(str(path)), shapes_of(random_state(config))
-  fails(f"checkpoint {folder} cannot be read .*delete that folder", checkpoints.restore, shapes)
+  harm(folder, how)
+  before, third = files_of(path), random_state(config, 3, seed=3)
+  assert_trees_equal(loading.load(str(path))[1], third.ema)
+  assert files_of(path) == before
+  (warning,) = caplog.messages
+  assert warning.startswith(f"checkpoint {folder} cannot be read (") and "\n" not in warning
+
+  checkpoints = checkpoint.Checkpoints(str(path), keep=2, own=True)
+  assert_trees_equal(checkpoints.restore(shapes_of(third)), third)
+  assert checkpoints.latest_step() == 3
+  assert {p.name for p in folder.parent.iterdir()} == {"3", "5.unreadable"}
+  fifth = random_state(config, 5, seed=7)
+  checkpoints.save(fifth)
   checkpoints.close()
-  fails(f"checkpoint {folder} cannot be read", loading.load, str(path))
-  shutil.rmtree(folder)  # as the message says
-  assert_trees_equal(loading.load(str(path))[1], random_state(config, 3, seed=3).ema)
+  assert_trees_equal(loading.load(str(path))[1], fifth.ema)
+
+  # Damaged once more, beside what is left from the first time; then the other one as well.
+  harm(folder, how)
+  checkpoints = checkpoint.Checkpoints(str(path), own=True)
+  assert int(checkpoints.restore(shapes_of(third)).step) == 3
+  harm(path / "checkpoints" / "3", how)
+  fails(f"checkpoint {path}/checkpoints/3 cannot be read .*, nor any before it", checkpoints.restore, shapes_of(third))
+  checkpoints.close()
+  fails(f"checkpoint {path}/checkpoints/3 cannot be read", loading.load, str(path))
+  assert {p.name for p in folder.parent.iterdir()} == {"3", "5.unreadable"}  # nothing is renamed in vain
+
+
+def test_what_a_killed_run_has_left_half_written_is_removed_by_the_next_one(config, workdir, tmp_path):
+  path = tmp_path / "copy"
+  shutil.copytree(workdir, path)
+  half = path / "checkpoints" / "7.orbax-checkpoint-tmp"
+  shutil.copytree(path / "checkpoints" / "5", half)
+  loading.load(str(path))  # may be while another run writes
+  assert half.exists()
+  checkpoints = checkpoint.Checkpoints(str(path), own=True)
+  assert checkpoints.latest_step() == 5
+  checkpoints.save(random_state(config, 7))
+  checkpoints.close()
+  assert not half.exists() and (path / "checkpoints" / "7").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A folder on a file system of its own: (path, function that fills it up to so many bytes)."""
+  path = tmp_path / "disk"
+  path.mkdir()
+  done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True, check=False)
+  if done.returncode:
+    pytest.skip(f"a file system of its own needs the right to mount: {done.stderr.decode().strip()}")
+
+  def fill(left):
+    stat = os.statvfs(path)
+    (path / "filler").write_bytes(b"\0" * (stat.f_bavail * stat.f_frsize - left))
+
+  yield path, fill
+  subprocess.run(["umount", "-l", path], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 40_000])  # bytes; a checkpoint has some 200,000
+def test_a_full_disk_is_one_line_and_leaves_older_checkpoints(config, small_disk, left):
+  disk, fill = small_disk
+  third, fifth = random_state(config, 3, seed=3), random_state(config, 5, seed=5)
+  save_states(disk, config, third)
+  fill(left)
+  checkpoints = checkpoint.Checkpoints(str(disk), own=True)
+
+  def save():
+    checkpoints.save(fifth)
+    checkpoints.close()  # by then at the latest
+
+  with pytest.raises(OSError, match=f"checkpoint {disk}/checkpoints/5 cannot be written .*older ones are un") as error:
+    save()
+  assert "\n" not in str(error.value)
+  assert_trees_equal(loading.load(str(disk))[1], third.ema)
+  (disk / "filler").unlink()
+  save_states(disk, config, fifth)
+  assert_trees_equal(loading.load(str(disk))[1], fifth.ema)
 
 
 # Which working folder belongs to which config.
@@ -273,8 +354,8 @@ def test_what_a_resumed_run_may_change(config, tmp_path):
       train=dict(num_steps=999, log_every=1, tensorboard=True),
       eval=dict(sources=("synthetic", "photos"), num_images=9),
       sampler=dict(num_steps=7, guidance="apg"),
-      mesh=dict(data=8),
-      remat=True,
+      mesh=dict(data=2, fsdp=4),
+      remat="full",
       init_from="elsewhere",
       data=dict(num_threads=5, num_workers=2, prefetch=9, max_unreadable=0.5),
   )
@@ -289,6 +370,43 @@ def test_damaged_config_of_a_workdir_is_one_line(config, tmp_path, text, pattern
   (tmp_path / "config.json").write_text(text, encoding="latin-1")
   fails(rf"{tmp_path}/config.json.*{pattern}", checkpoint.claim_workdir, str(tmp_path), config)
   assert (tmp_path / "config.json").read_text(encoding="latin-1") == text
+
+
+# One run at a time.
+
+
+def test_a_workdir_in_use_is_refused_and_free_again(config, tmp_path):
+  workdir = str(tmp_path / "a" / "b")
+  with checkpoint.locked(workdir):
+    words = rf"another run \(process {os.getpid()} on .*\) is at work in {workdir}: stop it, or use another --workdir"
+    fails(words, checkpoint.locked(workdir).__enter__)
+    fails(words, train.train, config, workdir)
+    assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == [".lock"]
+  with checkpoint.locked(workdir):
+    pass
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path):
+  with checkpoint.locked(str(tmp_path)):
+    pass
+  code = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+  command = [sys.executable, "-c", code, tmp_path / ".lock"]
+  other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+  other.stdout.readline()
+  fails("another run", checkpoint.locked(str(tmp_path)).__enter__)
+  other.kill()
+  other.communicate()
+  with checkpoint.locked(str(tmp_path)):
+    pass
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+  def unsupported(*args):
+    raise OSError(errno.ENOTSUP, "Operation not supported")
+
+  monkeypatch.setattr(checkpoint.fcntl, "flock", unsupported)
+  with checkpoint.locked(str(tmp_path)):
+    assert "cannot be locked (Operation not supported)" in caplog.text
 
 
 # A start from given weights.

@@ -70,7 +70,7 @@ def test_decoders_and_ways_to_compute_have_no_influence(model):
   other = {**params, "decoder": {}, "vae": changed(params["vae"], "post_quant_conv", "kernel")}
   with_settings = cfg.copy_and_resolve_references()
   with with_settings.unlocked():
-    with_settings.update(dict(dtype="bfloat16", attention="xla", remat=True, sampler=dict(num_steps=9)))
+    with_settings.update(dict(dtype="bfloat16", attention="xla", remat="full", sampler=dict(num_steps=9)))
     with_settings.decoder.update(activation="relu")
   assert fingerprint(with_settings, other) == fingerprint(cfg, params)
   with pytest.raises(ValueError, match="stage 'vae' has no tokens"):

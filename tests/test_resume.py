@@ -1,7 +1,7 @@
 """Real processes that are killed: what a rerun ends with is bit-identical to a run that nothing disturbed (CPU).
 
-One working folder is killed at three points and stopped by SIGTERM once, and rerun each time: if any restart lost or
-changed a bit, the end would differ from the undisturbed run's.
+One working folder is killed at four points and stopped by SIGTERM once, and rerun each time: if any restart lost or
+changed a bit, the end would differ from the undisturbed run's. Many more kills, at random: tests/elastic.py.
 """
 
 import json
@@ -30,7 +30,7 @@ from flextok_jax import cli, train
 from flextok_jax.training import checkpoint, metrics
 moment, step, signum = sys.argv.pop(1).split()
 step, send = int(step), lambda: os.kill(os.getpid(), getattr(signal, signum))
-write, save, last = metrics.Writer.write, checkpoint.Checkpoints.save, []
+write, save, evaluate, last = metrics.Writer.write, checkpoint.Checkpoints.save, train._evaluate, []
 
 def writing(self, at, *args):
   write(self, at, *args)
@@ -45,7 +45,12 @@ def saving(self, state):
   if moment == "saving" and int(state.step) == step:
     send()
 
-metrics.Writer.write, checkpoint.Checkpoints.save = writing, saving
+def evaluating(evaluator, state, at, *args):
+  if moment == "evaluating" and at == step:
+    send()
+  evaluate(evaluator, state, at, *args)
+
+metrics.Writer.write, checkpoint.Checkpoints.save, train._evaluate = writing, saving, evaluating
 cli.run(train.main)
 """
 
@@ -90,7 +95,7 @@ def undisturbed(tmp_path_factory):
 
 
 def test_killed_runs_end_bit_identical(undisturbed, tmp_path, tmp_path_factory):
-  cache = tmp_path_factory.mktemp("cache")  # the five processes here compile once; the undisturbed one on its own
+  cache = tmp_path_factory.mktemp("cache")  # the six processes here compile once; the undisturbed one on its own
   # Before any checkpoint: the rerun starts anew.
   assert start(tmp_path, "logged 4 SIGKILL", cache=cache).returncode == -9
   assert checkpoint_steps(tmp_path) == []
@@ -107,8 +112,12 @@ def test_killed_runs_end_bit_identical(undisturbed, tmp_path, tmp_path_factory):
   assert done.returncode == 0, done.stderr
   assert "resuming from step " in done.stdout and "stopped by a signal at step 27" in done.stdout
   assert checkpoint_steps(tmp_path) == [10, 20, 27] and not (tmp_path / "weights.safetensors").exists()
+  # Before the evaluation at the end, while the last checkpoint may still be on its way.
+  done = start(tmp_path, f"evaluating {STEPS} SIGKILL", cache=cache)
+  assert done.returncode == -9 and "resuming from step 27" in done.stdout, done.stderr
+  assert checkpoint_steps(tmp_path) in ([10, 20, 27, 30], [10, 20, 27, 30, 40])
   done = start(tmp_path, cache=cache)
-  assert done.returncode == 0 and "resuming from step 27" in done.stdout, done.stderr
+  assert done.returncode == 0 and "resuming from step" in done.stdout, done.stderr
   assert checkpoint_steps(tmp_path) == [10, 20, 27, 30, 40]
 
   expected, actual = read_checkpoint(undisturbed, STEPS), read_checkpoint(tmp_path, STEPS)

@@ -218,9 +218,9 @@ def test_the_command_writes_what_tokenizing_files_gives(pictures, tmp_path, caps
   assert ids.shape == (5, 3) and (meta["quality"], meta["metric"]) == (0.3, "mse")
   assert [r["length"] for r in read] == np.asarray(lengths_fn(images, ids)).tolist()
 
-  fails("--config, for token shards", tokenize, *given[::2])
+  fails("--config, for shards", tokenize, *given[::2])
   fails("two ways to name images", tokenize, *given, f"--images={pictures}")
   fails("--copies has no meaning for --images", tokenize, given[0], f"--images={pictures}", "--out=x.json",
         "--copies=2")
   fails("--metric needs --quality", tokenize, *given, "--metric=mse")
-  fails("is a file: token shards need a folder", tokenize, *given[:2], f"--out={checkpoint}")
+  fails("is a file: shards need a folder", tokenize, *given[:2], f"--out={checkpoint}")

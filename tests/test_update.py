@@ -1,9 +1,8 @@
-"""The update of the train state, its metrics, its optimiser, and its devices."""
+"""The update of the train state, its metrics, and its devices."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 import numpy as np
 import optax
 import pytest
@@ -126,87 +125,6 @@ def test_metrics_merge_as_weighted_means():
   assert metrics_lib.compute(merged) == {"a": 2.5, "unreadable": 6, "first_bad_step": 8}
 
 
-# The optimiser.
-
-
-def test_only_kernels_are_decayed():
-  """A step with gradients of zero moves what is decayed, by learning rate * decay, and nothing else."""
-  stage = make_stage(config_of())
-  params = jax.tree.map(lambda x: jnp.ones(x.shape), unbox(jax.eval_shape(stage.init, jax.random.key(0))[0]))
-  settings = config_of(optim=dict(learning_rate=0.5, warmup_steps=0, weight_decay=0.2)).optim
-  optimizer = optim.make_optimizer(settings, 100)
-  step = lambda params: optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)[0]
-  updates = jax.jit(step)(params)
-  names = set()
-  for path, x in jax.tree_util.tree_leaves_with_path(updates):
-    expected = -0.5 * 0.2 if path[-1].key == "kernel" else 0
-    np.testing.assert_allclose(x, np.full(x.shape, expected), rtol=1e-6, err_msg=jax.tree_util.keystr(path))
-    names.add(path[-1].key)
-  assert names >= {"kernel", "bias", "registers", "mask_token", "null_token", "register_positions"}
-
-
-def test_muon_moves_the_blocks_matrices_along_orthogonal_ones_and_the_rest_as_adam_does():
-  """Against singular value decompositions: of every layer, and of queries, keys, values, gates apart."""
-  stage = make_stage(config_of())
-  rng = np.random.default_rng(0)
-  params = unbox(jax.eval_shape(stage.init, jax.random.key(0))[0])
-  params, grads = (jax.tree.map(lambda x: rng.normal(0, 1, x.shape).astype(np.float32), params) for _ in range(2))
-  choices = dict(learning_rate=0.5, warmup_steps=0, weight_decay=0.0, clip_norm=1e9)
-
-  def first_step(name):
-    optimizer = optim.make_optimizer(config_of(optim=dict(choices, name=name)).optim, 100)
-    return jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p)[0])(params, grads)
-
-  matrices = 0
-  for (path, update), grad, adam in zip(
-      jax.tree_util.tree_leaves_with_path(first_step("muon")), *map(jax.tree.leaves, (grads, first_step("adamw"))),
-      strict=True,
-  ):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    if not name.endswith("kernel") or "transformer" not in name:
-      # Adam's first step is the sign of the gradient; with Nesterov's momentum, almost twice of it.
-      np.testing.assert_array_equal(np.sign(update), np.sign(adam), err_msg=name)
-      assert np.abs(update).max() < 1.1 * 0.5 * 1.9, name
-      continue
-    pairs = [(np.asarray(update), grad)]
-    if "blocks" in name:
-      pairs = [pair for both in pairs for pair in zip(*both)]
-    if "qkv" in name or "mlp/in" in name:
-      pairs = [pair for both in pairs for pair in zip(*(np.moveaxis(x, 1, 0) for x in both))]
-    for u, g in pairs:
-      inputs = int(np.prod(g.shape[:-1])) if "out" in name else g.shape[0]
-      u, g = u.reshape(inputs, -1), g.reshape(inputs, -1)
-      left, values, right = np.linalg.svd(g.astype(np.float64), full_matrices=False)
-      values /= np.linalg.norm(values)
-      for _ in range(5):  # Newton-Schulz, quintic: all but the smallest come near 1
-        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
-      assert 0.7 < np.median(values) < 1.2
-      scale = -0.5 * 0.2 * np.sqrt(max(u.shape))  # the root mean square of Adam's steps is about 0.2 of the rate
-      np.testing.assert_allclose(u / scale, (left * values) @ right, atol=1e-4, err_msg=name)
-      matrices += 1
-  c = config_of()
-  assert matrices == (c.encoder.depth + c.decoder.depth) * (3 + 1 + 2 + 1)
-
-
-def test_gradients_are_clipped_by_their_global_norm():
-  settings = config_of(optim=dict(clip_norm=0.5, b1=0.0, weight_decay=0.0)).optim
-  optimizer, params = optim.make_optimizer(settings, 10), {"kernel": jnp.zeros(4), "bias": jnp.zeros(3)}
-  grads = {"kernel": jnp.full(4, 30.0), "bias": jnp.full(3, -40.0)}
-  _, state = optimizer.update(grads, optimizer.init(params), params)
-  (moments,) = (s.mu for s in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
-  np.testing.assert_allclose(optax.global_norm(moments), 0.5, rtol=1e-5)  # with b1 = 0 the clipped gradient itself
-  np.testing.assert_allclose(moments["kernel"][0] / moments["bias"][0], -0.75, rtol=1e-5)
-
-
-def test_schedule():
-  settings = config_of(optim=dict(learning_rate=1.0, warmup_steps=10, end_learning_rate=0.1)).optim
-  schedule = optim.make_schedule(settings, 110)
-  values = np.array([schedule(i) for i in (0, 5, 10, 60, 110, 200)])
-  np.testing.assert_allclose(values, [0, 0.5, 1, 0.55, 0.1, 0.1], atol=1e-6)
-  for num_steps in (1, 5, 10, 11):  # shorter than the warm-up, too
-    assert np.isfinite([optim.make_schedule(settings, num_steps)(i) for i in range(13)]).all()
-
-
 # The tokenizer's loss.
 
 
@@ -242,41 +160,7 @@ def test_loss_falls_on_a_few_pictures():
   assert np.mean(losses[-50:]) < 0.6 * np.mean(losses[:5]), (losses[:5], losses[-50:])
 
 
-# Devices.
-
-
-def mesh_of(devices):
-  return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-
-
-def test_eight_devices_compute_what_one_computes():
-  """Plain gradient descent: Adam would blow rounding errors up where gradients are tiny."""
-  config = config_of()
-  stage, optimizer = make_stage(config), optax.sgd(0.1)
-  batches = [next(pipeline.train_batches(config.data, image_size=16, seed=0, start_step=i)) for i in range(3)]
-  boxed = jax.eval_shape(lambda key: init_state(stage, optimizer, key), jax.random.key(0))
-  rng = np.random.default_rng(0)
-  start = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), unbox(boxed))
-  start = start.replace(step=np.int32(0), opt_state=optimizer.init(start.params))
-
-  def run_on(devices):
-    mesh = mesh_of(devices)
-    shardings = sharding.tree_shardings(boxed, mesh)
-    update = make_update(stage, optimizer, accumulate_steps=1, decay=0.9)
-    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
-    state, losses = jax.device_put(start, shardings), []
-    for batch in sharding.device_batches(iter(batches), sharding.batch_sharding(mesh)):
-      assert {s.data.shape[0] for s in batch["image"].addressable_shards} == {8 // len(devices)}
-      state, metrics = update(state, batch, jax.random.key(1))
-      losses.append(metrics_lib.compute(metrics)["loss"])
-    assert state.params["encoder"]["head"]["kernel"].sharding.device_set == set(devices)
-    return losses, jax.device_get(state.params)
-
-  (losses, params), (expected_losses, expected) = run_on(jax.devices()), run_on(jax.devices()[:1])
-  np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
-  for a, b, c in zip(*map(jax.tree.leaves, (params, expected, start.params)), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    assert (b != c).any()
+# Devices (more of them: test_sharding.py).
 
 
 def test_batches_reach_the_devices_whole_and_in_order():
@@ -284,12 +168,12 @@ def test_batches_reach_the_devices_whole_and_in_order():
   data = config_of().data
   whole = pipeline.train_batches(data, image_size=16, seed=0)
   halves = [pipeline.train_batches(data, image_size=16, seed=0, process_index=i, process_count=2) for i in (0, 1)]
-  placed = sharding.device_batches(whole, sharding.batch_sharding(mesh_of(jax.devices())))
+  placed = sharding.device_batches(whole, sharding.batch_sharding(sharding.make_mesh()))
   for _ in range(3):
     batch, parts = next(placed), [next(half) for half in halves]
     for name, array in batch.items():
       np.testing.assert_array_equal(array, np.concatenate([part[name] for part in parts]))
       assert len(array.sharding.device_set) == 8
   numbers = ({"x": np.full(8, i)} for i in range(5))
-  placed = sharding.device_batches(numbers, sharding.batch_sharding(mesh_of(jax.devices())), ahead=3)
+  placed = sharding.device_batches(numbers, sharding.batch_sharding(sharding.make_mesh()), ahead=3)
   assert [int(batch["x"][0]) for batch in placed] == [0, 1, 2, 3, 4]

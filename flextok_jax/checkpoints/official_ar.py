@@ -227,7 +227,7 @@ def _multiplier(facts: Facts) -> float:
 
 def _config(facts: Facts, file: TensorFile, dtype: str, pos_embed: str) -> ConfigDict:
   condition = "text" if facts.get("cross") else "class" if facts.get("num_classes") else "none"
-  config = ConfigDict(dict(stage="ar", seed=0, dtype=dtype, attention="auto", remat=False))
+  config = ConfigDict(dict(stage="ar", seed=0, dtype=dtype, attention="auto", remat="none"))
   config.ar = dict(
       width=facts.get("dim"),
       depth=facts.get("depth"),

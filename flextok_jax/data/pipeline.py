@@ -18,27 +18,15 @@ from flextok_jax.data import transforms
 EVAL_SHUFFLE_SEED = 0  # order of the validation split
 
 
-class _Records:
-  """A source whose unreadable records are replaced by the next readable one: elements (record, passed over)."""
-
-  def __init__(self, source):
-    self._source = source
-
-  def __len__(self) -> int:
-    return len(self._source)
-
-  def __getitem__(self, index: int) -> tuple[dict, int]:
-    return sources_lib.read(self._source, int(index))
-
-
 class Augment:
-  """(picture, generator) -> uint8 [size, size, 3]: the crop and the flip that config.data allows a source.
+  """(picture or open file, generator) -> uint8 [size, size, 3]: the crop and the flip that config.data allows a source.
 
   `varies` says whether two draws can differ.
   """
 
   def __init__(self, data_cfg, source, image_size: int):
     self._size = image_size
+    self._reduce = data_cfg.reduce_jpeg
     self._random_crop = data_cfg.crop == "random" and not source.framed
     self._min_area = data_cfg.crop_min_area
     self._flip = data_cfg.flip and source.flip
@@ -46,21 +34,30 @@ class Augment:
 
   def __call__(self, image, rng: np.random.Generator) -> np.ndarray:
     if self._random_crop:
-      image = transforms.random_resized_crop(image, self._size, rng, self._min_area)
+      image = transforms.random_resized_crop(image, self._size, rng, self._min_area, self._reduce)
     else:
-      image = transforms.center_crop(image, self._size)
+      image = transforms.center_crop(image, self._size, self._reduce)
     return transforms.flip(image) if self._flip and rng.random() < 0.5 else image
 
 
 class _Prepare(grain.transforms.RandomMap):
-  """(record, passed over), generator -> row of the batch."""
+  """Index of a record, generator -> row of the batch, of the next record that can be read.
 
-  def __init__(self, augment: Augment):
-    self._augment = augment
+  A file is decoded here, where its crop is known.
+  """
 
-  def random_map(self, element, rng: np.random.Generator) -> dict:
-    record, skipped = element
-    return {"image": self._augment(record["image"], rng), "label": np.int32(record["label"]),
+  def __init__(self, source, augment: Augment):
+    self._source, self._augment = source, augment
+
+  def random_map(self, index: int, rng: np.random.Generator) -> dict:
+    first = rng.bit_generator.state
+
+    def crop(image) -> np.ndarray:
+      rng.bit_generator.state = first  # an unreadable file before it has drawn from the generator
+      return self._augment(image, rng)
+
+    record, skipped = sources_lib.read(self._source, int(index), crop)
+    return {"image": record["image"], "label": np.int32(record["label"]),
             "num_objects": np.int32(record["num_objects"]), "unreadable": np.int32(skipped)}
 
 
@@ -120,8 +117,8 @@ def _elements(data_cfg, image_size: int, seed: int):
   parts = {}
   for name, source in open_sources(data_cfg, "train").items():
     shuffle_seed, augment_seed = seeds(seed, name)
-    part = grain.MapDataset.source(_Records(source)).shuffle(seed=shuffle_seed).repeat()
-    parts[name] = part.random_map(_Prepare(Augment(data_cfg, source, image_size)), seed=augment_seed)
+    part = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat()
+    parts[name] = part.random_map(_Prepare(source, Augment(data_cfg, source, image_size)), seed=augment_seed)
   return mix(data_cfg, parts)
 
 
@@ -180,11 +177,12 @@ def eval_set(data_cfg, name: str, *, image_size: int, num_images: int) -> dict:
     raise ValueError(f"unknown data source {name!r}: use one of {', '.join(sources_lib.NAMES)}")
   if num_images < 1:
     raise ValueError(f"an evaluation set needs at least one image, got {num_images}")
-  source = _Records(sources_lib.make_source(name, data_cfg.sources[name], "validation"))
-  order = grain.MapDataset.source(source).shuffle(seed=EVAL_SHUFFLE_SEED)
-  records = [order[i][0] for i in range(min(num_images, len(order)))]
+  source = sources_lib.make_source(name, data_cfg.sources[name], "validation")
+  order = grain.MapDataset.range(len(source)).shuffle(seed=EVAL_SHUFFLE_SEED)
+  crop = lambda image: transforms.center_crop(image, image_size)
+  records = [sources_lib.read(source, int(order[i]), crop)[0] for i in range(min(num_images, len(order)))]
   return {
-      "image": np.stack([transforms.center_crop(r["image"], image_size) for r in records]),
+      "image": np.stack([r["image"] for r in records]),
       "label": np.array([r["label"] for r in records], np.int32),
       "caption": [r["caption"] for r in records],
       "num_objects": np.array([r["num_objects"] for r in records], np.int32),

@@ -1,4 +1,4 @@
-"""Writes token shards (data/shards.py), so that a run that was killed goes on without a lost or a doubled record.
+"""Writes shards (data/shard_files.py), so that a run that was killed goes on without a lost or a doubled record.
 
 Shard s holds the images [s n / S, (s + 1) n / S) of one fixed sequence, and belongs to process s % process_count. It
 gets its name when it is whole, so the folder itself says what is left to do. plan.json, written first, holds all that
@@ -11,19 +11,18 @@ import itertools
 import json
 import os
 from pathlib import Path
-import sys
 import time
 
 from absl import logging
 from array_record.python import array_record_module
 from flax.traverse_util import flatten_dict
-import grain
 from ml_collections import ConfigDict
 import numpy as np
 
 from flextok_jax import files
-from flextok_jax.data import draws, pipeline, shards, transforms
+from flextok_jax.data import pipeline, shard_contents, shard_files
 from flextok_jax.data import sources as sources_lib
+from flextok_jax.data.split_images import Images
 
 PLAN = "plan.json"
 RECORDS = 4096  # of a shard by default,
@@ -31,96 +30,26 @@ MOST_SHARDS = 512  # unless these are more shards: a reader keeps all files open
 _OPTIONS = "group_size:1,uncompressed"  # random access to single records, which are as good as random bytes
 _REPORT_SECONDS = 10.0
 
-Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
+
+def write(folder: str | os.PathLike, config: ConfigDict, encode: Callable, tokenizer: dict, *, batch_size: int = 32,
+          quality: float | None = None, metric: str | None = None, **options):
+  """Writes token shards: write_shards of shard_contents.Tokens."""
+  content = shard_contents.Tokens(encode, tokenizer, batch_size, quality, metric)
+  return write_shards(folder, config, content, **options)
 
 
-class Images:
-  """The images of a split in a fixed order: len(images), and images[i] as a dict.
-
-  One source: its records in order. Several: their mixture by weight, as in training. An element has "crops" uint8
-  [copies, s, s, 3], the first the centre crop and the others drawn as in training, each by (seed, i, copy) alone; and
-  label, num_objects, captions. An element that cannot be read has "unreadable", which says why, instead.
-
-  Attributes:
-    class_names: of the labels, or () where they have no names. In a mixture the classes of all sources follow one
-      another, and labels without names become -1.
-    sizes: {name of a source: number of its records}.
-
-  Raises:
-    ValueError: settings that make no sense.
-  """
-
-  def __init__(self, config: ConfigDict, split: str, image_size: int, num_images: int | None, copies: int):
-    data = config.data
-    self._sources = pipeline.open_sources(data, split)
-    self._augment = {name: pipeline.Augment(data, source, image_size) for name, source in self._sources.items()}
-    self._seed, self._size, self._copies = config.seed, image_size, copies
-    self.sizes = {name: len(source) for name, source in self._sources.items()}
-    if copies > 1 and not any(augment.varies for augment in self._augment.values()):
-      raise ValueError(f"--copies={copies} would be equal, as nothing augments {', '.join(self.sizes)} here: give "
-                       "--copies=1, or see config.data.crop and config.data.flip")
-    endless = [name for name, size in self.sizes.items() if size >= draws.LENGTH]
-    if num_images is None and (endless or len(self.sizes) > 1):
-      what = f"source {endless[0]!r}" if endless else f"a mixture ({', '.join(self.sizes)})"
-      raise ValueError(f"{what} has no end: give --num_images=N")
-    size = sum(self.sizes.values())
-    if num_images is not None and not 1 <= num_images <= (size if len(self.sizes) == 1 else sys.maxsize):
-      raise ValueError(f"--num_images={num_images} is out of range: {', '.join(self.sizes)} has 1 to {size} images")
-    self._len = size if num_images is None else num_images
-    self._first_label, self.class_names = {}, ()
-    for name, source in self._sources.items():
-      self._first_label[name] = len(self.class_names)
-      self.class_names += _class_names(source)
-    self._order = pipeline.mix(data, {
-        name: grain.MapDataset.range(size).shuffle(seed=pipeline.seeds(config.seed, name)[0]).repeat().map(
-            lambda index, name=name: (name, index))
-        for name, size in self.sizes.items()
-    })
-
-  def __len__(self) -> int:
-    return self._len
-
-  def __getitem__(self, i: int) -> dict:
-    name, index = self._order[i] if len(self._sources) > 1 else (*self._sources, i)
-    source, augment = self._sources[name], self._augment[name]
-    try:
-      record = source[int(index)]
-    except sources_lib.UnreadableRecord as error:
-      return {"unreadable": str(error)}
-    picture = transforms.to_rgb(record["image"])
-    crops = [transforms.center_crop(picture, self._size)]
-    crops += [augment(picture, np.random.default_rng([self._seed, i, copy])) for copy in range(1, self._copies)]
-    captions = [caption for caption in record.get("captions") or (record["caption"],) if caption]
-    return {"crops": np.stack(crops), "label": self._label(name, int(record["label"])), "captions": captions,
-            "num_objects": int(record["num_objects"])}
-
-  def _label(self, name: str, label: int) -> int:
-    if len(self._sources) == 1:
-      return label
-    known = 0 <= label < len(_class_names(self._sources[name]))
-    return self._first_label[name] + label if known else -1
-
-
-def _class_names(source) -> tuple[str, ...]:
-  """Of the source, or of the module that draws it."""
-  module = sys.modules[type(source).__module__]
-  return tuple(getattr(source, "class_names", None) or getattr(module, "CLASS_NAMES", ()))
-
-
-def write(folder: str | os.PathLike, config: ConfigDict, encode: Encode, tokenizer: dict, *, split: str = "train",
-          num_images: int | None = None, copies: int = 1, num_shards: int | None = None, batch_size: int = 32,
-          quality: float | None = None, metric: str | None = None, process_index: int = 0, process_count: int = 1):
+def write_shards(folder: str | os.PathLike, config: ConfigDict, content, *, split: str = "train",
+                 num_images: int | None = None, copies: int = 1, num_shards: int | None = None, process_index: int = 0,
+                 process_count: int = 1):
   """Writes this process's shards of DIR/<split>/, those that are not there yet; the last to finish writes meta.json.
 
   Args:
     folder: DIR.
     config: its seed and its data say what is written.
-    encode: images uint8 [batch_size, s, s, 3] -> (ids int [batch_size, num_tokens], lengths int [batch_size] or None).
-    tokenizer: {"fingerprint", "dtype", "image_size", "num_ids", "num_tokens"}; "sampler" with adaptive lengths.
+    content: of data/shard_contents.py.
     num_images: default: all of a single source that has an end.
-    copies: crops of each image, the first the centre crop.
+    copies: crops of each image, the first the centre crop; 1 of image files.
     num_shards: default: one for RECORDS records or so.
-    quality, metric: what the lengths were chosen by; None: encode gives no lengths.
 
   Returns:
     meta.json as a dict, or None while shards of other processes are missing.
@@ -129,28 +58,28 @@ def write(folder: str | os.PathLike, config: ConfigDict, encode: Encode, tokeniz
     ValueError: bad settings, other settings than those that the folder was begun with, too many unreadable images, or
       a folder that cannot be written.
   """
-  for name, value in (("copies", copies), ("shards", num_shards), ("batch_size", batch_size)):
+  for name, value in (("copies", copies), ("shards", num_shards), ("batch_size", content.batch_size)):
     if value is not None and value < 1:
       raise ValueError(f"--{name}={value} must be at least 1")
-  if tokenizer["num_ids"] > shards.MAX_IDS:
-    raise ValueError(f"token shards hold ids below {shards.MAX_IDS}, but this tokenizer has {tokenizer['num_ids']}")
   folder = Path(folder) / split
-  images = Images(config, split, tokenizer["image_size"], num_images, copies)
+  images = Images(config, split, content.image_size, num_images, copies)
+  facts = {**content.plan, **content.describe(images)}
   if num_shards is None:
     num_shards = _planned_shards(folder) or _default_shards(len(images), copies, process_count)
   if num_shards > len(images):
     raise ValueError(f"--shards={num_shards} is more than the {len(images)} images")
   data = config.data
   plan = {
-      "format": shards.FORMAT, **tokenizer, "split": split, "num_images": len(images), "copies": copies,
-      "shards": num_shards, "quality": quality, "metric": metric, "seed": config.seed, "crop": data.crop,
-      "crop_min_area": data.crop_min_area, "flip": data.flip, "sizes": images.sizes,
+      "format": shard_files.FORMAT, "what": content.what, **facts, "split": split, "num_images": len(images),
+      "copies": copies, "shards": num_shards, "seed": config.seed, "sizes": images.sizes,
       "sources": {name: data.sources[name].to_dict() for name in images.sizes},
   }
+  if content.image_size is not None:
+    plan |= {"crop": data.crop, "crop_min_area": data.crop_min_area, "flip": data.flip}
   _claim(folder, plan)
 
   bounds = [len(images) * s // num_shards for s in range(num_shards + 1)]
-  paths = [folder / shards.shard_name(s, num_shards) for s in range(num_shards)]
+  paths = [folder / shard_files.shard_name(content.what, s, num_shards) for s in range(num_shards)]
   own = range(process_index, num_shards, process_count)
   planned = {s: bounds[s + 1] - bounds[s] for s in range(num_shards)}
   tally = _Tally(sum(planned[s] for s in own), data.max_unreadable)
@@ -164,12 +93,11 @@ def write(folder: str | os.PathLike, config: ConfigDict, encode: Encode, tokeniz
   if len(todo) < len(own):
     print(f"{len(own) - len(todo)} of {len(own)} shards are there already", flush=True)
   rows = _Todo(images, [(s, bounds[s], bounds[s + 1]) for s in todo])
-  ready = pipeline.stream(rows, max(batch_size // copies, 1), data, drop_remainder=False, batch_fn=list)
+  ready = pipeline.stream(rows, max(content.batch_size // copies, 1), data, drop_remainder=False, batch_fn=list)
   ready = itertools.chain.from_iterable(ready)
   for s, elements in itertools.groupby(ready, key=lambda element: element["shard"]):
-    crops = ((crop, element) for element in tally.readable(elements) for crop in element["crops"])
-    _write_shard(paths[s], map(shards.pack, _records(crops, encode, batch_size, tokenizer)))
-  return _finish(folder, plan, images, paths, tally)
+    _write_shard(paths[s], content.records(tally.readable(elements)))
+  return _finish(folder, plan, content, images, paths, tally)
 
 
 def _default_shards(num_images: int, copies: int, process_count: int) -> int:
@@ -203,6 +131,7 @@ def _claim(folder: Path, plan: dict):
       raise ValueError(f"{folder} has shards but no {PLAN}, which says what they are: use another --out")
     files.write_file(folder / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
     return
+  old = {"what": "tokens", **old}  # the first kind that there was
   old, new = (flatten_dict(json.loads(json.dumps(p)), sep=".") for p in (old, plan))
   for name in [*new, *(old.keys() - new.keys())]:
     if old.get(name) != new.get(name):
@@ -269,35 +198,6 @@ class _Tally:
     return self.images / max(time.monotonic() - self._begun, 1e-9)
 
 
-def _records(crops: Iterable[tuple[np.ndarray, dict]], encode: Encode, batch_size: int, tokenizer: dict):
-  """Yields the records of (crop, element) in order; a batch is encoded while the one before it is written."""
-  pending = None
-  crops = iter(crops)
-  while (batch := list(itertools.islice(crops, batch_size))) or pending:
-    encoded = None
-    if batch:
-      stacked = np.stack([crop for crop, _ in batch])
-      padded = np.pad(stacked, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)), mode="edge")
-      encoded = [element for _, element in batch], encode(padded)
-    if pending:
-      yield from _rows(*pending, tokenizer)
-    pending = encoded
-
-
-def _rows(elements: list[dict], encoded, tokenizer: dict) -> Iterator[dict]:
-  ids, lengths = encoded
-  count = tokenizer["num_tokens"]
-  ids = np.asarray(ids)[: len(elements)]
-  lengths = np.full(len(ids), count) if lengths is None else np.asarray(lengths)[: len(elements)]
-  if ids.shape[1] != count or ids.min() < 0 or ids.max() >= tokenizer["num_ids"]:
-    raise ValueError(f"the tokenizer gave ids {ids.min()} to {ids.max()} of shape {list(ids.shape)}, outside "
-                     f"0 to {tokenizer['num_ids'] - 1} or not {count} an image")
-  if lengths.min() < 1 or lengths.max() > count:
-    raise ValueError(f"the lengths {lengths.min()} to {lengths.max()} do not lie in 1 to {count}")
-  for row, length, element in zip(ids, lengths, elements):
-    yield {**element, "ids": row, "length": length}
-
-
 def _write_shard(path: Path, records: Iterable[bytes]):
   """Writes an ArrayRecord file under another name, and renames it when it is whole and on the disk."""
   temporary = path.with_name(f".{path.name}.tmp")  # without a process id: the rerun after a kill writes over it
@@ -338,21 +238,20 @@ def _count(path: Path) -> int:
   return count
 
 
-def _finish(folder: Path, plan: dict, images: Images, paths: list[Path], tally: _Tally) -> dict | None:
+def _finish(folder: Path, plan: dict, content, images: Images, paths: list[Path], tally: _Tally) -> dict | None:
   missing = sum(not path.is_file() for path in paths)
   if tally.images:
     print(f"wrote {tally.images} images x {plan['copies']}, {tally.rate():.1f} images/s; unreadable: "
           f"{tally.unreadable}", flush=True)
   if missing:
-    print(f"{missing} shards are still missing: the process that writes the last of them writes {shards.META}; "
+    print(f"{missing} shards are still missing: the process that writes the last of them writes {shard_files.META}; "
           "rerun what was stopped", flush=True)
     return None
   counts = [_count(path) for path in paths]
-  keys = ("format", "fingerprint", "image_size", "num_ids", "num_tokens", "num_images", "copies", "quality", "metric",
-          "seed", "sources")
-  meta = {key: plan[key] for key in keys}
+  meta = {key: plan[key] for key in ("format", "what", *content.meta, "num_images", "copies", "seed", "sources")}
   meta |= {"num_records": sum(counts), "class_names": list(images.class_names) or None, "shard_records": counts,
            "shard_bytes": [path.stat().st_size for path in paths]}
-  files.write_file(folder / shards.META, (json.dumps(meta, indent=1) + "\n").encode())
-  print(f"{folder}: {meta['num_records']} records in {len(paths)} shards, tokenizer {plan['fingerprint']}", flush=True)
+  files.write_file(folder / shard_files.META, (json.dumps(meta, indent=1) + "\n").encode())
+  model = f", fingerprint {plan['fingerprint']}" if "fingerprint" in plan else ""
+  print(f"{folder}: {meta['num_records']} records in {len(paths)} shards of {content.what}{model}", flush=True)
   return meta

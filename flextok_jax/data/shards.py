@@ -1,64 +1,38 @@
 """Token shards: what python -m flextok_jax.tokenize --config=… writes and stage "ar" trains on.
 
-A folder DIR/<split>/ holds ArrayRecord files and meta.json. A record is the MessagePack array
-[ids (uint16, little endian, as bytes), length, label, num_objects, captions]; the copies of an image stand together.
+The shards of data/shard_files.py. A record is the MessagePack array [ids (uint16, little endian, as bytes), length,
+label, num_objects, captions]; the copies of an image stand together.
 """
 
-import dataclasses
-import json
-from pathlib import Path
+import functools
 
 import grain
 from ml_collections import ConfigDict
-import msgpack
 import numpy as np
 
-from flextok_jax.data import pipeline
+from flextok_jax.data import pipeline, shard_files
 
-FORMAT = 1
 MAX_IDS = 2**16  # a token id takes two bytes
-META = "meta.json"
-_FIELDS = ("fingerprint", "num_ids", "num_tokens", "num_records", "copies", "class_names", "quality", "metric",
-           "shard_records", "shard_bytes")
-_RERUN = "rerun python -m flextok_jax.tokenize with the settings that wrote this folder, which writes what is missing"
-
-
-def shard_name(index: int, count: int) -> str:
-  return f"tokens-{index:05d}-of-{count:05d}.array_record"
+WHAT = "tokens"
+shard_name = functools.partial(shard_files.shard_name, WHAT)
 
 
 def pack(record: dict) -> bytes:
   """Returns the bytes of a record: {"ids" int [n], "length", "label", "num_objects": int, "captions": list of str}."""
-  ids = np.asarray(record["ids"]).astype("<u2").tobytes()
-  numbers = (int(record[name]) for name in ("length", "label", "num_objects"))
-  return msgpack.packb([ids, *numbers, list(record["captions"])], unicode_errors="replace")  # lone surrogates
+  return shard_files.pack([np.asarray(record["ids"]).astype("<u2").tobytes(), int(record["length"])], record)
 
 
 def unpack(data: bytes) -> dict:
   """Returns the record of pack, ids as uint16 [n]; ValueError for other bytes."""
+  content, facts = shard_files.unpack(data, "token")
   try:
-    ids, length, label, num_objects, captions = msgpack.unpackb(data)
-    ids = np.frombuffer(ids, "<u2").astype(np.uint16)
-    return {"ids": ids, "length": int(length), "label": int(label), "num_objects": int(num_objects),
-            "captions": [str(caption) for caption in captions]}
-  except (ValueError, TypeError, msgpack.UnpackException) as e:
+    ids, length = content
+    return {"ids": np.frombuffer(ids, "<u2").astype(np.uint16), "length": int(length), **facts}
+  except (ValueError, TypeError) as e:
     raise ValueError(f"no token record: {e}") from None
 
 
-@dataclasses.dataclass(frozen=True)
-class _File:
-  """What array_record asks of a file whose number of records is known."""
-
-  filename: str
-  examples_in_shard: int
-  skip: int = 0
-
-  @property
-  def take(self) -> int:
-    return self.examples_in_shard
-
-
-class Shards:
+class Shards(shard_files.ShardFiles):
   """The records of a split at random access: len(shards), and shards[i] -> what unpack returns.
 
   Attributes:
@@ -66,69 +40,17 @@ class Shards:
       num_records; copies: records an image; class_names: list or None; quality, metric: of adaptive lengths, or None.
 
   Raises:
-    FileNotFoundError, ValueError: naming what is missing or damaged; when reading a record, ValueError.
+    FileNotFoundError, ValueError: as ShardFiles.
   """
 
-  def __init__(self, folder: str, split: str = "train"):
-    self._folder = Path(folder) / split
-    if not folder or not self._folder.is_dir():
-      there = sorted(p.parent.name for p in Path(folder).glob(f"*/{META}")) if folder else []
-      found = f"it has {', '.join(there)}" if there else "no split at all is there"
-      raise FileNotFoundError(
-          f"no token shards of split {split!r} in {folder!r} ({found}): write them with "
-          f"python -m flextok_jax.tokenize --config=FILE --checkpoint=PATH --out={folder or 'DIR'} --split={split}")
-    self.meta = self._read_meta()
-    counts, sizes = self.meta["shard_records"], self.meta["shard_bytes"]
-    self._paths = [self._folder / shard_name(i, len(counts)) for i in range(len(counts))]
-    for path, size in zip(self._paths, sizes):
-      if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {_RERUN}")
-      if path.stat().st_size != size:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {size}: delete it and {_RERUN}")
-    self._records = grain.sources.ArrayRecordDataSource([_File(str(p), n) for p, n in zip(self._paths, counts)])
-    self._ends = np.cumsum(counts)
+  WHAT = WHAT
+  FIELDS = ("fingerprint", "num_ids", "num_tokens", "quality", "metric")
 
-  def _read_meta(self) -> dict:
-    path = self._folder / META
-    if not path.is_file():
-      raise FileNotFoundError(f"{path} is missing, so these token shards are not complete: {_RERUN}")
-    try:
-      meta = json.loads(path.read_text())
-      if meta["format"] != FORMAT:
-        raise ValueError(f"its format is {meta['format']!r}, this program reads {FORMAT}")
-      missing = [name for name in _FIELDS if name not in meta]
-      if missing:
-        raise ValueError(f"it has no {missing[0]!r}")
-      if not len(meta["shard_records"]) == len(meta["shard_bytes"]) > 0:
-        raise ValueError("its numbers of records and of bytes do not match")
-      if not sum(meta["shard_records"]) == meta["num_records"] > 0:
-        raise ValueError(f"its num_records {meta['num_records']!r} is not that of its shards")
-    except (ValueError, TypeError, KeyError, RecursionError) as e:
-      raise ValueError(f"{path} is no description of token shards ({e}): delete it and {_RERUN}") from None
-    return meta
-
-  def __len__(self) -> int:
-    return len(self._records)
-
-  def __getitem__(self, index: int) -> dict:
-    index = int(index)
-    if not 0 <= index < len(self):
-      raise IndexError(f"record {index} of {len(self)}")
-    try:
-      record = unpack(self._records[index])
-      if len(record["ids"]) != self.meta["num_tokens"] or record["ids"].max() >= self.meta["num_ids"]:
-        raise ValueError(f"its ids do not fit {META}")
-    except (ValueError, RuntimeError) as e:  # RuntimeError: array_record's of every kind of damage
-      path = self._paths[int(np.searchsorted(self._ends, index, side="right"))]
-      raise ValueError(f"{path}: record {index} cannot be read ({_one_line(e)}): delete the file and {_RERUN}") from e
+  def parse(self, data: bytes) -> dict:
+    record = unpack(data)
+    if len(record["ids"]) != self.meta["num_tokens"] or record["ids"].max() >= self.meta["num_ids"]:
+      raise ValueError(f"its ids do not fit {shard_files.META}")
     return record
-
-  def __repr__(self) -> str:
-    return f"Shards({self._folder})"
-
-
-def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())
 
 
 def check_shards(meta: dict, config: ConfigDict, fingerprint: str | None = None):

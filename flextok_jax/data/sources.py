@@ -1,12 +1,16 @@
-"""The five sources of images behind one interface.
+"""The sources of images behind one interface.
 
 A source is a random-access sequence: len(source), and source[i] -> {"image": Pillow image or uint8 array as stored,
 "label": int, "caption": str, "num_objects": int}, numbers -1 where unknown. "captions" are all captions of the record,
 "caption" is the first of them: where a source has but one, `read` adds them. Its attribute `framed` says that the
 picture is composed already, so that the pipeline resizes without a random crop; `flip` whether mirroring leaves the
 caption true. A record that cannot be read raises UnreadableRecord.
+
+Some sources hold image files as they are stored (Stored). `view` gives their open file to a function, which may decode
+only as much as it needs.
 """
 
+from collections.abc import Callable
 import hashlib
 import io
 import json
@@ -15,9 +19,9 @@ import os
 from absl import logging
 import numpy as np
 
-from flextok_jax.data import emoji, photos, synthetic, transforms
+from flextok_jax.data import emoji, image_shards, photos, synthetic, transforms
 
-NAMES = ("synthetic", "emoji", "photos", "folder", "tfds")
+NAMES = ("synthetic", "emoji", "photos", "folder", "tfds", "arrayrecord")
 SPLITS = ("train", "validation")
 VALIDATION_PERCENT = 5  # of a folder without val_path
 MAX_RUN = 20  # unreadable records in a row before reading stops
@@ -48,6 +52,8 @@ def make_source(name: str, cfg, split: str):
     return photos.Photos(split, cfg.min_crop)
   if name == "folder":
     return Folder(split, cfg.path, cfg.val_path)
+  if name == "arrayrecord":
+    return ArrayRecord(split, cfg.path)
   if name == "tfds":
     if cfg.train_split == cfg.val_split:
       raise ValueError(f"train_split and val_split of config.data.sources.tfds are both {cfg.train_split!r}: "
@@ -64,16 +70,34 @@ def is_validation(relative_path: str) -> bool:
   return int.from_bytes(digest[:4], "big") % 100 < VALIDATION_PERCENT
 
 
-class Folder:
+class Stored:
+  """What holds image files: view(index, decode) -> a record with decode(open file) for an image."""
+
+  framed = False
+  flip = True
+
+  def view(self, index: int, decode: Callable) -> dict:
+    raise NotImplementedError
+
+  def __getitem__(self, index: int) -> dict:
+    return self.view(index, transforms.to_rgb)
+
+
+def view(source, index: int, decode: Callable) -> dict:
+  """Returns source[index] with decode(image) for its image: of the open file, where the source stores files."""
+  if isinstance(source, Stored):
+    return source.view(index, decode)
+  record = source[index]
+  return {**record, "image": decode(record["image"])}
+
+
+class Folder(Stored):
   """A tree of jpg, jpeg, png and webp files; class = first subfolder below path (sorted), caption = its name.
 
   Beside X.jpg, X.txt (a caption a line) or else X.json ({"caption": str} or {"captions": [str, ...]}) has its captions.
   validation: val_path, or without it VALIDATION_PERCENT percent of path, by a hash of the file's relative path. Class
   numbers are path's in both splits; a file outside any subfolder, or in one that path lacks, has label -1.
   """
-
-  framed = False
-  flip = True
 
   def __init__(self, split: str, path: str, val_path: str = ""):
     if not path:
@@ -96,11 +120,12 @@ class Folder:
   def __len__(self) -> int:
     return len(self._files)
 
-  def __getitem__(self, index: int) -> dict:
+  def view(self, index: int, decode: Callable) -> dict:
     file = self._files[index]
     path = os.path.join(self._root, file)
     try:
-      image = transforms.to_rgb(path)
+      with open(path, "rb") as f:
+        image = decode(f)
     except transforms.DECODE_ERRORS as error:
       raise UnreadableRecord(path, str(error)) from error
     name = _class_of(file)
@@ -155,16 +180,43 @@ def _nested(one: str, other: str) -> bool:
   return os.path.commonpath((one, other)) in (one, other)
 
 
-class Tfds:
+class ArrayRecord(Stored):
+  """Image files in the records of image shards, which python -m flextok_jax.tokenize --what=images wrote to path.
+
+  A record has the label, the captions and the split that it had in the sources that were written.
+  """
+
+  def __init__(self, split: str, path: str):
+    if not path:
+      raise ValueError("the arrayrecord source needs a folder: pass --config.data.sources.arrayrecord.path=DIR")
+    self._records = image_shards.Shards(path, split)
+    meta = self._records.meta
+    self.framed, self.flip, self.class_names = meta["framed"], meta["flip"], tuple(meta["class_names"] or ())
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def view(self, index: int, decode: Callable) -> dict:
+    try:
+      record = self._records[index]
+    except ValueError as error:
+      raise UnreadableRecord(f"{self._records} [{index}]", _first_line(error)) from error
+    try:
+      image = decode(io.BytesIO(record["data"]))
+    except transforms.DECODE_ERRORS as error:
+      raise UnreadableRecord(f"{self._records} [{index}]", str(error)) from error
+    captions = tuple(record["captions"]) or ("",)
+    return {"image": image, "label": record["label"], "caption": captions[0], "captions": captions,
+            "num_objects": record["num_objects"]}
+
+
+class Tfds(Stored):
   """A TFDS image data set prepared as ArrayRecord, read at random access through tfds.data_source; needs no tensorflow.
 
   The stored bytes are decoded by Pillow, like files. label_key "" means no label. caption_key is a text feature, or a
   sequence of them, in the manner of "captions/text" where it lies within others; "" makes the label's name the caption,
   where TFDS has one.
   """
-
-  framed = False
-  flip = True
 
   def __init__(self, split: str, name: str, data_dir: str, image_key: str, label_key: str, caption_key: str = ""):
     import tensorflow_datasets as tfds  # late: slow to import, and only this source needs it
@@ -203,10 +255,10 @@ class Tfds:
   def __len__(self) -> int:
     return len(self._records)
 
-  def __getitem__(self, index: int) -> dict:
+  def view(self, index: int, decode: Callable) -> dict:
     record = self._records[index]
     try:
-      image = transforms.to_rgb(io.BytesIO(record[self._image_key]))
+      image = decode(io.BytesIO(record[self._image_key]))
     except transforms.DECODE_ERRORS as error:
       raise UnreadableRecord(f"{self._name} [{index}]", str(error)) from error
     label = int(record[self._label_key]) if self._label_key else -1
@@ -245,15 +297,17 @@ def _first_line(error: Exception) -> str:
 _named = set()  # unreadable records that the log has named already
 
 
-def read(source, index: int) -> tuple[dict, int]:
+def read(source, index: int, decode: Callable | None = None) -> tuple[dict, int]:
   """Returns the record at index or the next readable one (wrapping around), and the number of records passed over.
 
-  Each unreadable record is named once in the log of its process. ValueError after MAX_RUN unreadable ones in a row.
+  The record is source[i], or with `decode` that of view. Each unreadable record is named once in the log of its
+  process. ValueError after MAX_RUN unreadable ones in a row.
   """
   skipped = 0
   while True:
+    place = (index + skipped) % len(source)
     try:
-      record = source[(index + skipped) % len(source)]
+      record = source[place] if decode is None else view(source, place, decode)
       return {"captions": (record["caption"],), **record}, skipped
     except UnreadableRecord as error:
       skipped += 1

@@ -7,13 +7,16 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 # What Pillow raises on files that are missing, foreign, truncated, corrupt or absurdly large.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
                  Image.DecompressionBombError)
 MAX_ASPECT = 64  # a longer strip is cut to this before it is resized, for bounded memory
+REDUCTIONS = (8, 4, 2)  # libjpeg decodes at 1 / these, for less work
+# Values of the EXIF orientation: sides swapped, the left side is the end of a stored row or column, the top side too.
+_TURNED, _FROM_RIGHT, _FROM_BELOW = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 
 
 def to_rgb(image) -> Image.Image:
@@ -27,7 +30,9 @@ def to_rgb(image) -> Image.Image:
       return to_rgb(opened)
   if not isinstance(image, Image.Image):
     image = _from_array(np.asarray(image))
-  image = ImageOps.exif_transpose(image)
+  image.load()
+  if _orientation(image) != 1:
+    image = ImageOps.exif_transpose(image)
   if image.mode.startswith("I"):  # 16-bit grey (I;16 and its byte orders) or 32-bit integers holding 16-bit values
     values = np.asarray(image).astype(np.int64)
     image = Image.fromarray((np.clip(values, 0, 65535) / 257.0 + 0.5).astype(np.uint8))
@@ -37,7 +42,12 @@ def to_rgb(image) -> Image.Image:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB")
-  return image.convert("RGB")
+  return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image.Image):
+  """What the EXIF data say of an opened picture's orientation, 1: upright."""
+  return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -56,33 +66,72 @@ def _from_array(array: np.ndarray) -> Image.Image:
   return Image.fromarray(np.ascontiguousarray(array))
 
 
-def center_crop(image, size: int) -> np.ndarray:
+def _open(image) -> Image.Image:
+  """Returns an open JPEG file as Pillow's image, not decoded yet, and anything else as to_rgb does."""
+  if isinstance(image, io.IOBase):
+    image = Image.open(image)
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+      return image
+  return to_rgb(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+  """(width, height) that to_rgb will give."""
+  return image.size[::-1] if _orientation(image) in _TURNED else image.size
+
+
+def _decode(image: Image.Image, box: tuple, pixels: int) -> tuple[Image.Image, tuple]:
+  """Decodes what _open gave, a JPEG at 1/8, 1/4 or 1/2 where its region `box` keeps `pixels` pixels a side.
+
+  Returns:
+    to_rgb of it, and the place of the region (left, top, right, bottom) there.
+  """
+  width, height = _upright_size(image)
+  orientation = _orientation(image)
+  side = min(box[2] - box[0], box[3] - box[1])
+  factor = next((factor for factor in REDUCTIONS if side >= factor * pixels), 1)
+  # Without effect on what is decoded already or no JPEG, which None says.
+  if factor == 1 or image.draft(None, (image.width // factor, image.height // factor)) is None:
+    return to_rgb(image), box
+  image = to_rgb(image)
+  # A pixel stands for factor x factor of the stored ones; the last column and row for fewer, where these do not divide.
+  # What they lack shifts the others where they come to lie left or on top.
+  left = image.width - width / factor if orientation in _FROM_RIGHT else 0
+  top = image.height - height / factor if orientation in _FROM_BELOW else 0
+  return image, tuple(edge / factor + shift for edge, shift in zip(box, (left, top, left, top)))
+
+
+def center_crop(image, size: int, reduce: bool = False) -> np.ndarray:
   """Shorter side to size, bilinear and antialiased, then the centre: uint8 [size, size, 3].
 
   Bit for bit torchvision's Resize(size) and CenterCrop(size) of a Pillow image, the preparation of the reference; only
   of strips longer than MAX_ASPECT times their width the ends are cut off first.
+
+  Args:
+    image: as of to_rgb.
+    reduce: an open JPEG file of at least twice the size is decoded at 1/2, 1/4 or 1/8, which is faster: not those bits.
   """
-  image = to_rgb(image)
-  limit = MAX_ASPECT * min(image.size)
-  if max(image.size) > limit:
-    left, top = max(image.width - limit, 0) // 2, max(image.height - limit, 0) // 2
-    image = image.crop((left, top, left + min(image.width, limit), top + min(image.height, limit)))
-  short = min(image.size)
-  width, height = size * image.width // short, size * image.height // short
+  image = _open(image) if reduce else to_rgb(image)
+  width, height = _upright_size(image)
+  limit = MAX_ASPECT * min(width, height)
+  if max(width, height) > limit:
+    left, top = max(width - limit, 0) // 2, max(height - limit, 0) // 2
+    image = to_rgb(image).crop((left, top, left + min(width, limit), top + min(height, limit)))
+    width, height = image.size
+  image, box = _decode(image, (0, 0, width, height), size)
+  short = min(width, height)
+  width, height = size * width // short, size * height // short
   if (width, height) != image.size:
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    image = image.resize((width, height), Image.Resampling.BILINEAR, box)
   left, top = round((width - size) / 2.0), round((height - size) / 2.0)  # halves to even, like torchvision
   return np.asarray(image)[top:top + size, left:left + size].copy()
 
 
-def random_resized_crop(image, size: int, rng: np.random.Generator, min_area: float) -> np.ndarray:
-  """A crop of a share min_area to 1 of the area and aspect ratio 3/4 to 4/3, resized: uint8 [size, size, 3].
+def random_box(width: int, height: int, rng: np.random.Generator, min_area: float) -> tuple[int, int, int, int]:
+  """Draws (left, top, right, bottom) of a share min_area to 1 of the area and aspect ratio 3/4 to 4/3.
 
-  Antialiased bicubic; a crop over three times too large is first reduced by box averages, which is faster. The largest
-  centre square where ten draws do not fit.
+  The largest centre square where ten draws do not fit.
   """
-  image = to_rgb(image)
-  width, height = image.size
   for _ in range(10):
     area = width * height * rng.uniform(min_area, 1.0)
     ratio = np.exp(rng.uniform(np.log(3.0 / 4.0), np.log(4.0 / 3.0)))
@@ -93,8 +142,23 @@ def random_resized_crop(image, size: int, rng: np.random.Generator, min_area: fl
   else:
     w = h = min(width, height)
     left, top = (width - w) // 2, (height - h) // 2
-  box = (left, top, left + w, top + h)
-  return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)).copy()
+  return left, top, left + w, top + h
+
+
+def random_resized_crop(image, size: int, rng: np.random.Generator, min_area: float, reduce: bool = False
+                        ) -> np.ndarray:
+  """The region of random_box, resized: uint8 [size, size, 3].
+
+  Antialiased bicubic; a crop over three times too large is first reduced by box averages, which is faster.
+
+  Args:
+    image: as of to_rgb.
+    reduce: an open JPEG file is decoded at 1/2, 1/4 or 1/8 where the crop keeps `size` pixels a side so: about the same
+      pixels in less time.
+  """
+  image = _open(image) if reduce else to_rgb(image)
+  image, box = _decode(image, random_box(*_upright_size(image), rng, min_area), size)
+  return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
 
 
 def flip(image: np.ndarray) -> np.ndarray:

@@ -10,8 +10,8 @@ import numpy as np
 
 from flextok_jax.models import layers
 from flextok_jax.models.attention import QKV
-from flextok_jax.models.transformer import MLP
-from flextok_jax.ops import attention
+from flextok_jax.models.transformer import MLP, rematerialised
+from flextok_jax.ops import attention, layout
 
 NORMS = {"layernorm": 1e-5, "rmsnorm": 1e-6}  # and their epsilon
 FFNS = ("swiglu", "mlp_gelu")
@@ -134,12 +134,13 @@ class CrossAttention(_Attention):
 
   def look_at(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
     """text [b, t, d] -> keys and values [b, t, h, e]."""
-    kv = self.kv(text)
+    kv = layout.constrain(self.kv(text), "batch", None, None, "heads", None)
     return self._norm_k(kv[:, :, 0]), kv[:, :, 1]
 
   def __call__(self, x: jax.Array, text: jax.Array, key_bias: jax.Array) -> jax.Array:
     """x [b, n, d], text [b, t, d] -> [b, n, d]."""
-    return self._attend(self._norm_q(self.q(x)), *self.look_at(text), key_bias=key_bias)
+    q = layout.constrain(self.q(x), "batch", None, "heads", None)
+    return self._attend(self._norm_q(q), *self.look_at(text), key_bias=key_bias)
 
   def step(self, x: jax.Array, cache: Cache, key_bias: jax.Array) -> jax.Array:
     """The same for x [b, 1, d] with the cached keys and values of the text."""
@@ -171,6 +172,7 @@ class Block(nn.Module):
 
   def fill(self, x, text, key_bias) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The same, with the keys and values [b, n, h, e] of x."""
+    x = layout.constrain(x, "batch", None, None)
     y, kv = self.attention(self.norm_1(x))
     x = x + y
     if self.choices.text:
@@ -183,6 +185,7 @@ class Block(nn.Module):
 
   def step(self, x, cache: Cache, text: Cache | None, key_bias, position) -> tuple[jax.Array, Cache]:
     """x [b, 1, d] at `position` -> x and the longer cache."""
+    x = layout.constrain(x, "batch", None, None)
     y, cache = self.attention.step(self.norm_1(x), cache, position)
     x = x + y
     if self.choices.text:
@@ -215,7 +218,7 @@ class ARTransformer(nn.Module):
   pos_embed: str
   head_layernorm: bool
   readout_multiplier: float
-  remat: bool = False
+  remat: str = "none"  # a key of transformer.REMATS
 
   def setup(self):
     c = self.choices
@@ -229,8 +232,8 @@ class ARTransformer(nn.Module):
     if self.num_classes:
       self.class_embedding = self.param("class_embedding", init("classes", "embed"), (self.num_classes, c.width))
     stack = nn.scan(
-        nn.remat(Block, prevent_cse=False) if self.remat else Block,
-        variable_axes={"params": 0},
+        rematerialised(Block, self.remat),
+        variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast),
         length=self.depth,
@@ -264,7 +267,7 @@ class ARTransformer(nn.Module):
 
   def finish(self, x: jax.Array) -> jax.Array:
     """What the last block gives -> what the readout reads."""
-    x = self.norm(x)
+    x = self.norm(layout.constrain(x, "batch", *(None,) * (x.ndim - 1)))
     return self.head_norm(x) if self.head_layernorm else x
 
   def hidden(self, ids, labels, text=None, key_bias=None) -> jax.Array:
@@ -326,7 +329,8 @@ class _Readout(nn.Module):
     kernel, bias = self.kernel, self.bias if self.use_bias else 0.0
 
     def read(x):
-      return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32) + bias
+      y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32) + bias
+      return layout.constrain(y, "batch", *(None,) * (y.ndim - 2), "vocab")
 
     return read
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.models.ar import Block, Generator
-from flextok_jax.ops import nested, sampling
+from flextok_jax.ops import layout, nested, sampling
 
 PLAIN_CHUNK = 32  # the plain path recomputes prefixes of a multiple of this length: one program for each
 
@@ -86,7 +86,7 @@ def generate(
       filtered = sampling.filter_logits(logits, temperature, choices.top_k, top_p if choices.use_top_p else None)
       token = sampling.sample(jax.vmap(jax.random.fold_in, (0, None))(keys, i), filtered)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], -1)[:, 0]
-    ids = ids.at[:, i].set(jnp.where(done, model.ar.num_ids, token))
+    ids = layout.constrain(ids.at[:, i].set(jnp.where(done, model.ar.num_ids, token)), "batch", None)
     log_probs = log_probs.at[:, i].set(jnp.where(done, 0.0, chosen))
     return i + 1, ids, log_probs, done | (token == model.ar.num_ids), carried
 

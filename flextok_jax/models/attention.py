@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.models import layers
-from flextok_jax.ops import attention
+from flextok_jax.ops import attention, layout
 
 
 class QKV(nn.Module):
@@ -29,7 +29,7 @@ class QKV(nn.Module):
     def project(x, which):
       y = jnp.tensordot(x.astype(self.dtype), kernel[:, which], 1)  # [b, l, n, h, e]
       y = y + bias[which] if self.use_bias else y
-      return [y[:, :, i] for i in range(y.shape[2])]
+      return [layout.constrain(y[:, :, i], "batch", None, "heads", None) for i in range(y.shape[2])]
 
     if queries is None:
       return project(x, slice(None))

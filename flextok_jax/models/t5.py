@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.models import layers
+from flextok_jax.ops import layout
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
@@ -42,6 +43,7 @@ class Block(nn.Module):
   def __call__(self, x: jax.Array, bias: jax.Array, lengths: jax.Array) -> tuple[jax.Array, None]:
     """x float32 [b, t, d], bias float32 [1, h, t, t], lengths int32 [b] -> x; the None is for the scan."""
     width, heads = x.shape[-1], ("heads", "head_dim")
+    x = layout.constrain(x, "batch", None, None)
     # What is added to the stream leaves its product in float32: some of T5's features grow beyond 10,000.
     stream = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
     dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=self.dtype)

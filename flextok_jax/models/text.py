@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from flextok_jax.models import layers
 from flextok_jax.models.t5 import T5Encoder
-from flextok_jax.models.transformer import BlockChoices, Transformer
+from flextok_jax.models.transformer import BlockChoices, Transformer, remat_name
 from flextok_jax.ops import attention as attention_lib
 
 ENCODERS = ("t5", "bytes")
@@ -25,7 +25,7 @@ class ByteEncoder(nn.Module):
   max_length: int  # of the table of positions
   dtype: jnp.dtype = jnp.float32
   attention: str = "auto"
-  remat: bool = False
+  remat: str = "none"  # a key of transformer.REMATS
 
   @nn.compact
   def __call__(self, ids: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -78,7 +78,8 @@ def make_text_encoder(config: ConfigDict, sizes: Mapping | None = None) -> nn.Mo
       raise ValueError(f"config.text.depth must be at least 1, got {c.depth}")
     if c.head_dim < 1 or c.features < 1 or c.features % c.head_dim:
       raise ValueError(f"config.text.features={c.features} is not a multiple of config.text.head_dim={c.head_dim}")
-    return ByteEncoder(c.features, c.depth, c.head_dim, c.max_length, dtype, config.attention, config.remat)
+    how = dtype, config.attention, remat_name(config.remat)
+    return ByteEncoder(c.features, c.depth, c.head_dim, c.max_length, *how)
   if c.encoder != "t5":
     raise ValueError(f"unknown config.text.encoder {c.encoder!r}: use one of {', '.join(ENCODERS)}")
   if sizes is None:

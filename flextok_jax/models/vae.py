@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flextok_jax.ops import layout
+
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
 
 
@@ -55,7 +57,7 @@ class ResnetBlock(nn.Module):
     h = conv(self.channels, 3, self.dtype, name="conv2")(h)
     if x.shape[-1] != self.channels:
       x = conv(self.channels, 1, self.dtype, name="conv_shortcut")(x)
-    return x + h  # [b, h, w, channels]
+    return layout.constrain(x + h, "batch", None, None, None)  # [b, h, w, channels]
 
 
 class SpatialAttention(nn.Module):

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from flextok_jax import settings
 from flextok_jax.models import ar
 from flextok_jax.models import text as text_models
+from flextok_jax.models.transformer import remat_name
 from flextok_jax.ops import attention, nested
 
 
@@ -72,7 +73,7 @@ def make_generator(config: ConfigDict) -> ar.Generator:
       pos_embed=c.pos_embed,
       head_layernorm=c.head_layernorm,
       readout_multiplier=c.readout_multiplier,
-      remat=config.remat,
+      remat=remat_name(config.remat),
   )
   if not text:
     return ar.Generator(transformer)

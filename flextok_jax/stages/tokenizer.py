@@ -12,7 +12,8 @@ from flextok_jax.models import layers
 from flextok_jax.models.decoder import NULL_CONDITIONS, Decoder
 from flextok_jax.models.encoder import Encoder
 from flextok_jax.models.flextok import FlexTok, sample_latents
-from flextok_jax.models.transformer import MODULATIONS, PatchTransformer, mlp_hidden
+from flextok_jax.models.transformer import MODULATIONS, PatchTransformer, mlp_hidden, remat_name
+from flextok_jax.models.vae import sample_posterior
 from flextok_jax.ops import flow, fsq, guidance, nested, posemb
 from flextok_jax.stages.vae import make_vae
 
@@ -57,7 +58,7 @@ def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, si
   part = module(
       num_registers=config.tokens.num_registers,
       dtype=jnp.dtype(config.dtype),
-      remat=config.remat,
+      remat=remat_name(config.remat),
       attention=config.get("attention", "auto"),  # older weights files lack it
       **config[name],
       **fields,
@@ -133,11 +134,19 @@ class TokenizerStage:
     return params, frozen
 
   def loss_fn(self, params, batch, key):
-    """Flow-matching loss under nested dropout and condition dropout; also by bucket of kept tokens."""
+    """Flow-matching loss under nested dropout and condition dropout; also by bucket of kept tokens.
+
+    `batch` has image [b, H, W, 3], or in its place latents [b, h, w, 2 c], the VAE's moments as latent shards hold them
+    (data/latent_shards.py).
+    """
     posterior_key, key = jax.random.split(key)
-    latents = self.model.apply(
-        {"params": params}, batch["image"], posterior_key if self.sample_posterior else None, method="encode_latents"
-    )
+    posterior_key = posterior_key if self.sample_posterior else None
+    if "latents" in batch:
+      mean, logvar = jnp.split(batch["latents"].astype(jnp.float32), 2, axis=-1)
+      latents = mean if posterior_key is None else sample_posterior(mean, logvar, posterior_key)
+      latents = self.model.scaling_factor * latents
+    else:
+      latents = self.model.apply({"params": params}, batch["image"], posterior_key, method="encode_latents")
     return self.latents_loss(params, jax.lax.stop_gradient(latents), key)
 
   def latents_loss(self, params, latents, key):

@@ -1,8 +1,13 @@
-"""Checkpoints of a run (orbax), which workdir belongs to which config, and starting from other weights."""
+"""Checkpoints of a run (orbax), which workdir belongs to which config and run, and starting from other weights."""
 
+from collections.abc import Iterator
+import contextlib
+import fcntl
 import json
 import os
 from pathlib import Path
+import shutil
+import socket
 
 from absl import logging
 from flax.traverse_util import flatten_dict
@@ -12,10 +17,11 @@ from ml_collections import ConfigDict
 import orbax.checkpoint as ocp
 
 from flextok_jax import files
+from flextok_jax.training import distributed
 from flextok_jax.training.state import TrainState
 
 # Fields that a resumed run may change; all others make another run of it.
-_FREE = ("train.", "eval.", "sampler.", "mesh.", "remat", "init_from")
+_FREE = ("train.", "eval.", "sampler.", "mesh.", "remat", "profile_steps", "init_from")
 _FREE_DATA = ("data.num_threads", "data.num_workers", "data.prefetch", "data.max_unreadable")
 FREE_AR = ("ar.loss_chunk", "ar.guidance_scale", "ar.temperature", "ar.top_k", "ar.top_p")
 
@@ -77,57 +83,149 @@ def parse_config(text: str, origin: str) -> ConfigDict:
     raise ValueError(f"the config in {origin} is not one of flextok_jax: {e}") from None
 
 
+@contextlib.contextmanager
+def locked(workdir: str) -> Iterator[None]:
+  """Keeps other runs out of the workdir, which is made if missing, while the body runs.
+
+  By flock on WORKDIR/.lock in process 0: the kernel lifts it when that process ends, in whatever way. A file system
+  without flock (some FUSE and NFS mounts) is warned of and used unlocked; on others that lock for their own machine
+  alone (gcsfuse) a run on another machine is not noticed.
+
+  Raises:
+    ValueError: when another run is at work there.
+  """
+  with contextlib.ExitStack() as stack:
+    distributed.by_first(lambda: _lock(workdir, stack))
+    yield
+
+
+def _lock(workdir: str, stack: contextlib.ExitStack):
+  os.makedirs(workdir, exist_ok=True)
+  path = os.path.join(workdir, ".lock")
+  file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 closed with the stack
+  stack.enter_context(file)
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    owner = file.read(200).strip() or "unknown"
+    raise ValueError(f"another run ({owner}) is at work in {workdir}: stop it, or use another --workdir") from None
+  except OSError as e:
+    logging.warning("%s cannot be locked (%s): see to it that no other run uses %s", path, e.strerror, workdir)
+  file.truncate(0)
+  print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+
+
 def _items(state: TrainState) -> dict:
   return {k: v for k, v in vars(state).items() if k != "step" and v}  # orbax stores no empty tree
 
 
 class Checkpoints:
-  """The checkpoints of a workdir: asynchronous, atomic; the newest few are kept, and the multiples of keep_period."""
+  """The checkpoints of a workdir: asynchronous, atomic; the newest few are kept, and the multiples of keep_period.
 
-  def __init__(self, workdir: str, keep: int = 1, keep_period: int = 0):
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_period or None)
+  All processes of a run call all methods. Arrays come back in any placement, whatever mesh and however many processes
+  they were written from.
+  """
+
+  def __init__(self, workdir: str, keep: int = 1, keep_period: int = 0, *, own: bool = False):
+    """With `own` nobody else uses the workdir (see locked): what a killed run has left half written is removed."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, keep_period=keep_period or None, cleanup_tmp_directories=own
+    )
     self._manager = ocp.CheckpointManager(os.path.abspath(os.path.join(workdir, "checkpoints")), options=options)
+    self._begun = None  # step of the last one that was begun
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
   def save(self, state: TrainState):
-    """Starts to save the state under its step; does nothing if that step is saved already."""
+    """Starts to save the state under its step; does nothing if that step is saved already.
+
+    Raises:
+      OSError: when this one, or the one before in the background, could not be written.
+    """
     step = int(state.step)
     if step == self._manager.latest_step():
       return
     args = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
-    self._manager.save(step, args=ocp.args.Composite(**args))
+    with self._failures_named():
+      self._manager.wait_until_finished()  # of the one before
+      self._begun = step
+      self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
   def restore(self, state: TrainState) -> TrainState:
-    """Returns the newest checkpoint in the shapes, dtypes and shardings of an abstract state."""
-    step = self._manager.latest_step()
-    args = {k: ocp.args.StandardRestore(v) for k, v in _items(state).items()}
-    restored = self._restore(step, args)
-    return state.replace(step=jnp.int32(step), **{k: restored[k] for k in args})
+    """Returns the newest checkpoint that can be read, in the shapes, dtypes and shardings of an abstract state.
+
+    Newer ones are renamed to STEP.unreadable, so that the run can write these steps again.
+
+    Raises:
+      ValueError: when none can be read; then nothing is renamed.
+    """
+    step, restored, unreadable = self._newest(_items(state))
+    if unreadable:
+      distributed.by_first(lambda: [self._set_aside(step) for step in unreadable])
+      self._manager.reload()
+    return state.replace(step=jnp.int32(step), **restored)
 
   def restore_average(self, params: dict, frozen: dict) -> dict:
-    """Returns the newest averaged parameters joined with the frozen ones, as abstract trees of both ask for."""
-    items = {k: v for k, v in dict(ema=params, frozen=frozen).items() if v}
-    restored = self._restore(
-        self._manager.latest_step(), {k: ocp.args.StandardRestore(v) for k, v in items.items()}
-    )
-    return {k: v for name in items for k, v in restored[name].items()}
+    """Returns the newest readable averaged parameters joined with the frozen ones, as abstract trees of both ask for.
 
-  def _restore(self, step: int, args: dict):
+    Raises:
+      ValueError: when none can be read.
+    """
+    _, restored, _ = self._newest({k: v for k, v in dict(ema=params, frozen=frozen).items() if v})
+    return {k: v for part in restored.values() for k, v in part.items()}
+
+  def _newest(self, items: dict) -> tuple[int, dict, list[int]]:
+    """Returns step and items of the newest checkpoint that all processes can read, and the steps after it."""
+    process = jax.process_index()
+    # Each process reads on its own: where one meets a damaged file, orbax would let the others wait for it.
+    alone = ocp.options.MultiprocessingOptions(process, {process}, f"reader_{process}")
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+    unreadable, reason = [], ""
+    with ocp.CheckpointManager(self._manager.directory, options=options) as reader:
+      for step in sorted(reader.all_steps(), reverse=True):
+        problem, restored = "", None
+        try:
+          args = ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in items.items()})
+          restored = reader.restore(step, args=args)
+        except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
+          problem = f"{type(e).__name__}: {_first_line(e)}"
+        if distributed.all_agree(not problem):
+          return step, {k: restored[k] for k in items}, unreadable
+        problem = problem or "in another process"
+        reason = reason or f"checkpoint {self._folder(step)} cannot be read ({problem})"
+        if distributed.is_first():
+          logging.warning("checkpoint %s cannot be read (%s): trying the one before", self._folder(step), problem)
+        unreadable.append(step)
+    raise ValueError(f"{reason}, nor any before it: mend it, or start anew with another --workdir")
+
+  def _set_aside(self, step: int):
+    aside = self._folder(step) + ".unreadable"
+    shutil.rmtree(aside, ignore_errors=True)  # from an earlier time that this step was damaged
+    os.rename(self._folder(step), aside)
+
+  def _folder(self, step: int) -> str:
+    return os.path.join(self._manager.directory, str(step))
+
+  @contextlib.contextmanager
+  def _failures_named(self):
     try:
-      return self._manager.restore(step, args=ocp.args.Composite(**args))
-    except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
-      folder = os.path.join(self._manager.directory, str(step))
-      reason = str(e).strip().splitlines()
-      raise ValueError(
-          f"checkpoint {folder} cannot be read ({type(e).__name__}: {reason[0][:200] if reason else ''}); "
-          "delete that folder to resume from the one before"
+      yield
+    except Exception as e:  # orbax and tensorstore raise many kinds for a full disk
+      raise OSError(
+          f"checkpoint {self._folder(self._begun)} cannot be written ({type(e).__name__}: {_first_line(e)}); older "
+          "ones are untouched: make room, and rerun the same command"
       ) from e
 
   def close(self):
-    """Waits for what is being saved."""
-    self._manager.close()
+    """Waits for what is being saved; OSError as save."""
+    with self._failures_named():
+      self._manager.close()
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def check_params(params: dict, expected: dict, origin: str):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 
 from flextok_jax.data import pipeline, shards
 from flextok_jax.training import sharding
@@ -25,14 +26,23 @@ def with_tokenizer(config: ConfigDict) -> ConfigDict:
   return config
 
 
-def train_batches(config: ConfigDict, start_step: int) -> Iterator[dict]:
-  """Returns an endless iterator over this process's rows of the batches of steps start_step, start_step + 1, ..."""
-  where = dict(
-      start_step=start_step, process_index=jax.process_index(), process_count=jax.process_count()
-  )
-  if config.stage == "ar":
-    return shards.train_batches(config, **where)
-  return pipeline.train_batches(config.data, image_size=config.image_size, seed=config.seed, **where)
+def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) -> Iterator[dict]:
+  """Returns an endless iterator over the batches of steps start_step, start_step + 1, ...
+
+  Of each it has the rows that the devices of this process need, in their order.
+  """
+  blocks, count = sharding.process_blocks(mesh)
+
+  def block(index: int) -> Iterator[dict]:
+    where = dict(start_step=start_step, process_index=index, process_count=count)
+    if config.stage == "ar":
+      return shards.train_batches(config, **where)
+    return pipeline.train_batches(config.data, image_size=config.image_size, seed=config.seed, **where)
+
+  parts = [block(index) for index in blocks]
+  if len(parts) == 1:
+    return parts[0]
+  return ({name: np.concatenate([row[name] for row in rows]) for name in rows[0]} for rows in zip(*parts))
 
 
 def make_prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable[[dict], dict]:

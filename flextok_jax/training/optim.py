@@ -1,11 +1,17 @@
-"""AdamW or Muon with warm-up and cosine decay."""
+"""AdamW or Muon with warm-up and cosine decay, by width where muP is on; and what looks wrong in their settings."""
+
+from collections.abc import Sequence
+import math
 
 import jax
 from ml_collections import ConfigDict
 import optax
 from optax import contrib
 
+from flextok_jax.training import mup
+
 OPTIMIZERS = ("adamw", "muon")
+_USUAL_RATE = 5e-4  # about the geometric mean of the configs' learning rates
 
 
 def make_schedule(optim: ConfigDict, num_steps: int) -> optax.Schedule:
@@ -18,8 +24,12 @@ def make_schedule(optim: ConfigDict, num_steps: int) -> optax.Schedule:
 
 def decay_mask(params):
   """True for the matrices and convolutions, which alone are decayed; params boxed or not."""
-  is_kernel = lambda path, _: any(getattr(key, "key", None) == "kernel" for key in path)
-  return jax.tree_util.tree_map_with_path(is_kernel, params)
+  return jax.tree.map_with_path(lambda path, _: "kernel" in mup.names_of(path), params)
+
+
+def by_muon(names: Sequence[str]) -> bool:
+  """Whether Muon moves the parameter at these keys: the matrices of all transformer blocks."""
+  return "kernel" in names and bool({"attention", "cross", "mlp"} & set(names))
 
 
 def muon_dimensions(params):
@@ -29,8 +39,8 @@ def muon_dimensions(params):
   """
 
   def dimensions(path, x):
-    names = [getattr(key, "key", None) for key in path]
-    if "kernel" not in names or not {"attention", "cross", "mlp"} & set(names):
+    names = mup.names_of(path)
+    if not by_muon(names):
       return None
     axes = tuple(range(1 if "blocks" in names else 0, x.ndim))
     name = names[names.index("kernel") - 1]
@@ -38,30 +48,94 @@ def muon_dimensions(params):
       return contrib.MuonDimensionNumbers(axes[:-1], axes[-1:])
     return contrib.MuonDimensionNumbers(axes[:1], axes[1:] if name == "q" else axes[2:])
 
-  return jax.tree_util.tree_map_with_path(dimensions, params)
+  return jax.tree.map_with_path(dimensions, params)
 
 
 def make_optimizer(optim: ConfigDict, num_steps: int) -> optax.GradientTransformation:
   """Returns the optimiser of config.optim for a run of num_steps.
 
   "adamw", or "muon" (Jordan et al. 2024): the blocks' matrices move along the orthogonalised momentum, at the root mean
-  square of Adam's updates (Liu et al. 2025, section 2.2) so that one learning rate serves both; the rest by Adam.
+  square of Adam's updates (Liu et al. 2025, section 2.2) so that one learning rate serves both; the rest by Adam. With
+  mup_base_width the learning rate is that of a model of this width (training/mup.py); weight decay is not by width.
   """
   if optim.name not in OPTIMIZERS:
     raise ValueError(f"unknown optim.name {optim.name!r}: one of {', '.join(OPTIMIZERS)}")
-  schedule = make_schedule(optim, num_steps)
-  if optim.name == "muon":
+  schedule, base_width, weight_decay = make_schedule(optim, num_steps), optim.mup_base_width, optim.weight_decay
+  muon = optim.name == "muon"
+  decay = 0.0 if base_width else weight_decay
+  if muon:
     optimizer = contrib.muon(
         schedule,
         eps=optim.eps,
-        weight_decay=optim.weight_decay,
+        weight_decay=decay,
         adam_b1=optim.b1,
         adam_b2=optim.b2,
         muon_weight_dimension_numbers=muon_dimensions,
         consistent_rms=0.2,
     )
   else:
-    optimizer = optax.adamw(
-        schedule, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, mask=decay_mask
+    optimizer = optax.adamw(schedule, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=decay, mask=decay_mask)
+  clip = optax.clip_by_global_norm(optim.clip_norm)
+  if not base_width:
+    return optax.chain(clip, optimizer)
+  # Decay follows the schedule alone: a share of the weights that is the same at every width, as in the authors' code.
+  mask = (lambda p: jax.tree.map_with_path(lambda path, _: by_muon(mup.names_of(path)), p)) if muon else decay_mask
+  return optax.chain(
+      clip,
+      mup.scale_gradients(base_width),
+      optimizer,
+      mup.scale_by_width(base_width, by_muon if muon else lambda names: False),
+      optax.add_decayed_weights(lambda step: -weight_decay * schedule(step), mask),
+  )
+
+
+def check(config: ConfigDict) -> list[str]:
+  """Returns a line for each setting of config.optim that is possible but rarely meant.
+
+  Raises:
+    ValueError: naming the first value that is not possible.
+  """
+  c, num_steps, lines = config.optim, config.train.num_steps, []
+  possible = {
+      "above 0": (("learning_rate", "eps", "clip_norm"), lambda x: x > 0),
+      "of at least 0": (("end_learning_rate", "weight_decay"), lambda x: x >= 0),
+      "in [0, 1)": (("b1", "b2", "ema_decay"), lambda x: 0 <= x < 1),
+      "of at least 0 and whole": (("warmup_steps", "mup_base_width"), lambda x: isinstance(x, int) and x >= 0),
+  }
+  for words, (names, holds) in possible.items():
+    for name in names:
+      if not holds(c[name]):
+        raise ValueError(f"optim.{name} must be a number {words}, got {c[name]!r}")
+  off = c.learning_rate / _USUAL_RATE
+  if not 1 / 100 <= off <= 100:
+    lines.append(
+        f"optim.learning_rate={c.learning_rate:g} is over 100 times {'above' if off > 1 else 'below'} the usual, which "
+        f"is about {_USUAL_RATE:g} with {c.name} (Muon's updates have the size of Adam's here)"
     )
-  return optax.chain(optax.clip_by_global_norm(optim.clip_norm), optimizer)
+  if c.warmup_steps >= num_steps:
+    lines.append(
+        f"optim.warmup_steps={c.warmup_steps} is not below train.num_steps={num_steps}: the learning rate only rises"
+    )
+  horizon = 1 / (1 - c.ema_decay)
+  if horizon > num_steps:
+    lines.append(
+        f"optim.ema_decay={c.ema_decay:g} averages {horizon:.0f} steps, the run has train.num_steps={num_steps}: the "
+        "average will be that of its last tenth, as it warms up"
+    )
+  return lines + _check_mup(config)
+
+
+def _check_mup(config: ConfigDict) -> list[str]:
+  base_width, lines = config.optim.mup_base_width, []
+  if not base_width:
+    return lines
+  if config.stage == "vae":
+    raise ValueError(f"optim.mup_base_width={base_width} is of transformers: stage 'vae' has no width, use 0")
+  for part in ("ar",) if config.stage == "ar" else ("encoder", "decoder"):
+    expected, given = base_width / config[part].width, config[part].readout_multiplier
+    if not math.isclose(expected, given, rel_tol=0.01):
+      lines.append(
+          f"optim.mup_base_width={base_width} goes with {part}.readout_multiplier={expected:.5g} (that over "
+          f"{part}.width), got {given:g}"
+      )
+  return lines

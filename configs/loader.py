@@ -1,0 +1,14 @@
+"""A tiny model of 256 px images, for python -m flextok_jax.benchmark_loader: its step takes less than its images."""
+
+from configs import debug
+
+
+def get_config():
+  c = debug.get_config()
+  c.update(
+      image_size=256,
+      encoder=dict(patch_size=32),
+      decoder=dict(patch_size=32),
+      data=dict(global_batch=32, sources=dict(synthetic=dict(render_size=256))),
+  )
+  return c

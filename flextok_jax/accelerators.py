@@ -1,0 +1,50 @@
+"""What accelerators can do at most, by the kind that jax names them: public figures."""
+
+import dataclasses
+
+import jax
+
+GIB, GB = 2**30, 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+  """A chip, or the part of it that is one device."""
+
+  flops: float  # a second, dense bfloat16 products
+  memory: float  # bytes
+  bandwidth: float  # bytes a second from and to memory
+  links: float  # bytes a second that it sends to its neighbours, over all links at once
+  axes: int  # of the torus of chips, a group along one of them has 1 / axes of the links; 1: switched, not a torus
+  cores: int = 1  # of a chip; each may be a device, or all may be one
+  clock: float | None = None  # Hz; where the compiler tells the cycles that it reckons with
+
+
+# TPUs: cloud.google.com/tpu/docs (v4, v5p, v5e, v6e, tpu7x), "per chip". Links: half of the "bidirectional" bandwidth.
+# Clock: peak FLOPs over those that the matrix units do in a cycle (2 for each cell: 4 units of 128 x 128 a core; of v6e
+# and tpu7x 4 times as many), with which the cycles agree that the compiler reckons with for large products.
+# GPUs: NVIDIA's data sheets of the SXM modules, dense; links: NVLink, one direction.
+_CHIPS = {
+    "TPU v4": Accelerator(275e12, 32 * GIB, 1228 * GB, 300 * GB, 3, cores=2, clock=275e12 / 2**18),
+    "TPU v5 lite": Accelerator(197e12, 16 * GIB, 819 * GB, 200 * GB, 2, clock=197e12 / 2**17),
+    "TPU v5": Accelerator(459e12, 95 * GIB, 2765 * GB, 600 * GB, 3, cores=2, clock=459e12 / 2**18),  # v5p
+    "TPU v6 lite": Accelerator(918e12, 32 * GIB, 1638 * GB, 400 * GB, 2, clock=918e12 / 2**19),
+    "TPU7x": Accelerator(2307e12, 192 * GIB, 7380 * GB, 600 * GB, 3, cores=2, clock=2307e12 / 2**20),
+    "NVIDIA A100-SXM4-40GB": Accelerator(312e12, 40 * GB, 1555 * GB, 300 * GB, 1),
+    "NVIDIA A100-SXM4-80GB": Accelerator(312e12, 80 * GB, 2039 * GB, 300 * GB, 1),
+    "NVIDIA H100 80GB HBM3": Accelerator(989e12, 80 * GB, 3350 * GB, 450 * GB, 1),
+    "NVIDIA H200": Accelerator(989e12, 141 * GB, 4800 * GB, 450 * GB, 1),
+}
+
+
+def known(device: jax.Device) -> Accelerator | None:
+  """Returns what a device can do, None where there is no public figure (a CPU, an unknown kind).
+
+  A device may be a part of a chip: of a TPU7x each core is one, of a v5p both cores are one.
+  """
+  chip = _CHIPS.get(device.device_kind)
+  share = getattr(device, "num_cores", 1) / chip.cores if chip else 1
+  if share >= 1:
+    return chip
+  parts = {name: getattr(chip, name) * share for name in ("flops", "memory", "bandwidth", "links")}
+  return dataclasses.replace(chip, **parts, cores=1)

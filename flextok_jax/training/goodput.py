@@ -1,0 +1,125 @@
+"""What a run's time goes into: shares by what the host waits for, MFU, and a profile of a few steps."""
+
+from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import os
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from flextok_jax import accelerators, flops, flops_ar
+
+KINDS = ("step", "data", "save", "evaluate", "compile", "other")
+
+
+class Goodput:
+  """The wall-clock time since it was made, shared out among KINDS.
+
+  Nothing waits for the devices: they compute while the host does other things, so what is "step" is also the time in
+  which the host waits for their results.
+
+  Args:
+    clock: seconds, rising.
+  """
+
+  def __init__(self, clock: Callable[[], float] = time.monotonic):
+    self._clock, self._since, self._kind = clock, clock(), "other"
+    self._seconds = dict.fromkeys(KINDS, 0.0)
+
+  def _turn(self, kind: str):
+    now = self._clock()
+    self._seconds[self._kind] += now - self._since
+    self._since, self._kind = now, kind
+
+  @contextlib.contextmanager
+  def spending(self, kind: str, behind: Any = ()):
+    """Counts the time inside as `kind`, and not as what it is inside of.
+
+    Args:
+      kind: of KINDS.
+      behind: arrays that are being computed, if any. Where they still are at the end, the devices lacked nothing, and
+        the time counts as "step".
+    """
+    before = self._kind
+    self._turn(kind)
+    try:
+      yield
+    finally:
+      if not all(x.is_ready() for x in jax.tree.leaves(behind)):
+        self._kind = "step"
+      self._turn(before)
+
+  def shares(self) -> dict[str, float]:
+    """Returns the share of each kind as time/KIND; they add up to 1."""
+    self._turn(self._kind)
+    total = sum(self._seconds.values())
+    return {f"time/{kind}": seconds / total if total else 0.0 for kind, seconds in self._seconds.items()}
+
+
+def line(scalars: Mapping[str, float]) -> str:
+  """Returns MFU and the shares that are at least one percent, as far as the scalars have them, for the console."""
+  mfu = [f"MFU {scalars['mfu']:.1%}"] if "mfu" in scalars else []
+  shares = {kind: scalars.get(f"time/{kind}", 0.0) for kind in KINDS}
+  return "  ".join([*mfu, " ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share >= 0.01)])
+
+
+def update_flops(config: ConfigDict) -> int:
+  """Returns the matrix FLOPs of an update over the global batch, those of the frozen VAE's encoder with them."""
+  batch, parts = config.data.global_batch, config.optim.accumulate_steps
+  if config.stage == "ar":
+    return flops_ar.ar_train(config, batch)
+  if config.stage == "vae":
+    return flops.train_vae(config, batch)
+  encoded = 0 if config.vae.kind == "pixels" or config.data.latents else flops.vae_encode(config, batch)
+  return parts * flops.train(config, batch // parts, config.fast) + encoded
+
+
+def make_mfu(config: ConfigDict, devices: Sequence[jax.Device]) -> Callable[[float], dict[str, float]]:
+  """Returns images a second -> {"mfu": the share of the devices' peak}, or {} where no peak is known (a CPU's).
+
+  What config.remat computes again does not count.
+  """
+  device = accelerators.known(devices[0])
+  if device is None:
+    return lambda rate: {}
+  config = config.copy_and_resolve_references()
+  config.remat = "none"
+  share = update_flops(config) / config.data.global_batch / (device.flops * len(devices))
+  return lambda rate: {"mfu": rate * share}
+
+
+class Profile:
+  """jax's profile of the steps from `start` to before `stop`, on the first process, for TensorBoard or Perfetto.
+
+  Args:
+    steps: (start, stop), or () for none.
+    folder: where it is written.
+
+  Raises:
+    ValueError: steps that are no such pair.
+  """
+
+  def __init__(self, steps: tuple[int, ...], folder: str):
+    pair = len(steps) == 2 and all(isinstance(step, int) for step in steps) and 1 <= steps[0] < steps[1]
+    if steps and not pair:
+      raise ValueError(f"profile_steps must be () or two step numbers (start, stop), 1 <= start < stop, got {steps}")
+    self._steps, self._folder = range(*steps or (0,)), os.path.abspath(folder)
+    self._running = False
+
+  def before(self, step: int, state: Any):
+    """To be called before each step: starts or ends the profile, at whose end it waits for the state."""
+    if self._running and step not in self._steps:
+      jax.block_until_ready(state)
+      self.close()
+    elif not self._running and step in self._steps and jax.process_index() == 0:
+      jax.profiler.start_trace(self._folder)
+      self._running = True
+
+  def close(self):
+    """Ends a profile that has begun."""
+    if self._running:
+      self._running = False
+      jax.profiler.stop_trace()
+      print(f"profile of steps {self._steps.start} to {self._steps.stop - 1}: {self._folder}", flush=True)

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Runs a command as N processes on this machine, over jax's collectives for CPUs, as on N machines:
+#
+#   launch/local.sh N python -m flextok_jax.train --config=... --workdir=DIR
+#   launch/local.sh N --config=... --workdir=DIR          the same
+#
+# Each process has one device, or as many as XLA_FLAGS=--xla_force_host_platform_device_count=M says. When one of them
+# fails, the others are killed, and so ends this script. Ctrl-C and SIGTERM reach all of them. Paths count from where it
+# is called.
+set -euo pipefail
+
+if [[ ! ${1:-} =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then
+  echo "error: launch/local.sh N COMMAND..., N processes, got '$*'" >&2
+  exit 2
+fi
+count=$1
+shift
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("jax") is None)' 2>/dev/null; then
+  here=$PWD
+  # shellcheck source-path=SCRIPTDIR
+  source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+  cd "$here"
+fi
+[[ $1 != --* ]] || set -- python -m flextok_jax.train "$@"
+
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+export JAX_PLATFORMS=cpu JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$count
+export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
+
+declare -A processes=()
+send() { # a signal to each process and to those that it has started: they are a process group
+  local process
+  for process in "${!processes[@]}"; do
+    kill -s "$1" -- "-$process" 2>/dev/null || true
+  done
+}
+trap 'send TERM' TERM
+trap 'send INT' INT
+trap 'send KILL' EXIT
+
+set -m # a process group each
+for ((i = 0; i < count; i++)); do
+  JAX_PROCESS_ID=$i "$@" </dev/null &
+  processes[$!]=$i
+done
+set +m
+
+while ((${#processes[@]})); do
+  code=0 ended=""
+  wait -n -p ended "${!processes[@]}" || code=$?
+  if [[ -n ${ended:-} ]]; then # else a signal came, which is passed on
+    i=${processes[$ended]}
+    unset "processes[$ended]"
+    if ((code)); then
+      ((${#processes[@]} == 0)) || echo "process $i ended with code $code: stopping the others" >&2
+      exit "$code"
+    fi
+  fi
+done
