@@ -20,16 +20,17 @@ from jax.sharding import AxisType
 from ml_collections import config_flags
 import numpy as np
 
-from flextok_jax import cli, files
+from flextok_jax import cli, detokenize, files
 from flextok_jax.checkpoints import loading
 from flextok_jax.checkpoints.fingerprint import fingerprint
 from flextok_jax.data import shard_writer, transforms
 from flextok_jax.evals import reconstruction
-from flextok_jax.ops import fsq, nested
+from flextok_jax.ops import fsq, guidance, nested
 from flextok_jax.stages import make_stage
 from flextok_jax.training import sharding
 
-_OF_SHARDS = ("split", "num_images", "copies", "shards", "quality", "metric")  # flags that --images has no use for
+_OF_LENGTHS = ("metric", "decoder_steps", "decoder_guidance")  # flags that need --quality
+_OF_SHARDS = ("split", "num_images", "copies", "shards", "quality", *_OF_LENGTHS)  # and what --images has no use for
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -49,6 +50,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_float("quality", None, "With --config: stores the length of the shortest prefix whose reconstruction is "
                      "this near, in --metric; default: all tokens.", flag_values=values)
   flags.DEFINE_string("metric", "mse", "With --quality: the distance.", flag_values=values)
+  flags.DEFINE_integer("decoder_steps", None, "With --quality: Euler steps of the decoder (one gives about the mean of "
+                       "all images of these tokens); default: the tokenizer's.", 1, flag_values=values)
+  flags.DEFINE_enum("decoder_guidance", None, guidance.MODES, "With --quality: of the reconstruction; default: the "
+                    "tokenizer's.", flag_values=values)
 
 
 def main(values: flags.FlagValues):
@@ -94,10 +99,12 @@ def tokenize_sources(values: flags.FlagValues):
   lengths_fn = None
   if values.quality is not None:
     from flextok_jax import adaptive  # late: only lengths need it
+    config = detokenize.with_sampler(config, values.decoder_steps, values.decoder_guidance, None)
     lengths_fn = adaptive.make_lengths_fn(config, params, values.quality, values.metric)
     tokenizer["sampler"] = config.sampler.to_dict()
-  elif values["metric"].present:
-    raise ValueError("--metric needs --quality, the distance that will do")
+  for name in _OF_LENGTHS:
+    if values.quality is None and values[name].present:
+      raise ValueError(f"--{name} needs --quality, the distance that will do")
   tokenize_fn = jax.jit(tokenize_fn)
 
   def encode(images):
