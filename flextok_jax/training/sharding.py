@@ -47,7 +47,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def tree_shardings(abstract, mesh: Mesh):
   """Returns the NamedSharding of each leaf of a boxed abstract tree, by its logical axes and RULES."""
-  return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES)
+
+  def place(leaf):  # a box may be empty: of a parameter that this part of the optimiser leaves to another
+    axes = nn.logical_to_mesh_axes(getattr(leaf, "names", ()), RULES)
+    return jax.tree.map(lambda _: NamedSharding(mesh, axes), nn.meta.unbox(leaf))
+
+  return jax.tree.map(place, abstract, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 
 
 def device_batches(batches: Iterator[dict], sharding: NamedSharding, ahead: int = 2) -> Iterator[dict]:
