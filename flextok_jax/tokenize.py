@@ -24,24 +24,26 @@ from jax.sharding import AxisType
 from ml_collections import config_flags
 import numpy as np
 
-from flextok_jax import cli, files
+from flextok_jax import cli, detokenize, files
 from flextok_jax.checkpoints import loading
 from flextok_jax.checkpoints.fingerprint import fingerprint
 from flextok_jax.checkpoints.vae_fingerprint import vae_fingerprint
 from flextok_jax.data import latent_shards, shard_contents, shard_writer, transforms
 from flextok_jax.evals import reconstruction
 from flextok_jax.models.flextok import to_float
-from flextok_jax.ops import fsq, nested
+from flextok_jax.ops import fsq, guidance, nested
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.vae import make_vae
 from flextok_jax.training import sharding
 
 WHAT = ("tokens", "latents", "images")
-_OF_SHARDS = ("what", "split", "num_images", "copies", "shards", "quality", "metric", "dtype")  # not of --images
+_OF_LENGTHS = ("metric", "decoder_steps", "decoder_guidance")  # flags that need --quality
+# Flags that --images has no use for.
+_OF_SHARDS = ("what", "split", "num_images", "copies", "shards", "quality", *_OF_LENGTHS, "dtype")
 _NOT_OF = {  # flags that the kinds of shards have no use for
     "tokens": ("dtype",),
-    "latents": ("num_tokens", "quality", "metric"),
-    "images": ("num_tokens", "quality", "metric", "dtype", "checkpoint", "copies"),
+    "latents": ("num_tokens", "quality", *_OF_LENGTHS),
+    "images": ("num_tokens", "quality", *_OF_LENGTHS, "dtype", "checkpoint", "copies"),
 }
 
 
@@ -64,6 +66,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_float("quality", None, "With --config: stores the length of the shortest prefix whose reconstruction is "
                      "this near, in --metric; default: all tokens.", flag_values=values)
   flags.DEFINE_string("metric", "mse", "With --quality: the distance.", flag_values=values)
+  flags.DEFINE_integer("decoder_steps", None, "With --quality: Euler steps of the decoder (one gives about the mean of "
+                       "all images of these tokens); default: the tokenizer's.", 1, flag_values=values)
+  flags.DEFINE_enum("decoder_guidance", None, guidance.MODES, "With --quality: of the reconstruction; default: the "
+                    "tokenizer's.", flag_values=values)
   # float16 has 11 bits of mantissa to bfloat16's 8, and latents are far from its largest value, 65504.
   flags.DEFINE_enum("dtype", "float16", latent_shards.DTYPES, "Of latents.", flag_values=values)
 
@@ -128,10 +134,12 @@ def _tokens(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents
   lengths_fn = None
   if values.quality is not None:
     from flextok_jax import adaptive  # late: only lengths need it
+    config = detokenize.with_sampler(config, values.decoder_steps, values.decoder_guidance, None)
     lengths_fn = adaptive.make_lengths_fn(config, params, values.quality, values.metric)
     tokenizer["sampler"] = config.sampler.to_dict()
-  elif values["metric"].present:
-    raise ValueError("--metric needs --quality, the distance that will do")
+  for name in _OF_LENGTHS:
+    if values.quality is None and values[name].present:
+      raise ValueError(f"--{name} needs --quality, the distance that will do")
   tokenize_fn = jax.jit(tokenize_fn)
 
   def encode(images):

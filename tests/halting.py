@@ -1,9 +1,10 @@
 """Does the adaptive length follow what is in a picture? Mean length by number of objects, and their rank correlation.
 
-python -m tests.halting --checkpoint=FILE --quality=0.02 [--metric=mse] [--num_images=256] [--out=halting.png]
+python -m tests.halting --checkpoint=FILE --quality=0.02 [--metric=mse] [--decoder_steps=1] [--num_images=256]
+    [--out=halting.png]
 
 On validation scenes of the `synthetic` source, in the style of the checkpoint's own config, where the number of objects
-is known. Lengths are those that make_lengths_fn gives, with the config's own sampler.
+is known. Lengths are those that make_lengths_fn gives.
 """
 
 import io
@@ -13,10 +14,11 @@ from absl import flags
 import numpy as np
 import scipy.stats
 
-from flextok_jax import adaptive, cli, files
+from flextok_jax import adaptive, cli, detokenize, files
 from flextok_jax.checkpoints import loading
 from flextok_jax.data import pipeline
 from flextok_jax.evals import distances
+from flextok_jax.ops import guidance
 from flextok_jax.stages import make_stage
 from flextok_jax.tokenize import tokenize
 
@@ -25,6 +27,8 @@ QUALITY = flags.DEFINE_float("quality", None, "Largest distance of a reconstruct
 METRIC = flags.DEFINE_enum("metric", "mse", list(distances.DISTANCES), "The distance.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 256, "Scenes.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Scenes at once.")
+DECODER_STEPS = flags.DEFINE_integer("decoder_steps", None, "Euler steps; default: the checkpoint's.", 1)
+DECODER_GUIDANCE = flags.DEFINE_enum("decoder_guidance", None, guidance.MODES, "Default: the checkpoint's.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the noise that all scenes share.")
 OUT = flags.DEFINE_string("out", None, "PNG file for mean length against number of objects; default: none.")
 
@@ -82,6 +86,7 @@ def main():
   config, params = loading.load(CHECKPOINT.value)
   if config.stage != "tokenizer" or "synthetic" not in config.get("data", {}).get("sources", {}):
     raise ValueError(f"{CHECKPOINT.value} must be a tokenizer of ours, whose config names the synthetic source")
+  config = detokenize.with_sampler(config, DECODER_STEPS.value, DECODER_GUIDANCE.value, None)
   scenes = pipeline.eval_set(config.data, "synthetic", image_size=config.image_size, num_images=NUM_IMAGES.value)
   num_objects = scenes["num_objects"]
   settings = QUALITY.value, METRIC.value, SEED.value, BATCH_SIZE.value

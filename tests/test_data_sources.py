@@ -281,6 +281,21 @@ class TestFolder:
       sources.read(sources.make_source("folder", cfg, "train"), 0)
 
 
+def test_plain_scenes_have_the_colours_that_their_captions_name_and_one_can_tell_them_apart():
+  palette = {name: np.round(np.array(rgb) * 255) for name, rgb in synthetic.COLORS.items()}
+  source = synthetic.Synthetic("train", 64, "plain")
+  colors = "|".join(palette)
+  for index in range(60):
+    record = source[index]
+    *things, ground = re.findall(rf"\b(sky blue|{colors})\b", record["caption"])
+    image = record["image"].reshape(-1, 3).astype(int)
+    nearest = {name: np.abs(image - palette[name]).max(1) <= 1 for name in (ground, *things)}
+    assert nearest[ground].any() and nearest[things[0]].any(), record["caption"]
+    inside = np.any(list(nearest.values()), 0)
+    assert inside.mean() > 0.8  # all but anti-aliased edges
+    assert all(np.linalg.norm(palette[ground] - palette[name]) > 0.48 * 255 for name in things)
+
+
 def test_every_record_has_all_its_captions():
   for source in (synthetic.Synthetic("train", 16), photos.Photos("train", 48)):
     record, _ = sources.read(source, 3)

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from flextok_jax import adaptive, tokenize
+from flextok_jax import adaptive, detokenize, tokenize
 from flextok_jax.checkpoints import loading, saving
 from flextok_jax.checkpoints.fingerprint import fingerprint
 from flextok_jax.data import pipeline, shard_writer, shards, transforms
@@ -210,10 +210,13 @@ def test_the_command_writes_what_tokenizing_files_gives(pictures, tmp_path, caps
   assert meta["fingerprint"] == fingerprint(*loading.load(checkpoint))
   assert (meta["quality"], meta["metric"]) == (None, None)
 
-  run(tokenize, *given, "--split=validation", "--num_images=5", "--quality=0.3", "--num_tokens=3", "--batch_size=8")
+  run(tokenize, *given, "--split=validation", "--num_images=5", "--quality=0.3", "--num_tokens=3", "--batch_size=8",
+      "--decoder_steps=3", "--decoder_guidance=none")
   read, meta = records(tmp_path / "tokens", "validation"), shards.Shards(str(tmp_path / "tokens"), "validation").meta
   images = transforms.load_images(str(pictures.parent / "validation"), SIZE)[0][:5]
-  lengths_fn = adaptive.make_lengths_fn(*loading.load(checkpoint), 0.3, "mse")
+  used, params = loading.load(checkpoint)
+  used = detokenize.with_sampler(used, 3, "none", None)
+  lengths_fn = adaptive.make_lengths_fn(used, params, 0.3, "mse")
   ids = np.array([r["ids"] for r in read])
   assert ids.shape == (5, 3) and (meta["quality"], meta["metric"]) == (0.3, "mse")
   assert [r["length"] for r in read] == np.asarray(lengths_fn(images, ids)).tolist()
@@ -223,4 +226,5 @@ def test_the_command_writes_what_tokenizing_files_gives(pictures, tmp_path, caps
   fails("--copies has no meaning for --images", tokenize, given[0], f"--images={pictures}", "--out=x.json",
         "--copies=2")
   fails("--metric needs --quality", tokenize, *given, "--metric=mse")
+  fails("--decoder_steps needs --quality", tokenize, *given, "--decoder_steps=1")
   fails("is a file: shards need a folder", tokenize, *given[:2], f"--out={checkpoint}")

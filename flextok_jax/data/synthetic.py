@@ -5,7 +5,8 @@ six objects, the first one the largest. Every object is a signed distance functi
 any size; it has a colour, a texture, a shading and often a shadow. Scene i of a split depends on (split, i) alone.
 
 Scenes of the style "plain" have the same layouts, captions and classes, but only flat upright shapes in one colour on a
-plain background: for models so small that textures are beyond them.
+plain background from which they stand out, each colour always the same: for models so small that textures are beyond
+them.
 """
 
 import numpy as np
@@ -59,11 +60,12 @@ def draw_scene(rng: np.random.Generator, size: int, style: str = "scenes") -> di
   """Draws one scene; returns a record whose image is uint8 [size, size, 3]."""
   if style == "plain":
     color = _pick(rng, COLOR_NAMES)
-    canvas, background = np.repeat(np.repeat(_color(rng, color), size, 1), size, 2), f"a plain {color} background"
-    kinds, placed = _layout(rng, {color}, PLAIN_SHAPES, (0.3, 0.44), (0.24, 0.34))
+    canvas, background = np.repeat(np.repeat(_exact_color(color), size, 1), size, 2), f"a plain {color} background"
+    faint = {name for name in COLOR_NAMES if np.linalg.norm(_exact_color(name) - _exact_color(color)) < 0.5}
+    kinds, placed = _layout(rng, faint, PLAIN_SHAPES, (0.3, 0.44), (0.24, 0.34))
     for (shape, color), cx, cy, radius in placed:
       view, x, y = _frame(canvas, cx * size, cy * size, radius * size)
-      view += (_color(rng, color) - view) * np.clip(0.5 - SHAPES[shape](x, y) * (radius * size), 0.0, 1.0)
+      view += (_exact_color(color) - view) * np.clip(0.5 - SHAPES[shape](x, y) * (radius * size), 0.0, 1.0)
   else:
     y, x = _grid(size)
     canvas, background, used = _background(rng, x, y)
@@ -88,8 +90,13 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
   return _GRIDS[size]
 
 
+def _exact_color(name: str) -> np.ndarray:
+  """The named colour itself, [3, 1, 1]."""
+  return _PALETTE[COLOR_NAMES.index(name)][:, None, None]
+
+
 def _color(rng: np.random.Generator, name: str) -> np.ndarray:
-  """A shade of the named colour, [3, 1, 1]."""
+  """A shade near the named colour, [3, 1, 1]."""
   shade = _PALETTE[COLOR_NAMES.index(name)] * rng.uniform(0.82, 1.1) + rng.uniform(-0.05, 0.05, 3)
   return np.clip(shade, 0.02, 1.0).astype(np.float32)[:, None, None]
 
