@@ -15,7 +15,7 @@ import safetensors
 from flextok_jax import cli, settings, stages
 from flextok_jax.checkpoints import loading, saving
 from flextok_jax.evals.make import make_evaluator
-from flextok_jax.training import checkpoint, distributed, inputs, optim, sharding
+from flextok_jax.training import checkpoint, distributed, goodput, inputs, optim, sharding
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training.state import init_state, make_update, unbox
 
@@ -36,6 +36,7 @@ def train(config, workdir: str):
     ValueError: for bad settings, a workdir where another run is at work, unusable weights at config.init_from, no
       checkpoint that can be read, too many unreadable files, or a loss that is not finite.
   """
+  spent = goodput.Goodput()
   every = ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints", "num_steps")
   settings.at_least_one(config, "optim.accumulate_steps", "eval.num_images", "eval.batch_size", "eval.grid_images")
   settings.at_least_one(config, *(f"train.{name}" for name in every))
@@ -43,6 +44,10 @@ def train(config, workdir: str):
   config = inputs.with_tokenizer(config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.data.global_batch, config.optim.accumulate_steps, mesh)
+  for line in optim.check(config):
+    distributed.say(f"warning: {line}")
+  profile = goodput.Profile(config.profile_steps, os.path.join(workdir, "profile"))
+  mfu = goodput.make_mfu(config, mesh.devices.flatten())
   stage = stages.make_stage(config)
   optimizer = optim.make_optimizer(config.optim, config.train.num_steps)
   schedule = optim.make_schedule(config.optim, config.train.num_steps)
@@ -62,7 +67,8 @@ def train(config, workdir: str):
     shardings = sharding.tree_shardings(boxed, mesh)
     if checkpoints.latest_step() is None:
       given = _read_init(config.init_from, boxed.frozen, mesh)  # before anything is compiled
-      state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)), out_shardings=shardings)(init_key)
+      with spent.spending("compile"):
+        state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)), out_shardings=shardings)(init_key)
       if given:
         state = jax.device_put(checkpoint.warm_start(state, given, config.init_from), shardings)
       del given  # else what was replaced stays on the devices
@@ -89,9 +95,18 @@ def train(config, workdir: str):
     )
 
     pending, mark = None, (time.monotonic(), first)
-    with distributed.preemption() as preempted, contextlib.closing(writer):
+    with (
+        distributed.preemption() as preempted,
+        contextlib.closing(writer),
+        contextlib.closing(profile),
+        spent.spending("step"),
+    ):
       for step in range(first + 1, last + 1):
-        state, metrics = update(state, next(batches), run_key)
+        profile.before(step, state)
+        with spent.spending("data", behind=pending):
+          batch = next(batches)
+        with spent.spending("compile" if step == first + 1 else "step"):
+          state, metrics = update(state, batch, run_key)
         pending = metrics if pending is None else metrics_lib.merge(pending, metrics)
         stop, save = preempted(step), step % config.train.checkpoint_every == 0 or step == last
         if stop or save or step % config.train.log_every == 0:
@@ -101,17 +116,20 @@ def train(config, workdir: str):
           rate = images / (time.monotonic() - mark[0])
           scalars["learning_rate"] = float(schedule(step - 1))
           scalars["images_per_second"] = rate
+          scalars |= mfu(rate) | spent.shares()
           scalars["eta_seconds"] = (last - step) * config.data.global_batch / rate
           writer.write(step, scalars, _line(step, last, scalars))
           pending, mark = None, (time.monotonic(), step)
         if stop or save:
-          checkpoints.save(state)
+          with spent.spending("save"):
+            checkpoints.save(state)
         if stop:
           distributed.say(f"stopped by a signal at step {step}; rerun the same command to go on")
           return
         if step % config.train.eval_every == 0 and step < last:
           begun = time.monotonic()
-          _evaluate(evaluator, state, step, workdir, writer)
+          with spent.spending("evaluate"):
+            _evaluate(evaluator, state, step, workdir, writer)
           mark = (mark[0] + time.monotonic() - begun, mark[1])  # not a part of the training rate
       # The weights come last: where those of this step are missing, an earlier run was stopped before its end.
       path = os.path.join(workdir, "weights.safetensors")
@@ -185,7 +203,7 @@ def _line(step: int, last: int, s: dict) -> str:
   eta = f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
   return (
       f"step {step}/{last}  loss {s['loss']:.4f}  |grad| {s['grad_norm']:.3f}  lr {s['learning_rate']:.2e}  "
-      f"{s['images_per_second']:.1f} images/s  ETA {eta}"
+      f"{s['images_per_second']:.1f} images/s  ETA {eta}  {goodput.line(s)}"
   )
 
 
