@@ -151,7 +151,7 @@ def get_config() -> ConfigDict:
   c.data.crop_min_area = 0.4  # smallest area share of a random crop [ours: milder than a classifier's 0.08]
   c.data.flip = True  # horizontal, one half of the images (never emoji: letters, arrows and flags have sides)
   # A JPEG file of folder, tfds or arrayrecord is decoded at 1/2, 1/4 or 1/8 of its sides where its crop keeps
-  # image_size pixels so: less work, and pixels that differ by about 1 of 255 levels, 5 where the texture is finest [ours].
+  # image_size pixels so: less work; pixels differ by about 1 of 255 levels, by 5 where the texture is finest [ours].
   c.data.reduce_jpeg = True
   c.data.num_threads = 8  # reading threads a process
   c.data.num_workers = 0  # worker processes a process; 0: threads alone
