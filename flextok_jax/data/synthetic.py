@@ -17,7 +17,7 @@ from flextok_jax.data.shapes import SHAPES
 # The class of a scene is the shape of its first, largest object.
 CLASS_NAMES = ("circle", "ball", "ellipse", "square", "rectangle", "triangle", "pentagon", "hexagon", "star", "ring",
                "cross", "crescent", "heart", "capsule", "cube", "cylinder")
-PLAIN_SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "crescent", "heart")
+PLAIN_SHAPES = ("circle", "triangle", "ring", "cross", "crescent", "heart")
 STYLES = ("scenes", "plain")
 COLORS = {
     "red": (0.86, 0.14, 0.15), "orange": (0.96, 0.52, 0.10), "yellow": (0.97, 0.84, 0.20),
