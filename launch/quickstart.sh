@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Shows the tokenizer in about ten minutes on two cores: launch/quickstart.sh [WORKDIR], by default runs/quickstart.
-# Run again, it writes the pretrained model's pictures anew and trains in a new folder.
+# Shows the tokenizer and a generator in about ten minutes on two cores: launch/quickstart.sh [WORKDIR], by default
+# runs/quickstart. Run again, it writes the pretrained models' pictures anew and trains in a new folder.
 set -euo pipefail
 work=${1:-}
 [[ -z $work || $work == /* ]] || work=$PWD/$work
@@ -49,6 +49,12 @@ train=(python -m flextok_jax.train --config=configs/quickstart.py:scratch --work
 heading "3. The same run, resumed for a few steps more"
 "${train[@]}" --config.train.num_steps=275
 
+heading "4. A pretrained generator: token sequences of 6 classes, as pictures from 1 to 16 tokens"
+python -m flextok_jax.sample --checkpoint=flextok_jax/assets/shapes_ar.safetensors \
+  --tokenizer=flextok_jax/assets/shapes.safetensors --classes=0,5,9,10,11,12 --num_samples=2 \
+  --out="$work/generated"
+
 heading "The pretrained tokenizer once more, and where the pictures are"
 cat "$work/pretrained.txt"
+find "$work/generated" -name '*.png' -not -name '0*' | sort
 find "$photos" "$scratch" -name '*.png' | sort

@@ -31,7 +31,7 @@ TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer whose tokens t
 NUM_IMAGES = flags.DEFINE_integer("num_images", 256, "Images of each kind.")
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Of the generators; default: their configs'.")
 TOP_P = flags.DEFINE_float("top_p", None, "Of the generators; default: their configs'.")
-STEPS = flags.DEFINE_integer("steps", 1500, "Of the network's training.")
+STEPS = flags.DEFINE_integer("steps", 1000, "Of the network's training.")
 SEED = flags.DEFINE_integer("seed", 0, "Of everything.")
 OUT = flags.DEFINE_string("out", None, "Folder for agreement.json; default: none.")
 
@@ -46,7 +46,7 @@ class Network(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    for width in (32, 64, 128, 128):
+    for width in (16, 32, 64, 128):
       x = nn.relu(nn.GroupNorm(8)(nn.Conv(width, (3, 3))(x)))
       x = nn.relu(nn.Conv(width, (3, 3), 2)(x))
     x = nn.relu(nn.Dense(256)(x.reshape(len(x), -1)))

@@ -18,7 +18,7 @@ import setuptools
 from configs import common, quickstart
 import flextok_jax
 from flextok_jax import evaluate, stages
-from flextok_jax.checkpoints import loading
+from flextok_jax.checkpoints import fingerprint, loading
 from flextok_jax.data import pipeline
 from flextok_jax.evals import reconstruction
 from flextok_jax.training import checkpoint, optim
@@ -34,11 +34,11 @@ AR_SIZES = {  # millions of parameters in the blocks, as published
     "ar_49m": 49, "ar_85m": 85, "ar_201m": 201, "ar_393m": 393, "ar_679m": 679, "ar_1b3": 1327,
     "ar_113m": 113, "ar_382m": 382, "ar_1b": 1152, "ar_3b": 3058,
 }
-ASSET = ROOT / "flextok_jax" / "assets" / "quickstart.safetensors"
+ASSETS = ROOT / "flextok_jax" / "assets"
 
 
 @pytest.fixture(params=[*EXPERIMENTS, "quickstart:coarse", "quickstart:scratch", "shapes:coarse", "shapes_ar:text",
-                        "shapes_ar:stop"])
+                        "shapes_ar:stop", "emoji:coarse", "emoji_ar:text"])
 def name(request):
   return request.param
 
@@ -67,7 +67,8 @@ def count(params):
 
 
 def test_the_experiments_are_all_here():
-  assert set(SIZES) | set(AR_SIZES) | {"quickstart", "debug", "shapes", "shapes_ar"} <= set(EXPERIMENTS)
+  small = {"quickstart", "debug", "shapes", "shapes_ar", "emoji", "emoji_ar"}
+  assert set(SIZES) | set(AR_SIZES) | small <= set(EXPERIMENTS)
 
 
 def test_has_the_fields_of_common_and_is_locked(name):
@@ -179,13 +180,20 @@ def test_quickstart_variants_are_one_model_and_scratch_runs_on_any_machine():
     quickstart.get_config("scrach")
 
 
-def test_the_shipped_model():
-  assert ASSET.stat().st_size < 10e6
-  config, params = loading.load(str(ASSET))
-  checkpoint.check_params(params, joined_shapes(config), ASSET.name)
+@pytest.mark.parametrize("asset", ["quickstart", "shapes", "shapes_ar"])
+def test_the_shipped_models(asset):
+  path = ASSETS / f"{asset}.safetensors"
+  assert path.stat().st_size < 10e6
+  config, params = loading.load(str(path))
+  checkpoint.check_params(params, joined_shapes(config), path.name)
   assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
-  evaluate.check_same_model(quickstart.get_config(), config)
-  assert flat(config).keys() <= flat(quickstart.get_config()).keys()  # fields are added, not renamed
+  expected = parse(asset)
+  if config.stage == "ar":  # which tokenizer's ids it draws, and what they mean, came with the shards
+    tokenizer = loading.load(str(ASSETS / "shapes.safetensors"))
+    assert config.ar.tokenizer == fingerprint.fingerprint(*tokenizer)
+    expected.ar.tokenizer = config.ar.tokenizer
+  evaluate.check_same_model(expected, config)
+  assert flat(config).keys() <= flat(expected).keys()  # fields are added, not renamed
 
 
 @pytest.fixture(scope="module")

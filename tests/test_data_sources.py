@@ -281,7 +281,7 @@ class TestFolder:
       sources.read(sources.make_source("folder", cfg, "train"), 0)
 
 
-def test_plain_scenes_have_the_colours_that_their_captions_name_and_one_can_tell_them_apart():
+def test_plain_scenes_have_the_colours_that_their_captions_name_in_cells_of_a_grid():
   palette = {name: np.round(np.array(rgb) * 255) for name, rgb in synthetic.COLORS.items()}
   source = synthetic.Synthetic("train", 64, "plain")
   colors = "|".join(palette)
@@ -294,6 +294,10 @@ def test_plain_scenes_have_the_colours_that_their_captions_name_and_one_can_tell
     inside = np.any(list(nearest.values()), 0)
     assert inside.mean() > 0.8  # all but anti-aliased edges
     assert all(np.linalg.norm(palette[ground] - palette[name]) > 0.48 * 255 for name in things)
+    cells = np.abs(record["image"] - palette[ground]).max(-1) > 1
+    cells = cells.reshape(4, 16, 4, 16).any((1, 3))  # each in cells of its own, four of them the first one's
+    assert cells.sum() == 3 + record["num_objects"]
+    assert max(cells[y : y + 2, x : x + 2].sum() for y in range(3) for x in range(3)) == 4
 
 
 def test_every_record_has_all_its_captions():

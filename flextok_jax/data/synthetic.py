@@ -4,19 +4,20 @@ A scene is a background (plain, gradient, glow, two halves, landscape, room, str
 six objects, the first one the largest. Every object is a signed distance function, so that edges are anti-aliased at
 any size; it has a colour, a texture, a shading and often a shadow. Scene i of a split depends on (split, i) alone.
 
-Scenes of the style "plain" have the same layouts, captions and classes, but only flat upright shapes in one colour on a
-plain background from which they stand out, each colour always the same: for models so small that textures are beyond
-them.
+Scenes of the style "plain" have the same captions and classes, but only flat upright shapes in one colour on a plain
+background from which they stand out, each colour always the same; the first one fills four cells of a 4 x 4 grid, each
+other one a cell: for models so small that textures and poses are beyond them.
 """
 
 import numpy as np
 
 from flextok_jax.data import draws
+from flextok_jax.data.shapes import SHAPES
 
 # The class of a scene is the shape of its first, largest object.
 CLASS_NAMES = ("circle", "ball", "ellipse", "square", "rectangle", "triangle", "pentagon", "hexagon", "star", "ring",
                "cross", "crescent", "heart", "capsule", "cube", "cylinder")
-PLAIN_SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "crescent", "heart")
+PLAIN_SHAPES = ("circle", "triangle", "ring", "cross", "crescent", "heart")
 STYLES = ("scenes", "plain")
 COLORS = {
     "red": (0.86, 0.14, 0.15), "orange": (0.96, 0.52, 0.10), "yellow": (0.97, 0.84, 0.20),
@@ -62,7 +63,7 @@ def draw_scene(rng: np.random.Generator, size: int, style: str = "scenes") -> di
     color = _pick(rng, COLOR_NAMES)
     canvas, background = np.repeat(np.repeat(_exact_color(color), size, 1), size, 2), f"a plain {color} background"
     faint = {name for name in COLOR_NAMES if np.linalg.norm(_exact_color(name) - _exact_color(color)) < 0.5}
-    kinds, placed = _layout(rng, faint, PLAIN_SHAPES, (0.3, 0.44), (0.24, 0.34))
+    kinds, placed = _cells(rng, faint)
     for (shape, color), cx, cy, radius in placed:
       view, x, y = _frame(canvas, cx * size, cy * size, radius * size)
       view += (_exact_color(color) - view) * np.clip(0.5 - SHAPES[shape](x, y) * (radius * size), 0.0, 1.0)
@@ -70,7 +71,7 @@ def draw_scene(rng: np.random.Generator, size: int, style: str = "scenes") -> di
     y, x = _grid(size)
     canvas, background, used = _background(rng, x, y)
     light = _light(rng)
-    kinds, placed = _layout(rng, used, CLASS_NAMES, (0.24, 0.44), (0.17, 0.32))
+    kinds, placed = _layout(rng, used)
     for kind, cx, cy, radius in placed:
       _draw_object(rng, canvas, kind, cx * size, cy * size, radius * size, light)
     canvas *= 1.0 + rng.uniform(-0.12, 0.12) * x + rng.uniform(-0.12, 0.12) * y  # uneven light over the scene
@@ -205,24 +206,41 @@ def _light(rng: np.random.Generator) -> np.ndarray:
   return (v / np.linalg.norm(v)).astype(np.float32)
 
 
-def _layout(rng: np.random.Generator, used: set, shapes: tuple, alone: tuple, first: tuple) -> tuple[list, list]:
+def _count(rng: np.random.Generator) -> int:
+  return 1 + int(rng.choice(MAX_OBJECTS, p=(0.30, 0.22, 0.18, 0.13, 0.10, 0.07)))
+
+
+def _next_kind(rng: np.random.Generator, kinds: list, shapes: tuple, free: list) -> tuple:
+  """Returns the kind (shape, colour) of another object, one of at most three; a new one is added to kinds."""
+  if len(kinds) == 1 or (len(kinds) < 3 and rng.random() < 0.5):
+    kinds.append((shapes[rng.integers(len(shapes))], free[rng.integers(len(free))]))
+  return kinds[rng.integers(len(kinds))]
+
+
+def _cells(rng: np.random.Generator, used: set) -> tuple[list, list]:
+  """As _layout, in cells."""
+  free = [c for c in COLOR_NAMES if c not in used]
+  kinds = [(_pick(rng, PLAIN_SHAPES), _pick(rng, free))]
+  count, (row, col) = _count(rng), rng.integers(3, size=2)
+  placed = [(kinds[0], (col + 1) / 4, (row + 1) / 4, 0.23)]
+  others = [(y, x) for y in range(4) for x in range(4) if y - row not in (0, 1) or x - col not in (0, 1)]
+  for y, x in rng.permutation(others)[: count - 1]:
+    placed.append((_next_kind(rng, kinds, PLAIN_SHAPES, free), (x + 0.5) / 4, (y + 0.5) / 4, 0.11))
+  return kinds, placed
+
+
+def _layout(rng: np.random.Generator, used: set) -> tuple[list, list]:
   """Returns the kinds (shape, colour) and the objects (kind, x, y, radius), in units of the canvas side.
 
-  Args:
-    used: colours that are taken.
-    shapes: to choose from.
-    alone: range of the radius of an object that is alone.
-    first: that of the first among several; the others are smaller.
+  `used` are colours that are taken.
   """
   free = [c for c in COLOR_NAMES if c not in used]
-  kinds = [(shapes[rng.integers(len(shapes))], free[rng.integers(len(free))])]
-  count = 1 + int(rng.choice(MAX_OBJECTS, p=(0.30, 0.22, 0.18, 0.13, 0.10, 0.07)))
-  big = rng.uniform(*(alone if count == 1 else first))
+  kinds = [(CLASS_NAMES[rng.integers(len(CLASS_NAMES))], free[rng.integers(len(free))])]
+  count = _count(rng)
+  big = rng.uniform(*((0.24, 0.44) if count == 1 else (0.17, 0.32)))
   placed = [(kinds[0], *rng.uniform(big * 0.8, 1.0 - big * 0.8, 2), big)]
   for _ in range(1, count):
-    if len(kinds) == 1 or (len(kinds) < 3 and rng.random() < 0.5):
-      kinds.append((shapes[rng.integers(len(shapes))], free[rng.integers(len(free))]))
-    kind = kinds[rng.integers(len(kinds))]
+    kind = _next_kind(rng, kinds, CLASS_NAMES, free)
     spots = rng.uniform(0.08, 0.92, (12, 2))
     taken = np.array([p[1:] for p in placed])
     room = np.sqrt(((spots[:, None] - taken[:, :2]) ** 2).sum(-1)) - taken[:, 2]
@@ -252,62 +270,6 @@ def _caption(placed: list, background: str) -> str:
   return f"{things} on {background}".replace("a orange", "an orange")  # the one colour that starts with a vowel
 
 
-def _polygon(x, y, sides):
-  """Regular polygon of circumradius 1, a corner at the top."""
-  step = 2.0 * np.pi / sides
-  a = np.arctan2(x, -y)
-  a -= step * np.floor(a / step) + 0.5 * step
-  return np.hypot(x, y) * np.cos(a) - np.cos(0.5 * step)
-
-
-def _star(x, y, points=5, inner=0.45):
-  """Distance to the line from a tip (radius 1) to the next notch (radius inner), folded into one half sector."""
-  step = 2.0 * np.pi / points
-  a = np.arctan2(x, -y)
-  a = np.abs(a - step * np.round(a / step))
-  r = np.hypot(x, y)
-  px, py = r * np.cos(a) - 1.0, r * np.sin(a)
-  ex, ey = inner * np.cos(0.5 * step) - 1.0, inner * np.sin(0.5 * step)
-  return (px * ey - py * ex) / np.hypot(ex, ey)
-
-
-def _heart(x, y, h=0.56):
-  """A tilted square with a disc on each upper side."""
-  p, q = (x + y) * 0.70710678, (y - x) * 0.70710678
-  square = np.maximum(np.abs(p), np.abs(q)) - h
-  return np.minimum(square, np.minimum(np.hypot(p + h, q), np.hypot(p, q + h)) - h)
-
-
-def _cross(x, y):
-  flat = np.maximum(np.abs(x) - 0.95, np.abs(y) - 0.32)
-  return np.minimum(flat, np.maximum(np.abs(x) - 0.32, np.abs(y) - 0.95))
-
-
-def _cylinder(x, y):
-  body = np.maximum(np.abs(x) - 0.62, np.abs(y) - 0.68)
-  caps = np.sqrt((x / 0.62) ** 2 + ((np.abs(y) - 0.68) / 0.24) ** 2)
-  return np.minimum(body, (caps - 1.0) * 0.24)
-
-
-# Signed distances, negative inside, in units of the object's radius; x right, y down.
-SHAPES = {
-    "circle": lambda x, y: np.hypot(x, y) - 0.95,
-    "ball": lambda x, y: np.hypot(x, y) - 0.95,
-    "ellipse": lambda x, y: (np.sqrt(x * x + (y / 0.58) ** 2) - 1.0) * 0.58,
-    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.78,
-    "rectangle": lambda x, y: np.maximum(np.abs(x) - 0.95, np.abs(y) - 0.48),
-    "triangle": lambda x, y: _polygon(x, y, 3),
-    "pentagon": lambda x, y: _polygon(x, y, 5),
-    "hexagon": lambda x, y: _polygon(x, y, 6),
-    "star": _star,
-    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.24,
-    "cross": _cross,
-    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.82 - np.hypot(x - 0.5, y)),
-    "heart": _heart,
-    "capsule": lambda x, y: np.hypot(np.maximum(np.abs(x) - 0.58, 0.0), y) - 0.38,
-    "cube": lambda x, y: _polygon(x, y, 6),
-    "cylinder": _cylinder,
-}
 _UPRIGHT = {"ball", "cube", "cylinder"}  # solids stand; flat shapes turn freely
 _LEANING = {"heart", "triangle", "star"}  # most often near upright, as they are drawn
 
