@@ -4,9 +4,9 @@ A scene is a background (plain, gradient, glow, two halves, landscape, room, str
 six objects, the first one the largest. Every object is a signed distance function, so that edges are anti-aliased at
 any size; it has a colour, a texture, a shading and often a shadow. Scene i of a split depends on (split, i) alone.
 
-Scenes of the style "plain" have the same captions and classes, but only flat upright shapes in one colour on a plain
-background from which they stand out, each colour always the same; the first one fills four cells of a 4 x 4 grid, each
-other one a cell: for models so small that textures and poses are beyond them.
+Scenes of the style "plain" have the same captions and classes, but only a few flat upright shapes in a few colours, each
+always the same, on a plain background; the first one fills four cells of a 4 x 4 grid, each other one a cell: for
+models so small that textures and poses are beyond them.
 """
 
 import numpy as np
@@ -18,6 +18,7 @@ from flextok_jax.data.shapes import SHAPES
 CLASS_NAMES = ("circle", "ball", "ellipse", "square", "rectangle", "triangle", "pentagon", "hexagon", "star", "ring",
                "cross", "crescent", "heart", "capsule", "cube", "cylinder")
 PLAIN_SHAPES = ("circle", "triangle", "ring", "cross", "crescent", "heart")
+PLAIN_COLORS = ("red", "yellow", "green", "blue", "pink", "white", "black")
 STYLES = ("scenes", "plain")
 COLORS = {
     "red": (0.86, 0.14, 0.15), "orange": (0.96, 0.52, 0.10), "yellow": (0.97, 0.84, 0.20),
@@ -60,10 +61,10 @@ class Synthetic:
 def draw_scene(rng: np.random.Generator, size: int, style: str = "scenes") -> dict:
   """Draws one scene; returns a record whose image is uint8 [size, size, 3]."""
   if style == "plain":
-    color = _pick(rng, COLOR_NAMES)
+    color = _pick(rng, PLAIN_COLORS)
     canvas, background = np.repeat(np.repeat(_exact_color(color), size, 1), size, 2), f"a plain {color} background"
-    faint = {name for name in COLOR_NAMES if np.linalg.norm(_exact_color(name) - _exact_color(color)) < 0.5}
-    kinds, placed = _cells(rng, faint)
+    free = [c for c in PLAIN_COLORS if c != color]
+    kinds, placed = _cells(rng, set(COLOR_NAMES).difference(free))
     for (shape, color), cx, cy, radius in placed:
       view, x, y = _frame(canvas, cx * size, cy * size, radius * size)
       view += (_exact_color(color) - view) * np.clip(0.5 - SHAPES[shape](x, y) * (radius * size), 0.0, 1.0)
