@@ -4,9 +4,9 @@ A scene is a background (plain, gradient, glow, two halves, landscape, room, str
 six objects, the first one the largest. Every object is a signed distance function, so that edges are anti-aliased at
 any size; it has a colour, a texture, a shading and often a shadow. Scene i of a split depends on (split, i) alone.
 
-Scenes of the style "plain" have the same captions and classes, but only flat upright shapes in one colour on a plain
-background from which they stand out, each colour always the same; the first one fills four cells of a 4 x 4 grid, each
-other one a cell: for models so small that textures and poses are beyond them.
+Scenes of the style "plain" have the same captions and classes, but only a few flat upright shapes in a few colours, each
+always the same, on a plain background; the first one fills four cells of a 4 x 4 grid, each other one a cell: for
+models so small that textures and poses are beyond them.
 """
 
 import numpy as np
@@ -18,6 +18,7 @@ from flextok_jax.data.shapes import SHAPES
 CLASS_NAMES = ("circle", "ball", "ellipse", "square", "rectangle", "triangle", "pentagon", "hexagon", "star", "ring",
                "cross", "crescent", "heart", "capsule", "cube", "cylinder")
 PLAIN_SHAPES = ("circle", "triangle", "ring", "cross", "crescent", "heart")
+PLAIN_COLORS = ("red", "yellow", "green", "blue", "pink", "white", "black")
 STYLES = ("scenes", "plain")
 COLORS = {
     "red": (0.86, 0.14, 0.15), "orange": (0.96, 0.52, 0.10), "yellow": (0.97, 0.84, 0.20),
@@ -60,10 +61,10 @@ class Synthetic:
 def draw_scene(rng: np.random.Generator, size: int, style: str = "scenes") -> dict:
   """Draws one scene; returns a record whose image is uint8 [size, size, 3]."""
   if style == "plain":
-    color = _pick(rng, COLOR_NAMES)
+    color = _pick(rng, PLAIN_COLORS)
     canvas, background = np.repeat(np.repeat(_exact_color(color), size, 1), size, 2), f"a plain {color} background"
-    faint = {name for name in COLOR_NAMES if np.linalg.norm(_exact_color(name) - _exact_color(color)) < 0.5}
-    kinds, placed = _cells(rng, faint)
+    free = [c for c in PLAIN_COLORS if c != color]
+    kinds, placed = _cells(rng, set(COLOR_NAMES).difference(free))
     for (shape, color), cx, cy, radius in placed:
       view, x, y = _frame(canvas, cx * size, cy * size, radius * size)
       view += (_exact_color(color) - view) * np.clip(0.5 - SHAPES[shape](x, y) * (radius * size), 0.0, 1.0)
@@ -210,22 +211,25 @@ def _count(rng: np.random.Generator) -> int:
   return 1 + int(rng.choice(MAX_OBJECTS, p=(0.30, 0.22, 0.18, 0.13, 0.10, 0.07)))
 
 
-def _next_kind(rng: np.random.Generator, kinds: list, shapes: tuple, free: list) -> tuple:
+def _kind(rng: np.random.Generator, shapes: tuple, used: set) -> tuple[str, str]:
+  return _pick(rng, shapes), _pick(rng, COLOR_NAMES, used)
+
+
+def _next_kind(rng: np.random.Generator, kinds: list, shapes: tuple, used: set) -> tuple[str, str]:
   """Returns the kind (shape, colour) of another object, one of at most three; a new one is added to kinds."""
   if len(kinds) == 1 or (len(kinds) < 3 and rng.random() < 0.5):
-    kinds.append((shapes[rng.integers(len(shapes))], free[rng.integers(len(free))]))
+    kinds.append(_kind(rng, shapes, used))
   return kinds[rng.integers(len(kinds))]
 
 
 def _cells(rng: np.random.Generator, used: set) -> tuple[list, list]:
   """As _layout, in cells."""
-  free = [c for c in COLOR_NAMES if c not in used]
-  kinds = [(_pick(rng, PLAIN_SHAPES), _pick(rng, free))]
+  kinds = [_kind(rng, PLAIN_SHAPES, used)]
   count, (row, col) = _count(rng), rng.integers(3, size=2)
   placed = [(kinds[0], (col + 1) / 4, (row + 1) / 4, 0.23)]
   others = [(y, x) for y in range(4) for x in range(4) if y - row not in (0, 1) or x - col not in (0, 1)]
   for y, x in rng.permutation(others)[: count - 1]:
-    placed.append((_next_kind(rng, kinds, PLAIN_SHAPES, free), (x + 0.5) / 4, (y + 0.5) / 4, 0.11))
+    placed.append((_next_kind(rng, kinds, PLAIN_SHAPES, used), (x + 0.5) / 4, (y + 0.5) / 4, 0.11))
   return kinds, placed
 
 
@@ -234,13 +238,12 @@ def _layout(rng: np.random.Generator, used: set) -> tuple[list, list]:
 
   `used` are colours that are taken.
   """
-  free = [c for c in COLOR_NAMES if c not in used]
-  kinds = [(CLASS_NAMES[rng.integers(len(CLASS_NAMES))], free[rng.integers(len(free))])]
+  kinds = [_kind(rng, CLASS_NAMES, used)]
   count = _count(rng)
   big = rng.uniform(*((0.24, 0.44) if count == 1 else (0.17, 0.32)))
   placed = [(kinds[0], *rng.uniform(big * 0.8, 1.0 - big * 0.8, 2), big)]
   for _ in range(1, count):
-    kind = _next_kind(rng, kinds, CLASS_NAMES, free)
+    kind = _next_kind(rng, kinds, CLASS_NAMES, used)
     spots = rng.uniform(0.08, 0.92, (12, 2))
     taken = np.array([p[1:] for p in placed])
     room = np.sqrt(((spots[:, None] - taken[:, :2]) ** 2).sum(-1)) - taken[:, 2]
