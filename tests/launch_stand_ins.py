@@ -120,6 +120,8 @@ def train(folder: Path, arguments: list) -> int:
     return 0  # pip, and looking for jax
   print("step 1", flush=True)
   while not received:
+    if not Path(os.environ.get("HOME", folder)).is_dir():
+      return 137  # its machine was deleted
     todo = (folder / "train").read_text()
     if todo != "run":
       return {"finish": 0, "fail": 3}[todo]

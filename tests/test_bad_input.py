@@ -33,7 +33,9 @@ def sources(**settings):
 
 
 def files_of(folder):
-  return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+  """Returns all files and what is in them, but for the lock of a run, which stays behind it."""
+  files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != ".lock"]
+  return {path: path.read_bytes() for path in files}
 
 
 def refused(pattern, workdir, **overrides):

@@ -21,7 +21,7 @@ from flextok_jax import train
 from flextok_jax.checkpoints import hub, loading, saving
 from flextok_jax.data import pipeline
 from flextok_jax.stages import make_stage
-from flextok_jax.training import checkpoint, inputs, optim
+from flextok_jax.training import checkpoint, goodput, inputs, optim
 from flextok_jax.training.state import unbox
 from tests.test_update import assert_trees_equal, config_of
 
@@ -87,7 +87,7 @@ def test_metrics_of_a_run(run):
     assert x["loss"] > 0 and x["grad_norm"] > 0 and x["unreadable"] == 0 and x["images_per_second"] > 0
     assert {"loss_k1", "loss_k2", "loss_k4"} & set(x) and set(x) - {"step"} <= {
         "loss", "loss_k1", "loss_k2", "loss_k4", "loss_null", "saturation", "grad_norm", "unreadable", "learning_rate",
-        "images_per_second", "eta_seconds"}  # fmt: skip
+        "images_per_second", "eta_seconds", *(f"time/{kind}" for kind in goodput.KINDS)}  # fmt: skip
     np.testing.assert_allclose(x["learning_rate"], schedule(x["step"] - 1), rtol=1e-6)
     np.testing.assert_allclose(x["eta_seconds"], (20 - x["step"]) * 8 / x["images_per_second"], rtol=1e-6)
   assert [x["step"] for x in evals] == [10, 20]
