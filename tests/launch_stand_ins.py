@@ -120,7 +120,7 @@ def train(folder: Path, arguments: list) -> int:
     return 0  # pip, and looking for jax
   print("step 1", flush=True)
   while not received:
-    if not Path(os.environ.get("HOME", folder)).is_dir():
+    if not Path(os.environ["HOME"]).is_dir():
       return 137  # its machine was deleted
     todo = (folder / "train").read_text()
     if todo != "run":

@@ -38,6 +38,7 @@ class Sandbox:
     self.folder, self.repo = folder, folder / "repo"
     bin_dir = folder / "bin"
     bin_dir.mkdir()
+    (folder / "home").mkdir()
     script = ROOT / "tests" / "launch_stand_ins.py"
     for name in ("gcloud", "uv", "train", "srun", "scontrol"):
       file = bin_dir / name
