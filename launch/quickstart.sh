@@ -49,12 +49,16 @@ train=(python -m flextok_jax.train --config=configs/quickstart.py:scratch --work
 heading "3. The same run, resumed for a few steps more"
 "${train[@]}" --config.train.num_steps=275
 
-heading "4. A pretrained generator: token sequences of 6 classes, as pictures from 1 to 16 tokens"
-python -m flextok_jax.sample --checkpoint=flextok_jax/assets/shapes_ar.safetensors \
-  --tokenizer=flextok_jax/assets/shapes.safetensors --classes=0,5,9,10,11,12 --num_samples=2 \
-  --out="$work/generated"
+heading "4. Pretrained generators: token sequences of 6 classes, and of captions, as pictures from 1 to 16 tokens"
+sample=(python -m flextok_jax.sample --tokenizer=flextok_jax/assets/shapes.safetensors)
+"${sample[@]}" --checkpoint=flextok_jax/assets/shapes_ar.safetensors --classes=0,5,9,10,11,12 --num_samples=2 \
+  --out="$work/classes"
+captions="a red ring on a plain white background;a yellow heart on a plain blue background"
+captions+=";a black crescent and two green circles on a plain pink background"
+"${sample[@]}" --checkpoint=flextok_jax/assets/shapes_ar_stop.safetensors --prompts="$captions" --num_samples=2 \
+  --out="$work/captions"
 
 heading "The pretrained tokenizer once more, and where the pictures are"
 cat "$work/pretrained.txt"
-find "$work/generated" -name '*.png' -not -name '0*' | sort
+find "$work/classes" "$work/captions" -name '*.png' -not -name '0*' | sort
 find "$photos" "$scratch" -name '*.png' | sort

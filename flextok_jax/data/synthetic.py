@@ -4,8 +4,8 @@ A scene is a background (plain, gradient, glow, two halves, landscape, room, str
 six objects, the first one the largest. Every object is a signed distance function, so that edges are anti-aliased at
 any size; it has a colour, a texture, a shading and often a shadow. Scene i of a split depends on (split, i) alone.
 
-Scenes of the style "plain" have the same captions and classes, but only a few flat upright shapes in a few colours, each
-always the same, on a plain background; the first one fills four cells of a 4 x 4 grid, each other one a cell: for
+Scenes of the style "plain" have the same captions and classes, but only a few flat upright shapes in a few colours,
+each always the same, on a plain background; the first one fills four cells of a 4 x 4 grid, each other one a cell: for
 models so small that textures and poses are beyond them.
 """
 
