@@ -96,12 +96,15 @@ def write_photographs(folder: Path, count: int, size: tuple[int, int]) -> list[P
 
 
 def plain_loop(paths: list[Path], size: int, min_area: float) -> Iterator[np.ndarray]:
-  """Random crops of the files, each uint8 [size, size, 3], as a first draft of a loader would make them."""
+  """Random crops of the files, each uint8 [size, size, 3], as a first draft of a loader would make them.
+
+  Resized by Pillow's default, bicubic; the pipeline's bilinear takes two thirds of its time.
+  """
   rng = np.random.default_rng(0)
   for path in paths:
     image = Image.open(path).convert("RGB")
     crop = image.crop(transforms.random_box(*image.size, rng, min_area))
-    yield np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
+    yield np.asarray(crop.resize((size, size)))
 
 
 def measure(config: ConfigDict, paths: list[Path], parallel: int, rounds: int) -> list[dict]:

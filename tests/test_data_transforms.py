@@ -239,7 +239,7 @@ def test_random_resized_crop_draws_and_filter_stay():
   rng, crops = np.random.default_rng(0), []
   for height, width, size in ((120, 160, 32), (301, 199, 24), (640, 480, 16), (20, 30, 64)):
     crops.append(transforms.random_resized_crop(pattern(height, width), size, rng, 0.3).tobytes())
-  assert hashlib.sha256(b"".join(crops)).hexdigest()[:16] == "8e95a753bdd0ba0e"
+  assert hashlib.sha256(b"".join(crops)).hexdigest()[:16] == "1195397fe03ecfb9"
   assert int(rng.integers(1000)) == 257
 
 

