@@ -134,7 +134,7 @@ def test_processes_that_are_stopped_and_killed_compute_what_one_does(shards, und
 
 CHILD = """
 trap 'exit "$2"' TERM
-if [[ $JAX_PROCESS_ID == 1 ]]; then eval "$1"; fi
+if [[ $JAX_PROCESS_ID == 1 ]]; then eval "$1"; else : > "${3:-/dev/null}"; fi
 for _ in $(seq 100); do sleep 0.1; done
 """
 
@@ -145,9 +145,10 @@ def test_the_launcher_ends_all_when_one_fails():
 
 
 @pytest.mark.parametrize("code", [0, 5])
-def test_the_launcher_passes_sigterm_on(code):
+def test_the_launcher_passes_sigterm_on(code, tmp_path):
   """The parent of process 1 is the launcher; what the processes then end with is what it ends with."""
-  done = launch(2, "bash", "-c", CHILD, "child", "kill -TERM $PPID", str(code))
+  kill = "until [[ -e $3 ]]; do sleep 0.02; done; kill -TERM $PPID"  # once process 0 is ready for it
+  done = launch(2, "bash", "-c", CHILD, "child", kill, str(code), str(tmp_path / "ready"))
   assert done.returncode == code, done.stderr
 
 
