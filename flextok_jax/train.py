@@ -76,6 +76,7 @@ def train(config, workdir: str):
       shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), unbox(boxed), shardings)
       state = checkpoints.restore(shapes)
       distributed.say(f"resuming from step {int(state.step)} of {workdir}")
+    inputs.check_latents(config, state.frozen)
     update = jax.jit(
         make_update(
             stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=config.optim.ema_decay

@@ -1,11 +1,13 @@
 """Latents in shards: what the VAE makes of the images, for training without its encoder, and only with its own."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flextok_jax import tokenize
+from flextok_jax import tokenize, train
 from flextok_jax.checkpoints import loading, saving
 from flextok_jax.checkpoints.vae_fingerprint import vae_fingerprint
 from flextok_jax.data import latent_shards, shard_contents, shard_writer, split_images
@@ -162,6 +164,22 @@ def test_latents_that_do_not_suit_are_refused(data, written, pattern, fingerprin
 def test_latents_of_their_vae_suit(vae, data, written):
   records = latent_shards.open_shards(train_config(data, written), "train")
   latent_shards.check_shards(records.meta, train_config(data, written), vae_fingerprint(*loading.load(vae)))
+
+
+def test_a_run_trains_on_them_and_on_those_of_its_own_vae_alone(tokenizer, data, written, tmp_path):
+  settings = dict(train=dict(num_steps=2, log_every=1),
+                  eval=dict(sources=("folder",), num_images=4, batch_size=4, grid_images=1))
+  cfg = train_config(data, written, init_from=str(tokenizer), **settings)
+  train.train(cfg, str(tmp_path / "run"))
+  lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert [x["step"] for x in lines if "loss" in x] == [1, 2] and all(x["loss"] > 0 for x in lines if "loss" in x)
+  params = loading.load(tokenizer)[1]
+  params["vae"] = jax.tree.map(lambda x: x + 1, params["vae"])
+  saving.save_weights(str(tmp_path / "other.safetensors"), config(), params)
+  other = train_config(data, written, init_from=str(tmp_path / "other.safetensors"), **settings)
+  with pytest.raises(ValueError, match="the latent shards are of VAE .*, but the VAE at hand is"):
+    train.train(other, str(tmp_path / "other"))
+  assert not (tmp_path / "other" / "config.json").exists()
 
 
 def test_bad_input_is_one_line(vae, data, tmp_path):

@@ -1,4 +1,4 @@
-"""What a stage is fed: batches of images, or of tokens with the features of their text."""
+"""What a stage is fed: batches of images, of their latents, or of tokens with the features of their text."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from flextok_jax.data import pipeline, shards
+from flextok_jax.checkpoints.vae_fingerprint import vae_fingerprint
+from flextok_jax.data import latent_shards, pipeline, shards
 from flextok_jax.training import sharding
 
 
@@ -26,6 +27,17 @@ def with_tokenizer(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def check_latents(config: ConfigDict, frozen: dict):
+  """Checks that the latents on which a tokenizer trains, if any, are of its frozen VAE; all processes call it.
+
+  Raises:
+    FileNotFoundError, ValueError: no shards there, or such as do not suit the config or are of another VAE.
+  """
+  if config.stage == "tokenizer" and config.data.latents:
+    meta = latent_shards.open_shards(config, "train").meta
+    latent_shards.check_shards(meta, config, vae_fingerprint(config, frozen))
+
+
 def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) -> Iterator[dict]:
   """Returns an endless iterator over the batches of steps start_step, start_step + 1, ...
 
@@ -37,6 +49,8 @@ def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) 
     where = dict(start_step=start_step, process_index=index, process_count=count)
     if config.stage == "ar":
       return shards.train_batches(config, **where)
+    if config.stage == "tokenizer" and config.data.latents:
+      return latent_shards.train_batches(config, **where)
     return pipeline.train_batches(config.data, image_size=config.image_size, seed=config.seed, **where)
 
   parts = [block(index) for index in blocks]
