@@ -8,7 +8,6 @@ of a run that nothing disturbed, and so is the loss of every step. With --elasti
 
 import argparse
 import json
-import os
 from pathlib import Path
 import random
 import subprocess
@@ -20,6 +19,7 @@ import orbax.checkpoint as ocp
 from safetensors.numpy import load_file
 
 from tests import tiny_run
+from tests.commands import environment
 from tests.test_distributed import losses, trained
 
 MESHES = [(8, dict(data=-1)), (8, dict(data=1, fsdp=-1)), (4, dict(fsdp=2, tensor=2)), (2, dict(tensor=2)), (1, {})]
@@ -28,9 +28,7 @@ MESHES = [(8, dict(data=-1)), (8, dict(data=1, fsdp=-1)), (4, dict(fsdp=2, tenso
 def start(shards, workdir, cache, num_steps, devices=1, mesh=None, moment=None):
   train = dict(num_steps=num_steps, keep_checkpoints=4)
   run = dict(shards=str(shards), workdir=str(workdir), mesh=mesh, moment=moment, train=train)
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache),
-         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}  # fmt: skip
+  env = environment(devices, JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
   command = [sys.executable, "-m", "tests.tiny_run", json.dumps([run])]
   return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 

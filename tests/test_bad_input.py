@@ -4,11 +4,8 @@ Most cases call train() in this process and check the error that cli.run prints 
 concerns the command line itself runs as a user's process. The other commands: test_commands.py.
 """
 
-import os
 from pathlib import Path
 import re
-import subprocess
-import sys
 
 import numpy as np
 from PIL import Image
@@ -17,6 +14,7 @@ import pytest
 from configs import debug
 from flextok_jax import train
 from flextok_jax.training import checkpoint
+from tests.commands import shell
 
 ROOT = Path(__file__).parents[1]
 PART = dict(width=32, depth=1, head_dim=16, patch_size=4)
@@ -138,15 +136,6 @@ def test_workdir_of_another_config_or_no_folder(tmp_path):
 # As a user runs it.
 
 
-def shell(*args, timeout=300):
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-  done = subprocess.run(
-      [sys.executable, "-m", "flextok_jax.train", *map(str, args)],
-      cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=timeout,
-  )  # fmt: skip
-  return done.returncode, done.stdout, done.stderr
-
-
 DEBUG = "--config=configs/debug.py"
 
 
@@ -166,7 +155,8 @@ def test_command_lines(pattern, args, tmp_path):
   (tmp_path / "empty.py").write_text("")
   (tmp_path / "broken.py").write_text("def get_config(:\n")
   workdir = [] if "--workdir=" in args else [f"--workdir={tmp_path / 'new'}"]
-  one_line(pattern, *shell(*(arg.format(tmp=tmp_path) for arg in args), *(workdir if args else [])))
+  args = [arg.format(tmp=tmp_path) for arg in args] + (workdir if args else [])
+  one_line(pattern, *shell("flextok_jax.train", *args))
   assert not (tmp_path / "new").exists()
 
 
@@ -178,7 +168,7 @@ def one_line(pattern, code, printed, err):
 def test_a_line_and_an_exit_code(tmp_path):
   """Errors inside train(): before the first step, and in the middle, when reading threads are at work."""
   one_line("the image folder /absent does not exist", *shell(
-      DEBUG, f"--workdir={tmp_path}", "--config.data.sources.synthetic.weight=0",
+      "flextok_jax.train", DEBUG, f"--workdir={tmp_path}", "--config.data.sources.synthetic.weight=0",
       "--config.data.sources.folder.weight=1", "--config.data.sources.folder.path=/absent"))  # fmt: skip
   assert not files_of(tmp_path)
   for i in range(64):
@@ -188,7 +178,7 @@ def test_a_line_and_an_exit_code(tmp_path):
     if i % 3 == 0:
       path.write_bytes(path.read_bytes()[:50])
   code, _, err = shell(
-      DEBUG, f"--workdir={tmp_path / 'new'}", "--config.data.sources.synthetic.weight=0",
+      "flextok_jax.train", DEBUG, f"--workdir={tmp_path / 'new'}", "--config.data.sources.synthetic.weight=0",
       "--config.data.sources.folder.weight=1",
       f"--config.data.sources.folder.path={tmp_path / 'pictures'}")  # fmt: skip
   lines = err.splitlines()

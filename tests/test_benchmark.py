@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 from pathlib import Path
-import subprocess
-import sys
 
 from absl import flags
 import jax
@@ -15,6 +12,7 @@ import pytest
 
 from configs import debug
 from flextok_jax import benchmark, benchmark_ar, benchmark_jobs, timing
+from tests.commands import fails, run, shell
 
 ROOT = Path(__file__).parents[1]
 matmul_peak = timing.matmul_peak
@@ -43,19 +41,6 @@ def config_file(folder, **overrides):
   return path
 
 
-def run(*args):
-  values = flags.FlagValues()
-  benchmark.define_flags(values)
-  values(["benchmark", *args])
-  benchmark.main(values)
-
-
-def fails(pattern, *args):
-  with pytest.raises(ValueError, match=pattern) as caught:
-    run(*args)
-  assert len(str(caught.value).splitlines()) == 1
-
-
 def read(path):
   """The JSON lines by kind."""
   lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -70,7 +55,8 @@ def small_peak(monkeypatch):
 
 def test_every_job_on_both_paths(tmp_path, capsys):
   out = tmp_path / "deep" / "rows.jsonl"
-  run(f"--config={config_file(tmp_path)}", "--num_tokens=32,1", "--repeats=2", "--batch_size=2", f"--out={out}")
+  given = f"--config={config_file(tmp_path)}"
+  run(benchmark, given, "--num_tokens=32,1", "--repeats=2", "--batch_size=2", f"--out={out}")
   rows, ratios, peaks, spans = read(out)
   both = [("tokenize", 1), ("tokenize", 32), ("detokenize", 1), ("detokenize", 32), ("train", None)]
   expected = [(job, k, path) for job, k in both for path in ("plain", "fast")]
@@ -101,11 +87,11 @@ def test_every_job_on_both_paths(tmp_path, capsys):
 def test_images_one_path_and_another_dtype(tmp_path):
   out = tmp_path / "rows.jsonl"
   given = (f"--config={config_file(tmp_path)}", "--repeats=1", "--batch_size=2", "--paths=fast", f"--out={out}")
-  run(*given, "--jobs=detokenize,tokenize", "--num_tokens=8", "--nolatents", "--dtype=bfloat16")
+  run(benchmark, *given, "--jobs=detokenize,tokenize", "--num_tokens=8", "--nolatents", "--dtype=bfloat16")
   rows, ratios, *_ = read(out)
   assert [row["job"] for row in rows] == ["tokenize", "detokenize"] and not ratios
   assert all(row["dtype"] == "bfloat16" and row["precision"] is None and not row["latents"] for row in rows)
-  run(*given, "--jobs=tokenize", "--num_tokens=8")
+  run(benchmark, *given, "--jobs=tokenize", "--num_tokens=8")
   (row,), *_ = read(out)  # written anew
   assert row["latents"] and row["flops"] < rows[0]["flops"]  # without the VAE
 
@@ -114,14 +100,15 @@ def test_models_without_vae_and_without_tokens(tmp_path):
   out = tmp_path / "rows.jsonl"
   pixels = f"--config={ROOT / 'configs' / 'debug.py'}"
   assert benchmark.jobs_of(debug.get_config()) == ("tokenize", "detokenize", "train")
-  run(pixels, "--jobs=tokenize", "--repeats=9", "--seconds=0", f"--out={out}", "--paths=plain")
+  run(benchmark, pixels, "--jobs=tokenize", "--repeats=9", "--seconds=0", f"--out={out}", "--paths=plain")
   rows = read(out)[0]
   assert [row["num_tokens"] for row in rows] == [1, 4] and all(len(row["seconds"]) == 1 for row in rows)
   vae = f"--config={config_file(tmp_path, stage='vae')}"
-  run(vae, "--jobs=vae", "--repeats=1", "--batch_size=2", f"--out={out}")
+  run(benchmark, vae, "--jobs=vae", "--repeats=1", "--batch_size=2", f"--out={out}")
   assert [(row["job"], row["path"]) for row in read(out)[0]] == [("vae", "-")]
-  fails("no job 'tokenize' with stage 'vae', vae.kind 'autoencoder_kl', only vae, train", vae, "--jobs=tokenize")
-  fails("no job 'vae' with .*'pixels', only tokenize, detokenize, train", pixels, "--jobs=vae")
+  fails("no job 'tokenize' with stage 'vae', vae.kind 'autoencoder_kl', only vae, train",
+        benchmark, vae, "--jobs=tokenize")
+  fails("no job 'vae' with .*'pixels', only tokenize, detokenize, train", benchmark, pixels, "--jobs=vae")
 
 
 def test_paths_see_the_same_and_training_is_the_update_of_a_run(tmp_path):
@@ -150,7 +137,7 @@ def test_generator(tmp_path, capsys):
   """Every span of the tokens has its cost; the round that is not timed draws one token."""
   out = tmp_path / "rows.jsonl"
   given = f"--config={config_file(tmp_path, **GENERATOR)}"
-  run(given, "--num_tokens=40", "--repeats=2", "--batch_size=2", f"--out={out}")
+  run(benchmark, given, "--num_tokens=40", "--repeats=2", "--batch_size=2", f"--out={out}")
   (plain, fast, train), (ratio,), _, spans = read(out)
   assert [(row["job"], row["path"], row["num_tokens"]) for row in (plain, fast, train)] == [
       ("ar", "plain", 40), ("ar", "fast", 40), ("train", "-", None)]
@@ -168,8 +155,8 @@ def test_generator(tmp_path, capsys):
     assert span["rounds"] == 2 and min(each) <= span["ms_per_token"] <= max(each)
   printed = capsys.readouterr().out
   assert "ar k=40, plain: " in printed and " from 30 to 40); each reads " in printed
-  fails("no job 'tokenize' with stage 'ar', only ar, train", given, "--jobs=tokenize")
-  fails("num_tokens 41 is out of range: this model takes 1 to 40", given, "--num_tokens=41")
+  fails("no job 'tokenize' with stage 'ar', only ar, train", benchmark, given, "--jobs=tokenize")
+  fails("num_tokens 41 is out of range: this model takes 1 to 40", benchmark, given, "--num_tokens=41")
 
 
 @pytest.mark.parametrize("condition", ["class", "text"])
@@ -213,26 +200,25 @@ def test_rounds_and_peak():
 
 def test_bad_input_is_refused(tmp_path):
   given = f"--config={config_file(tmp_path)}"
-  fails("give --config=configs/X.py")
-  fails("--jobs: unknown 'dance', one of tokenize, detokenize, vae, ar, train", given, "--jobs=train,dance")
-  fails("--paths: unknown 'slow', one of plain, fast", given, "--paths=slow")
-  fails("--paths is empty", given, "--paths=")
-  fails("num_tokens 33 is out of range: this model takes 1 to 32", given, "--num_tokens=1,33")
-  fails("num_tokens 0 is out of range", given, "--num_tokens=0")
-  fails("--num_tokens takes whole numbers separated by commas: .*'many'", given, "--num_tokens=many")
-  fails("--repeats=0 must be at least 1", given, "--repeats=0")
-  fails("--batch_size=-1 must be at least 1", given, "--batch_size=-1")
-  fails("--seconds=-1.0 must be at least 0", given, "--seconds=-1")
-  fails("--seconds=nan must be at least 0", given, "--seconds=nan")
-  fails("dtype must be a floating-point type .*'int8'", given, "--dtype=int8")
-  fails("--batch_size=3 is not a multiple of optim.accumulate_steps 2",
+  fails("give --config=configs/X.py", benchmark)
+  fails("--jobs: unknown 'dance', one of tokenize, detokenize, vae, ar, train", benchmark, given, "--jobs=train,dance")
+  fails("--paths: unknown 'slow', one of plain, fast", benchmark, given, "--paths=slow")
+  fails("--paths is empty", benchmark, given, "--paths=")
+  fails("num_tokens 33 is out of range: this model takes 1 to 32", benchmark, given, "--num_tokens=1,33")
+  fails("num_tokens 0 is out of range", benchmark, given, "--num_tokens=0")
+  fails("--num_tokens takes whole numbers separated by commas: .*'many'", benchmark, given, "--num_tokens=many")
+  fails("--repeats=0 must be at least 1", benchmark, given, "--repeats=0")
+  fails("--batch_size=-1 must be at least 1", benchmark, given, "--batch_size=-1")
+  fails("--seconds=-1.0 must be at least 0", benchmark, given, "--seconds=-1")
+  fails("--seconds=nan must be at least 0", benchmark, given, "--seconds=nan")
+  fails("dtype must be a floating-point type .*'int8'", benchmark, given, "--dtype=int8")
+  fails("--batch_size=3 is not a multiple of optim.accumulate_steps 2", benchmark,
         f"--config={config_file(tmp_path, optim=dict(accumulate_steps=2))}", "--batch_size=3")
   (tmp_path / "file").write_text("")
-  fails("cannot write", given, "--jobs=tokenize", "--num_tokens=1", "--repeats=1", f"--out={tmp_path / 'file' / 'x'}")
+  fails("cannot write", benchmark, given, "--jobs=tokenize", "--num_tokens=1", "--repeats=1",
+        f"--out={tmp_path / 'file' / 'x'}")
 
 
 def test_as_a_user_runs_it(tmp_path):
-  command = [sys.executable, "-m", "flextok_jax.benchmark", f"--config={config_file(tmp_path)}", "--repeats=0"]
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-  done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-  assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: --repeats=0 must be at least 1\n")
+  done = shell("flextok_jax.benchmark", f"--config={config_file(tmp_path)}", "--repeats=0")
+  assert done == (1, "", "error: --repeats=0 must be at least 1\n")

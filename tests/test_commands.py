@@ -1,12 +1,8 @@
 """The evaluate, tokenize and detokenize commands on a tiny random model."""
 
 import json
-import os
 from pathlib import Path
-import subprocess
-import sys
 
-from absl import flags
 import numpy as np
 from PIL import Image
 import pytest
@@ -15,9 +11,9 @@ import skimage.data
 from flextok_jax import detokenize, evaluate, tokenize
 from flextok_jax.checkpoints import saving
 from flextok_jax.stages import make_stage
+from tests.commands import fails, run, shell
 from tests.test_evals import make_params, tiny_config
 
-ROOT = Path(__file__).parents[1]
 NUM_CODES = 8 * 5 * 5
 
 
@@ -62,28 +58,6 @@ def decoded(model, tokens):
   """The images of all tokens, by file name."""
   run(detokenize, f"--checkpoint={model}", f"--tokens={tokens}", f"--out={tokens.parent / 'decoded'}")
   return read_folder(tokens.parent / "decoded")
-
-
-def run(command, *args):
-  """Runs a command in this process, errors raised."""
-  values = flags.FlagValues()
-  command.define_flags(values)
-  values([command.__name__, *args])
-  command.main(values)
-
-
-def fails(pattern, command, *args):
-  """Asserts that a command ends with one line of the errors that cli.run turns into exit code 1."""
-  with pytest.raises((ValueError, FileNotFoundError), match=pattern) as caught:
-    run(command, *args)
-  assert len(str(caught.value).splitlines()) == 1
-
-
-def shell(*args):
-  """Runs a command as a user does: (exit code, stdout, stderr)."""
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-  done = subprocess.run([sys.executable, "-m", *args], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-  return done.returncode, done.stdout, done.stderr
 
 
 def read_folder(folder):

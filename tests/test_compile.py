@@ -9,7 +9,6 @@ import subprocess
 import sys
 import types
 
-from absl import flags
 import jax
 from jax.experimental import topologies
 import pytest
@@ -17,6 +16,7 @@ import pytest
 from configs import common, debug
 from flextok_jax import accelerators, compile, compile_jobs, compile_report, compile_search, flops, flops_ar
 from flextok_jax.training import sharding
+from tests.commands import run
 
 ROOT = Path(__file__).parents[1]
 CHIP = accelerators.Accelerator(flops=1e12, memory=1e9, bandwidth=1e11, links=1e10, axes=2)
@@ -249,13 +249,6 @@ def test_meshes_of_the_search(devices):
   assert {m["tensor"] for m in compile_search.meshes(debug.get_config(), devices)} == {1}  # 85 hidden units
 
 
-def run(*args):
-  values = flags.FlagValues()
-  compile.define_flags(values)
-  values(["compile", *args])
-  compile.main(values)
-
-
 CONFIG = f"--config={ROOT / 'configs' / 'debug.py'}"
 
 
@@ -266,7 +259,7 @@ CONFIG = f"--config={ROOT / 'configs' / 'debug.py'}"
 ])  # fmt: skip
 def test_flags_are_checked_before_anything_else(pattern, args):
   with pytest.raises(ValueError, match=pattern):
-    run(*args)
+    run(compile, *args)
 
 
 @pytest.mark.parametrize(("error", "pattern"), [
@@ -279,7 +272,7 @@ def test_no_compiler_and_no_such_topology(monkeypatch, error, pattern):
 
   monkeypatch.setattr(topologies, "get_topology_desc", fail)
   with pytest.raises(ValueError, match=pattern) as caught:
-    run(CONFIG, "--topology=v9:1x1")
+    run(compile, CONFIG, "--topology=v9:1x1")
   assert len(str(caught.value).splitlines()) == 1
 
 
@@ -303,7 +296,7 @@ def test_devices_without_figures_are_refused():
 
 def test_a_folder_without_reports_is_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match="no reports"):
-    run(f"--table={tmp_path}")
+    run(compile, f"--table={tmp_path}")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler of TPUs, is not installed")

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from flextok_jax import train
 from flextok_jax.training import distributed, sharding
 from tests import tiny_run
+from tests.commands import environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,8 +35,7 @@ def undisturbed(shards, tmp_path_factory):
 
 def launch(count, *command, devices=1, timeout=900):
   """Runs a command as several processes."""
-  env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+  env = environment(devices, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
   return subprocess.run(
       ["bash", "launch/local.sh", str(count), *command], cwd=ROOT, env=env, capture_output=True, text=True,
       check=False, timeout=timeout,

@@ -3,7 +3,6 @@
 import functools
 import json
 
-from absl import flags
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from flextok_jax.stages import make_stage
 from flextok_jax.training import mup, optim
 from flextok_jax.training.state import unbox
 from tests import token_shards
+from tests.commands import fails, run
 from tests.test_configs import EXPERIMENTS, parse
 from tests.test_update import config_of
 
@@ -128,19 +128,6 @@ def test_eps_means_the_same_at_all_widths():
 # The command.
 
 
-def run(*args):
-  values = flags.FlagValues()
-  mup_check.define_flags(values)
-  values(["mup_check", *args])
-  mup_check.main(values)
-
-
-def fails(pattern, *args):
-  with pytest.raises(ValueError, match=pattern) as caught:
-    run(*args)
-  assert len(str(caught.value).splitlines()) == 1
-
-
 CONFIG = """
 from configs import common
 
@@ -165,7 +152,7 @@ def config_file(tmp_path_factory):
 
 
 def test_activations_change_alike_at_all_widths_under_mup_alone(config_file, tmp_path, capsys):
-  run(f"--config={config_file}", "--widths=512,64", "--steps=4", f"--out={tmp_path / 'new' / 'folder'}")
+  run(mup_check, f"--config={config_file}", "--widths=512,64", "--steps=4", f"--out={tmp_path / 'new' / 'folder'}")
   out = tmp_path / "new" / "folder"
   report = json.loads((out / "coordinates.json").read_text())
   layers = {"ar/readout", *(f"ar/blocks/{i}{part}" for i in range(2) for part in ("", "/attention", "/mlp"))}
@@ -189,16 +176,16 @@ def test_activations_change_alike_at_all_widths_under_mup_alone(config_file, tmp
 
 def test_bad_input_is_one_line(config_file, tmp_path):
   given, out = f"--config={config_file}", f"--out={tmp_path / 'out'}"
-  fails("give --config=configs/X.py and --out=DIR", given)
-  fails("give --config=configs/X.py and --out=DIR", out)
+  fails("give --config=configs/X.py and --out=DIR", mup_check, given)
+  fails("give --config=configs/X.py and --out=DIR", mup_check, out)
   for widths in ("64", "64,64", "64,wide", "0,64", "64,-128", ""):
-    fails(f"--widths={widths} must be two or more widths, like 64,128,256", given, out, f"--widths={widths}")
-  fails("ar.width 24 is not a multiple of ar.head_dim 16", given, out, "--widths=24,32")
-  fails("--steps=0 must be at least 1", given, out, "--steps=0")
+    fails(f"--widths={widths} must be two or more widths, like 64,128,256", mup_check, given, out, f"--widths={widths}")
+  fails("ar.width 24 is not a multiple of ar.head_dim 16", mup_check, given, out, "--widths=24,32")
+  fails("--steps=0 must be at least 1", mup_check, given, out, "--steps=0")
   for fields, words in (
       ('stage="vae"', "stage 'vae' has no width: muP is of stages 'tokenizer' and 'ar'"),
       ('data=dict(latents="there")', "the check looks at images: it takes no config.data.latents=there"),
   ):
     (tmp_path / "other.py").write_text(f"from configs import common\nget_config = lambda: common.derive({fields})\n")
-    fails(words, f"--config={tmp_path / 'other.py'}", out)
+    fails(words, mup_check, f"--config={tmp_path / 'other.py'}", out)
   assert not (tmp_path / "out").exists()

@@ -5,7 +5,6 @@ changed a bit, the end would differ from the undisturbed run's. Many more kills,
 """
 
 import json
-import os
 from pathlib import Path
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
+
+from tests.commands import environment
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 40, 10
@@ -58,8 +59,8 @@ cli.run(train.main)
 def start(workdir, moment="", cache=None):
   """Runs the train command on one device, signalled at a moment if one is given; compiled anew without a cache."""
   program = ["-c", DRIVER, moment] if moment else ["-m", "flextok_jax.train"]
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": str(bool(cache)),
-         "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+  env = environment(JAX_ENABLE_COMPILATION_CACHE=str(bool(cache)), JAX_COMPILATION_CACHE_DIR=str(cache),
+                    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")  # fmt: skip
   return subprocess.run(
       [sys.executable, *program, *COMMAND, f"--workdir={workdir}"],
       cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600,

@@ -1,7 +1,6 @@
 """Whole runs of the train loop on tiny configurations: what they write, and what stops them."""
 
 import json
-import os
 from pathlib import Path
 import shutil
 import signal
@@ -23,6 +22,7 @@ from flextok_jax.data import pipeline
 from flextok_jax.stages import make_stage
 from flextok_jax.training import checkpoint, goodput, inputs, optim
 from flextok_jax.training.state import unbox
+from tests.commands import environment
 from tests.test_update import assert_trees_equal, config_of
 
 ROOT = Path(__file__).parents[1]
@@ -350,10 +350,8 @@ cli.run(train.main)
 """
   args = ["--config=configs/debug.py", f"--workdir={tmp_path}", "--config.train.num_steps=2",
           "--config.train.log_every=1", "--config.train.tensorboard=True"]  # fmt: skip
-  env = {**os.environ, "XLA_FLAGS": ""}
-  done = subprocess.run(
-      [sys.executable, "-c", code, *args], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300
-  )
+  done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, env=environment(), capture_output=True,
+                        text=True, check=False, timeout=300)  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert done.stdout.count("loss") == 2 and (done.stdout + done.stderr).count("TensorBoard") == 1
   lines, evals = read_metrics(tmp_path)
