@@ -3,9 +3,11 @@
 Nothing that a file names is imported or called, and an index names files of its own folder alone.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import os
 import re
+
+import numpy as np
 
 from flextok_jax.checkpoints import hub, literals
 from flextok_jax.checkpoints.tensor_file import TensorFile
@@ -54,11 +56,14 @@ class Folder:
     except OSError as e:
       raise ValueError(f"{path} cannot be read: {e.strerror}") from None
 
-  def tensors(self) -> tuple[Iterable[str], Callable[[str], TensorFile]]:
-    """Returns the names of all tensors, and a function from such a name to the file that holds it."""
+  def tensors(self, ignored: tuple[str, ...] = ()) -> tuple[Iterable[str], Callable[[str], TensorFile]]:
+    """Returns the names of all tensors, and a function from such a name to the file that holds it.
+
+    Tensors whose names begin with one of `ignored` are left out, whatever their type.
+    """
     path = self.find(WEIGHTS, INDEX)
     if os.path.basename(path) == WEIGHTS:
-      file = TensorFile(path)
+      file = TensorFile(path, ignored)
       return file.shapes, lambda name: file
     places = self.read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places:
@@ -67,12 +72,38 @@ class Folder:
       if not isinstance(place, str) or not _SHARD.fullmatch(place):
         raise ValueError(f"{path}: tensor {name!r:.80} is in {literals.quote(place)}, which is not the plain name of a "
                          ".safetensors file")
+    places = {name: place for name, place in places.items() if not name.startswith(ignored)}
     files = {}  # of those that are needed; a decoder's alone are neither downloaded nor opened
 
     def open_file(name: str) -> TensorFile:
       place = places[name]
       if place not in files:
-        files[place] = TensorFile(self.find(place))
+        files[place] = TensorFile(self.find(place), ignored)
       return files[place]
 
     return places, open_file
+
+  def arrays(self, ignored: tuple[str, ...] = ()) -> "Arrays":
+    """Returns the tensors by their names, each read when it is asked for; see tensors."""
+    return Arrays(*self.tensors(ignored))
+
+
+class Arrays(Mapping):
+  """Tensors by their names, read anew whenever they are asked for."""
+
+  def __init__(self, names: Iterable[str], open_file: Callable[[str], TensorFile]):
+    self._names, self._open_file = dict.fromkeys(names), open_file
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    if name not in self._names:
+      raise KeyError(name)
+    file = self._open_file(name)
+    if name not in file.shapes:
+      raise ValueError(f"{file.path} lacks the tensor {name!r:.80}, which the index says it has")
+    return file.read(name)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._names)
+
+  def __len__(self) -> int:
+    return len(self._names)
