@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from flextok_jax.checkpoints.lpips import load_lpips
 from flextok_jax.models import lpips
 from tests import lpips_reference
 from tests.lpips_reference import STEP, STORED
@@ -30,7 +31,7 @@ def folder(net, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params(net, folder):
-  found, params = lpips.load_lpips(folder / "backbone.safetensors", folder / "heads.safetensors")
+  found, params = load_lpips(folder / "backbone.safetensors", folder / "heads.safetensors")
   assert found == net
   return params
 
@@ -92,7 +93,7 @@ def test_whole_module_in_one_file(net, params, tmp_path):
       for kind in ("weight", "bias"):
         tensors[f"net.slice{scale + 1}.{index}.{kind}"] = backbone[f"features.{index}.{kind}"]
   np.savez(tmp_path / "whole.npz", **tensors)
-  found, again = lpips.load_lpips(tmp_path / "whole.npz")
+  found, again = load_lpips(tmp_path / "whole.npz")
   assert found == net
   jax.tree.map(np.testing.assert_array_equal, params, again)
 
@@ -100,15 +101,15 @@ def test_whole_module_in_one_file(net, params, tmp_path):
 def test_bad_files(folder, net, tmp_path):
   backbone, heads = folder / "backbone.safetensors", folder / "heads.safetensors"
   with pytest.raises(ValueError, match=r"backbone.safetensors lacks the tensor lin0.model.1.weight \(and 4 more\)"):
-    lpips.load_lpips(backbone)
+    load_lpips(backbone)
   with pytest.raises(ValueError, match="neither AlexNet's nor VGG16's: features.0.weight has shape"):
-    lpips.load_lpips(heads)
+    load_lpips(heads)
   with pytest.raises(FileNotFoundError, match="no such file: .*none.npz"):
-    lpips.load_lpips(backbone, tmp_path / "none.npz")
+    load_lpips(backbone, tmp_path / "none.npz")
   other = next(name for name in lpips.NETS if name != net)
   save_file(lpips_reference.weights(other)[1], tmp_path / "other.safetensors")
   with pytest.raises(ValueError, match="lin1.model.1.weight has shape .* not"):
-    lpips.load_lpips(backbone, tmp_path / "other.safetensors")
+    load_lpips(backbone, tmp_path / "other.safetensors")
 
 
 def test_bad_input(net):

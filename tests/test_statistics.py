@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 import scipy.linalg
@@ -63,6 +64,18 @@ def test_padding_rows_are_left_out_whatever_they_hold():
   np.testing.assert_array_equal(moments.scatter, expected.scatter)
   moments.add(features, np.zeros(60))
   assert moments.count == 40
+
+
+def test_features_come_from_sharded_batches():
+  features = make_features(64)
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  network = jax.jit(lambda x: x + 1, out_shardings=jax.NamedSharding(mesh, jax.P()))
+  moments = Moments(12)
+  for rows in np.split(np.arange(64), 4):
+    moments.add(network(jax.device_put(features[rows], jax.NamedSharding(mesh, jax.P("data")))), rows < 50)
+  expected = moments_of(features[:50] + 1)
+  np.testing.assert_allclose(moments.mean, expected.mean, rtol=1e-14)
+  np.testing.assert_allclose(moments.covariance(), expected.covariance(), atol=1e-14)
 
 
 def test_state_goes_on_where_it_was_kept():

@@ -1,16 +1,10 @@
 """LPIPS (Zhang et al. 2018): how far apart two images look, by learned weights over a classifier's features."""
 
-import os
-import re
-
 import flax.linen as nn
-from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax.checkpoints import network_files
-from flextok_jax.checkpoints.names import Entry
 from flextok_jax.models.vae import conv
 
 # Of each of the five scales: the window of the max pooling before it, of stride 2 (0: none), and its convolutions, each
@@ -34,7 +28,6 @@ NETS = {
 MIN_SIDES = {"alex": 31, "vgg": 16}  # pixels; below, a pooling has nothing left
 # Mean and deviation of ImageNet's channels, as the package rounds them for images in [-1, 1].
 _SHIFT, _SCALE = np.float32([-0.030, -0.088, -0.188]), np.float32([0.458, 0.448, 0.450])
-_UNUSED = ("classifier.", "lins.", "scaling_layer.")  # of torchvision's classifiers and of whole lpips modules
 
 
 class LPIPS(nn.Module):
@@ -97,41 +90,3 @@ def _unit(x: jax.Array) -> jax.Array:
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   some = square > 0
   return x / (jnp.where(some, jnp.sqrt(jnp.where(some, square, 1)), 0) + 1e-10)
-
-
-def load_lpips(backbone: str | os.PathLike, heads: str | os.PathLike | None = None) -> tuple[str, dict]:
-  """Loads the weights of an LPIPS.
-
-  Args:
-    backbone: torchvision's alexnet or vgg16, the ImageNet classifiers, as .safetensors or .npz in torchvision's names.
-    heads: the lpips package's weights/v0.1/alex.pth or vgg.pth as such a file; None: the first file has both, in the
-      names of lpips.LPIPS(...).state_dict().
-
-  Returns:
-    (net, params): LPIPS(net)'s parameters, float32.
-
-  Raises:
-    FileNotFoundError: no such file.
-    ValueError: a damaged or foreign file; the line names what is wrong.
-  """
-  path = os.fspath(backbone)
-  tensors = {re.sub(r"^net\.slice\d\.", "features.", name): x for name, x in network_files.read(path, _UNUSED).items()}
-  if heads is not None:
-    path = f"{path} with {os.fspath(heads)}"
-    tensors |= network_files.read(heads, _UNUSED)
-  first = tensors.get("features.0.weight", np.empty(0)).shape
-  net = {(64, 3, 11, 11): "alex", (64, 3, 3, 3): "vgg"}.get(first)
-  if net is None:
-    raise ValueError(f"{path} is neither AlexNet's nor VGG16's: features.0.weight has shape {list(first)}")
-  image = jnp.zeros((1, 32, 32, 3))
-  shapes = nn.unbox(jax.eval_shape(LPIPS(net).init, jax.random.key(0), image, image)["params"])
-  entries = (_entry(name, x.shape) for name, x in flatten_dict(shapes, sep="/").items())
-  return net, network_files.fill(path, tensors, entries)
-
-
-def _entry(path: str, shape: tuple[int, ...]) -> Entry:
-  if path.startswith("head_"):
-    return Entry(path, shape, (f"lin{path.removeprefix('head_')}.model.1.weight",), "c -> 1 c 1 1")
-  index, kind = re.fullmatch(r"features/conv_(\d+)/(kernel|bias)", path).groups()
-  layout = "h w i o -> o i h w" if kind == "kernel" else "o -> o"
-  return Entry(path, shape, (f"features.{index}.{'weight' if kind == 'kernel' else 'bias'}",), layout)
