@@ -1,8 +1,10 @@
 """Measures reconstructions of held-out images at every token count and draws them.
 
 python -m flextok_jax.evaluate --workdir=DIR [--config=configs/X.py] [--checkpoint=PATH] [--num_tokens=1,2,4]
+    [--metrics=psnr,ssim,mae,lpips_alex,lpips_vgg,dreamsim,dinov2,rfid --weights=DIR]
 
-Prints a table; writes report.json, curve.png and grid_<set>.png, and appends the report to eval.jsonl.
+Prints a table; writes report.json, curve.png and grid_<set>.png, and appends the report to eval.jsonl. Killed and run
+again with the same flags, it goes on where it was.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +17,14 @@ from ml_collections import ConfigDict, config_flags
 
 from flextok_jax import cli, settings
 from flextok_jax.checkpoints import loading
-from flextok_jax.evals import reconstruction, token_loss
+from flextok_jax.evals import measures, networks, progress, reconstruction, token_loss
+from flextok_jax.evals.metrics import METRICS as PLAIN
 from flextok_jax.evals.make import make_evaluator
 from flextok_jax.stages import make_stage
 from flextok_jax.training import checkpoint, distributed, inputs, sharding
 
 MODEL_FIELDS = ("stage", "image_size", "vae", "encoder", "decoder", "tokens", "ar", "text")
+RFID = "rfid"
 # Without effect here.
 TRAINING_FIELDS = ("vae.sample_posterior", "tokens.nested_dropout", "tokens.null_prob", "ar.tokenizer",
                    "ar.drop_condition", "ar.position_decay", *checkpoint.FREE_AR)
@@ -39,6 +43,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_integer("num_images", None, "Images a set; default: config.eval.num_images.", flag_values=values)
   flags.DEFINE_integer("seed", None, "Of the decoder's noise; default: config.seed.", flag_values=values)
   flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/eval.", flag_values=values)
+  flags.DEFINE_list("metrics", [], f"Of {', '.join((*measures.NAMES, RFID))}; default: psnr, ssim, mae.",
+                    flag_values=values)
+  flags.DEFINE_string("weights", None, "Folder with the weights of the metrics' networks.", flag_values=values)
+  flags.DEFINE_integer("keep_every", 50, "Batches between two writes of the results so far.", 1, flag_values=values)
 
 
 def main(values: flags.FlagValues):
@@ -57,7 +65,9 @@ def main(values: flags.FlagValues):
   config = apply_flags(config.copy_and_resolve_references(), values)
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out={out} is a file: give a folder")
-  report = evaluate(config, params)
+  kept = progress.Progress(out / "so_far", {"weights": progress.identity(params), "networks": values.weights,
+                                            "config": config.to_dict()}, values.keep_every)  # fmt: skip
+  report = evaluate(config, params, values.metrics, values.weights, kept)
   if not distributed.is_first():
     return
   conditions = {"checkpoint": str(source), "image_size": config.image_size}
@@ -66,6 +76,7 @@ def main(values: flags.FlagValues):
   paths = report.write(out, conditions)
   with open(out / "eval.jsonl", "a") as f:
     f.write(json.dumps({**conditions, **report.scores}) + "\n")
+  kept.clear()
   print(report.table() + "\n")
   for path in (*paths, out / "eval.jsonl"):
     print(path)
@@ -116,16 +127,31 @@ def apply_flags(config, values: flags.FlagValues):
   return config
 
 
-def evaluate(config, params) -> reconstruction.Report | token_loss.Report:
+def evaluate(
+    config, params, metrics: Sequence[str] = (), weights: str | None = None, kept: progress.Progress | None = None
+) -> reconstruction.Report | token_loss.Report:
   """Evaluates params on the validation splits of config.eval.sources, a generator on those of config.data.tokens.
+
+  Args:
+    metrics: of measures.NAMES, and "rfid"; (): psnr, ssim, mae.
+    weights: folder with the weights of networks, see evals/networks.py.
+    kept: what an earlier call left behind.
 
   Raises:
     ValueError: a setting out of range, before anything is read or compiled.
   """
   settings.at_least_one(config, "eval.num_images", "eval.batch_size", "eval.grid_images")
+  options = {}
+  if config.stage != "ar":
+    pairs = [name for name in metrics if name != RFID]
+    options = {"measures": measures.make(pairs if metrics else PLAIN, weights), "progress": kept, "once": True}
+    if RFID in metrics:
+      options["features"] = networks.inception(weights, RFID)
+  elif metrics:
+    raise ValueError(f"--metrics={','.join(metrics)} has no meaning for a generator: its loss alone is measured")
   stage = make_stage(config)
   mesh = sharding.make_mesh()  # all devices here, whatever the training had
-  evaluator = make_evaluator(config, stage, mesh, inputs.make_prepare(config, mesh))
+  evaluator = make_evaluator(config, stage, mesh, inputs.make_prepare(config, mesh), **options)
   return evaluator.run(sharding.place(params, sharding.replicated(mesh)))
 
 

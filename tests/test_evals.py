@@ -50,7 +50,6 @@ def params(stage):
 
 
 def evaluator(stage, sets, batch_size, **kwargs):
-  sets = {name: {"image": images} for name, images in sets.items()}
   return reconstruction.Reconstruction(stage.predict_fns, sets, (1, 2, 4), batch_size, seed=3, **kwargs)
 
 

@@ -1,6 +1,7 @@
 """The evaluation that a config asks for."""
 
 from collections.abc import Callable
+from typing import Any
 
 from flextok_jax.data import pipeline, shards
 from flextok_jax.evals.reconstruction import Reconstruction, token_counts
@@ -8,13 +9,17 @@ from flextok_jax.evals.token_loss import TokenLoss
 from flextok_jax.training import sharding
 
 
-def make_evaluator(config, stage, mesh, prepare: Callable[[dict], dict]) -> Reconstruction | TokenLoss:
+def make_evaluator(
+    config, stage, mesh, prepare: Callable[[dict], dict], once: bool = False, **options: Any
+) -> Reconstruction | TokenLoss:
   """Returns the evaluation of config.eval: evaluator.run(params) gives a report.
 
   A report has scalars(), table() and write(folder, settings).
 
   Args:
     prepare: of training/inputs.py, for the stage "ar".
+    once: images are read as they are needed and not kept for another run.
+    **options: of Reconstruction: measures, features, progress.
 
   Raises:
     ValueError: a setting out of range, or nothing to evaluate on.
@@ -25,8 +30,8 @@ def make_evaluator(config, stage, mesh, prepare: Callable[[dict], dict]) -> Reco
     arrays = shards.eval_arrays(config, c.num_images)
     return TokenLoss(stage.predict_fns["token_losses"], arrays, c.batch_size, placed, prepare)
   counts = () if config.stage == "vae" else token_counts(c.num_tokens, config.tokens.num_registers)
-  sets = {
-      name: pipeline.eval_set(config.data, name, image_size=config.image_size, num_images=c.num_images)
-      for name in c.sources
-  }
-  return Reconstruction(stage.predict_fns, sets, counts, c.batch_size, config.seed, c.grid_images, placed)
+  size = dict(image_size=config.image_size, num_images=c.num_images)
+  images = (lambda name: pipeline.EvalImages(config.data, name, **size)) if once else (
+      lambda name: pipeline.eval_set(config.data, name, **size)["image"])
+  sets = {name: images(name) for name in c.sources}
+  return Reconstruction(stage.predict_fns, sets, counts, c.batch_size, config.seed, c.grid_images, placed, **options)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax import files
-from flextok_jax.evals import measures, metrics, plots, tally
+from flextok_jax.evals import measures as measures_lib
+from flextok_jax.evals import metrics, plots, tally
 from flextok_jax.evals.progress import Progress
 from flextok_jax.ops import nested
 
@@ -46,10 +47,10 @@ class Report:
     blocks = []
     for name, scored in self.scores["sets"].items():
       named = next(iter(scored["by_tokens"].values()))
-      titles = [measures.UNITS.get(metric, metric) for metric in named]
+      titles = [measures_lib.UNITS.get(metric, metric) for metric in named]
       lines = [f"{name}, {scored['num_images']} images", " ".join([f"{'tokens':>8}", *(f"{t:>9}" for t in titles)])]
       for column, row in scored["by_tokens"].items():
-        numbers = (f"{value:9.{measures.DECIMALS.get(metric, 4)}f}" for metric, value in row.items())
+        numbers = (f"{value:9.{measures_lib.DECIMALS.get(metric, 4)}f}" for metric, value in row.items())
         lines.append(" ".join([f"{column:>8}", *numbers]))
       blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
@@ -118,13 +119,13 @@ class Reconstruction:
 
   Args:
     predict_fns: {"tokenize", "detokenize"} or {"reconstruct"} (see flextok_jax/stages).
-    eval_sets: {name: {"image": uint8 [n, h, w, 3], ...}}; images are taken by slices, so they may be read only then.
+    eval_sets: {name: uint8 [n, h, w, 3]}; images are taken by slices, so they may be read only then.
     num_tokens: token counts to decode from (see token_counts); without meaning for "reconstruct".
     batch_size: images at once; lowered to the largest set.
     seed: of the noise.
     grid_images: images a set kept as examples.
     sharding: places batches over the devices of a mesh along their first axis; None: the default device.
-    pair_measures: per-image metrics by name.
+    measures: per-image metrics by name (evals/measures.py); None: PSNR, SSIM and MAE.
     features: for rFID: images [b, h, w, 3] in [0, 1] -> {"pool": [b, d]}, a pytree as measures are; None: no rFID.
     progress: what is kept on the way.
 
@@ -135,27 +136,27 @@ class Reconstruction:
   def __init__(
       self,
       predict_fns: Mapping[str, Callable],
-      eval_sets: Mapping[str, Mapping[str, Any]],
+      eval_sets: Mapping[str, Any],
       num_tokens: Sequence[int],
       batch_size: int,
       seed: int,
       grid_images: int = 4,
       sharding: jax.sharding.NamedSharding | None = None,
-      pair_measures: Mapping[str, measures.Measure] | None = None,
-      features: measures.Measure | None = None,
+      measures: Mapping[str, measures_lib.Measure] | None = None,
+      features: measures_lib.Measure | None = None,
       progress: Progress | None = None,
   ):
-    self._measures = measures.make(metrics.METRICS) if pair_measures is None else dict(pair_measures)
+    self._measures = measures_lib.make(metrics.METRICS) if measures is None else dict(measures)
     if not eval_sets:
       raise ValueError("no evaluation set is named: set eval.sources")
-    for name, eval_set in eval_sets.items():
-      shape = eval_set["image"].shape
+    for name, images in eval_sets.items():
+      shape = images.shape
       if not shape[0]:
         raise ValueError(f"evaluation set {name!r} has no images")
       if "ssim" in self._measures and min(shape[1:3]) < metrics.SSIM_WINDOW:
         raise ValueError(f"evaluation set {name!r}: images of {shape[1]}x{shape[2]} px are smaller than SSIM's window"
                          f" of {metrics.SSIM_WINDOW}x{metrics.SSIM_WINDOW}")
-    self._images = {name: eval_set["image"] for name, eval_set in eval_sets.items()}
+    self._images = dict(eval_sets)
     self._has_tokens = "tokenize" in predict_fns
     self._num_tokens = tuple(num_tokens)
     devices = sharding.num_devices if sharding else 1
@@ -172,10 +173,10 @@ class Reconstruction:
       detokenize = decoder_by_image(predict_fns["detokenize"], seed)
 
     def compare(nets, images, restored):
-      pair_measures, features = nets
+      measures, features = nets
       restored = metrics.round_to_8bit(restored)
       originals = images.astype(jnp.float32) / 255
-      scores = {name: measure(originals, restored) for name, measure in pair_measures.items()}
+      scores = {name: measure(originals, restored) for name, measure in measures.items()}
       pools = None if features is None else features(restored)["pool"]
       return (restored * 255).round().astype(jnp.uint8), scores, pools
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from flextok_jax.evals import statistics
+from flextok_jax.evals import sample_metrics, statistics
 
 ORIGINAL = "original"  # the column of the images themselves
 
@@ -61,9 +61,8 @@ class Tally:
     for column, parts in self._values.items():
       joined = {metric: np.concatenate(arrays).astype(np.float64) for metric, arrays in parts.items()}
       means[column] = {metric: float(values.mean()) for metric, values in joined.items()}
-      intervals[column] = {
-          metric: [float(x) for x in statistics.bootstrap_interval(values)] for metric, values in joined.items()
-      }
+      several = {metric: values for metric, values in joined.items() if len(values) > 1 and np.isfinite(values).all()}
+      intervals[column] = {metric: list(sample_metrics.bootstrap_interval(x)) for metric, x in several.items()}
     for column, moments in self._moments.items():
       if column != ORIGINAL:
         means.setdefault(column, {})["rfid"] = statistics.frechet_distance(

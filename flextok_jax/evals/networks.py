@@ -1,0 +1,108 @@
+"""The networks that evaluation looks through, and where in a folder their weights are.
+
+Nothing is downloaded and nothing approximated: a metric whose network has no weights is refused, with the file to get.
+All networks take images [b, h, w, 3] in [0, 1], and are jax.tree_util.Partial: pytrees, to be given to compiled
+functions as arguments.
+"""
+
+from collections.abc import Callable
+import os
+from pathlib import Path
+
+import jax
+from jax.tree_util import Partial
+
+from flextok_jax.checkpoints import vit as vit_files
+from flextok_jax.checkpoints.inception import load_inception
+from flextok_jax.models import vit
+from flextok_jax.models.inception import FIDInception
+from flextok_jax.models.lpips import LPIPS, load_lpips
+
+_CONVERT = "written anew by python -m flextok_jax.convert_torch SOURCE TARGET"
+# name in the weights' folder: what to put there. A name is of a .safetensors or .npz file, or of a folder.
+SOURCES = {
+    "inception": f"pt_inception-2015-12-05-6726825d.pth of pytorch-fid's releases, {_CONVERT}",
+    "lpips_alex": f"the state_dict of lpips.LPIPS(net='alex'), or torchvision's alexnet-owt-7be5be79.pth, {_CONVERT}, "
+                  "with the package's weights/v0.1/alex.pth as lpips_alex_heads beside it",
+    "lpips_vgg": f"the state_dict of lpips.LPIPS(net='vgg'), or torchvision's vgg16-397923af.pth, {_CONVERT}, with the "
+                 "package's weights/v0.1/vgg.pth as lpips_vgg_heads beside it",
+    "dinov2": "a folder of Hugging Face, as facebook/dinov2-base",
+    "classifier": "a folder of Hugging Face, as facebook/dinov2-large-imagenet1k-1-layer",
+}
+_ENDINGS = (".safetensors", ".npz", "")
+
+
+def find(folder: str | None, name: str, metric: str) -> str:
+  """Returns the path of a network's weights.
+
+  Raises:
+    ValueError: there are none; the line says what to get.
+  """
+  if folder is None:
+    raise ValueError(f"--metrics={metric} needs --weights=DIR, a folder with {name}: {SOURCES[name]}")
+  found = _path(folder, name)
+  if found is None:
+    raise ValueError(f"--metrics={metric}: {folder} has no {name}.safetensors, .npz or folder: put there "
+                     f"{SOURCES[name]}")
+  return found
+
+
+def inception(folder: str | None, metric: str) -> Partial:
+  """Returns images -> {"pool" [b, 2048], "spatial" [b, 2023], "logits" [b, 1008]}."""
+  return _partial(FIDInception().apply, load_inception(find(folder, "inception", metric)))
+
+
+def lpips(folder: str | None, net: str) -> Partial:
+  """Returns (images, images) -> [b], of net "alex" or "vgg".
+
+  Raises:
+    ValueError: the file is of another net.
+  """
+  name = f"lpips_{net}"
+  path = find(folder, name, name)
+  there, params = load_lpips(path, _path(folder, f"{name}_heads"))
+  if there != net:
+    raise ValueError(f"{path} has the weights of {there!r}, not of {net!r}")
+  return _partial(LPIPS(net).apply, params)
+
+
+def similarity(folder: str | None) -> Partial:
+  """Returns (images, images) -> [b], the cosine of their features by a DINOv2 (its class token)."""
+  sizes, params = vit_files.load_vit(find(folder, "dinov2", "dinov2"))
+  apply = vit.ViT(**sizes).apply
+
+  def cosine(variables, a, b):
+    x, y = (apply(variables, vit.preprocess(images))["cls"] for images in (a, b))
+    x, y = (x / jax.numpy.linalg.norm(x, axis=1, keepdims=True) for x in (x, y))
+    return (x * y).sum(1)
+
+  return _partial(cosine, params)
+
+
+def classifier(folder: str | None, metric: str) -> Partial:
+  """Returns images -> logits [b, classes] of a DINOv2 with a linear head.
+
+  Raises:
+    ValueError: the model has no head.
+  """
+  path = find(folder, "classifier", metric)
+  sizes, params = vit_files.load_vit(path)
+  if not sizes.get("num_classes"):
+    raise ValueError(f"{path} has no classifier: put there {SOURCES['classifier']}")
+  apply = vit.ViT(**sizes).apply
+  return _partial(lambda variables, images: apply(variables, vit.preprocess(images))["logits"], params)
+
+
+def _path(folder: str, name: str) -> str | None:
+  candidates = (Path(folder) / f"{name}{ending}" for ending in _ENDINGS)
+  return next((os.fspath(path) for path in candidates if path.exists()), None)
+
+
+def _partial(fn: Callable, params) -> Partial:
+  """fn({"params": params}, ...) with products in float32, whatever the accelerator's default."""
+
+  def highest(variables, *images):
+    with jax.default_matmul_precision("highest"):
+      return fn(variables, *images)
+
+  return Partial(highest, {"params": params})
