@@ -150,6 +150,8 @@ def test_distance_refuses():
     statistics.frechet_distance(np.zeros(3), np.eye(2), np.zeros(3), eye)
   with pytest.raises(ValueError, match="not finite"):
     statistics.frechet_distance(np.zeros(3), eye * np.nan, np.zeros(3), eye)
+  with pytest.raises(ValueError, match="not symmetric"):
+    statistics.frechet_distance(np.zeros(3), eye, np.zeros(3), np.triu(np.ones((3, 3))))
 
 
 def test_extrapolation_takes_the_bias_away():

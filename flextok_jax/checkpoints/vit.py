@@ -196,6 +196,7 @@ def facebook_sizes(path: str, tensors: Mapping[str, np.ndarray]) -> dict:
       activation="silu" if gated else "gelu",
       qkv_bias="blocks.0.attn.qkv.bias" in tensors,
       layer_scale="blocks.0.ls1.gamma" in tensors,
+      norm_epsilon=1e-6,
       num_registers=shape("register_tokens", 3)[1] if registers else 0,
       antialias=registers,
       offset=0.0 if registers else 0.1,

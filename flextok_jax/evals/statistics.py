@@ -112,7 +112,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     sigma1, sigma2: covariances [d, d].
 
   Raises:
-    ValueError: shapes that do not fit, or a value that is not finite.
+    ValueError: shapes that do not fit, or what checked_gaussian refuses.
   """
   mu1, sigma1 = checked_gaussian(mu1, sigma1)
   mu2, sigma2 = checked_gaussian(mu2, sigma2)
@@ -134,8 +134,8 @@ def fid_infinity(
 ) -> Extrapolation:
   """Extrapolates the Fréchet distance of n samples to infinitely many, where its bias vanishes (FID-infinity).
 
-  Chong and Forsyth 2020, as in their score_infinity.py: the bias is linear in 1/n, so a line through distances over 1/n,
-  at num_points counts from `smallest` to all, is read off at 0. Each count has samples of its own, drawn at random
+  Chong and Forsyth 2020, as in their score_infinity.py: the bias is linear in 1/n, so a line through distances over 1/n
+  at num_points counts, from `smallest` to all, is read off at 0. Each count has samples of its own, drawn at random
   without replacement. The bias that comes with a reference of few samples remains.
 
   Args:
@@ -167,13 +167,15 @@ def checked_gaussian(mu: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.
   """Returns mu [d] and sigma [d, d] in float64.
 
   Raises:
-    ValueError: other shapes, or a value that is not finite.
+    ValueError: other shapes, a value that is not finite, or a sigma that is not symmetric.
   """
   mu, sigma = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
   if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
     raise ValueError(f"a mean of shape {list(mu.shape)} and a covariance of {list(sigma.shape)} are not [d] and [d, d]")
   if not np.isfinite(mu).all() or not np.isfinite(sigma).all():
     raise ValueError("a mean or covariance is not finite: compute these statistics again")
+  if np.abs(sigma - sigma.T).max(initial=0) > 1e-5 * np.abs(sigma).max(initial=0):  # float32's rounding may be there
+    raise ValueError("a covariance is not symmetric: compute these statistics again")
   return mu, sigma
 
 

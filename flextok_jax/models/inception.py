@@ -1,0 +1,222 @@
+"""The InceptionV3 of Google's graph of 2015-12-05, through which FID, sFID and the inception score look.
+
+Module for module the network of pytorch-fid and torch-fidelity (so are the names), with every BatchNorm folded into the
+convolution before it. It is not torchvision's InceptionV3: average pools leave the padding out, the last block pools by
+the maximum, and there are 1008 classes.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SIZE = 299  # pixels a side that the network sees
+SPATIAL_CHANNELS = 7  # of sFID, https://arxiv.org/abs/2103.03841
+RESIZES = ("tensorflow", "pytorch")
+
+
+def resize_matrix(size: int, resize: str) -> np.ndarray:
+  """Returns the weights [SIZE, size] float32 with which pixels of a row of `size` make those of a row of SIZE.
+
+  Bilinear without antialiasing: "tensorflow" puts the corners of both rows upon each other, as TensorFlow 1 does
+  (align_corners=False, no half-pixel centres), "pytorch" the edges.
+  """
+  # The numbers are rounded to float32 where the originals round them.
+  at = np.arange(SIZE, dtype=np.float32)
+  scale = np.float32(size / SIZE)
+  at = at * scale if resize == "tensorflow" else np.maximum((at + np.float32(0.5)) * scale - np.float32(0.5), 0)
+  low = np.minimum(at.astype(int), size - 1)
+  weights = np.zeros((SIZE, size), np.float32)
+  rows = np.arange(SIZE)
+  np.add.at(weights, (rows, low), 1 - (at - low))
+  np.add.at(weights, (rows, np.minimum(low + 1, size - 1)), at - low)
+  return weights
+
+
+class Conv(nn.Module):
+  """relu(convolution + bias), its products in float32 on every device.
+
+  Attributes:
+    padding: "SAME", or "VALID" for none.
+  """
+
+  features: int
+  kernel: tuple[int, int]
+  stride: int = 1
+  padding: str = "SAME"
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (*self.kernel, x.shape[-1], self.features)
+    kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+    bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+    if self.kernel == (1, 1):  # XLA's products on a CPU are faster than its convolutions
+      x = jnp.matmul(x, kernel[0, 0], precision=jax.lax.Precision.HIGHEST)
+    else:
+      x = self._convolve(x, kernel)
+    return nn.relu(x + bias)
+
+  def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    # XLA on a CPU takes up to five times as long where there is no padding at all: so a row is put below, and of the
+    # output goes what looks at it, which with a stride of 2 is nothing.
+    padding, rows = self.padding, None
+    if padding == "VALID":
+      padding, rows = ((0, 1), (0, 0)), (x.shape[1] - self.kernel[0]) // self.stride + 1
+    x = jax.lax.conv_general_dilated(x, kernel, (self.stride, self.stride), padding,
+                                     dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=jax.lax.Precision.HIGHEST)
+    return x[:, :rows]
+
+
+def conv(features: int, kernel: int | tuple[int, int], name: str, stride: int = 1, padding: str = "SAME") -> Conv:
+  return Conv(features, (kernel, kernel) if isinstance(kernel, int) else kernel, stride, padding, name=name)
+
+
+def max_pool(x: jax.Array, stride: int = 2, padding="VALID") -> jax.Array:
+  return nn.max_pool(x, (3, 3), (stride, stride), padding)
+
+
+def avg_pool(x: jax.Array) -> jax.Array:
+  return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
+
+
+class BlockA(nn.Module):
+  """1x1, 5x5 and double 3x3 branches at 35 x 35."""
+
+  pool_features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = conv(48, 1, "branch5x5_1")(x)
+    z = conv(64, 1, "branch3x3dbl_1")(x)
+    z = conv(96, 3, "branch3x3dbl_2")(z)
+    return jnp.concatenate([
+        conv(64, 1, "branch1x1")(x),
+        conv(64, 5, "branch5x5_2")(y),
+        conv(96, 3, "branch3x3dbl_3")(z),
+        conv(self.pool_features, 1, "branch_pool")(avg_pool(x)),
+    ], -1)  # [b, 35, 35, 224 + pool_features]
+
+
+class BlockB(nn.Module):
+  """From 35 x 35 to 17 x 17."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = conv(64, 1, "branch3x3dbl_1")(x)
+    y = conv(96, 3, "branch3x3dbl_2")(y)
+    return jnp.concatenate([
+        conv(384, 3, "branch3x3", 2, "VALID")(x),
+        conv(96, 3, "branch3x3dbl_3", 2, "VALID")(y),
+        max_pool(x),
+    ], -1)  # [b, 17, 17, 768]
+
+
+class BlockC(nn.Module):
+  """1x1, 7x7 and double 7x7 branches at 17 x 17, the large kernels as products of a row and a column."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    row, column, c = (1, 7), (7, 1), self.features
+    y = conv(c, 1, "branch7x7_1")(x)
+    y = conv(c, row, "branch7x7_2")(y)
+    z = conv(c, 1, "branch7x7dbl_1")(x)
+    z = conv(c, column, "branch7x7dbl_2")(z)
+    z = conv(c, row, "branch7x7dbl_3")(z)
+    z = conv(c, column, "branch7x7dbl_4")(z)
+    return jnp.concatenate([
+        conv(192, 1, "branch1x1")(x),
+        conv(192, column, "branch7x7_3")(y),
+        conv(192, row, "branch7x7dbl_5")(z),
+        conv(192, 1, "branch_pool")(avg_pool(x)),
+    ], -1)  # [b, 17, 17, 768]
+
+
+class BlockD(nn.Module):
+  """From 17 x 17 to 8 x 8."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = conv(192, 1, "branch3x3_1")(x)
+    z = conv(192, 1, "branch7x7x3_1")(x)
+    z = conv(192, (1, 7), "branch7x7x3_2")(z)
+    z = conv(192, (7, 1), "branch7x7x3_3")(z)
+    return jnp.concatenate([
+        conv(320, 3, "branch3x3_2", 2, "VALID")(y),
+        conv(192, 3, "branch7x7x3_4", 2, "VALID")(z),
+        max_pool(x),
+    ], -1)  # [b, 8, 8, 1280]
+
+
+class BlockE(nn.Module):
+  """Branches that end in a row and a column beside each other, at 8 x 8."""
+
+  pool: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = conv(384, 1, "branch3x3_1")(x)
+    z = conv(448, 1, "branch3x3dbl_1")(x)
+    z = conv(384, 3, "branch3x3dbl_2")(z)
+    pooled = avg_pool(x) if self.pool == "average" else max_pool(x, 1, "SAME")
+    return jnp.concatenate([
+        conv(320, 1, "branch1x1")(x),
+        conv(384, (1, 3), "branch3x3_2a")(y),
+        conv(384, (3, 1), "branch3x3_2b")(y),
+        conv(384, (1, 3), "branch3x3dbl_3a")(z),
+        conv(384, (3, 1), "branch3x3dbl_3b")(z),
+        conv(192, 1, "branch_pool")(pooled),
+    ], -1)  # [b, 8, 8, 2048]
+
+
+class FIDInception(nn.Module):
+  """Features of images.
+
+  Attributes:
+    resize: how images become 299 x 299: "tensorflow" (the graph itself, ADM's evaluator, torch-fidelity, torchmetrics)
+      or "pytorch" (pytorch-fid); the numbers of the two differ and must not be compared.
+  """
+
+  resize: str = "tensorflow"
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
+    """Returns features of images [b, h, w, 3] in [0, 1], of any size; float32, and in float32 on every device.
+
+    Returns:
+      {"pool": [b, 2048], of FID; "spatial": [b, 2023], of sFID, the first 7 channels of Mixed_6d's 1x1 branch by row,
+      column (17 of each) and channel, as ADM's evaluator takes them; "logits": [b, 1008], of the inception score,
+      without the bias, as both ADM's evaluator and torch-fidelity take them}.
+
+    Raises:
+      ValueError: an unknown resize.
+    """
+    if self.resize not in RESIZES:
+      raise ValueError(f"unknown resize {self.resize!r}: use one of {', '.join(RESIZES)}")
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    down, right = (resize_matrix(size, self.resize) for size in images.shape[1:3])
+    x = product("ph,qw,bhwc->bpqc", down, right, images.astype(jnp.float32))  # [b, 299, 299, 3]
+    x = (255 * x - 128) / 128 if self.resize == "tensorflow" else 2 * x - 1
+    x = conv(32, 3, "Conv2d_1a_3x3", 2, "VALID")(x)
+    x = conv(32, 3, "Conv2d_2a_3x3", 1, "VALID")(x)
+    x = conv(64, 3, "Conv2d_2b_3x3")(x)
+    x = max_pool(x)  # [b, 73, 73, 64]
+    x = conv(80, 1, "Conv2d_3b_1x1")(x)
+    x = conv(192, 3, "Conv2d_4a_3x3", 1, "VALID")(x)
+    x = max_pool(x)  # [b, 35, 35, 192]
+    for name, features in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
+      x = BlockA(features, name=name)(x)
+    x = BlockB(name="Mixed_6a")(x)
+    for name, features in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160)):
+      x = BlockC(features, name=name)(x)
+    spatial = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1)
+    x = BlockC(192, name="Mixed_6e")(x)
+    x = BlockD(name="Mixed_7a")(x)
+    x = BlockE("average", name="Mixed_7b")(x)
+    x = BlockE("maximum", name="Mixed_7c")(x)
+    pool = x.mean((1, 2))
+    logits = nn.Dense(1008, use_bias=False, precision=jax.lax.Precision.HIGHEST, name="fc")(pool)
+    return {"pool": pool, "spatial": spatial, "logits": logits}
