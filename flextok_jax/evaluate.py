@@ -18,8 +18,8 @@ from ml_collections import ConfigDict, config_flags
 from flextok_jax import cli, settings
 from flextok_jax.checkpoints import loading
 from flextok_jax.evals import measures, networks, progress, reconstruction, token_loss
-from flextok_jax.evals.metrics import METRICS as PLAIN
 from flextok_jax.evals.make import make_evaluator
+from flextok_jax.evals.metrics import METRICS as PLAIN
 from flextok_jax.stages import make_stage
 from flextok_jax.training import checkpoint, distributed, inputs, sharding
 

@@ -14,9 +14,10 @@ from jax.tree_util import Partial
 
 from flextok_jax.checkpoints import vit as vit_files
 from flextok_jax.checkpoints.inception import load_inception
+from flextok_jax.checkpoints.lpips import load_lpips
 from flextok_jax.models import vit
 from flextok_jax.models.inception import FIDInception
-from flextok_jax.models.lpips import LPIPS, load_lpips
+from flextok_jax.models.lpips import LPIPS
 
 _CONVERT = "written anew by python -m flextok_jax.convert_torch SOURCE TARGET"
 # name in the weights' folder: what to put there. A name is of a .safetensors or .npz file, or of a folder.

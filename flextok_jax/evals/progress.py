@@ -1,4 +1,4 @@
-"""Long evaluations: a line now and then, and results so far in a file, with which a killed one goes on when run again."""
+"""Long evaluations: lines on the way, and results so far in a file, with which a killed one goes on when run again."""
 
 from collections.abc import Mapping
 import hashlib
@@ -9,8 +9,8 @@ from typing import Any
 import zipfile
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax import files
