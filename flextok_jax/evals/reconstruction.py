@@ -119,6 +119,7 @@ class Reconstruction:
     seed: of the noise.
     grid_images: images a set kept as examples.
     sharding: places batches over the devices of a mesh along their first axis; None: the default device.
+    measures: {name: function of two batches [b, h, w, 3] in [0, 1]} (evals/measures.py).
 
   Raises:
     ValueError: no sets, an empty set, or images too small for the metrics.
@@ -133,6 +134,7 @@ class Reconstruction:
       seed: int,
       grid_images: int = 4,
       sharding: jax.sharding.NamedSharding | None = None,
+      measures: Mapping[str, Callable] = metrics.METRICS,
   ):
     if not eval_sets:
       raise ValueError("no evaluation set is named: set eval.sources")
@@ -159,7 +161,7 @@ class Reconstruction:
     def compare(images, restored):
       restored = metrics.round_to_8bit(restored)
       originals = images.astype(jnp.float32) / 255
-      scores = {name: metric(originals, restored) for name, metric in metrics.METRICS.items()}
+      scores = {name: measure(originals, restored) for name, measure in measures.items()}
       return (restored * 255).round().astype(jnp.uint8), scores
 
     def decode(params, images, ids, num_tokens, index):
@@ -206,7 +208,7 @@ class Reconstruction:
           restored.setdefault(column, []).append(np.asarray(pictures)[:kept])
     means = {}
     for column, parts in scores.items():
-      joined = {k: np.concatenate([np.asarray(values[k])[:n] for n, values in parts]) for k in metrics.METRICS}
+      joined = {k: np.concatenate([np.asarray(values[k])[:n] for n, values in parts]) for k in parts[0][1]}
       means[column] = {k: float(v.mean(dtype=np.float64)) for k, v in joined.items()}
     return means, {column: np.concatenate(parts) for column, parts in restored.items()}
 
