@@ -39,6 +39,7 @@ setup(
         "safetensors>=0.5",
         "scikit-image>=0.25",  # its photographs are data here, as are scikit-learn's
         "scikit-learn>=1.5",
+        "scipy>=1.15",
         "sentencepiece>=0.2",  # T5's tokenizer, as tokenizers below: one of its two file formats each
         "tensorflow-datasets>=4.9.7",  # reads prepared data sets without tensorflow
         "tokenizers>=0.21",

@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
   for part in (c.encoder, c.decoder):  # what follows is as in the released models [code]
     part.mlp_ratio = 4.0  # hidden width over width; a gated MLP has two thirds of it
     part.gated_mlp = True  # W2(act(W1 x) * W3 x); False: W2(act(W1 x))
-    part.activation = "silu"  # "silu", "gelu" (exact), "gelu_tanh" or "relu"
+    part.activation = "silu"  # "silu", "gelu" (exact), "gelu_tanh", "relu" or "quick_gelu"
     part.qk_norm = True  # layer-norms queries and keys, per head
     part.qkv_bias = False
     part.out_bias = False  # of attention's output projection

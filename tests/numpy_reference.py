@@ -52,6 +52,8 @@ def activate(x, kind):
     return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
   if kind == "gelu_tanh":
     return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+  if kind == "quick_gelu":
+    return x / (1 + np.exp(-1.702 * x))
   assert kind == "silu"
   return silu(x)
 

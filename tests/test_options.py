@@ -37,6 +37,7 @@ BOTH = {  # options of encoder and decoder, as config fields
     "gelu": dict(activation="gelu"),
     "gelu_tanh": dict(activation="gelu_tanh"),
     "relu": dict(activation="relu"),
+    "quick_gelu": dict(activation="quick_gelu"),
     "no_qk_norm": dict(qk_norm=False),
     "qkv_bias": dict(qkv_bias=True),
     "out_bias": dict(out_bias=True),

@@ -58,7 +58,8 @@ def fill(
   for e in entries:
     flat[e.path] = np.empty(e.shape, np.float32)
     for i, name in enumerate(e.names):
-      if tensors[name].shape != e.official_shape:
-        raise ValueError(f"{path}: {name} has shape {list(tensors[name].shape)}, not {list(e.official_shape)}")
-      e.from_official(tensors[name], flat[e.path], i)
+      tensor = tensors[name]
+      if tensor.shape != e.official_shape:
+        raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, not {list(e.official_shape)}")
+      e.from_official(tensor, flat[e.path], i)
   return unflatten_dict(flat, sep="/")

@@ -1,13 +1,11 @@
-"""T5 encoders from Hugging Face folders and repositories: config.json and safetensors, whole or in shards.
+"""T5 encoders from Hugging Face folders and repositories.
 
-Only the encoder's tensors are read. Nothing that a file names is imported or called, and an index names files of its
-own folder alone.
+Only the encoder's tensors are read. Nothing that a file names is imported or called.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 import math
 import os
-import re
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
@@ -16,17 +14,13 @@ import numpy as np
 
 from flextok_jax import settings
 from flextok_jax.checkpoints import hub, literals, tensor_file
+from flextok_jax.checkpoints.folder import Folder
 from flextok_jax.checkpoints.names import Entry
-from flextok_jax.checkpoints.tensor_file import TensorFile
 from flextok_jax.models.t5 import T5Encoder
 from flextok_jax.training import sharding
 from flextok_jax.training.state import unbox
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-NEEDED = f"{hub.CONFIG} and {WEIGHTS} (or {INDEX} and the files that it names)"  # of a folder, in errors
 _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # two names of one tensor; files have either or both
-_SHARD = re.compile(r"[A-Za-z0-9][\w.-]{0,200}\.safetensors", re.ASCII)
 _LIMITS = {  # of the whole numbers in config.json: what a T5 can be, so that no file makes us work without end
     "vocab_size": 2**22,
     "d_model": 2**16,
@@ -66,7 +60,7 @@ def load_t5(source: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | Non
     ValueError: a damaged, foreign or unsupported file; the line names what is wrong.
   """
   dtype = np.dtype(settings.float_dtype("dtype", dtype))
-  folder = _Folder(source)
+  folder = _folder(source)
   sizes = _sizes(folder)
   abstract = jax.eval_shape(
       T5Encoder(**sizes).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
@@ -102,7 +96,7 @@ def load_t5(source: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | Non
 
 def read_sizes(source: str | os.PathLike) -> dict:
   """Returns the fields of models/t5.py's T5Encoder, dtype aside, of a folder or repository; see load_t5."""
-  return _sizes(_Folder(source))
+  return _sizes(_folder(source))
 
 
 def entries(shapes: Mapping[str, tuple[int, ...]], embedding: str = _EMBEDDINGS[0], prefix: str = "") -> list[Entry]:
@@ -131,60 +125,11 @@ def entries(shapes: Mapping[str, tuple[int, ...]], embedding: str = _EMBEDDINGS[
   return found
 
 
-class _Folder:
-  """The files of a T5, in a folder or on the hub."""
-
-  def __init__(self, source: str | os.PathLike):
-    self.name = os.fspath(source)
-    self._local = os.path.isdir(self.name)
-    if not self._local and not hub.is_repository(self.name):
-      raise FileNotFoundError(f"no such T5 encoder: {self.name}; give a folder or a repository on Hugging Face, such "
-                              "as google/flan-t5-xl")
-
-  def find(self, *names: str) -> str:
-    """Returns the path of the first of the files that is there."""
-    if not self._local:
-      return hub.fetch_file(self.name, *names, needed=NEEDED)
-    for name in names:
-      path = os.path.join(self.name, name)
-      if os.path.isfile(path):
-        return path
-    others = [name for name in sorted(os.listdir(self.name)) if name.endswith((".bin", ".pt", ".h5", ".msgpack"))]
-    instead = f", and {others[0]} is not read: save the model as safetensors" if others else ""
-    raise FileNotFoundError(f"folder {self.name} lacks {' and '.join(names)}{instead}; needed are {NEEDED}")
-
-  def read_json(self, path: str) -> dict:
-    try:
-      with open(path, "rb") as f:
-        return literals.parse_json(f.read(literals.MAX_TEXT + 1), path)
-    except OSError as e:
-      raise ValueError(f"{path} cannot be read: {e.strerror}") from None
-
-  def tensors(self) -> tuple[Iterable[str], Callable[[str], TensorFile]]:
-    """Returns the names of all tensors, and a function from such a name to the file that holds it."""
-    path = self.find(WEIGHTS, INDEX)
-    if os.path.basename(path) == WEIGHTS:
-      file = TensorFile(path)
-      return file.shapes, lambda name: file
-    places = self.read_json(path).get("weight_map")
-    if not isinstance(places, dict) or not places:
-      raise ValueError(f"{path} has no weight_map: not an index of safetensors files")
-    for name, place in places.items():
-      if not isinstance(place, str) or not _SHARD.fullmatch(place):
-        raise ValueError(f"{path}: tensor {name!r:.80} is in {literals.quote(place)}, which is not the plain name of a "
-                         ".safetensors file")
-    files = {}  # of those that are needed; a decoder's alone are neither downloaded nor opened
-
-    def open_file(name: str) -> TensorFile:
-      place = places[name]
-      if place not in files:
-        files[place] = TensorFile(self.find(place))
-      return files[place]
-
-    return places, open_file
+def _folder(source: str | os.PathLike) -> Folder:
+  return Folder(source, "T5 encoder", "google/flan-t5-xl")
 
 
-def _sizes(folder: _Folder) -> dict:
+def _sizes(folder: Folder) -> dict:
   path = folder.find(hub.CONFIG)
   config = folder.read_json(path)
   kind = config.get("model_type")

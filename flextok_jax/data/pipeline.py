@@ -6,6 +6,7 @@ augmentation (a generator keyed by the element's index). Processes, threads and 
 element, and a restart begins at the element it needs.
 """
 
+import concurrent.futures
 import zlib
 
 from absl import flags
@@ -168,19 +169,43 @@ def stream(rows, size: int, data_cfg, *, drop_remainder: bool = True, batch_fn=N
       num_workers=data_cfg.num_workers, per_worker_buffer_size=max(data_cfg.prefetch // data_cfg.num_workers, 1))))
 
 
-def eval_set(data_cfg, name: str, *, image_size: int, num_images: int) -> dict:
+class EvalImages:
   """The first num_images records of a source's validation split under a fixed shuffle, centre-cropped.
 
-  Fewer if the split is smaller. Returns image uint8 [n, s, s, 3], label and num_objects int32 [n], caption list of str.
+  Fewer if the split is smaller. A slice reads its records, by config.data's threads: uint8 [n, s, s, 3]. shape is that
+  of all images.
+
+  Raises:
+    ValueError: an unknown source, or num_images below 1.
   """
-  if name not in data_cfg.sources:
-    raise ValueError(f"unknown data source {name!r}: use one of {', '.join(sources_lib.NAMES)}")
-  if num_images < 1:
-    raise ValueError(f"an evaluation set needs at least one image, got {num_images}")
-  source = sources_lib.make_source(name, data_cfg.sources[name], "validation")
-  order = grain.MapDataset.range(len(source)).shuffle(seed=EVAL_SHUFFLE_SEED)
-  crop = lambda image: transforms.center_crop(image, image_size)
-  records = [sources_lib.read(source, int(order[i]), crop)[0] for i in range(min(num_images, len(order)))]
+
+  def __init__(self, data_cfg, name: str, *, image_size: int, num_images: int):
+    if name not in data_cfg.sources:
+      raise ValueError(f"unknown data source {name!r}: use one of {', '.join(sources_lib.NAMES)}")
+    if num_images < 1:
+      raise ValueError(f"an evaluation set needs at least one image, got {num_images}")
+    self._source = sources_lib.make_source(name, data_cfg.sources[name], "validation")
+    self._order = grain.MapDataset.range(len(self._source)).shuffle(seed=EVAL_SHUFFLE_SEED)
+    self._threads = max(data_cfg.num_threads, 1)
+    self.shape = (min(num_images, len(self._source)), image_size, image_size, 3)
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    return np.stack([record["image"] for record in self.records(rows)])
+
+  def records(self, rows: slice) -> list[dict]:
+    """Returns the records of a slice, see data/sources.py."""
+    crop = lambda image: transforms.center_crop(image, self.shape[1])
+    read = lambda i: sources_lib.read(self._source, int(self._order[i]), crop)[0]
+    with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
+      return list(pool.map(read, range(*rows.indices(len(self)))))
+
+
+def eval_set(data_cfg, name: str, *, image_size: int, num_images: int) -> dict:
+  """Returns all of EvalImages: image uint8 [n, s, s, 3], label and num_objects int32 [n], caption list of str."""
+  records = EvalImages(data_cfg, name, image_size=image_size, num_images=num_images).records(slice(None))
   return {
       "image": np.stack([r["image"] for r in records]),
       "label": np.array([r["label"] for r in records], np.int32),

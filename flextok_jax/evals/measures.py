@@ -2,38 +2,37 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
+from jax.tree_util import Partial
 
 from flextok_jax.evals import distances, metrics
 
-# (a, b) -> [batch]; both float32 [batch, h, w, 3] in [0, 1], b of 8 bits where it stands for a picture that is stored.
-Measure = Callable[[jax.Array, jax.Array], jax.Array]
 
-UNITS = {"psnr": "PSNR, dB", "ssim": "SSIM", "mae": "mean absolute error", "mse": "MSE", "perceptual": "perceptual"}
+def _of_unit_range(distance: distances.Distance) -> Callable:
+  return lambda a, b: distance(2 * a - 1, 2 * b - 1)
+
+
+
+# A pytree, so that a network's weights are arguments of a compiled function and not constants in it; called with
+# (a, b), both float32 [batch, h, w, 3] in [0, 1], b of 8 bits where it stands for a stored picture, it gives [batch].
+Measure = Partial
+
+UNITS = {"psnr": "PSNR dB", "ssim": "SSIM", "mae": "MAE", "mse": "MSE", "perceptual": "perceptual"}
+DECIMALS = {"psnr": 2, "rfid": 2}  # in tables; the others have 4
 BETTER_HIGH = ("psnr", "ssim")  # of the others less is better
+PLAIN = metrics.METRICS | {name: _of_unit_range(f) for name, f in distances.DISTANCES.items()}
 
 
 def make(names: Sequence[str], weights: str | None = None) -> dict[str, Measure]:
   """Returns measures by name, those of networks with their weights.
 
   Args:
-    names: of metrics.METRICS and distances.DISTANCES.
+    names: keys of PLAIN.
     weights: folder with the weights of networks.
 
   Raises:
     ValueError: an unknown name.
   """
-  found = {}
   for name in names:
-    if name in metrics.METRICS:
-      found[name] = metrics.METRICS[name]
-    elif name in distances.DISTANCES:
-      found[name] = _of_unit_range(distances.DISTANCES[name])
-    else:
-      known = (*metrics.METRICS, *distances.DISTANCES)
-      raise ValueError(f"unknown metric {name!r}: one of {', '.join(known)}")
-  return found
-
-
-def _of_unit_range(distance: distances.Distance) -> Measure:
-  return lambda a, b: distance(2 * a - 1, 2 * b - 1)
+    if name not in PLAIN:
+      raise ValueError(f"unknown metric {name!r}: one of {', '.join(PLAIN)}")
+  return {name: Partial(PLAIN[name]) for name in names}

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax import files
-from flextok_jax.evals import metrics, plots
+from flextok_jax.evals import measures, metrics, plots, tally
+from flextok_jax.evals.progress import Progress
 from flextok_jax.ops import nested
 
 VAE_COLUMN = "vae"  # the one column of a stage without tokens
@@ -21,9 +22,10 @@ VAE_COLUMN = "vae"  # the one column of a stage without tokens
 class Report:
   """What one evaluation measured.
 
-  scores is JSON-able: {"seed", "num_tokens", "sets": {set: {"num_images": n, "by_tokens": {column: {"psnr", "ssim",
-  "mae"}}}}}. A column is a token count as a string ("1", "2", ...), or "vae"; each metric is the mean over the n images
-  (evals/metrics.py: 8-bit images, data range 1, PSNR in dB).
+  scores is JSON-able: {"seed", "num_tokens", "sets": {set: {"num_images": n, "by_tokens": {column: {"psnr", ...}},
+  "intervals": {column: {"psnr": [low, high], ...}}}}}. A column is a token count as a string ("1", "2", ...), or "vae";
+  a metric is the mean over the n images (evals/measures.py: 8-bit images) with the 95% interval of that mean by
+  bootstrap, or one number of all of them (rfid).
   examples holds the first images of each set, uint8 [g, h, w, 3]: {set: {"original": ..., column: ...}}.
   """
 
@@ -43,9 +45,12 @@ class Report:
     """Returns the scores as text, a block a set and a line a token count."""
     blocks = []
     for name, scored in self.scores["sets"].items():
-      lines = [f"{name}, {scored['num_images']} images", f"{'tokens':>8} {'PSNR dB':>9} {'SSIM':>8} {'MAE':>8}"]
+      named = next(iter(scored["by_tokens"].values()))
+      titles = [measures.UNITS.get(metric, metric) for metric in named]
+      lines = [f"{name}, {scored['num_images']} images", " ".join([f"{'tokens':>8}", *(f"{t:>9}" for t in titles)])]
       for column, row in scored["by_tokens"].items():
-        lines.append(f"{column:>8} {row['psnr']:9.2f} {row['ssim']:8.4f} {row['mae']:8.4f}")
+        numbers = (f"{value:9.{measures.DECIMALS.get(metric, 4)}f}" for metric, value in row.items())
+        lines.append(" ".join([f"{column:>8}", *numbers]))
       blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -109,17 +114,19 @@ class Reconstruction:
   """Measures reconstructions of fixed image sets by the predict functions of a stage.
 
   Image i of a set is decoded from the same noise at every token count, whatever the batch size. The last batch is
-  padded and its padding left out of the means: one compilation serves all sets and all token counts of a slot size.
+  padded and its padding left out of all numbers: one compilation serves all sets and all token counts of a slot size.
 
   Args:
     predict_fns: {"tokenize", "detokenize"} or {"reconstruct"} (see flextok_jax/stages).
-    eval_sets: {name: {"image": uint8 [n, h, w, 3], ...}}.
+    eval_sets: {name: {"image": uint8 [n, h, w, 3], ...}}; images are taken by slices, so they may be read only then.
     num_tokens: token counts to decode from (see token_counts); without meaning for "reconstruct".
     batch_size: images at once; lowered to the largest set.
     seed: of the noise.
     grid_images: images a set kept as examples.
     sharding: places batches over the devices of a mesh along their first axis; None: the default device.
-    measures: {name: function of two batches [b, h, w, 3] in [0, 1]} (evals/measures.py).
+    pair_measures: per-image metrics by name.
+    features: for rFID: images [b, h, w, 3] in [0, 1] -> {"pool": [b, d]}, a pytree as measures are; None: no rFID.
+    progress: what is kept on the way.
 
   Raises:
     ValueError: no sets, an empty set, or images too small for the metrics.
@@ -134,45 +141,55 @@ class Reconstruction:
       seed: int,
       grid_images: int = 4,
       sharding: jax.sharding.NamedSharding | None = None,
-      measures: Mapping[str, Callable] = metrics.METRICS,
+      pair_measures: Mapping[str, measures.Measure] | None = None,
+      features: measures.Measure | None = None,
+      progress: Progress | None = None,
   ):
+    self._measures = measures.make(metrics.METRICS) if pair_measures is None else dict(pair_measures)
     if not eval_sets:
       raise ValueError("no evaluation set is named: set eval.sources")
     for name, eval_set in eval_sets.items():
       shape = eval_set["image"].shape
       if not shape[0]:
         raise ValueError(f"evaluation set {name!r} has no images")
-      if min(shape[1:3]) < metrics.SSIM_WINDOW:
+      if "ssim" in self._measures and min(shape[1:3]) < metrics.SSIM_WINDOW:
         raise ValueError(f"evaluation set {name!r}: images of {shape[1]}x{shape[2]} px are smaller than SSIM's window"
                          f" of {metrics.SSIM_WINDOW}x{metrics.SSIM_WINDOW}")
-    self._images = {name: np.asarray(eval_set["image"]) for name, eval_set in eval_sets.items()}
+    self._images = {name: eval_set["image"] for name, eval_set in eval_sets.items()}
     self._has_tokens = "tokenize" in predict_fns
     self._num_tokens = tuple(num_tokens)
     devices = sharding.num_devices if sharding else 1
-    batch_size = min(batch_size, max(len(images) for images in self._images.values()))
+    batch_size = min(batch_size, max(images.shape[0] for images in self._images.values()))
     self._batch_size = -(-batch_size // devices) * devices
     self._seed = seed
     self._grid_images = grid_images
     self._sharding = sharding
+    self._features = features
+    self._progress = progress or Progress()
+    self._placed = None  # measures and features, on the devices
 
     if self._has_tokens:
       detokenize = decoder_by_image(predict_fns["detokenize"], seed)
 
-    def compare(images, restored):
+    def compare(nets, images, restored):
+      pair_measures, features = nets
       restored = metrics.round_to_8bit(restored)
       originals = images.astype(jnp.float32) / 255
-      scores = {name: measure(originals, restored) for name, measure in measures.items()}
-      return (restored * 255).round().astype(jnp.uint8), scores
+      scores = {name: measure(originals, restored) for name, measure in pair_measures.items()}
+      pools = None if features is None else features(restored)["pool"]
+      return (restored * 255).round().astype(jnp.uint8), scores, pools
 
-    def decode(params, images, ids, num_tokens, index):
+    def decode(params, nets, images, ids, num_tokens, index):
       keep_k = jnp.full(len(images), num_tokens)
-      return compare(images, detokenize(params, ids, keep_k, index))
+      return compare(nets, images, detokenize(params, ids, keep_k, index))
 
-    def reconstruct(params, images):
-      return compare(images, predict_fns["reconstruct"](params, images))
+    def reconstruct(params, nets, images):
+      return compare(nets, images, predict_fns["reconstruct"](params, images))
 
     # Results are small and read on every host: replicated.
     replicated = jax.NamedSharding(sharding.mesh, jax.P()) if sharding else None
+    self._replicated = replicated
+    self._look = jax.jit(lambda f, images: f(images.astype(jnp.float32) / 255)["pool"], out_shardings=replicated)
     if self._has_tokens:
       self._tokenize = jax.jit(predict_fns["tokenize"])
       self._decode = jax.jit(decode, out_shardings=replicated)
@@ -185,46 +202,51 @@ class Reconstruction:
     Raises:
       ValueError: a token count that the model does not take, or a metric that is not finite.
     """
+    if self._placed is None:
+      self._placed = jax.device_put((self._measures, self._features), self._replicated)
     sets, examples = {}, {}
     for name, images in self._images.items():
-      by_tokens, restored = self._run_set(params, images)
-      for column, scores in by_tokens.items():
+      tally = self._run_set(params, name, images)
+      means, intervals = tally.scores()
+      for column, scores in means.items():
         if not np.isfinite(list(scores.values())).all():
           raise ValueError(f"reconstructions of {name!r} at {column} tokens are not finite: these weights diverged")
-      sets[name] = {"num_images": len(images), "by_tokens": by_tokens}
-      examples[name] = {"original": images[: self._grid_images], **restored}
-    num_tokens = [int(column) for column in by_tokens] if self._has_tokens else []
+      sets[name] = {"num_images": images.shape[0], "by_tokens": means, "intervals": intervals}
+      examples[name] = {"original": images[: self._grid_images], **tally.pictures()}
+    num_tokens = [int(column) for column in means] if self._has_tokens else []
     return Report({"seed": self._seed, "num_tokens": num_tokens, "sets": sets}, examples)
 
-  def _run_set(self, params: Any, images: np.ndarray) -> tuple[dict, dict]:
-    """Returns the mean metrics and the first reconstructions of one set, by column."""
-    scores, restored = {}, {}
-    for start in range(0, len(images), self._batch_size):
-      rows = images[start : start + self._batch_size]
-      for column, (pictures, values) in self._run_batch(params, rows, start):
-        scores.setdefault(column, []).append((len(rows), values))  # left on the device: the next batch need not wait
-        if start < self._grid_images:
-          kept = min(self._grid_images - start, len(rows))
-          restored.setdefault(column, []).append(np.asarray(pictures)[:kept])
-    means = {}
-    for column, parts in scores.items():
-      joined = {k: np.concatenate([np.asarray(values[k])[:n] for n, values in parts]) for k in parts[0][1]}
-      means[column] = {k: float(v.mean(dtype=np.float64)) for k, v in joined.items()}
-    return means, {column: np.concatenate(parts) for column, parts in restored.items()}
+  def _run_set(self, params: Any, name: str, images) -> tally.Tally:
+    """Returns what all images of a set have given."""
+    total = images.shape[0]
+    first, arrays = self._progress.load(name)
+    seen = tally.Tally(self._grid_images, arrays)
+    waiting = None  # a batch whose results are still being computed
+    for start in [*range(first, total, self._batch_size), None]:
+      begun = None if start is None else list(self._run_batch(params, images[start : start + self._batch_size], start))
+      if waiting is not None:
+        done = min(waiting[0] + self._batch_size, total)
+        for column, results in waiting[1]:
+          seen.add(column, done - waiting[0], *jax.device_get(results))
+        self._progress.after_batch(name, done, total, seen.to_arrays)
+      waiting = start, begun
+    return seen
 
   def _run_batch(self, params: Any, rows: np.ndarray, start: int):
-    """Yields (column, (uint8 pictures, metrics)) of a batch whose first row is image `start` of its set."""
+    """Yields (column, (uint8 pictures, metrics, features)) of a batch whose first row is image `start` of its set."""
     padding = self._batch_size - len(rows)
     batch = self._place(np.pad(rows, ((0, padding), (0, 0), (0, 0), (0, 0)), mode="edge"))
+    if self._features is not None:
+      yield tally.ORIGINAL, (None, {}, self._look(self._placed[1], batch))
     if not self._has_tokens:
-      yield VAE_COLUMN, self._reconstruct(params, batch)
+      yield VAE_COLUMN, self._reconstruct(params, self._placed, batch)
       return
     ids = self._tokenize(params, batch)
     index = self._place(np.arange(start, start + self._batch_size, dtype=np.int32))
     total = ids.shape[1]
     for count in token_counts(self._num_tokens, total):
       kept = ids[:, : nested.slots(count, total)]
-      yield str(count), self._decode(params, batch, kept, np.int32(count), index)
+      yield str(count), self._decode(params, self._placed, batch, kept, np.int32(count), index)
 
   def _place(self, batch: np.ndarray) -> jax.Array:
     return jax.device_put(batch, self._sharding)

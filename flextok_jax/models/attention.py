@@ -46,6 +46,7 @@ class Attention(nn.Module):
   out_bias: bool = False
   dtype: jnp.dtype = jnp.float32
   implementation: str = "auto"
+  scale: float | None = None  # of the logits, where it is another
 
   @nn.compact
   def __call__(
@@ -75,9 +76,8 @@ class Attention(nn.Module):
     q, k, v = QKV(self.head_dim, self.qkv_bias, self.dtype, name="qkv")(x, queries)
     if self.qk_norm:
       q, k = layers.layer_norm(q), layers.layer_norm(k)
-    x = attention.attend(
-        q, k, v, scale=8 / self.head_dim, mask=mask, key_bias=key_bias, implementation=self.implementation
-    )
+    scale = 8 / self.head_dim if self.scale is None else self.scale
+    x = attention.attend(q, k, v, scale=scale, mask=mask, key_bias=key_bias, implementation=self.implementation)
     return nn.DenseGeneral(
         width,
         axis=(-2, -1),

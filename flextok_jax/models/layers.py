@@ -13,6 +13,7 @@ ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
     "relu": nn.relu,
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
 }
 
 

@@ -62,6 +62,41 @@ def resize_axis(table: jax.Array | np.ndarray, size: int) -> jax.Array | np.ndar
   return table[low] * (1 - part) + table[np.minimum(low + 1, last)] * part
 
 
+def resize_bicubic(
+    table: jax.Array, height: int, width: int, *, antialias: bool = False, offset: float = 0.0
+) -> jax.Array:
+  """Interpolates a table [n, m, dim] to [height, width, dim] as torch.nn.functional.interpolate(mode="bicubic") does.
+
+  Args:
+    table: any floating-point type; computed in float32.
+    height: rows of the result.
+    width: its columns.
+    antialias: whether the kernel widens where the table shrinks.
+    offset: the factors are (height + offset) / n and (width + offset) / m: 0.1 is that of DINO's code. Without
+      antialias only.
+
+  Returns:
+    float32.
+  """
+  table = table.astype(jnp.float32)
+  if antialias:
+    return jax.image.resize(table, (height, width, table.shape[-1]), "cubic", antialias=True)
+  rows, cols = (_cubic_weights(old, new, offset) for old, new in zip(table.shape, (height, width)))
+  return jnp.einsum("hn,wm,nmd->hwd", rows, cols, table, precision="highest")
+
+
+def _cubic_weights(old: int, new: int, offset: float) -> np.ndarray:
+  """Returns float32 [new, old] of PyTorch's cubic convolution, a = -0.75 and the borders repeated."""
+  a, weights = -0.75, np.zeros((new, old))
+  place = (np.arange(new) + 0.5) * old / (new + offset) - 0.5
+  for k in range(-1, 3):
+    source = np.floor(place).astype(int) + k
+    d = np.abs(place - source)
+    near, far = ((a + 2) * d - (a + 3)) * d**2 + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    weights[np.arange(new), np.clip(source, 0, old - 1)] += np.where(d <= 1, near, far)
+  return weights.astype(np.float32)
+
+
 def sincos_2d(height: int, width: int, dim: int) -> jax.Array:
   """Returns the table [height, width, dim]: [sin(row w), cos(row w), sin(col w), cos(col w)], w_j = 10000^(-4j/dim).
 
