@@ -1,0 +1,79 @@
+"""Functions over many images, run batch by batch on all devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flextok_jax.evals import measures as measures_lib
+from flextok_jax.evals import metrics, reconstruction
+from flextok_jax.ops import nested
+from flextok_jax.training import sharding
+
+
+class Batched:
+  """A function (params, *arrays [b, ...]) -> tree of arrays [b, ...], of numpy arrays of any length.
+
+  Args:
+    function: what jax can trace; a row of its result depends on the same row of its arguments alone.
+    params: its first argument, placed on the mesh already.
+    batch_size: rows at once, rounded up to a multiple of the devices.
+    mesh: the devices.
+  """
+
+  def __init__(self, function: Callable, params: Any, batch_size: int, mesh: jax.sharding.Mesh):
+    self._function = jax.jit(function, out_shardings=sharding.replicated(mesh))
+    self._params, self._placed = params, sharding.batch_sharding(mesh)
+    self._size = -(-batch_size // mesh.size) * mesh.size
+
+  def __call__(self, *arrays: np.ndarray) -> Any:
+    """Returns the function of all rows, as numpy arrays; the last batch is padded by its last row."""
+    count, parts = len(arrays[0]), []
+    for start in range(0, count, self._size):
+      rows = np.minimum(np.arange(start, start + self._size), count - 1)
+      found = self._function(self._params, *(jax.device_put(x[rows], self._placed) for x in arrays))
+      parts.append(jax.tree.map(lambda x: np.asarray(x)[: count - start], found))  # noqa: B023 called at once
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def make_decode(
+    detokenize: Callable, params: Any, num_registers: int, seed: int, batch_size: int, mesh: jax.sharding.Mesh
+) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+  """Makes the decoder of a tokenizer.
+
+  Args:
+    detokenize: of a stage's predict_fns.
+    seed: of the noises.
+
+  Returns:
+    (ids int [n, k], lengths int [n] up to k, noise int [n]) -> uint8 [n, h, w, 3]. A picture is told by the first
+    `length` ids and starts from the noise of its number, that of the image of this number in an evaluation of the seed.
+  """
+  by_image = reconstruction.decoder_by_image(detokenize, seed)
+
+  def restore(params, ids, keep_k, noise):
+    return (metrics.round_to_8bit(by_image(params, ids, keep_k, noise)) * 255).round().astype(jnp.uint8)
+
+  batched = Batched(restore, params, batch_size, mesh)
+
+  def decode(ids, lengths, noise):
+    slots = nested.slots(int(lengths.max()), num_registers)
+    padded = np.zeros((len(ids), slots), np.int32)  # ids at or past the length have no influence
+    padded[:, : ids.shape[1]] = ids[:, :slots]
+    return batched(padded, lengths.astype(np.int32), noise.astype(np.int32))
+
+  return decode
+
+
+def make_compare(
+    measures: dict[str, measures_lib.Measure], batch_size: int, mesh: jax.sharding.Mesh
+) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+  """Makes the function of two uint8 [n, h, w, 3] that returns {name of a measure: float32 [n]}."""
+
+  def compare(params, a, b):
+    a, b = (x.astype(jnp.float32) / 255 for x in (a, b))
+    return {name: measure(a, b) for name, measure in measures.items()}
+
+  return Batched(compare, None, batch_size, mesh)

@@ -1,0 +1,100 @@
+"""Pictures of studies: panels of curves, tables in colours, and picture grids joined."""
+
+from collections.abc import Mapping, Sequence
+import io
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_COLUMNS = 3  # panels side by side at most
+_TITLE = 30  # pixels
+
+
+class Line(NamedTuple):
+  """A curve: its points, their standard errors, and the number of its colour, by default its place in the panel."""
+
+  x: Sequence[float]
+  y: Sequence[float]
+  error: Sequence[float | None] | None = None
+  color: int | None = None
+  dashed: bool = False
+
+
+def mean_and_error(values: np.ndarray) -> list[float | None]:
+  """Returns the mean of values [n] and its standard error, None of a single value; as JSON can hold."""
+  error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+  return [float(np.mean(values, dtype=np.float64)), error]
+
+
+def curves(panels: Mapping[str, Mapping[str, Line]], xlabel: str, ticks: Sequence[int]) -> bytes:
+  """Draws panels {title: {label: line}} over one log2 axis with these ticks; returns a PNG."""
+  figure, axes = _figure(len(panels))
+  for axis, (title, lines) in zip(axes, panels.items()):
+    curve_panel(axis, title, lines, xlabel)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+  return _png(figure)
+
+
+def curve_panel(axis, title: str, lines: Mapping[str, Line], xlabel: str):
+  """Draws lines with error bars where they have errors, and a legend where there are several."""
+  for i, (label, line) in enumerate(lines.items()):
+    color = f"C{(i if line.color is None else line.color) % 10}"
+    style = dict(color=color, label=label, marker="o", markersize=4.5, linewidth=1.8)
+    style["linestyle"] = "--" if line.dashed else "-"
+    if line.error is None:
+      axis.plot(line.x, line.y, **style)
+    else:
+      axis.errorbar(line.x, line.y, [error or 0 for error in line.error], capsize=3, **style)
+  axis.set_xlabel(xlabel)
+  axis.set_title(title, fontsize=11)
+  axis.grid(color="0.9", linewidth=0.8)
+  axis.set_axisbelow(True)
+  axis.spines[["top", "right"]].set_visible(False)
+  if len(lines) > 1:
+    axis.legend(frameon=False, fontsize=8)
+
+
+def beside(pictures: Sequence[Image.Image]) -> Image.Image:
+  """Joins pictures from left to right on white."""
+  whole = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
+  left = 0
+  for picture in pictures:
+    whole.paste(picture, (left, 0))
+    left += picture.width
+  return whole
+
+
+def below(pictures: Mapping[str, Image.Image]) -> Image.Image:
+  """Joins pictures from top to bottom on white, each under its title."""
+  height = sum(p.height + _TITLE for p in pictures.values())
+  whole = Image.new("RGB", (max(p.width for p in pictures.values()), height), "white")
+  draw, top = ImageDraw.Draw(whole), 0
+  for title, picture in pictures.items():
+    draw.text((12, top + _TITLE // 2), title, fill=(32, 32, 32), font=ImageFont.load_default(16), anchor="lm")
+    whole.paste(picture, (0, top + _TITLE))
+    top += picture.height + _TITLE
+  return whole
+
+
+def _figure(count: int):
+  """Returns a figure and `count` panels."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg  # late: takes a second to import
+  from matplotlib.figure import Figure
+
+  columns = min(count, _COLUMNS)
+  rows = -(-count // columns)
+  figure = Figure(figsize=(4.5 * columns, 3.8 * rows), dpi=150, layout="constrained")
+  FigureCanvasAgg(figure)
+  axes = figure.subplots(rows, columns, squeeze=False).flatten()
+  for axis in axes[count:]:
+    axis.remove()
+  return figure, axes[:count]
+
+
+def _png(figure) -> bytes:
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png", metadata={"Software": None})
+  return buffer.getvalue()
