@@ -1,10 +1,9 @@
 """Pictures: the curve of quality over tokens (matplotlib), grids of images and texts and strips of images (Pillow)."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 import io
 import math
 import textwrap
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -89,35 +88,6 @@ def strip(images: np.ndarray, labels: Sequence[str]) -> Image.Image:
   for i, line in enumerate(lines):
     picture.paste(line, (0, i * line.height))
   return picture
-
-
-def curve_png(sets: Mapping[str, Mapping[str, Any]]) -> bytes:
-  """Draws mean PSNR and SSIM over the number of tokens (log scale), a line a set; sets as in Report.scores."""
-  # Late: matplotlib takes a second to import, and tokenize and detokenize draw no curve.
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
-  FigureCanvasAgg(figure)
-  panels = figure.subplots(1, 2)
-  for panel, metric, label in zip(panels, ("psnr", "ssim"), ("PSNR (dB)", "SSIM")):
-    for name, scored in sets.items():
-      counts = [int(count) for count in scored["by_tokens"]]
-      values = [row[metric] for row in scored["by_tokens"].values()]
-      panel.plot(counts, values, marker="o", markersize=4.5, linewidth=1.8, label=name)
-    ticks = sorted({int(count) for scored in sets.values() for count in scored["by_tokens"]})
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(ticks, [str(tick) for tick in ticks])
-    panel.minorticks_off()
-    panel.set_xlabel("tokens")
-    panel.set_title(label, fontsize=11)
-    panel.grid(color="0.9", linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
-  panels[0].legend(frameon=False)
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format="png", metadata={"Software": None})
-  return buffer.getvalue()
 
 
 def _scale(height: int, width: int) -> int:

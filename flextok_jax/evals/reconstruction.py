@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax import files
+from flextok_jax.evals import figures, metrics, plots, statistics, tally
 from flextok_jax.evals import measures as measures_lib
-from flextok_jax.evals import metrics, plots, tally
 from flextok_jax.evals.progress import Progress
 from flextok_jax.ops import nested
 
@@ -66,12 +66,24 @@ class Report:
     files.write_file(paths[0], (json.dumps({**(settings or {}), **self.scores}, indent=2) + "\n").encode())
     if self.scores["num_tokens"]:
       paths.append(out_dir / "curve.png")
-      files.write_file(paths[-1], plots.curve_png(self.scores["sets"]))
+      files.write_file(paths[-1], curves_png(self.scores["sets"]))
     for name, columns in self.examples.items():
       labels = [plots.column_label(column, last=column == list(columns)[-1]) for column in columns]
       paths.append(out_dir / f"grid_{name}.png")
       files.write_file(paths[-1], plots.to_png(plots.grid(list(columns.values()), labels)))
     return paths
+
+
+def curves_png(sets: Mapping[str, Mapping[str, Any]]) -> bytes:
+  """Draws every metric over the number of tokens (log scale), a line a set; sets as in Report.scores."""
+  panels, ticks = {}, set()
+  for name, scored in sets.items():
+    counts = [int(column) for column in scored["by_tokens"]]
+    ticks.update(counts)
+    for metric in next(iter(scored["by_tokens"].values())):
+      line = figures.Line(counts, [row[metric] for row in scored["by_tokens"].values()])
+      panels.setdefault(measures_lib.UNITS.get(metric, metric), {})[name] = line
+  return figures.curves(panels, "tokens", sorted(ticks))
 
 
 def token_counts(requested: Sequence[int], num_registers: int) -> tuple[int, ...]:
@@ -172,13 +184,15 @@ class Reconstruction:
     if self._has_tokens:
       detokenize = decoder_by_image(predict_fns["detokenize"], seed)
 
+    def look(features, images):
+      return {} if features is None else {"pool": features(images)["pool"]}
+
     def compare(nets, images, restored):
       measures, features = nets
       restored = metrics.round_to_8bit(restored)
       originals = images.astype(jnp.float32) / 255
       scores = {name: measure(originals, restored) for name, measure in measures.items()}
-      pools = None if features is None else features(restored)["pool"]
-      return (restored * 255).round().astype(jnp.uint8), scores, pools
+      return (restored * 255).round().astype(jnp.uint8), scores, look(features, restored)
 
     def decode(params, nets, images, ids, num_tokens, index):
       keep_k = jnp.full(len(images), num_tokens)
@@ -190,7 +204,7 @@ class Reconstruction:
     # Results are small and read on every host: replicated.
     replicated = jax.NamedSharding(sharding.mesh, jax.P()) if sharding else None
     self._replicated = replicated
-    self._look = jax.jit(lambda f, images: f(images.astype(jnp.float32) / 255)["pool"], out_shardings=replicated)
+    self._look = jax.jit(lambda f, images: look(f, images.astype(jnp.float32) / 255), out_shardings=replicated)
     if self._has_tokens:
       self._tokenize = jax.jit(predict_fns["tokenize"])
       self._decode = jax.jit(decode, out_shardings=replicated)
@@ -207,13 +221,17 @@ class Reconstruction:
       self._placed = jax.device_put((self._measures, self._features), self._replicated)
     sets, examples = {}, {}
     for name, images in self._images.items():
-      tally = self._run_set(params, name, images)
-      means, intervals = tally.scores()
-      for column, scores in means.items():
-        if not np.isfinite(list(scores.values())).all():
+      seen = self._run_set(params, name, images)
+      means, intervals = {}, {}
+      for column in seen.columns:
+        means[column], intervals[column] = tally.means_and_intervals(seen.values(column))
+        if not np.isfinite(list(means[column].values())).all():
           raise ValueError(f"reconstructions of {name!r} at {column} tokens are not finite: these weights diverged")
+        if self._features is not None:
+          means[column]["rfid"] = statistics.frechet_distance(
+              *seen.gaussian(column, "pool"), *seen.gaussian(tally.ORIGINAL, "pool"))
       sets[name] = {"num_images": images.shape[0], "by_tokens": means, "intervals": intervals}
-      examples[name] = {"original": images[: self._grid_images], **tally.pictures()}
+      examples[name] = {"original": images[: self._grid_images], **seen.pictures()}
     num_tokens = [int(column) for column in means] if self._has_tokens else []
     return Report({"seed": self._seed, "num_tokens": num_tokens, "sets": sets}, examples)
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from flextok_jax.evals import figures, measures, plots
-from flextok_jax.evals.reconstruction import Report
+from flextok_jax.evals import figures, plots
+from flextok_jax.evals.reconstruction import Report, curves_png
 from flextok_jax.evals.report import Outcome, Parts, Table
 
 ABOUT = ("Every image is encoded once and decoded from its first tokens, each time from the same noise. Drawn is the mean"
@@ -21,17 +21,14 @@ def study(parts: Parts, run: Callable[[], Report], sets: Sequence[str], num_imag
 
   asked = {"sets": list(sets), "num_images": num_images, "grid_images": grid_images}
   scores, examples = parts("tokens", asked, compute)
-  tables, lines, grids = [], {}, {}
+  tables, grids = [], {}
   for name, scored in scores["sets"].items():
     by_tokens = scored["by_tokens"]
     counts, metrics = [int(count) for count in by_tokens], list(next(iter(by_tokens.values())))
     rows = [[count, *row.values()] for count, row in zip(counts, by_tokens.values())]
     tables.append(Table(f"{name}: {scored['num_images']} images", ["tokens", *metrics], rows))
-    for metric in metrics:
-      line = figures.Line(counts, [row[metric] for row in by_tokens.values()])
-      lines.setdefault(measures.UNITS.get(metric, metric), {})[name] = line
     columns = ["original", *by_tokens]
     labels = [plots.column_label(column, last=column == columns[-1]) for column in columns]
     grids[name] = plots.grid([examples[f"{name}/{column}"] for column in columns], labels)
   return Outcome("Quality against the number of tokens", ABOUT, tables,
-                 figures.curves(lines, "tokens", ticks=scores["num_tokens"]), figures.below(grids))
+                 curves_png(scores["sets"]), figures.below(grids))
