@@ -163,6 +163,7 @@ def test_extrapolation_takes_the_bias_away():
   result = statistics.fid_infinity(features, *reference, num_points=15, smallest=100)
   assert result.counts[0] == 100 and result.counts[-1] == n and len(result.distances) == 15
   np.testing.assert_allclose(result.distances[-1], statistics.frechet_distance(*gaussian(features), *reference))
+  np.testing.assert_allclose(result.value, np.polyfit(1 / result.counts, result.distances, 1)[1], rtol=1e-9)
   assert result.distances[0] > 2 * truth
   assert abs(result.value - truth) < 0.5 * abs(result.distances[-1] - truth)
   again = statistics.fid_infinity(features, *reference, num_points=15, smallest=100)
