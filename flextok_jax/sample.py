@@ -38,19 +38,32 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
   string = functools.partial(flags.DEFINE_string, flag_values=values)
   integer = functools.partial(flags.DEFINE_integer, flag_values=values)
-  real = functools.partial(flags.DEFINE_float, flag_values=values)
+  define_draw_flags(values)
   string("checkpoint", None, "A generator: file, folder or hub repository.")
-  string("tokenizer", None, "The tokenizer whose ids it was trained on: file, folder or hub repository.")
   string("out", None, "Folder for the results.")
-  flags.DEFINE_multi_string("setting", [], "name=value, of flextok_jax.load_ar, for the released format.",
-                            flag_values=values)
-  flags.DEFINE_list("classes", [], "Classes by number, or 'all'.", flag_values=values)
   string("prompts", None, "Texts, separated by semicolons.")
-  string("prompts_file", None, "File with a text a line.")
   integer("num_samples", 1, "Samples a class, prompt and image.", 1)
   flags.DEFINE_list("prefix_images", [], "Image files and folders, whose first tokens are kept.", flag_values=values)
   integer("prefix_tokens", None, "How many are kept; the others are drawn.", 1)
   integer("num_tokens", None, "Tokens a sample at most; default: the model's.", 1)
+  integer("seed", 0, "Of the tokens and the decoder's noise.")
+  integer("batch_size", 32, "Samples at once.", 1)
+  flags.DEFINE_list("counts", [], "Token counts, the columns of the grid; default: powers of two.", flag_values=values)
+  integer("grid_rows", 16, "Samples in the grid at most, equally many of each condition; 0: no grid.", 0)
+  integer("strip_tokens", 32, "Pictures in the strip at most; 0: no strip.", 0)
+  flags.DEFINE_bool("npz", False, "Write samples.npz too.", flag_values=values)
+
+
+def define_draw_flags(values: flags.FlagValues):
+  """Defines what commands that draw samples have in common: the tokenizer, conditions, choices of tokens, decoder."""
+  string = functools.partial(flags.DEFINE_string, flag_values=values)
+  integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+  real = functools.partial(flags.DEFINE_float, flag_values=values)
+  string("tokenizer", None, "The tokenizer whose ids it was trained on: file, folder or hub repository.")
+  flags.DEFINE_multi_string("setting", [], "name=value, of flextok_jax.load_ar, for the released format.",
+                            flag_values=values)
+  flags.DEFINE_list("classes", [], "Classes by number, or 'all'.", flag_values=values)
+  string("prompts_file", None, "File with a text a line.")
   real("guidance_scale", None, "Of the condition; 1 is no guidance; default: the checkpoint's.")
   real("temperature", None, "Default: the checkpoint's.", 0.0)
   integer("top_k", None, "The k likeliest alone are drawn; 0: off; default: the checkpoint's.", 0)
@@ -59,12 +72,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   integer("decoder_steps", None, "Euler steps of the tokenizer's decoder; default: the tokenizer's.", 1)
   flags.DEFINE_enum("decoder_guidance", None, guidance.MODES, "Default: the tokenizer's.", flag_values=values)
   real("decoder_scale", None, "Of the decoder's guidance; 1 is no guidance; default: the tokenizer's.")
-  integer("seed", 0, "Of the tokens and the decoder's noise.")
-  integer("batch_size", 32, "Samples at once.", 1)
-  flags.DEFINE_list("counts", [], "Token counts, the columns of the grid; default: powers of two.", flag_values=values)
-  integer("grid_rows", 16, "Samples in the grid at most, equally many of each condition; 0: no grid.", 0)
-  integer("strip_tokens", 32, "Pictures in the strip at most; 0: no strip.", 0)
-  flags.DEFINE_bool("npz", False, "Write samples.npz too.", flag_values=values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +105,10 @@ def main(values: flags.FlagValues):
   """Draws samples and writes what the module's docstring lists under values.out."""
   prompts = _check_flags(values)
   gen = generation.load_ar(values.checkpoint, **cli.parse_settings(values.setting))
-  conditions = _conditions(values, gen, prompts)
+  conditions = read_conditions(values, gen, prompts)
   num_tokens, counts = _lengths(values, gen.num_tokens)
-  choices = _choices(values, gen, conditions != [None])
-  config, params = _load_tokenizer(values, gen)
+  choices = read_choices(values, gen, conditions != [None])
+  config, params = load_tokenizer(values, gen)
   predict_fns, registers = make_stage(config).predict_fns, config.tokens.num_registers
   decode = reconstruction.decoder_by_image(predict_fns["detokenize"], values.seed)  # checks the seed
   originals, names, prefix, kept = None, [None], None, values.prefix_tokens or 0
@@ -259,16 +266,28 @@ def _check_flags(values: flags.FlagValues) -> list[str]:
   if values.prompts is not None:
     prompts = [prompt.strip() for prompt in values.prompts.split(";")]
   elif values.prompts_file is not None:
-    try:
-      prompts = [line.strip() for line in Path(values.prompts_file).read_text("utf-8").rstrip().splitlines()] or [""]
-    except UnicodeDecodeError:
-      raise ValueError(f"--prompts_file={values.prompts_file} is not a text in UTF-8") from None
+    return read_prompts(values.prompts_file)
   if "" in prompts:
-    raise ValueError(f"prompt {prompts.index('') + 1} of {given[0]} is empty: leave it out")
+    raise ValueError(f"prompt {prompts.index('') + 1} of --prompts is empty: leave it out")
   return prompts
 
 
-def _conditions(values: flags.FlagValues, gen: generation.ARGenerator, prompts: list[str]) -> list[int | str | None]:
+def read_prompts(path: str) -> list[str]:
+  """Returns the texts of a file, one a line.
+
+  Raises:
+    ValueError: not UTF-8, or an empty line between them.
+  """
+  try:
+    prompts = [line.strip() for line in Path(path).read_text("utf-8").rstrip().splitlines()] or [""]
+  except UnicodeDecodeError:
+    raise ValueError(f"--prompts_file={path} is not a text in UTF-8") from None
+  if "" in prompts:
+    raise ValueError(f"prompt {prompts.index('') + 1} of --prompts_file is empty: leave it out")
+  return prompts
+
+
+def read_conditions(values: flags.FlagValues, gen: generation.ARGenerator, prompts: list[str]) -> list[int | str | None]:
   """Returns classes, prompts, or [None]."""
   kind = gen.config.ar.condition
   if (prompts and kind != "text") or (values.classes and kind != "class"):
@@ -295,7 +314,7 @@ def _lengths(values: flags.FlagValues, most: int) -> tuple[int, tuple[int, ...]]
   return num_tokens, reconstruction.token_counts([int(item) for item in values.counts], num_tokens)
 
 
-def _choices(values: flags.FlagValues, gen: generation.ARGenerator, conditioned: bool) -> dict[str, Any]:
+def read_choices(values: flags.FlagValues, gen: generation.ARGenerator, conditioned: bool) -> dict[str, Any]:
   """Returns the arguments of gen.generate that say how tokens are chosen, the checkpoint's where no flag does."""
   ways = ("temperature", "top_k", "top_p")
   for name in ways:
@@ -308,7 +327,7 @@ def _choices(values: flags.FlagValues, gen: generation.ARGenerator, conditioned:
   return choices | {"greedy": values.greedy} | ({} if conditioned else {"guidance_scale": 1.0})
 
 
-def _load_tokenizer(values: flags.FlagValues, gen: generation.ARGenerator) -> tuple:
+def load_tokenizer(values: flags.FlagValues, gen: generation.ARGenerator) -> tuple:
   """Returns (config, params), the config with the decoder's settings from the flags; checks that the ids are its."""
   config, params = loading.load(values.tokenizer)
   if config.stage != "tokenizer":

@@ -23,6 +23,17 @@ PAIRS = (("mu", "sigma"), ("mu_s", "sigma_s"))
 _SAMPLES = "arr_0"
 
 
+def contents(path: str | os.PathLike) -> set[str]:
+  """Returns the names of the arrays in a file.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: not a whole .npz.
+  """
+  with _opened(path) as archive:
+    return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
 def load_statistics(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """Returns the statistics of a file in float64: "mu" [d] and "sigma" [d, d], "mu_s" and "sigma_s" where it has them.
 
