@@ -34,6 +34,7 @@ _LAYOUTS = {  # of ours in a block, where the official tensor is not of the same
     "mlp/in/bias": "n f -> (n f)",
     "mlp/out/kernel": "f d -> d f",
 }
+_TABLES = {"cls": "d -> 1 1 d", "positions": "n d -> 1 n d", "registers": "n d -> 1 n d"}  # of a batch, but for CLIP
 _SPLIT = {"attention/qkv/kernel": ("d h e -> (h e) d", 1), "attention/qkv/bias": ("h e -> (h e)", 0)}
 # Ours: official modules. In blocks q, k and v may be one or three, and an MLP with a gate has names of its own.
 _DINOV2 = {
@@ -82,6 +83,20 @@ NAMES = {
         "gated/in": "mlp.w12",
         "gated/out": "mlp.w3",
         "scale_2": "ls2.gamma",
+    },
+    "clip": {
+        "cls": "embeddings.class_embedding",
+        "positions": "embeddings.position_embedding.weight",
+        "patch_embed": "embeddings.patch_embedding",
+        "pre_norm": "pre_layrnorm",
+        "norm": "post_layernorm",
+        "blocks": "encoder.layers",
+        "norm_1": "layer_norm1",
+        "attention/qkv": tuple(f"self_attn.{x}_proj" for x in "qkv"),
+        "attention/out": "self_attn.out_proj",
+        "norm_2": "layer_norm2",
+        "mlp/in": "mlp.fc1",
+        "mlp/out": "mlp.fc2",
     },
 }  # fmt: skip
 
@@ -143,7 +158,7 @@ def entries(shapes: Mapping[str, tuple[int, ...]], style: str, prefix: str = "")
     module, _, kind = path.rpartition("/")
     name = names[module or kind]
     if not module:
-      layout = {"cls": "d -> 1 1 d"}.get(kind, "n d -> 1 n d")
+      layout = _TABLES[kind] if style != "clip" else _TABLES[kind].replace(" 1", "")
     else:
       name += ".bias" if kind == "bias" else ".weight"
       layout = {1: "d -> d", 2: "i o -> o i", 4: "p q c d -> d c p q"}[len(shape)]
@@ -203,46 +218,46 @@ def facebook_sizes(path: str, tensors: Mapping[str, np.ndarray]) -> dict:
   )
 
 
-def whole(path: str, config: Mapping, name: str, limit: int, default: int | None = None) -> int:
+def whole(path: str, config: Mapping, name: str, limit: int) -> int:
   """Returns a whole number of a config.json, from 1 to a limit: what it can be, so that no file makes us work on."""
-  value = config.get(name, default)
+  value = config.get(name)
   if type(value) is not int or not 1 <= value <= limit:
     raise ValueError(f"{path}: {name} must be a whole number from 1 to {limit}, got {literals.quote(value)}")
   return value
 
 
-def common_sizes(path: str, config: Mapping, defaults: Mapping) -> dict:
+def common_sizes(path: str, config: Mapping) -> dict:
   """Returns the fields that the config.json of a ViT and those of CLIP's two towers have in common.
 
   Returns:
     {"width", "depth", "head_dim", "activation", "norm_epsilon"}.
   """
-  width = whole(path, config, "hidden_size", 2**16, defaults.get("hidden_size"))
-  heads = whole(path, config, "num_attention_heads", 2**12, defaults.get("num_attention_heads"))
+  width = whole(path, config, "hidden_size", 2**16)
+  heads = whole(path, config, "num_attention_heads", 2**12)
   if width % heads:
     raise ValueError(f"{path}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
-  epsilon = config.get("layer_norm_eps", defaults.get("layer_norm_eps"))
+  epsilon = config.get("layer_norm_eps")
   if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
     raise ValueError(f"{path}: layer_norm_eps must lie between 0 and 1, got {literals.quote(epsilon)}")
-  activation = config.get("hidden_act", defaults.get("hidden_act"))
+  activation = config.get("hidden_act")
   if activation not in list(ACTIVATIONS):
     raise ValueError(f"{path}: hidden_act {literals.quote(activation)} is not computed, only "
                      f"{', '.join(map(repr, ACTIVATIONS))} are")
   return dict(
       width=width,
-      depth=whole(path, config, "num_hidden_layers", 1000, defaults.get("num_hidden_layers")),
+      depth=whole(path, config, "num_hidden_layers", 1000),
       head_dim=width // heads,
       activation=ACTIVATIONS[activation],
       norm_epsilon=float(epsilon),
   )
 
 
-def patch_sizes(path: str, config: Mapping, defaults: Mapping) -> dict:
+def patch_sizes(path: str, config: Mapping) -> dict:
   """Returns {"patch_size", "grid"}."""
   if config.get("num_channels", 3) != 3:
     raise ValueError(f"{path}: num_channels must be 3, got {literals.quote(config['num_channels'])}")
-  patch = whole(path, config, "patch_size", 2**10, defaults.get("patch_size"))
-  side = whole(path, config, "image_size", 2**14, defaults.get("image_size"))
+  patch = whole(path, config, "patch_size", 2**10)
+  side = whole(path, config, "image_size", 2**14)
   if side < patch:
     raise ValueError(f"{path}: image_size={side} is less than patch_size={patch}")
   return dict(patch_size=patch, grid=side // patch)
@@ -256,7 +271,7 @@ def _sizes(folder: Folder) -> tuple[str, dict]:
   if kind not in ("vit", "dinov2", "dinov2_with_registers"):
     raise ValueError(f"{path}: model_type is {literals.quote(kind)}, only 'vit', 'dinov2' and 'dinov2_with_registers' "
                      "are read")
-  sizes = patch_sizes(path, config, {}) | common_sizes(path, config, {})
+  sizes = patch_sizes(path, config) | common_sizes(path, config)
   sizes["qkv_bias"] = bool(config.get("qkv_bias", True))
   if kind == "vit":
     return kind, sizes | dict(mlp_hidden=whole(path, config, "intermediate_size", 2**20))
@@ -268,5 +283,5 @@ def _sizes(folder: Folder) -> tuple[str, dict]:
   if gated:
     sizes |= dict(mlp_hidden=(int(hidden * 2 / 3) + 7) // 8 * 8, activation="silu")
   if kind == "dinov2_with_registers":
-    sizes |= dict(num_registers=whole(path, config, "num_register_tokens", 2**10, 4), antialias=True)
+    sizes |= dict(num_registers=whole(path, config, "num_register_tokens", 2**10), antialias=True)
   return kind, sizes

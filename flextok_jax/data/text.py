@@ -28,7 +28,9 @@ def make_tokenizer(cfg_text):
   if cfg_text.encoder == "bytes":
     return ByteTokenizer(cfg_text.max_length)
   if cfg_text.encoder == "t5":
-    return T5Tokenizer(_find(cfg_text.path), cfg_text.max_length)
+    path = _find(cfg_text.path, FILES, f"give config.text.path a folder with {' or '.join(FILES)} or a repository on "
+                 "Hugging Face, such as google/flan-t5-xl")
+    return T5Tokenizer(path, cfg_text.max_length)
   raise ValueError(f"unknown config.text.encoder {cfg_text.encoder!r}: use 't5' or 'bytes'")
 
 
@@ -54,8 +56,8 @@ class T5Tokenizer:
   def __init__(self, path: str, max_length: int):
     self._max_length = max_length
     self._fast = os.path.basename(path) == FILES[0]
-    reader = _read_tokenizers if self._fast else _read_sentencepiece
-    self._model, self.vocab_size, end, padding = reader(path)
+    read = _read_tokenizers(path, "</s>", "<pad>") if self._fast else _read_sentencepiece(path)
+    self._model, self.vocab_size, end, padding = read
     if (end, padding) != (_T5_END, 0):
       raise ValueError(f"{path} is not the tokenizer of a T5: there </s> is {_T5_END} and <pad> 0, here {end} and "
                        f"{padding}")
@@ -66,6 +68,22 @@ class T5Tokenizer:
     else:
       rows = self._model.encode(list(captions), out_type=int)
     return _pack(rows, _T5_END, self._max_length)
+
+
+class CLIPTokenizer:
+  """CLIP's tokens, from the tokenizer.json of a folder or a repository of the hub; a caption has a start, too."""
+
+  def __init__(self, source: str, max_length: int = 77):
+    path = _find(source, FILES[:1], f"give a folder with {FILES[0]} or a repository on Hugging Face, such as "
+                 "openai/clip-vit-base-patch32")
+    self._max_length = max_length
+    self._model, self.vocab_size, self._end, self._start = _read_tokenizers(path, "<|endoftext|>", "<|startoftext|>")
+    if None in (self._end, self._start):
+      raise ValueError(f"{path} is not the tokenizer of a CLIP: it lacks <|startoftext|> or <|endoftext|>")
+
+  def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    rows = [[self._start, *e.ids] for e in self._model.encode_batch(list(captions), add_special_tokens=False)]
+    return _pack(rows, self._end, self._max_length)
 
 
 def _pack(rows: Sequence[list[int]], end: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -79,24 +97,23 @@ def _pack(rows: Sequence[list[int]], end: int, max_length: int) -> tuple[np.ndar
   return ids, lengths
 
 
-def _find(source: str) -> str:
+def _find(source: str, files: Sequence[str], remedy: str) -> str:
   """Returns the path of the tokenizer's file in a folder or a repository of the hub."""
-  needed = " or ".join(FILES)
+  needed = " or ".join(files)
   if os.path.isdir(source):
-    for name in FILES:
+    for name in files:
       if os.path.isfile(os.path.join(source, name)):
         return os.path.join(source, name)
     raise FileNotFoundError(f"folder {source} holds no tokenizer: {needed} is needed")
   if hub.is_repository(source):
-    return hub.fetch_file(source, *FILES, needed=needed)
-  raise FileNotFoundError(f"no such folder: {source!r}; give config.text.path a folder with {needed} or a repository "
-                          "on Hugging Face, such as google/flan-t5-xl")
+    return hub.fetch_file(source, *files, needed=needed)
+  raise FileNotFoundError(f"no such folder: {source!r}; {remedy}")
 
 
-def _read_tokenizers(path: str) -> tuple:
-  """Returns (model, number of ids, id of </s>, id of <pad>)."""
+def _read_tokenizers(path: str, *tokens: str) -> tuple:
+  """Returns (model, number of ids, id of each of the tokens or None)."""
   try:
-    import tokenizers  # late, as sentencepiece below: only T5 needs them
+    import tokenizers  # late, as sentencepiece below: few need them
   except ImportError:
     raise _missing(path, "tokenizers") from None
   try:
@@ -105,7 +122,7 @@ def _read_tokenizers(path: str) -> tuple:
     raise ValueError(f"{path} is not a whole tokenizer of the tokenizers package ({_first_line(e)})") from None
   model.no_truncation()  # as ours cuts and pads
   model.no_padding()
-  return model, model.get_vocab_size(), model.token_to_id("</s>"), model.token_to_id("<pad>")
+  return model, model.get_vocab_size(), *map(model.token_to_id, tokens)
 
 
 def _read_sentencepiece(path: str) -> tuple:
