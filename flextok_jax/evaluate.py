@@ -3,6 +3,8 @@
 python -m flextok_jax.evaluate --workdir=DIR [--config=configs/X.py] [--checkpoint=PATH] [--num_tokens=1,2,4]
     [--metrics=psnr,ssim,mae,lpips_alex,lpips_vgg,dreamsim,dinov2,rfid --weights=DIR]
 
+Of a generator, its loss; with --tokenizer and --metrics its samples, see flextok_jax/evaluate_samples.py.
+
 Prints a table; writes report.json, curve.png and grid_<set>.png, and appends the report to eval.jsonl. Killed and run
 again with the same flags, it goes on where it was.
 """
@@ -15,9 +17,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from flextok_jax import cli, settings
+from flextok_jax import cli, evaluate_samples, settings
 from flextok_jax.checkpoints import loading
-from flextok_jax.evals import measures, networks, progress, reconstruction, token_loss
+from flextok_jax.evals import generation, measures, networks, progress, reconstruction, token_loss
 from flextok_jax.evals.make import make_evaluator
 from flextok_jax.evals.metrics import METRICS as PLAIN
 from flextok_jax.stages import make_stage
@@ -43,10 +45,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_integer("num_images", None, "Images a set; default: config.eval.num_images.", flag_values=values)
   flags.DEFINE_integer("seed", None, "Of the decoder's noise; default: config.seed.", flag_values=values)
   flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/eval.", flag_values=values)
-  flags.DEFINE_list("metrics", [], f"Of {', '.join((*measures.NAMES, RFID))}; default: psnr, ssim, mae.",
-                    flag_values=values)
+  flags.DEFINE_integer("batch_size", None, "Images at once; default: config.eval.batch_size, or 64.", 1,
+                       flag_values=values)
+  flags.DEFINE_list("metrics", [], f"Of {', '.join((*measures.NAMES, RFID))}; default: psnr, ssim, mae. Of samples: "
+                    f"{', '.join(generation.NAMES)}.", flag_values=values)
   flags.DEFINE_string("weights", None, "Folder with the weights of the metrics' networks.", flag_values=values)
   flags.DEFINE_integer("keep_every", 50, "Batches between two writes of the results so far.", 1, flag_values=values)
+  evaluate_samples.define_flags(values)
 
 
 def main(values: flags.FlagValues):
@@ -56,23 +61,14 @@ def main(values: flags.FlagValues):
   if not values.out and not values.workdir:
     raise ValueError("nowhere to write: give --out or --workdir")
   out = Path(values.out or Path(values.workdir) / "eval")
-  source = values.checkpoint or values.workdir
-  config, params = loading.load(source, mesh=sharding.make_mesh())
-  if values.config is not None:
-    config = with_settings(config, values.config)
-  if "eval" not in config:
-    raise ValueError(f"{source} carries no settings of data and evaluation: give --config=configs/X.py as well")
-  config = apply_flags(config.copy_and_resolve_references(), values)
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out={out} is a file: give a folder")
-  kept = progress.Progress(out / "so_far", {"weights": progress.identity(params), "networks": values.weights,
-                                            "config": config.to_dict()}, values.keep_every)  # fmt: skip
-  report = evaluate(config, params, values.metrics, values.weights, kept)
+  if values.tokenizer:
+    report, conditions, kept = evaluate_samples.evaluate(values, out)
+  else:
+    report, conditions, kept = _evaluate(values, out)
   if not distributed.is_first():
     return
-  conditions = {"checkpoint": str(source), "image_size": config.image_size}
-  if report.scores.get("num_tokens"):  # images were decoded
-    conditions["sampler"] = config.sampler.to_dict()
   paths = report.write(out, conditions)
   with open(out / "eval.jsonl", "a") as f:
     f.write(json.dumps({**conditions, **report.scores}) + "\n")
@@ -80,6 +76,24 @@ def main(values: flags.FlagValues):
   print(report.table() + "\n")
   for path in (*paths, out / "eval.jsonl"):
     print(path)
+
+
+def _evaluate(values: flags.FlagValues, out: Path):
+  """Returns the report of a checkpoint, its conditions, and what was kept on the way to it."""
+  source = values.checkpoint or values.workdir
+  config, params = loading.load(source, mesh=sharding.make_mesh())
+  if values.config is not None:
+    config = with_settings(config, values.config)
+  if "eval" not in config:
+    raise ValueError(f"{source} carries no settings of data and evaluation: give --config=configs/X.py as well")
+  config = apply_flags(config.copy_and_resolve_references(), values)
+  settings = {"weights": progress.identity(params), "networks": values.weights, "config": config.to_dict()}
+  kept = progress.Progress(out / "so_far", settings | {"metrics": values.metrics}, values.keep_every)
+  report = evaluate(config, params, values.metrics, values.weights, kept)
+  conditions = {"checkpoint": str(source), "image_size": config.image_size}
+  if report.scores.get("num_tokens"):  # images were decoded
+    conditions["sampler"] = config.sampler.to_dict()
+  return report, conditions, kept
 
 
 def with_settings(trained: ConfigDict, given: ConfigDict) -> ConfigDict:
@@ -124,6 +138,8 @@ def apply_flags(config, values: flags.FlagValues):
     config.eval.num_images = values.num_images
   if values.seed is not None:
     config.seed = values.seed
+  if values.batch_size is not None:
+    config.eval.batch_size = values.batch_size
   return config
 
 
@@ -148,7 +164,7 @@ def evaluate(
     if RFID in metrics:
       options["features"] = networks.inception(weights, RFID)
   elif metrics:
-    raise ValueError(f"--metrics={','.join(metrics)} has no meaning for a generator: its loss alone is measured")
+    raise ValueError(f"--metrics={','.join(metrics)} of a generator are of its samples: give --tokenizer as well")
   stage = make_stage(config)
   mesh = sharding.make_mesh()  # all devices here, whatever the training had
   evaluator = make_evaluator(config, stage, mesh, inputs.make_prepare(config, mesh), **options)

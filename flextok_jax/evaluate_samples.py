@@ -21,6 +21,7 @@ from flextok_jax.stages import make_stage
 from flextok_jax.training import distributed, sharding
 
 _NUM_IMAGES = 50_000  # that the field reports
+_BATCH_SIZE = 64
 
 
 def define_flags(values: flags.FlagValues):
@@ -34,18 +35,20 @@ def define_flags(values: flags.FlagValues):
                     flag_values=values)
 
 
-def evaluate(values: flags.FlagValues, out: Path, batch_size: int) -> tuple[reconstruction.Report, dict[str, Any]]:
-  """Returns the report of samples, and the settings that it depends on.
+def evaluate(
+    values: flags.FlagValues, out: Path
+) -> tuple[reconstruction.Report, dict[str, Any], progress.Progress]:
+  """Returns the report of samples, the settings that it depends on, and what was kept on the way.
 
   Raises:
     ValueError: a flag that is missing or out of range, before anything is drawn.
   """
-  names = values.metrics
+  names, num_images = values.metrics, values.num_images or _NUM_IMAGES
+  if not names:
+    raise ValueError(f"--metrics is missing: of samples there are {', '.join(generation.NAMES)}")
   for name in names:
     if name not in generation.NAMES:
       raise ValueError(f"--metrics={name} is not of samples: these are {', '.join(generation.NAMES)}")
-  if not values.tokenizer:
-    raise ValueError("--tokenizer is missing: metrics of samples look at pictures")
   needed = [name for name in names if name in generation.NEED_REFERENCE]
   if needed and not values.reference:
     raise ValueError(f"--metrics={needed[0]} needs --reference: a .npz of statistics or images, or a data source")
@@ -61,7 +64,7 @@ def evaluate(values: flags.FlagValues, out: Path, batch_size: int) -> tuple[reco
   config, params = sample.load_tokenizer(values, gen)
   counts = reconstruction.token_counts([int(item) for item in values.num_tokens], gen.num_tokens)
   nets, facts = _networks(names, values.weights, conditions)
-  size = -(-batch_size // mesh.size) * mesh.size
+  size = -(-(values.batch_size or _BATCH_SIZE) // mesh.size) * mesh.size
   compared = None
   if needed:
     look = reference.make_look(nets["inception"], size, mesh)
@@ -87,14 +90,12 @@ def evaluate(values: flags.FlagValues, out: Path, batch_size: int) -> tuple[reco
               **choices, "decoder": config.sampler.to_dict()}  # fmt: skip
   identity = [progress.identity(x) for x in (params, gen.params, nets)]
   kept = progress.Progress(out / "so_far", settings | {"identity": identity, "metrics": names, "all": conditions,
-                                                      "num_images": values.num_images}, values.keep_every)  # fmt: skip
+                                                      "num_images": num_images}, values.keep_every)  # fmt: skip
   evaluator = generation.Generation(
       draw, decode, gen.num_ids, config.tokens.num_registers, config.image_size, counts, names, nets, facts, compared,
       mesh, kept, out if values.samples_npz else None)
   params = sharding.place(params, sharding.replicated(mesh))
-  report = evaluator.run(params, values.num_images or _NUM_IMAGES, size, seed)
-  kept.clear()
-  return report, settings
+  return evaluator.run(params, num_images, size, seed), settings, kept
 
 
 def _networks(names: list[str], weights: str | None, conditions: list) -> tuple[dict, Any]:

@@ -287,7 +287,9 @@ def read_prompts(path: str) -> list[str]:
   return prompts
 
 
-def read_conditions(values: flags.FlagValues, gen: generation.ARGenerator, prompts: list[str]) -> list[int | str | None]:
+def read_conditions(
+    values: flags.FlagValues, gen: generation.ARGenerator, prompts: list[str]
+) -> list[int | str | None]:
   """Returns classes, prompts, or [None]."""
   kind = gen.config.ar.condition
   if (prompts and kind != "text") or (values.classes and kind != "class"):

@@ -5,16 +5,19 @@ All networks take images [b, h, w, 3] in [0, 1], and are jax.tree_util.Partial: 
 functions as arguments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import os
 from pathlib import Path
 
 import jax
 from jax.tree_util import Partial
+import numpy as np
 
+from flextok_jax.checkpoints import clip as clip_files
 from flextok_jax.checkpoints import vit as vit_files
 from flextok_jax.checkpoints.inception import load_inception
 from flextok_jax.checkpoints.lpips import load_lpips
+from flextok_jax.models import clip as clip_model
 from flextok_jax.models import vit
 from flextok_jax.models.inception import FIDInception
 from flextok_jax.models.lpips import LPIPS
@@ -28,8 +31,10 @@ SOURCES = {
     "lpips_vgg": f"the state_dict of lpips.LPIPS(net='vgg'), or torchvision's vgg16-397923af.pth, {_CONVERT}, with the "
                  "package's weights/v0.1/vgg.pth as lpips_vgg_heads beside it",
     "dinov2": "a folder of Hugging Face, as facebook/dinov2-base",
+    "clip": "a folder of Hugging Face with tokenizer.json, as openai/clip-vit-large-patch14",
     "classifier": "a folder of Hugging Face, as facebook/dinov2-large-imagenet1k-1-layer",
 }
+_TEXTS = 256  # encoded at once
 _ENDINGS = (".safetensors", ".npz", "")
 
 
@@ -92,6 +97,23 @@ def classifier(folder: str | None, metric: str) -> Partial:
     raise ValueError(f"{path} has no classifier: put there {SOURCES['classifier']}")
   apply = vit.ViT(**sizes).apply
   return _partial(lambda variables, images: apply(variables, vit.preprocess(images))["logits"], params)
+
+
+def clip(folder: str | None, metric: str) -> tuple[Partial, Callable[[Sequence[str]], np.ndarray]]:
+  """Returns images -> [b, d], and texts -> [n, d], all of length 1, by CLIP."""
+  path = find(folder, "clip", metric)
+  sizes, params = clip_files.load_clip(path)
+  tokenize = clip_files.load_tokenizer(path)
+  model, size = clip_model.CLIP(**sizes), sizes["image"]["grid"] * sizes["image"]["patch_size"]
+  images = _partial(lambda variables, x: model.apply(variables, clip_model.preprocess(x, size),
+                                                     method="image_features"), params)  # fmt: skip
+  text = jax.jit(_partial(lambda variables, *ids: model.apply(variables, *ids, method="text_features"), params))
+
+  def encode(texts: Sequence[str]) -> np.ndarray:
+    parts = [text(*tokenize(texts[i : i + _TEXTS])) for i in range(0, len(texts), _TEXTS)]
+    return np.concatenate([np.asarray(x) for x in parts])
+
+  return images, encode
 
 
 def _path(folder: str, name: str) -> str | None:
