@@ -34,7 +34,8 @@ class DreamSim(nn.Module):
 def resize(images: jax.Array) -> jax.Array:
   """Both sides to SIZE pixels, whatever their ratio, as Pillow's bicubic filter does to 8-bit images.
 
-  Each direction's result is rounded to 8 bits, which has no gradient; images of SIZE pixels stay as they are.
+  Each direction's result is rounded to 8 bits, which has no gradient; images of SIZE pixels stay as they are. Rows come
+  before columns, as with all Pillows where an image is not higher than wide; with others Pillow 13 may turn this round.
 
   Args:
     images: float [b, h, w, 3] in [0, 1].
