@@ -20,9 +20,10 @@ def load_lpips(backbone: str | os.PathLike, heads: str | os.PathLike | None = No
   """Loads the weights of an LPIPS.
 
   Args:
-    backbone: torchvision's alexnet or vgg16, the ImageNet classifiers, as .safetensors or .npz in torchvision's names.
-    heads: the lpips package's weights/v0.1/alex.pth or vgg.pth as such a file; None: the first file has both, in the
-      names of lpips.LPIPS(...).state_dict().
+    backbone: torchvision's alexnet or vgg16, the ImageNet classifiers, written anew by python -m
+      flextok_jax.convert_torch: a .safetensors or .npz file with torchvision's names.
+    heads: so the lpips package's weights/v0.1/alex.pth or vgg.pth; None: the first file has both, in the names of
+      lpips.LPIPS(...).state_dict().
 
   Returns:
     (net, params): models/lpips.py's LPIPS(net) and its parameters, float32.

@@ -5,8 +5,6 @@ convolution before it. It is not torchvision's InceptionV3: average pools leave 
 the maximum, and there are 1008 classes.
 """
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,22 +15,30 @@ SPATIAL_CHANNELS = 7  # of sFID, https://arxiv.org/abs/2103.03841
 RESIZES = ("tensorflow", "pytorch")
 
 
-def resize_matrix(size: int, resize: str) -> np.ndarray:
-  """Returns the weights [SIZE, size] float32 with which pixels of a row of `size` make those of a row of SIZE.
+def resize_images(images: jax.Array, resize: str) -> jax.Array:
+  """Returns images [b, h, w, c] as [b, 299, 299, c] float32, bilinear without antialiasing.
 
-  Bilinear without antialiasing: "tensorflow" puts the corners of both rows upon each other, as TensorFlow 1 does
-  (align_corners=False, no half-pixel centres), "pytorch" the edges.
+  "tensorflow" puts the first pixels upon each other, as TensorFlow 1 does (align_corners=False, no half-pixel centres),
+  "pytorch" the edges of the images (align_corners=False there).
   """
-  # The numbers are rounded to float32 where the originals round them.
-  at = np.arange(SIZE, dtype=np.float32)
-  scale = np.float32(size / SIZE)
-  at = at * scale if resize == "tensorflow" else np.maximum((at + np.float32(0.5)) * scale - np.float32(0.5), 0)
-  low = np.minimum(at.astype(int), size - 1)
-  weights = np.zeros((SIZE, size), np.float32)
-  rows = np.arange(SIZE)
-  np.add.at(weights, (rows, low), 1 - (at - low))
-  np.add.at(weights, (rows, np.minimum(low + 1, size - 1)), at - low)
-  return weights
+  images = images.astype(jnp.float32)
+  for axis in (1, 2):
+    size = images.shape[axis]
+    at, scale = np.arange(SIZE, dtype=np.float32), np.float32(size / SIZE)  # rounded where the originals round
+    at = at * scale if resize == "tensorflow" else np.maximum((at + np.float32(0.5)) * scale - np.float32(0.5), 0)
+    low = np.minimum(at.astype(int), size - 1)
+    share = np.expand_dims(at - low.astype(np.float32), tuple(range(1, 4 - axis)))
+    before, after = (jnp.take(images, i, axis, mode="clip") for i in (low, np.minimum(low + 1, size - 1)))
+    images = before + (after - before) * share
+  return images
+
+
+def avg_pool(x: jax.Array) -> jax.Array:
+  return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
+
+
+def max_pool(x: jax.Array, stride: int = 2, padding="VALID") -> jax.Array:
+  return nn.max_pool(x, (3, 3), (stride, stride), padding)
 
 
 class Conv(nn.Module):
@@ -40,12 +46,14 @@ class Conv(nn.Module):
 
   Attributes:
     padding: "SAME", or "VALID" for none.
+    averaged: whether the input goes through avg_pool first; of 1x1 convolutions.
   """
 
   features: int
   kernel: tuple[int, int]
   stride: int = 1
   padding: str = "SAME"
+  averaged: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -54,6 +62,7 @@ class Conv(nn.Module):
     bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
     if self.kernel == (1, 1):  # XLA's products on a CPU are faster than its convolutions
       x = jnp.matmul(x, kernel[0, 0], precision=jax.lax.Precision.HIGHEST)
+      x = avg_pool(x) if self.averaged else x  # the same after the product, on fewer channels
     else:
       x = self._convolve(x, kernel)
     return nn.relu(x + bias)
@@ -69,16 +78,9 @@ class Conv(nn.Module):
     return x[:, :rows]
 
 
-def conv(features: int, kernel: int | tuple[int, int], name: str, stride: int = 1, padding: str = "SAME") -> Conv:
-  return Conv(features, (kernel, kernel) if isinstance(kernel, int) else kernel, stride, padding, name=name)
-
-
-def max_pool(x: jax.Array, stride: int = 2, padding="VALID") -> jax.Array:
-  return nn.max_pool(x, (3, 3), (stride, stride), padding)
-
-
-def avg_pool(x: jax.Array) -> jax.Array:
-  return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
+def conv(features: int, kernel: int | tuple[int, int], name: str, *args, **kwargs) -> Conv:
+  """Returns a Conv; a whole number is the side of a square kernel."""
+  return Conv(features, (kernel, kernel) if isinstance(kernel, int) else kernel, *args, **kwargs, name=name)
 
 
 class BlockA(nn.Module):
@@ -95,7 +97,7 @@ class BlockA(nn.Module):
         conv(64, 1, "branch1x1")(x),
         conv(64, 5, "branch5x5_2")(y),
         conv(96, 3, "branch3x3dbl_3")(z),
-        conv(self.pool_features, 1, "branch_pool")(avg_pool(x)),
+        conv(self.pool_features, 1, "branch_pool", averaged=True)(x),
     ], -1)  # [b, 35, 35, 224 + pool_features]
 
 
@@ -131,7 +133,7 @@ class BlockC(nn.Module):
         conv(192, 1, "branch1x1")(x),
         conv(192, column, "branch7x7_3")(y),
         conv(192, row, "branch7x7dbl_5")(z),
-        conv(192, 1, "branch_pool")(avg_pool(x)),
+        conv(192, 1, "branch_pool", averaged=True)(x),
     ], -1)  # [b, 17, 17, 768]
 
 
@@ -152,7 +154,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-  """Branches that end in a row and a column beside each other, at 8 x 8."""
+  """Branches that end in a row and a column beside each other, at 8 x 8; `pool` is "average" or "maximum"."""
 
   pool: str
 
@@ -161,14 +163,14 @@ class BlockE(nn.Module):
     y = conv(384, 1, "branch3x3_1")(x)
     z = conv(448, 1, "branch3x3dbl_1")(x)
     z = conv(384, 3, "branch3x3dbl_2")(z)
-    pooled = avg_pool(x) if self.pool == "average" else max_pool(x, 1, "SAME")
+    averaged = self.pool == "average"
     return jnp.concatenate([
         conv(320, 1, "branch1x1")(x),
         conv(384, (1, 3), "branch3x3_2a")(y),
         conv(384, (3, 1), "branch3x3_2b")(y),
         conv(384, (1, 3), "branch3x3dbl_3a")(z),
         conv(384, (3, 1), "branch3x3dbl_3b")(z),
-        conv(192, 1, "branch_pool")(pooled),
+        conv(192, 1, "branch_pool", averaged=averaged)(x if averaged else max_pool(x, 1, "SAME")),
     ], -1)  # [b, 8, 8, 2048]
 
 
@@ -196,9 +198,7 @@ class FIDInception(nn.Module):
     """
     if self.resize not in RESIZES:
       raise ValueError(f"unknown resize {self.resize!r}: use one of {', '.join(RESIZES)}")
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    down, right = (resize_matrix(size, self.resize) for size in images.shape[1:3])
-    x = product("ph,qw,bhwc->bpqc", down, right, images.astype(jnp.float32))  # [b, 299, 299, 3]
+    x = resize_images(images, self.resize)  # [b, 299, 299, 3]
     x = (255 * x - 128) / 128 if self.resize == "tensorflow" else 2 * x - 1
     x = conv(32, 3, "Conv2d_1a_3x3", 2, "VALID")(x)
     x = conv(32, 3, "Conv2d_2a_3x3", 1, "VALID")(x)
