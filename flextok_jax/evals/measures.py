@@ -23,6 +23,7 @@ PLAIN = metrics.METRICS | {name: _of_unit_range(f) for name, f in distances.DIST
 NETWORKS = {
     "lpips_alex": lambda folder: networks.lpips(folder, "alex"),
     "lpips_vgg": lambda folder: networks.lpips(folder, "vgg"),
+    "dreamsim": networks.dreamsim,
     "dinov2": networks.similarity,
 }
 NAMES = (*PLAIN, *NETWORKS)

@@ -15,10 +15,12 @@ import numpy as np
 
 from flextok_jax.checkpoints import clip as clip_files
 from flextok_jax.checkpoints import vit as vit_files
+from flextok_jax.checkpoints.dreamsim import load_dreamsim
 from flextok_jax.checkpoints.inception import load_inception
 from flextok_jax.checkpoints.lpips import load_lpips
 from flextok_jax.models import clip as clip_model
 from flextok_jax.models import vit
+from flextok_jax.models.dreamsim import DreamSim
 from flextok_jax.models.inception import FIDInception
 from flextok_jax.models.lpips import LPIPS
 
@@ -30,6 +32,8 @@ SOURCES = {
                   "with the package's weights/v0.1/alex.pth as lpips_alex_heads beside it",
     "lpips_vgg": f"the state_dict of lpips.LPIPS(net='vgg'), or torchvision's vgg16-397923af.pth, {_CONVERT}, with the "
                  "package's weights/v0.1/vgg.pth as lpips_vgg_heads beside it",
+    "dreamsim": "a folder of peft's format, the dino_vitb16_single_lora that the dreamsim package downloads, with "
+                "facebook/dino-vitb16 as dreamsim_backbone beside it",
     "dinov2": "a folder of Hugging Face, as facebook/dinov2-base",
     "clip": "a folder of Hugging Face with tokenizer.json, as openai/clip-vit-large-patch14",
     "classifier": "a folder of Hugging Face, as facebook/dinov2-large-imagenet1k-1-layer",
@@ -72,6 +76,15 @@ def lpips(folder: str | None, net: str) -> Partial:
   return _partial(LPIPS(net).apply, params)
 
 
+def dreamsim(folder: str | None) -> Partial:
+  """Returns (images, images) -> [b], DreamSim of one branch."""
+  lora, backbone = find(folder, "dreamsim", "dreamsim"), _path(folder, "dreamsim_backbone")
+  if backbone is None:
+    raise ValueError(f"--metrics=dreamsim: {folder} has no dreamsim_backbone: put there {SOURCES['dreamsim']}")
+  sizes, params = load_dreamsim(backbone, lora)
+  return _partial(DreamSim(vit.ViT(**sizes)).apply, params)
+
+
 def similarity(folder: str | None) -> Partial:
   """Returns (images, images) -> [b], the cosine of their features by a DINOv2 (its class token)."""
   sizes, params = vit_files.load_vit(find(folder, "dinov2", "dinov2"))
@@ -103,7 +116,7 @@ def clip(folder: str | None, metric: str) -> tuple[Partial, Callable[[Sequence[s
   """Returns images -> [b, d], and texts -> [n, d], all of length 1, by CLIP."""
   path = find(folder, "clip", metric)
   sizes, params = clip_files.load_clip(path)
-  tokenize = clip_files.load_tokenizer(path)
+  tokenize = CLIPTokenizer(path, sizes["text"]["max_length"])
   model, size = clip_model.CLIP(**sizes), sizes["image"]["grid"] * sizes["image"]["patch_size"]
   images = _partial(lambda variables, x: model.apply(variables, clip_model.preprocess(x, size),
                                                      method="image_features"), params)  # fmt: skip
