@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.models.vae import conv
+from flextok_jax.ops import layout
 
 # Of each of the five scales: the window of the max pooling before it, of stride 2 (0: none), and its convolutions, each
 # (its index in torchvision's `features`, channels, kernel, stride, padding).
@@ -80,6 +81,7 @@ class _Features(nn.Module):
           x = nn.max_pool(x, (window, window), (2, 2))
         for index, channels, kernel, stride, pad in convolutions:
           x = nn.relu(conv(channels, kernel, self.dtype, stride=stride, padding=pad, name=f"conv_{index}")(x))
+        x = layout.constrain(x, "batch", None, None, None)
         scales.append(x)
     return scales
 
