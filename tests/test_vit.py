@@ -125,6 +125,7 @@ BAD_CONFIGS = [  # (change, part of the error)
     (dict(model_type="beit"), "model_type is 'beit', only 'vit', 'dinov2' and"),
     (dict(hidden_size=33), "hidden_size=33 is not a multiple of num_attention_heads=2"),
     (dict(hidden_size=64), "has shape .*, not "),
+    (dict(hidden_size=2**16, mlp_ratio=64), "has shape .*, not "),
     (dict(num_hidden_layers=10**9), "num_hidden_layers must be a whole number from 1 to 1000, got 1000000000"),
     (dict(num_hidden_layers=3), "lacks the tensor encoder.layer.2"),
     (dict(num_hidden_layers=1), "has a tensor 'encoder.layer.1"),
