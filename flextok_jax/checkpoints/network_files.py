@@ -56,10 +56,11 @@ def fill(
   tensor_file.check_names(os.fspath(path), tensors, (name for e in entries for name in e.names), allowed)
   flat = {}
   for e in entries:
-    flat[e.path] = np.empty(e.shape, np.float32)
     for i, name in enumerate(e.names):
       tensor = tensors[name]
       if tensor.shape != e.official_shape:
         raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, not {list(e.official_shape)}")
+      if i == 0:  # not before: a foreign configuration may ask for more memory than there is
+        flat[e.path] = np.empty(e.shape, np.float32)
       e.from_official(tensor, flat[e.path], i)
   return unflatten_dict(flat, sep="/")

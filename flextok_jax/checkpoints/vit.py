@@ -102,7 +102,9 @@ NAMES = {
 
 
 def load_vit(source: str | os.PathLike) -> tuple[dict, dict]:
-  """Loads a vision transformer.
+  """Loads a vision transformer, which then interpolates its table of positions as the code that the names belong to.
+
+  At 224 pixels DINOv2's table of 518 is always interpolated, and transformers and the authors differ in how.
 
   Args:
     source: a folder in Hugging Face's format, or a repository of the hub, of a ViT (DINO), a DINOv2 or one with

@@ -27,7 +27,7 @@ def preprocess(
 ) -> jax.Array:
   """Resizes, crops and normalises images, by default as DINO and DINOv2 are evaluated.
 
-  The kernel is Pillow's bicubic one. Its results are clipped, but not rounded to 8 bits as Pillow's are.
+  The kernel is Pillow's bicubic one. Its results are clipped as Pillow's are, but not rounded to 8 bits.
 
   Args:
     images: float [b, h, w, 3] in [0, 1].
@@ -39,11 +39,12 @@ def preprocess(
   Returns:
     float32 [b, crop, crop, 3].
   """
-  _, height, width, _ = images.shape
-  short = min(height, width)
-  height, width = int(resize * height / short), int(resize * width / short)
+  batch, old, width, _ = images.shape
+  short = min(old, width)
+  height, width = int(resize * old / short), int(resize * width / short)
   images = images.astype(jnp.float32)
-  images = jax.image.resize(images, (len(images), height, width, 3), "cubic", antialias=True).clip(0, 1)
+  for shape in ((batch, old, width, 3), (batch, height, width, 3)):  # one side after the other, as Pillow clips
+    images = jax.image.resize(images, shape, "cubic", antialias=True).clip(0, 1)
   top, left = (height - crop) // 2, (width - crop) // 2
   return (images[:, top : top + crop, left : left + crop] - jnp.asarray(mean)) / jnp.asarray(std)
 
