@@ -144,8 +144,18 @@ def make_prefix_fn(
   return _make(shortest_prefix, config, params, quality, metric, seed)
 
 
-def _make(search, config, params, quality, metric, seed: int):
-  check_quality(quality)
+def make_search(
+    config: Mapping[str, Any], metric: str | distances.Distance = "mse", seed: int = 0,
+    search: Callable = shortest_prefix,
+) -> Callable:
+  """As make_prefix_fn, of a function (params, threshold, images, ids), compiled once for all thresholds.
+
+  Args:
+    search: shortest_prefix, or shortest_length.
+
+  Raises:
+    ValueError: a bad metric or seed, or a model without tokens.
+  """
   distance = distances.resolve(metric)
   predict_fns = make_stage(config).predict_fns
   if "detokenize" not in predict_fns:
@@ -162,4 +172,9 @@ def _make(search, config, params, quality, metric, seed: int):
 
     return search(decode, distance, images, ids, threshold)
 
-  return functools.partial(run, params, jnp.float32(quality))
+  return run
+
+
+def _make(search, config, params, quality, metric, seed: int):
+  check_quality(quality)
+  return functools.partial(make_search(config, metric, seed, search), params, jnp.float32(quality))

@@ -4,18 +4,16 @@ python -m flextok_jax.study --checkpoint=TOKENIZER --out=DIR [--study=tokens,var
 
   tokens     quality of reconstructions against the number of tokens
   variation  how far decodes of the same tokens from different noises lie apart, against the number of tokens
+  halting    quality against the lengths that thresholds of quality choose, and lengths against the number of objects
 
 Writes STUDY.json, STUDY.png and STUDY_grid.png of each, and report.md and report.html of all studies that lie in DIR.
 Killed and rerun, it goes on: what DIR/parts holds of the same models and settings is not computed again.
 """
 
 import functools
-import hashlib
 from pathlib import Path
-from typing import Any
 
 from absl import flags
-from flax.traverse_util import flatten_dict
 import jax
 from ml_collections import config_flags
 import numpy as np
@@ -23,12 +21,12 @@ import numpy as np
 from flextok_jax import cli, detokenize, evaluate
 from flextok_jax.checkpoints import loading
 from flextok_jax.data import pipeline
-from flextok_jax.evals import batches, measures, reconstruction, report, tokens, variation
+from flextok_jax.evals import batches, halting, measures, progress, reconstruction, report, tokens, variation
 from flextok_jax.ops import guidance
 from flextok_jax.stages import make_stage
 from flextok_jax.training import sharding
 
-STUDIES = ("tokens", "variation")
+STUDIES = ("tokens", "variation", "halting")
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -47,6 +45,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   integer("num_images", None, "Images a set; default: config.eval.num_images.", 1)
   texts("num_tokens", [], "Token counts; default: config.eval.num_tokens.")
   integer("num_decodes", 4, "Of variation: decodes of the same tokens.", 2)
+  string("quality_metric", None, "Of halting: the metric of the thresholds; default: the first of --metrics.")
+  texts("qualities", [], "Of halting: thresholds; default: the mean of the metric at each token count.")
   integer("decoder_steps", None, "Euler steps of the decoder; default: the tokenizer's.", 1)
   flags.DEFINE_enum("decoder_guidance", None, guidance.MODES, "Default: the tokenizer's.", flag_values=values)
   flags.DEFINE_float("decoder_scale", None, "Of the decoder's guidance; default: the tokenizer's.", flag_values=values)
@@ -74,10 +74,12 @@ class Models:
     self.config = detokenize.with_sampler(
         config, values.decoder_steps, values.decoder_guidance, values.decoder_scale)
     self.counts = reconstruction.token_counts(config.eval.num_tokens, config.tokens.num_registers)
-    self.digest = digest(self.config, params)
     self.mesh = sharding.make_mesh()
     self.params = sharding.place(params, sharding.replicated(self.mesh))
-    self.compare = batches.make_compare(self.measures, config.eval.batch_size, self.mesh)
+    self.identity = progress.identity(params)
+    c = self.config.eval
+    self.extent = {"num_images": c.num_images, "grid_images": c.grid_images}
+    self.compare = batches.make_compare(self.measures, c.batch_size, self.mesh)
 
   @functools.cached_property
   def predict_fns(self):
@@ -85,15 +87,19 @@ class Models:
 
   @functools.cached_property
   def sets(self) -> dict[str, dict]:
+    """Evaluation sets by name, as of pipeline.eval_set."""
     c = self.config
     return {name: pipeline.eval_set(c.data, name, image_size=c.image_size, num_images=c.eval.num_images)
             for name in c.eval.sources}
 
   @functools.cached_property
-  def encoded(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{set: (images uint8 [n, h, w, 3], ids int32 [n, num_registers])}."""
+  def _ids(self) -> dict[str, np.ndarray]:
     encode = batches.Batched(self.predict_fns["tokenize"], self.params, self.config.eval.batch_size, self.mesh)
-    return {name: (found["image"], encode(found["image"])) for name, found in self.sets.items()}
+    return {name: encode(found["image"]) for name, found in self.sets.items()}
+
+  def encoded(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Name of a set -> (images uint8 [n, h, w, 3], ids int32 [n, num_registers])."""
+    return self.sets[name]["image"], self._ids[name]
 
   @functools.cached_property
   def decode(self):
@@ -106,46 +112,59 @@ def main(values: flags.FlagValues):
   """Runs values.study and writes what the module's docstring lists under values.out."""
   chosen = _check_flags(values)
   models, out = Models(values), Path(values.out)
+  c = models.config
   settings = {
-      "checkpoint": str(values.checkpoint), "digest": models.digest, "metrics": list(values.metrics),
-      "seed": models.config.seed, "num_tokens": list(models.counts), "sampler": models.config.sampler.to_dict(),
+      "image_size": c.image_size, "weights": models.identity, "metrics": list(values.metrics), "seed": c.seed,
+      "num_tokens": list(models.counts), "sampler": c.sampler.to_dict(),
+      "sources": {name: c.data.sources[name].to_dict() for name in c.eval.sources},
   }
-  parts = report.Parts(out, {name: value for name, value in settings.items() if name != "checkpoint"})
+  parts = report.Parts(out, settings)
   for name in chosen:
     print(f"study {name}", flush=True)
     outcome = _STUDIES[name](values, models, parts)
-    for path in outcome.write(out, name, settings):
+    for path in outcome.write(out, name, {"checkpoint": values.checkpoint, "num_images": c.eval.num_images} | settings):
       print(path)
   for path in report.gather(out, STUDIES):
     print(path)
 
 
-def digest(config, params: Any) -> str:
-  """Returns 16 hex digits that tell a model by its config and all its arrays."""
-  found = hashlib.sha256(config.to_json(sort_keys=True).encode())
-  for path, array in sorted(flatten_dict(params, sep="/").items()):
-    found.update(f"\n{path}\n".encode())
-    found.update(np.ascontiguousarray(np.asarray(array)).view(np.uint8))
-  return found.hexdigest()[:16]
-
-
 def _tokens(values, models: Models, parts: report.Parts) -> report.Outcome:
   c = models.config
+
   def run():
+    kept = progress.Progress(Path(values.out) / report.PARTS / "tokens", parts.settings | models.extent)
     evaluator = reconstruction.Reconstruction(
         models.predict_fns, models.sets, models.counts, c.eval.batch_size, c.seed, c.eval.grid_images,
-        sharding.batch_sharding(models.mesh), models.measures)
-    return evaluator.run(models.params)
+        sharding.batch_sharding(models.mesh), pair_measures=models.measures, progress=kept)
+    found = evaluator.run(models.params)
+    kept.clear()
+    return found
 
-  return tokens.study(parts, run, c.eval.sources, c.eval.num_images, c.eval.grid_images)
+  return tokens.study(parts, run, values.metrics, c.eval.sources, models.extent)
 
 
 def _variation(values, models: Models, parts: report.Parts) -> report.Outcome:
-  return variation.study(parts, models.decode, models.compare, models.encoded, models.counts, values.num_decodes,
-                         models.config.eval.grid_images)
+  return variation.study(parts, models.decode, models.compare, models.encoded, models.config.eval.sources,
+                         models.counts, values.num_decodes, models.extent)
 
 
-_STUDIES = {"tokens": _tokens, "variation": _variation}
+def _halting(values, models: Models, parts: report.Parts) -> report.Outcome:
+  c, metric = models.config, values.quality_metric or values.metrics[0]
+  lengths = halting.make_lengths(
+      c, models.params, metric, models.measures[metric], c.seed, c.eval.batch_size, models.mesh)
+  return halting.study(
+      parts, models.decode, models.compare, lengths, models.encoded, lambda name: models.sets[name]["num_objects"],
+      c.eval.sources, models.counts, metric, [_number("qualities", item) for item in values.qualities], models.extent)
+
+
+_STUDIES = {"tokens": _tokens, "variation": _variation, "halting": _halting}
+
+
+def _number(name: str, item: str) -> float:
+  try:
+    return float(item)
+  except ValueError:
+    raise ValueError(f"--{name} takes numbers separated by commas, got {item!r}") from None
 
 
 def _check_flags(values: flags.FlagValues) -> list[str]:

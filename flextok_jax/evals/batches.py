@@ -1,14 +1,14 @@
 """Functions over many images, run batch by batch on all devices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax.evals import measures as measures_lib
 from flextok_jax.evals import metrics, reconstruction
+from flextok_jax.evals.measures import Measure
 from flextok_jax.ops import nested
 from flextok_jax.training import sharding
 
@@ -19,23 +19,27 @@ class Batched:
   Args:
     function: what jax can trace; a row of its result depends on the same row of its arguments alone.
     params: its first argument, placed on the mesh already.
-    batch_size: rows at once, rounded up to a multiple of the devices.
+    batch_size: rows at once, lowered to as many as there are, rounded up to a multiple of the devices.
     mesh: the devices.
   """
 
   def __init__(self, function: Callable, params: Any, batch_size: int, mesh: jax.sharding.Mesh):
     self._function = jax.jit(function, out_shardings=sharding.replicated(mesh))
     self._params, self._placed = params, sharding.batch_sharding(mesh)
-    self._size = -(-batch_size // mesh.size) * mesh.size
+    self._batch_size, self._devices = batch_size, mesh.size
 
   def __call__(self, *arrays: np.ndarray) -> Any:
     """Returns the function of all rows, as numpy arrays; the last batch is padded by its last row."""
     count, parts = len(arrays[0]), []
-    for start in range(0, count, self._size):
-      rows = np.minimum(np.arange(start, start + self._size), count - 1)
-      found = self._function(self._params, *(jax.device_put(x[rows], self._placed) for x in arrays))
+    size = -(-min(self._batch_size, count) // self._devices) * self._devices
+    for start in range(0, count, size):
+      found = self._function(self._params, *(self._place(x[start : start + size], size) for x in arrays))
       parts.append(jax.tree.map(lambda x: np.asarray(x)[: count - start], found))  # noqa: B023 called at once
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+  def _place(self, rows: np.ndarray, size: int) -> jax.Array:
+    padding = ((0, size - len(rows)), *((0, 0),) * (rows.ndim - 1))
+    return jax.device_put(np.pad(rows, padding, mode="edge"), self._placed)
 
 
 def make_decode(
@@ -68,12 +72,18 @@ def make_decode(
 
 
 def make_compare(
-    measures: dict[str, measures_lib.Measure], batch_size: int, mesh: jax.sharding.Mesh
+    measures: Mapping[str, Measure], batch_size: int, mesh: jax.sharding.Mesh
 ) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
   """Makes the function of two uint8 [n, h, w, 3] that returns {name of a measure: float32 [n]}."""
 
-  def compare(params, a, b):
+  def values(measures, a, b):
     a, b = (x.astype(jnp.float32) / 255 for x in (a, b))
     return {name: measure(a, b) for name, measure in measures.items()}
 
-  return Batched(compare, None, batch_size, mesh)
+  batched = Batched(values, jax.device_put(dict(measures), sharding.replicated(mesh)), batch_size, mesh)
+
+  def compare(a, b):
+    found = batched(a, b)
+    return {name: found[name] for name in measures}  # jax sorts names
+
+  return compare

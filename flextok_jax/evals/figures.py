@@ -7,47 +7,63 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from flextok_jax.evals import sample_metrics
+
 _COLUMNS = 3  # panels side by side at most
 _TITLE = 30  # pixels
 
 
 class Line(NamedTuple):
-  """A curve: its points, their standard errors, and the number of its colour, by default its place in the panel."""
+  """A curve: x, and y or (y, low, high) with an interval, of each point; and the number of its colour."""
 
   x: Sequence[float]
-  y: Sequence[float]
-  error: Sequence[float | None] | None = None
-  color: int | None = None
+  y: Sequence[float | Sequence[float]]
+  color: int | None = None  # by default its place in the panel
   dashed: bool = False
 
 
-def mean_and_error(values: np.ndarray) -> list[float | None]:
-  """Returns the mean of values [n] and its standard error, None of a single value; as JSON can hold."""
-  error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-  return [float(np.mean(values, dtype=np.float64)), error]
+def estimate(values: np.ndarray) -> list[float]:
+  """Returns the mean of values [n] and the ends of its 95% interval; of a single value the mean alone."""
+  mean = float(np.mean(values, dtype=np.float64))
+  return [mean, *sample_metrics.bootstrap_interval(values)] if len(values) > 1 else [mean]
 
 
-def curves(panels: Mapping[str, Mapping[str, Line]], xlabel: str, ticks: Sequence[int]) -> bytes:
-  """Draws panels {title: {label: line}} over one log2 axis with these ticks; returns a PNG."""
-  figure, axes = _figure(len(panels))
-  for axis, (title, lines) in zip(axes, panels.items()):
-    curve_panel(axis, title, lines, xlabel)
+def curves(
+    panels: Mapping[str, Mapping[str, Line]], xlabel: str, ticks: Sequence[int],
+    others: Mapping[str, Mapping[str, Mapping[str, Line]]] = {},  # noqa: B006 never changed
+) -> bytes:
+  """Draws panels {title: {label: line}} over one log2 axis with these ticks; returns a PNG.
+
+  Args:
+    others: {name of a linear axis: panels over it}, which follow.
+  """
+  figure, axes = _figure(len(panels) + sum(map(len, others.values())))
+  axes = iter(axes)
+  for title, lines in panels.items():
+    axis = next(axes)
+    _panel(axis, title, lines, xlabel)
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
+  for label, more in others.items():
+    for title, lines in more.items():
+      axis = next(axes)
+      _panel(axis, title, lines, label)
+      axis.set_xticks(sorted({x for line in lines.values() for x in line.x}))
   return _png(figure)
 
 
-def curve_panel(axis, title: str, lines: Mapping[str, Line], xlabel: str):
-  """Draws lines with error bars where they have errors, and a legend where there are several."""
+def _panel(axis, title: str, lines: Mapping[str, Line], xlabel: str):
+  """Draws lines with their intervals, and a legend where there are several."""
   for i, (label, line) in enumerate(lines.items()):
     color = f"C{(i if line.color is None else line.color) % 10}"
     style = dict(color=color, label=label, marker="o", markersize=4.5, linewidth=1.8)
     style["linestyle"] = "--" if line.dashed else "-"
-    if line.error is None:
-      axis.plot(line.x, line.y, **style)
-    else:
-      axis.errorbar(line.x, line.y, [error or 0 for error in line.error], capsize=3, **style)
+    points = [np.atleast_1d(y) for y in line.y]
+    axis.plot(line.x, [y[0] for y in points], **style)
+    inside = [(x, *y[1:]) for x, y in zip(line.x, points) if len(y) == 3]
+    if inside:
+      axis.vlines(*zip(*inside), color=color, alpha=0.35, linewidth=5)
   axis.set_xlabel(xlabel)
   axis.set_title(title, fontsize=11)
   axis.grid(color="0.9", linewidth=0.8)

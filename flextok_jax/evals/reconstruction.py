@@ -75,13 +75,15 @@ class Report:
 
 
 def curves_png(sets: Mapping[str, Mapping[str, Any]]) -> bytes:
-  """Draws every metric over the number of tokens (log scale), a line a set; sets as in Report.scores."""
+  """Draws every metric and its intervals over the number of tokens (log scale), a line a set; see Report.scores."""
   panels, ticks = {}, set()
   for name, scored in sets.items():
     counts = [int(column) for column in scored["by_tokens"]]
     ticks.update(counts)
     for metric in next(iter(scored["by_tokens"].values())):
-      line = figures.Line(counts, [row[metric] for row in scored["by_tokens"].values()])
+      points = [[row[metric], *scored["intervals"][column].get(metric, ())]
+                for column, row in scored["by_tokens"].items()]  # fmt: skip
+      line = figures.Line(counts, points)
       panels.setdefault(measures_lib.UNITS.get(metric, metric), {})[name] = line
   return figures.curves(panels, "tokens", sorted(ticks))
 

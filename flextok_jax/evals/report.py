@@ -22,11 +22,11 @@ Found = tuple[Any, dict[str, np.ndarray]]  # what JSON can hold, and arrays
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Numbers with a header: rows hold numbers, texts, or None where there is none."""
+  """Numbers with a header: rows hold numbers, texts, [mean, low, high] with an interval, None where there is none."""
 
   title: str
   columns: Sequence[str]
-  rows: Sequence[Sequence[float | int | str | None]]
+  rows: Sequence[Sequence[float | int | str | Sequence[float] | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Parts:
   """
 
   def __init__(self, folder: Path, settings: Mapping[str, Any]):
-    self._folder, self._settings = folder / PARTS, dict(settings)
+    self._folder, self.settings = folder / PARTS, dict(settings)
 
   def __call__(self, name: str, settings: Mapping[str, Any], compute: Callable[[], Found]) -> Found:
     """Returns what was found before with the same settings, else what compute() finds; prints which."""
-    key = json.dumps(self._settings | dict(settings), sort_keys=True)
+    key = json.dumps(self.settings | dict(settings), sort_keys=True)
     path = self._folder / f"{name}.npz"
     found = _read(path, key)
     if found is not None:
@@ -136,6 +136,9 @@ def _read(path: Path, key: str) -> Found | None:
 def _text(value) -> str:
   if value is None:
     return "-"
+  if isinstance(value, list):
+    mean, *interval = map(_text, value)
+    return mean + (f" ({' to '.join(interval)})" if interval else "")
   return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -1,17 +1,25 @@
 """Quality of reconstructions against the number of tokens, as a study."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from flextok_jax.evals import figures, plots
 from flextok_jax.evals.reconstruction import Report, curves_png
 from flextok_jax.evals.report import Outcome, Parts, Table
 
-ABOUT = ("Every image is encoded once and decoded from its first tokens, each time from the same noise. Drawn is the mean"
-         " over images of what compares a reconstruction with its original.")
+ABOUT = ("Every image is encoded once and decoded from its first tokens, each time from the same noise. Drawn is the"
+         " mean over images of what compares a reconstruction with its original; bars are its 95% interval.")
 
 
-def study(parts: Parts, run: Callable[[], Report], sets: Sequence[str], num_images: int, grid_images: int) -> Outcome:
-  """Tells what an evaluation of these sets found; run is that of reconstruction.Reconstruction."""
+def study(
+    parts: Parts, run: Callable[[], Report], metrics: Sequence[str], sets: Sequence[str], settings: Mapping[str, Any]
+) -> Outcome:
+  """Tells what an evaluation of these sets by these metrics finds.
+
+  Args:
+    run: of reconstruction.Reconstruction.
+    settings: "num_images" of each set, and "grid_images", of which pictures are shown.
+  """
 
   def compute():
     report = run()
@@ -19,13 +27,14 @@ def study(parts: Parts, run: Callable[[], Report], sets: Sequence[str], num_imag
                 for column, images in columns.items()}
     return report.scores, examples
 
-  asked = {"sets": list(sets), "num_images": num_images, "grid_images": grid_images}
-  scores, examples = parts("tokens", asked, compute)
+  scores, examples = parts("tokens", settings | {"sets": list(sets)}, compute)
   tables, grids = [], {}
   for name, scored in scores["sets"].items():
-    by_tokens = scored["by_tokens"]
-    counts, metrics = [int(count) for count in by_tokens], list(next(iter(by_tokens.values())))
-    rows = [[count, *row.values()] for count, row in zip(counts, by_tokens.values())]
+    by_tokens, intervals = scored["by_tokens"], scored["intervals"]
+    counts = [int(count) for count in by_tokens]
+    points = {metric: [[row[metric], *intervals[column].get(metric, ())] for column, row in by_tokens.items()]
+              for metric in metrics}
+    rows = [[count, *(points[metric][i] for metric in metrics)] for i, count in enumerate(counts)]
     tables.append(Table(f"{name}: {scored['num_images']} images", ["tokens", *metrics], rows))
     columns = ["original", *by_tokens]
     labels = [plots.column_label(column, last=column == columns[-1]) for column in columns]
