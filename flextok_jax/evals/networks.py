@@ -18,6 +18,7 @@ from flextok_jax.checkpoints import vit as vit_files
 from flextok_jax.checkpoints.dreamsim import load_dreamsim
 from flextok_jax.checkpoints.inception import load_inception
 from flextok_jax.checkpoints.lpips import load_lpips
+from flextok_jax.data.text import CLIPTokenizer
 from flextok_jax.models import clip as clip_model
 from flextok_jax.models import vit
 from flextok_jax.models.dreamsim import DreamSim

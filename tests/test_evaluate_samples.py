@@ -1,0 +1,160 @@
+"""Samples of a tiny generator by the metrics of the field, with networks of random weights."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from flextok_jax import evaluate, sample
+from flextok_jax.checkpoints import inception as inception_files
+from flextok_jax.checkpoints.vit import load_vit
+from flextok_jax.evals import networks, progress, sample_metrics, statistics, statistics_files
+from flextok_jax.models import vit
+from flextok_jax.models.inception import FIDInception
+from tests import clip_reference, vit_reference
+from tests.commands import fails, run
+from tests.test_clip import clip_tokenizer
+from tests.test_sample import models  # noqa: F401 a fixture
+
+METRICS = "gfid,sfid,is,precision,recall,fid_infinity,top1"
+TOTAL = 13
+
+
+def write_inception(path):
+  """Random weights under which activations keep their size."""
+  rng, tensors = np.random.default_rng(0), {}
+  for name, shape in inception_files.parameter_shapes().items():
+    if name.startswith("fc/"):
+      tensors["fc.weight"] = rng.normal(0, 0.02, shape[::-1]).astype(np.float32)
+    elif name.endswith("/kernel"):
+      kernel = rng.normal(0, (2 / np.prod(shape[:3])) ** 0.5, shape).astype(np.float32)
+      module = name.removesuffix("/kernel").replace("/", ".")
+      tensors[f"{module}.conv.weight"] = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
+      for kind, value in dict(weight=1, bias=0, running_mean=0, running_var=1).items():
+        tensors[f"{module}.bn.{kind}"] = np.full(shape[3], value, np.float32)
+  save_file(tensors, path)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("weights")
+  write_inception(folder / "inception.safetensors")
+  for name, reference, case in (("classifier", vit_reference, "registers"), ("clip", clip_reference, "laion")):
+    (folder / name).mkdir()
+    reference.write(case, folder / name)
+  clip_tokenizer(folder / "clip")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+  path = tmp_path_factory.mktemp("reference") / "images.npz"
+  np.savez(path, arr_0=np.random.default_rng(1).integers(0, 256, (9, 16, 16, 3)).astype(np.uint8))
+  return path
+
+
+def flags_of(models, weights, reference, out, *args):  # noqa: F811
+  return (f"--checkpoint={models['class']}", f"--tokenizer={models['tokenizer']}", f"--weights={weights}",
+          f"--reference={reference}", f"--metrics={METRICS}", "--num_tokens=1,4", f"--num_images={TOTAL}",
+          "--batch_size=8", "--classes=3,0,4", "--guidance_scale=2", "--seed=5", f"--out={out}", *args)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(models, weights, reference, tmp_path_factory):  # noqa: F811
+  out = tmp_path_factory.mktemp("report")
+  run(evaluate, *flags_of(models, weights, reference, out, "--samples_npz", f"--save_reference={out / 'stats.npz'}"))
+  return out
+
+
+def scores(out):
+  return json.loads((out / "report.json").read_text())["sets"]["samples"]
+
+
+def pictures(out, count):
+  with np.load(out / f"samples_{count}.npz", allow_pickle=False) as arrays:
+    return arrays["arr_0"]
+
+
+def test_samples_are_those_of_the_sample_command(models, report, tmp_path):  # noqa: F811
+  run(sample, f"--checkpoint={models['class']}", f"--tokenizer={models['tokenizer']}", "--classes=3,0,4", "--seed=5",
+      "--guidance_scale=2", "--npz", f"--out={tmp_path}")  # fmt: skip
+  with np.load(tmp_path / "samples.npz", allow_pickle=False) as arrays:
+    np.testing.assert_allclose(pictures(report, 4)[:3].astype(int), arrays["arr_0"], atol=1)
+  assert pictures(report, 4).shape == (TOTAL, 16, 16, 3) and len({x.tobytes() for x in pictures(report, 4)}) == TOTAL
+  assert (report / "grid_samples.png").is_file() and (report / "curve.png").is_file()
+  assert not list(report.glob("*.part.npy")) and not (report / "so_far").exists()
+
+
+def test_metrics_are_those_of_the_pictures(weights, reference, report):
+  params = inception_files.load_inception(weights / "inception.safetensors")
+  sizes, head = load_vit(weights / "classifier")
+  with jax.default_matmul_precision("highest"):
+    look = jax.jit(lambda images: FIDInception().apply({"params": params}, images / np.float32(255)))
+    classify = jax.jit(lambda images: vit.ViT(**sizes).apply({"params": head}, vit.preprocess(images / np.float32(255))))
+    with np.load(reference) as arrays:
+      real = look(arrays["arr_0"])
+    gaussian = lambda x: (np.mean(x, 0, dtype=np.float64), np.cov(np.float64(x), rowvar=False))
+    for column in ("1", "4"):
+      images = pictures(report, column)
+      fake, found = look(images), scores(report)["by_tokens"][column]
+      for name, layer in (("gfid", "pool"), ("sfid", "spatial")):
+        distance = statistics.frechet_distance(*gaussian(fake[layer]), *gaussian(real[layer]))
+        np.testing.assert_allclose(found[name], distance, rtol=1e-3)
+      np.testing.assert_allclose(found["is"], sample_metrics.inception_score(np.asarray(fake["logits"]))[0], rtol=1e-4)
+      both = sample_metrics.precision_recall(np.asarray(real["pool"]), np.asarray(fake["pool"]))
+      assert (found["precision"], found["recall"]) == pytest.approx(both)
+      labels = np.resize([3, 0, 4], TOTAL)
+      assert found["top1"] == pytest.approx((classify(images)["logits"].argmax(1) == labels).mean())
+  saved = statistics_files.load_statistics(report / "stats.npz")
+  np.testing.assert_allclose(saved["mu_s"], np.mean(real["spatial"], 0, dtype=np.float64), rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_serve_as_well_as_images_and_an_interruption_changes_nothing(
+    models, weights, report, tmp_path, monkeypatch, capsys  # noqa: F811
+):
+  args = [x for x in flags_of(models, weights, report / "stats.npz", tmp_path, "--keep_every=1", "--samples_npz")
+          if not x.startswith("--metrics")]  # fmt: skip
+  fails("precision and recall compare single images", evaluate, *args, "--metrics=recall")
+  after = progress.Progress.after_batch
+
+  def stop(self, part, done, *rest):
+    after(self, part, done, *rest)
+    raise ValueError("stopped")
+
+  with monkeypatch.context() as patched:
+    patched.setattr(progress.Progress, "after_batch", stop)
+    fails("stopped", evaluate, *args, "--metrics=gfid,sfid")
+  run(evaluate, *args, "--metrics=gfid,sfid")
+  assert "samples: going on after 8 images" in capsys.readouterr().out
+  for column, values in scores(tmp_path)["by_tokens"].items():
+    for name, value in values.items():
+      np.testing.assert_allclose(value, scores(report)["by_tokens"][column][name], rtol=1e-5)
+    np.testing.assert_array_equal(pictures(tmp_path, column), pictures(report, column))
+
+
+def test_texts_by_clip(models, weights, tmp_path):  # noqa: F811
+  (tmp_path / "prompts.txt").write_text("red bee\nace\n")
+  run(evaluate, f"--checkpoint={models['text']}", f"--tokenizer={models['tokenizer']}", f"--weights={weights}",
+      "--metrics=clip", f"--prompts_file={tmp_path / 'prompts.txt'}", "--num_images=5", "--num_tokens=4",
+      "--samples_npz", f"--out={tmp_path / 'out'}")  # fmt: skip
+  images, texts = networks.clip(weights, "clip")
+  cosines = (images(pictures(tmp_path / "out", 4) / np.float32(255)) * texts(["red bee", "ace"])[[0, 1, 0, 1, 0]]).sum(1)
+  found = scores(tmp_path / "out")
+  assert found["by_tokens"]["4"]["clip"] == pytest.approx(100 * np.maximum(cosines, 0).mean(), rel=1e-4)
+  low, high = found["intervals"]["4"]["clip"]
+  assert low <= found["by_tokens"]["4"]["clip"] <= high
+
+
+def test_bad_flags_are_refused_in_one_line(models, weights, reference, tmp_path):  # noqa: F811
+  base = [f"--checkpoint={models['class']}", f"--tokenizer={models['tokenizer']}", f"--out={tmp_path / 'out'}"]
+  fails("--metrics is missing: of samples there are gfid", evaluate, *base)
+  fails("--metrics=rfid is not of samples", evaluate, *base, "--metrics=rfid")
+  fails("--metrics=sfid needs --reference", evaluate, *base, "--metrics=sfid")
+  fails("--metrics=clip compares samples with their texts", evaluate, *base, "--metrics=clip")
+  fails("--metrics=is needs --weights=DIR, a folder with inception: pt_inception", evaluate, *base, "--metrics=is")
+  fails("--metrics=top1 asks whether", evaluate, f"--checkpoint={models['none']}", *base[1:], "--metrics=top1")
+  fails("give --tokenizer as well", evaluate, *base[::2], "--metrics=gfid")
+  fails("no such file", evaluate, *base, "--metrics=gfid", "--reference=/absent.npz", f"--weights={weights}")
+  assert not (tmp_path / "out").exists()
