@@ -47,7 +47,7 @@ def load(path: str) -> Any:
   try:
     import torch
   except ImportError as e:
-    raise ValueError(f"PyTorch is needed to read {path} ({e}): pip install torch, here or elsewhere") from None
+    raise ValueError(f"PyTorch is needed to read {path} ({e}): pip install torch") from None
   try:
     return torch.load(path, map_location="cpu", weights_only=True)
   except Exception as e:  # whatever a damaged or foreign file makes of PyTorch
