@@ -1,5 +1,6 @@
 """Weights of the FID's InceptionV3 from local files, in the names of pytorch-fid and torch-fidelity."""
 
+from collections.abc import Mapping
 import os
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -27,17 +28,20 @@ def load_inception(path: str | os.PathLike) -> dict:
     FileNotFoundError: no such file.
     ValueError: a damaged or foreign file; the line names what is wrong.
   """
+  counts = tuple(f"{name}.bn.num_batches_tracked" for name in _modules(parameter_shapes()).values())  # whole numbers
+  return from_official(path, network_files.read(path, counts))
+
+
+def from_official(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> dict:
+  """Returns the same of tensors by their official names; `path` is for errors."""
   shapes = parameter_shapes()
-  modules = [path.removesuffix("/bias") for path in shapes if path.endswith("/bias")]
+  modules = _modules(shapes)
   entries = [Entry("fc/kernel", shapes["fc/kernel"], ("fc.weight",), "i o -> o i")]
-  for module in modules:
-    name = module.replace("/", ".")
+  for module, name in modules.items():
     entries.append(Entry(f"{module}/kernel", shapes[f"{module}/kernel"], (f"{name}.conv.weight",),
                          "h w i o -> o i h w"))
     entries += [Entry(f"{module}/{kind}", shapes[f"{module}/bias"], (f"{name}.bn.{kind}",), "o -> o")
                 for kind in _NORM]
-  counts = tuple(f"{module.replace('/', '.')}.bn.num_batches_tracked" for module in modules)  # whole numbers, unused
-  tensors = network_files.read(path, counts)
   found = flatten_dict(network_files.fill(path, tensors, entries, allowed=["fc.bias"]), sep="/")
   params = {"fc/kernel": found["fc/kernel"]}
   for module in modules:
@@ -46,6 +50,12 @@ def load_inception(path: str | os.PathLike) -> dict:
     params[f"{module}/kernel"] = (found[f"{module}/kernel"] * scale).astype(np.float32)
     params[f"{module}/bias"] = (bias - mean * scale).astype(np.float32)
   return unflatten_dict(params, sep="/")
+
+
+def _modules(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+  """Returns {our path: official name} of the convolutions."""
+  paths = (path.removesuffix("/bias") for path in shapes if path.endswith("/bias"))
+  return {path: path.replace("/", ".") for path in paths}
 
 
 def parameter_shapes() -> dict[str, tuple[int, ...]]:

@@ -5,6 +5,8 @@ convolution before it. It is not torchvision's InceptionV3: average pools leave 
 the maximum, and there are 1008 classes.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -34,26 +36,31 @@ def resize_images(images: jax.Array, resize: str) -> jax.Array:
 
 
 def avg_pool(x: jax.Array) -> jax.Array:
+  """Returns means of 3 x 3 places of maps [b, h, w, c], at the edges of those that there are."""
   return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
 
 
-def max_pool(x: jax.Array, stride: int = 2, padding="VALID") -> jax.Array:
-  return nn.max_pool(x, (3, 3), (stride, stride), padding)
+def max_pool(x: jax.Array) -> jax.Array:
+  """Returns maxima of 3 x 3 places, every other one: [b, h, w, c] to [b, (h - 1) / 2, (w - 1) / 2, c] rounded down."""
+  # Slices, as XLA on a CPU joins what follows to them, but not to lax.reduce_window.
+  x = jnp.maximum(jnp.maximum(x[:, :-2:2], x[:, 1:-1:2]), x[:, 2::2])
+  return jnp.maximum(jnp.maximum(x[:, :, :-2:2], x[:, :, 1:-1:2]), x[:, :, 2::2])
 
 
 class Conv(nn.Module):
-  """relu(convolution + bias), its products in float32 on every device.
+  """relu(pool(convolution) + bias), its products in float32 on every device.
 
   Attributes:
     padding: "SAME", or "VALID" for none.
-    averaged: whether the input goes through avg_pool first; of 1x1 convolutions.
+    pool: avg_pool stands where the network averages the input of a 1x1 convolution, max_pool where it takes maxima of
+      the output: the same, for less work.
   """
 
   features: int
   kernel: tuple[int, int]
   stride: int = 1
   padding: str = "SAME"
-  averaged: bool = False
+  pool: Callable[[jax.Array], jax.Array] = lambda x: x
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -62,10 +69,9 @@ class Conv(nn.Module):
     bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
     if self.kernel == (1, 1):  # XLA's products on a CPU are faster than its convolutions
       x = jnp.matmul(x, kernel[0, 0], precision=jax.lax.Precision.HIGHEST)
-      x = avg_pool(x) if self.averaged else x  # the same after the product, on fewer channels
     else:
       x = self._convolve(x, kernel)
-    return nn.relu(x + bias)
+    return nn.relu(self.pool(x) + bias)
 
   def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     # XLA on a CPU takes up to five times as long where there is no padding at all: so a row is put below, and of the
@@ -97,7 +103,7 @@ class BlockA(nn.Module):
         conv(64, 1, "branch1x1")(x),
         conv(64, 5, "branch5x5_2")(y),
         conv(96, 3, "branch3x3dbl_3")(z),
-        conv(self.pool_features, 1, "branch_pool", averaged=True)(x),
+        conv(self.pool_features, 1, "branch_pool", pool=avg_pool)(x),
     ], -1)  # [b, 35, 35, 224 + pool_features]
 
 
@@ -133,7 +139,7 @@ class BlockC(nn.Module):
         conv(192, 1, "branch1x1")(x),
         conv(192, column, "branch7x7_3")(y),
         conv(192, row, "branch7x7dbl_5")(z),
-        conv(192, 1, "branch_pool", averaged=True)(x),
+        conv(192, 1, "branch_pool", pool=avg_pool)(x),
     ], -1)  # [b, 17, 17, 768]
 
 
@@ -163,14 +169,17 @@ class BlockE(nn.Module):
     y = conv(384, 1, "branch3x3_1")(x)
     z = conv(448, 1, "branch3x3dbl_1")(x)
     z = conv(384, 3, "branch3x3dbl_2")(z)
-    averaged = self.pool == "average"
+    if self.pool == "average":
+      pooled = conv(192, 1, "branch_pool", pool=avg_pool)(x)
+    else:
+      pooled = conv(192, 1, "branch_pool")(nn.max_pool(x, (3, 3), padding="SAME"))
     return jnp.concatenate([
         conv(320, 1, "branch1x1")(x),
         conv(384, (1, 3), "branch3x3_2a")(y),
         conv(384, (3, 1), "branch3x3_2b")(y),
         conv(384, (1, 3), "branch3x3dbl_3a")(z),
         conv(384, (3, 1), "branch3x3dbl_3b")(z),
-        conv(192, 1, "branch_pool", averaged=averaged)(x if averaged else max_pool(x, 1, "SAME")),
+        pooled,
     ], -1)  # [b, 8, 8, 2048]
 
 
@@ -202,11 +211,9 @@ class FIDInception(nn.Module):
     x = (255 * x - 128) / 128 if self.resize == "tensorflow" else 2 * x - 1
     x = conv(32, 3, "Conv2d_1a_3x3", 2, "VALID")(x)
     x = conv(32, 3, "Conv2d_2a_3x3", 1, "VALID")(x)
-    x = conv(64, 3, "Conv2d_2b_3x3")(x)
-    x = max_pool(x)  # [b, 73, 73, 64]
+    x = conv(64, 3, "Conv2d_2b_3x3", pool=max_pool)(x)  # [b, 73, 73, 64]
     x = conv(80, 1, "Conv2d_3b_1x1")(x)
-    x = conv(192, 3, "Conv2d_4a_3x3", 1, "VALID")(x)
-    x = max_pool(x)  # [b, 35, 35, 192]
+    x = conv(192, 3, "Conv2d_4a_3x3", 1, "VALID", max_pool)(x)  # [b, 35, 35, 192]
     for name, features in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
       x = BlockA(features, name=name)(x)
     x = BlockB(name="Mixed_6a")(x)
