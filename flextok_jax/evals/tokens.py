@@ -12,13 +12,13 @@ ABOUT = ("Every image is encoded once and decoded from its first tokens, each ti
 
 
 def study(
-    parts: Parts, run: Callable[[], Report], metrics: Sequence[str], sets: Sequence[str], settings: Mapping[str, Any]
+    parts: Parts, run: Callable[[], Report], metrics: Sequence[str], settings: Mapping[str, Any]
 ) -> Outcome:
-  """Tells what an evaluation of these sets by these metrics finds.
+  """Tells what an evaluation by these metrics finds.
 
   Args:
     run: of reconstruction.Reconstruction.
-    settings: "num_images" of each set, and "grid_images", of which pictures are shown.
+    settings: what decides the result.
   """
 
   def compute():
@@ -27,7 +27,7 @@ def study(
                 for column, images in columns.items()}
     return report.scores, examples
 
-  scores, examples = parts("tokens", settings | {"sets": list(sets)}, compute)
+  scores, examples = parts("tokens", settings, compute)
   tables, grids = [], {}
   for name, scored in scores["sets"].items():
     by_tokens, intervals = scored["by_tokens"], scored["intervals"]
