@@ -211,7 +211,7 @@ def sampling(values: flags.FlagValues, models: Models, parts: report.Parts) -> r
       own, {name: _numbers(values, flag, kind) for flag, (name, kind) in swept.items()})
   own = {name: c.sampler[name] for name, _ in decoders.values()}
   settings = sampling_study.one_at_a_time(
-      own, {name: _numbers(values, flag, kind) for flag, (name, kind) in decoders.items()})
+      own, {name: _numbers(values, flag, kind) for flag, (name, kind) in decoders.items()}, "decoder ")
   for sampler in settings.values():
     detokenize.with_sampler(c, sampler["num_steps"], None, sampler.get("guidance_scale"))
   each = [condition for condition in conditions for _ in range(values.num_samples)]

@@ -18,14 +18,15 @@ class Batched:
 
   Args:
     function: what jax can trace; a row of its result depends on the same row of its arguments alone.
-    params: its first argument, placed on the mesh already.
+    params: its first argument, a tree of arrays.
     batch_size: rows at once, lowered to as many as there are, rounded up to a multiple of the devices.
     mesh: the devices.
   """
 
   def __init__(self, function: Callable, params: Any, batch_size: int, mesh: jax.sharding.Mesh):
     self._function = jax.jit(function, out_shardings=sharding.replicated(mesh))
-    self._params, self._placed = params, sharding.batch_sharding(mesh)
+    self._params = sharding.place(params, sharding.replicated(mesh))
+    self._placed = sharding.batch_sharding(mesh)
     self._batch_size, self._devices = batch_size, mesh.size
 
   def __call__(self, *arrays: np.ndarray) -> Any:
@@ -80,7 +81,7 @@ def make_compare(
     a, b = (x.astype(jnp.float32) / 255 for x in (a, b))
     return {name: measure(a, b) for name, measure in measures.items()}
 
-  batched = Batched(values, jax.device_put(dict(measures), sharding.replicated(mesh)), batch_size, mesh)
+  batched = Batched(values, dict(measures), batch_size, mesh)
 
   def compare(a, b):
     found = batched(a, b)

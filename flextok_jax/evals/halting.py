@@ -23,7 +23,7 @@ def make_lengths(config, params, name: str, measure: measures.Measure, seed: int
   """Makes the function that chooses lengths by adaptive.shortest_prefix, from one noise for all images.
 
   Args:
-    params: of the tokenizer, on the mesh.
+    params: of the tokenizer.
     name: of the measure; of those in measures.BETTER_HIGH a threshold is the least that will do.
 
   Returns:
@@ -98,8 +98,10 @@ def study(
   for i, (name, asked) in enumerate(sets.items()):
     plain = [parts(f"halting_{name}_fixed_{k}", asked, functools.partial(fixed, name, k))[0] for k in counts]
     tried = sorted(thresholds or {float(f"{row['means'][metric][0]:.4g}") for row in plain})
-    found = [parts(f"halting_{name}_{metric}_{q:g}", {**asked, "metric": metric, "threshold": q}, functools.partial(adapted, name, q))
-             for q in tried]
+    found = []
+    for threshold in tried:
+      own = {**asked, "metric": metric, "threshold": threshold}
+      found.append(parts(f"halting_{name}_{metric}_{threshold:g}", own, functools.partial(adapted, name, threshold)))
     sign = ">=" if metric in measures.BETTER_HIGH else "<="
     labels = [f"{metric} {sign} {q:g}" for q in tried]
     tables.append(Table(

@@ -43,7 +43,7 @@ class Outcome:
     """Writes NAME.json, NAME.png and NAME_grid.png; returns their paths."""
     tables = [dataclasses.asdict(table) for table in self.tables]
     fields = {"title": self.title, "about": self.about, "settings": dict(settings), "tables": tables}
-    contents = {f"{name}.json": (json.dumps(fields, indent=1) + "\n").encode(), f"{name}.png": self.figure,
+    contents = {f"{name}.json": (json.dumps(fields, indent=1, default=str) + "\n").encode(), f"{name}.png": self.figure,
                 f"{name}_grid.png": plots.to_png(self.grid)}
     for file, content in contents.items():
       files.write_file(folder / file, content)
@@ -63,7 +63,7 @@ class Parts:
 
   def __call__(self, name: str, settings: Mapping[str, Any], compute: Callable[[], Found]) -> Found:
     """Returns what was found before with the same settings, else what compute() finds; prints which."""
-    key = json.dumps(self.settings | dict(settings), sort_keys=True)
+    key = json.dumps({**self.settings, **settings}, sort_keys=True, default=str)
     path = self._folder / f"{name}.npz"
     found = _read(path, key)
     if found is not None:

@@ -54,11 +54,14 @@ def against(compared: reference.Reference, look: Callable, names: Iterable[str],
   return judge
 
 
-def one_at_a_time(own: Mapping[str, Any], changes: Mapping[str, Iterable[Any]]) -> dict[str, dict[str, Any]]:
+def one_at_a_time(
+    own: Mapping[str, Any], changes: Mapping[str, Iterable[Any]], prefix: str = ""
+) -> dict[str, dict[str, Any]]:
   """Returns settings by label: `own` as they are, then with each other value of each change in place of its own."""
   rows = {"own settings": dict(own)}
   for name, values in changes.items():
-    rows |= {f"{name} {value:g}": {**own, name: value} for value in values if value != own[name]}
+    label = prefix + name.removeprefix("num_").replace("_", " ")
+    rows |= {f"{label} {value:g}": {**own, name: value} for value in values if value != own[name]}
   return rows
 
 
@@ -104,8 +107,12 @@ def study(
       cells[row, column] = parts(f"sampling_{_file(row)}__{_file(column)}", asked,
                                  functools.partial(point, decode, arrays))
   names = list(next(iter(cells.values()))[0])
-  tables = [Table("Tokens drawn", ["choice", "log-probability", "tokens", f"different, of {count}"],
-                  [[label, *numbers.values()] for label, (numbers, _) in drawn.items()])]
+  own = {**choices["own settings"], **{f"decoder {k}": v for k, v in decoders["own settings"].items()}}
+  tables = [
+      Table("Own settings", ["setting", "value"], list(own.items())),
+      Table("Tokens drawn", ["choice", "log-probability", "tokens", f"different, of {count}"],
+            [[label, *numbers.values()] for label, (numbers, _) in drawn.items()]),
+  ]
   panels = {}
   for name in names:
     rows = [[cells[row, column][0][name] for column in decoders] for row in choices]
