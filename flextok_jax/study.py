@@ -55,7 +55,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   config_flags.DEFINE_config_file(
       "config", None, "Settings of data, eval and sampler; default: the checkpoint's own.", flag_values=values)
   string("out", None, "Folder for the results.")
-  texts("metrics", ["psnr", "ssim", "mae", "perceptual"], f"Of {', '.join(measures.NAMES)}.")
+  texts("metrics", ["psnr", "ssim", "mae", "perceptual"], f"Of {', '.join(measures.NAMES)}; of tokens rfid too.")
   string("weights", None, "Folder with the weights of the metrics' networks.")
   texts("sources", [], "Evaluation sets; default: config.eval.sources.")
   integer("num_images", None, "Images a set; default: config.eval.num_images.", 1)
@@ -90,7 +90,7 @@ class Models:
   """What the studies share: the tokenizer, its evaluation sets and functions over them."""
 
   def __init__(self, values: flags.FlagValues):
-    self.measures = measures.make(values.metrics, values.weights)
+    self.measures = measures.make([name for name in values.metrics if name != evaluate.RFID], values.weights)
     config, params = loading.load(values.checkpoint)
     if config.stage != "tokenizer":
       raise ValueError(f"--checkpoint={values.checkpoint} is a model of stage {config.stage!r}: give a tokenizer")
@@ -165,10 +165,7 @@ def tokens(values: flags.FlagValues, models: Models, parts: report.Parts) -> rep
 
   def run():
     kept = progress.Progress(Path(values.out) / report.PARTS / "tokens", parts.settings | asked)
-    evaluator = reconstruction.Reconstruction(
-        make_stage(c).predict_fns, models.sets, models.counts, c.eval.batch_size, c.seed, c.eval.grid_images,
-        sharding.batch_sharding(models.mesh), measures=models.measures, progress=kept)
-    found = evaluator.run(models.params)
+    found = evaluate.evaluate(c, models.params, values.metrics, values.weights, kept)
     kept.clear()
     return found
 
@@ -184,7 +181,7 @@ def variation(values: flags.FlagValues, models: Models, parts: report.Parts) -> 
 
 def halt(values: flags.FlagValues, models: Models, parts: report.Parts) -> report.Outcome:
   """Lengths chosen by quality."""
-  c, metric = models.config, values.quality_metric or values.metrics[0]
+  c, metric = models.config, values.quality_metric or next(iter(models.measures))
   asked = {name: _sources(models, [name]) | models.extent for name in c.eval.sources}
   lengths = halting.make_lengths(
       c, models.params, metric, models.measures[metric], c.seed, c.eval.batch_size, models.mesh)
@@ -274,8 +271,6 @@ def _check_flags(values: flags.FlagValues) -> list[str]:
     raise ValueError(f"--out={values.out} is a file: give a folder")
   if jax.process_count() > 1:
     raise ValueError("a study runs in one process, on all its devices: start it on one host")
-  if not values.metrics:
-    raise ValueError(f"--metrics is empty: of {', '.join(measures.NAMES)}")
   for name in values.study:
     if name not in (*STUDIES, "all"):
       raise ValueError(f"unknown study {name!r}: of {', '.join(STUDIES)}, or all")
@@ -290,6 +285,9 @@ def _check_flags(values: flags.FlagValues) -> list[str]:
       if study not in chosen and values[name].present:
         raise ValueError(f"--{name} is of the study of {study}: name it in --study" +
                          (", and give --generator" if study == "sampling" and not values.generator else ""))
+  if not set(values.metrics) - ({evaluate.RFID} if chosen != ["tokens"] else set()):
+    raise ValueError(f"--metrics={','.join(values.metrics)} compare no two images: name one of"
+                     f" {', '.join(measures.NAMES)}")
   if values.quality_metric and values.quality_metric not in values.metrics:
     raise ValueError(f"--quality_metric={values.quality_metric} is not among --metrics: name it there as well")
   for name in values.judges:
