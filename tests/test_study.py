@@ -5,6 +5,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
@@ -74,6 +75,15 @@ def test_batches_do_not_matter(count, batch_size):
   found = batches.Batched(function, np.float32(3), batch_size, MESH)(x, y)
   np.testing.assert_array_equal(found["sum"], 3 * x + 2)
   np.testing.assert_array_equal(found["same"], y)
+
+
+def test_pictures_that_are_not_finite_are_refused():
+  detokenize = lambda value, ids, keep_k, keys: jnp.where(keep_k == 2, value, 0.0)[:, None, None, None]
+  decode = lambda value: batches.make_decode(detokenize, np.float32(value), 4, 0, 3, MESH)(
+      np.zeros((4, 3), int), np.array([3, 3, 2, 1]), np.arange(4))
+  np.testing.assert_array_equal(decode(1.0)[:, 0, 0, 0], [128, 128, 255, 128])
+  with pytest.raises(ValueError, match="not finite: these weights diverged"):
+    decode(np.nan)
 
 
 def test_mean_over_all_pairs():

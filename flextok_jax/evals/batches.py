@@ -55,11 +55,13 @@ def make_decode(
   Returns:
     (ids int [n, k], lengths int [n] up to k, noise int [n]) -> uint8 [n, h, w, 3]. A picture is told by the first
     `length` ids and starts from the noise of its number, that of the image of this number in an evaluation of the seed.
+    ValueError where one is not finite.
   """
   by_image = reconstruction.decoder_by_image(detokenize, seed)
 
   def restore(params, ids, keep_k, noise):
-    return (metrics.round_to_8bit(by_image(params, ids, keep_k, noise)) * 255).round().astype(jnp.uint8)
+    images = metrics.round_to_8bit(by_image(params, ids, keep_k, noise))
+    return (images * 255).round().astype(jnp.uint8), jnp.isfinite(images).all((1, 2, 3))
 
   batched = Batched(restore, params, batch_size, mesh)
 
@@ -67,7 +69,10 @@ def make_decode(
     slots = nested.slots(int(lengths.max()), num_registers)
     padded = np.zeros((len(ids), slots), np.int32)  # ids at or past the length have no influence
     padded[:, : ids.shape[1]] = ids[:, :slots]
-    return batched(padded, lengths.astype(np.int32), noise.astype(np.int32))
+    pictures, finite = batched(padded, lengths.astype(np.int32), noise.astype(np.int32))
+    if not finite.all():
+      raise ValueError("decoded pictures are not finite: these weights diverged")
+    return pictures
 
   return decode
 
