@@ -11,9 +11,7 @@ ABOUT = ("Every image is encoded once and decoded from its first tokens, each ti
          " mean over images of what compares a reconstruction with its original; bars are its 95% interval.")
 
 
-def study(
-    parts: Parts, run: Callable[[], Report], metrics: Sequence[str], settings: Mapping[str, Any]
-) -> Outcome:
+def study(parts: Parts, run: Callable[[], Report], metrics: Sequence[str], settings: Mapping[str, Any]) -> Outcome:
   """Tells what an evaluation by these metrics finds.
 
   Args:
@@ -30,11 +28,10 @@ def study(
   scores, examples = parts("tokens", settings, compute)
   tables, grids = [], {}
   for name, scored in scores["sets"].items():
-    by_tokens, intervals = scored["by_tokens"], scored["intervals"]
-    counts = [int(count) for count in by_tokens]
-    points = {metric: [[row[metric], *intervals[column].get(metric, ())] for column, row in by_tokens.items()]
-              for metric in metrics}
-    rows = [[count, *(points[metric][i] for metric in metrics)] for i, count in enumerate(counts)]
+    by_tokens = {k: {metric: row[metric] for metric in metrics} for k, row in scored["by_tokens"].items()}
+    scored["by_tokens"], intervals = by_tokens, scored["intervals"]  # jax sorts names
+    rows = [[int(k), *([value, *intervals[k].get(metric, ())] for metric, value in row.items())]
+            for k, row in by_tokens.items()]
     tables.append(Table(f"{name}: {scored['num_images']} images", ["tokens", *metrics], rows))
     columns = ["original", *by_tokens]
     labels = [plots.column_label(column, last=column == columns[-1]) for column in columns]
