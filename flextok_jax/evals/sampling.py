@@ -79,8 +79,7 @@ def study(
     settings: what decides the results else: generator, conditions, metrics.
   """
   count = len(conditions)
-  first = np.unique(conditions, return_index=True)[1] if conditions[0] is not None else np.arange(count)
-  shown = np.sort(first)[: _MOSAIC**2] if len(first) >= _MOSAIC**2 else np.arange(min(count, _MOSAIC**2))
+  shown = np.unique(np.linspace(0, count - 1, _MOSAIC**2).astype(int))  # of as many conditions as there are
 
   def sequences(choice):
     ids, lengths, log_probs = draw(choice)
