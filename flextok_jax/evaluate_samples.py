@@ -5,6 +5,7 @@ python -m flextok_jax.evaluate --checkpoint=GENERATOR --tokenizer=PATH --metrics
     [--num_tokens=1,4,16] [--guidance_scale=...] [--samples_npz] --out=DIR
 """
 
+from collections.abc import Callable
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def evaluate(
   gen = generators.load_ar(values.checkpoint, mesh=mesh, **cli.parse_settings(values.setting))
   if gen.num_classes and not values.classes:
     values.classes = ["all"]
-  conditions = sample.read_conditions(values, gen, prompts)
+  conditions = sample.read_conditions(values.classes, prompts, gen, values.checkpoint)
   choices = sample.read_choices(values, gen, conditions != [None])
   config, params = sample.load_tokenizer(values, gen)
   counts = reconstruction.token_counts([int(item) for item in values.num_tokens], gen.num_tokens)
@@ -68,7 +69,8 @@ def evaluate(
   compared = None
   if needed:
     look = reference.make_look(nets["inception"], size, mesh)
-    compared = _reference(values, config, look, size, bool(set(names) & set(generation.NEED_IMAGES)))
+    compared = load_reference(values.reference, values.reference_images, config, look, size,
+                              bool(set(names) & set(generation.NEED_IMAGES)))
     for metric, layer in (("gfid", "pool"), ("sfid", "spatial"), ("fid_infinity", "pool")):
       if metric in names and layer not in compared.gaussians:
         raise ValueError(f"--metrics={metric}: {values.reference} has no statistics of these features")
@@ -122,11 +124,21 @@ def _networks(names: list[str], weights: str | None, conditions: list) -> tuple[
   return nets, facts
 
 
-def _reference(values: flags.FlagValues, config, look, batch_size: int, images: bool) -> reference.Reference:
-  if values.reference.endswith(".npz"):
-    return reference.load(values.reference, look, batch_size, images)
-  most = values.reference_images or np.iinfo(np.int32).max
-  held_out = pipeline.EvalImages(config.data, values.reference, image_size=config.image_size, num_images=most)
+def load_reference(
+    name: str, num_images: int | None, config, look: Callable, batch_size: int, images: bool
+) -> reference.Reference:
+  """Returns the reference that a name stands for.
+
+  Args:
+    name: of a .npz file, or of a data source of config, the tokenizer's.
+    num_images: of a data source at most; None: all.
+    look, batch_size: of reference.make_look.
+    images: whether features of single images are needed.
+  """
+  if name.endswith(".npz"):
+    return reference.load(name, look, batch_size, images)
+  most = num_images or np.iinfo(np.int32).max
+  held_out = pipeline.EvalImages(config.data, name, image_size=config.image_size, num_images=most)
   batches = (held_out[start : start + batch_size] for start in range(0, len(held_out), batch_size))
   found = reference.look_at(batches, look)
   return found if images else dataclasses.replace(found, pools=None)

@@ -22,6 +22,7 @@ from typing import Any
 from absl import flags
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 
 from flextok_jax import cli, detokenize, files, generation, tokenize
@@ -105,7 +106,7 @@ def main(values: flags.FlagValues):
   """Draws samples and writes what the module's docstring lists under values.out."""
   prompts = _check_flags(values)
   gen = generation.load_ar(values.checkpoint, **cli.parse_settings(values.setting))
-  conditions = read_conditions(values, gen, prompts)
+  conditions = read_conditions(values.classes, prompts, gen, values.checkpoint)
   num_tokens, counts = _lengths(values, gen.num_tokens)
   choices = read_choices(values, gen, conditions != [None])
   config, params = load_tokenizer(values, gen)
@@ -288,19 +289,27 @@ def read_prompts(path: str) -> list[str]:
 
 
 def read_conditions(
-    values: flags.FlagValues, gen: generation.ARGenerator, prompts: list[str]
+    classes: Sequence[str], prompts: Sequence[str], gen: generation.ARGenerator, named: str
 ) -> list[int | str | None]:
-  """Returns classes, prompts, or [None]."""
+  """Returns classes, prompts, or [None].
+
+  Args:
+    classes: numbers, or ["all"].
+    named: the generator, in messages.
+
+  Raises:
+    ValueError: what this generator does not take.
+  """
   kind = gen.config.ar.condition
-  if (prompts and kind != "text") or (values.classes and kind != "class"):
+  if (prompts and kind != "text") or (classes and kind != "class"):
     takes = {"class": "--classes", "text": "--prompts or --prompts_file"}.get(kind, "neither classes nor prompts")
-    raise ValueError(f"{values.checkpoint} is a model of condition {kind!r}: it takes {takes}")
-  if values.classes == ["all"]:
+    raise ValueError(f"{named} is a model of condition {kind!r}: it takes {takes}")
+  if classes == ["all"]:
     return list(range(gen.num_classes))
-  for item in values.classes:
+  for item in classes:
     if not item.isdecimal() or int(item) >= gen.num_classes:
       raise ValueError(f"class {item} is out of range: classes are 0 to {gen.num_classes - 1}, or 'all'")
-  return [int(item) for item in values.classes] or prompts or [None]
+  return [int(item) for item in classes] or list(prompts) or [None]
 
 
 def _lengths(values: flags.FlagValues, most: int) -> tuple[int, tuple[int, ...]]:
@@ -329,20 +338,24 @@ def read_choices(values: flags.FlagValues, gen: generation.ARGenerator, conditio
   return choices | {"greedy": values.greedy} | ({} if conditioned else {"guidance_scale": 1.0})
 
 
-def load_tokenizer(values: flags.FlagValues, gen: generation.ARGenerator) -> tuple:
-  """Returns (config, params), the config with the decoder's settings from the flags; checks that the ids are its."""
-  config, params = loading.load(values.tokenizer)
+def check_tokenizer(config: ConfigDict, params: Any, gen: generation.ARGenerator, named: str):
+  """Raises ValueError, in which it is `named`, unless a model is the tokenizer whose ids a generator draws."""
   if config.stage != "tokenizer":
-    raise ValueError(f"--tokenizer={values.tokenizer} is a model of stage {config.stage!r}, which has no tokens")
+    raise ValueError(f"{named} is a model of stage {config.stage!r}, which has no tokens")
   codes, registers = fsq.num_codes(config.tokens.levels), config.tokens.num_registers
   remedy = "give the tokenizer whose ids it was trained on"
   if gen.num_ids != codes or gen.num_tokens > registers:
-    raise ValueError(f"the generator draws up to {gen.num_tokens} tokens of {gen.num_ids} ids, --tokenizer="
-                     f"{values.tokenizer} takes {registers} of {codes}: {remedy}")
+    raise ValueError(f"the generator draws up to {gen.num_tokens} tokens of {gen.num_ids} ids, {named} takes"
+                     f" {registers} of {codes}: {remedy}")
   trained = gen.config.ar.tokenizer
   if trained and trained != (given := fingerprint.fingerprint(config, params)):
-    raise ValueError(f"the generator was trained on ids of the tokenizer {trained}, but --tokenizer={values.tokenizer}"
-                     f" is {given}: {remedy}")
+    raise ValueError(f"the generator was trained on ids of the tokenizer {trained}, but {named} is {given}: {remedy}")
+
+
+def load_tokenizer(values: flags.FlagValues, gen: generation.ARGenerator) -> tuple:
+  """Returns (config, params), the config with the decoder's settings from the flags; checks that the ids are its."""
+  config, params = loading.load(values.tokenizer)
+  check_tokenizer(config, params, gen, f"--tokenizer={values.tokenizer}")
   scale = values.decoder_scale
   if scale is not None and not np.isfinite(scale):
     raise ValueError(f"--decoder_scale={scale} must be finite")

@@ -1,15 +1,19 @@
 """Studies of a tokenizer, and of a generator of its tokens: curves, tables and pictures, joined in one report.
 
-python -m flextok_jax.study --checkpoint=TOKENIZER --out=DIR [--study=tokens,variation] [--metrics=psnr,ssim]
+python -m flextok_jax.study --checkpoint=TOKENIZER --out=DIR [--study=tokens,variation,halting] [--metrics=psnr,ssim]
+python -m flextok_jax.study --checkpoint=TOKENIZER --generator=GENERATOR --out=DIR [--study=sampling]
+    [--classes=0,3,7 | --prompts_file=FILE] [--temperatures=0.5,1] [--top_ps=0,0.9] [--decoder_scales=1,4]
 
   tokens     quality of reconstructions against the number of tokens
   variation  how far decodes of the same tokens from different noises lie apart, against the number of tokens
   halting    quality against the lengths that thresholds of quality choose, and lengths against the number of objects
+  sampling   samples by the generator's choices of tokens against the decoder's guidance and steps
 
 Writes STUDY.json, STUDY.png and STUDY_grid.png of each, and report.md and report.html of all studies that lie in DIR.
 Killed and rerun, it goes on: what DIR/parts holds of the same models and settings is not computed again.
 """
 
+from collections.abc import Callable
 import functools
 from pathlib import Path
 
@@ -18,15 +22,27 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from flextok_jax import cli, detokenize, evaluate
+from flextok_jax import cli, detokenize, evaluate, evaluate_samples, generation, sample
 from flextok_jax.checkpoints import loading
 from flextok_jax.data import pipeline
-from flextok_jax.evals import batches, halting, measures, progress, reconstruction, report, tokens, variation
+from flextok_jax.evals import batches, halting, measures, networks, progress, reconstruction, reference, report
+from flextok_jax.evals import sampling as sampling_study
+from flextok_jax.evals import tokens as tokens_study
+from flextok_jax.evals import variation as variation_study
 from flextok_jax.ops import guidance
 from flextok_jax.stages import make_stage
 from flextok_jax.training import sharding
 
-STUDIES = ("tokens", "variation", "halting")
+JUDGES = ("gfid", "sfid", "precision", "recall")
+_SWEPT = {"temperatures": ("temperature", float), "top_ks": ("top_k", int), "top_ps": ("top_p", float),
+          "guidance_scales": ("guidance_scale", float)}  # flags, and arguments of generate
+_DECODERS = {"decoder_scales": ("guidance_scale", float), "decoder_step_counts": ("num_steps", int)}
+_ONLY = {  # flags that one study alone takes
+    "variation": ("num_decodes",),
+    "halting": ("quality_metric", "qualities"),
+    "sampling": ("generator", "setting", "classes", "prompts_file", "num_samples", "judges", "reference",
+                 "reference_images", *_SWEPT, *_DECODERS),
+}
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -34,32 +50,47 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   string = functools.partial(flags.DEFINE_string, flag_values=values)
   integer = functools.partial(flags.DEFINE_integer, flag_values=values)
   texts = functools.partial(flags.DEFINE_list, flag_values=values)
-  texts("study", ["all"], f"Of {', '.join(STUDIES)}; or 'all'.")
+  texts("study", ["all"], f"Of {', '.join(STUDIES)}; or 'all', without sampling where there is no --generator.")
   string("checkpoint", None, "A tokenizer: file, folder or hub repository.")
   config_flags.DEFINE_config_file(
       "config", None, "Settings of data, eval and sampler; default: the checkpoint's own.", flag_values=values)
   string("out", None, "Folder for the results.")
-  texts("metrics", ["psnr", "ssim", "mae", "perceptual"], "Measures of two images (evals/measures.py).")
-  string("weights", None, "Folder with the weights of the networks among --metrics.")
+  texts("metrics", ["psnr", "ssim", "mae", "perceptual"], f"Of {', '.join(measures.NAMES)}; of tokens rfid too.")
+  string("weights", None, "Folder with the weights of the metrics' networks.")
   texts("sources", [], "Evaluation sets; default: config.eval.sources.")
   integer("num_images", None, "Images a set; default: config.eval.num_images.", 1)
   texts("num_tokens", [], "Token counts; default: config.eval.num_tokens.")
-  integer("num_decodes", 4, "Of variation: decodes of the same tokens.", 2)
-  string("quality_metric", None, "Of halting: the metric of the thresholds; default: the first of --metrics.")
-  texts("qualities", [], "Of halting: thresholds; default: the mean of the metric at each token count.")
   integer("decoder_steps", None, "Euler steps of the decoder; default: the tokenizer's.", 1)
   flags.DEFINE_enum("decoder_guidance", None, guidance.MODES, "Default: the tokenizer's.", flag_values=values)
   flags.DEFINE_float("decoder_scale", None, "Of the decoder's guidance; default: the tokenizer's.", flag_values=values)
-  integer("seed", None, "Of the noise; default: config.seed.")
+  integer("seed", None, "Of noises and samples; default: config.seed.")
   integer("batch_size", None, "Images at once; default: config.eval.batch_size.", 1)
   integer("grid_images", None, "Images a set in the grids; default: config.eval.grid_images.", 1)
+  integer("num_decodes", 4, "Of variation: decodes of the same tokens.", 2)
+  string("quality_metric", None, "Of halting: the metric of the thresholds; default: the first of --metrics.")
+  texts("qualities", [], "Of halting: thresholds; default: what each number of tokens gives on average.")
+  string("generator", None, "Of sampling, as what follows: a generator, file, folder or hub repository.")
+  flags.DEFINE_multi_string("setting", [], "name=value, of flextok_jax.load_ar, for the released format.",
+                            flag_values=values)
+  texts("classes", [], "Classes by number; default: all.")
+  string("prompts_file", None, "File with a text a line.")
+  integer("num_samples", 4, "Samples a class or prompt.", 1)
+  texts("temperatures", [0.5, 1.5], "Each in place of the generator's own, as top_ks, top_ps and guidance_scales.")
+  texts("top_ks", [10, 100], "0: off.")
+  texts("top_ps", [0, 0.5], "0: off.")
+  texts("guidance_scales", [1, 4], "1: off.")
+  texts("decoder_scales", [1, 4], "Each in place of the decoder's own guidance scale.")
+  texts("decoder_step_counts", [1, 5], "Each in place of the decoder's own number of steps.")
+  texts("judges", [], f"Of {', '.join(JUDGES)}, beside the diversity by --metrics; by --weights and --reference.")
+  string("reference", None, "Statistics or images of a reference set, .npz; or a data source of the tokenizer.")
+  integer("reference_images", None, "Of a data source at most; default: all.", 1)
 
 
 class Models:
   """What the studies share: the tokenizer, its evaluation sets and functions over them."""
 
   def __init__(self, values: flags.FlagValues):
-    self.measures = measures.make(values.metrics, values.weights)
+    self.measures = measures.make([name for name in values.metrics if name != evaluate.RFID], values.weights)
     config, params = loading.load(values.checkpoint)
     if config.stage != "tokenizer":
       raise ValueError(f"--checkpoint={values.checkpoint} is a model of stage {config.stage!r}: give a tokenizer")
@@ -68,22 +99,15 @@ class Models:
     if "eval" not in config:
       raise ValueError(f"{values.checkpoint} carries no settings of data and evaluation: give --config=configs/X.py")
     config = evaluate.apply_flags(config.copy_and_resolve_references(), values)
-    for name in ("batch_size", "grid_images"):
-      if values[name].value is not None:
-        config.eval[name] = values[name].value
-    self.config = detokenize.with_sampler(
-        config, values.decoder_steps, values.decoder_guidance, values.decoder_scale)
+    if values.grid_images is not None:
+      config.eval.grid_images = values.grid_images
+    self.config = detokenize.with_sampler(config, values.decoder_steps, values.decoder_guidance, values.decoder_scale)
     self.counts = reconstruction.token_counts(config.eval.num_tokens, config.tokens.num_registers)
+    self.extent = {"num_images": config.eval.num_images, "grid_images": config.eval.grid_images}
     self.mesh = sharding.make_mesh()
     self.params = sharding.place(params, sharding.replicated(self.mesh))
     self.identity = progress.identity(params)
-    c = self.config.eval
-    self.extent = {"num_images": c.num_images, "grid_images": c.grid_images}
-    self.compare = batches.make_compare(self.measures, c.batch_size, self.mesh)
-
-  @functools.cached_property
-  def predict_fns(self):
-    return make_stage(self.config).predict_fns
+    self.compare = batches.make_compare(self.measures, config.eval.batch_size, self.mesh)
 
   @functools.cached_property
   def sets(self) -> dict[str, dict]:
@@ -94,18 +118,24 @@ class Models:
 
   @functools.cached_property
   def _ids(self) -> dict[str, np.ndarray]:
-    encode = batches.Batched(self.predict_fns["tokenize"], self.params, self.config.eval.batch_size, self.mesh)
+    tokenize = make_stage(self.config).predict_fns["tokenize"]
+    encode = batches.Batched(tokenize, self.params, self.config.eval.batch_size, self.mesh)
     return {name: encode(found["image"]) for name, found in self.sets.items()}
 
   def encoded(self, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Name of a set -> (images uint8 [n, h, w, 3], ids int32 [n, num_registers])."""
     return self.sets[name]["image"], self._ids[name]
 
-  @functools.cached_property
-  def decode(self):
-    c = self.config
-    return batches.make_decode(self.predict_fns["detokenize"], self.params, c.tokens.num_registers, c.seed,
+  def decoder(self, sampler: dict) -> Callable:
+    """Returns batches.make_decode of the tokenizer with other settings of its sampler."""
+    c = self.config.copy_and_resolve_references()
+    c.sampler.update(sampler)
+    return batches.make_decode(make_stage(c).predict_fns["detokenize"], self.params, c.tokens.num_registers, c.seed,
                                c.eval.batch_size, self.mesh)
+
+  @functools.cached_property
+  def decode(self) -> Callable:
+    return self.decoder({})
 
 
 def main(values: flags.FlagValues):
@@ -114,57 +144,122 @@ def main(values: flags.FlagValues):
   models, out = Models(values), Path(values.out)
   c = models.config
   settings = {
-      "image_size": c.image_size, "weights": models.identity, "metrics": list(values.metrics), "seed": c.seed,
-      "num_tokens": list(models.counts), "sampler": c.sampler.to_dict(),
-      "sources": {name: c.data.sources[name].to_dict() for name in c.eval.sources},
+      "image_size": c.image_size, "weights": models.identity, "metrics": list(values.metrics),
+      "networks": values.weights, "seed": c.seed, "sampler": c.sampler.to_dict(),
   }
   parts = report.Parts(out, settings)
+  given = {"checkpoint": values.checkpoint} | {name: values[name].value for name in values if values[name].present}
+  given.pop("config", None)
   for name in chosen:
     print(f"study {name}", flush=True)
-    outcome = _STUDIES[name](values, models, parts)
-    for path in outcome.write(out, name, {"checkpoint": values.checkpoint, "num_images": c.eval.num_images} | settings):
+    for path in STUDIES[name](values, models, parts).write(out, name, given | settings):
       print(path)
-  for path in report.gather(out, STUDIES):
+  for path in report.gather(out, list(STUDIES)):
     print(path)
 
 
-def _tokens(values, models: Models, parts: report.Parts) -> report.Outcome:
+def tokens(values: flags.FlagValues, models: Models, parts: report.Parts) -> report.Outcome:
+  """Quality against the number of tokens."""
   c = models.config
+  asked = _sources(models, c.eval.sources) | models.extent | {"num_tokens": list(models.counts)}
 
   def run():
-    kept = progress.Progress(Path(values.out) / report.PARTS / "tokens", parts.settings | models.extent)
-    evaluator = reconstruction.Reconstruction(
-        models.predict_fns, models.sets, models.counts, c.eval.batch_size, c.seed, c.eval.grid_images,
-        sharding.batch_sharding(models.mesh), pair_measures=models.measures, progress=kept)
-    found = evaluator.run(models.params)
+    kept = progress.Progress(Path(values.out) / report.PARTS / "tokens", parts.settings | asked)
+    found = evaluate.evaluate(c, models.params, values.metrics, values.weights, kept)
     kept.clear()
     return found
 
-  return tokens.study(parts, run, values.metrics, c.eval.sources, models.extent)
+  return tokens_study.study(parts, run, values.metrics, asked)
 
 
-def _variation(values, models: Models, parts: report.Parts) -> report.Outcome:
-  return variation.study(parts, models.decode, models.compare, models.encoded, models.config.eval.sources,
-                         models.counts, values.num_decodes, models.extent)
+def variation(values: flags.FlagValues, models: Models, parts: report.Parts) -> report.Outcome:
+  """Variation between decodes of the same tokens."""
+  asked = {name: _sources(models, [name]) | models.extent for name in models.config.eval.sources}
+  return variation_study.study(parts, models.decode, models.compare, models.encoded, asked, models.counts,
+                               values.num_decodes)
 
 
-def _halting(values, models: Models, parts: report.Parts) -> report.Outcome:
-  c, metric = models.config, values.quality_metric or values.metrics[0]
+def halt(values: flags.FlagValues, models: Models, parts: report.Parts) -> report.Outcome:
+  """Lengths chosen by quality."""
+  c, metric = models.config, values.quality_metric or next(iter(models.measures))
+  asked = {name: _sources(models, [name]) | models.extent for name in c.eval.sources}
   lengths = halting.make_lengths(
       c, models.params, metric, models.measures[metric], c.seed, c.eval.batch_size, models.mesh)
   return halting.study(
       parts, models.decode, models.compare, lengths, models.encoded, lambda name: models.sets[name]["num_objects"],
-      c.eval.sources, models.counts, metric, [_number("qualities", item) for item in values.qualities], models.extent)
+      asked, models.counts, metric, _numbers(values, "qualities", float))
 
 
-_STUDIES = {"tokens": _tokens, "variation": _variation, "halting": _halting}
+def sampling(values: flags.FlagValues, models: Models, parts: report.Parts) -> report.Outcome:
+  """Samples of a generator."""
+  c = models.config
+  gen = generation.load_ar(values.generator, mesh=models.mesh, **cli.parse_settings(values.setting))
+  sample.check_tokenizer(c, models.params, gen, f"--checkpoint={values.checkpoint}")
+  prompts = sample.read_prompts(values.prompts_file) if values.prompts_file else []
+  classes = values.classes or (["all"] if gen.num_classes else [])
+  conditions = sample.read_conditions(classes, prompts, gen, values.generator)
+  swept, decoders = dict(_SWEPT), dict(_DECODERS)
+  if conditions == [None]:
+    _leave_out(values, swept, "guidance_scales", "a generator without --classes or --prompts_file")
+  if c.sampler.guidance == "none":
+    _leave_out(values, decoders, "decoder_scales", "a decoder without guidance (see --decoder_guidance)")
+  own = {name: gen.config.ar[name] for name, _ in swept.values()}
+  choices = sampling_study.one_at_a_time(
+      own, {name: _numbers(values, flag, kind) for flag, (name, kind) in swept.items()})
+  own = {name: c.sampler[name] for name, _ in decoders.values()}
+  settings = sampling_study.one_at_a_time(
+      own, {name: _numbers(values, flag, kind) for flag, (name, kind) in decoders.items()}, "decoder ")
+  for sampler in settings.values():
+    detokenize.with_sampler(c, sampler["num_steps"], None, sampler.get("guidance_scale"))
+  each = [condition for condition in conditions for _ in range(values.num_samples)]
+
+  def draw(choice):
+    sequences, log_probs = sample.draw(gen, each, None, c.seed, c.eval.batch_size, num_tokens=gen.num_tokens, **choice)
+    ids = np.zeros((len(each), gen.num_tokens), np.int32)
+    for row, sequence in zip(ids, sequences):
+      row[: len(sequence)] = sequence
+    return ids, np.array([len(sequence) for sequence in sequences]), log_probs
+
+  asked = {"generator": progress.identity(gen.params), "conditions": each, "judges": list(values.judges),
+           "reference": values.reference, "reference_images": values.reference_images}
+  judges = [sampling_study.diversity(models.compare)] if values.num_samples > 1 else []
+  judges += [_judge(values, models)] if values.judges else []
+  return sampling_study.study(parts, draw, models.decoder, judges, each, choices, settings, asked)
 
 
-def _number(name: str, item: str) -> float:
-  try:
-    return float(item)
-  except ValueError:
-    raise ValueError(f"--{name} takes numbers separated by commas, got {item!r}") from None
+STUDIES = {"tokens": tokens, "variation": variation, "halting": halt, "sampling": sampling}
+
+
+def _sources(models: Models, names) -> dict:
+  """What decides which images sets hold."""
+  return {"sources": {name: models.config.data.sources[name].to_dict() for name in names}}
+
+
+def _judge(values: flags.FlagValues, models: Models) -> sampling_study.Judge:
+  size = -(-models.config.eval.batch_size // models.mesh.size) * models.mesh.size
+  look = reference.make_look(networks.inception(values.weights, values.judges[0]), size, models.mesh)
+  images = bool({"precision", "recall"} & set(values.judges))
+  compared = evaluate_samples.load_reference(
+      values.reference, values.reference_images, models.config, look, size, images)
+  return sampling_study.against(compared, look, values.judges, size)
+
+
+def _numbers(values: flags.FlagValues, flag: str, kind: type) -> list:
+  found = []
+  for item in values[flag].value:
+    try:
+      found.append(kind(item))
+    except ValueError:
+      what = "whole numbers" if kind is int else "numbers"
+      raise ValueError(f"--{flag} takes {what} separated by commas, got {item!r}") from None
+  return found
+
+
+def _leave_out(values: flags.FlagValues, swept: dict, flag: str, where: str):
+  """Leaves out a flag that has no effect, unless it is given."""
+  if values[flag].present:
+    raise ValueError(f"--{flag} has no effect with {where}: leave it out")
+  del swept[flag]
 
 
 def _check_flags(values: flags.FlagValues) -> list[str]:
@@ -176,11 +271,35 @@ def _check_flags(values: flags.FlagValues) -> list[str]:
     raise ValueError(f"--out={values.out} is a file: give a folder")
   if jax.process_count() > 1:
     raise ValueError("a study runs in one process, on all its devices: start it on one host")
-  chosen = list(STUDIES) if values.study == ["all"] else values.study
-  for name in chosen:
-    if name not in STUDIES:
+  for name in values.study:
+    if name not in (*STUDIES, "all"):
       raise ValueError(f"unknown study {name!r}: of {', '.join(STUDIES)}, or all")
-  return [name for name in STUDIES if name in chosen]
+  chosen = [name for name in STUDIES if name in values.study or "all" in values.study]
+  if "sampling" in chosen and not values.generator:
+    if "sampling" in values.study:
+      raise ValueError("--study=sampling needs --generator, whose samples it studies")
+    print("no --generator: without the study of sampling", flush=True)
+    chosen.remove("sampling")
+  for study, names in _ONLY.items():
+    for name in names:
+      if study not in chosen and values[name].present:
+        raise ValueError(f"--{name} is of the study of {study}: name it in --study" +
+                         (", and give --generator" if study == "sampling" and not values.generator else ""))
+  if not set(values.metrics) - ({evaluate.RFID} if chosen != ["tokens"] else set()):
+    raise ValueError(f"--metrics={','.join(values.metrics)} compare no two images: name one of"
+                     f" {', '.join(measures.NAMES)}")
+  if values.quality_metric and values.quality_metric not in values.metrics:
+    raise ValueError(f"--quality_metric={values.quality_metric} is not among --metrics: name it there as well")
+  for name in values.judges:
+    if name not in JUDGES:
+      raise ValueError(f"--judges={name} is unknown: of {', '.join(JUDGES)}")
+  if values.judges and not values.reference:
+    raise ValueError(f"--judges={values.judges[0]} needs --reference: a .npz of statistics or images, or a data source")
+  if values.prompts_file and values.classes:
+    raise ValueError("--classes and --prompts_file are both given: give one of them")
+  if values.num_samples == 1 and "sampling" in chosen and not values.judges:
+    raise ValueError("--num_samples=1 leaves nothing to compare: raise it, or give --judges")
+  return chosen
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import skimage.transform
 
 from configs import common
 from flextok_jax import adaptive, api
-from flextok_jax.evals import distances
+from flextok_jax.evals import distances, halting, measures
 from flextok_jax.stages import make_stage
-from tests import halting
+from flextok_jax.training import sharding
 
 # The search. A table [b, n] says how far each prefix is: the fake decoder paints the number that the distance reads.
 
@@ -311,7 +311,9 @@ def test_lengths_for_shards(model, images, gaps):
   expected = [len(row) for row in model.tokenize(images, quality=quality, **QUIET)]
   np.testing.assert_array_equal(lengths, expected)
   np.testing.assert_array_equal(lengths_fn(images[::-1], ids[::-1]), expected[::-1])
-  studied, found = halting.measure(model.config, model.params, images, quality, "mse", 0, batch_size=4)
+  measure = measures.make(["mse"])["mse"]
+  studied, found = halting.make_lengths(model.config, model.params, "mse", measure, 0, 4, sharding.make_mesh())(
+      images, ids, quality)
   np.testing.assert_array_equal(studied, expected)
   np.testing.assert_allclose(found, gaps["mse"][np.arange(6), studied - 1], rtol=1e-4)
   noises = [adaptive.shared_noise(seed, (2, 2, 3)) for seed in (0, 1)]

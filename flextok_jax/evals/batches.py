@@ -18,14 +18,15 @@ class Batched:
 
   Args:
     function: what jax can trace; a row of its result depends on the same row of its arguments alone.
-    params: its first argument, placed on the mesh already.
+    params: its first argument, a tree of arrays.
     batch_size: rows at once, lowered to as many as there are, rounded up to a multiple of the devices.
     mesh: the devices.
   """
 
   def __init__(self, function: Callable, params: Any, batch_size: int, mesh: jax.sharding.Mesh):
     self._function = jax.jit(function, out_shardings=sharding.replicated(mesh))
-    self._params, self._placed = params, sharding.batch_sharding(mesh)
+    self._params = sharding.place(params, sharding.replicated(mesh))
+    self._placed = sharding.batch_sharding(mesh)
     self._batch_size, self._devices = batch_size, mesh.size
 
   def __call__(self, *arrays: np.ndarray) -> Any:
@@ -54,11 +55,13 @@ def make_decode(
   Returns:
     (ids int [n, k], lengths int [n] up to k, noise int [n]) -> uint8 [n, h, w, 3]. A picture is told by the first
     `length` ids and starts from the noise of its number, that of the image of this number in an evaluation of the seed.
+    ValueError where one is not finite.
   """
   by_image = reconstruction.decoder_by_image(detokenize, seed)
 
   def restore(params, ids, keep_k, noise):
-    return (metrics.round_to_8bit(by_image(params, ids, keep_k, noise)) * 255).round().astype(jnp.uint8)
+    images = metrics.round_to_8bit(by_image(params, ids, keep_k, noise))
+    return (images * 255).round().astype(jnp.uint8), jnp.isfinite(images).all((1, 2, 3))
 
   batched = Batched(restore, params, batch_size, mesh)
 
@@ -66,7 +69,10 @@ def make_decode(
     slots = nested.slots(int(lengths.max()), num_registers)
     padded = np.zeros((len(ids), slots), np.int32)  # ids at or past the length have no influence
     padded[:, : ids.shape[1]] = ids[:, :slots]
-    return batched(padded, lengths.astype(np.int32), noise.astype(np.int32))
+    pictures, finite = batched(padded, lengths.astype(np.int32), noise.astype(np.int32))
+    if not finite.all():
+      raise ValueError("decoded pictures are not finite: these weights diverged")
+    return pictures
 
   return decode
 
@@ -80,7 +86,7 @@ def make_compare(
     a, b = (x.astype(jnp.float32) / 255 for x in (a, b))
     return {name: measure(a, b) for name, measure in measures.items()}
 
-  batched = Batched(values, jax.device_put(dict(measures), sharding.replicated(mesh)), batch_size, mesh)
+  batched = Batched(values, dict(measures), batch_size, mesh)
 
   def compare(a, b):
     found = batched(a, b)

@@ -70,7 +70,24 @@ def _panel(axis, title: str, lines: Mapping[str, Line], xlabel: str):
   axis.set_axisbelow(True)
   axis.spines[["top", "right"]].set_visible(False)
   if len(lines) > 1:
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, handlelength=3.5)
+
+
+def heat_maps(panels: Mapping[str, np.ndarray], rows: Sequence[str], columns: Sequence[str]) -> bytes:
+  """Draws tables {title: [rows, columns]} of numbers in colours, each over its own range; returns a PNG."""
+  figure, axes = _figure(len(panels), height=1.6 + 0.32 * len(rows))
+  for axis, (title, values) in zip(axes, panels.items()):
+    image = axis.imshow(values, aspect="auto", cmap="viridis")
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for (row, column), value in np.ndenumerate(values):
+      ink = "white" if value < middle else "black"
+      axis.text(column, row, f"{value:.3g}", ha="center", va="center", color=ink, fontsize=8)
+    axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    axis.set_title(title, fontsize=11)
+    axis.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axis, shrink=0.8)
+  return _png(figure)
 
 
 def beside(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -95,14 +112,14 @@ def below(pictures: Mapping[str, Image.Image]) -> Image.Image:
   return whole
 
 
-def _figure(count: int):
-  """Returns a figure and `count` panels."""
+def _figure(count: int, height: float = 3.8):
+  """Returns a figure and `count` panels of a height in inches."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg  # late: takes a second to import
   from matplotlib.figure import Figure
 
   columns = min(count, _COLUMNS)
   rows = -(-count // columns)
-  figure = Figure(figsize=(4.5 * columns, 3.8 * rows), dpi=150, layout="constrained")
+  figure = Figure(figsize=(4.5 * columns, height * rows), dpi=150, layout="constrained")
   FigureCanvasAgg(figure)
   axes = figure.subplots(rows, columns, squeeze=False).flatten()
   for axis in axes[count:]:

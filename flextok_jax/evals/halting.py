@@ -12,17 +12,18 @@ from flextok_jax import adaptive
 from flextok_jax.evals import batches, figures, measures, plots
 from flextok_jax.evals.report import Outcome, Parts, Table
 
-ABOUT = ("Every image takes as few tokens as its reconstruction needs to come within a threshold. Drawn is the mean"
-         " over images against their mean length (solid), beside the same number of tokens for all (dashed); bars are 95%"
-         " intervals. Where the number of objects in a scene is known: the mean length by it. In the grid a picture"
-         " stands beside its length, framed where even all tokens do not come within the threshold.")
+ABOUT = ("Every image takes as few tokens as its reconstruction needs to come within a threshold. Drawn is the"
+         " mean over images against their mean length (solid), beside as many tokens for all (dashed); bars are 95%"
+         " intervals. One threshold for all makes images equally good, which need not be the best mean. Where the"
+         " number of objects in a scene is known: the mean length by it. In the grid a picture carries its length,"
+         " and a frame where even all tokens do not come within the threshold.")
 
 
 def make_lengths(config, params, name: str, measure: measures.Measure, seed: int, batch_size: int, mesh) -> Callable:
   """Makes the function that chooses lengths by adaptive.shortest_prefix, from one noise for all images.
 
   Args:
-    params: of the tokenizer, on the mesh.
+    params: of the tokenizer.
     name: of the measure; of those in measures.BETTER_HIGH a threshold is the least that will do.
 
   Returns:
@@ -62,7 +63,7 @@ def rank_correlation(num_objects: np.ndarray, lengths: np.ndarray) -> tuple[floa
 
 def study(
     parts: Parts, decode: Callable, compare: Callable, lengths: Callable, encoded: Callable, num_objects: Callable,
-    sets: Sequence[str], counts: Sequence[int], metric: str, thresholds: Sequence[float], settings: Mapping[str, Any],
+    sets: Mapping[str, Mapping[str, Any]], counts: Sequence[int], metric: str, thresholds: Sequence[float],
 ) -> Outcome:
   """Compares adaptive lengths with fixed ones.
 
@@ -71,17 +72,16 @@ def study(
     lengths: of make_lengths.
     encoded: name of a set -> (images uint8 [n, h, w, 3], ids int [n, l]).
     num_objects: name of a set -> int [n], -1 where it is not known.
-    sets: names.
+    sets: by name what decides their images, and "grid_images", of which pictures are shown.
     counts: the fixed lengths.
     metric: of the thresholds, among those of compare.
     thresholds: (): on each set what its images have on average at each fixed length.
-    settings: "num_images" of each set, and "grid_images", of which pictures are shown.
   """
   def restored(name: str, chosen: np.ndarray):
     images, ids = encoded(name)
     decoded = decode(ids[:, : chosen.max()], chosen, np.zeros(len(ids)))
     means = {k: figures.estimate(v) for k, v in compare(images, decoded).items()}
-    shown = slice(settings["grid_images"])
+    shown = slice(sets[name]["grid_images"])
     return {"num_images": len(ids), "means": means}, {"original": images[shown], "restored": decoded[shown]}
 
   def fixed(name: str, count: int):
@@ -95,14 +95,14 @@ def study(
     return numbers | {"length": figures.estimate(chosen)}, pictures | arrays
 
   tables, lines, grids, by_content = [], {}, {}, {}
-  for i, name in enumerate(sets):
-    asked = settings | {"set": name}
+  for i, (name, asked) in enumerate(sets.items()):
     plain = [parts(f"halting_{name}_fixed_{k}", asked, functools.partial(fixed, name, k))[0] for k in counts]
     tried = sorted(thresholds or {float(f"{row['means'][metric][0]:.4g}") for row in plain})
-    asked |= {"metric": metric}
-    found = [parts(f"halting_{name}_{metric}_{q:g}", asked | {"threshold": q}, functools.partial(adapted, name, q))
-             for q in tried]
-    sign = "≥" if metric in measures.BETTER_HIGH else "≤"
+    found = []
+    for threshold in tried:
+      own = {**asked, "metric": metric, "threshold": threshold}
+      found.append(parts(f"halting_{name}_{metric}_{threshold:g}", own, functools.partial(adapted, name, threshold)))
+    sign = ">=" if metric in measures.BETTER_HIGH else "<="
     labels = [f"{metric} {sign} {q:g}" for q in tried]
     tables.append(Table(
         f"{name}: {plain[0]['num_images']} images", ["tokens", "mean length", "within", *plain[0]["means"]],

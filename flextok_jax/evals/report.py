@@ -17,6 +17,7 @@ from flextok_jax import files
 from flextok_jax.evals import plots
 
 PARTS = "parts"  # folder
+_MAX_WIDTH = 4096  # pixels of a grid; a wider one is made smaller
 Found = tuple[Any, dict[str, np.ndarray]]  # what JSON can hold, and arrays
 
 
@@ -41,10 +42,12 @@ class Outcome:
 
   def write(self, folder: Path, name: str, settings: Mapping[str, Any]) -> list[Path]:
     """Writes NAME.json, NAME.png and NAME_grid.png; returns their paths."""
+    shrunk = self.grid.copy()
+    shrunk.thumbnail((_MAX_WIDTH, self.grid.height))
     tables = [dataclasses.asdict(table) for table in self.tables]
     fields = {"title": self.title, "about": self.about, "settings": dict(settings), "tables": tables}
-    contents = {f"{name}.json": (json.dumps(fields, indent=1) + "\n").encode(), f"{name}.png": self.figure,
-                f"{name}_grid.png": plots.to_png(self.grid)}
+    contents = {f"{name}.json": (json.dumps(fields, indent=1, default=str) + "\n").encode(), f"{name}.png": self.figure,
+                f"{name}_grid.png": plots.to_png(shrunk)}
     for file, content in contents.items():
       files.write_file(folder / file, content)
     return [folder / file for file in contents]
@@ -63,7 +66,7 @@ class Parts:
 
   def __call__(self, name: str, settings: Mapping[str, Any], compute: Callable[[], Found]) -> Found:
     """Returns what was found before with the same settings, else what compute() finds; prints which."""
-    key = json.dumps(self.settings | dict(settings), sort_keys=True)
+    key = json.dumps({**self.settings, **settings}, sort_keys=True, default=str)
     path = self._folder / f"{name}.npz"
     found = _read(path, key)
     if found is not None:

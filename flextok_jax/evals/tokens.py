@@ -11,14 +11,12 @@ ABOUT = ("Every image is encoded once and decoded from its first tokens, each ti
          " mean over images of what compares a reconstruction with its original; bars are its 95% interval.")
 
 
-def study(
-    parts: Parts, run: Callable[[], Report], metrics: Sequence[str], sets: Sequence[str], settings: Mapping[str, Any]
-) -> Outcome:
-  """Tells what an evaluation of these sets by these metrics finds.
+def study(parts: Parts, run: Callable[[], Report], metrics: Sequence[str], settings: Mapping[str, Any]) -> Outcome:
+  """Tells what an evaluation by these metrics finds.
 
   Args:
     run: of reconstruction.Reconstruction.
-    settings: "num_images" of each set, and "grid_images", of which pictures are shown.
+    settings: what decides the result.
   """
 
   def compute():
@@ -27,14 +25,13 @@ def study(
                 for column, images in columns.items()}
     return report.scores, examples
 
-  scores, examples = parts("tokens", settings | {"sets": list(sets)}, compute)
+  scores, examples = parts("tokens", settings, compute)
   tables, grids = [], {}
   for name, scored in scores["sets"].items():
-    by_tokens, intervals = scored["by_tokens"], scored["intervals"]
-    counts = [int(count) for count in by_tokens]
-    points = {metric: [[row[metric], *intervals[column].get(metric, ())] for column, row in by_tokens.items()]
-              for metric in metrics}
-    rows = [[count, *(points[metric][i] for metric in metrics)] for i, count in enumerate(counts)]
+    by_tokens = {k: {metric: row[metric] for metric in metrics} for k, row in scored["by_tokens"].items()}
+    scored["by_tokens"], intervals = by_tokens, scored["intervals"]  # jax sorts names
+    rows = [[int(k), *([value, *intervals[k].get(metric, ())] for metric, value in row.items())]
+            for k, row in by_tokens.items()]
     tables.append(Table(f"{name}: {scored['num_images']} images", ["tokens", *metrics], rows))
     columns = ["original", *by_tokens]
     labels = [plots.column_label(column, last=column == columns[-1]) for column in columns]

@@ -31,15 +31,14 @@ def pairwise(compare: Callable, pictures: np.ndarray) -> dict[str, np.ndarray]:
 
 def study(
     parts: Parts, decode: Callable, compare: Callable, encoded: Callable[[str], tuple[np.ndarray, np.ndarray]],
-    sets: Sequence[str], counts: Sequence[int], num_decodes: int, settings: Mapping[str, Any],
+    sets: Mapping[str, Mapping[str, Any]], counts: Sequence[int], num_decodes: int,
 ) -> Outcome:
   """Measures the variation at every token count.
 
   Args:
     decode, compare: of batches.make_decode and make_compare; decode j of image i has noise i * num_decodes + j.
     encoded: name of a set -> (images uint8 [n, h, w, 3], ids int [n, l]).
-    sets: names.
-    settings: "num_images" of each set, and "grid_images", of which pictures are shown.
+    sets: by name what decides their images, and "grid_images", of which pictures are shown.
   """
   tables, lines, grids = [], {}, {}
 
@@ -49,11 +48,11 @@ def study(
     decoded = decode(np.repeat(ids[:, :count], num_decodes, 0), np.full(len(noise), count), noise)
     decoded = decoded.reshape(len(ids), num_decodes, *decoded.shape[1:])
     means = {metric: figures.estimate(values) for metric, values in pairwise(compare, decoded).items()}
-    shown = slice(settings["grid_images"])
+    shown = slice(sets[name]["grid_images"])
     return {"num_images": len(ids), "means": means}, {"original": images[shown], "decodes": decoded[shown]}
 
-  for name in sets:
-    asked = settings | {"set": name, "num_decodes": num_decodes}
+  for name, settings in sets.items():
+    asked = {**settings, "num_decodes": num_decodes}
     found = [parts(f"variation_{name}_{k}", asked, functools.partial(compute, name, k)) for k in counts]
     means = [numbers["means"] for numbers, _ in found]
     rows = [[count, *row.values()] for count, row in zip(counts, means)]
