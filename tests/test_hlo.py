@@ -140,7 +140,7 @@ def test_collectives_of_a_stored_program(tpu):
 
 
 def test_a_collective_beside_a_loop_runs_once(tpu):
-  """Started before the loop, it goes on within the loop's kernels: seven times in the program, once over the network."""
+  """Started before the loop, it goes on in kernels of the loop: seven times in the program, once over the network."""
   kinds = "bf16[64,64]{1,0}", "bf16[256,64]{1,0}", "u32[]", "f32[8]{0}"
   constants = "\n".join(f"  %v.{i} = {kind} constant(0)" for i, kind in enumerate(kinds, 1))
   within = f"""
