@@ -35,14 +35,18 @@ def collectives(program: Program, devices: int) -> list[Collective]:
   of a single device are left out.
   """
   found, seen = [], set()
-  for run in program.runs():
+  runs = [run for run in program.runs() if run.instruction.opcode.removesuffix("-start") in KINDS]
+  # One that runs beside other work stands in several kernels, those of a loop's body among them; its channel says that
+  # it is the same. It runs as often as the kernel that starts it.
+  starts = {run.instruction.attribute("channel_id") for run in runs if _starts(run)} - {None}
+  for run in runs:
     x = run.instruction
     kind = x.opcode.removesuffix("-start")
-    if kind not in KINDS:
+    channel = x.attribute("channel_id")
+    if channel in starts and not _starts(run):
       continue
     if not run.scheduled:
-      # One that runs beside other work stands in several kernels; its channel says that it is the same.
-      key = run.home, x.attribute("channel_id") or x.name
+      key = run.home, channel or x.name
       if key in seen:
         continue
       seen.add(key)
@@ -54,6 +58,10 @@ def collectives(program: Program, devices: int) -> list[Collective]:
     if len(group) > 1:
       found.append(Collective(kind, run.times, _sent(kind, size, len(group)), group))
   return found
+
+
+def _starts(run: Run) -> bool:
+  return not run.scheduled and any(f'{_ASYNC}Start"' in x.attributes for x in run.computation.values())
 
 
 def _sent(kind: str, size: int, n: int) -> int:

@@ -139,6 +139,20 @@ def test_collectives_of_a_stored_program(tpu):
   assert all(c.group == (0, 1, 2, 3) for c in found)
 
 
+def test_a_collective_beside_a_loop_runs_once(tpu):
+  """Started before the loop, it goes on in kernels of the loop: seven times in the program, once over the network."""
+  kinds = "bf16[64,64]{1,0}", "bf16[256,64]{1,0}", "u32[]", "f32[8]{0}"
+  constants = "\n".join(f"  %v.{i} = {kind} constant(0)" for i, kind in enumerate(kinds, 1))
+  within = f"""
+{constants}
+  %during = ({", ".join(kinds)}) fusion(%v.1, %v.2, %v.3, %v.4), kind=kCustom, calls=%beside
+"""
+  place = "  %next = s32[]{:T(128)} add("
+  text = TPU.replace(place, within + place, 1)
+  assert text != TPU
+  assert hlo_traffic.collectives(hlo.Program(text), 4) == hlo_traffic.collectives(tpu, 4)
+
+
 def test_memory_traffic_of_a_stored_program(tpu):
   shard, rows = 2 * 256 * 1024, 2 * 512 * 1024
   loop = shard + rows + rows + rows  # reads a layer's weights and x; writes x, and x once more as a row of the history

@@ -299,7 +299,7 @@ class ARTransformer(nn.Module):
     batch, length = targets.shape
     chunk = max(size for size in range(1, min(chunk, length) + 1) if length % size == 0)
     by_chunk = lambda x: x.reshape(batch, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
-    read = self.readout.reader()
+    read = self.readout.reader(hidden.dtype)
 
     @jax.checkpoint
     def losses(part):
@@ -324,18 +324,19 @@ class _Readout(nn.Module):
     if self.use_bias:
       self.bias = self.param("bias", layers.zeros(self.axes[1]), self.shape[1:])
 
-  def reader(self):
-    """Returns x [..., d] -> float32 [..., outputs], a function without linen in it."""
-    kernel, bias = self.kernel, self.bias if self.use_bias else 0.0
+  def reader(self, dtype: jnp.dtype):
+    """Returns x [..., d] of dtype -> float32 [..., outputs], a function without linen in it."""
+    bias = self.bias if self.use_bias else 0.0
+    kernel = layout.gather(self.kernel.astype(dtype), None, self.axes[1])  # once for all calls
 
     def read(x):
-      y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32) + bias
+      y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32) + bias
       return layout.constrain(y, "batch", *(None,) * (y.ndim - 2), "vocab")
 
     return read
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.reader()(x)
+    return self.reader(x.dtype)(x)
 
 
 class TextMLP(nn.Module):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 # Logical axis: mesh axes. Every other one ("layers", "head_dim", "conv_out", None, ...) is whole on every device. Rows
@@ -49,12 +49,27 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   The mesh is that of the arrays that x was computed from. Where there is none, or outside of jit, or where nothing of x
   divides, x comes back as it is. A named dimension that does not divide is left to the compiler.
   """
-  mesh = jax.typeof(x).sharding.mesh
-  if not isinstance(x, jax.core.Tracer) or any(kind != AxisType.Auto for kind in mesh.axis_types):
-    return x
-  parts = split(names, x.shape, mesh.shape)
+  mesh = _mesh(x)
+  parts = split(names, x.shape, mesh.shape) if mesh else []
   if not any(parts):
     return x
   free = [name in RULES and not axes for name, axes in zip(names, parts)]
   spec = P(*(P.UNCONSTRAINED if f else axes or None for f, axes in zip(free, parts)))
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def gather(x: jax.Array, *names: str | None) -> jax.Array:
+  """As constrain, but dimensions that no name divides are whole on every device: what is read often is fetched once."""
+  mesh = _mesh(x)
+  if not mesh:
+    return x
+  spec = P(*(axes or None for axes in split(names, x.shape, mesh.shape)))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def _mesh(x: jax.Array) -> Mesh | AbstractMesh | None:
+  """Returns the mesh that x lies on, None outside of jit and where the compiler does not choose places."""
+  mesh = jax.typeof(x).sharding.mesh
+  if not isinstance(x, jax.core.Tracer) or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    return None
+  return mesh if mesh.size > 1 else None

@@ -173,10 +173,15 @@ class TokenizerStage:
       buckets = _runs([nested.slots(k, n) if k else 0 for k in bounds])
     else:
       buckets = [(0, rows, n)]
+    # Much of the decoder's parameters, for one vector a row: read once for all buckets, and their gradient summed once.
+    modulations = self.model.apply({"params": params}, t.reshape(-1), method="modulations")
+    modulations = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], *t.shape, x.shape[-1]), modulations)
     losses, saturations = [], []
     for first, end, slots in buckets:
       parts = [x[:, first:end].reshape(-1, *x.shape[2:]) for x in (latents, t, noise, keep_k, drop)]
-      for outputs, values in zip((losses, saturations), self._bucket_loss(params, slots, *parts)):
+      cut = lambda x: x[..., first:end, :].reshape(*x.shape[:-3], -1, x.shape[-1])  # noqa: B023 called at once
+      outcome = self._bucket_loss(params, slots, *parts, jax.tree.map(cut, modulations))
+      for outputs, values in zip((losses, saturations), outcome):
         outputs.append(values.reshape(-1, end - first))
     per_sample, saturation = (jnp.concatenate(x, 1).reshape(-1) for x in (losses, saturations))
     keep_k, drop = keep_k.reshape(-1), drop.reshape(-1)
@@ -192,7 +197,7 @@ class TokenizerStage:
     metrics["saturation"] = saturation.sum(), jnp.float32(size)
     return (per_sample + self.tokens.saturation_weight * saturation).mean(), metrics
 
-  def _bucket_loss(self, params, slots: int, latents, t, noise, keep_k, drop):
+  def _bucket_loss(self, params, slots: int, latents, t, noise, keep_k, drop, modulations):
     """(loss, saturation of the kept registers) of each row, on `slots` registers; 0: no row has a condition."""
     apply = functools.partial(self.model.apply, {"params": params})
     batch, levels = latents.shape[0], self.model.levels
@@ -202,7 +207,7 @@ class TokenizerStage:
       saturation = jnp.where(drop, 0.0, fsq.saturation(z, keep_k))
     else:
       codes, saturation = jnp.zeros((batch, 1, len(levels))), jnp.zeros(batch)
-    velocity = apply(flow.add_noise(latents, noise, t), t, codes, keep_k, drop, method="velocity")
+    velocity = apply(flow.add_noise(latents, noise, t), t, codes, keep_k, drop, modulations, method="velocity")
     return flow.flow_loss(velocity, latents, noise), saturation
 
   @property
