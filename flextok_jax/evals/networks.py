@@ -121,10 +121,11 @@ def clip(folder: str | None, metric: str) -> tuple[Partial, Callable[[Sequence[s
   model, size = clip_model.CLIP(**sizes), sizes["image"]["grid"] * sizes["image"]["patch_size"]
   images = _partial(lambda variables, x: model.apply(variables, clip_model.preprocess(x, size),
                                                      method="image_features"), params)  # fmt: skip
-  text = jax.jit(_partial(lambda variables, *ids: model.apply(variables, *ids, method="text_features"), params))
+  text = _partial(lambda variables, *ids: model.apply(variables, *ids, method="text_features"), params)
+  compiled = jax.jit(lambda text, *ids: text(*ids))
 
   def encode(texts: Sequence[str]) -> np.ndarray:
-    parts = [text(*tokenize(texts[i : i + _TEXTS])) for i in range(0, len(texts), _TEXTS)]
+    parts = [compiled(text, *tokenize(texts[i : i + _TEXTS])) for i in range(0, len(texts), _TEXTS)]
     return np.concatenate([np.asarray(x) for x in parts])
 
   return images, encode
