@@ -80,11 +80,12 @@ def evaluate(
   seed = values.seed or 0
   decode = reconstruction.decoder_by_image(make_stage(config).predict_fns["detokenize"], seed)
 
+  fold = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
+
   def draw(rows: np.ndarray) -> jax.Array:
     given = [conditions[i % len(conditions)] for i in rows]
     condition = {} if given[0] is None else {"prompts" if isinstance(given[0], str) else "labels": given}
-    keys = jax.device_put(jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows),
-                          sharding.batch_sharding(mesh))  # fmt: skip
+    keys = fold(jax.random.key(seed), sharding.place(rows, sharding.batch_sharding(mesh)))
     return gen.generate(keys, **condition, num_tokens=counts[-1], **choices)
 
   settings = {"checkpoint": values.checkpoint, "tokenizer": values.tokenizer, "reference": values.reference,

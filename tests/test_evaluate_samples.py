@@ -1,6 +1,10 @@
 """Samples of a tiny generator by the metrics of the field, with networks of random weights."""
 
 import json
+import os
+from pathlib import Path
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +22,7 @@ from flextok_jax.models import vit
 from flextok_jax.models.inception import FIDInception
 from flextok_jax.training import sharding
 from tests import clip_reference, vit_reference
-from tests.commands import fails, run
+from tests.commands import ROOT, environment, fails, run
 from tests.test_clip import clip_tokenizer
 from tests.test_sample import models  # noqa: F401 a fixture
 
@@ -150,6 +154,19 @@ def test_distances_to_statistics_and_an_interruption(
   for name, layer in (("gfid", "pool"), ("sfid", "spatial")):
     found = scores(tmp_path)["by_tokens"]["4"][name]
     np.testing.assert_allclose(found, distance_of_few(fake[layer], real[layer]), rtol=1e-4)
+
+
+def test_two_processes(models, weights, report, tmp_path):  # noqa: F811
+  args = [f"--checkpoint={models['class']}", f"--tokenizer={models['tokenizer']}", f"--weights={weights}",
+          "--metrics=top1", "--num_tokens=4", f"--num_images={TOTAL}", "--batch_size=6", "--classes=3,0,4",
+          "--guidance_scale=2", "--seed=5", "--samples_npz", f"--out={tmp_path}"]  # fmt: skip
+  env = environment(2, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+  command = ["bash", "launch/local.sh", "2", "python", "-m", "flextok_jax.evaluate", *args]
+  done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert done.stdout.count("13 of 13 images") == 1
+  assert scores(tmp_path)["by_tokens"]["4"]["top1"] == scores(report)["by_tokens"]["4"]["top1"]
+  np.testing.assert_allclose(pictures(tmp_path, 4).astype(int), pictures(report, 4), atol=1)
 
 
 # The evaluator, with features of a few numbers in place of a network's.

@@ -68,7 +68,7 @@ class Generation:
     self._progress = progress or Progress()
     self._placed, self._devices = sharding.batch_sharding(mesh), mesh.size
     replicated = sharding.replicated(mesh)
-    self._networks = jax.device_put(dict(networks), replicated)
+    self._networks = sharding.place(dict(networks), replicated)
 
     def picture(params, ids, rows, count):
       keep_k = jnp.clip((ids < num_ids).sum(1), 1, count)
@@ -114,8 +114,7 @@ class Generation:
   def _batch(self, params: Any, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, dict, dict]]:
     """Yields (count, pictures uint8, values, features) of a batch at every token count."""
     ids = self._draw(rows)
-    facts = jax.device_put(self._facts(rows), self._placed)
-    ids, placed = jax.device_put(ids, self._placed), jax.device_put(rows, self._placed)
+    ids, placed, facts = sharding.place((ids, rows, self._facts(rows)), self._placed)
     for column in self._columns:
       pictures = self._picture(params, ids, placed, count=column)
       values, features = self._look(self._networks, pictures, facts)

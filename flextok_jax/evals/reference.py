@@ -80,11 +80,11 @@ def make_look(inception: jax.tree_util.Partial, batch_size: int, mesh: jax.shard
     return {layer: found[layer] for layer in ("pool", "spatial")}
 
   compiled = jax.jit(features, out_shardings=replicated)
-  inception = jax.device_put(inception, replicated)
+  inception = sharding.place(inception, replicated)
 
   def look(images):
     rows = np.minimum(np.arange(batch_size), len(images) - 1)  # the last batch is padded
-    found = jax.device_get(compiled(inception, jax.device_put(images[rows], placed)))
+    found = jax.device_get(compiled(inception, sharding.place(images[rows], placed)))
     return {layer: array[: len(images)] for layer, array in found.items()}
 
   return look
