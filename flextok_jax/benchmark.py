@@ -113,10 +113,7 @@ def token_counts(requested: Iterable[str], config: ConfigDict) -> tuple[int, ...
   """
   if config.stage == "vae":
     return ()
-  try:
-    counts = [int(item) for item in requested]
-  except ValueError as e:
-    raise ValueError(f"--num_tokens takes whole numbers separated by commas: {e}") from None
+  counts = cli.numbers("num_tokens", requested)
   if config.stage == "ar":
     return reconstruction.token_counts(counts or [config.ar.num_tokens], config.ar.num_tokens)
   total = config.tokens.num_registers

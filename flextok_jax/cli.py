@@ -1,6 +1,6 @@
 """What every command shares: one clear line for bad input instead of a traceback, and a cache of compiled programs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import functools
 import json
 import os
@@ -84,3 +84,19 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()):
         _fail(e)
 
   app.run(call, flags_parser=functools.partial(_parse, arguments=arguments))
+
+
+def numbers(flag: str, items: Iterable[str], kind: type = int) -> list:
+  """Returns the items of a list flag as numbers.
+
+  Raises:
+    ValueError: an item that is none.
+  """
+  found = []
+  for item in items:
+    try:
+      found.append(kind(item))
+    except ValueError:
+      what = "whole numbers" if kind is int else "numbers"
+      raise ValueError(f"--{flag} takes {what} separated by commas, got {item!r}") from None
+  return found

@@ -63,6 +63,12 @@ def main(values: flags.FlagValues):
   out = Path(values.out or Path(values.workdir) / "eval")
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out={out} is a file: give a folder")
+  of_samples = flags.FlagValues()
+  evaluate_samples.define_flags(of_samples)
+  for name in ("config", "sources") if values.tokenizer else of_samples:
+    if values[name].present:
+      raise ValueError(f"--{name} has no meaning {'with' if values.tokenizer else 'without'} --tokenizer, which asks"
+                       " for samples of a generator")
   if values.tokenizer:
     report, conditions, kept = evaluate_samples.evaluate(values, out)
   else:
@@ -131,7 +137,7 @@ def apply_flags(config, values: flags.FlagValues):
   if values.num_tokens:
     if config.stage == "vae":
       raise ValueError("--num_tokens has no meaning for a model of stage 'vae', which has no tokens")
-    config.eval.num_tokens = tuple(_integer("num_tokens", item) for item in values.num_tokens)
+    config.eval.num_tokens = tuple(cli.numbers("num_tokens", values.num_tokens))
   if values.sources:
     config.eval.sources = tuple(values.sources)
   if values.num_images is not None:
@@ -178,13 +184,6 @@ def _flat(name: str, value: Any):
       yield from _flat(f"{name}.{key}", inner)
   else:
     yield name, tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-
-
-def _integer(name: str, item: str) -> int:
-  try:
-    return int(item)
-  except ValueError:
-    raise ValueError(f"--{name} takes whole numbers separated by commas, got {item!r}") from None
 
 
 if __name__ == "__main__":

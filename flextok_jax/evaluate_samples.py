@@ -56,14 +56,14 @@ def evaluate(
   if values.prompts_file and values.classes:
     raise ValueError("--classes and --prompts_file are both given: give one of them")
   prompts = sample.read_prompts(values.prompts_file) if values.prompts_file else []
-  mesh = sharding.make_mesh()
-  gen = generators.load_ar(values.checkpoint, mesh=mesh, **cli.parse_settings(values.setting))
+  mesh, source = sharding.make_mesh(), values.checkpoint or values.workdir
+  gen = generators.load_ar(source, mesh=mesh, **cli.parse_settings(values.setting))
   if gen.num_classes and not values.classes:
     values.classes = ["all"]
   conditions = sample.read_conditions(values.classes, prompts, gen, values.checkpoint)
   choices = sample.read_choices(values, gen, conditions != [None])
   config, params = sample.load_tokenizer(values, gen)
-  counts = reconstruction.token_counts([int(item) for item in values.num_tokens], gen.num_tokens)
+  counts = reconstruction.token_counts(cli.numbers("num_tokens", values.num_tokens), gen.num_tokens)
   nets, facts = _networks(names, values.weights, conditions)
   size = -(-(values.batch_size or _BATCH_SIZE) // mesh.size) * mesh.size
   compared = None
@@ -88,7 +88,7 @@ def evaluate(
     keys = fold(jax.random.key(seed), sharding.place(rows, sharding.batch_sharding(mesh)))
     return gen.generate(keys, **condition, num_tokens=counts[-1], **choices)
 
-  settings = {"checkpoint": values.checkpoint, "tokenizer": values.tokenizer, "reference": values.reference,
+  settings = {"checkpoint": source, "tokenizer": values.tokenizer, "reference": values.reference,
               "weights": values.weights, "seed": seed, "num_tokens": list(counts), "conditions": len(conditions),
               **choices, "decoder": config.sampler.to_dict()}  # fmt: skip
   identity = [progress.identity(x) for x in (params, gen.params, nets)]

@@ -187,7 +187,7 @@ def halt(values: flags.FlagValues, models: Models, parts: report.Parts) -> repor
       c, models.params, metric, models.measures[metric], c.seed, c.eval.batch_size, models.mesh)
   return halting.study(
       parts, models.decode, models.compare, lengths, models.encoded, lambda name: models.sets[name]["num_objects"],
-      asked, models.counts, metric, _numbers(values, "qualities", float))
+      asked, models.counts, metric, cli.numbers("qualities", values["qualities"].value, float))
 
 
 def sampling(values: flags.FlagValues, models: Models, parts: report.Parts) -> report.Outcome:
@@ -205,10 +205,10 @@ def sampling(values: flags.FlagValues, models: Models, parts: report.Parts) -> r
     _leave_out(values, decoders, "decoder_scales", "a decoder without guidance (see --decoder_guidance)")
   own = {name: gen.config.ar[name] for name, _ in swept.values()}
   choices = sampling_study.one_at_a_time(
-      own, {name: _numbers(values, flag, kind) for flag, (name, kind) in swept.items()})
+      own, {name: cli.numbers(flag, values[flag].value, kind) for flag, (name, kind) in swept.items()})
   own = {name: c.sampler[name] for name, _ in decoders.values()}
   settings = sampling_study.one_at_a_time(
-      own, {name: _numbers(values, flag, kind) for flag, (name, kind) in decoders.items()}, "decoder ")
+      own, {name: cli.numbers(flag, values[flag].value, kind) for flag, (name, kind) in decoders.items()}, "decoder ")
   for sampler in settings.values():
     detokenize.with_sampler(c, sampler["num_steps"], None, sampler.get("guidance_scale"))
   each = [condition for condition in conditions for _ in range(values.num_samples)]
@@ -242,17 +242,6 @@ def _judge(values: flags.FlagValues, models: Models) -> sampling_study.Judge:
   compared = evaluate_samples.load_reference(
       values.reference, values.reference_images, models.config, look, size, images)
   return sampling_study.against(compared, look, values.judges, size)
-
-
-def _numbers(values: flags.FlagValues, flag: str, kind: type) -> list:
-  found = []
-  for item in values[flag].value:
-    try:
-      found.append(kind(item))
-    except ValueError:
-      what = "whole numbers" if kind is int else "numbers"
-      raise ValueError(f"--{flag} takes {what} separated by commas, got {item!r}") from None
-  return found
 
 
 def _leave_out(values: flags.FlagValues, swept: dict, flag: str, where: str):

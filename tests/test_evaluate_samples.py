@@ -231,6 +231,8 @@ def test_texts_by_clip(models, weights, tmp_path):  # noqa: F811
 def test_bad_flags_are_refused_in_one_line(models, weights, reference, tmp_path):  # noqa: F811
   base = [f"--checkpoint={models['class']}", f"--tokenizer={models['tokenizer']}", f"--out={tmp_path / 'out'}"]
   fails("--metrics is missing: of samples there are gfid", evaluate, *base)
+  fails("--sources has no meaning with --tokenizer", evaluate, *base, "--sources=photos")
+  fails("--classes has no meaning without --tokenizer", evaluate, *base[::2], "--classes=1")
   fails("--metrics=rfid is not of samples", evaluate, *base, "--metrics=rfid")
   fails("--metrics=sfid needs --reference", evaluate, *base, "--metrics=sfid")
   fails("--metrics=clip compares samples with their texts", evaluate, *base, "--metrics=clip")
