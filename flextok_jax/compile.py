@@ -132,7 +132,8 @@ def compile_job(
   if accelerator is None:
     raise ValueError(f"no figures of {devices[0].device_kind!r} in flextok_jax/accelerators.py: add them there")
   mesh = sharding.make_mesh(config.mesh, devices)
-  job = make_job(config, job_name, mesh, batch, num_tokens)
+  with jax.default_device(devices[0]):  # where attention asks whether it can run
+    job = make_job(config, job_name, mesh, batch, num_tokens)
   head_dim = config.ar.head_dim if config.stage == "ar" else config.decoder.head_dim
   settings = {
       "config": name, "job": job_name, "topology": topology, "devices": mesh.size, "kind": devices[0].device_kind,

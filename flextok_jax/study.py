@@ -187,7 +187,7 @@ def halt(values: flags.FlagValues, models: Models, parts: report.Parts) -> repor
       c, models.params, metric, models.measures[metric], c.seed, c.eval.batch_size, models.mesh)
   return halting.study(
       parts, models.decode, models.compare, lengths, models.encoded, lambda name: models.sets[name]["num_objects"],
-      asked, models.counts, metric, cli.numbers("qualities", values["qualities"].value, float))
+      asked, models.counts, metric, cli.numbers("qualities", values.qualities, float))
 
 
 def sampling(values: flags.FlagValues, models: Models, parts: report.Parts) -> report.Outcome:
