@@ -294,6 +294,19 @@ def test_devices_without_figures_are_refused():
     compile.compile_job(debug.get_config(), "debug", "train", "cpu", jax.devices(), 1, None)
 
 
+def test_a_job_is_made_for_its_devices(monkeypatch):
+  """A kernel that the devices lack is refused by their kind, not by that of this process."""
+
+  def make_job(*args):
+    raise ValueError(jax.config.jax_default_device)
+
+  monkeypatch.setattr(compile, "make_job", make_job)
+  monkeypatch.setattr(accelerators, "known", lambda device: True)
+  with pytest.raises(ValueError) as caught:
+    compile.compile_job(debug.get_config(), "debug", "train", "cpu", jax.devices()[5:6], 1, None)
+  assert caught.value.args == (jax.devices()[5],)
+
+
 def test_a_folder_without_reports_is_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match="no reports"):
     run(compile, f"--table={tmp_path}")
