@@ -146,6 +146,11 @@ def test_padding_is_counted_once_and_batches_do_not_matter(stage, images, params
       np.testing.assert_allclose(value, np.mean([score[metric] for score in scores[:count]]), rtol=1e-3)
 
 
+def test_metrics_keep_their_order(report):
+  assert list(report.scores["sets"]["left"]["by_tokens"]["2"]) == list(metrics.METRICS)
+  assert report.table().splitlines()[1].split() == ["tokens", "PSNR", "dB", "SSIM", "MAE"]
+
+
 def test_token_counts_matter_to_the_decoder(report):
   assert (report.examples["left"]["1"] != report.examples["left"]["4"]).any()
 

@@ -226,7 +226,9 @@ class Reconstruction:
       seen = self._run_set(params, name, images)
       means, intervals = {}, {}
       for column in seen.columns:
-        means[column], intervals[column] = tally.means_and_intervals(seen.values(column))
+        values = seen.values(column)
+        values = {name: values[name] for name in self._measures if name in values}  # compiled functions sort them
+        means[column], intervals[column] = tally.means_and_intervals(values)
         if not np.isfinite(list(means[column].values())).all():
           raise ValueError(f"reconstructions of {name!r} at {column} tokens are not finite: these weights diverged")
         if self._features is not None:
