@@ -3,6 +3,7 @@
 Rerunning the same command resumes from the newest checkpoint, bit for bit where the devices compute so.
 """
 
+from collections.abc import Sequence
 import contextlib
 import os
 import time
@@ -63,15 +64,20 @@ def train(config, workdir: str):
       contextlib.closing(checkpoint.Checkpoints(workdir, *keep, own=True)) as checkpoints,
   ):
     # State: at birth in its place on the mesh, or from the newest checkpoint into the same places.
+    parts = loading.abstract_params(config)  # of the model, without what the loss alone needs
     boxed = jax.eval_shape(lambda key: init_state(stage, optimizer, key), init_key)
     shardings = sharding.tree_shardings(boxed, mesh)
     if checkpoints.latest_step() is None:
-      given = _read_init(config.init_from, boxed.frozen, mesh)  # before anything is compiled
+      # Before anything is compiled.
+      given = _read_init(config.init_from, [k for k in boxed.frozen if k in parts], mesh)
+      networks = {k: jax.tree.map(sharding.place, tree, shardings.frozen[k])
+                  for k, tree in stage.auxiliary_files().items()}
       with spent.spending("compile"):
         state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)), out_shardings=shardings)(init_key)
+      state = state.replace(frozen={k: networks.get(k, v) for k, v in state.frozen.items()})
       if given:
-        state = jax.device_put(checkpoint.warm_start(state, given, config.init_from), shardings)
-      del given  # else what was replaced stays on the devices
+        state = jax.device_put(checkpoint.warm_start(state, given, config.init_from, networks), shardings)
+      del given, networks  # else what was replaced stays on the devices
     else:
       shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), unbox(boxed), shardings)
       state = checkpoints.restore(shapes)
@@ -139,7 +145,7 @@ def train(config, workdir: str):
         return
       _evaluate(evaluator, state, int(state.step), workdir, writer)
       extra = {_STEP: str(int(state.step))}
-      weights = distributed.fetched(state.joined(average=True))
+      weights = distributed.fetched({k: v for k, v in state.joined(average=True).items() if k in parts})
       if distributed.is_first():
         saving.save_weights(path, config, weights, config.train.export_dtype, extra=extra)
       distributed.say(f"averaged weights ({config.train.export_dtype}): {path}")
@@ -155,7 +161,7 @@ class _NoWriter:
     pass
 
 
-def _read_init(path: str, frozen: dict, mesh) -> dict:
+def _read_init(path: str, frozen: Sequence[str], mesh) -> dict:
   """Returns the weights at config.init_from, {} where that is empty; ValueError if frozen parts need them."""
   if frozen and not path:
     raise ValueError(f"the frozen {', '.join(frozen)} needs trained weights: give --config.init_from=PATH")

@@ -173,7 +173,7 @@ def test_loss_of_numpy(stop, decay):
     targets = [*batch["token_ids"][row, :length], *([24] if stop else [])][:12]
     for i, target in enumerate(targets):
       losses[row, i], counts[row, i] = -log_probs[row, i, target], 1
-  evaluate = lambda batch: (stage.predict_fns["token_losses"](params, batch), *stage.loss_fn(params, batch, None))
+  evaluate = lambda batch: (stage.predict_fns["token_losses"](params, batch), *stage.loss_fn(params, batch, None, 0))
   ours, loss, metrics = jax.jit(evaluate)(batch)
   close(ours[0] * ours[1], losses)
   np.testing.assert_array_equal(ours[1], counts)
@@ -194,7 +194,7 @@ def test_gradients_of_numpy():
   stage, params, batch = make_stage(config), numpy_ar.random_params(config), draw_batch(config)
   del batch["text_features"]
   batch["text_ids"] = np.random.default_rng(0).integers(0, 257, (3, 10), np.int32)
-  loss, grads = jax.jit(jax.value_and_grad(lambda params: stage.loss_fn(params, batch, None)[0]))(params)
+  loss, grads = jax.jit(jax.value_and_grad(lambda params: stage.loss_fn(params, batch, None, 0)[0]))(params)
   encode = lambda *args: stage.model.apply({"params": params}, *args, method="encode_text")
   features = jax.jit(encode)(batch["text_ids"], batch["text_lengths"])
 

@@ -126,7 +126,7 @@ def test_the_loss_is_that_of_the_images(tokenizer, crops, data, written, sample,
       "image": np.concatenate([crops[0][i]["crops"] for i in (3, 8)]),
       "latents": np.stack([records[3 * i + copy]["moments"] for i in (3, 8) for copy in range(3)]),
   }
-  loss_fn = jax.jit(lambda batch: stage.loss_fn(params, batch, jax.random.key(0))[0])
+  loss_fn = jax.jit(lambda batch: stage.loss_fn(params, batch, jax.random.key(0), 0)[0])
   one, other = (float(loss_fn({name: batch})) for name, batch in batches.items())
   eps = float(jnp.finfo(dtype).eps)
   assert one > 0.5 and 0 < abs(one - other) < eps * one

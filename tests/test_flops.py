@@ -215,7 +215,7 @@ def test_logits_of_all_positions_never_exist_at_once():
     stage, whole = make_stage(config), jax.ShapeDtypeStruct((BATCH, 256), jnp.int32)
     rows = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     params = shapes(FrozenConfigDict(config))[0]
-    grad = jax.grad(lambda params, batch, stage=stage: stage.loss_fn(params, batch, None)[0])
+    grad = jax.grad(lambda params, batch, stage=stage: stage.loss_fn(params, batch, None, 0)[0])
     jaxpr = jax.make_jaxpr(grad)(params, {"token_ids": whole, "length": rows, "label": rows}).jaxpr
     sizes = [x.aval.size for eqn, _ in equations(jaxpr, iter(())) for x in eqn.outvars
              if 64_000 in np.shape(x.aval) and 768 not in np.shape(x.aval)]

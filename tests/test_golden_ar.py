@@ -76,7 +76,7 @@ def test_logits(golden, name):
 def test_loss_and_gradients(golden, name):
   gen, io, _ = golden(name)
   stage = make_stage(gen.config)
-  loss_fn = jax.jit(jax.value_and_grad(lambda params, batch: stage.loss_fn(params, batch, None)[0]))
+  loss_fn = jax.jit(jax.value_and_grad(lambda params, batch: stage.loss_fn(params, batch, None, 0)[0]))
   close(loss_fn(gen.params, golden_batch(gen, io, False))[0], io["ce_uncond"][0])
   loss, grads = loss_fn(gen.params, golden_batch(gen, io, True))
   close(loss, io["ce_cond"][0])

@@ -269,7 +269,7 @@ def test_sizes(settings, latent_shape):
   def everything(params, images, keep_k, keys):
     ids = stage.predict_fns["tokenize"](params, images)
     return ids, stage.predict_fns["detokenize"](params, ids, keep_k, keys), stage.loss_fn(
-        params, {"image": images}, keys[0])
+        params, {"image": images}, keys[0], 0)
 
   keys = jax.random.split(jax.random.key(0))
   ids, images, (loss, metrics) = everything(random_params(stage), random_images(2, size), np.array([1, n]), keys)

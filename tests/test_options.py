@@ -228,7 +228,7 @@ def test_gradients_reach_every_parameter_and_all_have_named_axes():
   boxes = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
   assert all(isinstance(x, nn.LogicallyPartitioned) and len(x.names) == x.value.ndim for x in boxes)
   batch = {"image": np.random.default_rng(0).integers(0, 256, (4, 20, 20, 3), np.uint8)}
-  grads = jax.jit(jax.grad(lambda *args: stage.loss_fn(*args)[0]))(fill(nn.unbox(boxed)), batch, jax.random.key(0))
+  grads = jax.jit(jax.grad(lambda *args: stage.loss_fn(*args)[0]))(fill(nn.unbox(boxed)), batch, jax.random.key(0), 0)
   for path, grad in jax.tree_util.tree_leaves_with_path(grads):
     assert np.isfinite(grad).all() and (grad != 0).any(), jax.tree_util.keystr(path)
 

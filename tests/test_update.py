@@ -11,6 +11,7 @@ from configs import debug
 from flextok_jax.data import pipeline
 from flextok_jax.ops import nested
 from flextok_jax.stages import make_stage
+from flextok_jax.stages.stage import Stage
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training import optim, sharding
 from flextok_jax.training.state import ema_decay, init_state, make_update, unbox
@@ -29,14 +30,14 @@ def assert_trees_equal(a, b):
 # The update.
 
 
-class LinearStage:
+class LinearStage(Stage):
   """A stage double: mean squared error of a linear map of the image, and a draw of the key."""
 
   def init(self, key):
     weights = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("in", "out"))(key, (12, 3))
     return {"linear": {"kernel": weights}}, {"vae": {"kernel": jnp.ones(2)}}
 
-  def loss_fn(self, params, batch, key):
+  def loss_fn(self, params, batch, key, step):
     x = batch["image"].astype(jnp.float32).reshape(-1, 12) / 255
     per_sample = jnp.square(x @ params["linear"]["kernel"] - params["vae"]["kernel"].sum()).mean(-1)
     low = per_sample < 2
@@ -76,6 +77,31 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
   assert metrics["draw"] != expected["draw"]  # the mean of other draws, a key for every part
 
 
+class HelpedStage(LinearStage):
+  """A loss that needs more than the model: a trained bias, a frozen factor, and to know the step."""
+
+  def init_auxiliary(self, key):
+    return {"bias": {"bias": jax.random.normal(key, (3,))}}, {"factor": {"scale": jnp.float32(2)}}
+
+  def loss_fn(self, params, batch, key, step):
+    loss, metrics = super().loss_fn(params, batch, key, step)
+    late = jnp.square(params["bias"]["bias"] * params["factor"]["scale"]).sum()
+    return loss + jnp.where(step < 2, 0.0, late), metrics | {"step": (step, 1)}
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 4])
+def test_auxiliary_parts_are_trained_beside_the_model_and_losses_know_the_step(accumulate_steps):
+  plain, _ = linear_run(3)
+  states, metrics = linear_run(3, stage=HelpedStage(), accumulate_steps=accumulate_steps)
+  for step, (alone, state) in enumerate(zip(plain, states)):
+    np.testing.assert_allclose(state.params["linear"]["kernel"], alone.params["linear"]["kernel"], rtol=1e-6)
+    assert set(state.joined()) == {"linear", "bias", "vae", "factor"} and state.frozen["factor"]["scale"] == 2
+    first = states[0].params["bias"]["bias"]
+    shrunk = 1 if step < 3 else 1 - 0.1 * 2 * 2**2  # sgd(0.1), from the third step on
+    np.testing.assert_allclose(state.params["bias"]["bias"], shrunk * first, rtol=1e-6)
+  assert [m["step"] for m in metrics] == [0, 1, 2]
+
+
 def test_every_step_has_its_own_key_and_one_alone():
   _, metrics = linear_run(3)
   assert len({m["draw"] for m in metrics}) == 3
@@ -107,8 +133,8 @@ def test_frozen_parts_are_not_trained():
 def test_a_gradient_that_is_not_finite_is_noticed():
   class Kink(LinearStage):  # a finite loss with an infinite slope
 
-    def loss_fn(self, params, batch, key):
-      loss, metrics = super().loss_fn(params, batch, key)
+    def loss_fn(self, params, batch, key, step):
+      loss, metrics = super().loss_fn(params, batch, key, step)
       return loss + jnp.sqrt(jnp.square(params["linear"]["kernel"] * 0).sum()), metrics
 
   _, (metrics,) = linear_run()
@@ -135,7 +161,7 @@ def test_buckets_share_out_the_loss(mode, registers):
   params = unbox(jax.eval_shape(stage.init, jax.random.key(0))[0])
   params = jax.tree.map(lambda x: np.random.default_rng(0).normal(0, 0.2, x.shape).astype(np.float32), params)
   batch = {"image": np.random.default_rng(1).integers(0, 256, (64, 16, 16, 3), np.uint8)}
-  loss, metrics = jax.jit(stage.loss_fn)(params, batch, jax.random.key(0))
+  loss, metrics = jax.jit(stage.loss_fn)(params, batch, jax.random.key(0), 0)
   (total, count), (saturation, _) = metrics.pop("loss"), metrics.pop("saturation")
   assert set(metrics) == {"loss_null"} | {f"loss_k{k}" for k in nested.lengths(registers)}
   assert count == 64 and sum(n for _, n in metrics.values()) == 64

@@ -1,19 +1,15 @@
 """The trainable stages behind one interface; training, evaluation and commands know nothing else of them."""
 
 from flextok_jax.stages.ar import ARStage
+from flextok_jax.stages.stage import Stage
 from flextok_jax.stages.tokenizer import TokenizerStage
 from flextok_jax.stages.vae import VAEStage
 
 _STAGES = {"tokenizer": TokenizerStage, "vae": VAEStage, "ar": ARStage}
 
 
-def make_stage(config):
+def make_stage(config) -> Stage:
   """Returns the stage that config.stage names.
-
-  A stage has
-    init(key) -> (params, frozen): trainable and frozen top-level parts of the parameter tree, boxed with logical axes;
-    loss_fn(params, batch, key) -> (loss, metrics): params is the joined tree, metrics a dict of (sum, count) pairs;
-    predict_fns: dict of pure functions of the joined tree, for evaluation and commands.
 
   Raises:
     ValueError: for an unknown stage or sizes that do not fit together.

@@ -12,6 +12,7 @@ from flextok_jax.models import ar
 from flextok_jax.models import text as text_models
 from flextok_jax.models.transformer import remat_name
 from flextok_jax.ops import attention, nested
+from flextok_jax.stages.stage import Stage
 
 
 def mlp_hidden(c: ConfigDict) -> int:
@@ -86,7 +87,7 @@ def make_generator(config: ConfigDict) -> ar.Generator:
   return ar.Generator(transformer, ar.TextMLP(config.text.mlp_hidden, c.width, dtype), encoder)
 
 
-class ARStage:
+class ARStage(Stage):
   """Trains {"ar"} and, conditioned on text, {"text_mlp", "text"}; a T5 stays outside: it only feeds features."""
 
   def __init__(self, config: ConfigDict):
@@ -130,9 +131,9 @@ class ARStage:
     losses = apply(ids, batch["label"], targets, c.loss_chunk, *text, method="losses")
     return losses, (place < length + int(c.stop)).astype(jnp.float32)
 
-  def loss_fn(self, params, batch, key):
+  def loss_fn(self, params, batch, key, step):
     """Mean cross-entropy (nats) over the tokens of the batch, also by position."""
-    del key  # the condition was dropped where the batch was made
+    del key, step  # the condition was dropped where the batch was made
     losses, counts = self.token_losses(params, batch)
     length = losses.shape[1]
     decay = (1 + jnp.arange(length)) ** -float(self.config.ar.position_decay)

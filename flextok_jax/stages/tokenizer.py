@@ -15,6 +15,7 @@ from flextok_jax.models.flextok import FlexTok, sample_latents
 from flextok_jax.models.transformer import MODULATIONS, PatchTransformer, mlp_hidden, remat_name
 from flextok_jax.models.vae import sample_posterior
 from flextok_jax.ops import flow, fsq, guidance, nested, posemb
+from flextok_jax.stages.stage import Stage
 from flextok_jax.stages.vae import make_vae
 
 # The names that a field of config.encoder or config.decoder may hold.
@@ -108,7 +109,7 @@ def bucket_rows(size: int, most: int) -> int:
   return max(rows for rows in range(1, min(size, most) + 1) if size % rows == 0)
 
 
-class TokenizerStage:
+class TokenizerStage(Stage):
   """Trains {"encoder", "decoder"} over a frozen {"vae"}; without a VAE nothing is frozen."""
 
   def __init__(self, config: ConfigDict):
@@ -133,12 +134,13 @@ class TokenizerStage:
     frozen = {k: params.pop(k) for k in ("vae",) if k in params}
     return params, frozen
 
-  def loss_fn(self, params, batch, key):
+  def loss_fn(self, params, batch, key, step):
     """Flow-matching loss under nested dropout and condition dropout; also by bucket of kept tokens.
 
     `batch` has image [b, H, W, 3], or in its place latents [b, h, w, 2 c], the VAE's moments as latent shards hold them
     (data/latent_shards.py).
     """
+    del step
     posterior_key, key = jax.random.split(key)
     posterior_key = posterior_key if self.sample_posterior else None
     if "latents" in batch:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from flextok_jax import settings
 from flextok_jax.models.flextok import to_float
 from flextok_jax.models.vae import AutoencoderKL, kl_divergence, sample_posterior
+from flextok_jax.stages.stage import Stage
 
 
 def make_vae(config: ConfigDict) -> AutoencoderKL:
@@ -30,7 +31,7 @@ def make_vae(config: ConfigDict) -> AutoencoderKL:
   return vae
 
 
-class VAEStage:
+class VAEStage(Stage):
   """Trains AutoencoderKL: parameters {"vae": ...}, nothing frozen."""
 
   def __init__(self, config: ConfigDict):
@@ -44,8 +45,9 @@ class VAEStage:
     images = jnp.zeros((1, self.image_size, self.image_size, 3))
     return {"vae": self.vae.init(key, images)["params"]}, {}
 
-  def loss_fn(self, params, batch, key):
+  def loss_fn(self, params, batch, key, step):
     """Weighted L1 + L2 over pixels + KL of the posterior (summed over a latent, averaged over the batch)."""
+    del step
     apply = functools.partial(self.vae.apply, {"params": params["vae"]})
     images = to_float(batch["image"])
     mean, logvar = apply(images, method="encode")

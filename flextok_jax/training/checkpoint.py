@@ -1,6 +1,6 @@
 """Checkpoints of a run (orbax), which workdir belongs to which config and run, and starting from other weights."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 import contextlib
 import fcntl
 import json
@@ -120,6 +120,19 @@ def _items(state: TrainState) -> dict:
   return {k: v for k, v in vars(state).items() if k != "step" and v}  # orbax stores no empty tree
 
 
+def _check_complete(restored):
+  """Raises ValueError where an array was not in the checkpoint: orbax leaves it abstract if a part was asked for."""
+  for path, x in jax.tree_util.tree_leaves_with_path(restored):
+    if isinstance(x, jax.ShapeDtypeStruct):
+      raise ValueError(f"no array {jax.tree_util.keystr(path)}")
+
+
+def _restore_part(abstract) -> ocp.args.CheckpointArgs:
+  """Asks for the arrays of an abstract tree, which may be a part of what was stored."""
+  args = ocp.checkpoint_utils.construct_restore_args(abstract)
+  return ocp.args.PyTreeRestore(abstract, restore_args=args, partial_restore=True)
+
+
 class Checkpoints:
   """The checkpoints of a workdir: asynchronous, atomic; the newest few are kept, and the multiples of keep_period.
 
@@ -170,13 +183,16 @@ class Checkpoints:
   def restore_average(self, params: dict, frozen: dict) -> dict:
     """Returns the newest readable averaged parameters joined with the frozen ones, as abstract trees of both ask for.
 
+    Top-level parts that they do not ask for are left unread.
+
     Raises:
       ValueError: when none can be read.
     """
-    _, restored, _ = self._newest({k: v for k, v in dict(ema=params, frozen=frozen).items() if v})
+    items = {k: v for k, v in dict(ema=params, frozen=frozen).items() if v}
+    _, restored, _ = self._newest(items, asking=_restore_part)
     return {k: v for part in restored.values() for k, v in part.items()}
 
-  def _newest(self, items: dict) -> tuple[int, dict, list[int]]:
+  def _newest(self, items: dict, asking=ocp.args.StandardRestore) -> tuple[int, dict, list[int]]:
     """Returns step and items of the newest checkpoint that all processes can read, and the steps after it."""
     process = jax.process_index()
     # Each process reads on its own: where one meets a damaged file, orbax would let the others wait for it.
@@ -187,12 +203,13 @@ class Checkpoints:
       for step in sorted(reader.all_steps(), reverse=True):
         problem, restored = "", None
         try:
-          args = ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in items.items()})
-          restored = reader.restore(step, args=args)
+          restored = reader.restore(step, args=ocp.args.Composite(**{k: asking(v) for k, v in items.items()}))
+          restored = {k: restored[k] for k in items}
+          _check_complete(restored)
         except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
           problem = f"{type(e).__name__}: {_first_line(e)}"
         if distributed.all_agree(not problem):
-          return step, {k: restored[k] for k in items}, unreadable
+          return step, restored, unreadable
         problem = problem or "in another process"
         reason = reason or f"checkpoint {self._folder(step)} cannot be read ({problem})"
         if distributed.is_first():
@@ -240,17 +257,17 @@ def check_params(params: dict, expected: dict, origin: str):
       raise ValueError(f"{origin}: {name} has shape {have[name].shape}, its config asks for {want[name].shape}")
 
 
-def warm_start(state: TrainState, given: dict, path: str) -> TrainState:
+def warm_start(state: TrainState, given: dict, path: str, ready: Collection[str] = ()) -> TrainState:
   """Replaces the top-level parts of a fresh state that the weights `given` hold; other trained parts stay random.
 
-  `path` says where they come from.
+  `path` says where they come from; `ready` are the frozen parts that have their weights already.
 
   Raises:
     ValueError: when no part is shared, a frozen part is not there, or shapes differ.
   """
   parts = state.joined()
   shared = {k: v for k, v in given.items() if k in parts}
-  missing = [k for k in state.frozen if k not in given]
+  missing = [k for k in state.frozen if k not in given and k not in ready]
   if missing or not shared:
     raise ValueError(f"init_from={path} holds {', '.join(given)}; needed: {', '.join(missing or parts)}")
   check_params(shared, {k: parts[k] for k in shared}, path)

@@ -19,7 +19,7 @@ class TrainState:
   """Everything that a run needs to go on; all float leaves float32."""
 
   step: jax.Array  # int32, updates done
-  params: Params  # trainable top-level parts
+  params: Params  # trainable top-level parts, of the model and auxiliary ones
   frozen: Params  # the others
   ema: Params  # average of params
   opt_state: Any
@@ -32,6 +32,8 @@ class TrainState:
 def init_state(stage, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
   """Initialises; leaves are boxed with their logical axes (flax.linen.get_partition_spec reads them)."""
   params, frozen = stage.init(key)
+  helpers, networks = stage.init_auxiliary(jax.random.fold_in(key, 1))
+  params, frozen = {**params, **helpers}, {**frozen, **networks}
   return TrainState(
       step=jnp.int32(0),
       params=params,
@@ -55,21 +57,21 @@ def make_update(
   those of training/metrics.py, to be merged over steps.
   """
 
-  def grads_of(params, frozen, batch, key):
-    loss_fn = lambda p: stage.loss_fn({**p, **frozen}, batch, key)
+  def grads_of(params, frozen, batch, key, step):
+    loss_fn = lambda p: stage.loss_fn({**p, **frozen}, batch, key, step)
     (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return grads, metrics
 
-  def accumulated(params, frozen, batch, key):
+  def accumulated(params, frozen, batch, key, step):
     # Row r goes to part r % accumulate_steps: every device keeps its own rows.
     parts = jax.tree.map(lambda x: x.reshape(-1, accumulate_steps, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def body(total, part):
       index, batch = part
-      result = grads_of(params, frozen, batch, jax.random.fold_in(key, index))
+      result = grads_of(params, frozen, batch, jax.random.fold_in(key, index), step)
       return jax.tree.map(jnp.add, total, result), None
 
-    shapes = jax.eval_shape(grads_of, params, frozen, jax.tree.map(lambda x: x[0], parts), key)
+    shapes = jax.eval_shape(grads_of, params, frozen, jax.tree.map(lambda x: x[0], parts), key, step)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (grads, metrics), _ = jax.lax.scan(body, zeros, (jnp.arange(accumulate_steps), parts))
     return jax.tree.map(lambda g: g / accumulate_steps, grads), metrics
@@ -77,7 +79,8 @@ def make_update(
   def update(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
     key = jax.random.fold_in(key, state.step)
     inputs = {name: x for name, x in batch.items() if name != "unreadable"}
-    grads, metrics = (accumulated if accumulate_steps > 1 else grads_of)(state.params, state.frozen, inputs, key)
+    compute = accumulated if accumulate_steps > 1 else grads_of
+    grads, metrics = compute(state.params, state.frozen, inputs, key, state.step)
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
