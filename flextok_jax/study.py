@@ -26,6 +26,7 @@ from flextok_jax import cli, detokenize, evaluate, evaluate_samples, generation,
 from flextok_jax.checkpoints import loading
 from flextok_jax.data import pipeline
 from flextok_jax.evals import batches, halting, measures, networks, progress, reconstruction, reference, report
+from flextok_jax.evals import generation as generation_metrics
 from flextok_jax.evals import sampling as sampling_study
 from flextok_jax.evals import tokens as tokens_study
 from flextok_jax.evals import variation as variation_study
@@ -238,7 +239,7 @@ def _sources(models: Models, names) -> dict:
 def _judge(values: flags.FlagValues, models: Models) -> sampling_study.Judge:
   size = -(-models.config.eval.batch_size // models.mesh.size) * models.mesh.size
   look = reference.make_look(networks.inception(values.weights, values.judges[0]), size, models.mesh)
-  images = bool({"precision", "recall"} & set(values.judges))
+  images = bool(set(generation_metrics.NEED_IMAGES) & set(values.judges))
   compared = evaluate_samples.load_reference(
       values.reference, values.reference_images, models.config, look, size, images)
   return sampling_study.against(compared, look, values.judges, size)

@@ -144,11 +144,17 @@ def test_distances_to_statistics_and_an_interruption(
     after(self, *given)
     raise ValueError("stopped")
 
+  def stop_writing(self, *given):
+    raise ValueError("stopped")
+
   with monkeypatch.context() as patched:
     patched.setattr(progress.Progress, "after_batch", stop)
     fails("stopped", evaluate, *args, "--metrics=gfid,sfid")
-  run(evaluate, *args, "--metrics=gfid,sfid")
+  with monkeypatch.context() as patched:  # between the samples' file and the report
+    patched.setattr(generation.Report, "write", stop_writing)
+    fails("stopped", evaluate, *args, "--metrics=gfid,sfid")
   assert "samples: going on after 8 images" in capsys.readouterr().out
+  run(evaluate, *args, "--metrics=gfid,sfid")
   np.testing.assert_array_equal(pictures(tmp_path, 4), pictures(report, 4))
   fake, real = look(pictures(tmp_path, 4)), look(read_images(reference))
   for name, layer in (("gfid", "pool"), ("sfid", "spatial")):

@@ -40,7 +40,7 @@ class Batched:
 
   def _place(self, rows: np.ndarray, size: int) -> jax.Array:
     padding = ((0, size - len(rows)), *((0, 0),) * (rows.ndim - 1))
-    return jax.device_put(np.pad(rows, padding, mode="edge"), self._placed)
+    return sharding.place(np.pad(rows, padding, mode="edge"), self._placed)
 
 
 def make_decode(
@@ -61,7 +61,7 @@ def make_decode(
 
   def restore(params, ids, keep_k, noise):
     images = metrics.round_to_8bit(by_image(params, ids, keep_k, noise))
-    return (images * 255).round().astype(jnp.uint8), jnp.isfinite(images).all((1, 2, 3))
+    return metrics.to_uint8(images), jnp.isfinite(images).all((1, 2, 3))
 
   batched = Batched(restore, params, batch_size, mesh)
 

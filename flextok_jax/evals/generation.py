@@ -74,8 +74,7 @@ class Generation:
       keep_k = jnp.clip((ids < num_ids).sum(1), 1, count)
       ids = jnp.where(ids < num_ids, ids, 0)[:, : nested.slots(count, num_registers)]
       ids = jnp.pad(ids, ((0, 0), (0, nested.slots(count, num_registers) - ids.shape[1])))
-      images = metrics.round_to_8bit(decode(params, ids, keep_k, rows))
-      return (images * 255).round().astype(jnp.uint8)
+      return metrics.to_uint8(metrics.round_to_8bit(decode(params, ids, keep_k, rows)))
 
     self._picture = jax.jit(picture, static_argnames="count", out_shardings=self._placed)
     self._look = jax.jit(self._features, out_shardings=replicated)
@@ -94,7 +93,8 @@ class Generation:
     if self._samples is not None and distributed.is_first():
       shape = (num_images, self._image_size, self._image_size, 3)
       paths = {column: self._samples / f"samples_{column}.npz" for column in self._columns}
-      writers = {column: SampleWriter(path, shape, first) for column, path in paths.items()}
+      left = {column: path for column, path in paths.items() if first < num_images or not path.exists()}
+      writers = {column: SampleWriter(path, shape, first) for column, path in left.items()}
     for start in range(first, num_images, batch_size):
       rows = np.minimum(np.arange(start, start + batch_size), num_images - 1).astype(np.int32)
       count = min(batch_size, num_images - start)

@@ -15,6 +15,7 @@ from flextok_jax.evals import figures, metrics, plots, statistics, tally
 from flextok_jax.evals import measures as measures_lib
 from flextok_jax.evals.progress import Progress
 from flextok_jax.ops import nested
+from flextok_jax.training.sharding import place
 
 VAE_COLUMN = "vae"  # the one column of a stage without tokens
 
@@ -194,7 +195,7 @@ class Reconstruction:
       restored = metrics.round_to_8bit(restored)
       originals = images.astype(jnp.float32) / 255
       scores = {name: measure(originals, restored) for name, measure in measures.items()}
-      return (restored * 255).round().astype(jnp.uint8), scores, look(features, restored)
+      return metrics.to_uint8(restored), scores, look(features, restored)
 
     def decode(params, nets, images, ids, num_tokens, index):
       keep_k = jnp.full(len(images), num_tokens)
@@ -220,7 +221,7 @@ class Reconstruction:
       ValueError: a token count that the model does not take, or a metric that is not finite.
     """
     if self._placed is None:
-      self._placed = jax.device_put((self._measures, self._features), self._replicated)
+      self._placed = place((self._measures, self._features), self._replicated)
     sets, examples = {}, {}
     for name, images in self._images.items():
       seen = self._run_set(params, name, images)
@@ -258,18 +259,15 @@ class Reconstruction:
   def _run_batch(self, params: Any, rows: np.ndarray, start: int):
     """Yields (column, (uint8 pictures, metrics, features)) of a batch whose first row is image `start` of its set."""
     padding = self._batch_size - len(rows)
-    batch = self._place(np.pad(rows, ((0, padding), (0, 0), (0, 0), (0, 0)), mode="edge"))
+    batch = place(np.pad(rows, ((0, padding), (0, 0), (0, 0), (0, 0)), mode="edge"), self._sharding)
     if self._features is not None:
       yield tally.ORIGINAL, (None, {}, self._look(self._placed[1], batch))
     if not self._has_tokens:
       yield VAE_COLUMN, self._reconstruct(params, self._placed, batch)
       return
     ids = self._tokenize(params, batch)
-    index = self._place(np.arange(start, start + self._batch_size, dtype=np.int32))
+    index = place(np.arange(start, start + self._batch_size, dtype=np.int32), self._sharding)
     total = ids.shape[1]
     for count in token_counts(self._num_tokens, total):
       kept = ids[:, : nested.slots(count, total)]
       yield str(count), self._decode(params, self._placed, batch, kept, np.int32(count), index)
-
-  def _place(self, batch: np.ndarray) -> jax.Array:
-    return jax.device_put(batch, self._sharding)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from flextok_jax.evals import figures, measures, plots, reference, sample_metrics, statistics, variation
+from flextok_jax.evals.generation import NEED_IMAGES
 from flextok_jax.evals.report import Outcome, Parts, Table
 
 # (pictures uint8 [n, h, w, 3], conditions [n]) -> numbers by name.
@@ -46,7 +47,7 @@ def against(compared: reference.Reference, look: Callable, names: Iterable[str],
     for name, layer in (("gfid", "pool"), ("sfid", "spatial")):
       if name in names:
         found[name] = statistics.frechet_distance(*seen.gaussians[layer], *compared.gaussians[layer])
-    if {"precision", "recall"} & set(names):
+    if set(NEED_IMAGES) & set(names):
       both = dict(zip(("precision", "recall"), sample_metrics.precision_recall(compared.pools, seen.pools)))
       found |= {name: both[name] for name in both if name in names}
     return found

@@ -12,6 +12,7 @@ import numpy as np
 
 from flextok_jax import files
 from flextok_jax.ops import nested
+from flextok_jax.training.sharding import place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ class TokenLoss:
     for start in range(0, self._count, self._batch_size):
       rows = np.arange(start, start + self._batch_size)
       batch = {name: x[np.minimum(rows, self._count - 1)] for name, x in self._arrays.items()}
-      batch = self._prepare(jax.device_put(batch, self._sharding))
+      batch = self._prepare(place(batch, self._sharding))
       losses, counts = (np.asarray(x, np.float64) for x in self._losses(params, batch))
       counts[rows >= self._count] = 0  # padding
       totals = totals + np.stack([(losses * counts).sum(0), counts.sum(0)])

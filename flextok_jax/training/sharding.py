@@ -121,11 +121,14 @@ def _parameter_spec(x: jax.ShapeDtypeStruct, names: Sequence[str | None] | None,
   return P(*(axes or None for axes in parts))
 
 
-def place(tree, sharding: NamedSharding):
-  """Puts arrays of which every process has the whole, or that are on all devices already, where `sharding` says."""
+def place(tree, sharding: NamedSharding | None):
+  """Puts arrays of which every process has the whole, or that are on all devices already, where `sharding` says.
+
+  None: on the default device.
+  """
 
   def put(x):
-    if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+    if sharding is None or sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
       return jax.device_put(x, sharding)
     x = np.asarray(x)  # device_put would bring the copies of all processes together, to compare them
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
