@@ -75,13 +75,17 @@ def get_config() -> ConfigDict:
   c.tokens.num_registers = 256  # tokens an image at most [paper]
   c.tokens.levels = (8, 8, 8, 5, 5, 5)  # FSQ levels: 64,000 codes [paper]
   # Law of the number of kept tokens: "uniform" on 1..N; "pow2": every power of two alike [paper]; "uniform_pow2": a
-  # uniform length rounded up to a power of two, so that about half of the samples keep all.
+  # uniform length rounded up to a power of two, so that about half of the samples keep all; "none": all of them do.
   c.tokens.nested_dropout = "pow2"
   c.tokens.saturation_weight = 0.0  # of the penalty on encoder outputs beyond [-1, 1], where FSQ's tanh is flat [ours]
   # Kept lengths are stratified over so many rows of the batch, or its largest divisor below. Rows of like lengths run
   # together; best where the rows of a device are a multiple of it.
   c.tokens.bucket_rows = 16
   c.tokens.null_prob = 0.2  # share of samples trained without condition, for guidance [code]
+  # In training: share of samples whose codes are bounded and not rounded; share of tokens, each on its own, in whose
+  # place comes a code drawn uniformly. Both off in the released models [code].
+  c.tokens.quantization_dropout = 0.0
+  c.tokens.corruption = 0.0
 
   c.flow = ConfigDict()
   c.flow.t_sampling = "mode"  # "logit_normal", "stratified_logit_normal", "uniform", "mode" (SD3) [code]

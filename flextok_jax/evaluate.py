@@ -28,8 +28,8 @@ from flextok_jax.training import checkpoint, distributed, inputs, sharding
 MODEL_FIELDS = ("stage", "image_size", "vae", "encoder", "decoder", "tokens", "ar", "text")
 RFID = "rfid"
 # Without effect here.
-TRAINING_FIELDS = ("vae.sample_posterior", "tokens.nested_dropout", "tokens.null_prob", "ar.tokenizer",
-                   "ar.drop_condition", "ar.position_decay", *checkpoint.FREE_AR)
+TRAINING_FIELDS = ("vae.sample_posterior", "tokens.nested_dropout", "tokens.null_prob", "tokens.quantization_dropout",
+                   "tokens.corruption", "ar.tokenizer", "ar.drop_condition", "ar.position_decay", *checkpoint.FREE_AR)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):

@@ -14,6 +14,13 @@ def at_least_one(config: ConfigDict, *names: str):
       raise ValueError(f"{name} must be at least 1, got {value!r}")
 
 
+def share(name: str, value: float) -> float:
+  """Returns the value of field `name`; ValueError if it is no number from 0 to 1."""
+  if not 0 <= value <= 1:  # nan neither
+    raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+  return value
+
+
 def float_dtype(name: str, value: str) -> jnp.dtype:
   """Returns the floating-point type that field `name` names; ValueError if there is none."""
   try:

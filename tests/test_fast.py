@@ -145,9 +145,11 @@ def test_no_unconditional_pass_at_scale_one(case):
 # Training in buckets.
 
 
-@pytest.mark.parametrize("mode, size", [("pow2", 9), ("uniform", 16), ("uniform_pow2", 6)])
-def test_buckets_have_the_plain_loss_and_gradients(mode, size):
-  tokens = dict(nested_dropout=mode, null_prob=0.2, saturation_weight=0.3, num_registers=16)
+@pytest.mark.parametrize("mode, size, more", [
+    ("pow2", 9, {}), ("uniform", 16, dict(quantization_dropout=0.5, corruption=0.3)), ("uniform_pow2", 6, {}),
+])  # fmt: skip
+def test_buckets_have_the_plain_loss_and_gradients(mode, size, more):
+  tokens = dict(nested_dropout=mode, null_prob=0.2, saturation_weight=0.3, num_registers=16, **more)
   stages = [make_stage(config_of(tokens=tokens, fast=fast)) for fast in (True, False)]
   params = fill(loading.abstract_params(config_of(tokens=tokens)))
   latents = np.random.default_rng(2).normal(size=(size, 16, 16, 3)).astype(np.float32)

@@ -257,6 +257,8 @@ def test_kept_lengths_have_their_distribution(num_registers, mode):
   lengths = np.arange(1, num_registers + 1)
   if mode == "pow2":
     lengths = 2 ** np.arange(num_registers.bit_length())
+  if mode == "none":
+    lengths = np.full(num_registers, num_registers)
   if mode == "uniform_pow2":
     lengths = np.minimum(2 ** np.ceil(np.log2(lengths)).astype(int), num_registers)
   expected = [(lengths == k).mean() for k in range(1, num_registers + 1)]

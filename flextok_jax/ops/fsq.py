@@ -34,11 +34,16 @@ def bound(z: jax.Array, levels: Sequence[int]) -> jax.Array:
   return jnp.tanh(z.astype(jnp.float32) + shift) * half - offset
 
 
-def quantize(z: jax.Array, levels: Sequence[int]) -> jax.Array:
-  """Rounds z [..., len(levels)] to codes in [-1, 1]; the gradient passes straight through the rounding."""
+def quantize(z: jax.Array, levels: Sequence[int], skip: jax.Array | None = None) -> jax.Array:
+  """Rounds z [..., len(levels)] to codes in [-1, 1]; the gradient passes straight through the rounding.
+
+  Where `skip`, bool [...], nothing is rounded: what the bound gives passes, at most 2e-3 outside of [-1, 1].
+  """
   bounded = bound(z, levels)
-  rounded = bounded + jax.lax.stop_gradient(jnp.round(bounded) - bounded)
-  return rounded / _half(levels)
+  rounding = jnp.round(bounded) - bounded
+  if skip is not None:
+    rounding = jnp.where(skip[..., None], 0, rounding)
+  return (bounded + jax.lax.stop_gradient(rounding)) / _half(levels)
 
 
 def saturation(z: jax.Array, keep_k: jax.Array) -> jax.Array:
@@ -46,6 +51,18 @@ def saturation(z: jax.Array, keep_k: jax.Array) -> jax.Array:
   outside = jnp.square(jax.nn.relu(jnp.abs(z.astype(jnp.float32)) - 1)).mean(2)
   kept = jnp.arange(z.shape[1]) < keep_k[:, None]
   return jnp.where(kept, outside, 0).sum(1) / keep_k
+
+
+def sample_corruption(key: jax.Array, shape: Sequence[int], levels: Sequence[int], share: float) -> jax.Array:
+  """Draws which tokens are replaced and by what, each on its own: int32 shape, a uniform id with `share`, else -1."""
+  which, what = jax.random.split(key)
+  ids = jax.random.randint(what, shape, 0, num_codes(levels))
+  return jnp.where(jax.random.bernoulli(which, share, shape), ids, -1)
+
+
+def corrupt(codes: jax.Array, ids: jax.Array, levels: Sequence[int]) -> jax.Array:
+  """Replaces codes [..., len(levels)] by those of ids [...] where these are not negative (see sample_corruption)."""
+  return jnp.where(ids[..., None] < 0, codes, ids_to_codes(ids, levels))
 
 
 def codes_to_ids(codes: jax.Array, levels: Sequence[int]) -> jax.Array:

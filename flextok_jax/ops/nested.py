@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _TINY = 1e-9  # far below any probability or weight here
-MODES = ("uniform", "pow2", "uniform_pow2")
+MODES = ("uniform", "pow2", "uniform_pow2", "none")
 
 
 def lengths(num_registers: int) -> tuple[int, ...]:
@@ -27,13 +27,16 @@ def law(mode: str, num_registers: int) -> np.ndarray:
   """Returns the probabilities of keeping 1..num_registers registers, float64 [num_registers].
 
   "uniform": every length alike. "pow2": every power of two up to num_registers alike. "uniform_pow2": a uniform length
-  rounded up to a power of two (and to num_registers at most), so about half of the samples keep everything.
+  rounded up to a power of two (and to num_registers at most), so about half of the samples keep everything. "none":
+  every sample keeps everything.
 
   Raises:
     ValueError: as check_mode.
   """
   check_mode(mode, num_registers)
   k = np.arange(1, num_registers + 1)
+  if mode == "none":
+    return np.float64(k == num_registers)
   if mode == "uniform":
     return np.full(num_registers, 1 / num_registers)
   if mode == "pow2":

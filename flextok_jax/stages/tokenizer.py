@@ -102,6 +102,8 @@ def _check_flow(config: ConfigDict):
   high = 2 / (math.pi - 2)  # the slope of t(u) is at most 0 from -1 to here
   if c.t_sampling == "mode" and not -1 <= c.mode_scale <= high:
     raise ValueError(f"flow.mode_scale must lie in [-1, {high:.4f}], where t falls from 1 to 0, got {c.mode_scale!r}")
+  if not 0 < c.t_shift < math.inf:
+    raise ValueError(f"flow.t_shift must be a number above 0, got {c.t_shift!r}")
 
 
 def bucket_rows(size: int, most: int) -> int:
@@ -123,6 +125,8 @@ class TokenizerStage(Stage):
     self.fast = config.get("fast", True)
     self.tokens = config.tokens
     self.bucket_rows = config.tokens.get("bucket_rows", 16)
+    of_samples = ("null_prob", "quantization_dropout", "corruption")  # shares; older weights files lack the last two
+    _, self.unquantized, self.corruption = (settings.share(f"tokens.{k}", self.tokens.get(k, 0.0)) for k in of_samples)
     self.flow = config.flow
     s = config.sampler
     self.sampler = dict(s, mode=s.guidance, fast=self.fast)
@@ -169,6 +173,7 @@ class TokenizerStage(Stage):
     noise = jax.random.normal(keys["noise"], latents.shape)
     law = (self.tokens.nested_dropout, self.tokens.null_prob)
     keep_k, drop = nested.sample_kept(keys["kept"], size // rows, rows, n, *law)
+    disturb = self._sample_disturbance(key, keep_k.shape)
 
     if self.fast:
       bounds = nested.row_bounds(law[0], n, law[1], rows)
@@ -180,9 +185,12 @@ class TokenizerStage(Stage):
     modulations = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], *t.shape, x.shape[-1]), modulations)
     losses, saturations = [], []
     for first, end, slots in buckets:
-      parts = [x[:, first:end].reshape(-1, *x.shape[2:]) for x in (latents, t, noise, keep_k, drop)]
+      rows_of = lambda x: x[:, first:end].reshape(-1, *x.shape[2:])  # noqa: B023 called at once
       cut = lambda x: x[..., first:end, :].reshape(*x.shape[:-3], -1, x.shape[-1])  # noqa: B023 called at once
-      outcome = self._bucket_loss(params, slots, *parts, jax.tree.map(cut, modulations))
+      parts = [rows_of(x) for x in (latents, t, noise, keep_k, drop)]
+      outcome = self._bucket_loss(
+          params, slots, *parts, jax.tree.map(cut, modulations), jax.tree.map(rows_of, disturb)
+      )
       for outputs, values in zip((losses, saturations), outcome):
         outputs.append(values.reshape(-1, end - first))
     per_sample, saturation = (jnp.concatenate(x, 1).reshape(-1) for x in (losses, saturations))
@@ -199,13 +207,29 @@ class TokenizerStage(Stage):
     metrics["saturation"] = saturation.sum(), jnp.float32(size)
     return (per_sample + self.tokens.saturation_weight * saturation).mean(), metrics
 
-  def _bucket_loss(self, params, slots: int, latents, t, noise, keep_k, drop, modulations):
+  def _sample_disturbance(self, key, shape):
+    """(whose quantisation is skipped, bool; ids for every register to corrupt by, see fsq) of rows [groups, rows].
+
+    None is what is off. Drawn for whole rows before they are cut into buckets, so that every cut has the same.
+    """
+    skip = ids = None
+    if self.unquantized:  # 5 and 6: keys beside the five of latents_loss, which stay as they are
+      skip = jax.random.bernoulli(jax.random.fold_in(key, 5), self.unquantized, shape)
+    if self.corruption:
+      shape = (*shape, self.tokens.num_registers)
+      ids = fsq.sample_corruption(jax.random.fold_in(key, 6), shape, self.model.levels, self.corruption)
+    return skip, ids
+
+  def _bucket_loss(self, params, slots: int, latents, t, noise, keep_k, drop, modulations, disturb):
     """(loss, saturation of the kept registers) of each row, on `slots` registers; 0: no row has a condition."""
     apply = functools.partial(self.model.apply, {"params": params})
     batch, levels = latents.shape[0], self.model.levels
     if slots:
       z = apply(latents, slots, method="encode_registers")
-      codes = fsq.quantize(z, levels)
+      skip, ids = disturb
+      codes = fsq.quantize(z, levels, None if skip is None else skip[:, None])
+      if ids is not None:
+        codes = fsq.corrupt(codes, ids[:, :slots], levels)
       saturation = jnp.where(drop, 0.0, fsq.saturation(z, keep_k))
     else:
       codes, saturation = jnp.zeros((batch, 1, len(levels))), jnp.zeros(batch)
