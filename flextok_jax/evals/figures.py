@@ -11,6 +11,7 @@ from flextok_jax.evals import sample_metrics
 
 _COLUMNS = 3  # panels side by side at most
 _TITLE = 30  # pixels
+_MAX_TICKS = 10  # of a linear axis; with more points it has its own
 
 
 class Line(NamedTuple):
@@ -49,7 +50,9 @@ def curves(
     for title, lines in more.items():
       axis = next(axes)
       _panel(axis, title, lines, label)
-      axis.set_xticks(sorted({x for line in lines.values() for x in line.x}))
+      places = sorted({x for line in lines.values() for x in line.x})
+      if len(places) <= _MAX_TICKS:
+        axis.set_xticks(places)
   return _png(figure)
 
 

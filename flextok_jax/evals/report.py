@@ -102,11 +102,8 @@ def gather(folder: Path, names: Sequence[str]) -> list[Path]:
       data = base64.b64encode((folder / picture).read_bytes()).decode()
       page.append(f'<p><img alt="{html.escape(picture)}" src="data:image/png;base64,{data}"></p>')
     for table in fields["tables"]:
-      cells = [table["columns"], *([_text(value) for value in row] for row in table["rows"])]
-      rule = ["---"] + ["---:"] * (len(table["columns"]) - 1)
-      lines = [f"| {' | '.join(x.replace('|', '&#124;') for x in row)} |" for row in (cells[0], rule, *cells[1:])]
-      markdown += [f"**{table['title']}**", "\n".join(lines)]
-      page += [f"<h3>{html.escape(table['title'])}</h3>", _html_table(cells)]
+      markdown += [f"**{table['title']}**", markdown_table(table["columns"], table["rows"])]
+      page += [f"<h3>{html.escape(table['title'])}</h3>", _html_table(_cells(table["columns"], table["rows"]))]
     settings = json.dumps(fields["settings"], indent=1)
     markdown += ["Settings:", f"```json\n{settings}\n```"]
     page.append(f"<details><summary>Settings</summary><pre>{html.escape(settings)}</pre></details>")
@@ -114,6 +111,17 @@ def gather(folder: Path, names: Sequence[str]) -> list[Path]:
   files.write_file(paths[0], ("\n\n".join(markdown) + "\n").encode())
   files.write_file(paths[1], (_HEAD + "\n".join(page) + "\n</body></html>\n").encode())
   return paths
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+  """Returns columns and rows, as of Table, in Markdown."""
+  header, *cells = _cells(columns, rows)
+  rule = ["---"] + ["---:"] * (len(columns) - 1)
+  return "\n".join(f"| {' | '.join(x.replace('|', '&#124;') for x in row)} |" for row in (header, rule, *cells))
+
+
+def _cells(columns: Sequence[str], rows: Sequence[Sequence]) -> list[Sequence[str]]:
+  return [columns, *([_text(value) for value in row] for row in rows)]
 
 
 _HEAD = """<!DOCTYPE html>
