@@ -1,7 +1,7 @@
 """Runs that differ in a few fields: those that a config's sweep lists, and one table that compares what came of them.
 
 python -m flextok_jax.sweep --config=configs/X.py --list [--only=a,b] [--config.a.b=v]
-python -m flextok_jax.sweep --dir=DIR [--only=a,b] [--out=DIR]
+python -m flextok_jax.sweep --dir=DIR [--only=a,b] [--metrics=psnr] [--out=DIR]
 
 A config file lists its sweep beside get_config: get_sweep(), with the argument of get_config if that has one, returns
 {name of a run: {dotted field: value}}. --list prints a line for each run, its name and the flags of flextok_jax.train
@@ -38,6 +38,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_bool("list", False, "Print the runs of --config's sweep.", flag_values=values)
   flags.DEFINE_list("only", [], "Names of runs, in this order; default: all.", flag_values=values)
   flags.DEFINE_string("dir", None, "Folder of the runs' workdirs, to be compared.", flag_values=values)
+  flags.DEFINE_list("metrics", [], "Of the reports, in tables and picture; default: all.", flag_values=values)
   flags.DEFINE_string("out", None, "Folder of the table; default: --dir.", flag_values=values)
 
 
@@ -55,7 +56,13 @@ def main(values: flags.FlagValues):
   if not values.dir:
     raise ValueError("give --dir=DIR, or --config=configs/X.py --list")
   runs = read_runs(Path(values.dir), values.only)
-  for path in write(runs, Path(values.out or values.dir)):
+  found = scored(runs)
+  there = list(dict.fromkeys(metric for _, metric in found))
+  for metric in values.metrics:
+    if metric not in there:
+      raise ValueError(f"--metrics={metric}: the reports in {values.dir} have {', '.join(there) or 'none'}")
+  found = {key: by_run for key, by_run in found.items() if key[1] in (values.metrics or there)}
+  for path in write(runs, found, Path(values.out or values.dir)):
     print(path)
 
 
@@ -73,13 +80,16 @@ def read_sweep(config: str) -> dict[str, dict[str, Any]]:
   """Returns {name of a run: {dotted field: value}} of the config file PATH or PATH:ARGUMENT.
 
   Raises:
-    ValueError: no sweep there, no runs in it, or names that cannot name a folder each.
+    ValueError: no sweep there, one that fails, no runs in it, or names that cannot name a folder each.
   """
   path, *argument = config.split(":", 1)
   get_sweep = runpy.run_path(path).get("get_sweep")
   if get_sweep is None:
     raise ValueError(f"{path} has no get_sweep(), which returns {{name of a run: {{dotted field: value}}}}")
-  sweep = get_sweep(*argument)
+  try:
+    sweep = get_sweep(*argument)
+  except Exception as e:  # whatever is wrong with it
+    raise ValueError(f"get_sweep({', '.join(map(repr, argument))}) of {path}: {type(e).__name__}: {e}") from e
   if not isinstance(sweep, Mapping) or not sweep or not all(isinstance(v, Mapping) for v in sweep.values()):
     raise ValueError(f"get_sweep() of {path} must return {{name of a run: {{dotted field: value}}}}, got {sweep!r:.80}")
   labels = {}
@@ -220,20 +230,22 @@ def scored(runs: Mapping[str, Mapping]) -> dict[tuple[str, str], dict[str, dict[
   return found
 
 
-def tables(runs: Mapping[str, Mapping]) -> list[report.Table]:
-  """Returns the summary and a table for each metric on each evaluation set: runs by token counts."""
+def tables(runs: Mapping[str, Mapping], found: Mapping[tuple[str, str], Mapping]) -> list[report.Table]:
+  """Returns the summary and a table of each of `found`, of scored(runs): runs by token counts."""
   made = [summary(runs)]
-  for (name, metric), by_run in scored(runs).items():
+  for (name, metric), by_run in found.items():
     columns = sorted({column for row in by_run.values() for column in row}, key=lambda x: (not x.isdigit(), len(x), x))
-    rows = [[run, *(by_run.get(run, {}).get(column) for column in columns)] for run in runs]
+    decimals = measures.DECIMALS.get(metric, 4)
+    rows = [[run, *(f"{row[c]:.{decimals}f}" if c in row else None for c in columns)]
+            for run, row in ((run, by_run.get(run, {})) for run in runs)]  # fmt: skip
     made.append(report.Table(f"{name}: {measures.UNITS.get(metric, metric)}", ["run \\ tokens", *columns], rows))
   return made
 
 
-def picture(runs: Mapping[str, Mapping]) -> bytes | None:
-  """Returns a PNG, a line a run: every metric over token counts (log axis), loss over steps; None without any."""
+def picture(runs: Mapping[str, Mapping], found: Mapping[tuple[str, str], Mapping]) -> bytes | None:
+  """Returns a PNG, a line a run: `found` over token counts (log axis), loss over steps; None without either."""
   panels, ticks = {}, set()
-  for (name, metric), by_run in scored(runs).items():
+  for (name, metric), by_run in found.items():
     for i, run in enumerate(runs):
       points = {int(k): v for k, v in by_run.get(run, {}).items() if k.isdigit()}
       if points:
@@ -254,13 +266,13 @@ def _thinned(losses: Mapping[int, float], color: int) -> figures.Line:
   return figures.Line([steps[min(i + size, len(steps)) - 1] for i in parts], means, color=color)
 
 
-def write(runs: Mapping[str, Mapping], out: Path) -> list[Path]:
-  """Writes table.md, table.json and, where there is something to draw, table.png; returns their paths."""
-  drawn, fields = picture(runs), differing(runs)
+def write(runs: Mapping[str, Mapping], found: Mapping[tuple[str, str], Mapping], out: Path) -> list[Path]:
+  """Writes table.md and table.png (where there is something to draw) of `found`, and table.json; returns their paths."""
+  drawn, fields = picture(runs, found), differing(runs)
   blocks = []
-  for table in tables(runs):
+  for table in tables(runs, found):
     blocks += [f"**{table.title}**", report.markdown_table(table.columns, table.rows)]
-  found = {
+  whole = {
       name: {
           "fields": {field: run["config"].get(field) for field in fields}, "metrics": run["metrics"],
           "images_per_second": run["rate"], "report": run["report"], "scores": run["scores"],
@@ -268,7 +280,7 @@ def write(runs: Mapping[str, Mapping], out: Path) -> list[Path]:
   }  # fmt: skip
   contents = {
       "table.md": ("\n\n".join(blocks + ["![](table.png)"] * bool(drawn)) + "\n").encode(),
-      "table.json": (json.dumps({"fields": fields, "runs": found}, indent=1) + "\n").encode(),
+      "table.json": (json.dumps({"fields": fields, "runs": whole}, indent=1) + "\n").encode(),
   }
   if drawn:
     contents["table.png"] = drawn

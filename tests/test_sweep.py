@@ -107,6 +107,7 @@ def test_the_ablation_has_every_mode(capsys):
     ("get_sweep.. of .* must return .*, got {}", {}),
     ("get_sweep.. of .* must return .*, got \\[1\\]", [1]),
     ("get_sweep.. of .* must return", {"a": 3}),
+    ("get_sweep.. of .*: ZeroDivisionError: division by zero", "1 / 0"),
 ])  # fmt: skip
 def test_a_sweep_that_cannot_be_is_one_line(words, runs, tmp_path, monkeypatch):
   argv = ["--list", f"--config={config_file(tmp_path, runs)}", "--config.seed=7"]
@@ -172,9 +173,9 @@ def test_a_table_compares_the_runs_of_a_folder(runs, capsys):
       "r16": ["16", "(8, 8, 8, 5, 5, 5)", "10", "0.75", "10.5", "eval/00000010/report.json"],
   }
   assert rows_of(text, "synthetic: PSNR dB") == {
-      "run \\ tokens": ["1", "4"], "begun": ["-", "-"], "r8": ["10", "11.23"], "r16": ["12", "13.23"]
+      "run \\ tokens": ["1", "4"], "begun": ["-", "-"], "r8": ["10.00", "11.23"], "r16": ["12.00", "13.23"]
   }  # fmt: skip
-  assert rows_of(text, "synthetic: MAE")["r16"] == ["0.5", "0.25"]
+  assert rows_of(text, "synthetic: MAE")["r16"] == ["0.5000", "0.2500"]
   assert all(line in printed for line in text.splitlines() if line.startswith("|"))
   found = json.loads((runs / "out" / "table.json").read_text())
   assert found["fields"] == ["seed", "tokens.levels"] and list(found["runs"]) == ["begun", "r8", "r16"]
@@ -191,6 +192,9 @@ def test_a_table_of_some_runs_in_their_order(runs):
   assert list(rows_of((runs / "table.md").read_text(), "Runs")) == ["run", "r16", "r8"]
   words = f"--only=empty: there is no such run in {runs}, which has begun, r8, r16"
   fails(words, sweep, f"--dir={runs}", "--only=empty")
+  run(sweep, f"--dir={runs}", "--metrics=mae")
+  assert "PSNR" not in (runs / "table.md").read_text() and "**synthetic: MAE**" in (runs / "table.md").read_text()
+  fails(f"--metrics=rfid: the reports in {runs} have psnr, mae", sweep, f"--dir={runs}", "--metrics=rfid")
   (runs / "r8" / "eval" / "report.json").write_text("{")
   fails("r8/eval/report.json is no report: ", sweep, f"--dir={runs}")
 
@@ -203,7 +207,7 @@ def test_runs_without_token_counts_or_reports(tmp_path):
   (tmp_path / "b" / "eval" / "report.json").write_text(json.dumps({"loss": 2.5, "by_position": []}))
   run(sweep, f"--dir={tmp_path}", f"--out={tmp_path / 'both'}")
   text = (tmp_path / "both" / "table.md").read_text()
-  assert rows_of(text, "photos: PSNR dB") == {"run \\ tokens": ["vae"], "a": ["20.5"], "b": ["-"]}
+  assert rows_of(text, "photos: PSNR dB") == {"run \\ tokens": ["vae"], "a": ["20.50"], "b": ["-"]}
   assert [row[-2] for row in rows_of(text, "Runs").values()] == ["loss held out", "-", "2.5"]
   write_run(tmp_path / "new", "c", [])
   run(sweep, f"--dir={tmp_path / 'new'}")
