@@ -267,7 +267,7 @@ def _thinned(losses: Mapping[int, float], color: int) -> figures.Line:
 
 
 def write(runs: Mapping[str, Mapping], found: Mapping[tuple[str, str], Mapping], out: Path) -> list[Path]:
-  """Writes table.md and table.png (where there is something to draw) of `found`, and table.json; returns their paths."""
+  """Writes table.md and (where there is something to draw) table.png of `found`, table.json of all; returns paths."""
   drawn, fields = picture(runs, found), differing(runs)
   blocks = []
   for table in tables(runs, found):
