@@ -187,4 +187,9 @@ class VAEStage(Stage):
       mean, _ = apply(to_float(images), method="encode")
       return jnp.clip(apply(mean, method="decode").astype(jnp.float32), -1, 1)
 
-    return {"reconstruct": reconstruct}
+    def moments(params, images):
+      """Means of the latents (samples of the posterior, unscaled) of each image and of their squares, [b]."""
+      mean, logvar = self.vae.apply({"params": params["vae"]}, to_float(images), method="encode")
+      return mean.mean((1, 2, 3)), (jnp.square(mean) + jnp.exp(logvar)).mean((1, 2, 3))
+
+    return {"reconstruct": reconstruct, "moments": moments}
