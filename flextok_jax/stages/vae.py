@@ -118,7 +118,7 @@ class VAEStage(Stage):
 
     loss = r + kl_weight KL + w g + d, of reconstruction losses r = l1_weight L1 + l2_weight L2 + lpips_weight LPIPS,
     the generator's loss g and the discriminator's d; w = discriminator.weight times ops/adversarial.adaptive_weight.
-    g and d are left out before step discriminator.start_step. The gradient reaches the autoencoder by r, KL and g
+    g and d weigh 0 before step discriminator.start_step. The gradient reaches the autoencoder by r, KL and g
     alone, the discriminator by d alone; w counts as a constant.
 
     The gradients of r and g at the reconstruction are needed for w, and are all that the decoder's backward pass needs
@@ -159,26 +159,23 @@ class VAEStage(Stage):
 
   def _adversarial(self, params, fixed, images, at_recon, step):
     """Adds the adversarial losses: (what they add to the loss, at_recon with w dg, what reaches d alone, metrics)."""
+    # Before the start all of it is computed and weighs 0: a branch would save about 1% of a step's FLOPs, and its
+    # collectives are in no fixed order with those outside of it, on which virtual CPU devices wait for each other.
+    on = (step >= self.adversarial.start_step).astype(jnp.float32)
     apply = lambda discriminator, images: self.discriminator.apply({"params": discriminator}, images)
+    generated = lambda recon: adversarial.generator_loss(apply(fixed["discriminator"], recon))
+    g, dg = jax.value_and_grad(generated)(fixed["recon"])
     last = fixed["vae"]["decoder"]["conv_out"]
-
-    def on(discriminator):
-      generated = lambda recon: adversarial.generator_loss(apply(fixed["discriminator"], recon))
-      g, dg = jax.value_and_grad(generated)(fixed["recon"])
-      head = lambda kernel: last_conv(self.vae.dtype).apply({"params": last | {"kernel": kernel}}, fixed["features"])
-      out, of_kernel = jax.vjp(head, last["kernel"])
-      kernel_grads = (of_kernel(x.astype(out.dtype))[0] for x in (at_recon, dg))
-      weight = self.adversarial.weight * adversarial.adaptive_weight(*kernel_grads)
-      real, fake = apply(discriminator, images), apply(discriminator, fixed["recon"])
-      d = adversarial.discriminator_loss(real, fake)
-      told = dict(loss_generator=g, loss_discriminator=d, logits_real=real.mean(), logits_fake=fake.mean(),
-                  adaptive_weight=weight)  # fmt: skip
-      return weight * g + d, weight * dg, d, {name: (x, jnp.float32(1)) for name, x in told.items()}
-
-    off = lambda discriminator: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(on, discriminator))
-    # Before the start nothing of it is computed; its metrics are means over nothing then.
-    value, more, d, metrics = jax.lax.cond(step >= self.adversarial.start_step, on, off, params["discriminator"])
-    return value, at_recon + more, d, metrics
+    head = lambda kernel: last_conv(self.vae.dtype).apply({"params": last | {"kernel": kernel}}, fixed["features"])
+    out, of_kernel = jax.vjp(head, last["kernel"])
+    kernel_grads = (of_kernel(x.astype(out.dtype))[0] for x in (at_recon, dg))
+    weight = self.adversarial.weight * adversarial.adaptive_weight(*kernel_grads)
+    real, fake = apply(params["discriminator"], images), apply(params["discriminator"], fixed["recon"])
+    d = adversarial.discriminator_loss(real, fake)
+    told = dict(loss_generator=g, loss_discriminator=d, logits_real=real.mean(), logits_fake=fake.mean(),
+                adaptive_weight=weight)  # fmt: skip
+    metrics = {name: (on * x, on) for name, x in told.items()}  # means over nothing before the start
+    return on * (weight * g + d), at_recon + on * weight * dg, on * d, metrics
 
   @property
   def predict_fns(self) -> dict[str, Callable]:
