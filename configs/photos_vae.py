@@ -12,7 +12,7 @@ from configs import common
 def get_config(arg: str = ""):
   if arg not in ("", "gan"):
     raise ValueError(f"configs/photos_vae.py takes no argument, or 'gan', got {arg!r}")
-  c = common.derive(
+  return common.derive(
       stage="vae",
       image_size=48,
       dtype="float32",
@@ -27,7 +27,6 @@ def get_config(arg: str = ""):
                  export_dtype="float32"),
       eval=dict(sources=("photos",), num_images=256, batch_size=64, grid_images=8),
   )  # fmt: skip
-  return c
 
 
 def get_sweep(arg: str = "") -> dict[str, dict[str, float]]:

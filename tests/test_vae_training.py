@@ -1,4 +1,4 @@
-"""Runs of stage "vae" with all its losses: what they leave, resuming, the scaling factor, LPIPS, the optimisers, export."""
+"""Runs of stage "vae" with all losses: what they leave, resuming, the scaling factor, LPIPS, optimisers, export."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from flextok_jax.checkpoints import loading
 from flextok_jax.data import pipeline
 from flextok_jax.evals import metrics
 from flextok_jax.evals.make import make_measure
-from flextok_jax.models.lpips import LPIPS
+from flextok_jax.models import lpips
 from flextok_jax.models.vae import sample_posterior
 from flextok_jax.stages import make_stage
 from flextok_jax.training import checkpoint, inputs, optim, sharding
@@ -116,13 +116,13 @@ def test_a_given_scaling_factor_is_kept(run):
 
 
 def test_a_tokenizer_takes_the_factor_of_its_vae(run, tmp_path):
-  config = config_of_run(stage="tokenizer", init_from=str(run.weights), encoder=dict(patch_size=8),
-                         decoder=dict(patch_size=8), train=dict(num_steps=1))  # fmt: skip
+  config = config_of_run(stage="tokenizer", init_from=str(run.weights))
   workdir, factor = tmp_path / "tokenizer", loading.load_config(run.weights).vae.scaling_factor
-  assert inputs.with_vae(config, str(workdir)).vae.scaling_factor == factor > 0
-  train.train(config, str(workdir))
-  for source in (workdir, workdir / "weights.safetensors"):
-    assert loading.load_config(source).vae.scaling_factor == factor
+  found = inputs.with_vae(config, str(workdir))
+  assert found.vae.scaling_factor == factor > 0
+  assert make_stage(found).model.scaling_factor == factor
+  workdir.mkdir()
+  checkpoint.claim_workdir(str(workdir), found)
   config.init_from = ""  # a run that goes on has it already
   assert inputs.with_vae(config, str(workdir)).vae.scaling_factor == factor
   with pytest.raises(ValueError, match="vae.scaling_factor=0 is that of the weights to start from: give --config.init"):
@@ -139,10 +139,12 @@ def test_a_tokenizer_takes_the_factor_of_its_vae(run, tmp_path):
 # LPIPS.
 
 
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory):
-  """A folder of evaluation networks with random weights of LPIPS by VGG16."""
-  folder = tmp_path_factory.mktemp("networks")
+@pytest.fixture
+def networks(tmp_path, monkeypatch):
+  """A folder with random weights of LPIPS by a VGG of two layers; tests/test_lpips.py has all of them."""
+  monkeypatch.setitem(lpips.NETS, "vgg", ((0, ((0, 64, 3, 1, 1),)), (2, ((5, 8, 3, 1, 1),))))
+  folder = tmp_path / "networks"
+  folder.mkdir()
   backbone, heads = lpips_reference.weights("vgg")
   save_file(backbone, folder / "lpips_vgg.safetensors")
   save_file(heads, folder / "lpips_vgg_heads.safetensors")
@@ -167,7 +169,7 @@ def test_perceptual_loss_is_lpips_and_its_gradient_takes_part(networks):
   images = batch["image"] / np.float32(127.5) - 1
   mean, logvar = stage.vae.apply({"params": params["vae"]}, images, method="encode")
   recon = stage.vae.apply({"params": params["vae"]}, sample_posterior(mean, logvar, KEY), method="decode")
-  apart = LPIPS("vgg").apply({"params": params["lpips"]}, (recon + 1) / 2, (images + 1) / 2)
+  apart = lpips.LPIPS("vgg").apply({"params": params["lpips"]}, (recon + 1) / 2, (images + 1) / 2)
   np.testing.assert_allclose(told["lpips"][0], apart.sum(), rtol=1e-4)
 
 
@@ -196,8 +198,9 @@ def test_lpips_without_its_weights_is_one_line(networks, tmp_path):
 
 def test_the_discriminator_has_an_optimiser_of_its_own():
   """Each side is clipped by its own norm, and moved by its own Adam at its own rate."""
+  own = dict(learning_rate=0.02, clip_norm=2.0, b1=0.5, b2=0.9)
   settings = config_of(optim=dict(learning_rate=0.1, warmup_steps=0, clip_norm=0.5, weight_decay=0.0, b1=0.0,
-                                  discriminator=dict(learning_rate=0.02, clip_norm=2.0, b1=0.5, b2=0.9))).optim  # fmt: skip
+                                  discriminator=own)).optim  # fmt: skip
   optimizer = optim.make_optimizer(settings, 100)
   params = {"vae": {"kernel": jnp.zeros(4)}, "discriminator": {"kernel": jnp.zeros(4)}}
   grads = {"vae": {"kernel": jnp.full(4, 30.0)}, "discriminator": {"kernel": jnp.full(4, 7.0)}}
