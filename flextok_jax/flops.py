@@ -9,7 +9,7 @@ config (configs/common.py) or a section of it, and whole numbers; results are wh
 
 from ml_collections import ConfigDict
 
-from flextok_jax.models import flextok
+from flextok_jax.models import flextok, lpips
 from flextok_jax.models.transformer import mlp_hidden, remat_name
 from flextok_jax.ops import guidance, nested
 from flextok_jax.stages.tokenizer import bucket_rows
