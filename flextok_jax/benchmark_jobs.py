@@ -242,10 +242,10 @@ class Benchmark:
 
   @property
   def _vae_parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What stage "vae" trains, and what it reads besides."""
+    """Names of the parts that stage "vae" trains, and of those that it reads besides."""
     stage = self._stage(ONLY)
-    parts = *stage.init(self._key(0)), *stage.init_auxiliary(self._key(0))
-    return parts
+    shapes = (jax.eval_shape(init, self._key(0)) for init in (stage.init, stage.init_auxiliary))
+    return tuple(tuple(name for parts in kind for name in parts) for kind in zip(*shapes))
 
   def _optimizer(self) -> optax.GradientTransformation:
     return optim.make_optimizer(self.config.optim, self.config.train.num_steps)

@@ -126,8 +126,9 @@ def test_metrics_are_the_parts_of_the_loss():
   assert {x.dtype for x in jax.tree.leaves((loss, metrics))} == {jnp.dtype("float32")}
   np.testing.assert_allclose(m["loss"], loss, rtol=1e-6)
   w = stage.loss_weights
-  np.testing.assert_allclose(loss, w.l1_weight * m["l1"] + w.l2_weight * m["l2"] + w.kl_weight * m["kl"] +
-                             m["adaptive_weight"] * m["loss_generator"] + m["loss_discriminator"], rtol=1e-5)  # fmt: skip
+  apart = w.l1_weight * m["l1"] + w.l2_weight * m["l2"] + w.kl_weight * m["kl"]
+  apart += m["adaptive_weight"] * m["loss_generator"] + m["loss_discriminator"]
+  np.testing.assert_allclose(loss, apart, rtol=1e-5)
   np.testing.assert_allclose(m["loss_generator"], -m["logits_fake"], rtol=1e-6)
   mean, logvar = stage.vae.apply({"params": params["vae"]}, batch_of()["image"] / 127.5 - 1, method="encode")
   latents = sample_posterior(mean, logvar, KEY)
@@ -136,13 +137,13 @@ def test_metrics_are_the_parts_of_the_loss():
 
 
 def test_the_two_sides_do_not_see_each_others_loss():
-  """The discriminator's gradient does not know of the generator's weight, nor the VAE's of the hinge loss."""
+  """The discriminator's gradient knows nothing of the generator's weight, nor the VAE's of the hinge loss."""
   _, params, step = compiled()
   _, other_params, other = compiled(weight=7.0)
   one, two = (f(params, batch_of(), KEY, START)[1] for f in (step, other))
   jax.tree.map(np.testing.assert_array_equal, one["discriminator"], two["discriminator"])
   assert np.abs(one["vae"]["decoder"]["conv_in"]["kernel"] - two["vae"]["decoder"]["conv_in"]["kernel"]).max() > 1e-4
-  # An offset of all logits moves the hinge loss alone: the generator's gradient is of differences of pixels.
+  # An offset of all logits moves the hinge loss alone: the gradient of the generator is of differences of pixels.
   last = params["discriminator"]["conv_2"]
   moved = {**params, "discriminator": {**params["discriminator"], "conv_2": {**last, "bias": last["bias"] + 0.7}}}
   (loss, _), three = step(moved, batch_of(), KEY, START)

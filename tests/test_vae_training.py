@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import flextok_jax
-from flextok_jax import train
+from flextok_jax import benchmark_jobs, train
 from flextok_jax.checkpoints import loading
 from flextok_jax.data import pipeline
 from flextok_jax.evals import metrics
@@ -191,6 +191,13 @@ def test_lpips_without_its_weights_is_one_line(networks, tmp_path):
   with pytest.raises(ValueError, match="lpips_vgg.safetensors lacks the tensor"):
     make_stage(lpips_config(tmp_path)).auxiliary_files()
   assert make_stage(config_of()).auxiliary_files() == {}
+
+
+def test_a_benchmark_has_all_parts(networks):
+  config = lpips_config(networks)
+  args, made = benchmark_jobs.Benchmark(config, ("fast",), 2, False).prepare("train", None)
+  state, _ = jax.eval_shape(made[benchmark_jobs.ONLY][0], *args)
+  assert set(state.params) == {"vae", "discriminator"} and set(state.frozen) == {"lpips"}
 
 
 # Optimisers.
