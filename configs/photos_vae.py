@@ -36,5 +36,5 @@ def get_config(arg: str = ""):
 def get_sweep(arg: str = "") -> dict[str, dict[str, float]]:
   """Returns the runs to compare, by name, as dotted overrides."""
   del arg
-  return {"l1": {"discriminator.weight": 0.0}, "gan": {"discriminator.weight": 0.1},
-          "gan_strong": {"discriminator.weight": 0.5}}  # fmt: skip
+  return {"l1": {"discriminator.weight": 0.0}, "gan_light": {"discriminator.weight": 0.03},
+          "gan": {"discriminator.weight": 0.1}}  # fmt: skip
