@@ -2,9 +2,9 @@
 
 python -m tests.vae_experiment DIR NAME,NAME,... [PICTURE.png]
 
-DIR has the workdir of each run. Of every one the 256 held-out crops of photographs are reconstructed, and measured:
-PSNR and SSIM; "perceptual" (evals/distances.py); "texture", which does not ask where a detail is; and the share of the
-original's contrast that is left at each scale, the finest first. Reconstructions count as 8-bit pictures.
+DIR has the workdir of each run. Of every one the 256 held-out crops of photographs are reconstructed, as 8-bit
+pictures, and measured, also against the first run: PSNR and SSIM; "perceptual" (evals/distances.py); "texture", which
+does not ask where a detail is; and the share of the original's contrast that is left at each scale, the finest first.
 
 Texture of an image: of the "perceptual" features of structure, unit vectors at every pixel, the mean over pixels of
 their products with each other, at every scale (a Gram matrix, Gatys et al. 2015). Its distance is the root of the sum
@@ -20,7 +20,7 @@ import numpy as np
 
 import flextok_jax
 from flextok_jax.data import pipeline
-from flextok_jax.evals import distances, metrics, plots, statistics
+from flextok_jax.evals import distances, metrics, plots, statistics, tally
 
 
 def scales(images):
@@ -59,18 +59,20 @@ def main(folder: str, names: str, picture: str = ""):
     restored = metrics.round_to_8bit(np.clip(model.decode_latents(model.encode_latents(images)), -1, 1))
     (grams, contrasts), (found, left) = look(originals), look(restored)
     rows[name] = {
-        "PSNR": metrics.psnr(originals, restored).mean(),
-        "SSIM": metrics.ssim(originals, restored).mean(),
-        "perceptual": distances.perceptual(2 * originals - 1, 2 * restored - 1).mean(),
-        "texture": (jnp.square(grams - found).sum((1, 2, 3)) ** 0.5).mean(),
-        "texture Frechet": statistics.frechet_distance(*gaussian(found), *gaussian(grams)),
-        "contrast": np.asarray(left.mean(0) / contrasts.mean(0)).round(2),
+        "PSNR": metrics.psnr(originals, restored),
+        "SSIM": metrics.ssim(originals, restored),
+        "perceptual": distances.perceptual(2 * originals - 1, 2 * restored - 1),
+        "texture": jnp.square(grams - found).sum((1, 2, 3)) ** 0.5,
     }
+    first = next(iter(rows.values()))
+    for metric, values in rows[name].items():  # mean, and that of the difference to the first run, image by image
+        low, high = tally.means_and_intervals({metric: np.asarray(values - first[metric])})[1][metric]
+        print(f"{name}: {metric} {values.mean():.4f}, difference {low:.4f} to {high:.4f} (95%)", flush=True)
+    print(f"{name}: texture Frechet {statistics.frechet_distance(*gaussian(found), *gaussian(grams)):.4f}, "
+          f"contrast {np.asarray(left.mean(0) / contrasts.mean(0)).round(2)}", flush=True)
     chosen = np.arange(0, 256, 256 // 8)[:8] + np.arange(8) % 4  # two of each photograph
     columns.setdefault("original", images[chosen])
     columns[name] = np.asarray(restored[chosen] * 255).round().astype(np.uint8)
-  for name, row in rows.items():
-    print(name, *(f"{k} {v:.4f}" if np.ndim(v) == 0 else f"{k} {v}" for k, v in row.items()), sep="  ", flush=True)
   if picture:
     with open(picture, "wb") as f:
       f.write(plots.to_png(plots.grid(list(columns.values()), list(columns))))
