@@ -1,7 +1,8 @@
 """Every default of every experiment, with its unit and its source.
 
 Sources: [paper] FlexTok, arXiv 2502.13967; [code] the public inference code; [video] the sibling video tokenizer,
-arXiv 2604.12887; [ours] no public record, our choice with the reason beside it.
+arXiv 2604.12887; [LDM] latent diffusion, Rombach et al. 2022, and its code; [taming] Esser et al. 2021, and its code;
+[ours] no public record, our choice with the reason beside it.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +32,9 @@ def get_config() -> ConfigDict:
   c.vae.block_out_channels = (128, 256, 512, 512)  # 8x down: one stride-2 convolution after each but the last [code]
   c.vae.layers_per_block = 2  # residual blocks a level in the encoder; one more in the decoder [code]
   c.vae.norm_groups = 32  # [code]
-  c.vae.scaling_factor = 0.18  # latents = scaling_factor * posterior sample or mode [code: a field; value ours]
+  # latents = scaling_factor * posterior sample or mode [code: a field; value ours]. 0: one over the deviation of the
+  # latents [LDM], which stage "vae" measures and keeps with its checkpoints, and "tokenizer" takes from init_from.
+  c.vae.scaling_factor = 0.18
   c.vae.sample_posterior = True  # in training; evaluation takes the mode [code]
   c.vae.dtype = "float32"  # compute dtype of the VAE, which stays in float32 where the rest does not [code]
 
@@ -145,7 +148,20 @@ def get_config() -> ConfigDict:
   c.vae_loss = ConfigDict()
   c.vae_loss.l1_weight = 1.0  # mean absolute error over pixels [ours: SDXL's trainer uses L1]
   c.vae_loss.l2_weight = 0.0  # mean squared error over pixels
-  c.vae_loss.kl_weight = 1e-6  # of the KL summed over a latent, mean of the batch [ours: the order of SDXL's]
+  # Of the KL summed over a latent, mean of the batch. [LDM] has 1e-6 beside errors summed over the values of an image,
+  # where ours are means: 1e-6 / (3 * 256 * 256) = 5.1e-12 says the same of 256 px [ours: stronger].
+  c.vae_loss.kl_weight = 1e-6
+  c.vae_loss.lpips_weight = 0.0  # of LPIPS by VGG16
+  c.vae_loss.lpips = ""  # a folder with lpips_vgg, as docs/evaluation.md describes it
+
+  # Of stage "vae": a patch discriminator with hinge loss. Numbers without another source are [LDM]'s and [taming]'s.
+  c.discriminator = ConfigDict()
+  # Of the generator's loss, times the ratio of the reconstruction losses' gradient to its own at the decoder's last
+  # layer; 0: no discriminator. [LDM: 0.5]
+  c.discriminator.weight = 0.0
+  c.discriminator.start_step = 50_000  # before, neither it nor its gradient takes part [LDM: 50001]
+  c.discriminator.channels = 64  # of its first layer
+  c.discriminator.num_layers = 3  # of stride 2
 
   c.data = ConfigDict()
   c.data.global_batch = 1024  # images a step, over all devices [ours]
@@ -193,6 +209,13 @@ def get_config() -> ConfigDict:
   c.optim.clip_norm = 1.0  # global L2 norm of the gradient
   c.optim.accumulate_steps = 1  # the global batch is split into this many equal parts, gradients averaged
   c.optim.ema_decay = 0.9999  # per step; evaluation and release use the average
+  # Of the discriminator, by Adam; warm-up and end of the schedule are those above, in proportion.
+  c.optim.discriminator = ConfigDict()
+  c.optim.discriminator.learning_rate = 1e-4  # peak [ours: that of configs/vae_c16.py; LDM has one for both]
+  c.optim.discriminator.b1 = 0.5  # [LDM]
+  c.optim.discriminator.b2 = 0.9  # [LDM]
+  c.optim.discriminator.eps = 1e-8
+  c.optim.discriminator.clip_norm = 1.0  # [ours: LDM does not clip]
 
   c.train = ConfigDict()
   c.train.num_steps = 400_000

@@ -2,7 +2,7 @@
 
   python -m flextok_jax.train --config=configs/vae_c4.py --workdir=DIR
 
-A tokenizer over it needs --config.vae.latent_channels=4 besides --config.init_from.
+A tokenizer over it needs --config.vae.latent_channels=4 and --config.vae.scaling_factor=0 besides --config.init_from.
 """
 
 from configs import vae_c16

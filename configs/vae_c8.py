@@ -2,7 +2,7 @@
 
   python -m flextok_jax.train --config=configs/vae_c8.py --workdir=DIR
 
-A tokenizer over it needs --config.vae.latent_channels=8 besides --config.init_from.
+A tokenizer over it needs --config.vae.latent_channels=8 and --config.vae.scaling_factor=0 besides --config.init_from.
 """
 
 from configs import vae_c16

@@ -151,8 +151,10 @@ class Benchmark:
     """Initialises parts; what starts at zero (modulations, heads, biases) becomes small random numbers."""
 
     def init(key):
-      params, frozen = unbox(self._stage(ONLY).init(key))
-      return optax.tree.cast({name: {**params, **frozen}[name] for name in names}, dtype)
+      stage, parts = self._stage(ONLY), {}
+      for some in (*unbox(stage.init(key)), *unbox(stage.init_auxiliary(key))):
+        parts |= some
+      return optax.tree.cast({name: parts[name] for name in names}, dtype)
 
     leaves, tree = jax.tree.flatten(jax.jit(init)(self._key(0)))
     noise = jax.jit(lambda key, x: 0.02 * jax.random.normal(key, x.shape, x.dtype))
@@ -234,9 +236,16 @@ class Benchmark:
         stage = types.SimpleNamespace(loss_fn=loss_fn)
       return self._update(stage, optimizer), count
 
-    trained, frozen = (("encoder", "decoder"), self._with_vae) if self.has_tokens else (("vae",), ())
+    trained, frozen = (("encoder", "decoder"), self._with_vae) if self.has_tokens else self._vae_parts
     inputs = {"image": self._noise() if self.latents else self._images()}
     return self._update_args(optimizer, trained, frozen, inputs), make
+
+  @property
+  def _vae_parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the parts that stage "vae" trains, and of those that it reads besides."""
+    stage = self._stage(ONLY)
+    shapes = (jax.eval_shape(init, self._key(0)) for init in (stage.init, stage.init_auxiliary))
+    return tuple(tuple(name for parts in kind for name in parts) for kind in zip(*shapes))
 
   def _optimizer(self) -> optax.GradientTransformation:
     return optim.make_optimizer(self.config.optim, self.config.train.num_steps)
@@ -250,7 +259,9 @@ class Benchmark:
   ) -> tuple:
     """Returns state, batch and key of an update whose stage has these parts."""
     given = self._random_params(trained, "float32"), self._random_params(frozen, "float32") if frozen else {}
-    state = init_state(types.SimpleNamespace(init=lambda key: given), optimizer, self._key(5))
+    none = lambda key: ({}, {})
+    stage = types.SimpleNamespace(init=lambda key: given, init_auxiliary=none)
+    state = init_state(stage, optimizer, self._key(5))
     return state, {**inputs, "unreadable": jnp.zeros(self.batch_size, jnp.int32)}, self._key(6)
 
   def _attention(self, job: str, path: str) -> str:

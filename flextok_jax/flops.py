@@ -9,7 +9,7 @@ config (configs/common.py) or a section of it, and whole numbers; results are wh
 
 from ml_collections import ConfigDict
 
-from flextok_jax.models import flextok
+from flextok_jax.models import flextok, lpips
 from flextok_jax.models.transformer import mlp_hidden, remat_name
 from flextok_jax.ops import guidance, nested
 from flextok_jax.stages.tokenizer import bucket_rows
@@ -174,15 +174,49 @@ def _train_row(config: ConfigDict, slots: int) -> int:
 def train_vae(config: ConfigDict, batch: int) -> int:
   """Forward and backward pass of stage "vae": three times the forward pass, but no gradient of the images."""
   first = conv(config.image_size, 3, config.vae.block_out_channels[0])
-  return 3 * (vae_encode(config, batch) + vae_decode(config, batch)) - batch * first
+  networks = perceptual_loss(config) + adversarial_losses(config)
+  return 3 * (vae_encode(config, batch) + vae_decode(config, batch)) + batch * (networks - first)
 
 
-def conv(side: int, channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1, low: int = 1) -> int:
+def perceptual_loss(config: ConfigDict) -> int:
+  """LPIPS by VGG16 of an image and its reconstruction, and its gradient in the latter."""
+  if not config.vae_loss.get("lpips_weight", 0.0):
+    return 0
+  sum_, side, before = 0, config.image_size, 3
+  for window, convolutions in lpips.NETS["vgg"]:
+    side //= 2 if window else 1
+    for _, channels, *_ in convolutions:
+      sum_ += conv(side, before, channels)
+      before = channels
+  return 3 * sum_
+
+
+def adversarial_losses(config: ConfigDict) -> int:
+  """Discriminator of an image and its reconstruction, its gradient in its weights and, for the generator, in pixels.
+
+  And both gradients of the decoder's last kernel, for the adaptive weight.
+  """
+  c = config.get("discriminator", {"weight": 0.0})
+  if not c["weight"]:
+    return 0
+  side, before, layers = config.image_size, 3, []
+  for i in range(c.num_layers + 2):
+    stride = 2 if i < c.num_layers else 1
+    outputs = side // 2 if stride == 2 else side - 1
+    channels = c.channels * min(2**i, 8) if i <= c.num_layers else 1
+    layers.append(conv(side, before, channels, 4, stride, outputs=outputs))
+    side, before = outputs, channels
+  return 7 * sum(layers) - 2 * layers[0] + 2 * conv(config.image_size, config.vae.block_out_channels[0], 3)
+
+
+def conv(side: int, channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1, low: int = 1,
+         outputs: int | None = None) -> int:
   """A square convolution of a square map of `side` pixels, padded by `low` pixels at the top and left.
 
-  Along an axis, output o and tap j meet pixel o stride + j - low: those that exist are counted.
+  Along an axis, output o and tap j meet pixel o stride + j - low: those that exist are counted. By default there are
+  side / stride outputs.
   """
-  outputs = side // stride
+  outputs = side // stride if outputs is None else outputs
   taps = sum(0 <= o * stride + j - low < side for o in range(outputs) for j in range(kernel))
   return 2 * taps**2 * channels_in * channels_out
 

@@ -15,7 +15,7 @@ import safetensors
 
 from flextok_jax import cli, settings, stages
 from flextok_jax.checkpoints import loading, saving
-from flextok_jax.evals.make import make_evaluator
+from flextok_jax.evals.make import make_evaluator, make_measure
 from flextok_jax.training import checkpoint, distributed, goodput, inputs, optim, sharding
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training.state import init_state, make_update, unbox
@@ -42,7 +42,7 @@ def train(config, workdir: str):
   settings.at_least_one(config, "optim.accumulate_steps", "eval.num_images", "eval.batch_size", "eval.grid_images")
   settings.at_least_one(config, *(f"train.{name}" for name in every))
   settings.float_dtype("train.export_dtype", config.train.export_dtype)
-  config = inputs.with_tokenizer(config)
+  config = inputs.with_vae(inputs.with_tokenizer(config), workdir)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.data.global_batch, config.optim.accumulate_steps, mesh)
   for line in optim.check(config):
@@ -56,6 +56,7 @@ def train(config, workdir: str):
   # All that can be wrong is looked at before anything is written.
   prepare = inputs.make_prepare(config, mesh)
   evaluator = make_evaluator(config, stage, mesh, prepare)
+  measure = make_measure(config, stage, mesh, evaluator)
   checkpoint.check_workdir(workdir, config)
 
   keep = config.train.keep_checkpoints, config.train.keep_period
@@ -129,7 +130,7 @@ def train(config, workdir: str):
           pending, mark = None, (time.monotonic(), step)
         if stop or save:
           with spent.spending("save"):
-            checkpoints.save(state)
+            checkpoints.save(state, measure(state.joined(average=True)))
         if stop:
           distributed.say(f"stopped by a signal at step {step}; rerun the same command to go on")
           return
@@ -145,10 +146,13 @@ def train(config, workdir: str):
         return
       _evaluate(evaluator, state, int(state.step), workdir, writer)
       extra = {_STEP: str(int(state.step))}
+      measured = measure(state.joined(average=True))
+      told = "".join(f"; {name}={value:.5g} was measured" for name, value in measured.items())
       weights = distributed.fetched({k: v for k, v in state.joined(average=True).items() if k in parts})
       if distributed.is_first():
-        saving.save_weights(path, config, weights, config.train.export_dtype, extra=extra)
-      distributed.say(f"averaged weights ({config.train.export_dtype}): {path}")
+        full = checkpoint.with_measured(config, measured)
+        saving.save_weights(path, full, weights, config.train.export_dtype, extra=extra)
+      distributed.say(f"averaged weights ({config.train.export_dtype}): {path}{told}")
 
 
 class _NoWriter:

@@ -67,7 +67,7 @@ def count(params):
 
 
 def test_the_experiments_are_all_here():
-  small = {"quickstart", "debug", "shapes", "shapes_ar", "emoji", "emoji_ar"}
+  small = {"quickstart", "debug", "shapes", "shapes_ar", "emoji", "emoji_ar", "photos_vae"}
   assert set(SIZES) | set(AR_SIZES) | small <= set(EXPERIMENTS)
 
 
@@ -115,7 +115,9 @@ def test_builds_loss_and_predictions(name):
   stage, params = stages.make_stage(c), joined_shapes(c)
   images = jax.ShapeDtypeStruct((2, c.image_size, c.image_size, 3), jnp.uint8)
   batch = token_batch(c) if c.stage == "ar" else {"image": images}
-  loss, _ = jax.eval_shape(stage.loss_fn, params, batch, jax.random.key(0))
+  for parts in jax.eval_shape(stage.init_auxiliary, jax.random.key(0)):
+    params |= unbox(parts)
+  loss, _ = jax.eval_shape(stage.loss_fn, params, batch, jax.random.key(0), jnp.int32(0))
   assert loss.shape == () and loss.dtype == jnp.float32
   predict = stage.predict_fns
   if c.stage == "ar":

@@ -149,6 +149,26 @@ def test_xla_counts_the_same(job, monkeypatch):
     assert -0.002 < gap < 0.03, (path, gap)
 
 
+def test_what_the_vae_is_trained_by():
+  """LPIPS and the discriminator, each gradient traced apart."""
+  config = small_config(stage="vae", image_size=64, vae_loss=dict(lpips_weight=1.0, lpips="none"),
+                        discriminator=dict(weight=0.5, channels=8))  # fmt: skip
+  stage, images = make_stage(config), jnp.zeros((1, 64, 64, 3))
+  trained, frozen = unbox(jax.eval_shape(stage.init_auxiliary, jax.random.key(0)))
+  zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape), tree)
+  lpips, params = ({"params": zeros(tree)} for tree in (frozen["lpips"], trained["discriminator"]))
+  found = lambda f, *args: sum(product(eqn) * n for eqn, n in equations(jax.make_jaxpr(f)(*args).jaxpr, iter(())))
+  distance = lambda x: stage.lpips.apply(lpips, x, images).sum()
+  assert flops.perceptual_loss(config) == found(jax.grad(distance), images)
+  logits = lambda params, x: stage.discriminator.apply(params, x).sum()
+  forward, in_pixels = found(logits, params, images), found(jax.grad(logits, 1), params, images)
+  in_weights, last = found(jax.grad(logits), params, images), flops.conv(64, config.vae.block_out_channels[0], 3)
+  assert flops.adversarial_losses(config) == 2 * in_weights + in_pixels - forward + 2 * last
+  without = small_config(stage="vae", image_size=64)
+  more = flops.train_vae(config, 3) - flops.train_vae(without, 3)
+  assert more == 3 * (flops.perceptual_loss(config) + flops.adversarial_losses(config))
+
+
 def test_the_vae_and_whole_images():
   config = small_config(vae=dict(latent_channels=4))
   vae = check(config, "vae")[benchmark_jobs.ONLY]

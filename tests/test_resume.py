@@ -40,9 +40,9 @@ def writing(self, at, *args):
       checkpoints._manager.wait_until_finished()
     send()
 
-def saving(self, state):
+def saving(self, state, *args):
   last.append(self)
-  save(self, state)  # goes on in the background
+  save(self, state, *args)  # goes on in the background
   if moment == "saving" and int(state.step) == step:
     send()
 

@@ -60,8 +60,8 @@ def disturbed(kind: str, step: int, process: int = 0, name: str = "SIGKILL", del
     reached("evaluate", at)
     evaluate(evaluator, state, at, *args)
 
-  def saving(self, state):
-    save(self, state)  # goes on in the background
+  def saving(self, state, *args):
+    save(self, state, *args)  # goes on in the background
     reached("save", int(state.step))
 
   @contextlib.contextmanager

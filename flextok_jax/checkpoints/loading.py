@@ -70,6 +70,26 @@ def load(
   raise FileNotFoundError(f"no such checkpoint: {source}; give a file, a folder or a repository on Hugging Face")
 
 
+def load_config(source: str | os.PathLike) -> ConfigDict:
+  """Returns the config of what load takes, without reading the arrays of our own formats; raises as load does."""
+  source = os.fspath(source)
+  if os.path.isdir(os.path.join(source, "checkpoints")):
+    config, checkpoints = checkpoint.read_config(source), checkpoint.Checkpoints(source)
+    try:
+      return checkpoint.with_measured(config, checkpoints.restore_average({}, {}, _is_measured(config))[1])
+    finally:
+      checkpoints.close()
+  path = os.path.join(source, WEIGHTS) if os.path.isdir(source) else source
+  if is_ours(path):
+    return checkpoint.parse_config(TensorFile(path).metadata[CONFIG_KEY], path)
+  return load(source)[0]
+
+
+def _is_measured(config: ConfigDict) -> bool:
+  """Whether a run of this config measures fields of it, and keeps them with its checkpoints (evals/make.py)."""
+  return config.stage == "vae" and not config.vae.scaling_factor
+
+
 def is_ours(source: str | os.PathLike) -> bool:
   """Whether an existing path is a workdir, folder or weights file of ours, and not in another program's format."""
   if os.path.isdir(source):
@@ -143,7 +163,8 @@ def _load_workdir(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
   try:
     if checkpoints.latest_step() is None:
       raise FileNotFoundError(f"workdir {folder} has no checkpoint yet")
-    return config, checkpoints.restore_average(typed(trained), typed(frozen))
+    params, measured = checkpoints.restore_average(typed(trained), typed(frozen), _is_measured(config))
+    return checkpoint.with_measured(config, measured), params
   finally:
     checkpoints.close()
 

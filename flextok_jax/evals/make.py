@@ -1,12 +1,25 @@
-"""The evaluation that a config asks for."""
+"""The evaluation that a config asks for, and what it leaves to be measured."""
 
 from collections.abc import Callable
 from typing import Any
 
 from flextok_jax.data import pipeline, shards
+from flextok_jax.evals.latents import ScalingFactor
 from flextok_jax.evals.reconstruction import Reconstruction, token_counts
 from flextok_jax.evals.token_loss import TokenLoss
 from flextok_jax.training import sharding
+
+
+def make_measure(config, stage, mesh, evaluator: Reconstruction | TokenLoss) -> Callable[[Any], dict[str, float]]:
+  """Returns a function of parameters that measures what the config leaves to the data: {field, dotted: value}.
+
+  That is vae.scaling_factor, where stage "vae" has it 0, on the evaluator's images; else it is always {}.
+  """
+  if config.stage != "vae" or config.vae.scaling_factor:
+    return lambda params: {}
+  placed = sharding.batch_sharding(mesh)
+  measure = ScalingFactor(stage.predict_fns["moments"], evaluator.images, config.eval.batch_size, placed)
+  return lambda params: {"vae.scaling_factor": measure(params)}
 
 
 def make_evaluator(

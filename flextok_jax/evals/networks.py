@@ -51,7 +51,7 @@ def find(folder: str | None, name: str, metric: str) -> str:
   """
   if folder is None:
     raise ValueError(f"--metrics={metric} needs --weights=DIR, a folder with {name}: {SOURCES[name]}")
-  found = _path(folder, name)
+  found = path_in(folder, name)
   if found is None:
     raise ValueError(f"--metrics={metric}: {folder} has no {name}.safetensors, .npz or folder: put there "
                      f"{SOURCES[name]}")
@@ -71,7 +71,7 @@ def lpips(folder: str | None, net: str) -> Partial:
   """
   name = f"lpips_{net}"
   path = find(folder, name, name)
-  there, params = load_lpips(path, _path(folder, f"{name}_heads"))
+  there, params = load_lpips(path, path_in(folder, f"{name}_heads"))
   if there != net:
     raise ValueError(f"{path} has the weights of {there!r}, not of {net!r}")
   return _partial(LPIPS(net).apply, params)
@@ -79,7 +79,7 @@ def lpips(folder: str | None, net: str) -> Partial:
 
 def dreamsim(folder: str | None) -> Partial:
   """Returns (images, images) -> [b], DreamSim of one branch."""
-  lora, backbone = find(folder, "dreamsim", "dreamsim"), _path(folder, "dreamsim_backbone")
+  lora, backbone = find(folder, "dreamsim", "dreamsim"), path_in(folder, "dreamsim_backbone")
   if backbone is None:
     raise ValueError(f"--metrics=dreamsim: {folder} has no dreamsim_backbone: put there {SOURCES['dreamsim']}")
   sizes, params = load_dreamsim(backbone, lora)
@@ -131,7 +131,7 @@ def clip(folder: str | None, metric: str) -> tuple[Partial, Callable[[Sequence[s
   return images, encode
 
 
-def _path(folder: str, name: str) -> str | None:
+def path_in(folder: str, name: str) -> str | None:
   candidates = (Path(folder) / f"{name}{ending}" for ending in _ENDINGS)
   return next((os.fspath(path) for path in candidates if path.exists()), None)
 

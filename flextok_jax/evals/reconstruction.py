@@ -171,11 +171,11 @@ class Reconstruction:
       if "ssim" in self._measures and min(shape[1:3]) < metrics.SSIM_WINDOW:
         raise ValueError(f"evaluation set {name!r}: images of {shape[1]}x{shape[2]} px are smaller than SSIM's window"
                          f" of {metrics.SSIM_WINDOW}x{metrics.SSIM_WINDOW}")
-    self._images = dict(eval_sets)
+    self.images = dict(eval_sets)
     self._has_tokens = "tokenize" in predict_fns
     self._num_tokens = tuple(num_tokens)
     devices = sharding.num_devices if sharding else 1
-    batch_size = min(batch_size, max(images.shape[0] for images in self._images.values()))
+    batch_size = min(batch_size, max(images.shape[0] for images in self.images.values()))
     self._batch_size = -(-batch_size // devices) * devices
     self._seed = seed
     self._grid_images = grid_images
@@ -223,7 +223,7 @@ class Reconstruction:
     if self._placed is None:
       self._placed = place((self._measures, self._features), self._replicated)
     sets, examples = {}, {}
-    for name, images in self._images.items():
+    for name, images in self.images.items():
       seen = self._run_set(params, name, images)
       means, intervals = {}, {}
       for column in seen.columns:

@@ -8,23 +8,31 @@ import jax.numpy as jnp
 
 from flextok_jax.ops import layout
 
+_KERNEL_INIT = nn.initializers.lecun_normal()
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
 
 
 def conv(
-  features: int, kernel: int, dtype: jnp.dtype, *, stride: int = 1, padding="SAME", name: str | None = None
+  features: int,
+  kernel: int,
+  dtype: jnp.dtype,
+  *,
+  stride: int = 1,
+  padding="SAME",
+  use_bias: bool = True,
+  kernel_init: nn.initializers.Initializer = _KERNEL_INIT,
+  name: str | None = None,
 ) -> nn.Conv:
-  """Returns a square convolution with bias and named parameter axes."""
+  """Returns a square convolution with named parameter axes."""
   return nn.Conv(
     features,
     (kernel, kernel),
     strides=(stride, stride),
     padding=padding,
+    use_bias=use_bias,
     dtype=dtype,
     name=name,
-    kernel_init=nn.with_logical_partitioning(
-      nn.initializers.lecun_normal(), ("conv_h", "conv_w", "conv_in", "conv_out")
-    ),
+    kernel_init=nn.with_logical_partitioning(kernel_init, ("conv_h", "conv_w", "conv_in", "conv_out")),
     bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("conv_out",)),
   )
 
@@ -159,7 +167,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Latents [b, h/f, w/f, c] to images [b, h, w, 3]."""
+  """Latents [b, h/f, w/f, c] to images [b, h, w, 3], and the features [b, h, w, channels] that conv_out reads."""
 
   block_out_channels: Sequence[int]
   layers_per_block: int
@@ -167,14 +175,19 @@ class Decoder(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     last = len(self.block_out_channels) - 1
     x = conv(self.block_out_channels[-1], 3, self.dtype, name="conv_in")(x)
     x = MidBlock(self.block_out_channels[-1], self.norm_groups, self.dtype, name="mid")(x)
     for i, channels in enumerate(reversed(self.block_out_channels)):
       x = UpBlock(channels, self.layers_per_block + 1, i < last, self.norm_groups, self.dtype, name=f"up_{i}")(x)
     x = nn.silu(group_norm(self.norm_groups, "conv_norm_out")(x))
-    return conv(3, 3, self.dtype, name="conv_out")(x)
+    return last_conv(self.dtype, name="conv_out")(x), x
+
+
+def last_conv(dtype: jnp.dtype, name: str | None = None) -> nn.Conv:
+  """Returns the decoder's last layer."""
+  return conv(3, 3, dtype, name=name)
 
 
 class AutoencoderKL(nn.Module):
@@ -224,7 +237,12 @@ class AutoencoderKL(nn.Module):
 
   def decode(self, latents: jax.Array) -> jax.Array:
     """Returns images [b, h, w, 3] float32, not clipped, of latents [b, h/f, w/f, c]."""
-    return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
+    return self.decode_with_features(latents)[0]
+
+  def decode_with_features(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns what decode does, and the features [b, h, w, channels] that the last layer, conv_out, makes it from."""
+    images, features = self.decoder(self.post_quant_conv(latents))
+    return images.astype(jnp.float32), features
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Returns the reconstruction of images [b, h, w, 3] from the posterior's mean."""

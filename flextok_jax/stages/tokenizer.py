@@ -50,7 +50,7 @@ def make_model(config: ConfigDict) -> FlexTok:
       decoder=_make_part(Decoder, "decoder", config, side),
       vae=vae,
       levels=levels,
-      scaling_factor=config.vae.scaling_factor,
+      scaling_factor=config.vae.scaling_factor or 1.0,  # 0: not known before training (inputs.with_vae)
   )
 
 

@@ -1,14 +1,21 @@
-"""Stage 0: the autoencoder, by reconstruction and KL losses."""
+"""Stage 0: the autoencoder, by reconstruction, perceptual, KL and adversarial losses."""
 
+from collections.abc import Callable
 import functools
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from flextok_jax import settings
+from flextok_jax.models.discriminator import PatchDiscriminator, patches_of
 from flextok_jax.models.flextok import to_float
-from flextok_jax.models.vae import AutoencoderKL, kl_divergence, sample_posterior
+from flextok_jax.models.lpips import LPIPS
+from flextok_jax.models.vae import AutoencoderKL, kl_divergence, last_conv, sample_posterior
+from flextok_jax.ops import adversarial
 from flextok_jax.stages.stage import Stage
+
+_LPIPS_NET = "vgg"  # the usual training loss
 
 
 def make_vae(config: ConfigDict) -> AutoencoderKL:
@@ -31,40 +38,155 @@ def make_vae(config: ConfigDict) -> AutoencoderKL:
   return vae
 
 
+def make_discriminator(config: ConfigDict) -> PatchDiscriminator | None:
+  """Builds the discriminator from config.discriminator; None where its weight is 0, as in older weights files.
+
+  Raises:
+    ValueError: naming a setting that cannot be.
+  """
+  c = config.get("discriminator", {"weight": 0.0})
+  if not c["weight"] >= 0:
+    raise ValueError(f"discriminator.weight must be a number of at least 0, got {c['weight']!r}")
+  if not c["weight"]:
+    return None
+  settings.at_least_one(config, "discriminator.channels", "discriminator.num_layers")
+  if not isinstance(c.start_step, int) or c.start_step < 0:
+    raise ValueError(f"discriminator.start_step must be a number of steps of at least 0, got {c.start_step!r}")
+  if patches_of(config.image_size, c.num_layers) < 1:
+    raise ValueError(f"discriminator.num_layers={c.num_layers} leaves no patch of images of {config.image_size} px: "
+                     f"they need {3 * 2**c.num_layers} px")  # fmt: skip
+  return PatchDiscriminator(c.channels, c.num_layers, make_vae(config).dtype)
+
+
 class VAEStage(Stage):
-  """Trains AutoencoderKL: parameters {"vae": ...}, nothing frozen."""
+  """Trains AutoencoderKL {"vae"}, and with it a {"discriminator"} where its weight is above 0; {"lpips"} is frozen.
+
+  As the latent diffusion models' autoencoders (Rombach et al. 2022, after Esser et al. 2021), but for two things. Both
+  networks move at once, each along the gradient at the same parameters: one backward pass through the autoencoder
+  serves both, where their trainer moves them in turn on two forward passes. And errors are means over pixels, not sums.
+  """
 
   def __init__(self, config: ConfigDict):
     if config.vae.kind != "autoencoder_kl":
       raise ValueError(f"stage 'vae' trains vae.kind 'autoencoder_kl', got {config.vae.kind!r}")
     self.loss_weights = config.vae_loss
+    self.lpips_weight = config.vae_loss.get("lpips_weight", 0.0)  # older weights files lack it
     self.image_size = config.image_size
     self.vae = make_vae(config)
+    self.lpips = LPIPS(_LPIPS_NET, self.vae.dtype) if self.lpips_weight else None
+    self.discriminator = make_discriminator(config)
+    self.adversarial = config.get("discriminator")
 
   def init(self, key):
-    images = jnp.zeros((1, self.image_size, self.image_size, 3))
-    return {"vae": self.vae.init(key, images)["params"]}, {}
+    return {"vae": self.vae.init(key, self._images())["params"]}, {}
+
+  def init_auxiliary(self, key):
+    """Returns ({"discriminator"}, {"lpips"}), each where the config asks for it; the latter's weights are random."""
+    params, frozen = {}, {}
+    if self.discriminator:
+      params["discriminator"] = self.discriminator.init(key, self._images())["params"]
+    if self.lpips:
+      frozen["lpips"] = self.lpips.init(key, self._images(), self._images())["params"]
+    return params, frozen
+
+  def auxiliary_files(self) -> dict:
+    """Returns {"lpips": its weights} where its loss has a weight, else {}.
+
+    Raises:
+      FileNotFoundError, ValueError: they are not in the folder vae_loss.lpips; the line says what to put there.
+    """
+    if not self.lpips:
+      return {}
+    from flextok_jax.checkpoints.lpips import load_lpips  # late: training alone needs them
+    from flextok_jax.evals import networks
+
+    folder, name = self.loss_weights.lpips, f"lpips_{_LPIPS_NET}"
+    path = networks.path_in(folder, name) if folder else None
+    if path is None:
+      where = f"{folder} has no {name}: put there" if folder else f"give vae_loss.lpips=DIR, a folder with {name}:"
+      raise ValueError(f"vae_loss.lpips_weight={self.lpips_weight:g} needs LPIPS; {where} {networks.SOURCES[name]}")
+    net, params = load_lpips(path, networks.path_in(folder, f"{name}_heads"))
+    if net != _LPIPS_NET:
+      raise ValueError(f"{path} has the weights of {net!r}, not of {_LPIPS_NET!r}")
+    return {"lpips": params}
+
+  def _images(self):
+    return jnp.zeros((1, self.image_size, self.image_size, 3))
 
   def loss_fn(self, params, batch, key, step):
-    """Weighted L1 + L2 over pixels + KL of the posterior (summed over a latent, averaged over the batch)."""
-    del step
-    apply = functools.partial(self.vae.apply, {"params": params["vae"]})
+    """Reconstruction losses, KL of the posterior (summed over a latent) and adversarial losses, mean over the batch.
+
+    loss = r + kl_weight KL + w g + d, of reconstruction losses r = l1_weight L1 + l2_weight L2 + lpips_weight LPIPS,
+    the generator's loss g and the discriminator's d; w = discriminator.weight times ops/adversarial.adaptive_weight.
+    g and d weigh 0 before step discriminator.start_step. The gradient reaches the autoencoder by r, KL and g
+    alone, the discriminator by d alone; w counts as a constant.
+
+    The gradients of r and g at the reconstruction are needed for w, and are all that the decoder's backward pass needs
+    to know of both: the loss has the gradient of sum((dr + w dg) * reconstruction), so there is only one such pass.
+    """
+    w, vae = self.loss_weights, functools.partial(self.vae.apply, {"params": params["vae"]})
     images = to_float(batch["image"])
-    mean, logvar = apply(images, method="encode")
-    recon = apply(sample_posterior(mean, logvar, key), method="decode").astype(jnp.float32)
-    l1 = jnp.abs(recon - images).mean((1, 2, 3))
-    l2 = jnp.square(recon - images).mean((1, 2, 3))
+    mean, logvar = vae(images, method="encode")
+    latents = sample_posterior(mean, logvar, key)
+    recon, features = vae(latents, method="decode_with_features")
     kl = kl_divergence(mean, logvar)
-    w = self.loss_weights
-    per_sample = w.l1_weight * l1 + w.l2_weight * l2 + w.kl_weight * kl
-    named = dict(loss=per_sample, l1=l1, l2=l2, kl=kl)
-    return per_sample.mean(), {k: (v.sum(), jnp.float32(v.size)) for k, v in named.items()}
+    fixed = jax.lax.stop_gradient({**params, "recon": recon, "features": features})
+
+    def reconstruction(recon):
+      losses = dict(l1=jnp.abs(recon - images).mean((1, 2, 3)), l2=jnp.square(recon - images).mean((1, 2, 3)))
+      total = w.l1_weight * losses["l1"] + w.l2_weight * losses["l2"]
+      if self.lpips:
+        to_unit = lambda x: (x + 1) / 2
+        losses["lpips"] = self.lpips.apply({"params": fixed["lpips"]}, to_unit(recon), to_unit(images))
+        total += self.lpips_weight * losses["lpips"]
+      return total.mean(), (total, losses)
+
+    (_, (total, losses)), at_recon = jax.value_and_grad(reconstruction, has_aux=True)(fixed["recon"])
+    per_sample = total + w.kl_weight * kl
+    loss, metrics = per_sample.mean(), {}
+    to_descend = w.kl_weight * kl.mean()
+    if self.discriminator:
+      value, at_recon, against, metrics = self._adversarial(params, fixed, images, at_recon, step)
+      loss += value
+      to_descend += against
+    to_descend += jnp.sum(at_recon * recon)
+    losses |= dict(kl=kl, posterior_std=jnp.exp(0.5 * logvar).mean((1, 2, 3)))
+    metrics |= {k: (v.sum(), jnp.float32(v.size)) for k, v in losses.items()}
+    metrics |= {"loss": (loss * kl.size, jnp.float32(kl.size)), "latent_mean": (latents.mean(), jnp.float32(1)),
+                "latent_std": (latents.std(), jnp.float32(1))}  # fmt: skip
+    loss, metrics = jax.lax.stop_gradient((loss, metrics))
+    return loss + (to_descend - jax.lax.stop_gradient(to_descend)), metrics  # the loss exactly: what is added is 0
+
+  def _adversarial(self, params, fixed, images, at_recon, step):
+    """Adds the adversarial losses: (what they add to the loss, at_recon with w dg, what reaches d alone, metrics)."""
+    # Before the start all of it is computed and weighs 0: a branch would save 1.5% of a step's FLOPs, and its
+    # collectives are in no fixed order with those outside of it, on which virtual CPU devices wait for each other.
+    on = (step >= self.adversarial.start_step).astype(jnp.float32)
+    apply = lambda discriminator, images: self.discriminator.apply({"params": discriminator}, images)
+    generated = lambda recon: adversarial.generator_loss(apply(fixed["discriminator"], recon))
+    g, dg = jax.value_and_grad(generated)(fixed["recon"])
+    last = fixed["vae"]["decoder"]["conv_out"]
+    head = lambda kernel: last_conv(self.vae.dtype).apply({"params": last | {"kernel": kernel}}, fixed["features"])
+    out, of_kernel = jax.vjp(head, last["kernel"])
+    kernel_grads = (of_kernel(x.astype(out.dtype))[0] for x in (at_recon, dg))
+    weight = self.adversarial.weight * adversarial.adaptive_weight(*kernel_grads)
+    real, fake = apply(params["discriminator"], images), apply(params["discriminator"], fixed["recon"])
+    d = adversarial.discriminator_loss(real, fake)
+    told = dict(loss_generator=g, loss_discriminator=d, logits_real=real.mean(), logits_fake=fake.mean(),
+                adaptive_weight=weight)  # fmt: skip
+    metrics = {name: (on * x, on) for name, x in told.items()}  # means over nothing before the start
+    return on * (weight * g + d), at_recon + on * weight * dg, on * d, metrics
 
   @property
-  def predict_fns(self):
+  def predict_fns(self) -> dict[str, Callable]:
     def reconstruct(params, images):
       apply = functools.partial(self.vae.apply, {"params": params["vae"]})
       mean, _ = apply(to_float(images), method="encode")
       return jnp.clip(apply(mean, method="decode").astype(jnp.float32), -1, 1)
 
-    return {"reconstruct": reconstruct}
+    def moments(params, images):
+      """Means of the latents (samples of the posterior, unscaled) of each image and of their squares, [b]."""
+      mean, logvar = self.vae.apply({"params": params["vae"]}, to_float(images), method="encode")
+      return mean.mean((1, 2, 3)), (jnp.square(mean) + jnp.exp(logvar)).mean((1, 2, 3))
+
+    return {"reconstruct": reconstruct, "moments": moments}

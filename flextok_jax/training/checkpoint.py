@@ -1,6 +1,6 @@
 """Checkpoints of a run (orbax), which workdir belongs to which config and run, and starting from other weights."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 import contextlib
 import fcntl
 import json
@@ -24,6 +24,7 @@ from flextok_jax.training.state import TrainState
 _FREE = ("train.", "eval.", "sampler.", "mesh.", "remat", "profile_steps", "init_from")
 _FREE_DATA = ("data.num_threads", "data.num_workers", "data.prefetch", "data.max_unreadable")
 FREE_AR = ("ar.loss_chunk", "ar.guidance_scale", "ar.temperature", "ar.top_k", "ar.top_p")
+_MEASURED = "measured"  # item of a checkpoint: what was measured of the averaged weights
 
 
 def _flat(config: ConfigDict) -> dict:
@@ -51,6 +52,13 @@ def claim_workdir(workdir: str, config: ConfigDict):
   """Makes the workdir the config's own: checks it and writes config.json."""
   check_workdir(workdir, config)
   files.write_file(Path(workdir) / "config.json", (config.to_json(indent=1) + "\n").encode())
+
+
+def with_measured(config: ConfigDict, measured: Mapping[str, float]) -> ConfigDict:
+  """Returns a copy of a config in which dotted fields have the values that were measured."""
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(dict(measured))
+  return config.lock()
 
 
 def read_config(workdir: str) -> ConfigDict:
@@ -128,7 +136,9 @@ def _check_complete(restored):
 
 
 def _restore_part(abstract) -> ocp.args.CheckpointArgs:
-  """Asks for the arrays of an abstract tree, which may be a part of what was stored."""
+  """Asks for the arrays of an abstract tree, which may be a part of what was stored; None: for JSON."""
+  if abstract is None:
+    return ocp.args.JsonRestore()
   args = ocp.checkpoint_utils.construct_restore_args(abstract)
   return ocp.args.PyTreeRestore(abstract, restore_args=args, partial_restore=True)
 
@@ -151,8 +161,10 @@ class Checkpoints:
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
-  def save(self, state: TrainState):
+  def save(self, state: TrainState, measured: Mapping[str, float] | None = None):
     """Starts to save the state under its step; does nothing if that step is saved already.
+
+    `measured` are fields of the config, dotted, that were measured of this state; {} or None: there are none.
 
     Raises:
       OSError: when this one, or the one before in the background, could not be written.
@@ -161,6 +173,8 @@ class Checkpoints:
     if step == self._manager.latest_step():
       return
     args = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
+    if measured:
+      args[_MEASURED] = ocp.args.JsonSave(dict(measured))
     with self._failures_named():
       self._manager.wait_until_finished()  # of the one before
       self._begun = step
@@ -180,17 +194,19 @@ class Checkpoints:
       self._manager.reload()
     return state.replace(step=jnp.int32(step), **restored)
 
-  def restore_average(self, params: dict, frozen: dict) -> dict:
+  def restore_average(self, params: dict, frozen: dict, measured: bool = False) -> tuple[dict, dict[str, float]]:
     """Returns the newest readable averaged parameters joined with the frozen ones, as abstract trees of both ask for.
 
-    Top-level parts that they do not ask for are left unread.
+    Top-level parts that they do not ask for are left unread. With them comes what was measured of them, where that is
+    asked for, else {}.
 
     Raises:
       ValueError: when none can be read.
     """
-    items = {k: v for k, v in dict(ema=params, frozen=frozen).items() if v}
+    items = {k: v for k, v in dict(ema=params, frozen=frozen).items() if v} | ({_MEASURED: None} if measured else {})
     _, restored, _ = self._newest(items, asking=_restore_part)
-    return {k: v for part in restored.values() for k, v in part.items()}
+    told = restored.pop(_MEASURED, {})
+    return {k: v for part in restored.values() for k, v in part.items()}, told
 
   def _newest(self, items: dict, asking=ocp.args.StandardRestore) -> tuple[int, dict, list[int]]:
     """Returns step and items of the newest checkpoint that all processes can read, and the steps after it."""

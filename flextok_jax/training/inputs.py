@@ -1,15 +1,17 @@
 """What a stage is fed: batches of images, of their latents, or of tokens with the features of their text."""
 
 from collections.abc import Callable, Iterator
+import os
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from flextok_jax.checkpoints import loading
 from flextok_jax.checkpoints.vae_fingerprint import vae_fingerprint
 from flextok_jax.data import latent_shards, pipeline, shards
-from flextok_jax.training import sharding
+from flextok_jax.training import checkpoint, sharding
 
 
 def with_tokenizer(config: ConfigDict) -> ConfigDict:
@@ -25,6 +27,28 @@ def with_tokenizer(config: ConfigDict) -> ConfigDict:
   config = config.copy_and_resolve_references()
   config.ar.tokenizer = shards.open_shards(config, "train").meta["fingerprint"]
   return config
+
+
+def with_vae(config: ConfigDict, workdir: str) -> ConfigDict:
+  """Returns the config of stage "tokenizer" with the scaling factor of its VAE, where it has 0.
+
+  That is the one of a run in the workdir already, else that of config.init_from. Other configs come back as they are.
+
+  Raises:
+    FileNotFoundError, ValueError: there are no weights, or they do not tell it.
+  """
+  if config.stage != "tokenizer" or config.vae.scaling_factor:
+    return config
+  if os.path.exists(os.path.join(workdir, "config.json")):
+    factor = checkpoint.read_config(workdir).vae.scaling_factor
+  elif not config.init_from:
+    raise ValueError("vae.scaling_factor=0 is that of the weights to start from: give --config.init_from=PATH")
+  else:
+    factor = loading.load_config(config.init_from).get("vae", {}).get("scaling_factor", 0.0)
+  if not factor:
+    raise ValueError(f"init_from={config.init_from} does not tell the scaling factor of its latents: give "
+                     "--config.vae.scaling_factor, one over their deviation")
+  return checkpoint.with_measured(config, {"vae.scaling_factor": factor})
 
 
 def check_latents(config: ConfigDict, frozen: dict):

@@ -11,6 +11,7 @@ from optax import contrib
 from flextok_jax.training import mup
 
 OPTIMIZERS = ("adamw", "muon")
+_DISCRIMINATOR = "discriminator"  # the top-level part of stage "vae" that works against the rest
 _USUAL_RATE = 5e-4  # about the geometric mean of the configs' learning rates
 
 
@@ -52,12 +53,37 @@ def muon_dimensions(params):
 
 
 def make_optimizer(optim: ConfigDict, num_steps: int) -> optax.GradientTransformation:
-  """Returns the optimiser of config.optim for a run of num_steps.
+  """Returns the optimiser of config.optim for a run of num_steps; a {"discriminator"} has one of its own.
 
   "adamw", or "muon" (Jordan et al. 2024): the blocks' matrices move along the orthogonalised momentum, at the root mean
   square of Adam's updates (Liu et al. 2025, section 2.2) so that one learning rate serves both; the rest by Adam. With
   mup_base_width the learning rate is that of a model of this width (training/mup.py); weight decay is not by width.
+
+  The discriminator's is Adam with the settings of optim.discriminator, clipped by its own norm, its schedule of the
+  same shape.
   """
+  main = _make_main(optim, num_steps)
+
+  def pick(params):  # by the tree: where there is no discriminator, the state is that of one optimiser alone
+    if _DISCRIMINATOR not in params:
+      return main
+    parts = {"rest": main, _DISCRIMINATOR: _make_for_discriminator(optim, num_steps)}
+    return optax.partition(parts, {name: name if name in parts else "rest" for name in params})
+
+  return optax.GradientTransformation(
+      lambda params: pick(params).init(params),
+      lambda grads, state, params=None: pick(grads).update(grads, state, params),
+  )
+
+
+def _make_for_discriminator(optim: ConfigDict, num_steps: int) -> optax.GradientTransformation:
+  c = optim.discriminator
+  schedule = make_schedule(optim, num_steps)
+  adam = optax.adam(lambda step: c.learning_rate / optim.learning_rate * schedule(step), b1=c.b1, b2=c.b2, eps=c.eps)
+  return optax.chain(optax.clip_by_global_norm(c.clip_norm), adam)
+
+
+def _make_main(optim: ConfigDict, num_steps: int) -> optax.GradientTransformation:
   if optim.name not in OPTIMIZERS:
     raise ValueError(f"unknown optim.name {optim.name!r}: one of {', '.join(OPTIMIZERS)}")
   schedule, base_width, weight_decay = make_schedule(optim, num_steps), optim.mup_base_width, optim.weight_decay
@@ -102,10 +128,14 @@ def check(config: ConfigDict) -> list[str]:
       "in [0, 1)": (("b1", "b2", "ema_decay"), lambda x: 0 <= x < 1),
       "of at least 0 and whole": (("warmup_steps", "mup_base_width"), lambda x: isinstance(x, int) and x >= 0),
   }
-  for words, (names, holds) in possible.items():
-    for name in names:
-      if not holds(c[name]):
-        raise ValueError(f"optim.{name} must be a number {words}, got {c[name]!r}")
+  for section in ("", "discriminator."):
+    values = c[_DISCRIMINATOR] if section else c
+    for words, (names, holds) in possible.items():
+      for name in names:
+        if name in values and not holds(values[name]):
+          raise ValueError(f"optim.{section}{name} must be a number {words}, got {values[name]!r}")
+  if config.stage == "vae" and c.name == "muon":
+    raise ValueError("optim.name='muon' is of transformers: stage 'vae' has no blocks of them, use 'adamw'")
   off = c.learning_rate / _USUAL_RATE
   if not 1 / 100 <= off <= 100:
     lines.append(

@@ -1,0 +1,40 @@
+"""A small VAE on the photographs of scikit-image and scikit-learn: 48 px, 4x down, 4 channels, minutes of a CPU.
+
+  python -m flextok_jax.train --config=configs/photos_vae.py --workdir=DIR/start
+  bash launch/sweep.sh configs/photos_vae.py:next DIR --config.init_from=DIR/start
+
+The first run is by L1 alone. From its weights those of the sweep go on, with a discriminator and without, all for as
+many steps on the same images. docs/vae.md has what came out.
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+  if arg not in ("", "next"):
+    raise ValueError(f"configs/photos_vae.py takes no argument, or 'next', got {arg!r}")
+  c = common.derive(
+      stage="vae",
+      image_size=48,
+      dtype="float32",
+      vae=dict(latent_channels=4, block_out_channels=(16, 24, 32), layers_per_block=1, norm_groups=4,
+               scaling_factor=0.0),
+      vae_loss=dict(kl_weight=1e-7),
+      discriminator=dict(start_step=0, channels=16, num_layers=2),  # weight: of get_sweep
+      data=dict(global_batch=8, num_threads=1, sources=dict(photos=dict(weight=1.0), tfds=dict(weight=0.0))),
+      optim=dict(learning_rate=2e-3, end_learning_rate=5e-4, warmup_steps=50, weight_decay=0.0, ema_decay=0.99,
+                 discriminator=dict(learning_rate=2e-4)),
+      train=dict(num_steps=1_500, log_every=100, checkpoint_every=250, keep_checkpoints=1, keep_period=0,
+                 eval_every=10_000, tensorboard=False, export_dtype="float32"),
+      eval=dict(sources=("photos",), num_images=256, batch_size=64, grid_images=8),
+  )  # fmt: skip
+  if arg == "next":
+    c.update(seed=1, optim=dict(learning_rate=5e-4), train=dict(num_steps=500))
+  return c
+
+
+def get_sweep(arg: str = "") -> dict[str, dict[str, float]]:
+  """Returns the runs to compare, by name, as dotted overrides."""
+  del arg
+  return {"l1": {"discriminator.weight": 0.0}, "gan_light": {"discriminator.weight": 0.03},
+          "gan": {"discriminator.weight": 0.1}}  # fmt: skip
