@@ -13,7 +13,7 @@ import optax
 from flextok_jax import flops, timing
 from flextok_jax.models.flextok import sample_latents
 from flextok_jax.ops import attention, fsq
-from flextok_jax.stages import make_stage
+from flextok_jax.stages import make_stage, repa
 from flextok_jax.training import optim
 from flextok_jax.training.state import init_state, make_update, unbox
 
@@ -151,8 +151,10 @@ class Benchmark:
     """Initialises parts; what starts at zero (modulations, heads, biases) becomes small random numbers."""
 
     def init(key):
-      params, frozen = unbox(self._stage(ONLY).init(key))
-      return optax.tree.cast({name: {**params, **frozen}[name] for name in names}, dtype)
+      stage, parts = self._stage(ONLY), {}
+      for some in (*unbox(stage.init(key)), *unbox(stage.init_auxiliary(key))):
+        parts |= some
+      return optax.tree.cast({name: parts[name] for name in names}, dtype)
 
     leaves, tree = jax.tree.flatten(jax.jit(init)(self._key(0)))
     noise = jax.jit(lambda key, x: 0.02 * jax.random.normal(key, x.shape, x.dtype))
@@ -230,12 +232,16 @@ class Benchmark:
       else:
         count = parts * flops.train(c, self.batch_size // parts, fast) + self._vae_share(flops.vae_encode)
       if self.latents:  # the update's images are latents
-        loss_fn = lambda params, batch, key, stage=stage: stage.latents_loss(params, batch["image"], key)
-        stage = types.SimpleNamespace(loss_fn=loss_fn)
+        loss = lambda params, batch, key, step: stage.latents_loss(params, batch["image"], key, batch.get("teacher"))
+        return self._update(types.SimpleNamespace(loss_fn=loss), optimizer), count
       return self._update(stage, optimizer), count
 
     trained, frozen = (("encoder", "decoder"), self._with_vae) if self.has_tokens else (("vae",), ())
     inputs = {"image": self._noise() if self.latents else self._images()}
+    if self.has_tokens and repa.section(c) is not None:
+      trained += ("repa",)
+      shape = self.batch_size, repa.teacher_grid(c) ** 2, c.repa.features
+      inputs["teacher"] = jax.random.normal(self._key(7), shape, c.repa.dtype)
     return self._update_args(optimizer, trained, frozen, inputs), make
 
   def _optimizer(self) -> optax.GradientTransformation:
@@ -250,7 +256,9 @@ class Benchmark:
   ) -> tuple:
     """Returns state, batch and key of an update whose stage has these parts."""
     given = self._random_params(trained, "float32"), self._random_params(frozen, "float32") if frozen else {}
-    state = init_state(types.SimpleNamespace(init=lambda key: given), optimizer, self._key(5))
+    none = lambda key: ({}, {})
+    stage = types.SimpleNamespace(init=lambda key: given, init_auxiliary=none)
+    state = init_state(stage, optimizer, self._key(5))
     return state, {**inputs, "unreadable": jnp.zeros(self.batch_size, jnp.int32)}, self._key(6)
 
   def _attention(self, job: str, path: str) -> str:

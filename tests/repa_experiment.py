@@ -1,0 +1,270 @@
+"""Does REPA shorten training, in kind? A small teacher of one's own, three small tokenizers, and what they learn when.
+
+python -m tests.repa_experiment teacher DIR   trains a small ViT by self-distillation, writes DIR/own and DIR/random
+python -m tests.repa_experiment train DIR     trains a tokenizer without REPA, with the own and with the random teacher
+python -m tests.repa_experiment plot DIR      draws docs/images/repa.png and prints a table
+
+docs/repa.md says what came out.
+"""
+
+import functools
+import json
+from pathlib import Path
+import time
+
+from flax.traverse_util import flatten_dict
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from safetensors.numpy import save_file
+
+from configs import quickstart
+from flextok_jax import cli
+from flextok_jax.checkpoints import vit as vit_files
+from flextok_jax.data import pipeline
+from flextok_jax.models.vit import IMAGENET, ViT
+from flextok_jax.stages import make_stage
+from flextok_jax.training import inputs, optim, sharding
+from flextok_jax.training.state import init_state, make_update, unbox
+
+SIZE, PATCH, WIDTH = 32, 4, 96
+SIZES = dict(patch_size=PATCH, grid=SIZE // PATCH, width=WIDTH, depth=4, head_dim=32, mlp_hidden=4 * WIDTH,
+             layer_scale=True)
+RUNS = {"without": None, "own teacher": "own", "random teacher": "random"}
+STEPS, MEASURED = 300, (75, 150, 225, 300)
+CLASSES = 16  # of the scenes: the shape of the largest object
+
+
+def config_of(folder=None, teacher=None, steps=STEPS):
+  """The quickstart's tokenizer."""
+  c = quickstart.get_config()
+  c.update(optim=dict(warmup_steps=50, ema_decay=0.98), train=dict(num_steps=steps))
+  if teacher:
+    c.repa.update(dict(weight=1.0, block=1, hidden=256, teacher=str(folder / teacher), features=WIDTH, dtype="float32"))
+  return c
+
+
+# The teacher: DINO (Caron et al. 2021) with two crops, an averaged teacher, centring and sharpening.
+
+
+def crops(key, images):
+  """Random crops of 40 to 100 percent of the area, mirrored, of other colours: [b, s, s, 3] in [0, 1] -> normalised."""
+  def one(key, image):
+    keys = jax.random.split(key, 5)
+    side = jnp.sqrt(jax.random.uniform(keys[0], minval=0.4))
+    shift = -jax.random.uniform(keys[1], (2,)) * (1 - side) * SIZE / side
+    image = jax.image.scale_and_translate(image, image.shape, (0, 1), jnp.full(2, 1 / side), shift, "linear")
+    image = jnp.where(jax.random.bernoulli(keys[2]), image[:, ::-1], image)
+    gain, offset = jax.random.uniform(keys[3], (3,), minval=0.6, maxval=1.4), jax.random.uniform(keys[4], (3,)) - 0.5
+    return ((image - 0.5) * gain + 0.5 + 0.3 * offset).clip(0, 1)
+
+  images = jax.vmap(one)(jax.random.split(key, len(images)), images)
+  return (images - jnp.asarray(IMAGENET[0])) / jnp.asarray(IMAGENET[1])
+
+
+def train_teacher(folder: Path, steps: int = 400, size: int = 48, prototypes: int = 512):
+  vit = ViT(**SIZES)
+  key = jax.random.key(0)
+  body = unbox(vit.init(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"])
+  keys = jax.random.split(jax.random.key(1), 3)
+  dense = lambda key, m, n: jax.random.normal(key, (m, n)) * m**-0.5
+  head = [dense(keys[0], 2 * WIDTH, 256), dense(keys[1], 256, 64), dense(keys[2], 64, prototypes)]
+  student = {"vit": body, "head": head}
+  write(folder / "random", unbox(vit.init(jax.random.key(7), jnp.zeros((1, SIZE, SIZE, 3)))["params"]))
+  schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 40, steps, 1e-5)
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.02))
+
+  def scores(params, images):
+    found = vit.apply({"params": params["vit"]}, images)
+    x = jnp.concatenate([found["cls"], found["patches"].mean(1)], -1)  # so that the patches take part
+    x = jax.nn.gelu(x @ params["head"][0]) @ params["head"][1]
+    unit = lambda x, axis: x / (jnp.linalg.norm(x, axis=axis, keepdims=True) + 1e-6)
+    return unit(x, -1) @ unit(params["head"][2], 0)
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+  def update(student, teacher, state, center, images, key):
+    one, two = (crops(k, images / 255.0) for k in jax.random.split(key))
+    both = jnp.concatenate([one, two])
+    seen = scores(teacher, both)
+    targets = jax.nn.softmax((seen - center) / 0.04)
+    targets = jnp.concatenate([targets[len(one) :], targets[: len(one)]])  # of the other crop
+
+    def loss_fn(student):
+      return optax.softmax_cross_entropy(scores(student, both) / 0.1, targets).mean()
+
+    loss, grads = jax.value_and_grad(loss_fn)(student)
+    changes, state = optimizer.update(grads, state, student)
+    student = optax.apply_updates(student, changes)
+    teacher = jax.tree.map(lambda t, s: 0.99 * t + 0.01 * s, teacher, student)
+    return student, teacher, state, 0.9 * center + 0.1 * seen.mean(0), loss
+
+  data = config_of().data
+  data.global_batch = size
+  batches = pipeline.train_batches(data, image_size=SIZE, seed=1)
+  teacher, state, center, begun = jax.tree.map(jnp.copy, student), optimizer.init(student), jnp.zeros(prototypes), None
+  probes = probe_set()
+  for step in range(steps):
+    if step % 100 == 0:
+      print(f"teacher, step {step}: probe {vit_probe(teacher['vit'], probes):.3f}", flush=True)
+    images = next(batches)["image"].astype(np.float32)
+    student, teacher, state, center, loss = update(student, teacher, state, center, images,
+                                                   jax.random.fold_in(key, step))
+    begun = begun or time.time()
+    if step % 50 == 1:
+      print(f"teacher, step {step}: loss {loss:.3f}, {(time.time() - begun) / step:.2f} s a step", flush=True)
+  print(f"teacher, step {steps}: probe {vit_probe(teacher['vit'], probes):.3f}", flush=True)
+  write(folder / "own", teacher["vit"])
+  for name in ("own", "random"):
+    params = vit_files.load_vit(folder / name)[1]
+    print(f"{name}: probe of the patches' mean {vit_probe(params, probes):.3f}", flush=True)
+
+
+def write(folder: Path, params):
+  """Writes a ViT as transformers keeps a DINOv2."""
+  folder.mkdir(parents=True, exist_ok=True)
+  flat = {path: np.asarray(x, np.float32) for path, x in flatten_dict(params, sep="/").items()}
+  found = {}
+  for e in vit_files.entries({path: x.shape for path, x in flat.items()}, "dinov2"):
+    found |= {name: np.ascontiguousarray(e.to_official(flat[e.path], i)) for i, name in enumerate(e.names)}
+  save_file(found, folder / "model.safetensors", {"format": "pt"})
+  config = dict(
+      model_type="dinov2", hidden_size=WIDTH, num_hidden_layers=SIZES["depth"],
+      num_attention_heads=WIDTH // SIZES["head_dim"], patch_size=PATCH, image_size=SIZE, layer_norm_eps=1e-6,
+      hidden_act="gelu", num_channels=3, qkv_bias=True, mlp_ratio=4, use_swiglu_ffn=False)
+  (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+# What was learned.
+
+
+@functools.cache
+def probe_set(count: int = 900):
+  found = pipeline.eval_set(config_of().data, "synthetic", image_size=SIZE, num_images=count)
+  return found["image"], found["label"]
+
+
+def ridge(features: np.ndarray, labels: np.ndarray, strength: float = 30.0) -> float:
+  """Accuracy on the last third of a ridge regression to the classes, fitted on the rest."""
+  cut = 2 * len(labels) // 3
+  x = features.astype(np.float64)
+  x = (x - x[:cut].mean(0)) / (x[:cut].std(0) + 1e-6)
+  x = np.concatenate([x, np.ones((len(x), 1))], 1)
+  y = np.eye(CLASSES)[labels]
+  w = np.linalg.solve(x[:cut].T @ x[:cut] + strength * np.eye(x.shape[1]), x[:cut].T @ y[:cut])
+  return float(((x[cut:] @ w).argmax(1) == labels[cut:]).mean())
+
+
+def batched(fn, images, size=100):
+  return np.concatenate([np.asarray(fn(images[i : i + size])) for i in range(0, len(images), size)])
+
+
+@functools.cache
+def _vit_fn():
+  mean, std = map(jnp.asarray, IMAGENET)
+  apply = lambda params, x: ViT(**SIZES).apply({"params": params}, (x / 255.0 - mean) / std)["patches"].mean(1)
+  return jax.jit(apply)
+
+
+def vit_probe(params, probes) -> float:
+  return ridge(batched(lambda x: _vit_fn()(params, x), probes[0]), probes[1])
+
+
+def make_measure(config):
+  """Returns a function of params: flow loss of held-out images, and accuracies of two probes."""
+  config = config.copy_and_resolve_references()
+  config.repa.weight = 0.0
+  stage = make_stage(config)
+  sets = {name: pipeline.eval_set(config.data, name, image_size=SIZE, num_images=192)["image"][:192]
+          for name in ("synthetic", "emoji")}
+  images, labels = probe_set()
+  loss_fn = jax.jit(lambda params, images, i: stage.loss_fn(
+      params, {"image": images}, jax.random.fold_in(jax.random.key(9), i), 0)[1]["loss"][0] / len(images))
+
+  @jax.jit
+  def features(params, images):
+    apply = functools.partial(stage.model.apply, {"params": params})
+    latents = apply(images, method="encode_latents")
+    z = apply(latents, method="encode_registers").reshape(len(images), -1)
+    noise, t = jax.random.normal(jax.random.key(3), latents.shape), jnp.full(len(images), 0.3)
+    x_t = 0.7 * latents + 0.3 * noise
+    codes, none = jnp.zeros((len(images), 1, 6)), jnp.ones(len(images), bool)  # the patches alone, no condition
+    taps = [apply(x_t, t, codes, jnp.ones(len(images), int), none, None, block, method="velocity")[1].mean(1)
+            for block in (1, 2)]
+    return jnp.concatenate([z, *taps], -1)
+
+  def measure(params):
+    losses = {f"loss_{name}": float(np.mean([loss_fn(params, x[i : i + 64], i) for i in range(0, 192, 64)]))
+              for name, x in sets.items()}
+    found = batched(lambda x: features(params, x), images)
+    width, count = config.decoder.width, found.shape[1]
+    return losses | {"probe_registers": ridge(found[:, : count - 2 * width], labels),
+                     "probe_block_1": ridge(found[:, count - 2 * width : count - width], labels),
+                     "probe_block_2": ridge(found[:, count - width :], labels)}
+
+  return measure
+
+
+def train(folder: Path, steps: int = STEPS):
+  for name, teacher in RUNS.items():
+    out = folder / f"{name.replace(' ', '_')}.json"
+    if out.exists():
+      continue
+    config = config_of(folder, teacher, steps)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, steps)
+    prepare = inputs.make_prepare(config, mesh, train=True)
+    batches = sharding.device_batches(inputs.train_batches(config, 0, mesh), sharding.batch_sharding(mesh))
+    batches = map(prepare, batches)
+    state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)))(jax.random.key(0))  # noqa: B023
+    update = jax.jit(make_update(stage, optimizer, accumulate_steps=1, decay=config.optim.ema_decay), donate_argnums=0)
+    measure, rows, spent = make_measure(config), [], 0.0
+    for step in range(steps + 1):
+      if step in MEASURED:
+        rows.append({"step": step, "seconds": spent, **measure(state.joined(average=True))})
+        print(name, rows[-1], flush=True)
+      if step < steps:
+        begun = time.time()
+        state, metrics = update(state, next(batches), jax.random.key(1))
+        metrics = jax.block_until_ready(metrics)
+        spent += time.time() - begun
+        if step % 50 == 49 and "repa" in metrics:
+          print(f"{name}, step {step + 1}: repa {float(metrics['repa'].compute()):.3f}", flush=True)
+    out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def plot(folder: Path):
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  columns = {"loss_synthetic": "flow loss, held-out scenes", "loss_emoji": "flow loss, held-out emoji",
+             "probe_block_2": "probe of decoder block 2", "probe_registers": "probe of the registers"}
+  figure, axes = plt.subplots(1, 4, figsize=(15, 3.4))
+  found = {name: json.loads((folder / f"{name.replace(' ', '_')}.json").read_text()) for name in RUNS}
+  for axis, (column, title) in zip(axes, columns.items()):
+    for name, rows in found.items():
+      axis.plot([row["step"] for row in rows], [row[column] for row in rows], marker="o", ms=3, label=name)
+    axis.set(title=title, xlabel="steps")
+    axis.grid(alpha=0.3)
+  axes[0].legend()
+  figure.tight_layout()
+  out = Path(__file__).parents[1] / "docs" / "images" / "repa.png"
+  out.parent.mkdir(exist_ok=True)
+  figure.savefig(out, dpi=80)
+  names = [*columns, "probe_block_1"]
+  print("| run | steps | " + " | ".join(names) + " |")
+  for name, rows in found.items():
+    for row in rows:
+      print(f"| {name} | {row['step']} | " + " | ".join(f"{row[column]:.3f}" for column in names) + " |")
+
+
+def main(what: str, folder: str):
+  path = Path(folder)
+  path.mkdir(parents=True, exist_ok=True)
+  {"teacher": train_teacher, "train": train, "plot": plot}[what](path)
+
+
+if __name__ == "__main__":
+  cli.run(main, ["WHAT", "DIR"])
