@@ -32,7 +32,7 @@ SIZE, PATCH, WIDTH = 32, 4, 96
 SIZES = dict(patch_size=PATCH, grid=SIZE // PATCH, width=WIDTH, depth=4, head_dim=32, mlp_hidden=4 * WIDTH,
              layer_scale=True)
 RUNS = {"without": None, "own teacher": "own", "random teacher": "random"}
-STEPS, MEASURED = 300, (75, 150, 225, 300)
+STEPS, MEASURED = 200, (50, 100, 150, 200)
 CLASSES = 16  # of the scenes: the shape of the largest object
 
 

@@ -243,14 +243,14 @@ def test_flops_of_the_projector():
   assert flops.projector(config_of()) == 2 * 16 * (WIDTH * 24 + 24 * 24 + 24 * FEATURES)
 
 
-@pytest.mark.parametrize("width, gflop", [(384, 11.5), (768, 46.2), (1024, 162.0)])
+@pytest.mark.parametrize("width, gflop", [(384, 12.2), (768, 46.3), (1024, 162.0)])
 def test_flops_of_the_teacher(width, gflop):
   """At 16 x 16 patches, 1 + 256 tokens: 2 FLOPs a parameter of the blocks and token, and those of attention."""
   sizes = benchmark_repa.teacher_sizes(width)
   tokens, d = 257, width
   blocks = sizes["depth"] * (12 * d**2 * 2 * tokens + 4 * tokens**2 * d)
   assert flops.vit(sizes, 16) == blocks + 2 * 256 * 588 * d
-  assert flops.vit(sizes, 16) / 1e9 == pytest.approx(gflop, rel=0.05)
+  assert flops.vit(sizes, 16) / 1e9 == pytest.approx(gflop, rel=0.01)
 
 
 # On: many devices, runs, jobs.
