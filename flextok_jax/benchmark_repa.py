@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from flextok_jax import benchmark_jobs, flops, timing
-from flextok_jax.benchmark_jobs import Row
+from flextok_jax.benchmark_jobs import Compute, Row
 from flextok_jax.models.vit import ViT
 from flextok_jax.stages import repa
 from flextok_jax.training import sharding, teacher
@@ -35,18 +35,24 @@ def teacher_sizes(width: int) -> dict:
 class Benchmark(benchmark_jobs.Benchmark):
   """The jobs of a tokenizer, "repa" with them."""
 
+  def compute(self, job: str) -> Compute:
+    return super().compute("train" if job == "repa" else job)
+
   def run(self, job: str, num_tokens: int | None, repeats: int, limit: float) -> list[Row]:
     if job != "repa":
       return super().run(job, num_tokens, repeats, limit)
     path, size = "fast" if self.config.fast else "plain", self.batch_size
     config = self.config.copy_and_resolve_references()
     config.repa.weight = 0.0
-    programs, states, inputs, counts = {}, {}, {}, {}
+    programs, shapes, inputs, counts, arrays = {}, {}, {}, {}, {}
     for way, bench in (("off", Benchmark(config, (path,), size, True)),
                        ("features", Benchmark(self.config, (path,), size, True))):
-      (states[way], *inputs[way]), made = bench.prepare("train", None)
+      (state, *inputs[way]), made = bench.prepare("train", None)
       fn, counts[way] = made[path]
-      programs[way] = self._compiler(fn, (states[way], *inputs[way]), self.compute("train")[1], donated=True)
+      programs[way] = self._compiler(fn, (state, *inputs[way]), self.compute(job)[1], donated=True)
+      shapes[way] = jax.eval_shape(lambda x: x, state)
+      arrays |= _by_path(state)  # in the end those of the state with REPA, which has all of the other
+      del state
     sizes = teacher_sizes(self.config.repa.features)
     features, images = self._features_fn(sizes), self._images()
     programs["teacher"] = programs["features"]
@@ -57,13 +63,15 @@ class Benchmark(benchmark_jobs.Benchmark):
       batch, key = inputs[own]
       if way == "teacher":
         batch = batch | {"teacher": features(images)}
-      states[own], metrics = programs[way].run(states[own], batch, key)
-      return states[own], metrics
+      state = jax.tree.map_with_path(lambda path, _: arrays[jax.tree_util.keystr(path)], shapes[own])
+      state, metrics = programs[way].run(state, batch, key)
+      arrays.update(_by_path(state))
+      return state, metrics
 
     runs = {way: lambda way=way: step(way) for way in WAYS}
     seconds = timing.time_rounds(runs, (), repeats, limit)
     return [
-        Row(job=job, path=way, num_tokens=None, batch_size=size, latents=True, compute=self.compute("train"),
+        Row(job=job, path=way, num_tokens=None, batch_size=size, latents=True, compute=self.compute(job),
             seconds=tuple(seconds[way]), compile_seconds=programs[way].seconds, program=programs[way].digest,
             flops=counts[way], xla_flops=timing.xla_flops(programs[way].run),
             program_bytes=timing.program_bytes(programs[way].run), device_peak_bytes=timing.device_peak_bytes(),
@@ -77,6 +85,11 @@ class Benchmark(benchmark_jobs.Benchmark):
     init = jax.jit(lambda key: unbox(ViT(**sizes).init(key, jnp.zeros((1, side, side, 3)))["params"]))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     return teacher.make_features_fn(self.config, sizes, init(self._key(7)), mesh)
+
+
+def _by_path(state) -> dict[str, jax.Array]:
+  """The arrays of a state by their places: two states of one model share what both have, and so fit into memory."""
+  return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
 
 
 def check(config: ConfigDict):

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from configs import quickstart
 from flextok_jax import cli
 from flextok_jax.checkpoints import vit as vit_files
-from flextok_jax.data import pipeline
+from flextok_jax.data import pipeline, sources, transforms
 from flextok_jax.models.vit import IMAGENET, ViT
 from flextok_jax.stages import make_stage
 from flextok_jax.training import inputs, optim, sharding
@@ -33,7 +33,8 @@ SIZES = dict(patch_size=PATCH, grid=SIZE // PATCH, width=WIDTH, depth=4, head_di
              layer_scale=True)
 RUNS = {"without": None, "own teacher": "own", "random teacher": "random"}
 STEPS, MEASURED = 200, (50, 100, 150, 200)
-CLASSES = 16  # of the scenes: the shape of the largest object
+PROBES = {"shapes": 6, "emoji": 13}  # classes: the largest of flat shapes on plain ground; what an emoji shows
+COUNT = 900  # images of a probe, a third of which is for the test
 
 
 def config_of(folder=None, teacher=None, steps=STEPS):
@@ -103,21 +104,20 @@ def train_teacher(folder: Path, steps: int = 400, size: int = 48, prototypes: in
   data.global_batch = size
   batches = pipeline.train_batches(data, image_size=SIZE, seed=1)
   teacher, state, center, begun = jax.tree.map(jnp.copy, student), optimizer.init(student), jnp.zeros(prototypes), None
-  probes = probe_set()
   for step in range(steps):
     if step % 100 == 0:
-      print(f"teacher, step {step}: probe {vit_probe(teacher['vit'], probes):.3f}", flush=True)
+      print(f"teacher, step {step}: probes {vit_probe(teacher['vit'])}", flush=True)
     images = next(batches)["image"].astype(np.float32)
     student, teacher, state, center, loss = update(student, teacher, state, center, images,
                                                    jax.random.fold_in(key, step))
     begun = begun or time.time()
     if step % 50 == 1:
       print(f"teacher, step {step}: loss {loss:.3f}, {(time.time() - begun) / step:.2f} s a step", flush=True)
-  print(f"teacher, step {steps}: probe {vit_probe(teacher['vit'], probes):.3f}", flush=True)
+  print(f"teacher, step {steps}: probes {vit_probe(teacher['vit'])}", flush=True)
   write(folder / "own", teacher["vit"])
   for name in ("own", "random"):
     params = vit_files.load_vit(folder / name)[1]
-    print(f"{name}: probe of the patches' mean {vit_probe(params, probes):.3f}", flush=True)
+    print(f"{name}: probes of the patches' mean {vit_probe(params)}", flush=True)
 
 
 def write(folder: Path, params):
@@ -139,9 +139,17 @@ def write(folder: Path, params):
 
 
 @functools.cache
-def probe_set(count: int = 900):
-  found = pipeline.eval_set(config_of().data, "synthetic", image_size=SIZE, num_images=count)
-  return found["image"], found["label"]
+def probe_sets():
+  """{name: (images uint8 [n, s, s, 3], labels [n])}; emoji are those of the training split, unlabelled there."""
+  data = config_of().data
+  data.sources.synthetic.style = "plain"
+  shapes = pipeline.eval_set(data, "synthetic", image_size=SIZE, num_images=COUNT)
+  source = sources.make_source("emoji", data.sources.emoji, "train")
+  crop = lambda image: transforms.center_crop(image, SIZE)
+  drawn = [sources.read(source, int(i), crop)[0] for i in np.random.default_rng(0).integers(0, 10**6, COUNT)]
+  classes = np.unique(shapes["label"], return_inverse=True)[1]
+  emoji = np.stack([record["image"] for record in drawn]), np.array([record["label"] for record in drawn])
+  return {"shapes": (shapes["image"], classes), "emoji": emoji}
 
 
 def ridge(features: np.ndarray, labels: np.ndarray, strength: float = 30.0) -> float:
@@ -150,7 +158,7 @@ def ridge(features: np.ndarray, labels: np.ndarray, strength: float = 30.0) -> f
   x = features.astype(np.float64)
   x = (x - x[:cut].mean(0)) / (x[:cut].std(0) + 1e-6)
   x = np.concatenate([x, np.ones((len(x), 1))], 1)
-  y = np.eye(CLASSES)[labels]
+  y = np.eye(labels.max() + 1)[labels]
   w = np.linalg.solve(x[:cut].T @ x[:cut] + strength * np.eye(x.shape[1]), x[:cut].T @ y[:cut])
   return float(((x[cut:] @ w).argmax(1) == labels[cut:]).mean())
 
@@ -166,8 +174,10 @@ def _vit_fn():
   return jax.jit(apply)
 
 
-def vit_probe(params, probes) -> float:
-  return ridge(batched(lambda x: _vit_fn()(params, x), probes[0]), probes[1])
+def vit_probe(params) -> str:
+  found = {name: ridge(batched(lambda x: _vit_fn()(params, x), images), labels)
+           for name, (images, labels) in probe_sets().items()}
+  return ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in found.items())
 
 
 def make_measure(config):
@@ -177,7 +187,6 @@ def make_measure(config):
   stage = make_stage(config)
   sets = {name: pipeline.eval_set(config.data, name, image_size=SIZE, num_images=192)["image"][:192]
           for name in ("synthetic", "emoji")}
-  images, labels = probe_set()
   loss_fn = jax.jit(lambda params, images, i: stage.loss_fn(
       params, {"image": images}, jax.random.fold_in(jax.random.key(9), i), 0)[1]["loss"][0] / len(images))
 
@@ -196,11 +205,12 @@ def make_measure(config):
   def measure(params):
     losses = {f"loss_{name}": float(np.mean([loss_fn(params, x[i : i + 64], i) for i in range(0, 192, 64)]))
               for name, x in sets.items()}
-    found = batched(lambda x: features(params, x), images)
-    width, count = config.decoder.width, found.shape[1]
-    return losses | {"probe_registers": ridge(found[:, : count - 2 * width], labels),
-                     "probe_block_1": ridge(found[:, count - 2 * width : count - width], labels),
-                     "probe_block_2": ridge(found[:, count - width :], labels)}
+    width, probes = config.decoder.width, {}
+    for name, (images, labels) in probe_sets().items():
+      found = batched(lambda x: features(params, x), images)
+      parts = np.split(found, [found.shape[1] - 2 * width, found.shape[1] - width], 1)
+      probes |= {f"{name}_{what}": ridge(x, labels) for what, x in zip(("registers", "block_1", "block_2"), parts)}
+    return losses | probes
 
   return measure
 
@@ -240,8 +250,9 @@ def plot(folder: Path):
   from matplotlib import pyplot as plt
 
   columns = {"loss_synthetic": "flow loss, held-out scenes", "loss_emoji": "flow loss, held-out emoji",
-             "probe_block_2": "probe of decoder block 2", "probe_registers": "probe of the registers"}
-  figure, axes = plt.subplots(1, 4, figsize=(15, 3.4))
+             "shapes_block_2": "probe of block 2: shapes", "emoji_block_2": "probe of block 2: emoji",
+             "emoji_registers": "probe of the registers: emoji"}
+  figure, axes = plt.subplots(1, len(columns), figsize=(18, 3.4))
   found = {name: json.loads((folder / f"{name.replace(' ', '_')}.json").read_text()) for name in RUNS}
   for axis, (column, title) in zip(axes, columns.items()):
     for name, rows in found.items():
@@ -253,7 +264,7 @@ def plot(folder: Path):
   out = Path(__file__).parents[1] / "docs" / "images" / "repa.png"
   out.parent.mkdir(exist_ok=True)
   figure.savefig(out, dpi=80)
-  names = [*columns, "probe_block_1"]
+  names = [name for name in rows[0] if name not in ("step", "seconds")]
   print("| run | steps | " + " | ".join(names) + " |")
   for name, rows in found.items():
     for row in rows:
