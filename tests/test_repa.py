@@ -8,6 +8,7 @@ import flax.linen as nn
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
@@ -275,7 +276,7 @@ def test_an_update_on_many_devices_is_that_of_one():
       state = state.replace(params=random_params(stage))
       state = jax.device_put(jax.device_get(state), places)
       if count == 8:
-        assert state.params["repa"]["in"]["kernel"].sharding.spec == ("fsdp", "tensor")
+        assert state.params["repa"]["in"]["kernel"].sharding.spec == P("fsdp", "tensor")
       update = jax.jit(make_update(stage, optimizer, accumulate_steps=2, decay=0.9), out_shardings=(places, None))
       state, metrics = update(state, jax.device_put(batch, sharding.batch_sharding(mesh)), jax.random.key(1))
       results.append((jax.device_get(state.params), float(metrics["repa"].compute()), float(metrics["loss"].compute())))
