@@ -32,15 +32,15 @@ SIZE, PATCH, WIDTH = 32, 4, 96
 SIZES = dict(patch_size=PATCH, grid=SIZE // PATCH, width=WIDTH, depth=4, head_dim=32, mlp_hidden=4 * WIDTH,
              layer_scale=True)
 RUNS = {"without": None, "random teacher": "random", "own teacher": "own"}
-STEPS, MEASURED = 150, (50, 100, 150)
+STEPS, MEASURED = 120, (40, 80, 120)
 PROBES = {"shapes": 6, "emoji": 13}  # classes: the largest of flat shapes on plain ground; what an emoji shows
-COUNT = 900  # images of a probe, a third of which is for the test
+COUNT = 600  # images of a probe, a third of which is for the test
 
 
 def config_of(folder=None, teacher=None, steps=STEPS):
   """The quickstart's tokenizer."""
   c = quickstart.get_config()
-  c.update(optim=dict(warmup_steps=50, ema_decay=0.98), train=dict(num_steps=steps))
+  c.update(fast=False, optim=dict(warmup_steps=30, ema_decay=0.95), train=dict(num_steps=steps))  # compiles sooner
   if teacher:
     c.repa.update(dict(weight=1.0, block=1, hidden=256, teacher=str(folder / teacher), features=WIDTH, dtype="float32"))
   return c
