@@ -95,6 +95,19 @@ def get_config() -> ConfigDict:
   c.flow.mode_scale = 0.25  # s of SD3's mode sampling [code]
   c.flow.t_shift = 1.0  # above 1: more noise in training, t <- shift t / (1 + (shift - 1) t) [SD3]
 
+  # REPA (Yu et al. 2024, arXiv 2410.06940), of stage "tokenizer": a projection of the decoder's patches is drawn to the
+  # features that a frozen DINOv2 has of the clean image. The projector is needed in training alone.
+  c.repa = ConfigDict()
+  c.repa.weight = 0.0  # of the loss, mean over patches of -cos; 0: off, then there is no projector [paper: 1.0]
+  c.repa.block = 1  # the decoder's patches as they leave this block, counted from 1 [paper]
+  c.repa.hidden = 2048  # width of the projector, of three layers [REPA's code]
+  c.repa.teacher = "facebook/dinov2-large"  # folder with config.json and weights, or a hub repository [paper]
+  c.repa.features = 1024  # width of what the teacher gives
+  # Patches a side of the teacher's features; its images are resized to that many of its patches. Another grid than the
+  # decoder's is resized to it bilinearly. 0: the decoder's patches.
+  c.repa.grid = 0
+  c.repa.dtype = "bfloat16"  # of the teacher: parameters and products [ours]
+
   c.sampler = ConfigDict()
   c.sampler.num_steps = 25  # Euler steps [paper]
   c.sampler.guidance = "apg"  # "apg", "cfg" or "none"
@@ -180,6 +193,8 @@ def get_config() -> ConfigDict:
   # Of stage "tokenizer": a folder that python -m flextok_jax.tokenize --what=latents wrote, in place of data.sources
   # and the VAE's encoder. Crops and flips are those made when writing.
   c.data.latents = ""
+  # With repa and data.latents: a folder that python -m flextok_jax.tokenize --what=dino wrote of the same images.
+  c.data.teacher = ""
   c.data.max_unreadable = 0.01  # share of unreadable files, since the last log line, above which the run stops
   # A source takes part with its weight (share of the images); the validation split never overlaps the training split.
   c.data.sources = ConfigDict()

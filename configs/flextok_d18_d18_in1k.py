@@ -3,6 +3,9 @@
 The VAE is frozen: train one first (configs/vae_c16.py) and start from it, its workdir or its weights file:
 
   python -m flextok_jax.train --config=configs/flextok_d18_d18_in1k.py --workdir=DIR --config.init_from=VAE
+
+REPA's teacher, DINOv2-L, comes from the Hugging Face hub, or is a folder at --config.repa.teacher; to train without it,
+--config.repa.weight=0 (docs/repa.md).
 """
 
 from configs import common
@@ -10,6 +13,7 @@ from configs import common
 
 def get_config():
   return common.derive(
+      repa=dict(weight=1.0),
       encoder=dict(width=1152, depth=18),
       decoder=dict(width=1152, depth=18),
       optim=dict(learning_rate=3.75e-4),  # d12-d12's, times 768 / width [ours: the 1 / width rule of muP]

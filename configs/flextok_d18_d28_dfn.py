@@ -7,7 +7,8 @@ train one first (configs/vae_c16.py) and start from it, its workdir or its weigh
   python -m flextok_jax.train --config=configs/flextok_d18_d28_dfn.py --workdir=DIR --config.init_from=VAE \
       --config.data.sources.folder.path=IMAGES
 
-To evaluate on ImageNet as the paper does: --config.eval.sources="('tfds',)".
+REPA's teacher, DINOv2-L, comes from the Hugging Face hub, or is a folder at --config.repa.teacher; to train without it,
+--config.repa.weight=0 (docs/repa.md). To evaluate on ImageNet as the paper does: --config.eval.sources="('tfds',)".
 """
 
 from configs import flextok_d18_d28_in1k

@@ -11,6 +11,9 @@ the fast path has fewer. MFU is FLOPs / time / peak, and the peak that of the fa
 the job's dtype. XLA's own count stands beside: it has elementwise work too, but the body of a loop (over blocks, steps,
 tokens) only once, and nothing of other libraries' kernels.
 
+Job "repa" is the step of "train" on latents without REPA, with it, and with its teacher in the step
+(flextok_jax/benchmark_repa.py).
+
 Job "ar" draws token ids with the guidance of config.ar. A round also calls the fast program for 1 token and for one,
 two and three quarters of them; the differences say what a token of each span costs, whatever a call costs before the
 first. Its round that is not timed draws a single token.
@@ -28,11 +31,11 @@ from absl import flags
 import jax
 from ml_collections import ConfigDict, config_flags
 
-from flextok_jax import benchmark_ar, benchmark_jobs, cli, files, timing
+from flextok_jax import benchmark_ar, benchmark_repa, cli, files, timing
 from flextok_jax.benchmark_jobs import PATHS, Compute, Row
 from flextok_jax.evals import reconstruction
 
-JOBS = ("tokenize", "detokenize", "vae", "ar", "train")  # in the order in which they run
+JOBS = ("tokenize", "detokenize", "vae", "ar", "train", "repa")  # in the order in which they run
 
 _TABLE = ("job", "tokens", "path", "images/s", "(min .. max)", "compile s", "GFLOP", "by XLA", "GFLOP/s", "MFU",
           "memory MB", "attention")
@@ -41,7 +44,8 @@ _TABLE = ("job", "tokens", "path", "images/s", "(min .. max)", "compile s", "GFL
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
   config_flags.DEFINE_config_file("config", None, "The model and its training.", flag_values=values)
-  flags.DEFINE_list("jobs", [], f"Of {', '.join(JOBS)}; default: all that the config has.", flag_values=values)
+  flags.DEFINE_list("jobs", [], f"Of {', '.join(JOBS)}; default: all that the config has, but repa.",
+                    flag_values=values)
   flags.DEFINE_list("paths", list(PATHS), "plain, fast or both.", flag_values=values)
   flags.DEFINE_list("num_tokens", [], "Token counts of tokenize, detokenize and ar; default: 1, 8, 32 and all; of ar "
                     "all.", flag_values=values)
@@ -66,11 +70,13 @@ def main(values: flags.FlagValues):
   config.dtype = values.dtype or config.dtype
   jobs = _choices("jobs", values.jobs or jobs_of(config), JOBS)
   for job in jobs:
-    if job not in jobs_of(config):
+    if job == "repa":
+      benchmark_repa.check(config)
+    elif job not in jobs_of(config):
       kind = f"stage {config.stage!r}" + (f", vae.kind {config.vae.kind!r}" if config.stage != "ar" else "")
       raise ValueError(f"--jobs: there is no job {job!r} with {kind}, only {', '.join(jobs_of(config))}")
   counts = token_counts(values.num_tokens, config)
-  make = benchmark_ar.Benchmark if config.stage == "ar" else benchmark_jobs.Benchmark
+  make = benchmark_ar.Benchmark if config.stage == "ar" else benchmark_repa.Benchmark
   bench = make(config, _choices("paths", values.paths, PATHS), values.batch_size, values.latents)
 
   # Rows are written as they come, so that a run cut short leaves what it has measured.
@@ -170,7 +176,7 @@ def _write(path: Path, rows: list[Row], peaks: dict[Compute, list[float]]):
     speed["ms_per_token"] = row.ms_per_token
     dtype, precision = fields.pop("compute")
     lines.append({"kind": "row", **fields, "dtype": dtype, "precision": precision, **speed, **device})
-  lines += ratios(rows) + spans(rows)
+  lines += ratios(rows) + spans(rows) + benchmark_repa.costs(rows)
   for (dtype, precision), measured in peaks.items():
     lines.append({"kind": "peak", "dtype": dtype, "precision": precision, "flops_per_second": measured, **device})
   files.write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -194,6 +200,9 @@ def format_report(rows: list[Row], peaks: dict[Compute, list[float]]) -> str:
     same = "; they are the same program" if r["same_program"] else ""
     lines.append(f"{name}: fast is {r['fast_over_plain']:.2f} times as fast as plain "
                  f"({r['min']:.2f} .. {r['max']:.2f} in {r['rounds']} rounds{same})")
+  for c in benchmark_repa.costs(rows):
+    lines.append(f"repa, {c['path']}: a step takes {c['over_off']:.3f} times as long as without ({c['min']:.3f} .. "
+                 f"{c['max']:.3f} in {c['rounds']} rounds); FLOPs {c['flops_over_off']:.3f} times")
   for row in rows:
     if row.ms_per_token is not None:
       lines.append(f"{row.name}, {row.path}: {timing.digits(row.ms_per_token)} ms a token" + _span_text(row))

@@ -13,7 +13,7 @@ import optax
 from flextok_jax import flops, timing
 from flextok_jax.models.flextok import sample_latents
 from flextok_jax.ops import attention, fsq
-from flextok_jax.stages import make_stage
+from flextok_jax.stages import make_stage, repa
 from flextok_jax.training import optim
 from flextok_jax.training.state import init_state, make_update, unbox
 
@@ -232,12 +232,16 @@ class Benchmark:
       else:
         count = parts * flops.train(c, self.batch_size // parts, fast) + self._vae_share(flops.vae_encode)
       if self.latents:  # the update's images are latents
-        loss_fn = lambda params, batch, key, stage=stage: stage.latents_loss(params, batch["image"], key)
-        stage = types.SimpleNamespace(loss_fn=loss_fn)
+        loss = lambda params, batch, key, step: stage.latents_loss(params, batch["image"], key, batch.get("teacher"))
+        return self._update(types.SimpleNamespace(loss_fn=loss), optimizer), count
       return self._update(stage, optimizer), count
 
     trained, frozen = (("encoder", "decoder"), self._with_vae) if self.has_tokens else self._vae_parts
     inputs = {"image": self._noise() if self.latents else self._images()}
+    if self.has_tokens and repa.section(c) is not None:
+      trained += ("repa",)
+      shape = self.batch_size, repa.teacher_grid(c) ** 2, c.repa.features
+      inputs["teacher"] = jax.random.normal(self._key(7), shape, c.repa.dtype)
     return self._update_args(optimizer, trained, frozen, inputs), make
 
   @property

@@ -168,6 +168,8 @@ def train(config: ConfigDict, parallel: int, steps: int) -> dict:
     {"step_ms": a step's time without its batch, "waiting": share of the time in which nothing ran for want of a batch,
     "images_per_second"}; the first two steps, of which one compiles, do not count.
   """
+  config = config.copy_and_resolve_references()
+  config.repa.weight = 0.0  # these batches have no features of a teacher
   stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, config.train.num_steps)
   update = jax.jit(make_update(stage, optimizer, accumulate_steps=1, decay=config.optim.ema_decay), donate_argnums=0)
   state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)))(jax.random.key(config.seed))

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from flextok_jax import flops, flops_ar
 from flextok_jax.models import ar_sampling
-from flextok_jax.stages import make_stage
-from flextok_jax.training import goodput, optim, sharding
+from flextok_jax.stages import make_stage, repa
+from flextok_jax.training import goodput, optim, sharding, teacher
 from flextok_jax.training.state import init_state, make_update, unbox
 
 STAGES = {"train": ("tokenizer", "vae", "ar"), "sample": ("tokenizer",), "ar": ("ar",)}  # job: stages that have it
@@ -116,6 +116,10 @@ def _train(config: ConfigDict, mesh) -> Job:
     batch = {"latents": _shape(jnp.bfloat16, size, *sides, 2 * channels)}
   else:
     batch = {"image": _shape(jnp.uint8, size, c.image_size, c.image_size, 3)}
+  if repa.section(c) is not None:  # as the teacher gives its features, or as shards hold them
+    teacher.check_source(c)
+    dtype = jnp.dtype("float16" if c.data.teacher else c.repa.dtype)
+    batch["teacher"] = _shape(dtype, size, repa.teacher_grid(c) ** 2, c.repa.features)
   batch |= {name: _shape(jnp.int32, size) for name in ("label", "unreadable")}
   batch, key = _placed(batch, sharding.batch_sharding(mesh)), _placed(key, sharding.replicated(mesh))
   return Job(

@@ -7,11 +7,14 @@ mirrors the path that runs, plain or fast: so these are FLOPs executed, and the 
 config (configs/common.py) or a section of it, and whole numbers; results are whole numbers.
 """
 
+from collections.abc import Mapping
+
 from ml_collections import ConfigDict
 
 from flextok_jax.models import flextok, lpips
 from flextok_jax.models.transformer import mlp_hidden, remat_name
 from flextok_jax.ops import guidance, nested
+from flextok_jax.stages import repa
 from flextok_jax.stages.tokenizer import bucket_rows
 
 TIME_FEATURES = 256  # posemb.timestep_features
@@ -144,7 +147,7 @@ def train(config: ConfigDict, batch: int, fast: bool) -> int:
   """Forward and backward pass over latents: three times the forward pass, as backward each product becomes two.
 
   But there is no gradient of latents and times, which saves one product each of their embeddings; and config.remat lets
-  blocks run forward once more, or parts of them.
+  blocks run forward once more, or parts of them. With REPA its projector counts, its teacher does not.
   Plain: all registers in every row. Fast: as many as a row's bucket needs; none in the encoder where all rows of the
   bucket have no condition.
   """
@@ -154,7 +157,27 @@ def train(config: ConfigDict, batch: int, fast: bool) -> int:
   if fast:
     bounds = nested.row_bounds(tokens.nested_dropout, total, tokens.null_prob, rows)
     slots = [nested.slots(bound, total) if bound else 0 for bound in map(int, bounds)]
-  return batch // rows * sum(_train_row(config, n) for n in slots)
+  return batch // rows * sum(_train_row(config, n) for n in slots) + 3 * batch * projector(config)
+
+
+def projector(config: ConfigDict) -> int:
+  """The projector of REPA for one image, 0 where it is off: n (2 d h + 2 h h + 2 h f), h its hidden width."""
+  if repa.section(config) is None:
+    return 0
+  (count, _), hidden = patches(config, config.decoder), config.repa.hidden
+  ends = linear(count, config.decoder.width, hidden) + linear(count, hidden, config.repa.features)
+  return ends + linear(count, hidden, hidden)
+
+
+def vit(sizes: Mapping, grid: int) -> int:
+  """A vision transformer (models/vit.py) of these sizes, without a head, for one image of grid x grid patches.
+
+  Of n tokens, d the width: 8 n d^2 and 4 n^2 d of attention, and the MLP's two or three products, in every block.
+  """
+  d, tokens = sizes["width"], 1 + sizes.get("num_registers", 0) + grid**2
+  hidden = (3 if sizes.get("gated_mlp") else 2) * linear(tokens, d, sizes["mlp_hidden"])
+  attention = 4 * linear(tokens, d, d) + 2 * linear(tokens, d, tokens)
+  return linear(grid**2, 3 * sizes["patch_size"] ** 2, d) + sizes["depth"] * (attention + hidden)
 
 
 def _train_row(config: ConfigDict, slots: int) -> int:

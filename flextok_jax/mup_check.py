@@ -100,7 +100,7 @@ def coordinates(config: ConfigDict, steps: int) -> list[dict]:
   sharding.check_batch(config.data.global_batch, config.optim.accumulate_steps, mesh)
   stage, optimizer = stages.make_stage(config), optim.make_optimizer(config.optim, config.train.num_steps)
   init_key, run_key = jax.random.split(jax.random.key(config.seed))
-  prepare, place = inputs.make_prepare(config, mesh), sharding.batch_sharding(mesh)
+  prepare, place = inputs.make_prepare(config, mesh, train=True), sharding.batch_sharding(mesh)
   batches = map(prepare, sharding.device_batches(inputs.train_batches(config, 0, mesh), place))
   create = lambda key: init_state(stage, optimizer, key)
   shardings = sharding.tree_shardings(jax.eval_shape(create, init_key), mesh)

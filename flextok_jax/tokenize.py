@@ -1,15 +1,17 @@
-"""Turns images into token ids, or into shards: of token ids, of a VAE's latents, or of the image files themselves.
+"""Turns images into token ids, or into shards: of token ids, of a VAE's latents, of a teacher's features, or of files.
 
 python -m flextok_jax.tokenize --checkpoint=PATH --images=FILE_OR_FOLDER[,...] --out=tokens.json [--num_tokens=K]
 python -m flextok_jax.tokenize --checkpoint=PATH --config=FILE --out=DIR [--split=validation] [--num_images=N]
     [--copies=K] [--quality=Q]
 python -m flextok_jax.tokenize --what=latents --checkpoint=PATH --config=FILE --out=DIR [--copies=K] [--dtype=bfloat16]
+python -m flextok_jax.tokenize --what=dino --config=FILE --out=DIR [--copies=K] [--dtype=bfloat16]
 python -m flextok_jax.tokenize --what=images --config=FILE --out=DIR
 
 The first makes a token file: JSON, {"image_size": pixels, "num_tokens": K, "names": [n], "token_ids": [n][K]}, or an
 .npz of the same four arrays (no pickles inside). The others make shards of the sources of config.data (data/
 shard_files.py): token ids for training stage "ar", latents for training stage "tokenizer" without the VAE's encoder,
-image files for fast reading (data.sources.arrayrecord). Killed and rerun, they go on.
+features of the teacher of config.repa for its REPA beside them, image files for fast reading
+(data.sources.arrayrecord). Killed and rerun, they go on.
 """
 
 import functools
@@ -32,17 +34,18 @@ from flextok_jax.data import latent_shards, shard_contents, shard_writer, transf
 from flextok_jax.evals import reconstruction
 from flextok_jax.models.flextok import to_float
 from flextok_jax.ops import fsq, guidance, nested
-from flextok_jax.stages import make_stage
+from flextok_jax.stages import make_stage, repa
 from flextok_jax.stages.vae import make_vae
-from flextok_jax.training import sharding
+from flextok_jax.training import sharding, teacher
 
-WHAT = ("tokens", "latents", "images")
+WHAT = ("tokens", "latents", "dino", "images")
 _OF_LENGTHS = ("metric", "decoder_steps", "decoder_guidance")  # flags that need --quality
 # Flags that --images has no use for.
 _OF_SHARDS = ("what", "split", "num_images", "copies", "shards", "quality", *_OF_LENGTHS, "dtype")
 _NOT_OF = {  # flags that the kinds of shards have no use for
     "tokens": ("dtype",),
     "latents": ("num_tokens", "quality", *_OF_LENGTHS),
+    "dino": ("num_tokens", "quality", *_OF_LENGTHS, "checkpoint"),
     "images": ("num_tokens", "quality", *_OF_LENGTHS, "dtype", "checkpoint", "copies"),
 }
 
@@ -71,12 +74,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_enum("decoder_guidance", None, guidance.MODES, "With --quality: of the reconstruction; default: the "
                     "tokenizer's.", flag_values=values)
   # float16 has 11 bits of mantissa to bfloat16's 8, and latents are far from its largest value, 65504.
-  flags.DEFINE_enum("dtype", "float16", latent_shards.DTYPES, "Of latents.", flag_values=values)
+  flags.DEFINE_enum("dtype", "float16", latent_shards.DTYPES, "Of latents and features.", flag_values=values)
 
 
 def main(values: flags.FlagValues):
   """Tokenizes values.images, or the sources of values.config, into values.out."""
-  needed = ["checkpoint"] if values.what != "images" else []
+  needed = ["checkpoint"] if values.what in ("tokens", "latents") else []
   for name in (*needed, "images" if values.config is None else "config", "out"):
     if not values[name].value:
       raise ValueError(f"--{name} is missing" + (" (or --config, for shards)" if name == "images" else ""))
@@ -114,7 +117,7 @@ def write_shards(values: flags.FlagValues):
     raise ValueError(f"--out={values.out} is a file: shards need a folder")
   mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,),
                        devices=jax.local_devices())
-  make = {"tokens": _tokens, "latents": _latents, "images": _pictures}[values.what]
+  make = {"tokens": _tokens, "latents": _latents, "dino": _features, "images": _pictures}[values.what]
   shard_writer.write_shards(
       values.out, values.config, make(values, mesh), split=values.split, num_images=values.num_images,
       copies=values.copies, num_shards=values.shards, process_index=jax.process_index(),
@@ -171,6 +174,22 @@ def _latents(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_content
 
   facts["shape"] = list(jax.eval_shape(moments, params, np.zeros((1, *[config.image_size] * 2, 3), np.uint8)).shape[1:])
   return shard_contents.Latents(encode, facts, _batch_size(values, mesh))
+
+
+def _features(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents.Features:
+  config = values.config
+  sizes, params = teacher.read(config)
+  grid = repa.teacher_grid(config)
+  facts = {"fingerprint": teacher.fingerprint(sizes, params), "teacher": config.repa.teacher,
+           "compute_dtype": config.repa.dtype, "image_size": config.image_size,
+           "shape": [grid**2, config.repa.features], "dtype": values.dtype}
+  features = teacher.make_features_fn(config, sizes, params, mesh)
+  del params
+
+  def encode(images):
+    return features(jax.device_put(images, sharding.batch_sharding(mesh))).astype(values.dtype)
+
+  return shard_contents.Features(encode, facts, _batch_size(values, mesh))
 
 
 def _pictures(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents.Pictures:

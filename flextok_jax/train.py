@@ -54,7 +54,7 @@ def train(config, workdir: str):
   schedule = optim.make_schedule(config.optim, config.train.num_steps)
   init_key, run_key = jax.random.split(jax.random.key(config.seed))
   # All that can be wrong is looked at before anything is written.
-  prepare = inputs.make_prepare(config, mesh)
+  prepare = inputs.make_prepare(config, mesh, train=True)
   evaluator = make_evaluator(config, stage, mesh, prepare)
   measure = make_measure(config, stage, mesh, evaluator)
   checkpoint.check_workdir(workdir, config)

@@ -21,6 +21,7 @@ from flextok_jax import evaluate, stages
 from flextok_jax.checkpoints import fingerprint, loading
 from flextok_jax.data import pipeline
 from flextok_jax.evals import reconstruction
+from flextok_jax.stages import repa
 from flextok_jax.training import checkpoint, optim
 from flextok_jax.training.state import unbox
 from tests.conftest import ROOT
@@ -115,6 +116,8 @@ def test_builds_loss_and_predictions(name):
   stage, params = stages.make_stage(c), joined_shapes(c)
   images = jax.ShapeDtypeStruct((2, c.image_size, c.image_size, 3), jnp.uint8)
   batch = token_batch(c) if c.stage == "ar" else {"image": images}
+  if repa.section(c) is not None:
+    batch["teacher"] = jax.ShapeDtypeStruct((2, repa.teacher_grid(c) ** 2, c.repa.features), jnp.bfloat16)
   for parts in jax.eval_shape(stage.init_auxiliary, jax.random.key(0)):
     params |= unbox(parts)
   loss, _ = jax.eval_shape(stage.loss_fn, params, batch, jax.random.key(0), jnp.int32(0))

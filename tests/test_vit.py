@@ -117,6 +117,23 @@ def test_preprocess():
     tiny.init(jax.random.key(0), jnp.zeros((1, 15, 28, 3)))
 
 
+SIZES = {"small": (384, 12, 22_056_576), "base": (768, 12, 86_580_480), "large": (1024, 24, 304_368_640),
+         "giant": (1536, 40, 1_136_480_768)}  # width, depth, parameters of transformers' Dinov2Model
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("name", SIZES)
+def test_released_sizes(name, registers, tmp_path):
+  """The config.json of facebook/dinov2-* describes a network of as many parameters, the mask token among them."""
+  width, depth, count = SIZES[name]
+  kind = dict(model_type="dinov2_with_registers", num_register_tokens=4) if registers else {}
+  released = dict(hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 64, image_size=518,
+                  use_swiglu_ffn=name == "giant")  # fmt: skip
+  (tmp_path / "config.json").write_text(json.dumps(vit_reference.DINOV2 | released | kind))
+  _, sizes = vit_files._sizes(vit_files.Folder(tmp_path, "", ""))
+  assert sum(np.prod(shape) for shape in vit_files.shapes(sizes).values()) + width == count + registers * width
+
+
 QUERY = "encoder.layer.1.attention.attention.query.weight"
 BAD_CONFIGS = [  # (change, part of the error)
     (dict(model_type="beit"), "model_type is 'beit', only 'vit', 'dinov2' and"),

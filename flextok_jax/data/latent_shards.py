@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from flextok_jax.data import pipeline, shard_files
+from flextok_jax.data import pipeline, shard_files, teacher_shards
 
 WHAT = "latents"
 DTYPES = ("float16", "bfloat16")  # of the moments
@@ -76,20 +76,30 @@ def open_shards(config: ConfigDict, split: str) -> Shards:
 
 
 def _row(record: dict) -> dict:
-  return {"latents": record["moments"], "label": np.int32(record["label"]),
+  teacher = {"teacher": record["teacher"]} if "teacher" in record else {}
+  return {"latents": record["moments"], **teacher, "label": np.int32(record["label"]),
           "num_objects": np.int32(record["num_objects"]), "unreadable": np.int32(0)}
 
 
-def train_batches(config: ConfigDict, *, start_step: int = 0, process_index: int = 0, process_count: int = 1):
+def train_batches(config: ConfigDict, *, start_step: int = 0, process_index: int = 0, process_count: int = 1,
+                  teacher_grid: int = 0):
   """Returns an endless iterator over this process's rows of the global batches of config.data.latents.
 
   As pipeline.train_batches, a pure function of (config.seed, step): every epoch is a fresh shuffle of all records. A
   batch of b = global_batch / process_count rows: latents [b, h, w, 2 c], the moments in the type that they were stored
   in; label, num_objects, unreadable (which is 0) int32 [b].
 
+  Args:
+    teacher_grid: patches a side of the features that rows have beside, "teacher" [b, teacher_grid^2, d], of
+      config.data.teacher (data/teacher_shards.py) and in the type that they were stored in; 0: none.
+
   Raises:
     FileNotFoundError, ValueError: no shards there, damaged ones, or such as do not suit the config.
   """
   shuffle_seed, _ = pipeline.seeds(config.seed, WHAT)
-  elements = grain.MapDataset.source(open_shards(config, "train")).shuffle(seed=shuffle_seed).repeat().map(_row)
+  records = open_shards(config, "train")
+  if teacher_grid:
+    teacher = teacher_shards.Shards(config.data.teacher)
+    records = teacher_shards.Beside(records, teacher, config, teacher_grid)
+  elements = grain.MapDataset.source(records).shuffle(seed=shuffle_seed).repeat().map(_row)
   return pipeline.local_batches(elements, config.data, start_step, process_index, process_count, by_batch=True)

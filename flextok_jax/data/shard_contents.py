@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax.data import image_shards, latent_shards, shards
+from flextok_jax.data import image_shards, latent_shards, shards, teacher_shards
 from flextok_jax.data.split_images import Images
 
 
@@ -106,6 +106,30 @@ class Latents(_Encoded):
       raise ValueError(f"the VAE gave moments that {dtype} cannot hold: give --dtype=bfloat16, or look at the VAE")
     for row, element in zip(moments, elements):
       yield latent_shards.pack({**element, "moments": row})
+
+
+class Features(_Encoded):
+  """Features of a teacher's patches: encode gives them, [batch_size, n, d], in the type to store.
+
+  Args:
+    teacher: {"fingerprint", "teacher", "compute_dtype", "image_size", "shape": [n, d], "dtype": one of
+      latent_shards.DTYPES}.
+  """
+
+  what = teacher_shards.WHAT
+  meta = ("fingerprint", "teacher", "image_size", "shape", "dtype")
+
+  def __init__(self, encode: Callable, teacher: dict, batch_size: int):
+    super().__init__(encode, teacher["image_size"], batch_size)
+    self.plan = teacher
+
+  def rows(self, elements: list[dict], encoded) -> Iterator[bytes]:
+    features = np.asarray(encoded)[: len(elements)]
+    if not np.isfinite(features.astype(jnp.float32)).all():
+      raise ValueError(f"the teacher gave features that {features.dtype} cannot hold: give --dtype=bfloat16, or look "
+                       "at the teacher")
+    for row, element in zip(features, elements):
+      yield teacher_shards.pack({**element, "features": row})
 
 
 class Pictures:

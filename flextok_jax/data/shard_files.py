@@ -1,8 +1,8 @@
 """Shards: records at random access, in folders that python -m flextok_jax.tokenize --config=… writes.
 
 A folder DIR/<split>/ holds ArrayRecord files and meta.json, which says what they are. What a record holds is a matter
-of its kind: token ids (shards.py), latents of a VAE (latent_shards.py) or image files (image_shards.py). data/
-shard_writer.py writes them.
+of its kind: token ids (shards.py), latents of a VAE (latent_shards.py), features of a teacher (teacher_shards.py) or
+image files (image_shards.py). data/shard_writer.py writes them.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ class ShardFiles:
       there = sorted(p.parent.name for p in Path(folder).glob(f"*/{META}")) if folder else []
       found = f"it has {', '.join(there)}" if there else "no split at all is there"
       what = "" if self.WHAT == "tokens" else f" --what={self.WHAT}"
-      checkpoint = "" if self.WHAT == "images" else " --checkpoint=PATH"
+      checkpoint = "" if self.WHAT in ("images", "dino") else " --checkpoint=PATH"
       raise FileNotFoundError(
           f"no {self._name} of split {split!r} in {folder!r} ({found}): write them with python -m flextok_jax.tokenize"
           f"{what} --config=FILE{checkpoint} --out={folder or 'DIR'} --split={split}")

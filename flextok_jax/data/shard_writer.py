@@ -29,6 +29,7 @@ RECORDS = 4096  # of a shard by default,
 MOST_SHARDS = 512  # unless these are more shards: a reader keeps all files open
 _OPTIONS = "group_size:1,uncompressed"  # random access to single records, which are as good as random bytes
 _REPORT_SECONDS = 10.0
+_CROPS = ("crop", "crop_min_area", "flip")  # of config.data: what decides crops beside the sources
 
 
 def write(folder: str | os.PathLike, config: ConfigDict, encode: Callable, tokenizer: dict, *, batch_size: int = 32,
@@ -75,7 +76,7 @@ def write_shards(folder: str | os.PathLike, config: ConfigDict, content, *, spli
       "sources": {name: data.sources[name].to_dict() for name in images.sizes},
   }
   if content.image_size is not None:
-    plan |= {"crop": data.crop, "crop_min_area": data.crop_min_area, "flip": data.flip}
+    plan |= {key: data[key] for key in _CROPS}
   _claim(folder, plan)
 
   bounds = [len(images) * s // num_shards for s in range(num_shards + 1)]
@@ -249,6 +250,7 @@ def _finish(folder: Path, plan: dict, content, images: Images, paths: list[Path]
     return None
   counts = [_count(path) for path in paths]
   meta = {key: plan[key] for key in ("format", "what", *content.meta, "num_images", "copies", "seed", "sources")}
+  meta |= {key: plan[key] for key in _CROPS if key in plan}
   meta |= {"num_records": sum(counts), "class_names": list(images.class_names) or None, "shard_records": counts,
            "shard_bytes": [path.stat().st_size for path in paths]}
   files.write_file(folder / shard_files.META, (json.dumps(meta, indent=1) + "\n").encode())

@@ -55,7 +55,8 @@ class Decoder(PatchTransformer, kw_only=True):
       keep_k: jax.Array,
       drop_condition: jax.Array,
       modulations: tuple[jax.Array, jax.Array | None] | None = None,
-  ) -> jax.Array:
+      tap: int | None = None,
+  ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Predicts the velocity noise - x0.
 
     With fewer slots than registers the masked registers are merged (nested.key_weights): the same function of a shorter
@@ -68,9 +69,10 @@ class Decoder(PatchTransformer, kw_only=True):
       keep_k: number of codes to use [b].
       drop_condition: True where no code is used [b].
       modulations: those of t where they are known already, their batch axis b or 1.
+      tap: a block, counted from 1.
 
     Returns:
-      [b, h, w, c] float32.
+      [b, h, w, c] float32; with a tap also the patches [b, h/p * w/p, width] as they leave that block.
     """
     chex.assert_shape([t, keep_k, drop_condition], x_t.shape[:1])  # else they would broadcast in silence
     slots = codes.shape[1]
@@ -96,9 +98,11 @@ class Decoder(PatchTransformer, kw_only=True):
       key_bias = jnp.pad(weights, ((0, 0), (patches.shape[1], 0)))  # [b, l], a patch counts once
 
     blocks, head = self.modulations(t) if modulations is None else modulations
-    patches = self.run_blocks((patches, registers), 0, blocks, key_bias=key_bias)
+    patches = self.run_blocks((patches, registers), 0, blocks, key_bias=key_bias, tap=tap)
+    patches, tapped = (patches, None) if tap is None else patches
 
     _, height, width, channels = x_t.shape
     x = self.project(patches, self.patch_size**2 * channels, head)
     x = x.reshape(-1, height // self.patch_size, width // self.patch_size, x.shape[-1])
-    return layers.unpatchify(x, self.patch_size).astype(jnp.float32)
+    velocity = layers.unpatchify(x, self.patch_size).astype(jnp.float32)
+    return velocity if tap is None else (velocity, tapped)

@@ -72,9 +72,11 @@ class FlexTok(nn.Module):
     """latents [b, h, w, c] -> codes [b, num_tokens, len(levels)] in [-1, 1], straight-through."""
     return fsq.quantize(self.encode_registers(latents, num_tokens), self.levels)
 
-  def velocity(self, x_t, t, codes, keep_k, drop_condition, modulations=None) -> jax.Array:
+  def velocity(
+      self, x_t, t, codes, keep_k, drop_condition, modulations=None, tap=None
+  ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """See Decoder."""
-    return self.decoder(x_t, t, codes, keep_k, drop_condition, modulations)
+    return self.decoder(x_t, t, codes, keep_k, drop_condition, modulations, tap)
 
   def modulations(self, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """See Decoder."""

@@ -150,6 +150,20 @@ class Block(nn.Module):
     return segments, None
 
 
+class TappedBlock(Block):
+  """A Block in a stack, of one of which a copy of a segment is kept."""
+
+  kept: int = 0  # the segment
+
+  def __call__(
+      self, carry: tuple[Segments, jax.Array], layer: tuple[jax.Array | None, jax.Array], *args: jax.Array | None
+  ) -> tuple[tuple[Segments, jax.Array], None]:
+    """As Block of (segments, what was kept before) and of (modulation, whether to keep the output of this block)."""
+    (segments, before), (modulation, keep) = carry, layer
+    segments, _ = super().__call__(segments, modulation, *args)
+    return (segments, jnp.where(keep, segments[self.kept], before)), None
+
+
 class Transformer(nn.Module):
   """`depth` blocks. All but the last are scanned, their parameters stacked along a leading "layers" axis."""
 
@@ -165,7 +179,8 @@ class Transformer(nn.Module):
       modulation: jax.Array | None = None,
       mask: jax.Array | None = None,
       key_bias: jax.Array | None = None,
-  ) -> jax.Array:
+      tap: int | None = None,
+  ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Runs the blocks over the segments as one sequence of length l.
 
     Args:
@@ -173,24 +188,35 @@ class Transformer(nn.Module):
       modulation: [depth, b or 1, s * 6 * d] as of Modulation, or None for blocks without.
       mask: boolean [l, l], see Attention.
       key_bias: float32 [b, l], see Attention.
+      tap: a block, counted from 1.
 
     Returns:
-      The segment `output` [b, l_i, d].
+      The segment `output` [b, l_i, d]; with a tap also that segment as it leaves the block `tap`.
     """
+    if tap is not None and not 1 <= tap <= self.depth:
+      raise ValueError(f"there is no block {tap}: they are 1 to {self.depth}")
     block = rematerialised(Block, self.remat)
     first, last = (None, None) if modulation is None else (modulation[:-1], modulation[-1])
+    kept = None
     if self.depth > 1:
+      inner, options, carry = block, {}, segments
+      if tap is not None:
+        # Carried along rather than stacked over the blocks: one copy, whose gradient enters at its block alone.
+        inner, options = rematerialised(TappedBlock, self.remat), {"kept": self.output}
+        carry, first = (segments, jnp.zeros_like(segments[self.output])), (first, jnp.arange(self.depth - 1) == tap - 1)
       stack = nn.scan(
-          block,
+          inner,
           variable_axes={"params": 0, "intermediates": 0},
           split_rngs={"params": True},
           in_axes=(0, nn.broadcast, nn.broadcast),
           length=self.depth - 1,
           metadata_params={nn.PARTITION_NAME: "layers"},
       )
-      segments, _ = stack(self.choices, name="blocks")(segments, first, mask, key_bias)
+      carry, _ = stack(self.choices, name="blocks", **options)(carry, first, mask, key_bias)
+      segments, kept = (carry, None) if tap is None else carry
     (x,), _ = block(self.choices, self.output, name="last")(segments, last, mask, key_bias)
-    return layout.constrain(x, "batch", None, None)
+    x = layout.constrain(x, "batch", None, None)
+    return x if tap is None else (x, x if tap == self.depth else kept)
 
 
 class AdaLN(nn.Module):
@@ -271,12 +297,13 @@ class PatchTransformer(nn.Module, kw_only=True):
       modulation: jax.Array | None = None,
       mask: jax.Array | None = None,
       key_bias: jax.Array | None = None,
-  ) -> jax.Array:
+      tap: int | None = None,
+  ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """See Transformer."""
     fields = [field.name for field in dataclasses.fields(BlockChoices)]
     choices = BlockChoices(**{name: getattr(self, name) for name in fields})
     stack = Transformer(self.depth, choices, output, self.remat, name="transformer")
-    return stack(segments, modulation, mask, key_bias)
+    return stack(segments, modulation, mask, key_bias, tap)
 
   def project(
       self,

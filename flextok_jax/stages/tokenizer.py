@@ -15,6 +15,8 @@ from flextok_jax.models.flextok import FlexTok, sample_latents
 from flextok_jax.models.transformer import MODULATIONS, PatchTransformer, mlp_hidden, remat_name
 from flextok_jax.models.vae import sample_posterior
 from flextok_jax.ops import flow, fsq, guidance, nested, posemb
+from flextok_jax.ops import repa as repa_ops
+from flextok_jax.stages import repa
 from flextok_jax.stages.stage import Stage
 from flextok_jax.stages.vae import make_vae
 
@@ -128,6 +130,8 @@ class TokenizerStage(Stage):
     of_samples = ("null_prob", "quantization_dropout", "corruption")  # shares; older weights files lack the last two
     _, self.unquantized, self.corruption = (settings.share(f"tokens.{k}", self.tokens.get(k, 0.0)) for k in of_samples)
     self.flow = config.flow
+    self.projector = repa.make_projector(config, self.model.decoder)
+    self.repa, self.repa_grid = repa.section(config), repa.decoder_grid(config)
     s = config.sampler
     self.sampler = dict(s, mode=s.guidance, fast=self.fast)
     del self.sampler["guidance"]
@@ -138,11 +142,17 @@ class TokenizerStage(Stage):
     frozen = {k: params.pop(k) for k in ("vae",) if k in params}
     return params, frozen
 
+  def init_auxiliary(self, key):
+    """The projector of REPA, which training alone needs: {"repa"}, or {} where REPA is off."""
+    if self.projector is None:
+      return {}, {}
+    return {"repa": self.projector.init(key, jnp.zeros((1, 1, self.model.decoder.width)))["params"]}, {}
+
   def loss_fn(self, params, batch, key, step):
     """Flow-matching loss under nested dropout and condition dropout; also by bucket of kept tokens.
 
     `batch` has image [b, H, W, 3], or in its place latents [b, h, w, 2 c], the VAE's moments as latent shards hold them
-    (data/latent_shards.py).
+    (data/latent_shards.py). With REPA also teacher [b, g * g, d], the teacher's features of the same images.
     """
     del step
     posterior_key, key = jax.random.split(key)
@@ -153,10 +163,10 @@ class TokenizerStage(Stage):
       latents = self.model.scaling_factor * latents
     else:
       latents = self.model.apply({"params": params}, batch["image"], posterior_key, method="encode_latents")
-    return self.latents_loss(params, jax.lax.stop_gradient(latents), key)
+    return self.latents_loss(params, jax.lax.stop_gradient(latents), key, batch.get("teacher"))
 
-  def latents_loss(self, params, latents, key):
-    """The loss of latents [b, h, w, c].
+  def latents_loss(self, params, latents, key, teacher=None):
+    """The loss of latents [b, h, w, c], with REPA also of the teacher's features [b, g * g, d].
 
     Rows are in groups, in each of which the numbers of kept registers are stratified (nested.sample_kept). So the row's
     place bounds its number, and rows of like bounds form a bucket that runs on as few registers as it needs. All groups
@@ -167,7 +177,8 @@ class TokenizerStage(Stage):
     rows = bucket_rows(size, self.bucket_rows)
     by_group = lambda x: jnp.asarray(x).reshape(-1, rows, *x.shape[1:])
     # Which image keeps how much is left to chance: rows are shuffled within the groups, times over the batch.
-    latents = by_group(latents)[:, jax.random.permutation(keys["order"], rows)]
+    order = jax.random.permutation(keys["order"], rows)
+    latents = by_group(latents)[:, order]
     t = flow.sample_t(keys["t"], size, self.flow.t_sampling, self.flow.mode_scale, self.flow.t_shift)
     t = by_group(jax.random.permutation(keys["t_order"], t))
     noise = jax.random.normal(keys["noise"], latents.shape)
@@ -183,7 +194,7 @@ class TokenizerStage(Stage):
     # Much of the decoder's parameters, for one vector a row: read once for all buckets, and their gradient summed once.
     modulations = self.model.apply({"params": params}, t.reshape(-1), method="modulations")
     modulations = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], *t.shape, x.shape[-1]), modulations)
-    losses, saturations = [], []
+    outcomes = []
     for first, end, slots in buckets:
       rows_of = lambda x: x[:, first:end].reshape(-1, *x.shape[2:])  # noqa: B023 called at once
       cut = lambda x: x[..., first:end, :].reshape(*x.shape[:-3], -1, x.shape[-1])  # noqa: B023 called at once
@@ -191,9 +202,9 @@ class TokenizerStage(Stage):
       outcome = self._bucket_loss(
           params, slots, *parts, jax.tree.map(cut, modulations), jax.tree.map(rows_of, disturb)
       )
-      for outputs, values in zip((losses, saturations), outcome):
-        outputs.append(values.reshape(-1, end - first))
-    per_sample, saturation = (jnp.concatenate(x, 1).reshape(-1) for x in (losses, saturations))
+      outcomes.append([x.reshape(-1, end - first, *x.shape[1:]) for x in outcome])
+    joined = (jnp.concatenate(x, 1) for x in zip(*outcomes))
+    per_sample, saturation, *features = (x.reshape(-1, *x.shape[2:]) for x in joined)
     keep_k, drop = keep_k.reshape(-1), drop.reshape(-1)
 
     def where(mask):
@@ -205,7 +216,21 @@ class TokenizerStage(Stage):
       metrics[f"loss_k{high}"] = where(~drop & (keep_k > low) & (keep_k <= high))
       low = high
     metrics["saturation"] = saturation.sum(), jnp.float32(size)
-    return (per_sample + self.tokens.saturation_weight * saturation).mean(), metrics
+    loss = per_sample + self.tokens.saturation_weight * saturation
+    if self.projector is not None:
+      alignment = self._alignment(params, *features, by_group(teacher)[:, order])
+      metrics["repa"] = alignment.sum(), jnp.float32(size)
+      loss = loss + self.repa.weight * alignment
+    return loss.mean(), metrics
+
+  def _alignment(self, params, features, teacher):
+    """REPA's loss of each row: features [b, n, width] of the decoder, the teacher's [..., g * g, d] of the same rows.
+
+    One call for the rows of all buckets: the projector is read once, and its gradient summed once.
+    """
+    teacher = teacher.reshape(-1, *teacher.shape[-2:])
+    teacher = repa_ops.resize_features(jax.lax.stop_gradient(teacher), self.repa_grid, self.repa_grid)
+    return repa_ops.alignment_loss(self.projector.apply({"params": params["repa"]}, features), teacher)
 
   def _sample_disturbance(self, key, shape):
     """(whose quantisation is skipped, bool; ids for every register to corrupt by, see fsq) of rows [groups, rows].
@@ -221,7 +246,11 @@ class TokenizerStage(Stage):
     return skip, ids
 
   def _bucket_loss(self, params, slots: int, latents, t, noise, keep_k, drop, modulations, disturb):
-    """(loss, saturation of the kept registers) of each row, on `slots` registers; 0: no row has a condition."""
+    """Runs the rows of a bucket on `slots` registers; 0: no row has a condition.
+
+    Returns:
+      (loss [b], saturation of the kept registers [b]); with REPA also the patches [b, n, width] after repa.block.
+    """
     apply = functools.partial(self.model.apply, {"params": params})
     batch, levels = latents.shape[0], self.model.levels
     if slots:
@@ -233,8 +262,13 @@ class TokenizerStage(Stage):
       saturation = jnp.where(drop, 0.0, fsq.saturation(z, keep_k))
     else:
       codes, saturation = jnp.zeros((batch, 1, len(levels))), jnp.zeros(batch)
-    velocity = apply(flow.add_noise(latents, noise, t), t, codes, keep_k, drop, modulations, method="velocity")
-    return flow.flow_loss(velocity, latents, noise), saturation
+    velocity = functools.partial(
+        apply, flow.add_noise(latents, noise, t), t, codes, keep_k, drop, modulations, method="velocity"
+    )
+    if self.projector is None:
+      return flow.flow_loss(velocity(), latents, noise), saturation
+    velocity, features = velocity(tap=self.repa.block)
+    return flow.flow_loss(velocity, latents, noise), saturation, features
 
   @property
   def predict_fns(self):

@@ -66,7 +66,10 @@ def line(scalars: Mapping[str, float]) -> str:
 
 
 def update_flops(config: ConfigDict) -> int:
-  """Returns the matrix FLOPs of an update over the global batch, those of the frozen VAE's encoder with them."""
+  """Returns the matrix FLOPs of an update over the global batch, those of the frozen VAE's encoder with them.
+
+  What runs apart from the update does not count: the encoder of texts, the teacher of REPA.
+  """
   batch, parts = config.data.global_batch, config.optim.accumulate_steps
   if config.stage == "ar":
     return flops_ar.ar_train(config, batch)

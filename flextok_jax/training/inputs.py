@@ -1,4 +1,4 @@
-"""What a stage is fed: batches of images, of their latents, or of tokens with the features of their text."""
+"""What a stage is fed: batches of images or latents, with REPA a teacher's features, or of tokens and texts."""
 
 from collections.abc import Callable, Iterator
 import os
@@ -11,7 +11,9 @@ import numpy as np
 from flextok_jax.checkpoints import loading
 from flextok_jax.checkpoints.vae_fingerprint import vae_fingerprint
 from flextok_jax.data import latent_shards, pipeline, shards
+from flextok_jax.stages import repa
 from flextok_jax.training import checkpoint, sharding
+from flextok_jax.training import teacher as teacher_lib
 
 
 def with_tokenizer(config: ConfigDict) -> ConfigDict:
@@ -74,7 +76,8 @@ def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) 
     if config.stage == "ar":
       return shards.train_batches(config, **where)
     if config.stage == "tokenizer" and config.data.latents:
-      return latent_shards.train_batches(config, **where)
+      grid = repa.teacher_grid(config) if repa.section(config) is not None else 0
+      return latent_shards.train_batches(config, **where, teacher_grid=grid)
     return pipeline.train_batches(config.data, image_size=config.image_size, seed=config.seed, **where)
 
   parts = [block(index) for index in blocks]
@@ -83,15 +86,21 @@ def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) 
   return ({name: np.concatenate([row[name] for row in rows]) for name in rows[0]} for rows in zip(*parts))
 
 
-def make_prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable[[dict], dict]:
+def make_prepare(config: ConfigDict, mesh: jax.sharding.Mesh, train: bool = False) -> Callable[[dict], dict]:
   """Returns a function of a batch on the devices that replaces text ids by the features of a frozen T5.
 
   Its encoder computes in config.dtype, outside of the update: neither state nor checkpoints hold it. Everything else
   stays as it is.
 
+  Args:
+    train: batches are trained on, so with REPA they get the features of its teacher (training/teacher.py).
+
   Raises:
-    FileNotFoundError, ValueError: there is no T5 at config.text.path, or it is not that of config.text.features.
+    FileNotFoundError, ValueError: there is no T5 at config.text.path, or it is not that of config.text.features; or as
+      of the teacher.
   """
+  if config.stage == "tokenizer" and train:
+    return teacher_lib.make_teach(config, mesh)
   if config.stage != "ar" or config.ar.condition != "text" or config.text.encoder != "t5":
     return lambda batch: batch
   from flextok_jax.checkpoints.t5 import load_t5  # late: nothing else needs it

@@ -9,6 +9,9 @@ An orthogonalised update (Muon at Adam's root mean square) has all its singular 
 fan-out)), which grow with the root of the width. They ought to stay (Yang, Simon & Bernstein 2023, arXiv 2310.17813,
 condition 1), so there the divisor is that root.
 
+REPA's projector has sizes of its own but for what its first matrix reads, the decoder's width: its updates are divided
+by that as a hidden matrix's are, and not as a readout's, as a cosine undoes any factor of what it reads.
+
 Initialisation is untouched. It is that of table 8 but for the matrices into the width: Xavier's variance, 2 / (fan-in +
 width), falls with the width, where the table keeps it.
 """
@@ -18,8 +21,8 @@ from collections.abc import Callable, Sequence
 import jax
 import optax
 
-# "hidden": a matrix from width to width; "readout": out of the width; "input": into it, from sizes that do not follow
-# it; "vector": biases, norms, embeddings, registers, tables; "vae": the autoencoder, which has no width.
+# "hidden": a matrix from width to width; "readout": out of the width; "input": from sizes that do not follow it, into
+# it or elsewhere; "vector": biases, norms, embeddings, registers, tables; "vae": the autoencoder, which has no width.
 GROUPS = ("hidden", "readout", "input", "vector", "vae")
 
 
@@ -35,6 +38,8 @@ def group(names: Sequence[str]) -> str:
   if names[-1] != "kernel":
     return "vector"
   module = names[-2]
+  if names[0] == "repa":
+    return "hidden" if module == "in" else "input"
   if module == "readout" or (module == "head" and "adaln" not in names):
     return "readout"
   if module in ("patch_embed", "code_embed") or names[0] == "text_mlp" or ("time_embed" in names and module == "in"):
@@ -60,7 +65,7 @@ def scale_gradients(base_width: int) -> optax.GradientTransformation:
     widths = {}
     for path, x in jax.tree.leaves_with_path(updates):
       names = names_of(path)
-      if group(names) == "hidden":
+      if group(names) == "hidden" and names[0] != "repa":  # a cosine's gradients do not fall
         widths[names[0]] = width(names, x.shape)
     factors = {part: widths.get(part, base_width) / base_width for part in updates}
     return {part: jax.tree.map(lambda x, part=part: x * factors[part], tree) for part, tree in updates.items()}
