@@ -365,6 +365,19 @@ def test_a_workdir_belongs_to_one_config(config, tmp_path):
   assert (tmp_path / "a" / "b" / "config.json").read_text() == text
 
 
+def test_a_run_from_before_an_option_goes_on_where_it_is_off(config, tmp_path):
+  old = config.to_dict()
+  del old["repa"], old["discriminator"], old["optim"]["discriminator"], old["tokens"]["corruption"]
+  (tmp_path / "config.json").write_text(json.dumps(old))
+  checkpoint.check_workdir(str(tmp_path), config)
+  for name, overrides in {
+      "tokens.corruption is None there and 0.1 here": dict(tokens=dict(corruption=0.1)),
+      "repa.block is None there": dict(repa=dict(weight=0.5)),
+      "discriminator.channels is None there": dict(discriminator=dict(weight=0.5)),
+  }.items():
+    fails(f"belongs to another config: {name}", checkpoint.check_workdir, str(tmp_path), config_of(**overrides))
+
+
 def test_what_a_resumed_run_may_change(config, tmp_path):
   checkpoint.claim_workdir(str(tmp_path), config)
   changed = config_of(

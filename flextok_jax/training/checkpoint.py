@@ -24,6 +24,8 @@ from flextok_jax.training.state import TrainState
 _FREE = ("train.", "eval.", "sampler.", "mesh.", "remat", "profile_steps", "init_from")
 _FREE_DATA = ("data.num_threads", "data.num_workers", "data.prefetch", "data.max_unreadable")
 FREE_AR = ("ar.loss_chunk", "ar.guidance_scale", "ar.temperature", "ar.top_k", "ar.top_p")
+# Sections that are without effect where a weight is 0, as it is in configs from before there was one.
+_OFF = {"repa.": "repa.weight", **dict.fromkeys(("discriminator.", "optim.discriminator."), "discriminator.weight")}
 _MEASURED = "measured"  # item of a checkpoint: what was measured of the averaged weights
 
 
@@ -34,13 +36,18 @@ def _flat(config: ConfigDict) -> dict:
 def check_workdir(workdir: str, config: ConfigDict):
   """Checks that no run of another config lives in the workdir.
 
+  A field that the run's config does not have yet must be off (0, empty, or of a section that is off).
+
   Raises:
     ValueError: naming the first field that differs.
   """
   if not os.path.exists(os.path.join(workdir, "config.json")):
     return
   old, new = _flat(read_config(workdir)), _flat(config)
+  without = tuple(section for section, weight in _OFF.items() if not old.get(weight) and not new.get(weight))
   for name in sorted(old.keys() | new.keys()):
+    if name not in old and (not new[name] or name.startswith(without)):
+      continue
     if old.get(name) != new.get(name) and not name.startswith(_FREE) and name not in _FREE_DATA + FREE_AR:
       raise ValueError(
           f"workdir {workdir} belongs to another config: {name} is {old.get(name)!r} there and {new.get(name)!r} "
