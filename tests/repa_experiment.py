@@ -31,7 +31,7 @@ from flextok_jax.training.state import init_state, make_update, unbox
 SIZE, PATCH, WIDTH = 32, 4, 96
 SIZES = dict(patch_size=PATCH, grid=SIZE // PATCH, width=WIDTH, depth=4, head_dim=32, mlp_hidden=4 * WIDTH,
              layer_scale=True)
-RUNS = {"without": None, "random teacher": "random", "own teacher": "own"}
+RUNS = {"without": None, "own teacher": "own", "random teacher": "random"}
 STEPS, MEASURED = 120, (40, 80, 120)
 PROBES = {"shapes": 6, "emoji": 13}  # classes: the largest of flat shapes on plain ground; what an emoji shows
 COUNT = 600  # images of a probe, a third of which is for the test
@@ -232,9 +232,8 @@ def plot(folder: Path):
   from matplotlib import pyplot as plt
 
   columns = {"loss_synthetic": "flow loss, held-out scenes", "loss_emoji": "flow loss, held-out emoji",
-             "shapes_block_2": "probe of block 2: shapes", "emoji_block_2": "probe of block 2: emoji",
-             "emoji_registers": "probe of the registers: emoji"}
-  figure, axes = plt.subplots(1, len(columns), figsize=(18, 3.4))
+             "shapes_block_2": "probe of block 2, shapes", "emoji_registers": "probe of the registers, emoji"}
+  figure, axes = plt.subplots(1, len(columns), figsize=(14, 3.2))
   found = {name: json.loads((folder / f"{name.replace(' ', '_')}.json").read_text()) for name in RUNS}
   for axis, (column, title) in zip(axes, columns.items()):
     for name, rows in found.items():

@@ -352,6 +352,26 @@ def test_compiled_ahead_of_time_without_a_teachers_files():
     assert job.lower().out_info is not None
 
 
+def test_the_benchmarks_job(monkeypatch):
+  """Three ways turn by turn, whose states share what they have in common; FLOPs by way."""
+  config = config_of(fast=False)
+  with pytest.raises(ValueError, match="repa.features 32 is the width of no DINOv2: they have 384, 768, 1024, 1536"):
+    benchmark_repa.check(config)
+  with pytest.raises(ValueError, match="the job 'repa' needs REPA: give --config.repa.weight=1"):
+    benchmark_repa.check(config_of(dict(weight=0.0)))
+  sizes = dict(patch_size=14, grid=4, width=FEATURES, depth=1, head_dim=16, mlp_hidden=32)
+  monkeypatch.setattr(benchmark_repa, "teacher_sizes", lambda width: sizes)
+  rows = benchmark_repa.Benchmark(config, ("plain",), 2, True).run("repa", None, 2, 100.0)
+  assert [(row.path, len(row.seconds)) for row in rows] == [(way, 2) for way in benchmark_repa.WAYS]
+  off, ready, in_step = (row.flops for row in rows)
+  assert (ready - off, in_step - ready) == (6 * flops.projector(config), 2 * flops.vit(sizes, GRID))
+  assert rows[1].program == rows[2].program != rows[0].program
+  costs = benchmark_repa.costs(rows)
+  assert [cost["path"] for cost in costs] == ["features", "teacher"]
+  assert all(cost["min"] <= cost["max"] and cost["rounds"] == 2 for cost in costs)
+  assert costs[0]["flops_over_off"] == ready / off
+
+
 def test_the_papers_configs_have_it():
   for name in ("flextok_d12_d12_in1k", "flextok_d18_d18_in1k", "flextok_d18_d28_in1k", "flextok_d18_d28_dfn"):
     c = parse(name)
