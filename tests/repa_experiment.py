@@ -32,7 +32,7 @@ SIZE, PATCH, WIDTH = 32, 4, 96
 SIZES = dict(patch_size=PATCH, grid=SIZE // PATCH, width=WIDTH, depth=4, head_dim=32, mlp_hidden=4 * WIDTH,
              layer_scale=True)
 RUNS = {"without": None, "own teacher": "own", "random teacher": "random"}
-STEPS, MEASURED = 120, (40, 80, 120)
+STEPS, MEASURED = 240, (40, 80, 120, 160, 200, 240)
 PROBES = {"shapes": 6, "emoji": 13}  # classes: the largest of flat shapes on plain ground; what an emoji shows
 COUNT = 600  # images of a probe, a third of which is for the test
 
