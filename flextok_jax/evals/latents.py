@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from flextok_jax.training.sharding import place
+
 
 class ScalingFactor:
   """Measures one over the deviation of a VAE's latents, over all their values, samples of the posterior.
@@ -42,7 +44,7 @@ class ScalingFactor:
       for start in range(0, len(images), self._batch_size):
         rows = images[start : start + self._batch_size]
         padded = np.pad(rows, ((0, self._batch_size - len(rows)), (0, 0), (0, 0), (0, 0)), mode="edge")
-        found = jax.device_get(self._moments(params, jax.device_put(padded, self._sharding)))
+        found = jax.device_get(self._moments(params, place(padded, self._sharding)))
         sums += np.asarray(found, np.float64)[:, : len(rows)].sum(1)
         count += len(rows)
     mean, square = sums / count
