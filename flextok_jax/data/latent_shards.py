@@ -6,7 +6,6 @@ config.vae.scaling_factor: its mean and its log-variance, one after the other al
 """
 
 import grain
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -19,11 +18,10 @@ _OTHER = "write latents with that one (python -m flextok_jax.tokenize --what=lat
 
 def pack(record: dict) -> bytes:
   """Returns the bytes of a record: {"moments" [h, w, 2 c], "label", "num_objects": int, "captions": list of str}."""
-  moments = np.asarray(record["moments"])
-  return shard_files.pack([moments.astype(moments.dtype.newbyteorder("<")).tobytes()], record)
+  return shard_files.pack_array(record["moments"], record)
 
 
-class Shards(shard_files.ShardFiles):
+class Shards(shard_files.ArrayShards):
   """The records of a split at random access: shards[i] -> what pack takes.
 
   Attributes:
@@ -34,15 +32,7 @@ class Shards(shard_files.ShardFiles):
     FileNotFoundError, ValueError: as ShardFiles.
   """
 
-  WHAT = WHAT
-  FIELDS = ("fingerprint", "dtype", "shape", "image_size")
-
-  def parse(self, data: bytes) -> dict:
-    content, facts = shard_files.unpack(data, "latent")
-    if len(content) != 1 or not isinstance(content[0], bytes):
-      raise ValueError("no latent record")
-    moments = np.frombuffer(content[0], jnp.dtype(self.meta["dtype"]))
-    return {"moments": moments.reshape(self.meta["shape"]), **facts}
+  WHAT, NAME, KIND = WHAT, "moments", "latent"
 
 
 def check_shards(meta: dict, config: ConfigDict, fingerprint: str | None = None):

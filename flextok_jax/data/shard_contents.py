@@ -83,53 +83,50 @@ class Tokens(_Encoded):
       yield shards.pack({**element, "ids": row, "length": length})
 
 
-class Latents(_Encoded):
-  """Moments of a VAE's posterior: encode gives them, [batch_size, h, w, 2 c], in the type to store.
+class _Arrays(_Encoded):
+  """Arrays of one shape and type: encode gives them, [batch_size, *shape], in the type to store.
 
-  Args:
-    vae: {"fingerprint", "compute_dtype", "image_size", "shape": [h, w, 2 c], "dtype": one of latent_shards.DTYPES}.
+  A subclass has maker and name, which errors tell, and pack, of a record as its kind of shards has it.
   """
 
-  what = latent_shards.WHAT
-  meta = ("fingerprint", "image_size", "shape", "dtype")
+  maker = name = ""
 
-  def __init__(self, encode: Callable, vae: dict, batch_size: int):
-    super().__init__(encode, vae["image_size"], batch_size)
-    self.plan = vae
+  def __init__(self, encode: Callable, plan: dict, batch_size: int):
+    super().__init__(encode, plan["image_size"], batch_size)
+    self.plan = plan
 
   def rows(self, elements: list[dict], encoded) -> Iterator[bytes]:
-    moments = np.asarray(encoded)[: len(elements)]
-    shape, dtype = list(moments.shape[1:]), str(moments.dtype)
+    arrays = np.asarray(encoded)[: len(elements)]
+    shape, dtype = list(arrays.shape[1:]), str(arrays.dtype)
     if shape != self.plan["shape"] or dtype != self.plan["dtype"]:
-      raise ValueError(f"the VAE gave {dtype} {shape}, not {self.plan['dtype']} {self.plan['shape']}")
-    if not np.isfinite(moments.astype(jnp.float32)).all():
-      raise ValueError(f"the VAE gave moments that {dtype} cannot hold: give --dtype=bfloat16, or look at the VAE")
-    for row, element in zip(moments, elements):
-      yield latent_shards.pack({**element, "moments": row})
+      raise ValueError(f"{self.maker} gave {dtype} {shape}, not {self.plan['dtype']} {self.plan['shape']}")
+    if not np.isfinite(arrays.astype(jnp.float32)).all():
+      raise ValueError(f"{self.maker} gave {self.name} that {dtype} cannot hold: give --dtype=bfloat16, or look at "
+                       f"{self.maker}")
+    for row, element in zip(arrays, elements):
+      yield self.pack({**element, self.name: row})
 
 
-class Features(_Encoded):
-  """Features of a teacher's patches: encode gives them, [batch_size, n, d], in the type to store.
+class Latents(_Arrays):
+  """Moments of a VAE's posterior, [h, w, 2 c].
 
-  Args:
-    teacher: {"fingerprint", "teacher", "compute_dtype", "image_size", "shape": [n, d], "dtype": one of
-      latent_shards.DTYPES}.
+  The plan has {"fingerprint", "compute_dtype", "image_size", "shape", "dtype": one of latent_shards.DTYPES}.
   """
 
-  what = teacher_shards.WHAT
+  what, maker, name = latent_shards.WHAT, "the VAE", "moments"
+  meta = ("fingerprint", "image_size", "shape", "dtype")
+  pack = staticmethod(latent_shards.pack)
+
+
+class Features(_Arrays):
+  """Features of a teacher's patches, [n, d].
+
+  The plan has {"fingerprint", "teacher", "compute_dtype", "image_size", "shape", "dtype": one of latent_shards.DTYPES}.
+  """
+
+  what, maker, name = teacher_shards.WHAT, "the teacher", "features"
   meta = ("fingerprint", "teacher", "image_size", "shape", "dtype")
-
-  def __init__(self, encode: Callable, teacher: dict, batch_size: int):
-    super().__init__(encode, teacher["image_size"], batch_size)
-    self.plan = teacher
-
-  def rows(self, elements: list[dict], encoded) -> Iterator[bytes]:
-    features = np.asarray(encoded)[: len(elements)]
-    if not np.isfinite(features.astype(jnp.float32)).all():
-      raise ValueError(f"the teacher gave features that {features.dtype} cannot hold: give --dtype=bfloat16, or look "
-                       "at the teacher")
-    for row, element in zip(features, elements):
-      yield teacher_shards.pack({**element, "features": row})
+  pack = staticmethod(teacher_shards.pack)
 
 
 class Pictures:

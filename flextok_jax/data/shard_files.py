@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import grain
+import jax.numpy as jnp
 import msgpack
 import numpy as np
 
@@ -26,6 +27,12 @@ def pack(content: list, record: dict) -> bytes:
   """Returns the bytes of a record: the MessagePack array of its content and its label, num_objects and captions."""
   facts = int(record["label"]), int(record["num_objects"]), list(record["captions"])
   return msgpack.packb([*content, *facts], unicode_errors="replace")  # lone surrogates
+
+
+def pack_array(array: np.ndarray, record: dict) -> bytes:
+  """Returns the bytes of a record whose content is an array, little endian: see ArrayShards."""
+  array = np.asarray(array)
+  return pack([array.astype(array.dtype.newbyteorder("<")).tobytes()], record)
 
 
 def unpack(data: bytes, kind: str) -> tuple[list, dict]:
@@ -131,3 +138,21 @@ class ShardFiles:
 
   def __repr__(self) -> str:
     return f"{type(self).__name__}({self._folder})"
+
+
+class ArrayShards(ShardFiles):
+  """Records of an array each, all of one shape and type: shards[i] -> {NAME: array, and the facts of unpack}.
+
+  A subclass has NAME, and KIND, what a record is called. meta.json has the array's dtype and shape, and also the
+  fingerprint of the model that made it and the image_size.
+  """
+
+  NAME = KIND = ""
+  FIELDS = ("fingerprint", "dtype", "shape", "image_size")
+
+  def parse(self, data: bytes) -> dict:
+    content, facts = unpack(data, self.KIND)
+    if len(content) != 1 or not isinstance(content[0], bytes):
+      raise ValueError(f"no {self.KIND} record")
+    array = np.frombuffer(content[0], jnp.dtype(self.meta["dtype"]))
+    return {self.NAME: array.reshape(self.meta["shape"]), **facts}

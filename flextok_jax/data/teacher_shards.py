@@ -5,9 +5,7 @@ num_objects, captions]; the copies of an image stand together. The features are 
 row. Shards of one config and as many copies have record i of the same crop, whatever they hold.
 """
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
-import numpy as np
 
 from flextok_jax.data import shard_files
 
@@ -18,11 +16,10 @@ _AGAIN = "write both (python -m flextok_jax.tokenize --what=latents and --what=d
 
 def pack(record: dict) -> bytes:
   """Returns the bytes of a record: {"features" [n, d], "label", "num_objects": int, "captions": list of str}."""
-  features = np.asarray(record["features"])
-  return shard_files.pack([features.astype(features.dtype.newbyteorder("<")).tobytes()], record)
+  return shard_files.pack_array(record["features"], record)
 
 
-class Shards(shard_files.ShardFiles):
+class Shards(shard_files.ArrayShards):
   """The records of a split at random access: shards[i] -> what pack takes.
 
   Attributes:
@@ -33,15 +30,7 @@ class Shards(shard_files.ShardFiles):
     FileNotFoundError, ValueError: as ShardFiles.
   """
 
-  WHAT = WHAT
-  FIELDS = ("fingerprint", "dtype", "shape", "image_size")
-
-  def parse(self, data: bytes) -> dict:
-    content, facts = shard_files.unpack(data, "teacher")
-    if len(content) != 1 or not isinstance(content[0], bytes):
-      raise ValueError("no teacher record")
-    features = np.frombuffer(content[0], jnp.dtype(self.meta["dtype"]))
-    return {"features": features.reshape(self.meta["shape"]), **facts}
+  WHAT, NAME, KIND = WHAT, "features", "teacher"
 
 
 class Beside:
