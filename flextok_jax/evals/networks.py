@@ -70,11 +70,19 @@ def lpips(folder: str | None, net: str) -> Partial:
     ValueError: the file is of another net.
   """
   name = f"lpips_{net}"
-  path = find(folder, name, name)
-  there, params = load_lpips(path, path_in(folder, f"{name}_heads"))
+  return _partial(LPIPS(net).apply, read_lpips(find(folder, name, name), folder, net))
+
+
+def read_lpips(path: str, folder: str, net: str) -> dict:
+  """Returns the parameters of LPIPS from the file at `path` in a folder, and its heads where they are apart.
+
+  Raises:
+    ValueError: the file is of another net than `net`.
+  """
+  there, params = load_lpips(path, path_in(folder, f"lpips_{net}_heads"))
   if there != net:
     raise ValueError(f"{path} has the weights of {there!r}, not of {net!r}")
-  return _partial(LPIPS(net).apply, params)
+  return params
 
 
 def dreamsim(folder: str | None) -> Partial:

@@ -97,18 +97,14 @@ class VAEStage(Stage):
     """
     if not self.lpips:
       return {}
-    from flextok_jax.checkpoints.lpips import load_lpips  # late: training alone needs them
-    from flextok_jax.evals import networks
+    from flextok_jax.evals import networks  # late: training alone needs them
 
     folder, name = self.loss_weights.lpips, f"lpips_{_LPIPS_NET}"
     path = networks.path_in(folder, name) if folder else None
     if path is None:
       where = f"{folder} has no {name}: put there" if folder else f"give vae_loss.lpips=DIR, a folder with {name}:"
       raise ValueError(f"vae_loss.lpips_weight={self.lpips_weight:g} needs LPIPS; {where} {networks.SOURCES[name]}")
-    net, params = load_lpips(path, networks.path_in(folder, f"{name}_heads"))
-    if net != _LPIPS_NET:
-      raise ValueError(f"{path} has the weights of {net!r}, not of {_LPIPS_NET!r}")
-    return {"lpips": params}
+    return {"lpips": networks.read_lpips(path, folder, _LPIPS_NET)}
 
   def _images(self):
     return jnp.zeros((1, self.image_size, self.image_size, 3))
