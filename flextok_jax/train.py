@@ -102,7 +102,7 @@ def train(config, workdir: str):
         f"stage {config.stage}: {count / 1e6:.1f}M trained parameters, {mesh.size} devices, steps {first}..{last}"
     )
 
-    pending, mark = None, (time.monotonic(), first)
+    pending, measured, mark = None, None, (time.monotonic(), first)
     with (
         distributed.preemption() as preempted,
         contextlib.closing(writer),
@@ -130,7 +130,8 @@ def train(config, workdir: str):
           pending, mark = None, (time.monotonic(), step)
         if stop or save:
           with spent.spending("save"):
-            checkpoints.save(state, measure(state.joined(average=True)))
+            measured = measure(state.joined(average=True))
+            checkpoints.save(state, measured)
         if stop:
           distributed.say(f"stopped by a signal at step {step}; rerun the same command to go on")
           return
@@ -146,7 +147,8 @@ def train(config, workdir: str):
         return
       _evaluate(evaluator, state, int(state.step), workdir, writer)
       extra = {_STEP: str(int(state.step))}
-      measured = measure(state.joined(average=True))
+      if measured is None:  # else it is that of the last step, saved just now
+        measured = measure(state.joined(average=True))
       told = "".join(f"; {name}={value:.5g} was measured" for name, value in measured.items())
       weights = distributed.fetched({k: v for k, v in state.joined(average=True).items() if k in parts})
       if distributed.is_first():
