@@ -5,7 +5,7 @@ The files configs/ar_SIZE.py name the sizes. All train on token shards (python -
 AdamW at 3e-4 in batches of 1,024 sequences.
 """
 
-from configs import common
+from flextok_jax import config as common
 
 CLASS = {  # name: blocks of 12 width^2; width = 64 * depth [paper]
     "49m": 10,

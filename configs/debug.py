@@ -1,6 +1,6 @@
 """Trains in seconds anywhere: for tests, and to try a change of the loop."""
 
-from configs import common
+from flextok_jax import config as common
 
 
 def get_config():

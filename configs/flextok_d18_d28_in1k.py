@@ -8,7 +8,7 @@ REPA's teacher, DINOv2-L, comes from the Hugging Face hub, or is a folder at --c
 --config.repa.weight=0 (docs/repa.md).
 """
 
-from configs import common
+from flextok_jax import config as common
 
 
 def get_config():

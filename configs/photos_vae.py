@@ -7,7 +7,7 @@ The first run is by L1 alone. From its weights those of the sweep go on, with a 
 many steps on the same images. docs/vae.md has what came out.
 """
 
-from configs import common
+from flextok_jax import config as common
 
 
 def get_config(arg: str = ""):

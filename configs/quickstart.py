@@ -8,7 +8,7 @@ then quickstart.py from its weights (config.init_from). quickstart.py:scratch is
 machine has: the same model, without emoji.
 """
 
-from configs import common
+from flextok_jax import config as common
 
 
 def get_config(arg: str = ""):

@@ -4,7 +4,7 @@ shapes_ar.py:text is conditioned on captions, by a byte-level text encoder train
 by itself, trained on shards with lengths (python -m flextok_jax.tokenize --quality).
 """
 
-from configs import common
+from flextok_jax import config as common
 
 
 def get_config(arg: str = ""):

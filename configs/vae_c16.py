@@ -7,7 +7,7 @@ LPIPSWithDiscriminator, which SDXL's and so FlexTok's VAE goes back to; the reco
 [ours], with the reason where it is another.
 """
 
-from configs import common
+from flextok_jax import config as common
 
 
 def get_config():

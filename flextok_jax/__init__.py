@@ -7,11 +7,11 @@ __all__ = ["ARGenerator", "FlexTok", "__version__", "load", "load_ar"]
 def __getattr__(name: str):
   # Imported at the first use: commands set up jax before it starts.
   if name in ("FlexTok", "load"):
-    from flextok_jax import api
+    from flextok_jax.inference import tokenizer as api
 
     return getattr(api, name)
   if name in ("ARGenerator", "load_ar"):
-    from flextok_jax import generation
+    from flextok_jax.inference import generator as generation
 
     return getattr(generation, name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

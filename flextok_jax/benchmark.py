@@ -12,7 +12,7 @@ the job's dtype. XLA's own count stands beside: it has elementwise work too, but
 tokens) only once, and nothing of other libraries' kernels.
 
 Job "repa" is the step of "train" on latents without REPA, with it, and with its teacher in the step
-(flextok_jax/benchmark_repa.py).
+(flextok_jax/tools/benchmark/repa.py).
 
 Job "ar" draws token ids with the guidance of config.ar. A round also calls the fast program for 1 token and for one,
 two and three quarters of them; the differences say what a token of each span costs, whatever a call costs before the
@@ -31,9 +31,12 @@ from absl import flags
 import jax
 from ml_collections import ConfigDict, config_flags
 
-from flextok_jax import benchmark_ar, benchmark_repa, cli, files, timing
-from flextok_jax.benchmark_jobs import PATHS, Compute, Row
+from flextok_jax import cli
+from flextok_jax.core import files, timing
 from flextok_jax.evals import reconstruction
+from flextok_jax.tools.benchmark import generator as benchmark_ar
+from flextok_jax.tools.benchmark import repa as benchmark_repa
+from flextok_jax.tools.benchmark.jobs import PATHS, Compute, Row
 
 JOBS = ("tokenize", "detokenize", "vae", "ar", "train", "repa")  # in the order in which they run
 

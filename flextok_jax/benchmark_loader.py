@@ -30,8 +30,10 @@ from ml_collections import ConfigDict, config_flags
 import numpy as np
 from PIL import Image
 
-from flextok_jax import cli, files, timing
-from flextok_jax.data import photos, pipeline, transforms
+from flextok_jax import cli
+from flextok_jax.core import files, timing
+from flextok_jax.data import pipeline, transforms
+from flextok_jax.data.sources import photos
 from flextok_jax.stages import make_stage
 from flextok_jax.training import optim
 from flextok_jax.training.state import init_state, make_update, unbox

@@ -10,7 +10,7 @@ from typing import Any
 from absl import app, flags, logging
 import jax
 
-from flextok_jax.training import distributed
+from flextok_jax.parallel import processes
 
 _EXPECTED = (ValueError, OSError)
 
@@ -28,7 +28,7 @@ def _parse(argv: list[str], arguments: Sequence[str]) -> list[str]:
       flags.FLAGS.config.keys()  # a missing file shows itself at the first access
   except (AttributeError, KeyError) as e:
     overrides = [arg for arg in argv if arg.startswith("--config.")]
-    _fail(e, f"unknown config key among {' '.join(overrides)} ({e}): all keys stand in configs/common.py")
+    _fail(e, f"unknown config key among {' '.join(overrides)} ({e}): all keys stand in flextok_jax/config.py")
   except Exception as e:  # whatever is wrong with a config file
     _fail(e)
   if not flags.FLAGS["verbosity"].present:
@@ -69,16 +69,16 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
 def run(main: Callable[..., None], arguments: Sequence[str] = ()):
   """Parses the flags and calls main(*arguments); bad input ends with a line on stderr and exit code 1.
 
-  Where several processes run the command together, as the environment says (training/distributed.py), they join first.
+  Where several processes run the command together, as the environment says (parallel/processes.py), they join first.
 
   `arguments` names what stands on the command line besides flags; none of it may be left out.
   """
 
   def call(argv):
     _keep_compiled()
-    with distributed.failing_at_once():
+    with processes.failing_at_once():
       try:
-        distributed.initialize()
+        processes.initialize()
         main(*argv[1:])
       except _EXPECTED as e:
         _fail(e)

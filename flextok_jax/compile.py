@@ -24,10 +24,13 @@ import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
-from flextok_jax import accelerators, cli, compile_report, compile_search, files
-from flextok_jax.compile_jobs import STAGES, make_job
+from flextok_jax import cli
+from flextok_jax.core import accelerators, files
 from flextok_jax.ops import attention
-from flextok_jax.training import sharding
+from flextok_jax.parallel import sharding
+from flextok_jax.tools.compile import report as compile_report
+from flextok_jax.tools.compile import search as compile_search
+from flextok_jax.tools.compile.jobs import STAGES, make_job
 
 _DEFAULT_BATCH = 16  # images a device where neither the flag nor a config says it
 _ENVIRONMENT = {
@@ -130,7 +133,7 @@ def compile_job(
   """
   accelerator = accelerators.known(devices[0])
   if accelerator is None:
-    raise ValueError(f"no figures of {devices[0].device_kind!r} in flextok_jax/accelerators.py: add them there")
+    raise ValueError(f"no figures of {devices[0].device_kind!r} in flextok_jax/core/accelerators.py: add them there")
   mesh = sharding.make_mesh(config.mesh, devices)
   with jax.default_device(devices[0]):  # where attention asks whether it can run
     job = make_job(config, job_name, mesh, batch, num_tokens)

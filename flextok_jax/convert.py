@@ -18,10 +18,15 @@ from flax.traverse_util import flatten_dict
 import jax
 import numpy as np
 
-from flextok_jax import api, cli, files, generation
-from flextok_jax.checkpoints import loading, saving
-from flextok_jax.data import photos, transforms
-from flextok_jax.evals import metrics, plots
+from flextok_jax import cli
+from flextok_jax.core import files
+from flextok_jax.data import transforms
+from flextok_jax.data.sources import photos
+from flextok_jax.evals import plots
+from flextok_jax.evals.metrics import image as metrics
+from flextok_jax.inference import generator as generation
+from flextok_jax.inference import tokenizer as api
+from flextok_jax.weights import loading, saving
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):

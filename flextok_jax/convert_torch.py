@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flextok_jax import cli
-from flextok_jax.checkpoints import tensor_file
+from flextok_jax.core import tensor_file
 
 
 def main(source: str, target: str):

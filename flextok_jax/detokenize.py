@@ -15,12 +15,14 @@ from absl import flags
 import jax
 import numpy as np
 
-from flextok_jax import cli, files
-from flextok_jax.checkpoints import loading
-from flextok_jax.evals import metrics, plots, reconstruction
+from flextok_jax import cli
+from flextok_jax.core import files
+from flextok_jax.evals import plots, reconstruction
+from flextok_jax.evals.metrics import image as metrics
 from flextok_jax.ops import fsq, nested
 from flextok_jax.ops import guidance as guidance_lib
 from flextok_jax.stages import make_stage
+from flextok_jax.weights import loading
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):

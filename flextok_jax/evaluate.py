@@ -17,13 +17,17 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from flextok_jax import cli, evaluate_samples, settings
-from flextok_jax.checkpoints import loading
-from flextok_jax.evals import generation, measures, networks, progress, reconstruction, token_loss
+from flextok_jax import cli, evaluate_samples
+from flextok_jax.core import settings
+from flextok_jax.evals import generation, progress, reconstruction, token_loss
 from flextok_jax.evals.make import make_evaluator
-from flextok_jax.evals.metrics import METRICS as PLAIN
+from flextok_jax.evals.metrics import measures
+from flextok_jax.evals.metrics.image import METRICS as PLAIN
+from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages import make_stage
-from flextok_jax.training import checkpoint, distributed, inputs, sharding
+from flextok_jax.training import checkpoint, inputs
+from flextok_jax.weights import loading
+from flextok_jax.weights.perception import networks
 
 MODEL_FIELDS = ("stage", "image_size", "vae", "encoder", "decoder", "tokens", "ar", "text")
 RFID = "rfid"
@@ -73,7 +77,7 @@ def main(values: flags.FlagValues):
     report, conditions, kept = evaluate_samples.evaluate(values, out)
   else:
     report, conditions, kept = _evaluate(values, out)
-  if not distributed.is_first():
+  if not processes.is_first():
     return
   paths = report.write(out, conditions)
   with open(out / "eval.jsonl", "a") as f:
@@ -156,7 +160,7 @@ def evaluate(
 
   Args:
     metrics: of measures.NAMES, and "rfid"; (): psnr, ssim, mae.
-    weights: folder with the weights of networks, see evals/networks.py.
+    weights: folder with the weights of networks, see weights/perception/networks.py.
     kept: what an earlier call left behind.
 
   Raises:

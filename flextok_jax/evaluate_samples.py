@@ -15,11 +15,13 @@ import jax
 import numpy as np
 
 from flextok_jax import cli, sample
-from flextok_jax import generation as generators
 from flextok_jax.data import pipeline
-from flextok_jax.evals import generation, networks, progress, reconstruction, reference
+from flextok_jax.evals import generation, progress, reconstruction
+from flextok_jax.evals.metrics import reference
+from flextok_jax.inference import generator as generators
+from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages import make_stage
-from flextok_jax.training import distributed, sharding
+from flextok_jax.weights.perception import networks
 
 _NUM_IMAGES = 50_000  # that the field reports
 _BATCH_SIZE = 64
@@ -74,7 +76,7 @@ def evaluate(
     for metric, layer in (("gfid", "pool"), ("sfid", "spatial"), ("fid_infinity", "pool")):
       if metric in names and layer not in compared.gaussians:
         raise ValueError(f"--metrics={metric}: {values.reference} has no statistics of these features")
-    if values.save_reference and distributed.is_first():
+    if values.save_reference and processes.is_first():
       reference.save(values.save_reference, compared)
 
   seed = values.seed or 0

@@ -4,14 +4,15 @@ A product [m, k] x [k, n] counts 2 m k n; a convolution 2 for each pair of an ou
 products with padding left out. Left out too is all elementwise work (norms, activations, softmax, modulation, FSQ,
 optimiser), a few percent of models of usable size, and what a fused attention kernel computes twice. Every function
 mirrors the path that runs, plain or fast: so these are FLOPs executed, and the fast path has fewer. Arguments are a
-config (configs/common.py) or a section of it, and whole numbers; results are whole numbers.
+config (flextok_jax/config.py) or a section of it, and whole numbers; results are whole numbers.
 """
 
 from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from flextok_jax.models import flextok, lpips
+from flextok_jax.models.perception import lpips
+from flextok_jax.models.tokenizer import flextok
 from flextok_jax.models.transformer import mlp_hidden, remat_name
 from flextok_jax.ops import guidance, nested
 from flextok_jax.stages import repa
@@ -170,7 +171,7 @@ def projector(config: ConfigDict) -> int:
 
 
 def vit(sizes: Mapping, grid: int) -> int:
-  """A vision transformer (models/vit.py) of these sizes, without a head, for one image of grid x grid patches.
+  """A vision transformer (models/perception/vit.py) of these sizes, without a head, for one image of grid x grid patches.
 
   Of n tokens, d the width: 8 n d^2 and 4 n^2 d of attention, and the MLP's two or three products, in every block.
   """

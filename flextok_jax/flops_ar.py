@@ -5,7 +5,7 @@ import numpy as np
 
 from flextok_jax import flops
 from flextok_jax.flops import linear
-from flextok_jax.models.ar_sampling import PLAIN_CHUNK, slots
+from flextok_jax.models.ar.sampling import PLAIN_CHUNK, slots
 from flextok_jax.models.transformer import remat_name
 from flextok_jax.stages.ar import mlp_hidden
 

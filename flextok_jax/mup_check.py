@@ -25,8 +25,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-from flextok_jax import cli, files, settings, stages
-from flextok_jax.training import inputs, optim, sharding
+from flextok_jax import cli, stages
+from flextok_jax.core import files, settings
+from flextok_jax.parallel import sharding
+from flextok_jax.training import inputs, optim
 from flextok_jax.training.state import init_state, make_update, unbox
 
 KINDS = ("standard", "mup")

@@ -25,12 +25,14 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from flextok_jax import cli, detokenize, files, generation, tokenize
-from flextok_jax.checkpoints import fingerprint, loading
+from flextok_jax import cli, detokenize, tokenize
+from flextok_jax.core import files
 from flextok_jax.data import transforms
 from flextok_jax.evals import plots, reconstruction
+from flextok_jax.inference import generator as generation
 from flextok_jax.ops import fsq, guidance, nested
 from flextok_jax.stages import make_stage
+from flextok_jax.weights import fingerprint, loading
 
 _NAME_LENGTH = 40  # characters of a prompt in a file's name
 

@@ -22,17 +22,21 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from flextok_jax import cli, detokenize, evaluate, evaluate_samples, generation, sample
-from flextok_jax.checkpoints import loading
+from flextok_jax import cli, detokenize, evaluate, evaluate_samples, sample
 from flextok_jax.data import pipeline
-from flextok_jax.evals import batches, halting, measures, networks, progress, reconstruction, reference, report
+from flextok_jax.evals import batches, progress, reconstruction, report
 from flextok_jax.evals import generation as generation_metrics
-from flextok_jax.evals import sampling as sampling_study
-from flextok_jax.evals import tokens as tokens_study
-from flextok_jax.evals import variation as variation_study
+from flextok_jax.evals.metrics import measures, reference
+from flextok_jax.evals.studies import halting
+from flextok_jax.evals.studies import sampling as sampling_study
+from flextok_jax.evals.studies import tokens as tokens_study
+from flextok_jax.evals.studies import variation as variation_study
+from flextok_jax.inference import generator as generation
 from flextok_jax.ops import guidance
+from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
-from flextok_jax.training import sharding
+from flextok_jax.weights import loading
+from flextok_jax.weights.perception import networks
 
 JUDGES = ("gfid", "sfid", "precision", "recall")
 _SWEPT = {"temperatures": ("temperature", float), "top_ks": ("top_k", int), "top_ps": ("top_p", float),

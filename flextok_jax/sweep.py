@@ -25,8 +25,10 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from flextok_jax import cli, files
-from flextok_jax.evals import figures, measures, report
+from flextok_jax import cli
+from flextok_jax.core import files
+from flextok_jax.evals import figures, report
+from flextok_jax.evals.metrics import measures
 from flextok_jax.training import checkpoint
 
 _POINTS = 40  # of a curve over steps at most

@@ -26,17 +26,22 @@ from jax.sharding import AxisType
 from ml_collections import config_flags
 import numpy as np
 
-from flextok_jax import cli, detokenize, files
-from flextok_jax.checkpoints import loading
-from flextok_jax.checkpoints.fingerprint import fingerprint
-from flextok_jax.checkpoints.vae_fingerprint import vae_fingerprint
-from flextok_jax.data import latent_shards, shard_contents, shard_writer, transforms
+from flextok_jax import cli, detokenize
+from flextok_jax.core import files
+from flextok_jax.data import transforms
+from flextok_jax.data.shards import contents as shard_contents
+from flextok_jax.data.shards import latents as latent_shards
+from flextok_jax.data.shards import writer as shard_writer
 from flextok_jax.evals import reconstruction
-from flextok_jax.models.flextok import to_float
+from flextok_jax.models.tokenizer.flextok import to_float
 from flextok_jax.ops import fsq, guidance, nested
+from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage, repa
 from flextok_jax.stages.vae import make_vae
-from flextok_jax.training import sharding, teacher
+from flextok_jax.training import teacher
+from flextok_jax.weights import loading
+from flextok_jax.weights.fingerprint import fingerprint
+from flextok_jax.weights.vae_fingerprint import vae_fingerprint
 
 WHAT = ("tokens", "latents", "dino", "images")
 _OF_LENGTHS = ("metric", "decoder_steps", "decoder_guidance")  # flags that need --quality
@@ -136,7 +141,7 @@ def _tokens(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents
   params = jax.device_put(params, sharding.replicated(mesh))
   lengths_fn = None
   if values.quality is not None:
-    from flextok_jax import adaptive  # late: only lengths need it
+    from flextok_jax.inference import adaptive  # late: only lengths need it
     config = detokenize.with_sampler(config, values.decoder_steps, values.decoder_guidance, None)
     lengths_fn = adaptive.make_lengths_fn(config, params, values.quality, values.metric)
     tokenizer["sampler"] = config.sampler.to_dict()

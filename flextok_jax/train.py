@@ -13,12 +13,14 @@ import jax
 from ml_collections import config_flags
 import safetensors
 
-from flextok_jax import cli, settings, stages
-from flextok_jax.checkpoints import loading, saving
+from flextok_jax import cli, stages
+from flextok_jax.core import settings
 from flextok_jax.evals.make import make_evaluator, make_measure
-from flextok_jax.training import checkpoint, distributed, goodput, inputs, optim, sharding
+from flextok_jax.parallel import processes, sharding
+from flextok_jax.training import checkpoint, goodput, inputs, optim
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training.state import init_state, make_update, unbox
+from flextok_jax.weights import loading, saving
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and pictures; made if missing.")
@@ -29,7 +31,7 @@ _STEP = "flextok_jax.step"  # metadata entry of weights.safetensors: the step wh
 def train(config, workdir: str):
   """Runs config in workdir until config.train.num_steps, resuming what is there.
 
-  Where several processes run it (training/distributed.py), all do the same; the first one writes and prints.
+  Where several processes run it (parallel/processes.py), all do the same; the first one writes and prints.
 
   Raises:
     FileNotFoundError: nothing at config.init_from.
@@ -46,7 +48,7 @@ def train(config, workdir: str):
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.data.global_batch, config.optim.accumulate_steps, mesh)
   for line in optim.check(config):
-    distributed.say(f"warning: {line}")
+    processes.say(f"warning: {line}")
   profile = goodput.Profile(config.profile_steps, os.path.join(workdir, "profile"))
   mfu = goodput.make_mfu(config, mesh.devices.flatten())
   stage = stages.make_stage(config)
@@ -82,7 +84,7 @@ def train(config, workdir: str):
     else:
       shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), unbox(boxed), shardings)
       state = checkpoints.restore(shapes)
-      distributed.say(f"resuming from step {int(state.step)} of {workdir}")
+      processes.say(f"resuming from step {int(state.step)} of {workdir}")
     inputs.check_latents(config, state.frozen)
     update = jax.jit(
         make_update(
@@ -95,16 +97,16 @@ def train(config, workdir: str):
     first, last = int(state.step), config.train.num_steps
     local = inputs.train_batches(config, first, mesh)
     batches = map(prepare, sharding.device_batches(local, sharding.batch_sharding(mesh)))
-    distributed.by_first(lambda: checkpoint.claim_workdir(workdir, config))
-    writer = metrics_lib.Writer(workdir, config.train.tensorboard) if distributed.is_first() else _NoWriter()
+    processes.by_first(lambda: checkpoint.claim_workdir(workdir, config))
+    writer = metrics_lib.Writer(workdir, config.train.tensorboard) if processes.is_first() else _NoWriter()
     count = sum(x.size for x in jax.tree.leaves(state.params))
-    distributed.say(
+    processes.say(
         f"stage {config.stage}: {count / 1e6:.1f}M trained parameters, {mesh.size} devices, steps {first}..{last}"
     )
 
     pending, measured, mark = None, None, (time.monotonic(), first)
     with (
-        distributed.preemption() as preempted,
+        processes.preemption() as preempted,
         contextlib.closing(writer),
         contextlib.closing(profile),
         spent.spending("step"),
@@ -133,7 +135,7 @@ def train(config, workdir: str):
             measured = measure(state.joined(average=True))
             checkpoints.save(state, measured)
         if stop:
-          distributed.say(f"stopped by a signal at step {step}; rerun the same command to go on")
+          processes.say(f"stopped by a signal at step {step}; rerun the same command to go on")
           return
         if step % config.train.eval_every == 0 and step < last:
           begun = time.monotonic()
@@ -143,18 +145,18 @@ def train(config, workdir: str):
       # The weights come last: where those of this step are missing, an earlier run was stopped before its end.
       path = os.path.join(workdir, "weights.safetensors")
       if first >= last and _step_of(path) == first:
-        distributed.say(f"nothing to do: {workdir} is at step {first} of train.num_steps={last}")
+        processes.say(f"nothing to do: {workdir} is at step {first} of train.num_steps={last}")
         return
       _evaluate(evaluator, state, int(state.step), workdir, writer)
       extra = {_STEP: str(int(state.step))}
       if measured is None:  # else it is that of the last step, saved just now
         measured = measure(state.joined(average=True))
       told = "".join(f"; {name}={value:.5g} was measured" for name, value in measured.items())
-      weights = distributed.fetched({k: v for k, v in state.joined(average=True).items() if k in parts})
-      if distributed.is_first():
+      weights = processes.fetched({k: v for k, v in state.joined(average=True).items() if k in parts})
+      if processes.is_first():
         full = checkpoint.with_measured(config, measured)
         saving.save_weights(path, full, weights, config.train.export_dtype, extra=extra)
-      distributed.say(f"averaged weights ({config.train.export_dtype}): {path}{told}")
+      processes.say(f"averaged weights ({config.train.export_dtype}): {path}{told}")
 
 
 class _NoWriter:
@@ -204,7 +206,7 @@ def _check(scalars: dict, images: int, config, checkpoints):
 def _evaluate(evaluator, state, step: int, workdir: str, writer):
   """Writes the report on the averaged parameters, numbers and pictures, under workdir/eval/STEP."""
   report = evaluator.run(state.joined(average=True))
-  if not distributed.is_first():
+  if not processes.is_first():
     return
   out = os.path.join(workdir, "eval", f"{step:08d}")
   report.write(out)

@@ -22,7 +22,7 @@ heading() { printf '\n=== %s ===\n\n' "$1"; }
 
 heading "1. The pretrained tokenizer on held-out pictures, from 1 to 16 tokens"
 sources=synthetic,photos
-if python -c 'from flextok_jax.data.emoji import find_font; find_font("")' 2>/dev/null; then
+if python -c 'from flextok_jax.data.sources.emoji import find_font; find_font("")' 2>/dev/null; then
   sources+=,emoji
 else
   echo "no Noto Color Emoji font here: going without emoji"
@@ -31,7 +31,7 @@ python -m flextok_jax.evaluate --checkpoint=$model --sources=$sources --num_imag
   tee "$work/pretrained.txt"
 
 for photo in chelsea coffee; do # never trained on
-  cp "$(python -c "from flextok_jax.data.photos import photo_path; print(photo_path('skimage', '$photo.png'))")" "$photos"
+  cp "$(python -c "from flextok_jax.data.sources.photos import photo_path; print(photo_path('skimage', '$photo.png'))")" "$photos"
 done
 echo
 python -m flextok_jax.tokenize --checkpoint=$model --images="$photos/chelsea.png,$photos/coffee.png" \

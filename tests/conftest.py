@@ -6,7 +6,7 @@ Nearly all time of these tiny models goes into compiling: so it optimises little
 import os
 from pathlib import Path
 
-from tests import commands
+from tests.support import commands
 
 ROOT = commands.ROOT
 os.environ.update(commands.environment(devices=8))

@@ -15,15 +15,16 @@ from packaging.utils import canonicalize_name
 import pytest
 import setuptools
 
-from configs import common, quickstart
+from configs import quickstart
 import flextok_jax
+from flextok_jax import config as common
 from flextok_jax import evaluate, stages
-from flextok_jax.checkpoints import fingerprint, loading
 from flextok_jax.data import pipeline
 from flextok_jax.evals import reconstruction
 from flextok_jax.stages import repa
 from flextok_jax.training import checkpoint, optim
 from flextok_jax.training.state import unbox
+from flextok_jax.weights import fingerprint, loading
 from tests.conftest import ROOT
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))

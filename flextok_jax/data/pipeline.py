@@ -13,8 +13,8 @@ from absl import flags
 import grain
 import numpy as np
 
-from flextok_jax.data import sources as sources_lib
 from flextok_jax.data import transforms
+from flextok_jax.data.sources import registry as sources_lib
 
 EVAL_SHUFFLE_SEED = 0  # order of the validation split
 
@@ -196,7 +196,7 @@ class EvalImages:
     return np.stack([record["image"] for record in self.records(rows)])
 
   def records(self, rows: slice) -> list[dict]:
-    """Returns the records of a slice, see data/sources.py."""
+    """Returns the records of a slice, see data/sources/registry.py."""
     crop = lambda image: transforms.center_crop(image, self.shape[1])
     read = lambda i: sources_lib.read(self._source, int(self._order[i]), crop)[0]
     with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:

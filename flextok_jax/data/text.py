@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 
-from flextok_jax.checkpoints import hub
+from flextok_jax.core import hub
 
 FILES = ("tokenizer.json", "spiece.model")  # of a T5, the better one first
 _END = 256  # of bytes

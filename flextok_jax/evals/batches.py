@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax.evals import metrics, reconstruction
-from flextok_jax.evals.measures import Measure
+from flextok_jax.evals import reconstruction
+from flextok_jax.evals.metrics import image as metrics
+from flextok_jax.evals.metrics.measures import Measure
 from flextok_jax.ops import nested
-from flextok_jax.training import sharding
+from flextok_jax.parallel import sharding
 
 
 class Batched:

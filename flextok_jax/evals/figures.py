@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from flextok_jax.evals import sample_metrics
+from flextok_jax.evals.metrics import samples as sample_metrics
 
 _COLUMNS = 3  # panels side by side at most
 _TITLE = 30  # pixels

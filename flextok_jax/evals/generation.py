@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax.evals import metrics, sample_metrics, statistics, tally
+from flextok_jax.evals import tally
+from flextok_jax.evals.metrics import frechet as statistics
+from flextok_jax.evals.metrics import image as metrics
+from flextok_jax.evals.metrics import samples as sample_metrics
+from flextok_jax.evals.metrics.reference import Reference
 from flextok_jax.evals.progress import Progress
 from flextok_jax.evals.reconstruction import Report
-from flextok_jax.evals.reference import Reference
 from flextok_jax.evals.sample_writer import SampleWriter
 from flextok_jax.ops import nested
-from flextok_jax.training import distributed, sharding
+from flextok_jax.parallel import processes, sharding
 
 INCEPTION = ("gfid", "sfid", "is", "precision", "recall", "fid_infinity")  # by Inception's features
 NAMES = (*INCEPTION, "clip", "top1")
@@ -38,7 +41,7 @@ class Generation:
     image_size: pixels a side.
     columns: token counts.
     names: metrics, of NAMES.
-    networks: {"inception", "clip", "classifier"}, those that the metrics need (evals/networks.py).
+    networks: {"inception", "clip", "classifier"}, those that the metrics need (weights/perception/networks.py).
     facts: rows -> {"labels": int32 [b]} for top1 and {"texts": float32 [b, d]} for clip.
     reference: what samples are compared with; None where no metric needs it.
     mesh: the devices.
@@ -90,7 +93,7 @@ class Generation:
     first, arrays = self._progress.load(SET)
     seen = tally.Tally(grid_images, arrays)
     writers = {}
-    if self._samples is not None and distributed.is_first():
+    if self._samples is not None and processes.is_first():
       shape = (num_images, self._image_size, self._image_size, 3)
       paths = {column: self._samples / f"samples_{column}.npz" for column in self._columns}
       left = {column: path for column, path in paths.items() if first < num_images or not path.exists()}
@@ -106,7 +109,7 @@ class Generation:
     for writer in writers.values():
       writer.finish()
     by_tokens, intervals = {}, {}
-    for column in map(str, self._columns) if distributed.is_first() else ():
+    for column in map(str, self._columns) if processes.is_first() else ():
       by_tokens[column], intervals[column] = self._scores(seen, column)
     scored = {"num_images": num_images, "by_tokens": by_tokens, "intervals": intervals}
     return Report({"seed": seed, "num_tokens": list(self._columns), "sets": {SET: scored}}, {SET: seen.pictures()})

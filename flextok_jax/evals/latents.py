@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flextok_jax.training.sharding import place
+from flextok_jax.parallel.sharding import place
 
 
 class ScalingFactor:

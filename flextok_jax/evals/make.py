@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from flextok_jax.data import pipeline, shards
+from flextok_jax.data import pipeline
+from flextok_jax.data.shards import tokens as shards
 from flextok_jax.evals.latents import ScalingFactor
 from flextok_jax.evals.reconstruction import Reconstruction, token_counts
 from flextok_jax.evals.token_loss import TokenLoss
-from flextok_jax.training import sharding
+from flextok_jax.parallel import sharding
 
 
 def make_measure(config, stage, mesh, evaluator: Reconstruction | TokenLoss) -> Callable[[Any], dict[str, float]]:

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax import files
-from flextok_jax.evals import figures, metrics, plots, statistics, tally
-from flextok_jax.evals import measures as measures_lib
+from flextok_jax.core import files
+from flextok_jax.evals import figures, plots, tally
+from flextok_jax.evals.metrics import frechet as statistics
+from flextok_jax.evals.metrics import image as metrics
+from flextok_jax.evals.metrics import measures as measures_lib
 from flextok_jax.evals.progress import Progress
 from flextok_jax.ops import nested
-from flextok_jax.training.sharding import place
+from flextok_jax.parallel.sharding import place
 
 VAE_COLUMN = "vae"  # the one column of a stage without tokens
 
@@ -26,7 +28,7 @@ class Report:
 
   scores is JSON-able: {"seed", "num_tokens", "sets": {set: {"num_images": n, "by_tokens": {column: {"psnr", ...}},
   "intervals": {column: {"psnr": [low, high], ...}}}}}. A column is a token count as a string ("1", "2", ...), or "vae";
-  a metric is the mean over the n images (evals/measures.py: 8-bit images) with the 95% interval of that mean by
+  a metric is the mean over the n images (evals/metrics/measures.py: 8-bit images) with the 95% interval of that mean by
   bootstrap, or one number of all of them (rfid).
   examples holds the first images of each set, uint8 [g, h, w, 3]: {set: {"original": ..., column: ...}}.
   """
@@ -140,7 +142,7 @@ class Reconstruction:
     seed: of the noise.
     grid_images: images a set kept as examples.
     sharding: places batches over the devices of a mesh along their first axis; None: the default device.
-    measures: per-image metrics by name (evals/measures.py); None: PSNR, SSIM and MAE.
+    measures: per-image metrics by name (evals/metrics/measures.py); None: PSNR, SSIM and MAE.
     features: for rFID: images [b, h, w, 3] in [0, 1] -> {"pool": [b, d]}, a pytree as measures are; None: no rFID.
     progress: what is kept on the way.
 

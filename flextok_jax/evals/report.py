@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flextok_jax import files
+from flextok_jax.core import files
 from flextok_jax.evals import plots
 
 PARTS = "parts"  # folder

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from flextok_jax.evals import sample_metrics, statistics
+from flextok_jax.evals.metrics import frechet as statistics
+from flextok_jax.evals.metrics import samples as sample_metrics
 
 ORIGINAL = "original"  # the column of the images themselves
 

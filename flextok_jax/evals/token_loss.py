@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from flextok_jax import files
+from flextok_jax.core import files
 from flextok_jax.ops import nested
-from flextok_jax.training.sharding import place
+from flextok_jax.parallel.sharding import place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class TokenLoss:
 
   Args:
     token_losses: of a stage's predict_fns: (params, batch) -> (losses [b, n], counts [b, n]).
-    arrays: of data/shards.py:eval_arrays; what is not an array is left out.
+    arrays: of data/shards/tokens.py:eval_arrays; what is not an array is left out.
     batch_size: sequences at once.
     sharding: places batches over the devices of a mesh; None: the default device.
     prepare: of the stage, applied to each batch on the devices.

@@ -27,7 +27,7 @@ REMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class BlockChoices:
-  """What all blocks of a stack have in common; configs/common.py explains the fields."""
+  """What all blocks of a stack have in common; flextok_jax/config.py explains the fields."""
 
   head_dim: int
   mlp_ratio: float
@@ -250,7 +250,7 @@ class AdaLN(nn.Module):
 
 
 class PatchTransformer(nn.Module, kw_only=True):
-  """What encoder and decoder have in common: the sizes, and the choices that configs/common.py explains.
+  """What encoder and decoder have in common: the sizes, and the choices that flextok_jax/config.py explains.
 
   max_grid must be a number here: that 0 means the grid of image_size is resolved where the modules are built.
   """

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax import settings
-from flextok_jax.models import ar
-from flextok_jax.models import text as text_models
+from flextok_jax.core import settings
+from flextok_jax.models.ar import generator as ar
+from flextok_jax.models.ar import text as text_models
 from flextok_jax.models.transformer import remat_name
 from flextok_jax.ops import attention, nested
 from flextok_jax.stages.stage import Stage
@@ -116,7 +116,7 @@ class ARStage(Stage):
   def token_losses(self, params, batch):
     """Cross-entropy and whether it counts, float32 [b, n] each: of every token and of the one that stops.
 
-    `batch` is as of data/shards.py; text comes as text_features [b, t, f], or as text_ids for the joint encoder.
+    `batch` is as of data/shards/tokens.py; text comes as text_features [b, t, f], or as text_ids for the joint encoder.
     """
     c, apply = self.config.ar, functools.partial(self.model.apply, {"params": params})
     ids, length = batch["token_ids"], batch["length"][:, None]

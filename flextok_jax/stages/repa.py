@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax import settings
-from flextok_jax.models.decoder import Decoder
-from flextok_jax.models.repa import Projector
+from flextok_jax.core import settings
+from flextok_jax.models.tokenizer.decoder import Decoder
+from flextok_jax.models.tokenizer.repa import Projector
 
 
 def section(config: ConfigDict) -> ConfigDict | None:

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax import settings
+from flextok_jax.core import settings
 from flextok_jax.models import layers
-from flextok_jax.models.decoder import NULL_CONDITIONS, Decoder
-from flextok_jax.models.encoder import Encoder
-from flextok_jax.models.flextok import FlexTok, sample_latents
+from flextok_jax.models.tokenizer.decoder import NULL_CONDITIONS, Decoder
+from flextok_jax.models.tokenizer.encoder import Encoder
+from flextok_jax.models.tokenizer.flextok import FlexTok, sample_latents
 from flextok_jax.models.transformer import MODULATIONS, PatchTransformer, mlp_hidden, remat_name
-from flextok_jax.models.vae import sample_posterior
+from flextok_jax.models.vae.autoencoder import sample_posterior
 from flextok_jax.ops import flow, fsq, guidance, nested, posemb
 from flextok_jax.ops import repa as repa_ops
 from flextok_jax.stages import repa
@@ -152,7 +152,7 @@ class TokenizerStage(Stage):
     """Flow-matching loss under nested dropout and condition dropout; also by bucket of kept tokens.
 
     `batch` has image [b, H, W, 3], or in its place latents [b, h, w, 2 c], the VAE's moments as latent shards hold them
-    (data/latent_shards.py). With REPA also teacher [b, g * g, d], the teacher's features of the same images.
+    (data/shards/latents.py). With REPA also teacher [b, g * g, d], the teacher's features of the same images.
     """
     del step
     posterior_key, key = jax.random.split(key)

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax import settings
-from flextok_jax.models.discriminator import PatchDiscriminator, patches_of
-from flextok_jax.models.flextok import to_float
-from flextok_jax.models.lpips import LPIPS
-from flextok_jax.models.vae import AutoencoderKL, kl_divergence, last_conv, sample_posterior
+from flextok_jax.core import settings
+from flextok_jax.models.perception.lpips import LPIPS
+from flextok_jax.models.tokenizer.flextok import to_float
+from flextok_jax.models.vae.autoencoder import AutoencoderKL, kl_divergence, last_conv, sample_posterior
+from flextok_jax.models.vae.discriminator import PatchDiscriminator, patches_of
 from flextok_jax.ops import adversarial
 from flextok_jax.stages.stage import Stage
 
@@ -97,7 +97,7 @@ class VAEStage(Stage):
     """
     if not self.lpips:
       return {}
-    from flextok_jax.evals import networks  # late: training alone needs them
+    from flextok_jax.weights.perception import networks  # late: training alone needs them
 
     folder, name = self.loss_weights.lpips, f"lpips_{_LPIPS_NET}"
     path = networks.path_in(folder, name) if folder else None

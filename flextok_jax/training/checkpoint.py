@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import orbax.checkpoint as ocp
 
-from flextok_jax import files
-from flextok_jax.training import distributed
+from flextok_jax.core import files
+from flextok_jax.parallel import processes
 from flextok_jax.training.state import TrainState
 
 # Fields that a resumed run may change; all others make another run of it.
@@ -110,7 +110,7 @@ def locked(workdir: str) -> Iterator[None]:
     ValueError: when another run is at work there.
   """
   with contextlib.ExitStack() as stack:
-    distributed.by_first(lambda: _lock(workdir, stack))
+    processes.by_first(lambda: _lock(workdir, stack))
     yield
 
 
@@ -197,7 +197,7 @@ class Checkpoints:
     """
     step, restored, unreadable = self._newest(_items(state))
     if unreadable:
-      distributed.by_first(lambda: [self._set_aside(step) for step in unreadable])
+      processes.by_first(lambda: [self._set_aside(step) for step in unreadable])
       self._manager.reload()
     return state.replace(step=jnp.int32(step), **restored)
 
@@ -231,11 +231,11 @@ class Checkpoints:
           _check_complete(restored)
         except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
           problem = f"{type(e).__name__}: {_first_line(e)}"
-        if distributed.all_agree(not problem):
+        if processes.all_agree(not problem):
           return step, restored, unreadable
         problem = problem or "in another process"
         reason = reason or f"checkpoint {self._folder(step)} cannot be read ({problem})"
-        if distributed.is_first():
+        if processes.is_first():
           logging.warning("checkpoint %s cannot be read (%s): trying the one before", self._folder(step), problem)
         unreadable.append(step)
     raise ValueError(f"{reason}, nor any before it: mend it, or start anew with another --workdir")

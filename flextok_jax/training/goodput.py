@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from flextok_jax import accelerators, flops, flops_ar
+from flextok_jax import flops, flops_ar
+from flextok_jax.core import accelerators
 
 KINDS = ("step", "data", "save", "evaluate", "compile", "other")
 

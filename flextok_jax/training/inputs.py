@@ -8,12 +8,15 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from flextok_jax.checkpoints import loading
-from flextok_jax.checkpoints.vae_fingerprint import vae_fingerprint
-from flextok_jax.data import latent_shards, pipeline, shards
+from flextok_jax.data import pipeline
+from flextok_jax.data.shards import latents as latent_shards
+from flextok_jax.data.shards import tokens as shards
+from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
-from flextok_jax.training import checkpoint, sharding
+from flextok_jax.training import checkpoint
 from flextok_jax.training import teacher as teacher_lib
+from flextok_jax.weights import loading
+from flextok_jax.weights.vae_fingerprint import vae_fingerprint
 
 
 def with_tokenizer(config: ConfigDict) -> ConfigDict:
@@ -103,8 +106,8 @@ def make_prepare(config: ConfigDict, mesh: jax.sharding.Mesh, train: bool = Fals
     return teacher_lib.make_teach(config, mesh)
   if config.stage != "ar" or config.ar.condition != "text" or config.text.encoder != "t5":
     return lambda batch: batch
-  from flextok_jax.checkpoints.t5 import load_t5  # late: nothing else needs it
-  from flextok_jax.models.text import make_text_encoder
+  from flextok_jax.models.ar.text import make_text_encoder
+  from flextok_jax.weights.perception.t5 import load_t5  # late: nothing else needs it
 
   sizes, params = load_t5(config.text.path, config.dtype, mesh)
   encoder = make_text_encoder(config, sizes)

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from flextok_jax import settings
-from flextok_jax.checkpoints.vit import load_vit
-from flextok_jax.data import teacher_shards
-from flextok_jax.models.flextok import to_float
-from flextok_jax.models.vit import ViT, preprocess
+from flextok_jax.core import settings
+from flextok_jax.data.shards import features as teacher_shards
+from flextok_jax.models.perception.vit import ViT, preprocess
+from flextok_jax.models.tokenizer.flextok import to_float
+from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
-from flextok_jax.training import sharding
+from flextok_jax.weights.perception.vit import load_vit
 
 _HELP = (
     "REPA needs its teacher: give --config.repa.teacher=DIR, a folder with config.json and model.safetensors of a "

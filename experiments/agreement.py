@@ -1,0 +1,169 @@
+"""Does the generator draw what it was asked for? Agreement of its images with their class or caption.
+
+python -m experiments.agreement --generators=FILE,FILE --tokenizer=FILE [--num_images=256] [--guidance_scale=2] [--out=DIR]
+
+A small convolutional network learns, on plain scenes of the `synthetic` source alone, the shape and the colour of the
+largest object, the colour of the background and the number of objects. It then looks at generated images (classes: as
+many of each; captions: those of held-out scenes), at held-out scenes, and at their reconstructions by the tokenizer,
+which no generator on its tokens can be expected to surpass. For generators that stop by themselves: the rank
+correlation of their length and the number of objects in the caption.
+"""
+
+import json
+from pathlib import Path
+import re
+
+from absl import flags
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.stats
+
+import flextok_jax
+from flextok_jax import cli
+from flextok_jax.core import files
+from flextok_jax.data import transforms
+from flextok_jax.data.sources import synthetic
+from flextok_jax.evals.metrics import image as metrics
+
+GENERATORS = flags.DEFINE_list("generators", [], "Anything that load_ar takes.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer whose tokens they draw.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 256, "Images of each kind.")
+GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Of the generators; default: their configs'.")
+TOP_P = flags.DEFINE_float("top_p", None, "Of the generators; default: their configs'.")
+STEPS = flags.DEFINE_integer("steps", 1000, "Of the network's training.")
+SEED = flags.DEFINE_integer("seed", 0, "Of everything.")
+OUT = flags.DEFINE_string("out", None, "Folder for agreement.json; default: none.")
+
+COLORS = synthetic.COLOR_NAMES
+HEADS = {"shape": len(synthetic.CLASS_NAMES), "color": len(COLORS), "background": len(COLORS),
+         "objects": synthetic.MAX_OBJECTS}
+_COLOR = "|".join(COLORS)
+
+
+class Network(nn.Module):
+  """Four convolutions with stride 2 and a linear layer for each question."""
+
+  @nn.compact
+  def __call__(self, x):
+    for width in (16, 32, 64, 128):
+      x = nn.relu(nn.GroupNorm(8)(nn.Conv(width, (3, 3))(x)))
+      x = nn.relu(nn.Conv(width, (3, 3), 2)(x))
+    x = nn.relu(nn.Dense(256)(x.reshape(len(x), -1)))
+    return {name: nn.Dense(size)(x) for name, size in HEADS.items()}
+
+
+def answers(record: dict) -> dict[str, int]:
+  """What a scene's record says."""
+  color = re.match(rf"\S+ ({_COLOR}) ", record["caption"])[1]
+  background = re.search(rf"on a plain ({_COLOR}) background", record["caption"])[1]
+  return {"shape": record["label"], "color": COLORS.index(color), "background": COLORS.index(background),
+          "objects": record["num_objects"] - 1}
+
+
+def scenes(split: str, start: int, count: int, size: int) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
+  """Images uint8 [n, s, s, 3] of a split, their answers [n], their captions."""
+  source = synthetic.Synthetic(split, 2 * size, "plain")
+  records = [source[i] for i in range(start, start + count)]
+  images = np.stack([transforms.center_crop(r["image"], size) for r in records])
+  said = [answers(r) for r in records]
+  return images, {k: np.array([x[k] for x in said]) for k in HEADS}, [r["caption"] for r in records]
+
+
+def learn(size: int, steps: int, seed: int, batch: int = 128):
+  """Trains the network; returns a function of images uint8 [n, s, s, 3] to answers [n]."""
+  network = Network()
+  params = network.init(jax.random.key(seed), jnp.zeros((1, size, size, 3)))
+  optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, steps), weight_decay=1e-3)
+
+  def loss_fn(params, images, labels, key):
+    x = images / 127.5 - 1
+    blur, noise = jax.random.split(key)  # generated images are softer and noisier than drawn ones
+    soft = nn.avg_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge"), (3, 3))
+    x = x + jax.random.uniform(blur, (len(x), 1, 1, 1)) * (soft - x)
+    x = x + 0.1 * jax.random.normal(noise, x.shape)
+    logits = network.apply(params, x)
+    ce = optax.softmax_cross_entropy_with_integer_labels
+    return sum(ce(logits[k], labels[k]).mean() for k in HEADS)
+
+  @jax.jit
+  def update(params, state, images, labels, key):
+    loss, grads = jax.value_and_grad(loss_fn)(params, images, labels, key)
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, loss
+
+  state = optimizer.init(params)
+  for step in range(steps):
+    images, labels, _ = scenes("train", step * batch, batch, size)
+    params, state, loss = update(params, state, images, labels, jax.random.fold_in(jax.random.key(seed), step))
+    if step % 250 == 249:
+      print(f"network: step {step + 1}, loss {float(loss):.3f}", flush=True)
+
+  classify = jax.jit(lambda images: {k: v.argmax(-1) for k, v in network.apply(params, images / 127.5 - 1).items()})
+
+  def answer(images):
+    parts = [jax.device_get(classify(images[i : i + 256])) for i in range(0, len(images), 256)]
+    return {k: np.concatenate([part[k] for part in parts]) for k in HEADS}
+
+  return answer
+
+
+def decode(tokenizer, ids: list, seed: int, batch: int = 64) -> np.ndarray:
+  """Images uint8 of sequences of ids, by the tokenizer's own sampler."""
+  s, images = tokenizer.config.sampler, []
+  for i in range(0, len(ids), batch):
+    x = tokenizer.detokenize(
+        list(ids[i : i + batch]), key=jax.random.fold_in(jax.random.key(seed), i), num_steps=s.num_steps,
+        guidance=s.guidance, guidance_scale=s.guidance_scale)
+    images.append(np.asarray((metrics.round_to_8bit(x) * 255).round(), np.uint8))
+  return np.concatenate(images)
+
+
+def generate(gen, seed: int, labels: np.ndarray, captions: list[str], **change) -> tuple[dict, list]:
+  """Returns (settings, sequences of ids) for the classes, or for a text-conditional generator the captions."""
+  ar = gen.config.ar
+  settings = {name: ar[name] for name in ("guidance_scale", "temperature", "top_k", "top_p")} | change
+  asked = {"labels": labels} if ar.condition == "class" else {"prompts": captions}
+  return settings, gen.trim(gen.generate(jax.random.key(seed), **asked, **settings))
+
+
+def main():
+  if not GENERATORS.value or not TOKENIZER.value:
+    raise ValueError("give --generators=FILES and --tokenizer=FILE")
+  tokenizer = flextok_jax.load(TOKENIZER.value)
+  generators = {name: flextok_jax.load_ar(name) for name in GENERATORS.value}
+  count, seed = NUM_IMAGES.value, SEED.value
+  flags_given = {"guidance_scale": GUIDANCE_SCALE.value, "top_p": TOP_P.value}
+  given = {name: value for name, value in flags_given.items() if value is not None}
+  images, said, captions = scenes("validation", 0, count, tokenizer.image_size)
+  shapes = [synthetic.CLASS_NAMES.index(name) for name in synthetic.PLAIN_SHAPES]
+  labels = np.resize(shapes, count)
+  answer = learn(tokenizer.image_size, STEPS.value, seed)
+
+  def share(pictures, wanted):
+    found = answer(pictures)
+    return {k: float((found[k] == v).mean()) for k, v in wanted.items()}
+
+  ids = np.concatenate([tokenizer.tokenize(images[i : i + 64]) for i in range(0, count, 64)])
+  report = {"num_images": count, "held-out scenes": share(images, said),
+            "their reconstructions": share(decode(tokenizer, ids, seed), said)}
+  for name, gen in generators.items():
+    asked = {"shape": labels} if gen.config.ar.condition == "class" else said
+    for title, change in (("with guidance", given), ("without", given | {"guidance_scale": 1.0})):
+      settings, sequences = generate(gen, seed, labels, captions, **change)
+      results = share(decode(tokenizer, sequences, seed), asked)
+      if gen.stop_id is not None:
+        lengths = [len(sequence) for sequence in sequences]
+        rho = scipy.stats.spearmanr(lengths, said["objects"])[0]
+        results |= {"mean length": float(np.mean(lengths)), "rank correlation with objects": float(rho)}
+      report[f"{name}, {title}"] = settings | results
+  text = json.dumps(report, indent=1)
+  print(text)
+  if OUT.value:
+    files.write_file(Path(OUT.value) / "agreement.json", (text + "\n").encode())
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,73 @@
+"""Peak host memory of loading a full-size official file of random weights, over the size of what is loaded.
+
+python -m experiments.full_size --config=configs/flextok_d18_d28_in1k.py --file=/scratch/random.safetensors [--dtype=bfloat16]
+
+Writes the float32 file (10 GB for d18-d28) where there is none, and loads it in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+from absl import flags
+from flax.traverse_util import flatten_dict
+from ml_collections import config_flags
+import numpy as np
+
+from flextok_jax import cli
+from flextok_jax.core import tensor_file
+from flextok_jax.weights import loading, names
+from flextok_jax.weights.official import tokenizer as official_config
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A tokenizer's config.")
+FILE = flags.DEFINE_string("file", None, "The official file; written where there is none.")
+DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Type to load it in.")
+
+LOAD = """
+import json, sys
+import jax
+import flextok_jax
+from flextok_jax.checkpoints import loading  # what is imported is no part of the load
+memory = lambda key: next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
+before = memory("VmRSS")
+model = flextok_jax.load(sys.argv[1], dtype=sys.argv[2])
+size = sum(x.nbytes for x in jax.tree.leaves(model.params))
+print(json.dumps(dict(before=before, peak=memory("VmHWM"), size=size)))
+"""
+
+
+def write(path: str, config):
+  """Writes an official file of small random numbers, one tensor in memory at a time."""
+  shapes = {name: x.shape for name, x in flatten_dict(loading.abstract_params(config), sep="/").items()}
+  rng, roles = np.random.default_rng(0), official_config.DEFAULT_ROLES
+  make = lambda shape: lambda: (rng.random(shape, np.float32) - np.float32(0.5)) * np.float32(0.05)
+  tensors = {
+    name: (np.dtype(np.float32), entry.official_shape, make(entry.official_shape))
+    for entry in names.entries(shapes, roles)
+    for name in entry.names
+  }
+  for name, table in loading.fixed_tables(config, roles):
+    tensors[name] = table.dtype, table.shape, lambda table=table: table
+  tensor_file.write(path, tensors, {k: str(v) for k, v in official_config.to_official(config).items()})
+
+
+def main():
+  if CONFIG.value is None or not FILE.value:
+    raise ValueError("give --config=configs/X.py and --file=PATH")
+  if not os.path.exists(FILE.value):
+    begun = time.monotonic()
+    write(FILE.value, CONFIG.value)
+    print(f"wrote {FILE.value}: {os.path.getsize(FILE.value) / 1e9:.2f} GB in {time.monotonic() - begun:.0f} s")
+  begun = time.monotonic()
+  command = [sys.executable, "-c", LOAD, FILE.value, DTYPE.value]
+  env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout)
+  print(f"loaded in {DTYPE.value}: {result['size'] / 1e9:.3f} GB in {time.monotonic() - begun:.0f} s, with imports")
+  for name, peak in (("peak", result["peak"]), ("peak above the imports", result["peak"] - result["before"])):
+    print(f"{name}: {peak / 1e9:.3f} GB, {peak / result['size']:.3f} of the size")
+
+
+if __name__ == "__main__":
+  cli.run(main)

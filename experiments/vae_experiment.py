@@ -1,0 +1,85 @@
+"""What a discriminator changes in the small VAE of configs/photos_vae.py: the table and the picture of docs/vae.md.
+
+python -m experiments.vae_experiment DIR NAME,NAME,... [PICTURE.png]
+
+DIR has the workdir of each run. Of every one the 256 held-out crops of photographs are reconstructed, as 8-bit
+pictures, and measured, also against the first run: PSNR and SSIM; "perceptual" (ops/distances.py); "texture", which
+does not ask where a detail is; and the share of the original's contrast that is left at each scale, the finest first.
+
+Texture of an image: of the "perceptual" features of structure, unit vectors at every pixel, the mean over pixels of
+their products with each other, at every scale (a Gram matrix, Gatys et al. 2015). Its distance is the root of the sum
+of squared differences over scales and products; its Fréchet distance is that of Gaussians of the 256 images' mean
+squares of features (the diagonals), as an FID without a network.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import flextok_jax
+from flextok_jax.data import pipeline
+from flextok_jax.evals import plots, tally
+from flextok_jax.evals.metrics import frechet as statistics
+from flextok_jax.evals.metrics import image as metrics
+from flextok_jax.ops import distances
+
+
+def scales(images):
+  """Luminance and opponent colours [b, h, w, 3] at every scale of "perceptual", of images in [-1, 1]."""
+  x = distances._opponent(images)
+  yield x
+  while min(x.shape[1:3]) >= 2 * distances.MIN_SIDE:
+    x = distances._halve(x)
+    yield x
+
+
+@jax.jit
+def look(images):
+  """Images [b, h, w, 3] in [0, 1] to Gram matrices by scale [b, s, 16, 16], and contrasts [b, s]."""
+  grams, contrasts = [], []
+  for x in scales(2 * images - 1):
+    features = distances._features(x)[1]
+    grams.append(jnp.einsum("bhwi,bhwj->bij", features, features) / (x.shape[1] * x.shape[2]))
+    slopes = [distances._filter(distances._filter(x, distances._SLOPE, a), distances._SMOOTH, 3 - a) for a in (1, 2)]
+    contrasts.append(sum(jnp.square(slope).mean((1, 2, 3)) for slope in slopes) ** 0.5)
+  return jnp.stack(grams, 1), jnp.stack(contrasts, 1)
+
+
+def gaussian(grams):
+  """Mean and covariance over images of the diagonals."""
+  features = np.diagonal(np.asarray(grams, np.float64), axis1=2, axis2=3).reshape(len(grams), -1)
+  return features.mean(0), np.cov(features, rowvar=False)
+
+
+def main(folder: str, names: str, picture: str = ""):
+  rows, columns = {}, {}
+  for name in names.split(","):
+    model = flextok_jax.load(f"{folder}/{name}/weights.safetensors")
+    images = pipeline.eval_set(model.config.data, "photos", image_size=model.image_size, num_images=256)["image"]
+    originals = images / np.float32(255)
+    restored = metrics.round_to_8bit(np.clip(model.decode_latents(model.encode_latents(images)), -1, 1))
+    (grams, contrasts), (found, left) = look(originals), look(restored)
+    rows[name] = {
+        "PSNR": metrics.psnr(originals, restored),
+        "SSIM": metrics.ssim(originals, restored),
+        "perceptual": distances.perceptual(2 * originals - 1, 2 * restored - 1),
+        "texture": jnp.square(grams - found).sum((1, 2, 3)) ** 0.5,
+    }
+    first = next(iter(rows.values()))
+    for metric, values in rows[name].items():  # mean, and that of the difference to the first run, image by image
+        low, high = tally.means_and_intervals({metric: np.asarray(values - first[metric])})[1][metric]
+        print(f"{name}: {metric} {values.mean():.4f}, difference {low:.4f} to {high:.4f} (95%)", flush=True)
+    print(f"{name}: texture Frechet {statistics.frechet_distance(*gaussian(found), *gaussian(grams)):.4f}, "
+          f"contrast {np.asarray(left.mean(0) / contrasts.mean(0)).round(2)}", flush=True)
+    chosen = np.arange(0, 256, 256 // 8)[:8] + np.arange(8) % 4  # two of each photograph
+    columns.setdefault("original", images[chosen])
+    columns[name] = np.asarray(restored[chosen] * 255).round().astype(np.uint8)
+  if picture:
+    with open(picture, "wb") as f:
+      f.write(plots.to_png(plots.grid(list(columns.values()), list(columns))))
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

@@ -1,1 +1,0 @@
-"""Checkpoints and configurations of other implementations, read and written without them."""

@@ -1,0 +1,51 @@
+"""DreamSim (Fu et al. 2023): the distance between two images in a vision transformer tuned to people's judgements."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flextok_jax.models.perception import vit
+
+SIZE = 224  # pixels a side of what the network looks at
+
+
+class DreamSim(nn.Module):
+  """The distance of the dreamsim package's networks of one branch that look at the cls token, such as "dino_vitb16".
+
+  Attributes:
+    vit: the network, with the sizes and parameters of weights/perception/dreamsim.py: its last norm only centres and scales.
+  """
+
+  vit: vit.ViT
+
+  def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns 1 - cosine, float32 [b] from 0 to 2, of two batches as embed takes them."""
+    return jnp.sum(jnp.square(self.embed(a) - self.embed(b)), axis=-1) / 2  # of unit vectors; exact near 0
+
+  def embed(self, images: jax.Array) -> jax.Array:
+    """Returns float32 [b, d], of mean 0 and length 1, of images [b, h, w, 3] in [0, 1]; see resize."""
+    with jax.default_matmul_precision("highest" if self.vit.dtype == jnp.float32 else None):
+      x = self.vit((resize(images) - jnp.asarray(vit.IMAGENET[0])) / jnp.asarray(vit.IMAGENET[1]))["cls"]
+    x = x.astype(jnp.float32)
+    x -= jnp.mean(x, axis=-1, keepdims=True)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def resize(images: jax.Array) -> jax.Array:
+  """Both sides to SIZE pixels, whatever their ratio, as Pillow's bicubic filter does to 8-bit images.
+
+  Each direction's result is rounded to 8 bits, which has no gradient; images of SIZE pixels stay as they are. Rows come
+  before columns, as with all Pillows where an image is not higher than wide; with others Pillow 13 may turn this round.
+
+  Args:
+    images: float [b, h, w, 3] in [0, 1].
+
+  Returns:
+    float32 [b, SIZE, SIZE, 3] in [0, 1].
+  """
+  images = images.astype(jnp.float32)
+  for axis in (2, 1):
+    if images.shape[axis] != SIZE:
+      shape = [*images.shape[:axis], SIZE, *images.shape[axis + 1 :]]
+      images = jnp.round(jax.image.resize(images, shape, "cubic", antialias=True).clip(0, 1) * 255) / 255
+  return images

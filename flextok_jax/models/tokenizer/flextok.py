@@ -1,0 +1,174 @@
+"""The one place that joins VAE, encoder, FSQ and flow decoder."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flextok_jax.models.tokenizer.decoder import Decoder
+from flextok_jax.models.tokenizer.encoder import Encoder
+from flextok_jax.models.vae.autoencoder import AutoencoderKL, sample_posterior
+from flextok_jax.ops import flow, fsq, guidance
+
+# Up to so many slots, conditional and unconditional half run in one call: the few registers that the unconditional half
+# carries in vain cost less than a second, smaller call. On a CPU both take the same time at 8; at 16 two are faster.
+JOINT_SLOTS = 8
+
+
+def to_float(images: jax.Array) -> jax.Array:
+  """uint8 in [0, 255] or float in [-1, 1] -> float32 in [-1, 1]."""
+  if images.dtype == jnp.uint8:
+    return images.astype(jnp.float32) / 127.5 - 1
+  return images.astype(jnp.float32)
+
+
+class FlexTok(nn.Module):
+  """Images to ordered discrete tokens and back (arXiv 2502.13967).
+
+  Without a VAE (vae=None) the latents are the scaled image itself: the pixel-space variant for tiny models. Without
+  encoder and decoder it is a VAE alone, with latents but no tokens.
+  """
+
+  encoder: Encoder | None
+  decoder: Decoder | None
+  levels: Sequence[int]
+  vae: AutoencoderKL | None = None
+  scaling_factor: float = 1.0  # latents = scaling_factor * VAE latents (or image)
+
+  @property
+  def num_registers(self) -> int:
+    return self.encoder.num_registers
+
+  @property
+  def downscale(self) -> int:
+    """Image pixels a side of one latent pixel."""
+    return 1 if self.vae is None else self.vae.downscale
+
+  def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+    """Returns (height, width, channels) of the latents of a square image."""
+    side = image_size // self.downscale
+    return side, side, 3 if self.vae is None else self.vae.latent_channels
+
+  def encode_latents(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """images uint8 or float [b, H, W, 3] -> latents [b, h, w, c]: the posterior's mode, or with a key a sample."""
+    images = to_float(images)
+    if self.vae is None:
+      return self.scaling_factor * images
+    mean, logvar = self.vae.encode(images)
+    latents = mean if key is None else sample_posterior(mean, logvar, key)
+    return self.scaling_factor * latents.astype(jnp.float32)
+
+  def decode_latents(self, latents: jax.Array) -> jax.Array:
+    """latents [b, h, w, c] -> images float32 [b, H, W, 3], about [-1, 1] and not clipped."""
+    latents = latents / self.scaling_factor
+    return latents if self.vae is None else self.vae.decode(latents).astype(jnp.float32)
+
+  def encode_registers(self, latents: jax.Array, num_tokens: int | None = None) -> jax.Array:
+    """latents [b, h, w, c] -> what FSQ will quantise, [b, num_tokens, len(levels)]."""
+    return self.encoder(latents, num_tokens)
+
+  def encode(self, latents: jax.Array, num_tokens: int | None = None) -> jax.Array:
+    """latents [b, h, w, c] -> codes [b, num_tokens, len(levels)] in [-1, 1], straight-through."""
+    return fsq.quantize(self.encode_registers(latents, num_tokens), self.levels)
+
+  def velocity(
+      self, x_t, t, codes, keep_k, drop_condition, modulations=None, tap=None
+  ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """See Decoder."""
+    return self.decoder(x_t, t, codes, keep_k, drop_condition, modulations, tap)
+
+  def modulations(self, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """See Decoder."""
+    return self.decoder.modulations(t)
+
+  def tokenize(self, images: jax.Array, num_tokens: int | None = None, key: jax.Array | None = None) -> jax.Array:
+    """images [b, H, W, 3] -> token_ids int32 [b, num_tokens]."""
+    return fsq.codes_to_ids(self.encode(self.encode_latents(images, key), num_tokens), self.levels)
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Touches every parameter; for initialisation."""
+    latents = self.encode_latents(images)
+    batch = latents.shape[0]
+    codes = self.encode(latents)
+    keep_k = jnp.full(batch, self.num_registers)
+    v = self.velocity(latents, jnp.zeros(batch), codes, keep_k, jnp.zeros(batch, bool))
+    return self.decode_latents(v)
+
+
+def sample_latents(
+    model: FlexTok,
+    params,
+    token_ids: jax.Array,
+    keep_k: jax.Array,
+    noise: jax.Array,
+    *,
+    num_steps: int = 25,
+    mode: str = "apg",
+    guidance_scale: float | jax.Array = 7.5,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    apg_momentum: float = -0.5,
+    apg_eta: float = 0.0,
+    apg_threshold: float = 2.5,
+    fast: bool = True,
+) -> jax.Array:
+  """Decodes token ids to latents by guided Euler steps of the flow; to be jitted by the caller.
+
+  The fast path computes the modulation of all steps at once and merges masked registers, as far as token_ids has fewer
+  slots than the model registers, and all registers of the unconditional half; the plain one says the same slowly.
+
+  Args:
+    token_ids: int [b, slots]; those at or past keep_k have no influence. Fewer slots than num_registers must be more
+      than the kept ones (nested.slots).
+    keep_k: int [b].
+    noise: starting latents [b, h, w, c].
+    mode: "apg", "cfg" or "none".
+    guidance_scale: a number, or one for every step [num_steps]. Without guidance, or at the number 1, there is no
+      unconditional pass.
+    guidance_interval: times t in which guidance is applied; outside there is no unconditional pass either.
+    fast: False for the plain path.
+
+  Returns:
+    latents [b, h, w, c] float32.
+  """
+  guidance.check_mode(mode)
+  guided = mode != "none" and not (isinstance(guidance_scale, int | float) and guidance_scale == 1)
+  first, end = guidance.guided_steps(num_steps, guidance_interval) if guided else (0, 0)
+  batch, slots = token_ids.shape
+  if not fast:
+    slots = model.num_registers
+    token_ids = jnp.pad(token_ids, ((0, 0), (0, slots - token_ids.shape[1])))
+  codes = fsq.ids_to_codes(token_ids, model.levels)
+  keep, drop = jnp.zeros(batch, bool), jnp.ones(batch, bool)
+  joint = not fast or slots <= JOINT_SLOTS
+
+  def velocity(x, t, codes, keep_k, drop, modulations):
+    t = jnp.full(x.shape[0], t)
+    return model.apply({"params": params}, x, t, codes, keep_k, drop, modulations, method="velocity")
+
+  def plain_fn(x, t, running, inputs):
+    return velocity(x, t, codes, keep_k, keep, inputs[1]), running
+
+  def guided_fn(x, t, running, inputs):
+    scale, modulations = inputs
+    if joint:  # the unconditional half rides in the same call
+      twice = [jnp.concatenate([a, a]) for a in (x, codes, keep_k)]
+      both = velocity(twice[0], t, *twice[1:], jnp.concatenate([keep, drop]), modulations)
+      v_c, v_u = jnp.split(both, 2)
+    else:
+      v_c = velocity(x, t, codes, keep_k, keep, modulations)
+      v_u = velocity(x, t, codes[:, :1], keep_k, drop, modulations)  # one null token counts for all
+    if mode == "cfg":
+      return guidance.cfg(v_c, v_u, scale), running
+    return guidance.apg(v_c, v_u, scale, running, apg_momentum, apg_eta, apg_threshold)
+
+  modulations = None
+  if fast:  # [num_steps, ..., 1, d] for a batch of one, which all samples share
+    blocks, head = model.apply({"params": params}, flow.step_times(num_steps), method="modulations")
+    modulations = (blocks.swapaxes(0, 1)[:, :, None], head if head is None else head[:, None])
+  inputs = (jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), (num_steps,)), modulations)
+  x, running = noise, jnp.zeros_like(noise)
+  for velocity_fn, span in ((plain_fn, (0, first)), (guided_fn, (first, end)), (plain_fn, (end, num_steps))):
+    if span[0] < span[1]:
+      x, running = flow.euler_steps(velocity_fn, x, num_steps, span, running, inputs)
+  return x

@@ -1,0 +1,63 @@
+"""The PatchGAN discriminator of pix2pix (Isola et al. 2017), as VQGAN and the latent diffusion models train with it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flextok_jax.models.vae.autoencoder import conv
+from flextok_jax.ops import layout
+
+_KERNEL, _SLOPE = 4, 0.2  # of every convolution; of the leaky ReLU
+
+
+def patches_of(size: int, num_layers: int) -> int:
+  """Returns how many logits a side PatchDiscriminator gives for images of `size` pixels a side; below 1: too small."""
+  return size // 2**num_layers - 2
+
+
+class PatchDiscriminator(nn.Module):
+  """Images [b, h, w, 3] in [-1, 1] to logits float32 [b, h', w'], each of a patch (70 px a side with 3 layers).
+
+  NLayerDiscriminator of taming-transformers: 4x4 convolutions padded by 1, `num_layers` of stride 2 and then two of
+  stride 1; leaky ReLU of slope 0.2; BatchNorm after all convolutions but the first and the last. Kernels are drawn from
+  N(0, 0.02), scales from N(1, 0.02); biases are 0.
+
+  Attributes:
+    channels: of the first layer; doubled by each of the next three layers at most, to 8 times as many.
+    num_layers: convolutions of stride 2.
+    dtype: compute type of the convolutions; parameters, statistics and logits are float32.
+  """
+
+  channels: int = 64
+  num_layers: int = 3
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    def layer(x, channels, stride, index, use_bias):
+      init = nn.initializers.normal(0.02)
+      x = conv(channels, _KERNEL, self.dtype, stride=stride, padding=1, use_bias=use_bias, kernel_init=init,
+               name=f"conv_{index}")(x)  # fmt: skip
+      return layout.constrain(x, "batch", None, None, None)
+
+    x = nn.leaky_relu(layer(images, self.channels, 2, 0, use_bias=True), _SLOPE)
+    for i in range(1, self.num_layers + 1):
+      x = layer(x, self.channels * min(2**i, 8), 2 if i < self.num_layers else 1, i, use_bias=False)
+      x = nn.leaky_relu(BatchNorm(name=f"norm_{i}")(x), _SLOPE)
+    return layer(x, 1, 1, self.num_layers + 1, use_bias=True)[..., 0].astype(jnp.float32)
+
+
+class BatchNorm(nn.Module):
+  """Normalises each channel of x [b, h, w, c] by its mean and variance over this batch, in float32.
+
+  There are no running averages: the discriminator is of use in training alone. The batch is that of all devices.
+  """
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    draw = lambda key, shape: 1 + 0.02 * jax.random.normal(key, shape)
+    scale = self.param("scale", nn.with_logical_partitioning(draw, ("conv_out",)), x.shape[-1:])
+    bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), ("conv_out",)), x.shape[-1:])
+    x = x.astype(jnp.float32)
+    mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    return (x - mean) * jax.lax.rsqrt(variance + 1e-5) * scale + bias

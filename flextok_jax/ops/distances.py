@@ -1,0 +1,109 @@
+"""Distances between images, by which a prefix of tokens is good enough or not (flextok_jax/inference/adaptive.py).
+
+All take two batches [b, h, w, 3] of float32 in [-1, 1] and return float32 [b], 0 for equal images and the same in both
+orders. They are plain elementwise float32 arithmetic (no matrix products), so accelerators keep their precision.
+"""
+
+from collections.abc import Callable
+import math
+
+import einops
+import jax
+import jax.numpy as jnp
+
+Distance = Callable[[jax.Array, jax.Array], jax.Array]
+
+# The binomial of standard deviation 1 px and its first and second derivative, exact for lines and parabolas.
+_SMOOTH = tuple(w / 16 for w in (1, 4, 6, 4, 1))
+_SLOPE = tuple(w / 8 for w in (-1, -2, 0, 2, 1))
+_CURVE = tuple(w / 4 for w in (1, 0, -2, 0, 1))
+MIN_SIDE = 8  # pixels; the pyramid has no smaller scale, unless the image itself is smaller
+COLOR_FLOOR = 1.0  # the constant beside the colours: they count about linearly
+STRUCTURE_FLOOR = 0.2  # beside the filters: contrast well above it counts by its pattern, below it by its strength
+
+
+def mse(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Mean squared error over pixels and channels; 4 times that of images in [0, 1]."""
+  return jnp.mean(jnp.square(a - b), axis=(1, 2, 3))
+
+
+def perceptual(a: jax.Array, b: jax.Array) -> jax.Array:
+  """A distance of the form of LPIPS over fixed filters. It is not LPIPS, nor comparable with its numbers.
+
+  As in LPIPS (Zhang et al. 2018), with weights of 1: features at several scales, normalised to unit length over
+  channels at every pixel; the squared difference, summed over channels, averaged over space, summed over scales. But no
+  network has learned the features. At every scale of a pyramid of 2x2 averages, down to MIN_SIDE pixels, they are the
+  luminance and two opponent colours, smoothed; and, normalised apart from these, the first and second derivatives of
+  the smoothed colours, which span those of all directions (Freeman and Adelson 1991). A constant channel beside either
+  has the part of a network's biases: without it, white would be normalised to grey, and faint grain to texture.
+
+  Each scale adds at most 4 + 4. Any size will do; images of 32 px have 3 scales, of 256 px 6.
+  """
+  a, b = _opponent(a), _opponent(b)
+  total = _scale_distance(a, b)
+  while min(a.shape[1:3]) >= 2 * MIN_SIDE:
+    a, b = _halve(a), _halve(b)
+    total += _scale_distance(a, b)
+  return total
+
+
+DISTANCES = {"mse": mse, "perceptual": perceptual}
+
+
+def resolve(metric: str | Distance) -> Distance:
+  """Returns the distance of a name, or the function that is given.
+
+  Raises:
+    ValueError: neither a name in DISTANCES nor a function.
+  """
+  if callable(metric):
+    return metric
+  if not isinstance(metric, str) or metric not in DISTANCES:
+    raise ValueError(f"unknown metric {metric!r}: one of {', '.join(DISTANCES)}, or a function of two image batches")
+  return DISTANCES[metric]
+
+
+def _opponent(images: jax.Array) -> jax.Array:
+  """RGB in [-1, 1] -> luminance, red against green, blue against yellow, each in [-1, 1]."""
+  red, green, blue = (images[..., i].astype(jnp.float32) for i in range(3))
+  return jnp.stack([(red + green + blue) / 3, (red - green) / 2, (2 * blue - red - green) / 4], -1)
+
+
+def _halve(x: jax.Array) -> jax.Array:
+  """Means of 2x2 pixels; an odd last row or column is left out."""
+  height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+  return einops.reduce(x[:, :height, :width], "b (h i) (w j) c -> b h w c", "mean", i=2, j=2)
+
+
+def _scale_distance(a: jax.Array, b: jax.Array) -> jax.Array:
+  """The squared differences between the unit features of one scale: [b, h, w, 3] twice -> [b]."""
+  pairs = zip(_features(a), _features(b))
+  return sum(jnp.mean(jnp.sum(jnp.square(x - y), axis=-1), axis=(1, 2)) for x, y in pairs)
+
+
+def _features(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """x [b, h, w, 3] -> unit vectors of colour [b, h, w, 3 + 1] and of structure [b, h, w, 15 + 1]."""
+  smooth, slope, curve = (_filter(x, taps, 2) for taps in (_SMOOTH, _SLOPE, _CURVE))
+  structure = [
+      _filter(slope, _SMOOTH, 1),
+      _filter(smooth, _SLOPE, 1),
+      _filter(curve, _SMOOTH, 1),
+      math.sqrt(2) * _filter(slope, _SLOPE, 1),  # twice in the matrix of second derivatives: no direction counts more
+      _filter(smooth, _CURVE, 1),
+  ]
+  color = _filter(smooth, _SMOOTH, 1)
+  return _unit(color, COLOR_FLOOR), _unit(jnp.concatenate(structure, -1), STRUCTURE_FLOOR)
+
+
+def _filter(x: jax.Array, taps: tuple[float, ...], axis: int) -> jax.Array:
+  """Correlates x [b, h, w, c] with the taps along an axis; the border is repeated outwards."""
+  reach = len(taps) // 2
+  padded = jnp.pad(x, [(reach, reach) if i == axis else (0, 0) for i in range(4)], mode="edge")
+  views = (jax.lax.slice_in_dim(padded, i, i + x.shape[axis], axis=axis) for i in range(len(taps)))
+  return sum(w * view for w, view in zip(taps, views) if w)
+
+
+def _unit(x: jax.Array, constant: float) -> jax.Array:
+  """Appends a constant channel and divides by the length over channels."""
+  x = jnp.concatenate([x, jnp.full((*x.shape[:-1], 1), constant)], -1)
+  return x / jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))

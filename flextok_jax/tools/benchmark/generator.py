@@ -1,0 +1,132 @@
+"""The generator's jobs: "ar", which draws tokens with guidance, and "train"."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from flextok_jax import flops_ar
+from flextok_jax.core import timing
+from flextok_jax.models.ar import sampling as ar_sampling
+from flextok_jax.ops import attention
+from flextok_jax.tools.benchmark import jobs as benchmark_jobs
+
+_NUM_TOKENS = 5  # place among the arguments of "ar"
+
+
+class Benchmark(benchmark_jobs.Benchmark):
+  """A generator of random parameters; see benchmark_jobs.Benchmark.
+
+  "ar" samples as config.ar says: guidance, temperature, top-k, top-p; an image is one sequence. Texts have their full
+  length. An encoder that is trained jointly takes part; a T5 does not, here its features are random.
+  """
+
+  def __init__(self, config: ConfigDict, paths: tuple[str, ...], batch_size: int, latents: bool):
+    super().__init__(config, paths, batch_size, latents)
+    self.latents = True  # no VAE takes part
+    self.guided = flops_ar.is_guided(config)
+    self.has_text = config.ar.condition == "text"
+
+  def run(self, job: str, num_tokens: int | None, repeats: int, limit: float) -> list[benchmark_jobs.Row]:
+    """See the base; rows of "ar" also say what a token reads."""
+    rows = super().run(job, num_tokens, repeats, limit)
+    if job == "train":
+      return rows
+    read = flops_ar.token_bytes(self.config, num_tokens, self.batch_size, self.guided)
+    return [dataclasses.replace(row, token_bytes=read) if row.path == "fast" else row for row in rows]
+
+  def _time(self, job, num_tokens, runs, args, repeats, limit):
+    if job == "train":
+      return super()._time(job, num_tokens, runs, args, repeats, limit)
+
+    def fewer(path: str, count: int, *args) -> tuple:  # the count is an argument of the program: nothing is compiled
+      return runs[path](*args[:_NUM_TOKENS], jnp.int32(count), *args[_NUM_TOKENS + 1 :])
+
+    counts = sorted({1, *(i * num_tokens // 4 for i in range(1, 4))} - {0, num_tokens}) if "fast" in runs else ()
+    shorter = {count: functools.partial(fewer, "fast", count) for count in counts}
+    # One token warms up: all 256 of the plain path take minutes on a CPU.
+    warm_up = {path: functools.partial(fewer, path, 1) for path in runs}
+    return timing.time_rounds({**runs, **shorter}, args, repeats, limit, warm_up=warm_up)
+
+  def _dtype(self, job: str) -> str:
+    return self.config.dtype
+
+  def _has_paths(self, job: str) -> bool:
+    return job == "ar"
+
+  @property
+  def _parts(self) -> tuple[str, ...]:
+    joint = self.has_text and self.config.text.encoder == "bytes"
+    return ("ar", *(("text_mlp",) if self.has_text else ()), *(("text",) if joint else ()))
+
+  def _random(self, purpose: int, bound: int, *shape: int) -> jax.Array:
+    return jax.random.randint(self._key(purpose), shape, 0, bound, jnp.int32)
+
+  def _text(self, count: int) -> dict[str, jax.Array]:
+    """Texts of full length as a batch of training holds them; {} without text."""
+    if not self.has_text:
+      return {}
+    c = self.config.text
+    lengths = jnp.full(count, c.max_length, jnp.int32)
+    if c.encoder == "bytes":
+      return {"text_ids": self._random(10, 256, count, c.max_length), "text_lengths": lengths}
+    features = jax.random.normal(self._key(10), (count, c.max_length, c.features), self.config.dtype)
+    return {"text_features": features, "text_lengths": lengths}
+
+  def _labels(self) -> jax.Array:
+    """int32 [b], -1 for models without classes."""
+    if self.config.ar.condition != "class":
+      return jnp.full(self.batch_size, -1, jnp.int32)
+    return self._random(11, self.config.ar.num_classes, self.batch_size)
+
+  def _ar(self, num_tokens: int):
+    c, size, guided = self.config.ar, self.batch_size, self.guided
+    text = self._text(size + guided)  # the last one in the place of the empty text
+
+    def make(stage, fast: bool) -> tuple[Callable, int]:
+      choices = ar_sampling.Choices(guided=guided, top_k=c.top_k, use_top_p=bool(c.top_p), fast=fast)
+      slots = ar_sampling.slots(num_tokens, self.config.ar.num_tokens)
+
+      def fn(params, keys, labels, text, prefix, *scalars):
+        features = lengths = None
+        if text:
+          features, lengths = text.get("text_features"), text["text_lengths"]
+          if features is None:
+            args = text["text_ids"], lengths
+            features = stage.model.apply({"params": params}, *args, method="encode_text")
+          if guided:
+            features, lengths = (
+                jnp.concatenate([x[:-1], jnp.broadcast_to(x[-1:], (size, *x.shape[1:]))]) for x in (features, lengths)
+            )
+        args = keys, labels, features, lengths, prefix, *scalars
+        return ar_sampling.generate(stage.model, params, *args, slots=slots, choices=choices)
+
+      return fn, flops_ar.ar_generate(self.config, num_tokens, size, guided, fast)
+
+    labels = self._labels()
+    labels = jnp.concatenate([labels, jnp.full(size, -1, jnp.int32)]) if guided else labels
+    prefix = jnp.zeros((size, 0), jnp.int32)
+    scalars = jnp.int32(num_tokens), *map(jnp.float32, (c.guidance_scale, c.temperature, c.top_p))
+    return (self._params(*self._parts), jax.random.split(self._key(12), size), labels, text, prefix, *scalars), make
+
+  def _train(self):
+    optimizer, c = self._optimizer(), self.config.ar
+    make = lambda stage, _: (self._update(stage, optimizer), flops_ar.ar_train(self.config, self.batch_size))
+    inputs = {
+        "token_ids": self._random(13, c.num_ids, self.batch_size, c.num_tokens),
+        "length": jnp.full(self.batch_size, c.num_tokens, jnp.int32),
+        "label": self._labels(),
+        **self._text(self.batch_size),
+    }
+    return self._update_args(optimizer, self._parts, (), inputs), make
+
+  def _attention(self, job: str, path: str) -> str:
+    """Implementation of attention to the tokens, and to the text; cached keys are looked up by two products of XLA."""
+    if path == "fast":
+      return "xla"
+    c, dtype = self.config, jnp.dtype(self.config.dtype)
+    masked = (True, False) if self.has_text else (True,)
+    return "+".join(dict.fromkeys(attention.choose(c.attention, c.ar.head_dim, dtype, masked=m) for m in masked))

@@ -1,0 +1,278 @@
+"""The jobs of python -m flextok_jax.benchmark for tokenizers and VAEs; benchmark_ar.py has the generator's."""
+
+from collections.abc import Callable
+import dataclasses
+import statistics
+import types
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import optax
+
+from flextok_jax import flops
+from flextok_jax.core import timing
+from flextok_jax.models.tokenizer.flextok import sample_latents
+from flextok_jax.ops import attention, fsq
+from flextok_jax.stages import make_stage, repa
+from flextok_jax.training import optim
+from flextok_jax.training.state import init_state, make_update, unbox
+
+PATHS = ("plain", "fast")
+ONLY = "-"  # the path of a job that has but one
+Compute = tuple[str, str | None]  # dtype, and precision of its products
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What was measured of one job on one path."""
+
+  job: str
+  path: str
+  num_tokens: int | None
+  batch_size: int
+  latents: bool  # the VAE takes no part
+  compute: Compute
+  seconds: tuple[float, ...]  # of each timed call; the i-th of both paths are of one round
+  compile_seconds: float  # to lower and compile
+  program: str  # the same for the same program
+  flops: int  # of a call
+  xla_flops: float | None  # of a call, loop bodies once
+  program_bytes: int | None
+  device_peak_bytes: int | None  # most that the process ever held on the device, where the device tells
+  attention: str
+  shorter: dict[int, tuple[float, ...]] = dataclasses.field(default_factory=dict)  # seconds for fewer tokens, by number
+  token_bytes: int | None = None  # that a generated token reads at least
+
+  @property
+  def name(self) -> str:
+    return self.job if self.num_tokens is None else f"{self.job} k={self.num_tokens}"
+
+  @property
+  def rates(self) -> tuple[float, float, float]:
+    """Images a second: median, least, most."""
+    return tuple(self.batch_size / f(self.seconds) for f in (statistics.median, max, min))
+
+  @property
+  def ms_per_token(self) -> float | None:
+    """Of a job that draws tokens one after another: median, with all that a call does besides."""
+    return 1e3 * statistics.median(self.seconds) / self.num_tokens if self.job == "ar" else None
+
+  @property
+  def flops_per_second(self) -> float:
+    return self.flops / statistics.median(self.seconds)
+
+
+class Benchmark:
+  """A model of random parameters, and the programs that run it.
+
+  Args:
+    config: of stage "tokenizer" or "vae".
+    paths: of PATHS.
+    batch_size: images a call.
+    latents: leaves the VAE out of tokenize, detokenize and train.
+
+  Raises:
+    ValueError: settings that do not fit together.
+  """
+
+  def __init__(self, config: ConfigDict, paths: tuple[str, ...], batch_size: int, latents: bool):
+    if batch_size % config.optim.accumulate_steps:
+      raise ValueError(f"--batch_size={batch_size} is not a multiple of optim.accumulate_steps "
+                       f"{config.optim.accumulate_steps}")
+    self.config, self.paths, self.batch_size = config, paths, batch_size
+    self.has_tokens = config.stage == "tokenizer"
+    self.latents = latents and self.has_tokens
+    self._compiler, self._kept = timing.Compiler(), {}
+
+  def compute(self, job: str) -> Compute:
+    """Returns what a job computes in.
+
+    As in flextok_jax.load, float32 means float32 outside of training: accelerators would multiply in fewer bits.
+    """
+    c = self.config
+    return self._dtype(job), "highest" if c.dtype == "float32" and job != "train" else None
+
+  def prepare(self, job: str, num_tokens: int | None) -> tuple[tuple, dict[str, tuple[Callable, int]]]:
+    """Returns the arguments of a job, and by path the function to compile for them and its FLOPs.
+
+    That of "train" is the update of a run, whose state may be donated.
+    """
+    if job == "train":
+      self._kept.clear()  # room for the state
+    args, make = getattr(self, f"_{job}")(*(() if num_tokens is None else (num_tokens,)))
+    paths = self.paths if self._has_paths(job) else (ONLY,)
+    return args, {path: make(self._stage(path), path == "fast") for path in paths}
+
+  def run(self, job: str, num_tokens: int | None, repeats: int, limit: float) -> list[Row]:
+    """Measures a job, a row a path, in `repeats` rounds or as many as begin within `limit` seconds."""
+    args, made = self.prepare(job, num_tokens)
+    compute, train = self.compute(job), job == "train"
+    programs = {path: self._compiler(fn, args, compute[1], donated=train) for path, (fn, _) in made.items()}
+    runs = {path: program.run for path, program in programs.items()}
+    seconds = self._time(job, num_tokens, runs, args, repeats, limit)
+    return [
+        Row(job=job, path=path, num_tokens=num_tokens, batch_size=self.batch_size, latents=self.latents,
+            compute=compute, seconds=tuple(seconds[path]), compile_seconds=program.seconds, program=program.digest,
+            flops=made[path][1], xla_flops=timing.xla_flops(program.run),
+            program_bytes=timing.program_bytes(program.run), device_peak_bytes=timing.device_peak_bytes(),
+            attention=self._attention(job, path),
+            shorter={n: tuple(s) for n, s in seconds.items() if path == "fast" and n not in programs})
+        for path, program in programs.items()
+    ]
+
+  def _time(
+      self, job: str, num_tokens: int | None, runs: dict[str, Callable], args: tuple, repeats: int, limit: float
+  ) -> dict[str | int, list[float]]:
+    """Returns the seconds of each path's calls, and of the fast program's for fewer tokens by their number, if any."""
+    return timing.time_rounds(runs, args, repeats, limit, carried=job == "train")
+
+  def _dtype(self, job: str) -> str:
+    return self.config.dtype if self.has_tokens and job != "vae" else self.config.vae.dtype
+
+  def _has_paths(self, job: str) -> bool:
+    return self.has_tokens and job != "vae"
+
+  def _stage(self, path: str):
+    config = self.config.copy_and_resolve_references()
+    config.fast = config.fast if path == ONLY else path == "fast"
+    return make_stage(config)
+
+  def _key(self, purpose: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
+
+  def _params(self, *names: str) -> dict:
+    """Parts of the parameters, each in the type that computes with it, as flextok_jax.load keeps them."""
+    for name in names:
+      if name not in self._kept:
+        self._kept |= self._random_params((name,), self.config.vae.dtype if name == "vae" else self.config.dtype)
+    return {name: self._kept[name] for name in names}
+
+  def _random_params(self, names: tuple[str, ...], dtype: str) -> dict:
+    """Initialises parts; what starts at zero (modulations, heads, biases) becomes small random numbers."""
+
+    def init(key):
+      stage, parts = self._stage(ONLY), {}
+      for some in (*unbox(stage.init(key)), *unbox(stage.init_auxiliary(key))):
+        parts |= some
+      return optax.tree.cast({name: parts[name] for name in names}, dtype)
+
+    leaves, tree = jax.tree.flatten(jax.jit(init)(self._key(0)))
+    noise = jax.jit(lambda key, x: 0.02 * jax.random.normal(key, x.shape, x.dtype))
+    leaves = [x if x.any() else noise(jax.random.fold_in(self._key(1), i), x) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(tree, leaves)
+
+  @property
+  def _with_vae(self) -> tuple[str, ...]:
+    """The VAE's part, where a job of images has one."""
+    return () if self.latents or self.config.vae.kind == "pixels" else ("vae",)
+
+  def _vae_share(self, count: Callable[[ConfigDict, int], int]) -> int:
+    """FLOPs of that part."""
+    return count(self.config, self.batch_size) if self._with_vae else 0
+
+  def _images(self) -> jax.Array:
+    """uint8 [b, h, w, 3]."""
+    side = self.config.image_size
+    return jax.random.randint(self._key(2), (self.batch_size, side, side, 3), 0, 256, jnp.uint8)
+
+  def _noise(self) -> jax.Array:
+    """[b, h, w, c] of latents."""
+    shape = self._stage(ONLY).model.latent_shape(self.config.image_size)
+    return jax.random.normal(self._key(3), (self.batch_size, *shape))
+
+  def _tokenize(self, num_tokens: int):
+    def make(stage, fast: bool):
+      model, length = stage.model, flops.encoded(self.config, num_tokens, fast)
+
+      def fn(params, x):
+        if not self.latents:
+          return model.apply({"params": params}, x, length, method="tokenize")
+        return fsq.codes_to_ids(model.apply({"params": params}, x, length, method="encode"), model.levels)
+
+      count = flops.tokenize(self.config, num_tokens, self.batch_size, fast)
+      return fn, count + self._vae_share(flops.vae_encode)
+
+    return (self._params("encoder", *self._with_vae), self._noise() if self.latents else self._images()), make
+
+  def _detokenize(self, num_tokens: int):
+    def make(stage, fast: bool):
+      slots = flops.decoded(self.config, num_tokens, fast)
+
+      def fn(params, ids, keep_k, noise):
+        z = sample_latents(stage.model, params, ids[:, :slots], keep_k, noise, **stage.sampler)
+        return z if self.latents else stage.model.apply({"params": params}, z, method="decode_latents")
+
+      count = flops.sampler(self.config, num_tokens, self.batch_size, fast)
+      return fn, count + self._vae_share(flops.vae_decode)
+
+    tokens, size = self.config.tokens, self.batch_size
+    ids = jax.random.randint(self._key(4), (size, tokens.num_registers), 0, fsq.num_codes(tokens.levels), jnp.int32)
+    params = self._params("decoder", *self._with_vae)
+    return (params, ids, jnp.full(size, num_tokens), self._noise()), make
+
+  def _vae(self):
+    def make(stage, _):  # one path
+      def fn(params, images):
+        if not self.has_tokens:
+          return stage.predict_fns["reconstruct"](params, images)
+        z = stage.model.apply({"params": params}, images, method="encode_latents")
+        return stage.model.apply({"params": params}, z, method="decode_latents")
+
+      return fn, flops.vae_encode(self.config, self.batch_size) + flops.vae_decode(self.config, self.batch_size)
+
+    return (self._params("vae"), self._images()), make
+
+  def _train(self):
+    c = self.config
+    parts, optimizer = c.optim.accumulate_steps, self._optimizer()
+
+    def make(stage, fast: bool):
+      if not self.has_tokens:
+        count = flops.train_vae(c, self.batch_size)
+      else:
+        count = parts * flops.train(c, self.batch_size // parts, fast) + self._vae_share(flops.vae_encode)
+      if self.latents:  # the update's images are latents
+        loss = lambda params, batch, key, step: stage.latents_loss(params, batch["image"], key, batch.get("teacher"))
+        return self._update(types.SimpleNamespace(loss_fn=loss), optimizer), count
+      return self._update(stage, optimizer), count
+
+    trained, frozen = (("encoder", "decoder"), self._with_vae) if self.has_tokens else self._vae_parts
+    inputs = {"image": self._noise() if self.latents else self._images()}
+    if self.has_tokens and repa.section(c) is not None:
+      trained += ("repa",)
+      shape = self.batch_size, repa.teacher_grid(c) ** 2, c.repa.features
+      inputs["teacher"] = jax.random.normal(self._key(7), shape, c.repa.dtype)
+    return self._update_args(optimizer, trained, frozen, inputs), make
+
+  @property
+  def _vae_parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the parts that stage "vae" trains, and of those that it reads besides."""
+    stage = self._stage(ONLY)
+    shapes = (jax.eval_shape(init, self._key(0)) for init in (stage.init, stage.init_auxiliary))
+    return tuple(tuple(name for parts in kind for name in parts) for kind in zip(*shapes))
+
+  def _optimizer(self) -> optax.GradientTransformation:
+    return optim.make_optimizer(self.config.optim, self.config.train.num_steps)
+
+  def _update(self, stage, optimizer: optax.GradientTransformation) -> Callable:
+    c = self.config.optim
+    return make_update(stage, optimizer, accumulate_steps=c.accumulate_steps, decay=c.ema_decay)
+
+  def _update_args(
+      self, optimizer: optax.GradientTransformation, trained: tuple[str, ...], frozen: tuple[str, ...], inputs: dict
+  ) -> tuple:
+    """Returns state, batch and key of an update whose stage has these parts."""
+    given = self._random_params(trained, "float32"), self._random_params(frozen, "float32") if frozen else {}
+    none = lambda key: ({}, {})
+    stage = types.SimpleNamespace(init=lambda key: given, init_auxiliary=none)
+    state = init_state(stage, optimizer, self._key(5))
+    return state, {**inputs, "unreadable": jnp.zeros(self.batch_size, jnp.int32)}, self._key(6)
+
+  def _attention(self, job: str, path: str) -> str:
+    """Implementation of attention, of encoder and decoder where a job has both; the VAE's is XLA's."""
+    c, dtype = self.config, jnp.dtype(self.config.dtype)
+    halves = {"tokenize": ("encoder",), "detokenize": ("decoder",), "train": ("encoder", "decoder")}.get(job, ())
+    names = [attention.choose(c.attention, c[half].head_dim, dtype, masked=half == "encoder")
+             for half in halves if self.has_tokens] or ["xla"]
+    return "+".join(dict.fromkeys(names))

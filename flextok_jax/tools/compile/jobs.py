@@ -1,0 +1,193 @@
+"""The programs that python -m flextok_jax.compile compiles: those of the commands, their arguments as shapes alone."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from flextok_jax import flops, flops_ar
+from flextok_jax.models.ar import sampling as ar_sampling
+from flextok_jax.parallel import sharding
+from flextok_jax.stages import make_stage, repa
+from flextok_jax.training import goodput, optim, teacher
+from flextok_jax.training.state import init_state, make_update, unbox
+
+STAGES = {"train": ("tokenizer", "vae", "ar"), "sample": ("tokenizer",), "ar": ("ar",)}  # job: stages that have it
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A program to compile, and what is known of it without compiling."""
+
+  fn: Callable
+  args: tuple  # ShapeDtypeStructs with shardings
+  parts: dict[str, Any]  # the same, by what memory they are
+  out_shardings: Any
+  donated: bool  # the first argument is overwritten
+  precision: str | None  # of products that set none; None: jax's own
+  batch: int  # images of a call
+  flops: int  # of a call on all devices: what runs (flops.py, flops_ar.py)
+  model_flops: int  # the same without what the backward pass of blocks computes again
+  loop_trips: int = 1  # of loops that end when data say so
+
+  def lower(self) -> jax.stages.Lowered:
+    """Traces and lowers the program, for the devices of its arguments, as if they were the default ones.
+
+    Arguments that it does not read (the encoder, in sampling) are kept: they lie in memory all the same.
+    """
+    device = next(iter(jax.tree.leaves(self.args)[0].sharding.device_set))
+    donated = 0 if self.donated else ()
+    with jax.default_device(device), jax.default_matmul_precision(self.precision):
+      jitted = jax.jit(self.fn, donate_argnums=donated, out_shardings=self.out_shardings, keep_unused=True)
+      return jitted.lower(*self.args)
+
+
+def make_job(
+    config: ConfigDict, name: str, mesh: jax.sharding.Mesh, per_device_batch: int | None, num_tokens: int | None
+) -> Job:
+  """Returns the program of a job.
+
+  Args:
+    config: of a stage that has the job.
+    name: a key of STAGES.
+    mesh: devices, which need not exist.
+    per_device_batch: images a device and call; None: those of config.data.global_batch.
+    num_tokens: that "sample" decodes from and "ar" draws; None: all.
+
+  Raises:
+    ValueError: a stage without the job, settings that do not fit together, a batch that does not divide.
+  """
+  if config.stage not in STAGES[name]:
+    jobs = ", ".join(job for job, stages in STAGES.items() if config.stage in stages)
+    raise ValueError(f"--job={name} is none of stage {config.stage!r}, which has {jobs}")
+  config = config.copy_and_resolve_references()
+  if per_device_batch is not None:
+    if per_device_batch < 1:
+      raise ValueError(f"--per_device_batch={per_device_batch} must be at least 1")
+    config.data.global_batch = per_device_batch * mesh.size
+  sharding.check_batch(config.data.global_batch, config.optim.accumulate_steps if name == "train" else 1, mesh)
+  if name == "train":
+    if num_tokens is not None:
+      raise ValueError("--num_tokens is of the jobs sample and ar: a training step draws its own")
+    return _train(config, mesh)
+  most = config.ar.num_tokens if name == "ar" else config.tokens.num_registers
+  num_tokens = most if num_tokens is None else num_tokens
+  if not 1 <= num_tokens <= most:
+    raise ValueError(f"--num_tokens={num_tokens} is out of range: this model has 1 to {most} tokens")
+  return {"sample": _sample, "ar": _ar}[name](config, mesh, num_tokens)
+
+
+def _placed(tree, shardings):
+  """ShapeDtypeStructs of a tree of arrays or shapes, with their places."""
+  one = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  if isinstance(shardings, jax.sharding.Sharding):
+    return jax.tree.map(lambda x: one(x, shardings), tree)
+  return jax.tree.map(one, tree, shardings)
+
+
+def _shape(dtype, *shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _text(config: ConfigDict, count: int) -> dict:
+  """What a batch has of a text, as the update gets it (training/inputs.py); {} without text."""
+  if config.stage != "ar" or config.ar.condition != "text":
+    return {}
+  c, lengths = config.text, _shape(jnp.int32, count)
+  if c.encoder == "bytes":
+    return {"text_ids": _shape(jnp.int32, count, c.max_length), "text_lengths": lengths}
+  return {"text_features": _shape(jnp.dtype(config.dtype), count, c.max_length, c.features), "text_lengths": lengths}
+
+
+def _train(config: ConfigDict, mesh) -> Job:
+  c, size = config, config.data.global_batch
+  stage, optimizer = make_stage(c), optim.make_optimizer(c.optim, c.train.num_steps)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  boxed = jax.eval_shape(lambda key: init_state(stage, optimizer, key), key)
+  shardings = sharding.tree_shardings(boxed, mesh)
+  state = _placed(unbox(boxed), shardings)
+  if c.stage == "ar":
+    batch = {"token_ids": _shape(jnp.int32, size, c.ar.num_tokens), "length": _shape(jnp.int32, size), **_text(c, size)}
+  elif c.stage == "tokenizer" and c.data.latents:  # the VAE's moments, in one of two types of 16 bits
+    *sides, channels = stage.model.latent_shape(c.image_size)
+    batch = {"latents": _shape(jnp.bfloat16, size, *sides, 2 * channels)}
+  else:
+    batch = {"image": _shape(jnp.uint8, size, c.image_size, c.image_size, 3)}
+  if repa.section(c) is not None:  # as the teacher gives its features, or as shards hold them
+    teacher.check_source(c)
+    dtype = jnp.dtype("float16" if c.data.teacher else c.repa.dtype)
+    batch["teacher"] = _shape(dtype, size, repa.teacher_grid(c) ** 2, c.repa.features)
+  batch |= {name: _shape(jnp.int32, size) for name in ("label", "unreadable")}
+  batch, key = _placed(batch, sharding.batch_sharding(mesh)), _placed(key, sharding.replicated(mesh))
+  return Job(
+      fn=make_update(stage, optimizer, accumulate_steps=c.optim.accumulate_steps, decay=c.optim.ema_decay),
+      args=(state, batch, key),
+      parts={"parameters": state.params, "optimizer": state.opt_state, "EMA": state.ema, "frozen": state.frozen,
+             "batch": batch},
+      out_shardings=(shardings, sharding.replicated(mesh)),
+      donated=True,
+      precision=None,
+      batch=size,
+      flops=goodput.update_flops(c),
+      model_flops=goodput.update_flops(_without_remat(c)),
+  )
+
+
+def _without_remat(config: ConfigDict) -> ConfigDict:
+  config = config.copy_and_resolve_references()
+  config.remat = "none"
+  return config
+
+
+def _params(config: ConfigDict, stage, mesh):
+  """The joined parameters, each in the type that computes with it, as flextok_jax.load places them."""
+  trained, frozen = jax.eval_shape(stage.init, jax.eval_shape(lambda: jax.random.key(0)))
+  boxed = {**trained, **frozen}
+  types = {name: jnp.dtype(config.vae.dtype if name == "vae" else config.dtype) for name in boxed}
+  shapes = {name: jax.tree.map(lambda x, t=types[name]: jax.ShapeDtypeStruct(x.shape, t), part)
+            for name, part in unbox(boxed).items()}
+  return _placed(shapes, sharding.tree_shardings(boxed, mesh))
+
+
+def _keys(size: int):
+  return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
+
+
+def _precision(config: ConfigDict) -> str | None:
+  """As in flextok_jax.load: outside of training float32 means float32, accelerators would multiply in fewer bits."""
+  return "highest" if config.dtype == "float32" else None
+
+
+def _sample(config: ConfigDict, mesh, num_tokens: int) -> Job:
+  c, size = config, config.data.global_batch
+  stage, slots = make_stage(c), flops.decoded(c, num_tokens, c.fast)
+  params, rows = _params(c, stage, mesh), sharding.batch_sharding(mesh)
+  inputs = _placed((_shape(jnp.int32, size, slots), _shape(jnp.int32, size), _keys(size)), rows)
+  count = flops.sampler(c, num_tokens, size, c.fast)
+  count += flops.vae_decode(c, size) if c.vae.kind != "pixels" else 0
+  return Job(stage.predict_fns["detokenize"], (params, *inputs), {"parameters": params, "batch": inputs}, rows, False,
+             _precision(c), size, count, count)
+
+
+def _ar(config: ConfigDict, mesh, num_tokens: int) -> Job:
+  c, size, guided = config, config.data.global_batch, flops_ar.is_guided(config)
+  stage = make_stage(c)
+  params, rows = _params(c, stage, mesh), sharding.batch_sharding(mesh)
+  twice = 2 * size if guided else size
+  text = _text(c, twice)
+  if "text_ids" in text:  # the generator gets features, of a text encoder that runs before it
+    text["text_features"] = _shape(jnp.dtype(c.dtype), *text.pop("text_ids").shape, c.text.features)
+  inputs = (_keys(size), _shape(jnp.int32, twice), text.get("text_features"), text.get("text_lengths"),
+            _shape(jnp.int32, size, 0))
+  scalars = (_shape(jnp.int32), *[_shape(jnp.float32)] * 3)  # num_tokens, guidance scale, temperature, top-p
+  inputs = _placed(inputs, rows), _placed(scalars, sharding.replicated(mesh))
+  choices = ar_sampling.Choices(guided, False, c.ar.top_k, bool(c.ar.top_p), c.fast)
+  slots = ar_sampling.slots(num_tokens, c.ar.num_tokens)
+  fn = functools.partial(ar_sampling.generate, stage.model, slots=slots, choices=choices)
+  count = flops_ar.ar_generate(c, num_tokens, size, guided, c.fast)
+  return Job(fn, (params, *inputs[0], *inputs[1]), {"parameters": params, "batch": inputs}, (rows, rows), False,
+             _precision(c), size, count, count, loop_trips=num_tokens)

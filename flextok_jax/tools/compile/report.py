@@ -1,0 +1,225 @@
+"""What a compiled job takes of a device: memory, FLOPs, traffic, and by all of these the time of a step."""
+
+from collections import Counter
+from collections.abc import Iterable
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from flextok_jax.core import timing
+from flextok_jax.core.accelerators import Accelerator
+from flextok_jax.tools.compile import hlo
+from flextok_jax.tools.compile import traffic as hlo_traffic
+from flextok_jax.tools.compile.jobs import Job
+
+_SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """A job on a mesh of devices. Bytes, FLOPs and seconds are of one device and one call."""
+
+  settings: dict[str, Any]  # what was compiled: config, job, topology, mesh, batch, ...
+  fits: bool
+  memory: dict[str, int]  # bytes; "total" is all of it, "limit" what the device has
+  flops: dict[str, float] = dataclasses.field(default_factory=dict)
+  collectives: list[dict] = dataclasses.field(default_factory=list)
+  seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # that each resource takes by itself
+  notes: tuple[str, ...] = ()
+
+  @property
+  def bound(self) -> str:
+    """What takes the longest of compute, memory and interconnect: the roofline."""
+    return max(("compute", "memory", "interconnect"), key=lambda name: self.seconds[name])
+
+  @property
+  def step_seconds(self) -> float:
+    """The estimate: the roofline, or the compiler's reckoning where that is longer."""
+    return max(self.seconds.values())
+
+  @property
+  def mfu(self) -> float:
+    """Share of the peak that FLOPs of the model have by the estimate; what remat computes again does not count."""
+    return self.flops["model"] / self.flops["peak"] / self.step_seconds
+
+  @property
+  def mfu_roofline(self) -> float:
+    """The same if a step takes no longer than the roofline says: a bound."""
+    return self.flops["model"] / self.flops["peak"] / self.seconds[self.bound]
+
+  @property
+  def images_per_second(self) -> float:
+    """On all devices."""
+    return self.settings["global_batch"] / self.step_seconds
+
+  def to_json(self) -> dict:
+    """Returns a dict for a JSON file: the fields, and what follows from them."""
+    fields = dataclasses.asdict(self)
+    if self.fits:
+      derived = ("bound", "step_seconds", "mfu", "mfu_roofline", "images_per_second")
+      fields |= {name: getattr(self, name) for name in derived}
+    return fields
+
+
+def local_bytes(tree) -> int:
+  """Returns the bytes that one device holds of a tree of arrays or shapes with shardings."""
+  one = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  return sum(map(one, jax.tree.leaves(tree)))
+
+
+def memory(job: Job, stats, limit: float) -> dict[str, int]:
+  """Returns what lies in a device's memory, by part; stats as of compiled.memory_analysis().
+
+  Donated arguments count once, where they are arguments. "padding" is what the compiler's layout adds to them.
+  """
+  parts = {name: local_bytes(tree) for name, tree in job.parts.items()}
+  parts = {name: size for name, size in parts.items() if size}
+  parts["padding"] = stats.argument_size_in_bytes - sum(parts.values())
+  parts["outputs"] = stats.output_size_in_bytes - stats.alias_size_in_bytes
+  parts["temporaries"] = stats.temp_size_in_bytes
+  parts["code"] = stats.generated_code_size_in_bytes
+  return {**parts, "total": sum(parts.values()), "limit": int(limit)}
+
+
+def make_report(settings: dict, job: Job, compiled, text: str, accelerator: Accelerator, mesh) -> Report:
+  """Returns the report of a compiled job; `text` is its HLO."""
+  program = hlo.Program(text, job.loop_trips)
+  sent = hlo_traffic.collectives(program, mesh.size)
+  cycles, kernels = hlo.cycles(program), hlo.custom_kernels(program)
+  flops = {
+      "analytic": job.flops / mesh.size,
+      "model": job.model_flops / mesh.size,
+      "compiled": hlo.matmul_flops(program),
+      "compiled_loops_once": timing.xla_flops(compiled),
+      "peak": accelerator.flops,
+  }
+  seconds = {
+      "compute": flops["analytic"] / accelerator.flops,
+      "memory": hlo_traffic.memory_bytes(program) / accelerator.bandwidth,
+      "interconnect": sum(link_seconds(c, accelerator, mesh) for c in sent),
+  }
+  if cycles and accelerator.clock:
+    seconds["schedule"] = cycles / accelerator.clock
+  notes = []
+  if kernels:
+    notes.append(f"{kernels} runs of Pallas kernels: neither compiled FLOPs nor the schedule have what is in them")
+  if program.unknown_loops:
+    notes.append(f"{program.unknown_loops} loops end when data say so: counted as {job.loop_trips} rounds")
+  table = memory(job, compiled.memory_analysis(), accelerator.memory)
+  return Report(settings, table["total"] <= table["limit"], table, flops, _summed(sent), seconds, tuple(notes))
+
+
+def too_large(settings: dict, job: Job, accelerator: Accelerator, error: Exception | None = None) -> Report | None:
+  """Returns the report of a job that does not fit.
+
+  Args:
+    error: of the compiler, when it ran out of the device's memory; None: before anything is compiled.
+
+  Returns:
+    None where no error says so, and the arguments by themselves would fit.
+  """
+  parts, notes = {name: local_bytes(tree) for name, tree in job.parts.items()}, ()
+  if error is None and sum(parts.values()) <= accelerator.memory:
+    return None
+  if error is not None:
+    notes = (str(error).splitlines()[0],)
+    if found := re.search(r"temporaries \(([\d.]+)([KMG]?)\) exceeds", notes[0]):
+      parts["temporaries"] = int(float(found[1]) * _SIZES[found[2]])
+  table = {**parts, "total": sum(parts.values()), "limit": int(accelerator.memory)}
+  return Report(settings, False, table, notes=notes)
+
+
+def link_seconds(collective: hlo_traffic.Collective, accelerator: Accelerator, mesh) -> float:
+  """Returns the time that a collective takes by bandwidth alone; latency is left out.
+
+  A group uses the links along those axes of the torus in which its devices differ.
+  """
+  devices = mesh.devices.flat
+  places = np.array([getattr(devices[i], "coords", (i,)) for i in collective.group])
+  axes = max(1, int((places != places[0]).any(0).sum()))
+  rate = accelerator.links * min(1, axes / accelerator.axes)
+  return collective.times * collective.sent / rate
+
+
+def _summed(collectives: Iterable[hlo_traffic.Collective]) -> list[dict]:
+  """Collectives by kind and size of group: how many run, and the bytes that a device sends."""
+  count, sent = Counter(), Counter()
+  for c in collectives:
+    key = c.kind, len(c.group)
+    count[key] += c.times
+    sent[key] += c.times * c.sent
+  return [{"kind": kind, "group": group, "count": count[kind, group], "bytes": sent[kind, group]}
+          for kind, group in sorted(count)]
+
+
+def format_report(report: Report) -> str:
+  """Returns a report as a table for the console."""
+  s, m = report.settings, report.memory
+  mesh = " x ".join(f"{axis} {size}" for axis, size in s["mesh"].items())
+  lines = [f"{s['config']}, {s['job']}: {s['devices']} x {s['kind']} ({s['topology']}), mesh {mesh}",
+           f"{s['per_device_batch']:g} images a device, {s['global_batch']} a call; remat {s['remat']}, "
+           f"attention {s['attention']}", "", "memory of a device"]
+  rows = [(name, _amount(size, "B")) for name, size in m.items() if name not in ("total", "limit")]
+  share = f"{_amount(m['total'], 'B')} of {_amount(m['limit'], 'B')}, {m['total'] / m['limit']:.0%}"
+  lines += _columns([*rows, ("total", share)])
+  if not report.fits:
+    return "\n".join([*lines, "it does not fit", *report.notes])
+  f, t = report.flops, report.seconds
+  remat, compiled = 1 - f["model"] / f["analytic"], f["compiled"] / f["analytic"]
+  lines += ["", "FLOPs of a device"]
+  lines += _columns([
+      ("analytic", _amount(f["analytic"], "FLOP") + (f", {remat:.0%} of it by remat" if remat else "")),
+      ("compiled, loops multiplied out", f"{_amount(f['compiled'], 'FLOP')}, {compiled:.2f} of it"),
+      ("by XLA's count, loops once", _amount(f["compiled_loops_once"] or 0, "FLOP"))])
+  lines += ["", "collectives: kind, devices in a group, runs, bytes that a device sends"]
+  lines += _columns([(c["kind"], str(c["group"]), str(c["count"]), _amount(c["bytes"], "B"))
+                     for c in report.collectives] or [("none",)])
+  lines += ["", "time of a call, if nothing but this took any"]
+  lines += _columns([(name, _amount(seconds, "s")) for name, seconds in t.items()])
+  lines += ["", f"roofline: {_amount(t[report.bound], 's')}, bound by {report.bound}; MFU at most "
+            f"{report.mfu_roofline:.1%}",
+            f"estimate: {_amount(report.step_seconds, 's')}, MFU {report.mfu:.1%}, "
+            f"{timing.digits(report.images_per_second)} images/s on all devices"]
+  return "\n".join(lines + [f"note: {note}" for note in report.notes])
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _amount(value: float, unit: str) -> str:
+  """A number with three digits: 1.23 GB, 45.6 ms."""
+  if not value:
+    return f"0 {unit}"
+  if unit == "s":
+    return f"{timing.digits(value)} s" if value >= 1 else f"{timing.digits(1e3 * value)} ms"
+  for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    if abs(value) >= scale:
+      return f"{timing.digits(value / scale)} {prefix}{unit}"
+  return f"{timing.digits(value)} {unit}"
+
+
+_TABLE = ("config", "job", "TPUs", "mesh", "images a device", "remat", "memory", "FLOPs", "bound", "roofline MFU",
+          "estimate", "MFU", "images/s")
+
+
+def markdown(reports: Iterable[dict]) -> str:
+  """Returns a Markdown table of reports as to_json gives them."""
+  lines = ["| " + " | ".join(_TABLE) + " |", "| " + " | ".join("---" for _ in _TABLE) + " |"]
+  for r in reports:
+    s, m = r["settings"], r["memory"]
+    cells = [s["config"], s["job"], s["topology"], " x ".join(str(size) for size in s["mesh"].values()),
+             f"{s['per_device_batch']:g}", s["remat"],
+             f"{m['total'] / 1e9:.3g} of {m['limit'] / 1e9:.3g} GB ({m['total'] / m['limit']:.0%})"]
+    if r["fits"]:
+      cells += [_amount(r["flops"]["analytic"], "FLOP"), r["bound"], f"{r['mfu_roofline']:.0%}",
+                _amount(r["step_seconds"], "s"), f"{r['mfu']:.0%}", timing.digits(r["images_per_second"])]
+    else:
+      cells += ["", "does not fit", "", "", "", ""]
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)

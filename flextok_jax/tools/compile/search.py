@@ -1,0 +1,82 @@
+"""The search for a mesh, a remat policy and a batch: what fits and is the fastest by the estimate."""
+
+from collections.abc import Callable, Iterator
+
+from ml_collections import ConfigDict
+
+from flextok_jax.models import transformer
+from flextok_jax.parallel import sharding
+from flextok_jax.stages import ar
+from flextok_jax.tools.compile.report import Report
+
+_TENSOR, _FSDP = (1, 2, 4, 8), (1, 4, 16, 64)  # sizes that are tried, and "fsdp" over all that "tensor" leaves
+_GAIN = 0.01  # a larger batch goes on growing while an image takes less time by this share
+
+
+def meshes(config: ConfigDict, devices: int) -> Iterator[dict[str, int]]:
+  """Yields the sizes of mesh axes that divide the devices and, for "tensor", heads and hidden units of every part."""
+  counts = _divided_by_tensor(config)
+  for tensor in _TENSOR:
+    if devices % tensor or any(count % tensor for count in counts) or (tensor > 1 and not counts):
+      continue
+    rest = devices // tensor
+    for fsdp in sorted({size for size in (*_FSDP, rest) if rest % size == 0}):
+      yield {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor}
+
+
+def _divided_by_tensor(config: ConfigDict) -> list[int]:
+  if config.stage == "ar":
+    return [config.ar.width // config.ar.head_dim, ar.mlp_hidden(config.ar)]
+  parts = [config.encoder, config.decoder] if config.stage == "tokenizer" else []
+  hidden = [transformer.mlp_hidden(part.width, part.mlp_ratio, part.gated_mlp) for part in parts]
+  return [part.width // part.head_dim for part in parts] + hidden
+
+
+def search(
+    config: ConfigDict, job: str, devices: int, batch: int, try_one: Callable[[ConfigDict, int], Report]
+) -> list[Report]:
+  """Compiles all that may be fast: meshes x remat policies x batches from `batch` on, doubled while they pay.
+
+  Args:
+    try_one: compiles a config with so many images a device; what does not fit is a report too.
+
+  Returns:
+    A report of every try, the fastest first by the estimated time of an image, what does not fit last.
+  """
+  reports = []
+  for mesh in meshes(config, devices):
+    for remat in transformer.REMATS if job == "train" else (config.remat,):
+      tried = config.copy_and_resolve_references()
+      tried.remat = remat
+      tried.mesh.update(mesh)
+      reports += _grow(tried, batch, try_one)
+  return sorted(reports, key=_image_seconds)
+
+
+def _grow(config: ConfigDict, batch: int, try_one) -> Iterator[Report]:
+  best = float("inf")
+  while True:
+    report = try_one(config, batch)
+    yield report
+    seconds = _image_seconds(report)
+    if seconds > (1 - _GAIN) * best:
+      return
+    best, batch = seconds, 2 * batch
+
+
+def _image_seconds(report: Report) -> float:
+  return 1 / report.images_per_second if report.fits else float("inf")
+
+
+def format_search(reports: list[Report]) -> str:
+  """Returns a line for each try."""
+  lines = []
+  for r in reports:
+    s = r.settings
+    mesh = " x ".join(str(s["mesh"][axis]) for axis in sharding.AXES)
+    line = f"mesh {mesh}, remat {s['remat']}, {s['per_device_batch']:g} images a device"
+    line += f": {r.memory['total'] / 1e9:.1f} GB"
+    if r.fits:
+      line += f", MFU {r.mfu:.1%} (roofline {r.mfu_roofline:.1%}, {r.bound}), {r.images_per_second:.0f} images/s"
+    lines.append(line if r.fits else f"{line}, does not fit")
+  return "\n".join(lines)

@@ -1,0 +1,154 @@
+"""The networks that evaluation looks through, and where in a folder their weights are.
+
+Nothing is downloaded and nothing approximated: a metric whose network has no weights is refused, with the file to get.
+All networks take images [b, h, w, 3] in [0, 1], and are jax.tree_util.Partial: pytrees, to be given to compiled
+functions as arguments.
+"""
+
+from collections.abc import Callable, Sequence
+import os
+from pathlib import Path
+
+import jax
+from jax.tree_util import Partial
+import numpy as np
+
+from flextok_jax.data.text import CLIPTokenizer
+from flextok_jax.models.perception import clip as clip_model
+from flextok_jax.models.perception import vit
+from flextok_jax.models.perception.dreamsim import DreamSim
+from flextok_jax.models.perception.inception import FIDInception
+from flextok_jax.models.perception.lpips import LPIPS
+from flextok_jax.weights.perception import clip as clip_files
+from flextok_jax.weights.perception import vit as vit_files
+from flextok_jax.weights.perception.dreamsim import load_dreamsim
+from flextok_jax.weights.perception.inception import load_inception
+from flextok_jax.weights.perception.lpips import load_lpips
+
+_CONVERT = "written anew by python -m flextok_jax.convert_torch SOURCE TARGET"
+# name in the weights' folder: what to put there. A name is of a .safetensors or .npz file, or of a folder.
+SOURCES = {
+    "inception": f"pt_inception-2015-12-05-6726825d.pth of pytorch-fid's releases, {_CONVERT}",
+    "lpips_alex": f"the state_dict of lpips.LPIPS(net='alex'), or torchvision's alexnet-owt-7be5be79.pth, {_CONVERT}, "
+                  "with the package's weights/v0.1/alex.pth as lpips_alex_heads beside it",
+    "lpips_vgg": f"the state_dict of lpips.LPIPS(net='vgg'), or torchvision's vgg16-397923af.pth, {_CONVERT}, with the "
+                 "package's weights/v0.1/vgg.pth as lpips_vgg_heads beside it",
+    "dreamsim": "a folder of peft's format, the dino_vitb16_single_lora that the dreamsim package downloads, with "
+                "facebook/dino-vitb16 as dreamsim_backbone beside it",
+    "dinov2": "a folder of Hugging Face, as facebook/dinov2-base",
+    "clip": "a folder of Hugging Face with tokenizer.json, as openai/clip-vit-large-patch14",
+    "classifier": "a folder of Hugging Face, as facebook/dinov2-large-imagenet1k-1-layer",
+}
+_TEXTS = 256  # encoded at once
+_ENDINGS = (".safetensors", ".npz", "")
+
+
+def find(folder: str | None, name: str, metric: str) -> str:
+  """Returns the path of a network's weights.
+
+  Raises:
+    ValueError: there are none; the line says what to get.
+  """
+  if folder is None:
+    raise ValueError(f"--metrics={metric} needs --weights=DIR, a folder with {name}: {SOURCES[name]}")
+  found = path_in(folder, name)
+  if found is None:
+    raise ValueError(f"--metrics={metric}: {folder} has no {name}.safetensors, .npz or folder: put there "
+                     f"{SOURCES[name]}")
+  return found
+
+
+def inception(folder: str | None, metric: str) -> Partial:
+  """Returns images -> {"pool" [b, 2048], "spatial" [b, 2023], "logits" [b, 1008]}."""
+  return _partial(FIDInception().apply, load_inception(find(folder, "inception", metric)))
+
+
+def lpips(folder: str | None, net: str) -> Partial:
+  """Returns (images, images) -> [b], of net "alex" or "vgg".
+
+  Raises:
+    ValueError: the file is of another net.
+  """
+  name = f"lpips_{net}"
+  return _partial(LPIPS(net).apply, read_lpips(find(folder, name, name), folder, net))
+
+
+def read_lpips(path: str, folder: str, net: str) -> dict:
+  """Returns the parameters of LPIPS from the file at `path` in a folder, and its heads where they are apart.
+
+  Raises:
+    ValueError: the file is of another net than `net`.
+  """
+  there, params = load_lpips(path, path_in(folder, f"lpips_{net}_heads"))
+  if there != net:
+    raise ValueError(f"{path} has the weights of {there!r}, not of {net!r}")
+  return params
+
+
+def dreamsim(folder: str | None) -> Partial:
+  """Returns (images, images) -> [b], DreamSim of one branch."""
+  lora, backbone = find(folder, "dreamsim", "dreamsim"), path_in(folder, "dreamsim_backbone")
+  if backbone is None:
+    raise ValueError(f"--metrics=dreamsim: {folder} has no dreamsim_backbone: put there {SOURCES['dreamsim']}")
+  sizes, params = load_dreamsim(backbone, lora)
+  return _partial(DreamSim(vit.ViT(**sizes)).apply, params)
+
+
+def similarity(folder: str | None) -> Partial:
+  """Returns (images, images) -> [b], the cosine of their features by a DINOv2 (its class token)."""
+  sizes, params = vit_files.load_vit(find(folder, "dinov2", "dinov2"))
+  apply = vit.ViT(**sizes).apply
+
+  def cosine(variables, a, b):
+    x, y = (apply(variables, vit.preprocess(images))["cls"] for images in (a, b))
+    x, y = (x / jax.numpy.linalg.norm(x, axis=1, keepdims=True) for x in (x, y))
+    return (x * y).sum(1)
+
+  return _partial(cosine, params)
+
+
+def classifier(folder: str | None, metric: str) -> Partial:
+  """Returns images -> logits [b, classes] of a DINOv2 with a linear head.
+
+  Raises:
+    ValueError: the model has no head.
+  """
+  path = find(folder, "classifier", metric)
+  sizes, params = vit_files.load_vit(path)
+  if not sizes.get("num_classes"):
+    raise ValueError(f"{path} has no classifier: put there {SOURCES['classifier']}")
+  apply = vit.ViT(**sizes).apply
+  return _partial(lambda variables, images: apply(variables, vit.preprocess(images))["logits"], params)
+
+
+def clip(folder: str | None, metric: str) -> tuple[Partial, Callable[[Sequence[str]], np.ndarray]]:
+  """Returns images -> [b, d], and texts -> [n, d], all of length 1, by CLIP."""
+  path = find(folder, "clip", metric)
+  sizes, params = clip_files.load_clip(path)
+  tokenize = CLIPTokenizer(path, sizes["text"]["max_length"])
+  model, size = clip_model.CLIP(**sizes), sizes["image"]["grid"] * sizes["image"]["patch_size"]
+  images = _partial(lambda variables, x: model.apply(variables, clip_model.preprocess(x, size),
+                                                     method="image_features"), params)  # fmt: skip
+  text = _partial(lambda variables, *ids: model.apply(variables, *ids, method="text_features"), params)
+  compiled = jax.jit(lambda text, *ids: text(*ids))
+
+  def encode(texts: Sequence[str]) -> np.ndarray:
+    parts = [compiled(text, *tokenize(texts[i : i + _TEXTS])) for i in range(0, len(texts), _TEXTS)]
+    return np.concatenate([np.asarray(x) for x in parts])
+
+  return images, encode
+
+
+def path_in(folder: str, name: str) -> str | None:
+  candidates = (Path(folder) / f"{name}{ending}" for ending in _ENDINGS)
+  return next((os.fspath(path) for path in candidates if path.exists()), None)
+
+
+def _partial(fn: Callable, params) -> Partial:
+  """fn({"params": params}, ...) with products in float32, whatever the accelerator's default."""
+
+  def highest(variables, *images):
+    with jax.default_matmul_precision("highest"):
+      return fn(variables, *images)
+
+  return Partial(highest, {"params": params})

@@ -1,0 +1,186 @@
+"""Bad input to the train command: one clear line, exit code 1, and nothing lost.
+
+Most cases call train() in this process and check the error that cli.run prints (test_a_line_and_an_exit_code); what
+concerns the command line itself runs as a user's process. The other commands: test_commands.py.
+"""
+
+from pathlib import Path
+import re
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from configs import debug
+from flextok_jax import train
+from flextok_jax.training import checkpoint
+from tests.support.commands import shell
+
+ROOT = Path(__file__).parents[2]
+PART = dict(width=32, depth=1, head_dim=16, patch_size=4)
+
+
+def config_of(**overrides):
+  c = debug.get_config()
+  c.update(overrides)
+  return c
+
+
+def sources(**settings):
+  return dict(sources=dict(synthetic=dict(weight=0.0)) | settings)
+
+
+def files_of(folder):
+  """Returns all files and what is in them, but for the lock of a run, which stays behind it."""
+  files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != ".lock"]
+  return {path: path.read_bytes() for path in files}
+
+
+def refused(pattern, workdir, **overrides):
+  """Asserts that train() ends in one line, of a kind that cli.run expects, before it writes anything."""
+  workdir = Path(workdir)
+  before = files_of(workdir) if workdir.is_dir() else {}
+  with pytest.raises((ValueError, OSError), match=pattern) as error:
+    train.train(config_of(**overrides), str(workdir))
+  line = str(error.value)
+  assert line and "\n" not in line and len(line) < 500, line
+  assert (files_of(workdir) if workdir.is_dir() else {}) == before
+
+
+@pytest.mark.parametrize("pattern, overrides", [
+    # Sizes.
+    ("image_size 2 gives 2 latent pixels a side.*encoder.patch_size 4", dict(image_size=2)),
+    ("image_size 18 .*not a multiple of encoder.patch_size 4", dict(image_size=18)),
+    ("image_size must be at least 1, got 0", dict(image_size=0)),
+    ("images of 8x8 px are smaller than SSIM's window", dict(image_size=8)),
+    ("encoder.width 40 .*head_dim 16", dict(encoder=PART | dict(width=40))),
+    ("decoder.width 36 .*head_dim 16", dict(decoder=PART | dict(width=36))),
+    ("encoder.head_dim", dict(encoder=PART | dict(head_dim=0))),
+    ("decoder.patch_size", dict(decoder=PART | dict(patch_size=0))),
+    ("decoder.depth", dict(decoder=PART | dict(depth=0))),
+    ("num_registers must be at least 1, got 0", dict(tokens=dict(num_registers=0))),
+    ("tokens.levels", dict(tokens=dict(levels=(8, 1)))),
+    ("tokens.levels", dict(tokens=dict(levels=()))),
+    ("image_size 18 is not a multiple of the VAE's downscale 4",
+     dict(image_size=18, vae=dict(kind="autoencoder_kl", block_out_channels=(8, 8, 8), norm_groups=4))),
+    # Names.
+    ("unknown stage 'tokeniser': one of tokenizer, vae", dict(stage="tokeniser")),
+    ("stage 'vae' trains vae.kind 'autoencoder_kl', got 'pixels'", dict(stage="vae")),
+    ("unknown vae.kind 'vqgan'", dict(vae=dict(kind="vqgan"))),
+    ("unknown tokens.nested_dropout 'pow3': one of uniform, pow2", dict(tokens=dict(nested_dropout="pow3"))),
+    ("'pow2' needs a power of two, got 6", dict(tokens=dict(num_registers=6))),
+    ("unknown flow.t_sampling 'lognormal': one of logit_normal", dict(flow=dict(t_sampling="lognormal"))),
+    ("unknown guidance 'cgf': one of apg, cfg, none", dict(sampler=dict(guidance="cgf"))),
+    ("dtype.*float31", dict(dtype="float31")),
+    ("export_dtype.*float7", dict(train=dict(export_dtype="float7"))),
+    ("unknown data source 'mars'", dict(eval=dict(sources=("mars",)))),
+    ("unknown config.data.crop 'left'", dict(data=dict(crop="left"))),
+    # Counts.
+    ("global_batch=12 is not divisible by 8 devices", dict(data=dict(global_batch=12))),
+    ("global_batch=8 is not divisible by 8 devices x optim.accumulate_steps=2", dict(optim=dict(accumulate_steps=2))),
+    ("accumulate_steps", dict(optim=dict(accumulate_steps=0))),
+    ("global_batch=0", dict(data=dict(global_batch=0))),
+    ("mesh of data=3, fsdp=1, tensor=1 does not match the 8 devices", dict(mesh=dict(data=3))),
+    ("num_tokens 5 is out of range: this model takes 1 to 4", dict(eval=dict(num_tokens=(1, 5)))),
+    ("num_tokens 0 is out of range", dict(eval=dict(num_tokens=(0,)))),
+    ("no evaluation set is named", dict(eval=dict(sources=()))),
+    ("eval.num_images must be at least 1, got 0", dict(eval=dict(num_images=0))),
+    ("eval.batch_size", dict(eval=dict(batch_size=0))),
+    ("train.log_every must be at least 1, got 0", dict(train=dict(log_every=0))),
+    ("train.checkpoint_every", dict(train=dict(checkpoint_every=0))),
+    ("train.eval_every", dict(train=dict(eval_every=0))),
+    ("train.keep_checkpoints", dict(train=dict(keep_checkpoints=0))),
+    ("sampler.num_steps", dict(sampler=dict(num_steps=0))),
+    # Weights to start from (others: test_checkpoint.py).
+    ("setup.py is not a whole safetensors file", dict(init_from=str(ROOT / "setup.py"))),
+    # No data.
+    ("pass --config.data.sources.folder.path", dict(data=sources(folder=dict(weight=1.0)))),
+    ("no data source has a weight above 0", dict(data=sources())),
+])  # fmt: skip
+def test_settings(pattern, overrides, tmp_path):
+  refused(pattern, tmp_path / "new", **overrides)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_folders(held_out, tmp_path):
+  """With the evaluation on that folder, or only the training."""
+  (tmp_path / "empty" / "class").mkdir(parents=True)
+  (tmp_path / "empty" / "class" / "notes.txt").write_text("no picture")
+  (tmp_path / "broken").mkdir()
+  for i in range(50):
+    (tmp_path / "broken" / f"{i}.jpg").write_bytes(b"no picture")
+  evaluation = dict(sources=("folder",) if held_out else ("synthetic",))
+  folder = lambda path: dict(data=sources(folder=dict(weight=1.0, path=str(path))), eval=evaluation)
+  workdir = tmp_path / "new"
+  refused(f"folder {tmp_path}/absent does not exist", workdir, **folder(tmp_path / "absent"))
+  refused(f"folder {tmp_path}/empty holds no jpg", workdir, **folder(tmp_path / "empty"))
+  refused("notes.txt is a file, not a folder", workdir, **folder(tmp_path / "empty" / "class" / "notes.txt"))
+  if held_out:
+    refused("images in a row are unreadable", workdir, **folder(tmp_path / "broken"))
+
+
+def test_workdir_of_another_config_or_no_folder(tmp_path):
+  checkpoint.claim_workdir(str(tmp_path / "run"), config_of())
+  (tmp_path / "run" / "metrics.jsonl").write_text("precious\n")
+  refused("belongs to another config: seed is 0 there and 1 here; use another --workdir", tmp_path / "run", seed=1)
+  refused("belongs to another config: stage is", tmp_path / "run", stage="vae",
+          vae=dict(kind="autoencoder_kl", block_out_channels=(8,), norm_groups=4), seed=0)  # fmt: skip
+  (tmp_path / "file").write_text("precious")
+  refused("file", tmp_path / "file")
+  refused("file", tmp_path / "file" / "below")
+  assert (tmp_path / "file").read_text() == "precious"
+  (tmp_path / "run" / "config.json").write_text("{")
+  refused("config.json is not JSON", tmp_path / "run")
+
+
+# As a user runs it.
+
+
+DEBUG = "--config=configs/debug.py"
+
+
+@pytest.mark.parametrize("pattern, args", [
+    ("unknown config key .*--config.a.bogus=1", [DEBUG, "--config.a.bogus=1"]),
+    ("unknown config key .*--config.data.sources.mars.weight=1", [DEBUG, "--config.data.sources.mars.weight=1"]),
+    ("absent.py", ["--config=configs/absent.py"]),
+    ("get_config", ["--config={tmp}/empty.py"]),
+    ("broken.py", ["--config={tmp}/broken.py"]),
+    ("config.image_size|invalid literal|abc", [DEBUG, "--config.image_size=abc"]),
+    ("unexpected argument 'configs/debug.py'", ["configs/debug.py"]),
+    ("Unknown command line flag 'work_dir'", [DEBUG, "--work_dir=x"]),
+    ("give --config=configs/X.py and --workdir=DIR", []),
+    ("give --config=configs/X.py and --workdir=DIR", [DEBUG, "--workdir="]),
+])  # fmt: skip
+def test_command_lines(pattern, args, tmp_path):
+  (tmp_path / "empty.py").write_text("")
+  (tmp_path / "broken.py").write_text("def get_config(:\n")
+  workdir = [] if "--workdir=" in args else [f"--workdir={tmp_path / 'new'}"]
+  args = [arg.format(tmp=tmp_path) for arg in args] + (workdir if args else [])
+  one_line(pattern, *shell("flextok_jax.train", *args))
+  assert not (tmp_path / "new").exists()
+
+
+def one_line(pattern, code, printed, err):
+  assert (code, printed) == (1, ""), (code, printed, err)
+  assert err.startswith("error: ") and re.search(pattern, err) and len(err.splitlines()) == 1, err
+
+
+def test_a_line_and_an_exit_code(tmp_path):
+  """Errors inside train(): before the first step, and in the middle, when reading threads are at work."""
+  one_line("the image folder /absent does not exist", *shell(
+      "flextok_jax.train", DEBUG, f"--workdir={tmp_path}", "--config.data.sources.synthetic.weight=0",
+      "--config.data.sources.folder.weight=1", "--config.data.sources.folder.path=/absent"))  # fmt: skip
+  assert not files_of(tmp_path)
+  for i in range(64):
+    path = tmp_path / "pictures" / f"{i}.png"
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.full((32, 32, 3), 4 * i, np.uint8)).save(path)
+    if i % 3 == 0:
+      path.write_bytes(path.read_bytes()[:50])
+  code, _, err = shell(
+      "flextok_jax.train", DEBUG, f"--workdir={tmp_path / 'new'}", "--config.data.sources.synthetic.weight=0",
+      "--config.data.sources.folder.weight=1",
+      f"--config.data.sources.folder.path={tmp_path / 'pictures'}")  # fmt: skip
+  lines = err.splitlines()
+  assert code == 1 and lines[-1].startswith("error: ") and "data.max_unreadable=0.01" in lines[-1]
+  assert all("nreadable image passed over" in line for line in lines[:-1]) and "Traceback" not in err

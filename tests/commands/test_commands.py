@@ -1,0 +1,285 @@
+"""The evaluate, tokenize and detokenize commands on a tiny random model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+import pytest
+import skimage.data
+
+from flextok_jax import detokenize, evaluate, tokenize
+from flextok_jax.stages import make_stage
+from flextok_jax.weights import saving
+from tests.evals.test_evals import make_params, tiny_config
+from tests.support.commands import fails, run, shell
+
+NUM_CODES = 8 * 5 * 5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  """Path of a tokenizer of 16 px images, 4 registers and 200 codes."""
+  config = tiny_config(eval=dict(sources=("synthetic",), num_images=3, batch_size=2, grid_images=2))
+  path = tmp_path_factory.mktemp("model") / "weights.safetensors"
+  saving.save_weights(str(path), config, make_params(make_stage(config)))
+  return path
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+  config = tiny_config(stage="vae", vae=dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(32,),
+                                             layers_per_block=1))
+  path = tmp_path_factory.mktemp("vae") / "weights.safetensors"
+  saving.save_weights(str(path), config, make_params(make_stage(config)))
+  return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+  """A folder of five photographs, one in a subfolder."""
+  folder = tmp_path_factory.mktemp("pictures")
+  (folder / "more").mkdir()
+  picture = skimage.data.astronaut()
+  for i, name in enumerate(("a", "b", "c", "d", "more/e")):
+    Image.fromarray(picture[40 * i : 40 * i + 50, 100:160]).save(folder / f"{name}.png")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(model, pictures, tmp_path_factory):
+  path = tmp_path_factory.mktemp("tokens") / "tokens.json"
+  run(tokenize, f"--checkpoint={model}", f"--images={pictures}", f"--out={path}", "--batch_size=3")
+  return path
+
+
+@pytest.fixture(scope="module")
+def decoded(model, tokens):
+  """The images of all tokens, by file name."""
+  run(detokenize, f"--checkpoint={model}", f"--tokens={tokens}", f"--out={tokens.parent / 'decoded'}")
+  return read_folder(tokens.parent / "decoded")
+
+
+def read_folder(folder):
+  return {path.name: np.asarray(Image.open(path)).astype(int) for path in Path(folder).iterdir()}
+
+
+def write(path, **fields):
+  path.write_text(json.dumps(fields))
+  return path
+
+
+def test_tokens_of_a_folder(tokens):
+  fields = json.loads(tokens.read_text())
+  assert fields["image_size"] == 16 and fields["num_tokens"] == 4
+  assert fields["names"] == ["a.png", "b.png", "c.png", "d.png", "more/e.png"]
+  ids = np.array(fields["token_ids"])
+  assert ids.shape == (5, 4) and ids.min() >= 0 and ids.max() < NUM_CODES
+  assert len({tuple(row) for row in ids}) > 1
+  assert [path.name for path in tokens.parent.iterdir() if path.is_file()] == ["tokens.json"]
+
+
+def test_batch_size_files_and_first_tokens(model, pictures, tokens, tmp_path):
+  whole = json.loads(tokens.read_text())["token_ids"]
+  out = tmp_path / "tokens.npz"
+  files = f"{pictures / 'more'},{pictures / 'b.png'}"
+  run(tokenize, f"--checkpoint={model}", f"--images={files}", f"--out={out}", "--num_tokens=2")
+  with np.load(out, allow_pickle=False) as arrays:
+    np.testing.assert_array_equal(arrays["token_ids"], [whole[4][:2], whole[1][:2]])
+    assert arrays["token_ids"].dtype == np.int32
+    assert arrays["names"].tolist() == ["e.png", str(pictures / "b.png")]
+    assert arrays["num_tokens"] == 2 and arrays["image_size"] == 16
+
+
+def test_round_trip_as_a_user_runs_it(model, pictures, tokens, decoded, tmp_path):
+  code, out, err = shell("flextok_jax.tokenize", f"--checkpoint={model}", f"--images={pictures}",
+                         f"--out={tmp_path / 't.json'}")
+  assert (code, err) == (0, "") and "5 images of 16 px, 4 tokens each" in out
+  assert (tmp_path / "t.json").read_text() == tokens.read_text()
+  code, out, err = shell("flextok_jax.detokenize", f"--checkpoint={model}", f"--tokens={tmp_path / 't.json'}",
+                         f"--out={tmp_path / 'out'}", "--batch_size=2")
+  assert (code, err) == (0, "") and "5 images of 16 px" in out
+  assert sorted(decoded) == ["00000_a.png", "00001_b.png", "00002_c.png", "00003_d.png", "00004_e.png"]
+  assert len({image.tobytes() for image in decoded.values()}) == 5
+  for name, image in read_folder(tmp_path / "out").items():
+    assert image.shape == (16, 16, 3)
+    np.testing.assert_allclose(image, decoded[name], atol=1)  # an image's noise is its own, not its batch's
+
+
+def test_sequences_of_any_length_and_token_files_by_hand(model, tokens, decoded, tmp_path):
+  """A short sequence is decoded as a longer one cut to its length; what follows the cut has no influence."""
+  ids = json.loads(tokens.read_text())["token_ids"]
+  ragged = write(tmp_path / "ragged.json", token_ids=[ids[0][:1], ids[1][:3], ids[2]])
+  names = ["../../x.jpg", "/x.png", "folder/y"]  # none leaves --out
+  tails = write(tmp_path / "tails.json", token_ids=[[ids[0][0], 7, 8, 9], [*ids[1][:3], 11], ids[2]], names=names)
+  run(detokenize, f"--checkpoint={model}", f"--tokens={ragged}", f"--out={tmp_path / 'ragged'}")
+  run(detokenize, f"--checkpoint={model}", f"--tokens={tails}", f"--out={tmp_path / 'one'}", "--num_tokens=1")
+  short, one = read_folder(tmp_path / "ragged"), read_folder(tmp_path / "one")
+  assert sorted(short) == ["00000_0.png", "00001_1.png", "00002_2.png"]
+  assert sorted(one) == ["00000_x.png", "00001_x.png", "00002_y.png"]
+  np.testing.assert_array_equal(short["00000_0.png"], one["00000_x.png"])
+  np.testing.assert_allclose(short["00002_2.png"], decoded["00002_c.png"], atol=1)
+  assert (abs(short["00000_0.png"] - decoded["00000_a.png"]) > 1).any()
+
+
+@pytest.mark.parametrize("args", [("--seed=1",), ("--num_steps=3",), ("--guidance=cfg", "--guidance_scale=3")])
+def test_sampler_flags_and_seed_take_effect(model, tokens, decoded, tmp_path, args):
+  run(detokenize, f"--checkpoint={model}", f"--tokens={tokens}", f"--out={tmp_path}", *args)
+  images = read_folder(tmp_path)
+  assert images.keys() == decoded.keys()
+  assert all((abs(image - decoded[name]) > 1).any() for name, image in images.items())
+
+
+@pytest.mark.parametrize("pattern, fields", [
+    (r"token_ids\[1\]\[2\] is 200, this model's ids are 0 to 199", dict(token_ids=[[0], [1, 2, 200]])),
+    (r"token_ids\[0\]\[0\] is -1,", dict(token_ids=[[-1]])),
+    (r"token_ids\[0\]\[0\] is 1.0,", dict(token_ids=[[1.0]])),
+    (r"token_ids\[0\]\[0\] is True,", dict(token_ids=[[True]])),
+    (r"token_ids\[0\]\[0\] is '1',", dict(token_ids=[["1"]])),
+    (r"token_ids\[1\] has 0 tokens, this model takes 1 to 4", dict(token_ids=[[1], []])),
+    (r"token_ids\[0\] has 5 tokens, this model takes 1 to 4", dict(token_ids=[[1, 2, 3, 4, 5]])),
+    ("must be a list of one or more lists", dict(token_ids=[])),
+    ("must be a list of one or more lists", dict(token_ids=[1, 2])),
+    ("has no 'token_ids'", dict(ids=[[1]])),
+    ("2 names for 1 token", dict(token_ids=[[1]], names=["a", "b"])),
+    ("'names' must be a list of strings", dict(token_ids=[[1]], names=[3])),
+    ("tokens of 32 px images, but this checkpoint makes 16 px", dict(token_ids=[[1]], image_size=32)),
+])
+def test_bad_token_files(pattern, fields, tmp_path):
+  with pytest.raises(ValueError, match=pattern):
+    detokenize.read_tokens(write(tmp_path / "t.json", **fields), 16, 4, NUM_CODES)
+
+
+def test_damaged_token_files(model, tokens, tmp_path):
+  def read(path):
+    return detokenize.read_tokens(path, 16, 4, NUM_CODES)
+
+  bad = tmp_path / "t.json"
+  for content in (b"", b"{", b"\xff\xfe", tokens.read_bytes()[:-20], b"[" * 100_000):
+    bad.write_bytes(content)
+    with pytest.raises(ValueError, match="not a whole .json token file"):
+      read(bad)
+  bad.write_text("[[1, 2]]")
+  with pytest.raises(ValueError, match="must hold an object"):
+    read(bad)
+
+  archive = tmp_path / "t.npz"
+  tokenize.write_tokens(archive, 16, ["a", "b"], np.array([[1, 2], [3, 4]]))
+  assert read(archive) == (["a", "b"], [[1, 2], [3, 4]])
+  whole = archive.read_bytes()
+  rng = np.random.default_rng(0)
+  for _ in range(100):  # cut short, or one byte wrong: one line or, where the byte does not matter, the same tokens
+    if rng.random() < 0.5:
+      archive.write_bytes(whole[: rng.integers(len(whole))])
+    else:
+      place = rng.integers(len(whole))
+      archive.write_bytes(whole[:place] + bytes([whole[place] ^ int(rng.integers(1, 256))]) + whole[place + 1 :])
+    try:
+      assert read(archive)[1] == [[1, 2], [3, 4]]
+    except ValueError as e:
+      assert len(str(e).splitlines()) == 1
+  np.savez(archive, token_ids=np.array([[1], [2, 3]], object))
+  with pytest.raises(ValueError, match="not a whole .npz token file"):
+    read(archive)
+
+
+def test_detokenize_refuses_bad_input(model, vae, tokens, tmp_path):
+  given = (f"--checkpoint={model}", f"--tokens={tokens}", f"--out={tmp_path / 'out'}")
+  fails("--tokens is missing", detokenize, given[0], given[2])
+  fails("no token file at .*absent.json", detokenize, given[0], "--tokens=absent.json", given[2])
+  fails("must end in .json or .npz", detokenize, given[0], "--tokens=tokens.txt", given[2])
+  fails("num_tokens 0 is out of range", detokenize, *given, "--num_tokens=0")
+  fails("num_tokens 5 is out of range", detokenize, *given, "--num_tokens=5")
+  short = write(tmp_path / "short.json", token_ids=[[1, 2], [3]])
+  fails(r"num_tokens=2, but token_ids\[1\] has only 1", detokenize, given[0], f"--tokens={short}", given[2],
+        "--num_tokens=2")
+  fails("--num_steps=0", detokenize, *given, "--num_steps=0")
+  fails("unknown guidance .strong.: one of apg, cfg, none", detokenize, *given, "--guidance=strong")
+  fails("--guidance_scale=nan must be finite", detokenize, *given, "--guidance=cfg", "--guidance_scale=nan")
+  fails("--guidance_scale has no effect", detokenize, *given, "--guidance=none", "--guidance_scale=2")
+  fails("--batch_size=0", detokenize, *given, "--batch_size=0")
+  fails("seed -1 is out of range", detokenize, *given, "--seed=-1")
+  fails("stage 'vae', which has no tokens", detokenize, f"--checkpoint={vae}", *given[1:])
+  fails("is a file", detokenize, *given[:2], f"--out={short}")
+  fails("absent", detokenize, "--checkpoint=absent", *given[1:])
+  assert not (tmp_path / "out").exists()
+
+
+def test_tokenize_refuses_bad_input(model, vae, pictures, tmp_path):
+  given = (f"--checkpoint={model}", f"--images={pictures}", f"--out={tmp_path / 'new.json'}")
+  fails("--checkpoint is missing", tokenize, *given[1:])
+  fails("absent.png", tokenize, given[0], "--images=absent.png", given[2])
+  (tmp_path / "empty").mkdir()
+  fails("empty", tokenize, given[0], f"--images={tmp_path / 'empty'}", given[2])
+  (tmp_path / "broken.png").write_bytes(b"not a picture")
+  fails("broken.png", tokenize, given[0], f"--images={tmp_path / 'broken.png'}", given[2])
+  fails("num_tokens 0 is out of range: this model takes 1 to 4", tokenize, *given, "--num_tokens=0")
+  fails("num_tokens 5 is out of range", tokenize, *given, "--num_tokens=5")
+  fails("must end in .json or .npz", tokenize, *given[:2], "--out=tokens.txt")
+  fails("--batch_size=0", tokenize, *given, "--batch_size=0")
+  fails("stage 'vae', which has no tokens", tokenize, f"--checkpoint={vae}", *given[1:])
+  fails("cannot write", tokenize, *given[:2], f"--out={pictures / 'a.png' / 'x.json'}")
+  assert not (tmp_path / "new.json").exists()
+
+
+def config_file(path, **overrides):
+  path.write_text(f"from tests.evals.test_evals import tiny_config\nget_config = lambda: tiny_config(**{overrides!r})\n")
+  return path
+
+
+def test_evaluate_by_the_checkpoints_settings_and_by_others(model, pictures, tmp_path, capsys):
+  out = tmp_path / "eval"
+  run(evaluate, f"--checkpoint={model}", f"--workdir={tmp_path}")
+  printed = capsys.readouterr().out
+  names = ["curve.png", "eval.jsonl", "grid_synthetic.png", "report.json"]
+  assert sorted(path.name for path in out.iterdir()) == names
+  assert all(str(out / name) in printed for name in names) and "synthetic, 3 images" in printed
+  report = json.loads((out / "report.json").read_text())
+  assert list(report["sets"]["synthetic"]["by_tokens"]) == ["1", "2", "4"]
+  assert report["sets"]["synthetic"]["num_images"] == 3 and report["checkpoint"] == str(model)
+
+  Image.new("RGB", (20, 20)).save(tmp_path / "train.png")
+  config = config_file(
+      tmp_path / "other.py",
+      tokens=dict(num_registers=4, levels=(8, 5, 5), nested_dropout="pow2"),
+      data=dict(sources=dict(folder=dict(path=str(tmp_path), val_path=str(pictures)))),
+  )
+  run(evaluate, f"--checkpoint={model}", f"--config={config}", "--sources=folder", "--num_tokens=3,1", "--num_images=2",
+      "--seed=7", f"--out={out}")
+  lines = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+  assert len(lines) == 2 and lines[0] == report and lines[1]["seed"] == 7
+  assert {k: list(v["by_tokens"]) for k, v in lines[1]["sets"].items()} == {"folder": ["1", "3"]}
+  assert lines[1]["sets"]["folder"]["num_images"] == 2
+
+
+def test_evaluate_refuses_the_config_of_another_model(model, tmp_path):
+  other = config_file(tmp_path / "other.py", tokens=dict(num_registers=8, levels=(8, 5, 5)))
+  fails("tokens.num_registers = 8, but the checkpoint was trained with 4", evaluate, f"--checkpoint={model}",
+        f"--config={other}", f"--out={tmp_path / 'no'}")
+
+
+def test_evaluate_refuses_bad_input(model, vae, pictures, tmp_path):
+  given = (f"--checkpoint={model}", f"--out={tmp_path / 'out'}")
+  fails("give --workdir or --checkpoint", evaluate, given[1])
+  fails("give --out or --workdir", evaluate, given[0])
+  fails("absent", evaluate, "--checkpoint=absent", given[1])
+  fails("num_tokens 0 is out of range: this model takes 1 to 4", evaluate, *given, "--num_tokens=0,1")
+  fails("num_tokens 5 is out of range", evaluate, *given, "--num_tokens=5")
+  fails("whole numbers separated by commas, got 'x'", evaluate, *given, "--num_tokens=1,x")
+  fails("unknown data source 'mars'", evaluate, *given, "--sources=mars")
+  fails("eval.num_images must be at least 1, got 0", evaluate, *given, "--num_images=0")
+  fails("--num_tokens has no meaning", evaluate, f"--checkpoint={vae}", given[1], "--num_tokens=1")
+  fails("is a file", evaluate, given[0], f"--out={pictures / 'a.png'}")
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("args, pattern", [
+    (("evaluate", "--num_tokens=0"), "num_tokens 0 is out of range: this model takes 1 to 4"),
+    (("tokenize", "--images=absent.png", "--out=x.json"), "absent.png"),
+    (("detokenize", "--tokens=absent.json", "--num_steps=many"), "num_steps"),
+])
+def test_bad_input_is_one_line_and_exit_code_1(model, tmp_path, args, pattern):
+  out = () if args[0] == "tokenize" else (f"--out={tmp_path}",)
+  code, printed, err = shell(f"flextok_jax.{args[0]}", f"--checkpoint={model}", *args[1:], *out)
+  assert (code, printed) == (1, "")
+  assert err.startswith("error: ") and pattern in err and len(err.splitlines()) == 1

@@ -1,0 +1,253 @@
+"""Samples of a tiny generator by the metrics of the field, with networks of random weights."""
+
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from flextok_jax import evaluate, sample
+from flextok_jax.evals import generation, progress
+from flextok_jax.evals.metrics import frechet as statistics
+from flextok_jax.evals.metrics import reference as reference_lib
+from flextok_jax.evals.metrics import samples as sample_metrics
+from flextok_jax.evals.metrics import statistics_files
+from flextok_jax.models.perception import vit
+from flextok_jax.models.perception.inception import FIDInception
+from flextok_jax.parallel import sharding
+from flextok_jax.weights.perception import inception as inception_files
+from flextok_jax.weights.perception import networks
+from flextok_jax.weights.perception.vit import load_vit
+from tests.commands.test_sample import models  # noqa: F401 a fixture
+from tests.models.test_clip import clip_tokenizer
+from tests.support import clip_reference, vit_reference
+from tests.support.commands import ROOT, environment, fails, run
+
+TOTAL = 13
+MATRIX = np.random.default_rng(3).normal(size=(16 * 16 * 3, 9)).astype(np.float32)
+IMAGES = np.random.default_rng(4).integers(0, 256, (12, 16, 16, 3)).astype(np.uint8)
+
+
+def write_inception(path):
+  """Random weights under which activations keep their size."""
+  rng, tensors = np.random.default_rng(0), {}
+  for name, shape in inception_files.parameter_shapes().items():
+    if name.startswith("fc/"):
+      tensors["fc.weight"] = rng.normal(0, 0.02, shape[::-1]).astype(np.float32)
+    elif name.endswith("/kernel"):
+      kernel = rng.normal(0, (2 / np.prod(shape[:3])) ** 0.5, shape).astype(np.float32)
+      module = name.removesuffix("/kernel").replace("/", ".")
+      tensors[f"{module}.conv.weight"] = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
+      for kind, value in dict(weight=1, bias=0, running_mean=0, running_var=1).items():
+        tensors[f"{module}.bn.{kind}"] = np.full(shape[3], value, np.float32)
+  save_file(tensors, path)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("weights")
+  write_inception(folder / "inception.safetensors")
+  for name, reference, case in (("classifier", vit_reference, "registers"), ("clip", clip_reference, "laion")):
+    (folder / name).mkdir()
+    reference.write(case, folder / name)
+  clip_tokenizer(folder / "clip")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+  path = tmp_path_factory.mktemp("reference") / "images.npz"
+  np.savez(path, arr_0=np.random.default_rng(1).integers(0, 256, (9, 16, 16, 3)).astype(np.uint8))
+  return path
+
+
+def flags_of(models, weights, reference, out, *args):  # noqa: F811
+  return (f"--checkpoint={models['class']}", f"--tokenizer={models['tokenizer']}", f"--weights={weights}",
+          f"--reference={reference}", f"--num_images={TOTAL}", "--batch_size=8", "--classes=3,0,4",
+          "--guidance_scale=2", "--seed=5", f"--out={out}", *args)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(models, weights, reference, tmp_path_factory):  # noqa: F811
+  out = tmp_path_factory.mktemp("report")
+  run(evaluate, *flags_of(models, weights, reference, out, "--metrics=is,precision,recall,top1", "--num_tokens=1,4",
+                          "--samples_npz", f"--save_reference={out / 'stats.npz'}"))  # fmt: skip
+  return out
+
+
+def scores(out):
+  return json.loads((out / "report.json").read_text())["sets"]["samples"]
+
+
+def pictures(out, count):
+  return read_images(out / f"samples_{count}.npz")
+
+
+def test_samples_are_those_of_the_sample_command(models, report, tmp_path):  # noqa: F811
+  run(sample, f"--checkpoint={models['class']}", f"--tokenizer={models['tokenizer']}", "--classes=3,0,4", "--seed=5",
+      "--guidance_scale=2", "--npz", f"--out={tmp_path}")  # fmt: skip
+  with np.load(tmp_path / "samples.npz", allow_pickle=False) as arrays:
+    np.testing.assert_allclose(pictures(report, 4)[:3].astype(int), arrays["arr_0"], atol=1)
+  assert pictures(report, 4).shape == (TOTAL, 16, 16, 3) and len({x.tobytes() for x in pictures(report, 4)}) == TOTAL
+  assert (report / "grid_samples.png").is_file() and (report / "curve.png").is_file()
+  assert not list(report.glob("*.part.npy")) and not (report / "so_far").exists()
+
+
+def distance_of_few(a, b):
+  """The Fréchet distance of fewer samples than features, by the singular values of their products."""
+  a, b = np.float64(a), np.float64(b)
+  (mu, x), (nu, y) = ((z.mean(0), (z - z.mean(0)) / np.sqrt(len(z) - 1)) for z in (a, b))
+  return np.square(mu - nu).sum() + (x**2).sum() + (y**2).sum() - 2 * np.linalg.norm(x @ y.T, "nuc")
+
+
+@pytest.fixture(scope="module")
+def look(weights):
+  params = inception_files.load_inception(weights / "inception.safetensors")
+  with jax.default_matmul_precision("highest"):
+    return jax.jit(lambda images: FIDInception().apply({"params": params}, images / np.float32(255)))
+
+
+def read_images(path):
+  with np.load(path, allow_pickle=False) as arrays:
+    return arrays["arr_0"]
+
+
+def test_metrics_are_those_of_the_pictures(weights, reference, report, look):
+  sizes, head = load_vit(weights / "classifier")
+  classify = jax.jit(lambda images: vit.ViT(**sizes).apply({"params": head}, vit.preprocess(images / np.float32(255))))
+  real = look(read_images(reference))
+  for column in ("1", "4"):
+    images = pictures(report, column)
+    fake, found = look(images), scores(report)["by_tokens"][column]
+    assert list(found) == ["is", "is_std", "precision", "recall", "top1"]
+    np.testing.assert_allclose(found["is"], sample_metrics.inception_score(np.asarray(fake["logits"]))[0], rtol=1e-4)
+    both = sample_metrics.precision_recall(np.asarray(real["pool"]), np.asarray(fake["pool"]))
+    assert (found["precision"], found["recall"]) == pytest.approx(both)
+    labels = np.resize([3, 0, 4], TOTAL)
+    with jax.default_matmul_precision("highest"):
+      assert found["top1"] == pytest.approx((classify(images)["logits"].argmax(1) == labels).mean())
+  saved = statistics_files.load_statistics(report / "stats.npz")
+  np.testing.assert_allclose(saved["mu_s"], np.float64(real["spatial"]).mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_distances_to_statistics_and_an_interruption(
+    models, weights, reference, report, look, tmp_path, monkeypatch, capsys  # noqa: F811
+):
+  args = flags_of(models, weights, report / "stats.npz", tmp_path, "--num_tokens=4", "--keep_every=1", "--samples_npz")
+  fails("precision and recall compare single images", evaluate, *args, "--metrics=recall")
+  after = progress.Progress.after_batch
+
+  def stop(self, *given):
+    after(self, *given)
+    raise ValueError("stopped")
+
+  def stop_writing(self, *given):
+    raise ValueError("stopped")
+
+  with monkeypatch.context() as patched:
+    patched.setattr(progress.Progress, "after_batch", stop)
+    fails("stopped", evaluate, *args, "--metrics=gfid,sfid")
+  with monkeypatch.context() as patched:  # between the samples' file and the report
+    patched.setattr(generation.Report, "write", stop_writing)
+    fails("stopped", evaluate, *args, "--metrics=gfid,sfid")
+  assert "samples: going on after 8 images" in capsys.readouterr().out
+  run(evaluate, *args, "--metrics=gfid,sfid")
+  np.testing.assert_array_equal(pictures(tmp_path, 4), pictures(report, 4))
+  fake, real = look(pictures(tmp_path, 4)), look(read_images(reference))
+  for name, layer in (("gfid", "pool"), ("sfid", "spatial")):
+    found = scores(tmp_path)["by_tokens"]["4"][name]
+    np.testing.assert_allclose(found, distance_of_few(fake[layer], real[layer]), rtol=1e-4)
+
+
+def test_two_processes(models, weights, report, tmp_path):  # noqa: F811
+  args = [f"--checkpoint={models['class']}", f"--tokenizer={models['tokenizer']}", f"--weights={weights}",
+          "--metrics=top1", "--num_tokens=4", f"--num_images={TOTAL}", "--batch_size=6", "--classes=3,0,4",
+          "--guidance_scale=2", "--seed=5", "--samples_npz", f"--out={tmp_path}"]  # fmt: skip
+  env = environment(2, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+  command = ["bash", "launch/local.sh", "2", "python", "-m", "flextok_jax.evaluate", *args]
+  done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert done.stdout.count("13 of 13 images") == 1
+  assert scores(tmp_path)["by_tokens"]["4"]["top1"] == scores(report)["by_tokens"]["4"]["top1"]
+  np.testing.assert_allclose(pictures(tmp_path, 4).astype(int), pictures(report, 4), atol=1)
+
+
+# The evaluator, with features of a few numbers in place of a network's.
+
+
+def features(images):
+  rows = images.reshape(len(images), -1)
+  return {"pool": rows @ MATRIX[:, :6], "spatial": rows @ MATRIX[:, 4:9], "logits": rows @ MATRIX[:, 3:7]}
+
+
+def measure(mesh, batch_size, **options):
+  """Samples that are noise around their label, by every metric of Inception."""
+  draw = lambda rows: jnp.asarray(np.stack([rows % 7, np.where(rows % 3, 5, 9)], 1), jnp.int32)  # 9 ends a sequence
+  keys = lambda rows: jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), rows)
+
+  def decode(params, ids, keep_k, rows):
+    noise = jax.vmap(lambda key: jax.random.normal(key, (16, 16, 3)))(keys(rows))
+    return params * noise + (ids[:, 0] / 7)[:, None, None, None] + (keep_k == 2)[:, None, None, None]
+
+  compared = reference_lib.look_at([IMAGES[:5], IMAGES[5:]], lambda x: jax.tree.map(np.asarray, features(x / 255)))
+  evaluator = generation.Generation(
+      draw, decode, 9, 4, 16, (1, 2), generation.INCEPTION, {"inception": Partial(features)}, lambda rows: {}, compared,
+      mesh, **options)
+  return evaluator.run(jnp.float32(0.3), 21, batch_size, seed=0)
+
+
+def test_devices_and_batches_change_no_metric(tmp_path):
+  one = measure(sharding.make_mesh(devices=jax.devices()[:1]), 5, samples=tmp_path).scores["sets"]["samples"]
+  many = measure(sharding.make_mesh(), 16).scores["sets"]["samples"]
+  for column in ("1", "2"):
+    assert list(one["by_tokens"][column]) == ["gfid", "sfid", "is", "is_std", "precision", "recall", "fid_infinity"]
+    for name, value in one["by_tokens"][column].items():
+      np.testing.assert_allclose(many["by_tokens"][column][name], value, rtol=1e-4, err_msg=name)
+  images = np.concatenate([pictures(tmp_path, count) for count in (1, 2)])
+  ended = np.flatnonzero(np.arange(21) % 3 == 0)  # their second token is none: nothing more than the first says
+  same = (images[:21] == images[21:]).all((1, 2, 3))
+  np.testing.assert_array_equal(np.flatnonzero(same), ended)
+  fake, real = (features(jnp.float32(x) / 255) for x in (images[21:], IMAGES))
+  found = one["by_tokens"]["2"]
+  gaussian = lambda x: (np.float64(x).mean(0), np.cov(np.float64(x), rowvar=False))
+  for name, layer in (("gfid", "pool"), ("sfid", "spatial")):
+    expected = statistics.frechet_distance(*gaussian(fake[layer]), *gaussian(real[layer]))
+    np.testing.assert_allclose(found[name], expected, rtol=1e-4)
+  infinite = statistics.fid_infinity(np.asarray(fake["pool"]), *gaussian(real["pool"]), smallest=10).value
+  np.testing.assert_allclose(found["fid_infinity"], infinite, rtol=1e-4)
+
+
+def test_texts_by_clip(models, weights, tmp_path):  # noqa: F811
+  (tmp_path / "prompts.txt").write_text("red bee\nace\n")
+  run(evaluate, f"--checkpoint={models['text']}", f"--tokenizer={models['tokenizer']}", f"--weights={weights}",
+      "--metrics=clip", f"--prompts_file={tmp_path / 'prompts.txt'}", "--num_images=5", "--num_tokens=4",
+      "--samples_npz", f"--out={tmp_path / 'out'}")  # fmt: skip
+  images, texts = networks.clip(weights, "clip")
+  vectors = texts(["red bee", "ace"])[[0, 1, 0, 1, 0]]
+  cosines = (images(pictures(tmp_path / "out", 4) / np.float32(255)) * vectors).sum(1)
+  found = scores(tmp_path / "out")
+  assert found["by_tokens"]["4"]["clip"] == pytest.approx(100 * np.maximum(cosines, 0).mean(), rel=1e-4)
+  low, high = found["intervals"]["4"]["clip"]
+  assert low <= found["by_tokens"]["4"]["clip"] <= high
+
+
+def test_bad_flags_are_refused_in_one_line(models, weights, reference, tmp_path):  # noqa: F811
+  base = [f"--checkpoint={models['class']}", f"--tokenizer={models['tokenizer']}", f"--out={tmp_path / 'out'}"]
+  fails("--metrics is missing: of samples there are gfid", evaluate, *base)
+  fails("--sources has no meaning with --tokenizer", evaluate, *base, "--sources=photos")
+  fails("--classes has no meaning without --tokenizer", evaluate, *base[::2], "--classes=1")
+  fails("--metrics=rfid is not of samples", evaluate, *base, "--metrics=rfid")
+  fails("--metrics=sfid needs --reference", evaluate, *base, "--metrics=sfid")
+  fails("--metrics=clip compares samples with their texts", evaluate, *base, "--metrics=clip")
+  fails("--metrics=is needs --weights=DIR, a folder with inception: pt_inception", evaluate, *base, "--metrics=is")
+  fails("--metrics=top1 asks whether", evaluate, f"--checkpoint={models['none']}", *base[1:], "--metrics=top1")
+  fails("give --tokenizer as well", evaluate, *base[::2], "--metrics=gfid")
+  fails("no such file", evaluate, *base, "--metrics=gfid", "--reference=/absent.npz", f"--weights={weights}")
+  assert not (tmp_path / "out").exists()

@@ -1,0 +1,263 @@
+"""The sample command on a tiny random generator and a tiny random tokenizer."""
+
+import json
+
+from absl import flags
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+import skimage.data
+
+from flextok_jax import config as common
+from flextok_jax import detokenize, load, load_ar, sample
+from flextok_jax.data import transforms
+from flextok_jax.evals import plots
+from flextok_jax.stages import make_stage
+from flextok_jax.stages.ar import ARStage
+from flextok_jax.weights import fingerprint, saving
+from tests.commands.test_commands import fails, read_folder, run
+from tests.evals.test_evals import make_params, tiny_config
+
+NUM_CODES = 8 * 5 * 5
+
+
+def generator_config(**ar):
+  settings = dict(width=16, depth=1, head_dim=8, num_ids=NUM_CODES, num_tokens=4, num_classes=5)
+  return common.derive(
+      stage="ar", dtype="float32", ar={**settings, **ar},
+      text=dict(encoder="bytes", features=16, head_dim=8, mlp_hidden=16, depth=1, max_length=24))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+  """Paths of a tokenizer of 16 px images, 4 registers and 200 codes, and of generators for it, by name."""
+  folder = tmp_path_factory.mktemp("models")
+  config = tiny_config()
+  params = make_params(make_stage(config))
+  saving.save_weights(folder / "tokenizer", config, params)
+  generators = {
+      "class": dict(condition="class", tokenizer=fingerprint.fingerprint(config, params)),
+      "text": dict(condition="text", stop=True, bias=True),
+      "none": dict(condition="none"),
+      "foreign": dict(condition="none", tokenizer="0123456789abcdef"),
+      "other_codes": dict(condition="none", num_ids=240),
+      "longer": dict(condition="none", num_tokens=8),
+  }
+  for name, ar in generators.items():
+    config = generator_config(**ar)
+    params = make_params(ARStage(config))
+    if config.ar.stop:  # as likely as all other ids together
+      params["ar"]["readout"]["bias"][-1] = np.log(NUM_CODES)
+    saving.save_weights(folder / name, config, params)
+  return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("pictures")
+  Image.fromarray(skimage.data.astronaut()[:90, 100:160]).save(folder / "a.png")
+  Image.fromarray(skimage.data.coffee()[:90, 100:160]).save(folder / "b.png")
+  return folder
+
+
+def given(models, name, out, *args):
+  return (f"--checkpoint={models[name]}", f"--tokenizer={models['tokenizer']}", f"--out={out}", *args)
+
+
+def read(folder, name):
+  return json.loads((folder / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def by_class(models, tmp_path_factory):
+  """Four samples of two classes, in batches of 3."""
+  out = tmp_path_factory.mktemp("class")
+  run(sample, *given(models, "class", out, "--classes=3,0", "--num_samples=2", "--batch_size=3", "--npz", "--seed=5",
+                     "--guidance_scale=2"))
+  return out
+
+
+@pytest.fixture(scope="module")
+def by_text(models, tmp_path_factory):
+  """Six samples of two prompts, of different lengths."""
+  out = tmp_path_factory.mktemp("text")
+  (out / "prompts.txt").write_text("A red star!\nzwei Äpfel\n", "utf-8")
+  run(sample, *given(models, "text", out, f"--prompts_file={out / 'prompts.txt'}", "--num_samples=3", "--counts=4,1,3"))
+  return out
+
+
+def test_files_of_a_run(by_class):
+  names = [f"0000{i}_class_{c}.png" for i, c in enumerate((3, 3, 0, 0))]
+  others = ["grid.png", "samples.json", "samples.npz", "strip.png", "tokens.json"]
+  assert sorted(path.name for path in by_class.iterdir()) == [*names, *others]
+  with np.load(by_class / "samples.npz", allow_pickle=False) as arrays:
+    assert arrays.files == ["arr_0"] and arrays["arr_0"].dtype == np.uint8
+    np.testing.assert_array_equal(arrays["arr_0"], [np.asarray(Image.open(by_class / name)) for name in names])
+    assert len({image.tobytes() for image in arrays["arr_0"]}) == 4
+  report = read(by_class, "samples.json")
+  assert report["settings"]["guidance_scale"] == 2 and report["settings"]["seed"] == 5
+  assert report["settings"]["top_k"] == 0 and report["settings"]["decoder"]["num_steps"] == 2
+  assert [(entry["file"], entry["condition"]) for entry in report["samples"]] == list(zip(names, (3, 3, 0, 0)))
+  assert all(entry["length"] == 4 and entry["log_prob"] < 0 for entry in report["samples"])
+
+
+def test_a_run_is_what_the_methods_give(models, by_class):
+  """The same as generate with one key, whatever the batches: sample i draws by fold_in(key, i)."""
+  ids, log_probs = load_ar(models["class"]).generate(
+      jax.random.key(5), labels=[3, 3, 0, 0], guidance_scale=2.0, return_log_probs=True)
+  assert read(by_class, "tokens.json")["token_ids"] == ids.tolist()
+  entries = read(by_class, "samples.json")["samples"]
+  np.testing.assert_allclose([entry["log_prob"] for entry in entries], log_probs.sum(1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["by_class", "by_text"])
+def test_detokenize_reads_the_tokens_and_gives_the_same_pictures(models, name, request, tmp_path):
+  out = request.getfixturevalue(name)
+  run(detokenize, f"--checkpoint={models['tokenizer']}", f"--tokens={out / 'tokens.json'}", f"--out={tmp_path}",
+      f"--seed={read(out, 'samples.json')['settings']['seed']}")
+  restored = read_folder(tmp_path)
+  assert sorted(restored) == [entry["file"] for entry in read(out, "samples.json")["samples"]]
+  for file, image in restored.items():
+    np.testing.assert_allclose(image, np.asarray(Image.open(out / file)).astype(int), atol=1)
+
+
+def test_samples_do_not_depend_on_batches_or_neighbours(models, by_text, tmp_path):
+  run(sample, *given(models, "text", tmp_path, "--prompts=A red star!", "--num_samples=2", "--batch_size=1",
+                     "--grid_rows=0", "--strip_tokens=0"))
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+      "00000_a_red_star.png", "00001_a_red_star.png", "samples.json", "tokens.json"]
+  assert read(tmp_path, "tokens.json")["token_ids"] == read(by_text, "tokens.json")["token_ids"][:2]
+  for name in ("00000_a_red_star.png", "00001_a_red_star.png"):
+    one, other = (np.asarray(Image.open(folder / name)).astype(int) for folder in (tmp_path, by_text))
+    np.testing.assert_allclose(one, other, atol=1)
+
+
+def test_lengths_of_a_model_that_stops(by_text):
+  tokens, report = read(by_text, "tokens.json"), read(by_text, "samples.json")
+  lengths = [len(ids) for ids in tokens["token_ids"]]
+  assert [entry["length"] for entry in report["samples"]] == lengths
+  assert len(set(lengths)) > 1 and min(lengths) >= 1 and max(map(max, tokens["token_ids"])) < NUM_CODES
+  assert tokens["names"] == ["a_red_star"] * 3 + ["zwei_äpfel"] * 3
+  assert [entry["condition"] for entry in report["samples"]] == ["A red star!"] * 3 + ["zwei Äpfel"] * 3
+
+
+def test_grid_and_strip(models, by_text):
+  """A cell is the sequence cut to the column's count, framed where it is shorter; each row has one noise."""
+  tokens = read(by_text, "tokens.json")["token_ids"]
+  grid, tok = np.asarray(Image.open(by_text / "grid.png")).astype(int), load(models["tokenizer"])
+  assert grid.shape[1] - 20 < plots.cell_box(0, 3, 16, 16)[2] < grid.shape[1]
+  for row, ids in enumerate(tokens):
+    left, top, right, bottom = plots.cell_box(row, 0, 16, 16)
+    assert (grid[top:bottom, left:right] < 100).any()  # its label
+    for column, count in enumerate((1, 3, 4), 1):
+      left, top, right, bottom = plots.cell_box(row, column, 16, 16)
+      cell = grid[top:bottom:6, left:right:6]
+      assert (grid[top - 2, left:right] == 255).all() == (count <= len(ids))
+      noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), row), tok.latent_shape)
+      image = np.asarray(tok.detokenize([ids[:count]], noise=noise[None], num_steps=2, guidance="none"))[0]
+      np.testing.assert_allclose(cell, (image.clip(-1, 1) + 1) * 127.5, atol=1.01)
+  whole = np.asarray(Image.open(by_text / "00000_a_red_star.png"))
+  strip = np.asarray(Image.open(by_text / "strip.png"))
+  left, top, right, bottom = plots.cell_box(0, len(tokens[0]) - 1, 16, 16, apart=False)
+  np.testing.assert_array_equal(strip[top:bottom:6, left:right:6], whole)
+  assert 0 < strip.shape[1] - right < 20
+
+
+def test_first_tokens_of_pictures_are_kept(models, pictures, tmp_path):
+  run(sample, *given(models, "none", tmp_path, f"--prefix_images={pictures}", "--prefix_tokens=2", "--num_samples=2",
+                     "--num_tokens=3", "--counts=1,3", "--temperature=1.5", "--top_k=50", "--top_p=0.9"))
+  tokens, tok = read(tmp_path, "tokens.json"), load(models["tokenizer"])
+  ids = np.array(tokens["token_ids"])
+  real = np.asarray(tok.tokenize([pictures / "a.png", pictures / "b.png"], 2)).repeat(2, axis=0)
+  assert ids.shape == (4, 3) and tokens["names"] == ["a", "a", "b", "b"]
+  np.testing.assert_array_equal(ids[:, :2], real)
+  assert len(set(ids[:, 2].tolist())) > 1
+  entries = read(tmp_path, "samples.json")["samples"]
+  assert [(entry["prefix_image"], entry["prefix_tokens"]) for entry in entries] == [
+      ("a.png", 2), ("a.png", 2), ("b.png", 2), ("b.png", 2)]
+  grid = np.asarray(Image.open(tmp_path / "grid.png"))
+  left, top, right, bottom = plots.cell_box(2, 1, 16, 16)  # labels, originals, 1, 3
+  np.testing.assert_array_equal(grid[top:bottom:6, left:right:6], transforms.center_crop(pictures / "b.png", 16))
+
+
+def test_unconditional_and_greedy(models, tmp_path):
+  args = ("--greedy", "--num_samples=2", "--grid_rows=0", "--strip_tokens=0", "--num_tokens=2")
+  run(sample, *given(models, "class", tmp_path, *args))
+  one, other = read(tmp_path, "tokens.json")["token_ids"]
+  assert one == other and len(one) == 2
+  one, other = (np.asarray(Image.open(tmp_path / f"0000{i}_unconditional.png")) for i in range(2))
+  assert (one != other).any()  # the decoder's noise
+  assert read(tmp_path, "samples.json")["settings"]["guidance_scale"] == 1
+
+
+def test_grid_rows_are_shared_by_the_conditions():
+  assert sample._shown(16, 1, 5) == [0, 1, 2, 3, 4]
+  assert sample._shown(4, 8, 16) == [0, 1, 8, 9]
+  assert sample._shown(3, 2, 10) == [0, 2, 4]
+  assert sample._shown(0, 2, 10) == []
+
+
+def test_texts_in_a_grid_fit_their_cell():
+  images = np.zeros((4, 16, 16, 3), np.uint8)
+  texts = ["short", "many words " * 20, "onelongword" * 9, "ein Löffel, çà et là, …\nlast line"]
+  grid = np.asarray(plots.grid([texts, images], ["", "1"])).astype(int)
+  for row in range(4):
+    left, top, right, bottom = plots.cell_box(row, 0, 16, 16)
+    assert (grid[top:bottom, left:right] < 100).any()
+    assert (grid[top:bottom, :left - 1] == 255).all() and (grid[bottom:bottom + 2, left:right] == 255).all()
+    assert (grid[top:bottom, right + 1 : plots.cell_box(row, 1, 16, 16)[0]] == 255).all()
+
+
+@pytest.mark.parametrize("model, args, pattern", [
+    ("class", ["--classes=5"], "class 5 is out of range: classes are 0 to 4"),
+    ("class", ["--classes=-1"], "class -1 is out of range"),
+    ("class", ["--classes=cat"], "class cat is out of range"),
+    ("class", ["--classes="], "--classes is empty"),
+    ("class", ["--prompts=a"], "condition 'class': it takes --classes"),
+    ("class", ["--classes=1", "--prompts=a"], "--classes and --prompts are both given"),
+    ("class", ["--guidance_scale=3"], "--guidance_scale=3.0 has no effect without"),
+    ("class", ["--classes=1", "--num_tokens=5"], "--num_tokens=5 is out of range: this model has 1 to 4"),
+    ("class", ["--classes=1", "--num_tokens=2", "--counts=1,4"], "4 in --counts is out of range: .* 1 to 2"),
+    ("class", ["--counts=one"], "one in --counts is out of range"),
+    ("class", ["--temperature=0"], "temperature=0.0 must be above 0"),
+    ("class", ["--top_k=201"], "top_k=201 must be a whole number from 0 .off. to 200"),
+    ("class", ["--greedy", "--top_k=3"], "--top_k has no effect with --greedy"),
+    ("class", ["--prefix_tokens=2"], "--prefix_images is missing"),
+    ("class", ["--prefix_images=x.png"], "--prefix_tokens is missing"),
+    ("class", ["--prefix_images=x.png", "--prefix_tokens=4"], "--prefix_tokens=4 leaves nothing to draw of 4"),
+    ("class", ["--prefix_images=x.png", "--prefix_tokens=2"], "the image x.png does not exist"),
+    ("class", ["--decoder_scale=2"], "--decoder_scale has no effect without guidance"),
+    ("class", ["--decoder_scale=nan", "--decoder_guidance=cfg"], "--decoder_scale=nan must be finite"),
+    ("class", ["--setting=dim=64"], "no setting like 'dim' can be given"),
+    ("class", ["--setting=dim"], "--setting=dim must be name=value"),
+    ("class", ["--seed=-1"], "seed -1 is out of range"),
+    ("text", ["--classes=1"], "condition 'text': it takes --prompts"),
+    ("text", ["--prompts=a;;b"], "prompt 2 of --prompts is empty"),
+    ("text", ["--prompts_file=absent.txt"], "absent.txt"),
+    ("none", ["--prompts=a"], "it takes neither classes nor prompts"),
+    ("foreign", [], "ids of the tokenizer 0123456789abcdef, but --tokenizer=.* is [0-9a-f]{16}: give the tokenizer"),
+    ("other_codes", [], "up to 4 tokens of 240 ids, --tokenizer=.* takes 4 of 200: give the tokenizer"),
+    ("longer", [], "up to 8 tokens of 200 ids, --tokenizer=.* takes 4 of 200"),
+    ("tokenizer", [], "is a model of stage 'tokenizer', not a generator"),
+])
+def test_bad_input_is_refused_in_one_line(models, tmp_path, model, args, pattern):
+  fails(pattern, sample, *given(models, model, tmp_path / "out", *args))
+  assert not (tmp_path / "out").exists()
+
+
+def test_more_bad_input(models, tmp_path):
+  full = given(models, "none", tmp_path / "out")
+  for i, name in enumerate(("checkpoint", "tokenizer", "out")):
+    fails(f"--{name} is missing", sample, *full[:i], *full[i + 1 :])
+  fails("is a file", sample, *full[:2], f"--out={models['none']}")
+  fails("stage 'ar', which has no tokens", sample, full[0], f"--tokenizer={models['none']}", full[2])
+  fails("absent", sample, "--checkpoint=absent", *full[1:])
+  (tmp_path / "latin.txt").write_bytes("Äpfel".encode("latin-1"))
+  fails("is not a text in UTF-8", sample, *full, f"--prompts_file={tmp_path / 'latin.txt'}")
+  for arg in ("--top_p=1.5", "--top_p=-0.1", "--batch_size=0", "--num_samples=0", "--num_tokens=0", "--decoder_steps=0",
+              "--decoder_guidance=strong", "--prefix_tokens=0", "--temperature=-1", "--top_k=-1"):
+    with pytest.raises(flags.Error, match=arg.partition("=")[0].lstrip("-")) as caught:  # as cli.run prints it
+      run(sample, *full, arg)
+    assert len(str(caught.value).splitlines()) == 1
+  assert not (tmp_path / "out").exists()

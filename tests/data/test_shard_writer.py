@@ -1,0 +1,233 @@
+"""Token shards are written once, whatever happens on the way."""
+
+import json
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from flextok_jax import detokenize, tokenize
+from flextok_jax.data import pipeline, transforms
+from flextok_jax.data.shards import tokens as shards
+from flextok_jax.data.shards import writer as shard_writer
+from flextok_jax.data.sources import registry as sources_lib
+from flextok_jax.inference import adaptive
+from flextok_jax.stages import make_stage
+from flextok_jax.weights import loading, saving
+from flextok_jax.weights.fingerprint import fingerprint
+from tests.commands.test_commands import config_file, fails, run
+from tests.evals.test_evals import make_params, tiny_config
+from tests.support.token_shards import IDS, SIZE, TOKENS, config, encode, make_pictures, records, write, write_folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+  return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def written(pictures, tmp_path_factory):
+  """Shards of all pictures, three copies each in train."""
+  out = tmp_path_factory.mktemp("tokens") / "shards"
+  write(out, config(pictures), copies=3)
+  write(out, config(pictures), split="validation", num_shards=2)
+  return out
+
+
+def test_records_are_those_of_the_source(pictures, written):
+  source = sources_lib.make_source("folder", config(pictures).data.sources.folder, "train")
+  read, meta = records(written), shards.Shards(str(written)).meta
+  assert len(read) == meta["num_records"] == 3 * 23 and meta["class_names"] == ["a", "b", "c"]
+  assert (meta["fingerprint"], meta["num_ids"], meta["num_tokens"]) == ("0123456789abcdef", IDS, TOKENS)
+  assert (meta["quality"], meta["metric"], meta["copies"]) == (0.1, "mse", 3)
+  for i in range(23):
+    copies, stored = read[3 * i : 3 * i + 3], source[i]
+    ids, length = encode(transforms.center_crop(stored["image"], SIZE)[None])
+    assert copies[0]["ids"] == ids[0].tolist() and copies[0]["length"] == length[0]
+    for copy in copies:
+      assert (copy["label"], copy["captions"], copy["num_objects"]) == (stored["label"], [stored["caption"]], -1)
+  assert len({tuple(r["ids"]) for r in read}) > 60  # crops and flips differ
+  assert [r["ids"] for r in records(written, "validation")] != [r["ids"] for r in read[:7]]
+  assert sorted(p.name for p in (written / "train").iterdir()) == [
+      "meta.json", "plan.json", *(f"tokens-0000{s}-of-00004.array_record" for s in range(4))]
+
+
+def test_neither_shards_nor_batches_nor_threads_nor_seeds_of_others_matter(pictures, written, tmp_path):
+  write(tmp_path, config(pictures, num_threads=0), copies=3, num_shards=3, batch_size=7)
+  assert records(tmp_path) == records(written)
+  write(tmp_path / "workers", config(pictures, num_workers=2), copies=3, num_shards=5)
+  assert records(tmp_path / "workers") == records(written)
+  write(tmp_path / "seed", config(pictures, seed=1), copies=2)
+  other = records(tmp_path / "seed")
+  assert other[::2] == records(written)[::3]  # the centre crops
+  assert [r["ids"] for r in other[1::2]] != [r["ids"] for r in records(written)[1::3]]
+
+
+def test_processes_write_what_one_process_writes(pictures, written, tmp_path):
+  kwargs = dict(copies=3, process_count=2)
+  assert write(tmp_path, config(pictures), process_index=1, **kwargs) is None
+  with pytest.raises(FileNotFoundError, match=r"meta.json is missing, so .* not complete: rerun"):
+    shards.Shards(str(tmp_path))
+  meta = write(tmp_path, config(pictures), process_index=0, **kwargs)
+  assert meta == shards.Shards(str(written)).meta and records(tmp_path) == records(written)
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests import token_shards as t
+left = [int(sys.argv[3])]
+def encode(images):
+  left[0] -= 1
+  if not left[0]:
+    os.kill(os.getpid(), signal.SIGKILL)
+  return t.encode(images)
+t.write(sys.argv[1], t.config(Path(sys.argv[2])), encode, copies=3)
+"""
+
+
+def test_a_killed_run_goes_on(pictures, written, tmp_path):
+  args = [sys.executable, "-c", _KILLED, str(tmp_path), str(pictures), "14"]  # of 24 batches: amid the third shard
+  env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(args, cwd=Path(__file__).parents[2], env=env, capture_output=True, check=False)
+  assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+  there = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "train").glob("*.array_record")}
+  assert sorted(there) == [shards.shard_name(s, 4) for s in range(2)]
+  calls = []
+  write(tmp_path, config(pictures), lambda images: calls.append(1) or encode(images), copies=3)
+  assert len(calls) == 12 and records(tmp_path) == records(written)
+  assert not any(p.name.endswith(".tmp") for p in (tmp_path / "train").iterdir())
+  assert all((tmp_path / "train" / name).stat().st_mtime_ns == time for name, time in there.items())
+  # A shard that was cut short later is written again, and nothing else.
+  damaged = tmp_path / "train" / shards.shard_name(3, 4)
+  damaged.write_bytes(damaged.read_bytes()[:-1])
+  calls.clear()
+  write(tmp_path, config(pictures), lambda images: calls.append(1) or encode(images), copies=3)
+  assert len(calls) == 6 and records(tmp_path) == records(written)
+
+
+@pytest.mark.parametrize("pattern, kwargs, data", [
+    ("copies is 3 there and 2 here", dict(copies=2), {}),
+    ("shards is 4 there and 5 here", dict(num_shards=5), {}),
+    ("num_images is 23 there and 9 here", dict(num_images=9), {}),
+    ("quality is 0.1 there and None here", dict(quality=None), {}),
+    ("seed is 0 there and 1 here", {}, dict(seed=1)),
+    ("crop is 'random' there and 'center' here", {}, dict(crop="center")),
+    ("sources.folder.weight is 1.0 there and 2.0 here", {}, dict(sources=dict(folder=dict(weight=2.0)))),
+], ids=lambda value: "" if isinstance(value, dict) else value.split()[0])
+def test_other_settings_are_refused(pictures, written, pattern, kwargs, data):
+  if "sources" in data:
+    data = dict(sources=dict(folder=config(pictures).data.sources.folder.to_dict() | data["sources"]["folder"]))
+  with pytest.raises(ValueError, match=rf"begun with other settings: {pattern}; use another --out") as caught:
+    write(written, config(pictures, **data), **(dict(copies=3) | kwargs))
+  assert "\n" not in str(caught.value)
+
+
+def test_rerunning_a_whole_folder_does_nothing(pictures, written):
+  before = {p: p.stat().st_mtime_ns for p in (written / "train").glob("*.array_record")}
+  refuse = lambda images: pytest.fail("encoded again")
+  meta = write(written, config(pictures), refuse, copies=3, num_shards=None)  # as many as there are
+  assert meta["num_records"] == 69 and all(p.stat().st_mtime_ns == t for p, t in before.items())
+
+
+@pytest.mark.parametrize("pattern, kwargs, data", [
+    ("--copies=0 must be at least 1", dict(copies=0), {}),
+    ("--shards=24 is more than the 23 images", dict(num_shards=24), {}),
+    ("--num_images=24 is out of range: folder has 1 to 23", dict(num_images=24), {}),
+    ("--num_images=0 is out of range", dict(num_images=0), {}),
+    ("source 'synthetic' has no end: give --num_images=N", {}, dict(sources=dict(
+        synthetic=dict(weight=1.0, render_size=16), folder=dict(weight=0.0)))),
+    ("--copies=2 would be equal, as nothing augments folder", dict(copies=2), dict(crop="center", flip=False)),
+    ("config.data.crop 'middle'", {}, dict(crop="middle")),
+], ids=["copies", "shards", "more", "none", "endless", "equal", "crop"])
+def test_bad_settings_are_one_line(pictures, tmp_path, pattern, kwargs, data):
+  with pytest.raises(ValueError, match=pattern) as caught:
+    write(tmp_path / "out", config(pictures, **data), **kwargs)
+  assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_unreadable_images_are_passed_over(tmp_path, pictures):
+  folder = write_folder(tmp_path / "train", 23)
+  write_folder(tmp_path / "validation", 3)
+  write(tmp_path / "whole", config(folder), num_shards=2)
+  (folder / "b" / "04.png").write_text("broken")  # the tenth of all
+  with pytest.raises(ValueError, match=r"1 of 23 images are unreadable, .*max_unreadable=0.01; the last one is .*04"):
+    write(tmp_path / "out", config(folder), num_shards=2)
+  meta = write(tmp_path / "out", config(folder, max_unreadable=0.05), num_shards=2)
+  whole = records(tmp_path / "whole")
+  assert records(tmp_path / "out") == whole[:9] + whole[10:] and meta["shard_records"] == [10, 12]
+
+
+def test_mixtures_mix_as_in_training_and_number_their_classes_on(pictures, tmp_path):
+  sources = dict(folder=dict(config(pictures).data.sources.folder.to_dict(), weight=0.25),
+                 photos=dict(weight=0.25), synthetic=dict(weight=0.5, render_size=16))
+  cfg = config(pictures, sources=sources, crop="center", flip=False, global_batch=40)
+  meta = write(tmp_path, cfg, num_images=40)
+  read = records(tmp_path)
+  batch = next(pipeline.train_batches(cfg.data, image_size=SIZE, seed=0))
+  assert [r["ids"] for r in read] == encode(batch["image"])[0].tolist()
+  assert [r["num_objects"] for r in read] == batch["num_objects"].tolist()
+  names = meta["class_names"]
+  assert names[:3] == ["a", "b", "c"] and "circle" in names[3:]
+  for record, label in zip(read, batch["label"]):
+    if record["num_objects"] > 0:
+      assert record["label"] == 3 + label and names[record["label"]] in record["captions"][0]
+    else:  # the photographs have no classes
+      assert record["label"] == (-1 if len(record["captions"][0]) > 1 else "abc".index(record["captions"][0]))
+  with pytest.raises(ValueError, match=r"a mixture|has no end: give --num_images"):
+    write(tmp_path / "all", cfg)
+
+
+def test_copies_are_never_flipped_where_that_would_be_untrue(pictures, monkeypatch):
+  half = np.zeros((20, 20, 3), np.uint8)
+  half[:, :10] = 255
+  class Letters(list):
+    framed, flip, class_names = True, False, ()
+
+  letters = Letters([{"image": half, "label": 0, "caption": "L", "num_objects": 1}])
+  monkeypatch.setattr(sources_lib, "make_source", lambda *args: letters)
+  with pytest.raises(ValueError, match="nothing augments folder"):
+    shard_writer.Images(config(pictures), "train", SIZE, None, 2)
+  Letters.flip = True
+  crops = shard_writer.Images(config(pictures), "train", SIZE, None, 9)[0]["crops"]
+  assert {crop[0, 0, 0] for crop in crops} == {0, 255} and crops[0][0, 0, 0] == 255
+
+
+def test_the_command_writes_what_tokenizing_files_gives(pictures, tmp_path, capsys):
+  cfg = tiny_config()
+  checkpoint = tmp_path / "weights.safetensors"
+  saving.save_weights(checkpoint, cfg, make_params(make_stage(cfg)))
+  folder = dict(weight=1.0, path=str(pictures), val_path=str(pictures.parent / "validation"))
+  file = config_file(tmp_path / "data.py", data=dict(sources=dict(tfds=dict(weight=0.0), folder=folder)))
+  given = (f"--checkpoint={checkpoint}", f"--config={file}", f"--out={tmp_path / 'tokens'}")
+  run(tokenize, *given, "--shards=2", "--batch_size=8")
+  assert "23 records in 2 shards" in capsys.readouterr().out
+  run(tokenize, given[0], f"--images={pictures}", f"--out={tmp_path / 'tokens.json'}")
+  expected = json.loads((tmp_path / "tokens.json").read_text())["token_ids"]
+  read, meta = records(tmp_path / "tokens"), shards.Shards(str(tmp_path / "tokens")).meta
+  assert [r["ids"] for r in read] == expected and {r["length"] for r in read} == {TOKENS}
+  assert meta["fingerprint"] == fingerprint(*loading.load(checkpoint))
+  assert (meta["quality"], meta["metric"]) == (None, None)
+
+  run(tokenize, *given, "--split=validation", "--num_images=5", "--quality=0.3", "--num_tokens=3", "--batch_size=8",
+      "--decoder_steps=3", "--decoder_guidance=none")
+  read, meta = records(tmp_path / "tokens", "validation"), shards.Shards(str(tmp_path / "tokens"), "validation").meta
+  images = transforms.load_images(str(pictures.parent / "validation"), SIZE)[0][:5]
+  used, params = loading.load(checkpoint)
+  used = detokenize.with_sampler(used, 3, "none", None)
+  lengths_fn = adaptive.make_lengths_fn(used, params, 0.3, "mse")
+  ids = np.array([r["ids"] for r in read])
+  assert ids.shape == (5, 3) and (meta["quality"], meta["metric"]) == (0.3, "mse")
+  assert [r["length"] for r in read] == np.asarray(lengths_fn(images, ids)).tolist()
+
+  fails("--config, for shards", tokenize, *given[::2])
+  fails("two ways to name images", tokenize, *given, f"--images={pictures}")
+  fails("--copies has no meaning for --images", tokenize, given[0], f"--images={pictures}", "--out=x.json",
+        "--copies=2")
+  fails("--metric needs --quality", tokenize, *given, "--metric=mse")
+  fails("--decoder_steps needs --quality", tokenize, *given, "--decoder_steps=1")
+  fails("is a file: shards need a folder", tokenize, *given[:2], f"--out={checkpoint}")

@@ -1,0 +1,177 @@
+"""A teacher's features in shards beside latents: of the same crops, the same loss, and what does not go together."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from flextok_jax import tokenize, train
+from flextok_jax.data.shards import features as teacher_shards
+from flextok_jax.data.shards import files as shard_files
+from flextok_jax.data.shards import latents as latent_shards
+from flextok_jax.data.shards import split_images
+from flextok_jax.models.tokenizer.flextok import to_float
+from flextok_jax.parallel import sharding
+from flextok_jax.stages import make_stage
+from flextok_jax.stages.vae import make_vae
+from flextok_jax.training import inputs, teacher
+from flextok_jax.training.state import unbox
+from flextok_jax.weights import loading, saving
+from tests.commands.test_commands import config_file, fails, run
+from tests.data.test_latents import VAE, config
+from tests.evals.test_evals import make_params
+from tests.support import vit_reference
+from tests.support.token_shards import SIZE, make_pictures
+
+FEATURES, GRID, IMAGES, COPIES = 32, 4, 23, 2
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+  """A folder with pictures, a tokenizer, two tiny DINOv2 and what the command wrote: latents, and features of both."""
+  root = tmp_path_factory.mktemp("teacher")
+  make_pictures(root / "pictures")
+  saving.save_weights(str(root / "weights.safetensors"), config(), make_params(make_stage(config())))
+  for name, case in (("own", "registers"), ("other", "dinov2")):
+    (root / name).mkdir()
+    vit_reference.write(case, root / name)
+  file = config_file(root / "data.py", data=data_of(root), **settings(root))
+  given = f"--config={file}", f"--copies={COPIES}"
+  run(tokenize, "--what=latents", f"--checkpoint={root / 'weights.safetensors'}", *given, f"--out={root / 'latents'}",
+      "--shards=2", "--batch_size=8")  # fmt: skip
+  run(tokenize, "--what=dino", *given, f"--out={root / 'dino'}", "--shards=3", "--batch_size=16")
+  return root
+
+
+def data_of(root, **fields):
+  folder = dict(weight=1.0, path=str(root / "pictures/train"), val_path=str(root / "pictures/validation"))
+  return dict(num_threads=2, prefetch=1, global_batch=8, sources=dict(tfds=dict(weight=0.0), folder=folder)) | fields
+
+
+def settings(root, **fields):
+  repa = dict(weight=1.0, hidden=16, teacher=str(root / "own"), features=FEATURES, dtype="float32")
+  return dict(repa=repa | fields)
+
+
+def train_config(root, data=(), repa=(), **overrides):
+  shards = dict(latents=str(root / "latents"), teacher=str(root / "dino"))
+  return config(data=data_of(root, **(shards | dict(data))), **settings(root, **dict(repa)), **overrides)
+
+
+@pytest.fixture(scope="module")
+def crops(root):
+  """uint8 [46, 16, 16, 3] in the order of the records, and the teacher's features of them."""
+  images = split_images.Images(config(data=data_of(root)), "train", SIZE, None, COPIES)
+  crops = np.concatenate([images[i]["crops"] for i in range(IMAGES)])
+  cfg = train_config(root)
+  features = teacher.make_features_fn(cfg, *teacher.read(cfg), sharding.make_mesh(devices=jax.devices()[:1]))
+  return crops, np.asarray(features(crops))
+
+
+def test_records_are_features_of_the_crops_of_the_latents(root, crops):
+  """Record by record, though files and batches are others."""
+  images, want = crops
+  latents, read = latent_shards.Shards(str(root / "latents")), teacher_shards.Shards(str(root / "dino"))
+  assert len(read) == len(latents) == IMAGES * COPIES and len(read.meta["shard_records"]) == 3
+  assert (read.meta["shape"], read.meta["dtype"], read.meta["image_size"]) == ([GRID**2, FEATURES], "float16", SIZE)
+  assert read.meta["fingerprint"] == teacher.fingerprint(*teacher.read(train_config(root)))
+  assert (read.meta["copies"], read.meta["crop"], read.meta["flip"]) == (COPIES, "random", True)
+  cfg, params = loading.load(root / "weights.safetensors")
+  moments = np.concatenate(make_vae(cfg).apply({"params": params["vae"]}, to_float(images), method="encode"), -1)
+  for i in range(len(read)):
+    record, other = read[i], latents[i]
+    assert record["features"].dtype == np.float16
+    np.testing.assert_allclose(record["features"], want[i], rtol=6e-4, atol=2e-4)
+    np.testing.assert_allclose(other["moments"], moments[i], rtol=6e-4, atol=2e-4)
+    assert all(record[name] == other[name] for name in ("label", "num_objects", "captions"))
+
+
+def test_batches_have_both_of_each_row_and_depend_on_seed_and_step_alone(root):
+  latents, read = latent_shards.Shards(str(root / "latents")), teacher_shards.Shards(str(root / "dino"))
+  place = {latents[i]["moments"].tobytes(): i for i in range(len(latents))}
+  cfg, mesh = train_config(root), sharding.make_mesh(devices=jax.devices()[:1])
+  batches = inputs.train_batches(cfg, 0, mesh)
+  whole = [next(batches) for _ in range(3)]
+  for batch in whole:
+    assert {k: (v.shape, v.dtype.name) for k, v in batch.items() if k in ("latents", "teacher")} == {
+        "latents": ((8, SIZE // 2, SIZE // 2, 8), "float16"), "teacher": ((8, GRID**2, FEATURES), "float16")}
+    for row, features in zip(batch["latents"], batch["teacher"]):
+      np.testing.assert_array_equal(features, read[place[row.tobytes()]]["features"])
+  again = next(inputs.train_batches(cfg, 2, mesh))
+  where = dict(start_step=2, process_count=2, teacher_grid=GRID)
+  halves = [next(latent_shards.train_batches(cfg, process_index=i, **where)) for i in range(2)]
+  for name, x in whole[2].items():
+    np.testing.assert_array_equal(again[name], x)
+    np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), x)
+  off = next(inputs.train_batches(train_config(root, repa=dict(weight=0.0)), 2, mesh))
+  assert "teacher" not in off
+  np.testing.assert_array_equal(off["latents"], whole[2]["latents"])  # the same order, with REPA and without
+
+
+def test_the_loss_is_that_of_features_in_the_step(root, crops):
+  """To the rounding of the stored type."""
+  cfg = train_config(root, dict(latents="", teacher=""), vae=VAE | dict(sample_posterior=False), fast=False)
+  stage, params = make_stage(cfg), loading.load(root / "weights.safetensors")[1]
+  params |= unbox(jax.jit(stage.init_auxiliary)(jax.random.key(1))[0])
+  read, batch = teacher_shards.Shards(str(root / "dino")), {"image": crops[0][:8]}
+  in_step = inputs.make_prepare(cfg, sharding.make_mesh(devices=jax.devices()[:1]), train=True)(batch)
+  stored = batch | {"teacher": np.stack([read[i]["features"] for i in range(8)])}
+  loss_fn = jax.jit(lambda batch: stage.loss_fn(params, batch, jax.random.key(0), 0))
+  (loss, metrics), (other, others) = loss_fn(in_step), loss_fn(stored)
+  assert 0 < abs(loss - other) < 1e-3 and abs(metrics["repa"][0] - others["repa"][0]) < 8e-3
+  np.testing.assert_allclose(metrics["loss"], others["loss"])
+
+
+def test_a_run_trains_on_them(root, tmp_path):
+  cfg = train_config(
+      root, init_from=str(root / "weights.safetensors"), train=dict(num_steps=2, log_every=1),
+      eval=dict(sources=("folder",), num_images=2, batch_size=2, grid_images=1, num_tokens=(4,)))  # fmt: skip
+  train.train(cfg, str(tmp_path / "run"))
+  lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert [-1 <= x["repa"] <= 1 for x in lines if "loss" in x] == [True, True]
+
+
+def refused(words, call):
+  with pytest.raises(ValueError, match=words) as caught:
+    call()
+  assert "\n" not in str(caught.value)
+
+
+def test_features_that_do_not_suit_are_refused(root, tmp_path):
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  batches = lambda **fields: inputs.train_batches(train_config(root, **fields), 0, mesh)
+  refused("features of width 32, but config.repa.features is 8: give --config.repa.features=32",
+          lambda: batches(repa=dict(features=8)))  # fmt: skip
+  refused("have 16 patches an image, but this run wants 5 x 5: give --config.repa.grid=4",
+          lambda: batches(repa=dict(grid=5)))  # fmt: skip
+  refused("the teacher shards are of teacher [0-9a-f]{16}, but .*other is [0-9a-f]{16}",
+          lambda: inputs.make_prepare(train_config(root, repa=dict(teacher=str(root / "other"))), mesh, train=True))
+  absent = train_config(root, repa=dict(teacher="facebook/dinov2-large"))  # not here: its shards will do
+  batch = object()
+  assert inputs.make_prepare(absent, mesh, train=True)(batch) is batch
+  for name, value in (("copies", 1), ("seed", 3), ("num_images", 24)):
+    out = tmp_path / name
+    shutil.copytree(root / "dino", out)
+    meta = json.loads((out / "train" / shard_files.META).read_text()) | {name: value}
+    (out / "train" / shard_files.META).write_text(json.dumps(meta))
+    refused(f"are not of the images of config.data.latents: {name} is .*with one --config and --copies",
+            lambda out=out: batches(data=dict(teacher=str(out))))  # fmt: skip
+  records, other = latent_shards.Shards(str(root / "latents")), teacher_shards.Shards(str(root / "dino"))
+  pair = teacher_shards.Beside(records, other, train_config(root), GRID)
+  assert len(pair) == IMAGES * COPIES and pair[5]["teacher"].shape == (GRID**2, FEATURES)
+  parse = other.parse
+  other.parse = lambda data: parse(data) | {"label": 77}
+  refused(r"record 5 has label \d in .* and 77 in .*, so it is not of one image", lambda: pair[5])
+
+
+def test_bad_input_is_one_line(root, tmp_path):
+  file = config_file(tmp_path / "data.py", data=data_of(root), **settings(root))
+  given = "--what=dino", f"--config={file}", f"--out={tmp_path / 'out'}"
+  for flag in ("--num_tokens=1", "--quality=0.1", "--checkpoint=x"):
+    fails("has no meaning for --what=dino", tokenize, *given, flag)
+  missing = config_file(tmp_path / "missing.py", data=data_of(root), **settings(root, teacher=str(tmp_path / "none")))
+  fails("REPA needs its teacher", tokenize, "--what=dino", f"--config={missing}", f"--out={tmp_path / 'out'}")
+  with pytest.raises(FileNotFoundError, match=r"no dino shards of split 'train'.*tokenize --what=dino --config=FILE"):
+    teacher_shards.Shards(str(tmp_path / "absent"))

@@ -1,0 +1,343 @@
+"""The public interface: against golden numbers, against numpy, and what it accepts and refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict, FrozenConfigDict
+import numpy as np
+from PIL import Image
+import pytest
+from safetensors.numpy import load_file
+import skimage.data
+
+import flextok_jax
+from flextok_jax import config as common
+from flextok_jax.inference import generator as generation
+from flextok_jax.inference import tokenizer as api
+from flextok_jax.ops import fsq
+from flextok_jax.weights import loading
+from tests.support import numpy_reference as reference
+from tests.support.golden_weights import to_official
+
+GROUPS = 2
+
+
+def random_model(**overrides):
+  """A tiny model of random weights: 32 px, 8 x 8 latents, 4 x 4 patches, 6 registers."""
+  config = common.derive(
+    image_size=32,
+    dtype="float32",
+    vae=dict(latent_channels=4, block_out_channels=(8, 8, 8), layers_per_block=1, norm_groups=GROUPS),
+    encoder=dict(width=64, depth=1),
+    decoder=dict(width=64, depth=2),
+    tokens=dict(num_registers=6, nested_dropout="uniform"),
+    **overrides,
+  )
+  rng = np.random.default_rng(0)
+  fill = lambda path, x: jnp.asarray(rng.normal(size=x.shape) * 0.2 + (path[-1].key == "scale"), jnp.float32)
+  params = jax.tree_util.tree_map_with_path(fill, loading.abstract_params(config))
+  return api.FlexTok(params, FrozenConfigDict(config))
+
+
+def with_fields(model, **fields):
+  config = ConfigDict(model.config)
+  config.update(fields)
+  return FrozenConfigDict(config)
+
+
+@pytest.fixture(scope="module")
+def model():
+  return random_model()
+
+
+@pytest.fixture(scope="module")
+def images():
+  return np.random.default_rng(1).uniform(-1, 1, (3, 32, 32, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def ids():
+  return np.random.default_rng(2).integers(0, 64000, (3, 6))
+
+
+@pytest.fixture(scope="module")
+def noise():
+  return np.random.default_rng(3).normal(size=(3, 8, 8, 4)).astype(np.float32)
+
+
+# The same numbers.
+
+
+@pytest.fixture(scope="module")
+def official(shared):
+  """The golden model, loaded as a user does."""
+  return flextok_jax.load(shared / "golden" / "flextok_tiny.safetensors", vae_norm_num_groups=4, image_size=64)
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+  arrays = load_file(shared / "golden" / "flextok_tiny_io.safetensors")
+  return {k: np.moveaxis(v, -3, -1) if v.ndim >= 4 else v for k, v in arrays.items()}
+
+
+def close(actual, desired, atol):
+  np.testing.assert_allclose(actual, desired, rtol=1e-4, atol=atol)  # the golden set's own tolerances
+
+
+def test_golden_latents_and_tokens(official, golden):
+  assert official.image_size == 64 and official.latent_shape == (8, 8, 16)
+  assert (official.num_registers, official.num_codes) == (16, 64000)
+  close(official.encode_latents(golden["images"]), golden["vae_latents"], 5e-5)
+  np.testing.assert_array_equal(official.tokenize(golden["images"]), golden["tokens"])
+  np.testing.assert_array_equal(official.tokenize(golden["images"], num_tokens=5), golden["tokens"][:, :5])
+  close(official.decode_latents(golden["sample_apg_latent"]), golden["sample_apg_image"], 1e-4)
+
+
+def test_golden_velocities(official, golden):
+  velocity = lambda **kwargs: official.velocity(golden["step_x"], golden["step_t"], golden["tokens"], **kwargs)
+  for i in range(3):
+    close(velocity(keep_k=golden[f"step_keep{i}"]), golden[f"step_v{i}"], 1e-4)
+  close(velocity(), golden["step_v_nokeep"], 1e-4)
+  close(velocity(drop_condition=True), golden["step_v_null"], 1e-4)
+  mixed = golden["step_null_mixed_mask"].astype(bool)
+  close(velocity(keep_k=golden["step_keep0"], drop_condition=mixed), golden["step_v_null_mixed"], 1e-4)
+  for t, expected in zip(golden["step_all_t"], golden["step_v_all_t"]):
+    close(official.velocity(golden["step_x"], float(t), golden["tokens"], golden["step_keep0"]), expected, 1e-4)
+
+
+@pytest.mark.parametrize("name, settings", [
+  ("cfg", dict(guidance="cfg", guidance_scale=3.0)),
+  ("apg", {}),  # the defaults are the authors'
+  ("apg_full", dict(guidance_scale=lambda t: 7.5)),
+  ("noguid", dict(num_steps=4, guidance=None)),
+])  # fmt: skip
+def test_golden_images(official, golden, name, settings):
+  start, keep_k = golden["sample_init_noise"], golden[f"sample_{name}_keep"]
+  images = official.detokenize(golden["tokens"], keep_k, noise=start, **settings)
+  close(images, golden[f"sample_{name}_image"], 1e-4)
+  ragged = [row[:k].tolist() for row, k in zip(golden["tokens"], keep_k)]
+  np.testing.assert_array_equal(official.detokenize(ragged, noise=start, **settings), images)
+
+
+def test_against_numpy(model, images, ids, noise):
+  """Gaps as in test_reference.py: latents 5e-6, velocities 1e-4, samples 5e-5, through the VAE's decoder 2e-4."""
+  w = reference.float64(to_official(model.params))
+  scale, levels = model.config.vae.scaling_factor, tuple(model.config.tokens.levels)
+  mean, _ = reference.vae_encode(w, images.astype(np.float64), GROUPS)
+  np.testing.assert_allclose(model.encode_latents(images), scale * mean, atol=1e-4)
+  _, expected = reference.fsq_quantize(reference.encode(w, scale * mean), levels)
+  np.testing.assert_array_equal(model.tokenize(images), expected)
+  codes, keep_k = reference.fsq_lookup(ids, levels), np.array([1, 3, 6])
+  t = np.array([0.1, 0.5, 1.0])
+  drop = np.array([False, True, False])
+  expected = reference.velocity(w, noise, t, codes, keep_k, drop)
+  np.testing.assert_allclose(model.velocity(noise, t, ids, keep_k, drop), expected, atol=1e-3)
+  latents = reference.sample(w, noise.astype(np.float64), codes, keep_k, 3, "apg", 7.5)[-1]
+  expected = reference.vae_decode(w, latents / scale, GROUPS)
+  actual = model.detokenize(ids, keep_k, noise=noise, num_steps=3)
+  np.testing.assert_allclose(actual, expected, atol=2e-4 * np.abs(expected).max())
+
+
+# What may be given in several ways.
+
+
+def test_uint8_and_float_images(model):
+  pixels = np.random.default_rng(4).integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)  # any multiple of the patch
+  ids = model.tokenize(pixels[:, :, :32])
+  np.testing.assert_array_equal(ids, model.tokenize(pixels[:, :, :32].astype(np.float32) / 127.5 - 1))
+  np.testing.assert_array_equal(ids, model.tokenize(jnp.asarray(pixels[:, :, :32])))
+  assert ids.dtype == jnp.int32 and ids.shape == (2, 6)
+  np.testing.assert_array_equal(model.tokenize(pixels[:, :, :32], num_tokens=2), ids[:, :2])
+
+
+def test_lists_of_pictures(model, tmp_path):
+  """Grey, RGBA, a strip and a path: RGB, shorter side to 32 by bilinear interpolation, the centre."""
+  photo = Image.fromarray(skimage.data.astronaut()).resize((100, 75))
+  pictures = [photo, photo.convert("L"), photo.convert("RGBA"), photo.resize((512, 37)), photo.resize((31, 33))]
+  photo.save(tmp_path / "photo.png")
+  ids = model.tokenize([*pictures, tmp_path / "photo.png", str(tmp_path / "photo.png")])
+  assert ids.shape == (7, 6)
+  np.testing.assert_array_equal(ids[0], ids[2])
+  np.testing.assert_array_equal(ids[0], ids[5])
+  np.testing.assert_array_equal(ids[0], ids[6])
+  for picture, row in zip(pictures, ids):
+    short = min(picture.size)
+    size = (32 * picture.width // short, 32 * picture.height // short)
+    array = np.asarray(picture.convert("RGB").resize(size, Image.Resampling.BILINEAR))
+    top, left = round((array.shape[0] - 32) / 2), round((array.shape[1] - 32) / 2)
+    np.testing.assert_array_equal(model.tokenize(array[None, top : top + 32, left : left + 32])[0], row)
+
+
+def test_ragged_ids_and_keep_k(model, ids, noise):
+  decode = lambda *args: np.asarray(model.detokenize(*args, noise=noise, num_steps=2))
+  expected = decode(ids, [2, 6, 3])
+  np.testing.assert_array_equal(decode([ids[0, :2], ids[1].tolist(), tuple(ids[2, :3])]), expected)
+  np.testing.assert_array_equal(decode([ids[0, :2], ids[1], ids[2, :5]], np.array([2, 6, 3])), expected)
+  np.testing.assert_array_equal(decode(ids[:, :4]), decode(ids, 4))
+  changed = ids.copy()
+  changed[0, 2:], changed[2, 3:] = 0, 63999  # behind keep_k
+  np.testing.assert_array_equal(decode(changed, [2, 6, 3]), expected)
+
+
+def test_keys_and_noise(model, ids, noise):
+  key = jax.random.key(5)
+  drawn = jax.random.normal(key, (3, 8, 8, 4))
+  with_key = model.detokenize(ids, key=key, num_steps=1)
+  np.testing.assert_allclose(with_key, model.detokenize(ids, noise=drawn, num_steps=1), rtol=1e-5, atol=1e-5)
+  wide = np.zeros((3, 4, 8, 4), np.float32)  # another size than the default: 16 x 32 pixels
+  assert model.detokenize(ids, noise=wide, num_steps=1).shape == (3, 16, 32, 3)
+
+
+def test_the_posterior_is_sampled_with_a_key(model, images):
+  mode = np.asarray(model.encode_latents(images))
+  draws = np.stack([model.encode_latents(images, key=jax.random.key(i)) for i in range(40)])
+  assert draws.std(0).min() > 0
+  w = reference.float64(to_official(model.params))
+  _, logvar = reference.vae_encode(w, images.astype(np.float64), GROUPS)
+  std = model.config.vae.scaling_factor * np.exp(0.5 * logvar)
+  deviation = (draws - mode) / std  # standard normals: 40 x 768 of them
+  assert abs(deviation.mean()) < 0.03 and abs(deviation.std() - 1) < 0.03
+  first, second, third = (model.tokenize(images, key=jax.random.key(i)) for i in (7, 7, 8))
+  np.testing.assert_array_equal(first, second)
+  assert (first != third).any()
+
+
+def test_guidance(model, ids, noise):
+  decode = lambda **kwargs: np.asarray(model.detokenize(ids, noise=noise, num_steps=3, **kwargs))
+  plain = decode(guidance=None)
+  np.testing.assert_array_equal(decode(guidance="apg", guidance_scale=1), plain)
+  np.testing.assert_array_equal(decode(guidance="cfg", guidance_scale=lambda t: 1.0), plain)
+  np.testing.assert_allclose(decode(guidance="cfg", guidance_scale=1 + 1e-7), plain, atol=1e-3)
+  constant = decode(guidance="cfg", guidance_scale=3.0)
+  np.testing.assert_array_equal(decode(guidance="cfg", guidance_scale=lambda t: 3.0), constant)
+  # By hand, at a scale that depends on t.
+  times, x = [], jnp.asarray(noise)
+  for t in (1.0, 2 / 3, 1 / 3):
+    v_c, v_u = model.velocity(x, t, ids), model.velocity(x, t, ids, drop_condition=True)
+    x = x - (v_u + 4 * t * (v_c - v_u)) / 3
+  actual = decode(guidance="cfg", guidance_scale=lambda t: times.append(t) or 4 * t)
+  expected = np.asarray(model.decode_latents(x))
+  np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
+  np.testing.assert_allclose(times, [1.0, 2 / 3, 1 / 3])
+
+
+# A frozen pytree.
+
+
+def test_it_is_frozen_and_a_pytree(model, images, ids, noise):
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    model.params = {}
+  leaves, structure = jax.tree.flatten(model)
+  assert len(leaves) == len(jax.tree.leaves(model.params)) and jax.tree.unflatten(structure, leaves) == model
+
+  @jax.jit
+  def round_trip(model, images, noise):
+    ids = model.tokenize(images, num_tokens=3)
+    latents = model.encode_latents(images)
+    restored = model.detokenize(ids, keep_k=jnp.array([1, 2, 3]), noise=noise, num_steps=2)
+    return ids, restored, model.decode_latents(latents)
+
+  tokens, restored, decoded = round_trip(model, jnp.asarray(images), jnp.asarray(noise))
+  np.testing.assert_array_equal(tokens, model.tokenize(images, num_tokens=3))
+  expected = model.detokenize(tokens, [1, 2, 3], noise=noise, num_steps=2)
+  np.testing.assert_allclose(restored, expected, atol=1e-4 * np.abs(expected).max())
+  assert decoded.shape == images.shape
+  # Differentiable in the parameters, as any function of a pytree.
+  loss = lambda model: jnp.square(model.velocity(noise, 0.5, ids)).mean()
+  assert float(jnp.abs(jax.grad(loss)(model).params["decoder"]["patch_embed"]["kernel"]).max()) > 0
+
+
+def test_every_method_is_compiled_once_a_shape(model, images, ids, noise):
+  functions = (api._tokenize, api._encode_latents, api._decode_latents, api._velocity, api._detokenize)
+  for f in functions:
+    f.clear_cache()
+  for i in range(3):
+    model.tokenize(images + 0.01 * i)
+    model.encode_latents(images)
+    model.decode_latents(noise)
+    model.velocity(noise, 0.1 + 0.2 * i, ids, keep_k=i + 1, drop_condition=i == 1)
+    model.detokenize(ids[:, : i + 2], noise=noise, num_steps=2, guidance_scale=2.0 + i)  # nor by count or scale
+    model.detokenize([row[: i + 1] for row in ids], noise=noise, num_steps=2, guidance_scale=lambda t, i=i: 1 + i + t)
+  assert [f._cache_size() for f in functions] == [1] * 5
+
+
+# What is refused, in one line that names it.
+
+KEY = dict(key=jax.random.key(0))
+BAD = [
+  (r"images must be a list of images or an array, got a str", lambda m: m.tokenize("photo.png")),
+  (r"the image /absent.png cannot be read", lambda m: m.tokenize(["/absent.png"])),
+  (r"images is an empty list", lambda m: m.tokenize([])),
+  (r"a list of images holds Pillow images or paths, got a ndarray", lambda m: m.tokenize([np.zeros((32, 32, 3))])),
+  (r"shape \[b, h, w, 3\], got \[32, 32, 3\]", lambda m: m.tokenize(np.zeros((32, 32, 3), np.uint8))),
+  (r"shape \[b, h, w, 3\], got \[1, 32, 32, 4\]", lambda m: m.tokenize(np.zeros((1, 32, 32, 4), np.uint8))),
+  (r"got int64", lambda m: m.tokenize(np.zeros((1, 32, 32, 3), np.int64))),
+  (r"lie in \[-1, 1\], got 0.0 to 255.0", lambda m: m.encode_latents(np.eye(32)[None, :, :, None] * np.full(3, 255.0))),
+  (r"lie in \[-1, 1\], got nan", lambda m: m.tokenize(np.full((1, 32, 32, 3), np.nan))),
+  (r"30 x 32 pixels: sides must be multiples of 8", lambda m: m.tokenize(np.zeros((1, 30, 32, 3), np.uint8))),
+  (r"5 x 4 patches does not fit max_grid 4", lambda m: m.tokenize(np.zeros((1, 40, 32, 3), np.uint8))),
+  (r"num_tokens=0 must be a whole number from 1 to 6", lambda m: m.tokenize(np.zeros((1, 32, 32, 3), np.uint8), 0)),
+  (r"num_tokens=7 must", lambda m: m.tokenize(np.zeros((1, 32, 32, 3), np.uint8), num_tokens=7)),
+  (r"num_tokens=2.0 must", lambda m: m.tokenize(np.zeros((1, 32, 32, 3), np.uint8), num_tokens=2.0)),
+  (r"pass key=jax.random.key\(seed\), or noise=... of shape \[2, 8, 8, 4\]", lambda m: m.detokenize([[1], [2]])),
+  (r"noise must be 1 latents", lambda m: m.detokenize([[1]], noise=np.zeros((2, 8, 8, 4)))),
+  (r"multiples of 2; got shape \[1, 7, 8, 4\]", lambda m: m.detokenize([[1]], noise=np.zeros((1, 7, 8, 4)))),
+  (r"noise must have shape \[b, h, w, 4\], got \[1, 8, 8, 3\]",
+   lambda m: m.detokenize([[1]], noise=np.zeros((1, 8, 8, 3)))),
+  (r"token id 64000 is out of range: ids are 0 to 63999", lambda m: m.detokenize([[64000]], **KEY)),
+  (r"token id -1 is out of range", lambda m: m.detokenize(np.array([[-1, 5]]), **KEY)),
+  (r"a sequence has 1 to 6 ids, got \[7\]", lambda m: m.detokenize([[1] * 7], **KEY)),
+  (r"a sequence has 1 to 6 ids, got \[0, 2\]", lambda m: m.detokenize([[1, 2], []], **KEY)),
+  (r"list of sequences of whole numbers", lambda m: m.detokenize([[1.5]], **KEY)),
+  (r"list of sequences of whole numbers", lambda m: m.detokenize([], **KEY)),
+  (r"list of sequences of whole numbers", lambda m: m.detokenize([1, 2], **KEY)),
+  (r"ids must be integers \[b, n\], got float32", lambda m: m.detokenize(np.zeros((1, 2), np.float32), **KEY)),
+  (r"keep_k=0 of sample 0 must lie between 1 and its 2", lambda m: m.detokenize([[1, 2]], 0, **KEY)),
+  (r"keep_k=3 of sample 1 must lie between 1 and its 2", lambda m: m.detokenize([[1, 2, 3], [1, 2]], 3, **KEY)),
+  (r"keep_k must be one int32, or one for each of 1 samples", lambda m: m.detokenize([[1]], [1, 1], **KEY)),
+  (r"keep_k must be one int32", lambda m: m.detokenize([[1]], 1.0, **KEY)),
+  (r"num_steps=0 must", lambda m: m.detokenize([[1]], **KEY, num_steps=0)),
+  (r"unknown guidance 'agp': one of apg, cfg, none", lambda m: m.detokenize([[1]], **KEY, guidance="agp")),
+  (r"guidance_scale=nan must be a finite number", lambda m: m.detokenize([[1]], **KEY, guidance_scale=np.nan)),
+  (r"z must have shape \[b, h, w, 4\], got \[8, 8, 4\]", lambda m: m.decode_latents(np.zeros((8, 8, 4)))),
+  (r"t must lie in \[0, 1\], got \[1.5\]", lambda m: m.velocity(np.zeros((1, 8, 8, 4)), 1.5, [[1]])),
+  (r"drop_condition must be one bool", lambda m: m.velocity(np.zeros((1, 8, 8, 4)), 0.5, [[1]], drop_condition=2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern, call", BAD, ids=range(len(BAD)))
+def test_bad_arguments(model, pattern, call):
+  with pytest.raises(ValueError, match=pattern) as error:
+    call(model)
+  assert "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+def test_a_vae_alone_has_latents_but_no_tokens(model, images):
+  vae = api.FlexTok({"vae": model.params["vae"]}, with_fields(model, stage="vae"))
+  np.testing.assert_array_equal(vae.encode_latents(images), model.encode_latents(images))
+  np.testing.assert_array_equal(vae.decode_latents(np.ones((1, 8, 8, 4))), model.decode_latents(np.ones((1, 8, 8, 4))))
+  for call in (lambda: vae.tokenize(images), lambda: vae.detokenize([[1]]), lambda: vae.num_registers):
+    with pytest.raises(ValueError, match="stage 'vae': it has latents, but no tokens"):
+      call()
+
+
+def test_bfloat16_is_near_float32(model, images, ids, noise):
+  """The types asked for, FSQ and sampler in float32, and numbers within a few of bfloat16's 3e-3."""
+  cast = lambda path, x: x if path[0].key == "vae" else x.astype(jnp.bfloat16)
+  params = jax.tree_util.tree_map_with_path(cast, model.params)
+  low = api.FlexTok(params, with_fields(model, dtype="bfloat16"))
+  exact, v = (m.velocity(noise, 0.5, ids) for m in (model, low))
+  assert v.dtype == jnp.float32
+  assert float(jnp.abs(v - exact).mean() / jnp.abs(exact).mean()) < 0.05
+  codes = [fsq.ids_to_codes(m.tokenize(images), m.config.tokens.levels) for m in (model, low)]
+  assert float(jnp.abs(codes[0] - codes[1]).mean()) < 0.1  # of 2: a few round to the neighbour
+  assert low.detokenize(ids, noise=noise, num_steps=1).dtype == jnp.float32
+
+
+def test_nothing_but_the_public_names_is_exported():
+  assert sorted(flextok_jax.__all__) == ["ARGenerator", "FlexTok", "__version__", "load", "load_ar"]
+  assert flextok_jax.load is api.load and flextok_jax.FlexTok is api.FlexTok
+  assert flextok_jax.load_ar is generation.load_ar and flextok_jax.ARGenerator is generation.ARGenerator
+  with pytest.raises(AttributeError, match="no attribute 'laod'"):
+    flextok_jax.laod  # noqa: B018

@@ -1,0 +1,336 @@
+"""Generation of token ids: cached against recomputed against teacher forcing, stopping, keys, files."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flextok_jax
+from flextok_jax.inference import generator as generation
+from flextok_jax.models.ar import sampling as ar_sampling
+from flextok_jax.ops import sampling
+from flextok_jax.stages.ar import ARStage, make_generator
+from tests.support import numpy_ar
+
+KEY = jax.random.key(3)
+LABELS = np.array([0, 4, -1])
+PROMPTS = ["red", "a blue disc", "ä"]  # the second is too long and is cut
+DRAWS = dict(temperature=1.2, top_k=9, top_p=0.95)
+MODELS = {  # few of them, and the same arguments again and again: a program is compiled once
+  "class": dict(bias=True),
+  "text": dict(condition="text", depth=1),
+  "none": dict(condition="none", depth=1),
+  "class_stop": dict(bias=True, depth=1, stop=True, qk_norm="layernorm", pos_embed="sincos1d", head_layernorm=True),
+  "text_stop": dict(condition="text", bias=True, stop=True, norm="layernorm", readout_multiplier=0.5),
+}
+
+
+def close(actual, desired, atol=1e-4):
+  np.testing.assert_allclose(actual, desired, rtol=1e-4, atol=atol)
+
+
+def with_stop_bias(gen, bias):
+  """The generator with another readiness to stop."""
+  readout = gen.params["ar"]["readout"]
+  readout = {**readout, "bias": readout["bias"].at[-1].set(bias)}
+  return dataclasses.replace(gen, params={**gen.params, "ar": {**gen.params["ar"], "readout": readout}})
+
+
+@functools.cache
+def tiny(name):
+  gen = numpy_ar.tiny_generator(**MODELS[name])
+  return with_stop_bias(gen, 2.0) if gen.stop_id else gen  # in most samples before the end
+
+
+def condition(gen, rows=slice(None)):
+  """Arguments of three samples, or of some of them."""
+  if gen.num_classes:
+    return dict(labels=LABELS[rows])
+  if gen.config.ar.condition == "text":
+    return dict(prompts=[PROMPTS[i] for i in np.arange(3)[rows]])
+  return dict(batch_size=len(LABELS[rows]))
+
+
+def sample(gen, key=KEY, rows=slice(None), **kwargs):
+  ids, log_probs = gen.generate(key, **condition(gen, rows), return_log_probs=True, **kwargs)
+  return np.asarray(ids), np.asarray(log_probs)
+
+
+def prefix_of(count):
+  return np.random.default_rng(5).integers(0, 24, (3, count), np.int32)
+
+
+def forced_log_probs(gen, ids, guidance_scale=1.0):
+  """Log-probabilities [b, n, v] of every token at each place of ids, by teacher forcing, guided."""
+  read = np.minimum(ids, gen.num_ids - 1)
+  given = condition(gen)
+  if "prompts" in given:
+    features, lengths = gen.encode_text(given["prompts"])
+    conditional = gen.logits(read, None, features, lengths)
+  else:
+    conditional = gen.logits(read, given.get("labels"))
+  logits = np.float64(conditional)
+  if guidance_scale != 1:
+    unconditional = np.float64(gen.logits(read))
+    logits = unconditional + guidance_scale * (logits - unconditional)
+  if gen.stop_id:
+    logits[:, 0, -1] = -np.inf
+  return numpy_ar.log_softmax(logits)
+
+
+def assert_log_probs(gen, ids, log_probs, given, guidance_scale=1.0):
+  """Those of teacher forcing; 0 for the prefix and behind a stop."""
+  forced = forced_log_probs(gen, ids, guidance_scale)
+  expected = np.take_along_axis(forced, ids[..., None], -1)[..., 0]
+  expected[:, :given] = 0
+  if gen.stop_id:
+    expected[:, 1:][ids[:, :-1] == gen.stop_id] = 0
+  close(log_probs, expected)
+  return forced
+
+
+# Cached, recomputed, teacher forcing
+
+
+@pytest.mark.parametrize("name, given", [("class", 0), ("class", 5), ("text_stop", 1)])
+def test_greedy(name, given):
+  """Cached and recomputed generation take the likeliest token of teacher forcing at each step, with guidance."""
+  gen = tiny(name)
+  kwargs = dict(prefix=prefix_of(given), greedy=True, guidance_scale=2.0)
+  ids, log_probs = sample(gen, None, **kwargs)
+  again = sample(gen, None, **kwargs, fast=False)
+  np.testing.assert_array_equal(again[0], ids)
+  close(again[1], log_probs)
+  np.testing.assert_array_equal(ids[:, :given], prefix_of(given))
+  forced = assert_log_probs(gen, ids, log_probs, given, 2.0)
+  stopped = np.cumsum(ids == 24, 1) > 1
+  np.testing.assert_array_equal(np.where(stopped, 24, forced.argmax(-1))[:, given:], ids[:, given:])
+
+
+@pytest.mark.parametrize("name, given", [("text", 3), ("class_stop", 11)])
+def test_draws(name, given):
+  """The same of draws, without guidance."""
+  gen = tiny(name)
+  kwargs = dict(prefix=prefix_of(given), **DRAWS)
+  ids, log_probs = sample(gen, **kwargs)
+  again = sample(gen, **kwargs, fast=False)
+  np.testing.assert_array_equal(again[0], ids)
+  close(again[1], log_probs)
+  np.testing.assert_array_equal(ids[:, :given], prefix_of(given))
+  assert_log_probs(gen, ids, log_probs, given)
+  assert (ids[:, given:] != np.asarray(gen.generate(jax.random.key(4), **condition(gen), **kwargs))[:, given:]).any()
+
+
+def test_more_tokens_than_a_plain_chunk():
+  length = ar_sampling.PLAIN_CHUNK + 8
+  gen = numpy_ar.tiny_generator(condition="none", depth=1, num_tokens=length)
+  prefix = np.arange(24)[None]
+  (ids, log_probs), again = (sample(gen, prefix=prefix, fast=fast) for fast in (True, False))
+  np.testing.assert_array_equal(ids[:, :24], np.repeat(prefix, 3, 0))  # one row serves all
+  assert ids.shape == (3, length)
+  assert_log_probs(gen, ids, log_probs, 24)
+  np.testing.assert_array_equal(again[0], ids)
+  close(again[1], log_probs)
+
+
+# Properties
+
+
+def test_samples_do_not_depend_on_their_neighbours():
+  """Nor on the size of the batch: each has its key."""
+  gen, keys = tiny("class_stop"), jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(3))
+  ids, log_probs = sample(gen)
+  order = np.array([2, 0, 1])
+  moved = sample(gen, keys[order], order)
+  np.testing.assert_array_equal(moved[0], ids[order])
+  close(moved[1], log_probs[order], 1e-5)
+  for row in np.arange(3)[:, None]:
+    alone = sample(gen, keys[row], row)
+    np.testing.assert_array_equal(alone[0], ids[row])
+    close(alone[1], log_probs[row], 1e-5)
+
+
+def test_texts_do_not_depend_on_their_neighbours():
+  gen, keys, order = tiny("text"), jax.random.split(KEY, 3), np.array([2, 0, 1])
+  ids = sample(gen, keys, guidance_scale=1.5)[0]
+  np.testing.assert_array_equal(sample(gen, keys[order], order, guidance_scale=1.5)[0], ids[order])
+
+
+def test_guidance_scales():
+  """1 is the conditional model, 0 the unconditional one; without a class every scale is the unconditional one."""
+  gen = tiny("class")
+  conditional = sample(gen)
+  guided = sample(gen, guidance_scale=1 + 1e-12)  # 1 in float32, by the program with guidance
+  np.testing.assert_array_equal(guided[0], conditional[0])
+  close(guided[1], conditional[1])
+  unconditional = gen.generate(KEY, batch_size=3)
+  np.testing.assert_array_equal(gen.generate(KEY, labels=[-1, -1, -1]), unconditional)
+  np.testing.assert_array_equal(sample(gen, guidance_scale=0.0)[0], unconditional)
+  np.testing.assert_array_equal(gen.generate(KEY, labels=np.full(3, -1), guidance_scale=4.0), unconditional)
+  np.testing.assert_array_equal(gen.generate(KEY, labels=-1, batch_size=3), unconditional)
+  assert (conditional[0] != unconditional).any(1)[:2].all()
+
+
+def test_no_text_is_the_empty_text():
+  gen = tiny("text")
+  features, lengths = gen.encode_text([""])
+  assert lengths.tolist() == [1] and features.shape == (1, 10, 16)
+  empty = dict(text_embeddings=np.repeat(features, 3, 0), text_lengths=np.repeat(lengths, 3))
+  unconditional = gen.generate(KEY, batch_size=3)
+  np.testing.assert_array_equal(gen.generate(KEY, **empty), unconditional)
+  np.testing.assert_array_equal(sample(gen, guidance_scale=0.0)[0], unconditional)
+  ids = np.asarray(unconditional)
+  close(gen.logits(ids), gen.logits(ids, None, *empty.values()), 1e-6)
+
+
+def test_features_in_place_of_prompts():
+  """Also features of another length than those of the empty text."""
+  gen = tiny("text")
+  features, lengths = gen.encode_text(PROMPTS)
+  assert lengths.tolist() == [4, 10, 3]
+  null, _ = gen.encode_text([""])
+  given = dict(text_embeddings=features, text_lengths=lengths, guidance_scale=1.5)
+  ids = sample(gen, guidance_scale=1.5)[0]
+  np.testing.assert_array_equal(gen.generate(KEY, **given), ids)
+  cut = dict(null_text_embeddings=null[:, :1], null_text_lengths=[1])
+  np.testing.assert_array_equal(gen.generate(KEY, **given, **cut), ids)
+
+
+def test_fewer_tokens_are_the_beginning():
+  gen = tiny("class_stop")
+  ids, log_probs = sample(gen)
+  for num_tokens in (1, 5, 8, 11):
+    fewer = sample(gen, num_tokens=num_tokens)
+    np.testing.assert_array_equal(fewer[0], ids[:, :num_tokens])
+    close(fewer[1], log_probs[:, :num_tokens], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["text", "class_stop"])
+def test_log_probs_sum_to_the_loss(name):
+  """Of draws and lengths as the stage trains on them; the first token alone knows that it is no stop."""
+  gen = tiny(name)
+  ids, log_probs = sample(gen, temperature=0.9)
+  trimmed = gen.trim(ids)
+  batch = dict(token_ids=np.where(ids < 24, ids, 0), length=np.array([len(row) for row in trimmed]))
+  given = condition(gen)
+  batch["label"] = given.get("labels", np.full(3, -1))
+  if "prompts" in given:
+    batch["text_features"], batch["text_lengths"] = gen.encode_text(given["prompts"])
+  stage = ARStage(gen.config)
+  losses, counts = (np.asarray(x) for x in jax.jit(stage.token_losses)(gen.params, batch))
+  close(log_probs[:, 1:].sum(1), -(losses * counts)[:, 1:].sum(1))
+  if not gen.stop_id:
+    close(log_probs[:, 0], -losses[:, 0])
+
+
+# Stopping
+
+
+def test_stop():
+  """From the stop on ids are the stop's; its log-probability stands at its place, then there are zeros."""
+  gen = tiny("class_stop")
+  assert (gen.stop_id, gen.num_ids) == (24, 24)
+  runs = [sample(gen, jax.random.key(seed)) for seed in range(20)]
+  ids, log_probs = (np.concatenate(x) for x in zip(*runs))
+  trimmed = gen.trim(ids)
+  lengths = np.array([len(row) for row in trimmed])
+  assert lengths.min() >= 1 and len(set(lengths)) > 5 and (lengths == 12).any()
+  for row, kept, probs in zip(ids, trimmed, log_probs):
+    np.testing.assert_array_equal(row[: len(kept)], kept)
+    assert kept.dtype == np.int32 and (kept < 24).all() and (row[len(kept) :] == 24).all()
+    assert (probs[: len(kept) + 1] < 0).all() and not probs[len(kept) + 1 :].any()
+
+
+def test_stop_is_never_first_even_if_it_is_likeliest():
+  """Also when everyone stops at once; with a prefix it may be the first that is drawn."""
+  gen = with_stop_bias(tiny("class_stop"), 50.0)
+  ids, log_probs = sample(gen)
+  assert (ids[:, 0] < 24).all() and (ids[:, 1:] == 24).all()
+  assert (log_probs[:, 0] < -1e-3).all() and not log_probs[:, 2:].any()
+  close(log_probs[:, 1], np.zeros(3))
+  for fast in (True, False):
+    ids, _ = sample(gen, prefix=prefix_of(11), **DRAWS, fast=fast)
+    np.testing.assert_array_equal(ids, np.pad(prefix_of(11), ((0, 0), (0, 1)), constant_values=24))
+  assert [len(row) for row in gen.trim(ids)] == [11, 11, 11]
+
+
+def test_generation_ends_when_all_have_stopped(monkeypatch):
+  calls, draw = [], sampling.sample
+
+  def counted(keys, logits):
+    jax.debug.callback(lambda: calls.append(1))
+    return draw(keys, logits)
+
+  monkeypatch.setattr(sampling, "sample", counted)
+
+  @jax.jit
+  def run(gen):
+    keys, prefix = jax.random.split(KEY, 3), jnp.zeros((3, 0), jnp.int32)
+    model = make_generator(gen.config)
+    arguments = keys, jnp.asarray(LABELS), None, None, prefix, 8, 1.0, 1.0, 0.0
+    return ar_sampling.generate(model, gen.params, *arguments, slots=8, choices=ar_sampling.Choices())[0]
+
+  for bias, steps in ((50.0, 2), (-50.0, 8)):
+    calls.clear()
+    ids = np.asarray(run(with_stop_bias(tiny("class_stop"), bias)))
+    jax.effects_barrier()
+    assert len(calls) == steps
+    assert ((ids == 24).sum(1) == 8 - min(steps, 8) + (steps == 2)).all()
+
+
+def test_no_stop():
+  gen = tiny("class")
+  assert gen.stop_id is None and gen.logits(np.zeros((1, 3), int)).shape == (1, 3, 24)
+  ids = sample(gen)[0]
+  assert ids.shape == (3, 12) and (ids < 24).all()
+  assert [row.tolist() for row in gen.trim(ids)] == ids.tolist()
+
+
+# Keys, programs, files
+
+
+def test_a_generator_goes_through_jit():
+  """As an argument of a compiled function, with traced arguments."""
+  gen, kwargs = tiny("class"), dict(guidance_scale=2.0, greedy=True, return_log_probs=True)
+  draw = lambda gen, key, labels, prefix: gen.generate(key, labels=labels, prefix=prefix, **kwargs)
+  ids, log_probs = jax.jit(draw)(gen, KEY, jnp.asarray(LABELS), prefix_of(5))
+  expected = draw(gen, KEY, LABELS, prefix_of(5))
+  np.testing.assert_array_equal(ids, expected[0])
+  close(log_probs, expected[1])
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_old_keys(batch):
+  """The key of jax.random.PRNGKey is an array of two numbers, also when there are two samples."""
+  gen, labels = tiny("class"), LABELS[:batch]
+  ids = gen.generate(jax.random.PRNGKey(3), labels=labels)
+  np.testing.assert_array_equal(ids, gen.generate(jax.random.key(3), labels=labels))
+
+
+@pytest.mark.parametrize("name", ["class_stop", "text_stop"])
+def test_save_and_load(name, tmp_path):
+  gen = tiny(name)
+  gen.save(tmp_path / "gen")
+  loaded = flextok_jax.load_ar(tmp_path / "gen")
+  assert loaded.config == gen.config and loaded.stop_id == gen.stop_id
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, gen.params)
+  half = flextok_jax.load_ar(tmp_path / "gen" / "weights.safetensors", "bfloat16")
+  assert half.config.dtype == "bfloat16" and all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(half.params))
+  jax.tree.map(lambda a, b: close(a.astype(jnp.float32), b, 1e-2 * np.abs(b).max()), half.params, gen.params)
+
+
+def test_bfloat16():
+  """Logits near those of float32, and tokens whose log-probabilities are near theirs; cached, too."""
+  gen = tiny("none")
+  config = numpy_ar.tiny(**MODELS["none"])
+  config.dtype = "bfloat16"
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), gen.params)
+  half = generation.ARGenerator(params, type(gen.config)(config))
+  ids, log_probs = sample(half)
+  forced = np.take_along_axis(forced_log_probs(half, ids), ids[..., None], -1)[..., 0]
+  exact = np.take_along_axis(forced_log_probs(gen, ids), ids[..., None], -1)[..., 0]
+  assert log_probs.dtype == np.float32
+  assert np.abs(log_probs - forced).max() < 0.1 and np.abs(log_probs - exact).max() < 0.3

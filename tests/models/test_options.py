@@ -1,0 +1,286 @@
+"""The choices that encoder and decoder leave open, each against the plain numpy statement in float64.
+
+Parameters are normals of deviation 0.1, those that start at zero too. The tolerance GAP is ten times the largest gap
+measured on a CPU: 1.7e-6 for encoder outputs (of size 2) and 1.9e-6 for velocities (of size 3).
+"""
+
+import dataclasses
+import functools
+import zlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+import pytest
+
+from flextok_jax import config as common
+from flextok_jax.models.attention import Attention
+from flextok_jax.models.tokenizer.decoder import Decoder
+from flextok_jax.models.tokenizer.encoder import Encoder
+from flextok_jax.ops import posemb
+from flextok_jax.ops.attention import UNSEEN
+from flextok_jax.stages import make_stage
+from flextok_jax.stages.tokenizer import make_model
+from tests.support import numpy_reference as reference
+from tests.support.golden_weights import to_official
+
+LEVELS, REGISTERS = (8, 6, 5), 5
+PART = dict(width=64, depth=2, head_dim=32, patch_size=4)
+GAP = 2e-5
+
+BOTH = {  # options of encoder and decoder, as config fields
+    "mlp_ratio": dict(mlp_ratio=2.7),
+    "plain_mlp": dict(gated_mlp=False),
+    "plain_mlp_bias": dict(gated_mlp=False, mlp_bias=True, mlp_ratio=1.5),
+    "gelu": dict(activation="gelu"),
+    "gelu_tanh": dict(activation="gelu_tanh"),
+    "relu": dict(activation="relu"),
+    "quick_gelu": dict(activation="quick_gelu"),
+    "no_qk_norm": dict(qk_norm=False),
+    "qkv_bias": dict(qkv_bias=True),
+    "out_bias": dict(out_bias=True),
+    "mlp_bias": dict(mlp_bias=True),
+    "sum": dict(posemb="learnable_sum"),
+    "prod": dict(posemb="learnable_prod", max_grid=7),
+    "interpolated_sincos": dict(posemb_scaling="interpolate", max_grid=4),
+    "interpolated_sum": dict(posemb="learnable_sum", posemb_scaling="interpolate", max_grid=7),
+    "interpolated_prod": dict(posemb="learnable_prod", posemb_scaling="interpolate", max_grid=2),
+    "no_head_bias": dict(head_bias=False),
+    "readout": dict(readout_multiplier=0.3),
+}
+DECODER = {
+    "shared": dict(modulation="shared"),
+    "no_head_modulation": dict(head_modulation=False),
+    "no_head_modulation_bias": dict(head_modulation_bias=False),
+    "no_code_bias": dict(code_bias=False),
+    "max_timestep": dict(max_timestep=40.0),
+    "single": dict(null_condition="single"),
+    "zero": dict(null_condition="zero"),
+}
+EVERYTHING = dict(
+    mlp_ratio=1.5, gated_mlp=False, activation="gelu", qk_norm=False, qkv_bias=True, out_bias=True, mlp_bias=True,
+    posemb="learnable_sum", posemb_scaling="interpolate", max_grid=3, head_bias=False, readout_multiplier=0.5,
+)  # fmt: skip
+EVERYTHING_DECODER = dict(
+    modulation="shared", head_modulation_bias=False, code_bias=False, max_timestep=2.0, null_condition="single"
+)
+VARIANTS = {"released": ({}, {})}
+VARIANTS |= {name: (fields, fields) for name, fields in BOTH.items()}
+VARIANTS |= {name: ({}, fields) for name, fields in DECODER.items()}
+VARIANTS["everything"] = EVERYTHING, EVERYTHING | EVERYTHING_DECODER
+
+
+def config_of(encoder=(), decoder=(), **overrides):
+  defaults = dict(
+      image_size=20,
+      dtype="float32",
+      vae=dict(kind="pixels", scaling_factor=1.0),
+      tokens=dict(num_registers=REGISTERS, levels=LEVELS, nested_dropout="uniform"),
+  )
+  return common.derive(**defaults | overrides, encoder=PART | dict(encoder), decoder=PART | dict(decoder))
+
+
+def fill(tree):
+  """Gives every leaf normals that depend on its path and shape alone."""
+
+  def draw(path, x):
+    rng = np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode()))
+    return (0.1 * rng.normal(size=x.shape)).astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+def gap(actual, desired, atol):
+  """Asserts equal shapes and that the largest difference is below atol."""
+  assert actual.shape == desired.shape
+  assert np.abs(actual - desired).max() < atol
+
+
+def official(params):
+  """Our tree {"encoder", "decoder"} in official names and layouts, float64."""
+  return reference.float64(to_official(params))
+
+
+def options(fields):
+  """What the numpy statement has to be told of a config section."""
+  names = ("activation", "qk_norm", "posemb", "posemb_scaling", "max_grid", "readout_multiplier", "max_timestep")
+  told = {name: fields[name] for name in names if name in fields}
+  return reference.Options(**told, single_null=fields.get("null_condition") == "single")
+
+
+class Inputs:
+  """Latents of 3x5 patches; four samples, the last two without condition."""
+
+  def __init__(self):
+    rng = np.random.default_rng(0)
+    self.latents = rng.normal(size=(4, 12, 20, 3)).astype(np.float32)
+    self.codes = reference.fsq_lookup(rng.integers(0, np.prod(LEVELS), (4, REGISTERS)), LEVELS).astype(np.float32)
+    self.t = np.array([0.03, 0.001, 0.011, 0.02], np.float32)  # float32 knows the sines of small angles best
+    self.keep_k = np.array([1, 3, 5, 2])
+    self.null = np.array([False, False, True, True])
+
+  def velocity_args(self):
+    return self.latents, self.t, self.codes, self.keep_k, self.null
+
+
+@functools.cache
+def built(name, **overrides):
+  """The model of a variant and its random parameters."""
+  model = make_model(config_of(*VARIANTS[name], **overrides))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 20, 20, 3)))["params"]
+  return model, fill(nn.unbox(shapes))
+
+
+@functools.cache
+def outputs(name):
+  """Encoder outputs and velocities of a variant."""
+  model, params = built(name)
+  apply = functools.partial(model.apply, {"params": params})
+  z, v = apply(Inputs().latents, method="encode_registers"), apply(*Inputs().velocity_args(), method="velocity")
+  return np.asarray(z), np.asarray(v)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_against_numpy(name):
+  (z, v), (encoder, decoder) = outputs(name), VARIANTS[name]
+  w, inputs, head_dim = official(built(name)[1]), Inputs(), PART["head_dim"]
+  gap(z, reference.encode(w, inputs.latents, head_dim, options(encoder)), GAP)
+  gap(v, reference.velocity(w, *inputs.velocity_args(), head_dim, options(decoder)), GAP)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "released"])
+def test_every_option_changes_the_outputs(name):
+  """In all samples that it is about; parameters of one name and shape have one value in both models."""
+  (z, v), (z_released, v_released), (encoder, _) = outputs(name), outputs("released"), VARIANTS[name]
+  changed = (np.abs(z - z_released) > 100 * GAP).any((1, 2))
+  np.testing.assert_array_equal(changed, bool(encoder))
+  changed = (np.abs(v - v_released) > 100 * GAP).any((1, 2, 3))
+  null_only, conditional_only = name in ("single", "zero"), name == "no_code_bias"
+  np.testing.assert_array_equal(changed, [not null_only] * 2 + [not conditional_only] * 2)
+
+
+# Positions.
+
+
+@pytest.mark.parametrize("product", [False, True])
+def test_interpolating_to_the_same_grid_changes_nothing(product):
+  axes = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.float32)
+  table = posemb.grid_table(axes, 5, 5, product=product)
+  assert table.dtype == jnp.float32
+  np.testing.assert_array_equal(posemb.grid_table(axes, 5, 5, scaling="interpolate", product=product), table)
+  resized = posemb.grid_table(axes, 9, 1, scaling="interpolate", product=product)
+  np.testing.assert_array_equal(resized[::2], table[:, :1])
+  halves = (np.float64(table[1:, :1]) + table[:-1, :1]) / 2
+  np.testing.assert_allclose(resized[1::2], halves, atol=1e-6)
+
+
+def test_the_grid_of_image_size_is_the_largest():
+  model, params = built("released")
+  encode = lambda h, w: model.apply({"params": params}, jnp.ones((1, 4 * h, 4 * w, 3)), method="encode_registers")
+  assert encode(5, 1).shape == encode(1, 5).shape == (1, REGISTERS, len(LEVELS))
+  with pytest.raises(ValueError, match="grid of 2 x 6 patches does not fit max_grid 5: .*'interpolate'") as error:
+    encode(2, 6)
+  assert "\n" not in str(error.value)
+
+
+# Attention.
+
+
+def test_key_bias_counts_and_hides_keys():
+  """A bias of log(n) is n equal keys, UNSEEN is none; together with a mask too."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 6, 32)).astype(np.float32)
+  attention = Attention(head_dim=16)
+  params = fill(nn.unbox(jax.eval_shape(attention.init, jax.random.key(0), x)))
+  mask = np.ones((6, 6), bool)
+  mask[:, 0] = False
+  bias = np.zeros((2, 6), np.float32)
+  bias[0, 1], bias[1, 2] = np.log(3), UNSEEN
+  y = np.asarray(attention.apply(params, x, mask, bias))
+  counted, hidden = x[:1, [1, 1, 1, 2, 3, 4, 5]], x[1:, [1, 3, 4, 5]]
+  np.testing.assert_allclose(y[0, 1:], attention.apply(params, counted)[0, 2:], atol=1e-6)
+  np.testing.assert_allclose(y[1, [1, 3, 4, 5]], attention.apply(params, hidden)[0], atol=1e-6)
+  x[1, 2] = 100 * rng.normal(size=32)
+  again = np.asarray(attention.apply(params, x, mask, bias))
+  np.testing.assert_array_equal(np.delete(again, 2, 1), np.delete(y, 2, 1))
+
+
+# The models as a whole.
+
+
+def test_encoder_ends_in_float32():
+  """FSQ rounds its output: 24 bits of it count, though bfloat16 has 8."""
+  model, params = built("released", dtype="bfloat16")
+  z = np.asarray(model.apply({"params": params}, Inputs().latents, method="encode_registers"))
+  assert z.dtype == np.float32
+  assert (z != z.astype(jnp.bfloat16).astype(np.float32)).mean() > 0.9
+  exact = outputs("released")[0]
+  assert 1e-4 < np.linalg.norm(z - exact) / np.linalg.norm(exact) < 0.02
+
+
+def test_gradients_reach_every_parameter_and_all_have_named_axes():
+  config = config_of(*VARIANTS["everything"])
+  config.tokens.null_prob = 0.5
+  stage = make_stage(config)
+  boxed, _ = jax.eval_shape(stage.init, jax.random.key(0))
+  boxes = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+  assert all(isinstance(x, nn.LogicallyPartitioned) and len(x.names) == x.value.ndim for x in boxes)
+  batch = {"image": np.random.default_rng(0).integers(0, 256, (4, 20, 20, 3), np.uint8)}
+  grads = jax.jit(jax.grad(lambda *args: stage.loss_fn(*args)[0]))(fill(nn.unbox(boxed)), batch, jax.random.key(0), 0)
+  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    assert np.isfinite(grad).all() and (grad != 0).any(), jax.tree_util.keystr(path)
+
+
+OWN = {"num_registers", "code_dim", "dtype", "remat", "attention", "parent", "name"}  # fields that come from elsewhere
+
+
+@pytest.mark.parametrize("section, module", [("encoder", Encoder), ("decoder", Decoder)])
+def test_a_section_has_the_fields_of_its_module_and_their_defaults(section, module):
+  config = common.get_config()[section]
+  fields = {field.name: field.default for field in dataclasses.fields(module) if field.name not in OWN}
+  assert set(fields) == set(config)
+  given = {name: default for name, default in fields.items() if default is not dataclasses.MISSING}
+  assert set(fields) - set(given) == {"width", "depth", "head_dim", "patch_size"}
+  assert given == {name: config[name] for name in given}
+
+
+def test_configs_from_before_the_options_build_the_released_model():
+  new, old = config_of(), config_of().to_dict()
+  old["encoder"] = old["decoder"] = PART
+  del old["vae"]["dtype"]
+  assert make_model(ConfigDict(old)) == make_model(new)
+  assert make_model(new) != make_model(config_of(dict(qk_norm=False)))
+
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(encoder=dict(activation="swish")), "unknown encoder.activation 'swish': one of silu, gelu, gelu_tanh, relu"),
+    (dict(decoder=dict(posemb="rope")), "unknown decoder.posemb 'rope': one of sincos, learnable_sum"),
+    (dict(encoder=dict(posemb_scaling="crop")), "unknown encoder.posemb_scaling 'crop'"),
+    (dict(decoder=dict(modulation="none")), "unknown decoder.modulation 'none': one of per_segment, shared"),
+    (dict(decoder=dict(null_condition="")), "unknown decoder.null_condition ''"),
+    (dict(encoder=dict(mlp_ratio=0.0)), "encoder.mlp_ratio must be .*, got 0.0"),
+    (dict(decoder=dict(mlp_ratio=float("nan"))), "decoder.mlp_ratio must be .*, got nan"),
+    (dict(encoder=dict(mlp_ratio=1e-3)), "encoder.mlp_ratio must be .*, got 0.001"),
+    (dict(decoder=dict(max_timestep=-1.0)), "decoder.max_timestep must be .*, got -1.0"),
+    (dict(encoder=dict(readout_multiplier=float("inf"))), "encoder.readout_multiplier must be finite, got inf"),
+    (dict(decoder=dict(max_grid=-1)), "decoder.max_grid must be .*, got -1"),
+    (dict(encoder=dict(max_grid=4)), "encoder.max_grid 4 is less than the 5 patches a side of image_size 20"),
+    (dict(encoder=dict(width=66, head_dim=33)), "encoder.width 66 is not a multiple of 4, .* 'sincos'"),
+    (dict(flow=dict(mode_scale=1.76)), "flow.mode_scale must lie in .*, got 1.76"),
+    (dict(flow=dict(mode_scale=-1.01)), "flow.mode_scale must lie in .*, got -1.01"),
+    (dict(flow=dict(mode_scale=float("nan"))), "flow.mode_scale must lie in .*, got nan"),
+])  # fmt: skip
+def test_values_that_mean_nothing_are_one_line(fields, words):
+  with pytest.raises(ValueError, match=words) as error:
+    make_stage(config_of(**fields))
+  assert "\n" not in str(error.value)
+
+
+def test_values_at_the_edge():
+  make_stage(config_of(flow=dict(mode_scale=-1.0)))
+  make_stage(config_of(flow=dict(mode_scale=1.75)))
+  make_stage(config_of(flow=dict(t_sampling="uniform", mode_scale=9.0)))  # without effect
+  make_model(config_of(dict(max_grid=4, posemb_scaling="interpolate")))
+  make_model(config_of(dict(width=66, head_dim=33, posemb="learnable_sum")))

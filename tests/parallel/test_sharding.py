@@ -1,0 +1,335 @@
+"""The device mesh, where parameters, batches and intermediate results lie on it, and that this changes no number."""
+
+import collections
+import functools
+import math
+import re
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict, FrozenConfigDict
+import numpy as np
+import pytest
+
+from configs import ar, debug, flextok_d12_d12_in1k
+from flextok_jax.data import pipeline
+from flextok_jax.inference import generator as generation
+from flextok_jax.inference import tokenizer as api
+from flextok_jax.parallel import sharding
+from flextok_jax.stages import make_stage
+from flextok_jax.training import metrics as metrics_lib
+from flextok_jax.training import optim
+from flextok_jax.training.state import init_state, make_update, unbox
+
+STEPS = 20
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "mixed": (2, 2, 2)}  # data, fsdp, tensor
+
+
+def mesh_of(data=-1, fsdp=1, tensor=1, slices=1, devices=None):
+  return sharding.make_mesh(ConfigDict(dict(data=data, fsdp=fsdp, tensor=tensor, slices=slices)), devices)
+
+
+# The mesh.
+
+
+def test_the_rest_of_the_devices():
+  assert dict(mesh_of(fsdp=2, tensor=2).shape) == dict(data=2, fsdp=2, tensor=2)
+  assert dict(mesh_of(data=1, fsdp=-1).shape) == dict(data=1, fsdp=8, tensor=1)
+  assert dict(mesh_of(data=1, tensor=-1, devices=jax.devices()[:4]).shape) == dict(data=1, fsdp=1, tensor=4)
+  assert dict(sharding.make_mesh().shape) == dict(data=8, fsdp=1, tensor=1)
+
+
+@pytest.mark.parametrize("sizes, pattern", [
+    (dict(data=3), "data=3, fsdp=1, tensor=1 does not match the 8 devices of this run"),
+    (dict(data=4), "data=4, fsdp=1, tensor=1 does not match the 8 devices"),
+    (dict(fsdp=3), "data=-1, fsdp=3, tensor=1 does not match the 8 devices"),
+    (dict(fsdp=16), "does not match the 8 devices"),
+    (dict(fsdp=-1), "data=-1, fsdp=-1, tensor=1: sizes are at least 1, and one of them may be -1"),
+    (dict(tensor=0), "tensor=0: sizes are at least 1"),
+    (dict(fsdp=2.0), "fsdp=2.0"),
+    (dict(slices=3), "config.mesh.data=8 is not divisible by config.mesh.slices=3"),
+    (dict(slices=0), "slices=0"),
+    (dict(slices=2), "slices=2 does not suit these 8 devices"),  # all of one process
+])  # fmt: skip
+def test_sizes_that_do_not_multiply_to_the_devices(sizes, pattern):
+  with pytest.raises(ValueError, match=pattern) as error:
+    mesh_of(**sizes)
+  assert "\n" not in str(error.value)
+
+
+def pod(slices, hosts, chips, **fields):
+  """Devices of a described machine, by hosts of each slice."""
+  make = lambda i, s, h: types.SimpleNamespace(
+      id=i, process_index=s * hosts + h, platform="cpu", device_kind="cpu", **({"slice_index": s} if fields else {})
+  )
+  where = [(s, h) for s in range(slices) for h in range(hosts) for _ in range(chips)]
+  return [make(i, *sh) for i, sh in enumerate(where)]
+
+
+@pytest.mark.parametrize("by_slice", [True, False])
+def test_only_the_data_axis_leaves_a_slice(monkeypatch, by_slice):
+  """Slices, or processes where devices know nothing of slices, however the devices are listed."""
+  made = {}
+  monkeypatch.setattr(sharding, "Mesh", lambda devices, *args, **kwargs: made.setdefault("devices", devices))
+  devices = pod(2, 2, 4, slice=True) if by_slice else pod(2, 1, 8)
+  mesh_of(fsdp=4, tensor=2, slices=2, devices=devices[::2] + devices[1::2])
+  where = np.vectorize(lambda device: getattr(device, "slice_index", device.process_index))(made["devices"])
+  assert where.shape == (2, 4, 2) and (where == np.arange(2)[:, None, None]).all()
+
+
+def test_slices_of_tpus_must_be_told():
+  devices = pod(2, 1, 4, slice=True)
+  for device in devices:
+    device.platform = "tpu"
+  with pytest.raises(ValueError, match="these devices are 2 slices: give --config.mesh.slices=2"):
+    mesh_of(devices=devices)
+
+
+# Rows of the batch.
+
+
+@pytest.mark.parametrize("sizes", [*MESHES.values(), (1, 2, 4), (1, 1, 8)])
+@pytest.mark.parametrize("owners", [  # process of each device
+    (0, 0, 0, 0, 1, 1, 1, 1), (0, 1, 2, 3, 4, 5, 6, 7), (0, 0, 1, 1, 0, 0, 1, 1), (0, 1, 1, 1, 1, 1, 1, 1),
+])  # fmt: skip
+def test_processes_read_the_rows_that_their_devices_need(monkeypatch, sizes, owners):
+  """Also where tensor parts of a row are in several processes, and where those of a process are no neighbours."""
+  mesh, batch = mesh_of(*sizes), np.arange(16)
+  parts = sharding.batch_parts(mesh)
+  placed = sharding.batch_sharding(mesh)
+  device_of = collections.namedtuple("Device", ("id", "process_index"))
+  fake = types.SimpleNamespace(devices_indices_map=lambda shape: {
+      device_of(device.id, owners[device.id]): index for device, index in placed.devices_indices_map(shape).items()
+  })  # fmt: skip
+  monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: fake)
+  for process in set(owners):
+    blocks, count = sharding.process_blocks(mesh, process)
+    assert blocks == sorted(set(blocks)) and parts % count == 0
+    rows = np.concatenate([np.split(batch, count)[i] for i in blocks])
+    needed = [batch[index[0]] for device, index in placed.devices_indices_map((16,)).items()
+              if owners[device.id] == process]
+    np.testing.assert_array_equal(rows, np.unique(np.concatenate(needed)))
+
+
+def test_batches_lie_on_data_and_fsdp():
+  mesh = mesh_of(2, 2, 2)
+  assert sharding.batch_parts(mesh) == 4
+  (batch,) = sharding.device_batches(iter([{"x": np.arange(8)}]), sharding.batch_sharding(mesh))
+  for shard in batch["x"].addressable_shards:
+    data, fsdp, _ = np.argwhere(mesh.devices == shard.device)[0]
+    np.testing.assert_array_equal(shard.data, np.arange(2) + 2 * (2 * data + fsdp))
+  sharding.check_batch(8, 2, mesh)
+  with pytest.raises(ValueError, match=r"global_batch=8 is not divisible by 4 devices x optim.accumulate_steps=4"):
+    sharding.check_batch(8, 4, mesh)
+
+
+# Parameters.
+
+FULL = {  # and their optimisers
+    "d12_d12": (flextok_d12_d12_in1k.get_config, "muon"),  # with a VAE
+    "ar_85m": (functools.partial(ar.get_config, "85m"), "adamw"),
+    "ar_3b": (functools.partial(ar.get_config, "3b"), "muon"),
+}
+
+
+def axes_of(spec):
+  """The mesh axes of each dimension as tuples."""
+  return [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in spec]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_under_fsdp_nothing_above_a_mebibyte_is_whole(name):
+  """Parameters, their average, frozen parts and all of the optimiser's state."""
+  make_config, optimizer = FULL[name]
+  config = make_config()
+  config.optim.name = optimizer
+  make = lambda key: init_state(make_stage(config), optim.make_optimizer(config.optim, 10), key)
+  boxed = jax.eval_shape(make, jax.random.key(0))
+  for sizes in ((1, 8, 1), (2, 2, 2), (2, 4, 1)):
+    mesh = mesh_of(*sizes)
+    leaves = zip(
+        jax.tree_util.tree_leaves_with_path(unbox(boxed)), jax.tree.leaves(sharding.tree_shardings(boxed, mesh)),
+        strict=True,
+    )
+    large = 0
+    for (path, x), place in leaves:
+      where = f"{jax.tree_util.keystr(path)} {x.shape} {place.spec}"
+      axes = sum(axes_of(place.spec), ())
+      assert len(axes) == len(set(axes)), where
+      whole, part = (math.prod(shape) * x.dtype.itemsize for shape in (x.shape, place.shard_shape(x.shape)))
+      if whole > 2**20:
+        assert "fsdp" in axes and part <= whole / sizes[1], where
+        assert place.spec[0] is None or "layers" not in where, where
+        large += 1
+      else:
+        assert "fsdp" not in axes, where
+    assert large > 20
+
+
+def boxed_array(shape, *names):
+  return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+
+
+@pytest.mark.parametrize("shape, names, expected", [
+    ((1024, 3, 16, 64), ("embed", None, "heads", "head_dim"), P("fsdp", None, "tensor", None)),
+    ((12, 1024, 2048), ("layers", "embed", "mlp"), P(None, "fsdp", "tensor")),
+    ((1024, 3, 15, 64), ("embed", None, "heads", "head_dim"), P("fsdp", None, None, None)),  # 15 heads on 2
+    ((1023, 2048), ("embed", "mlp"), P(None, ("tensor", "fsdp"))),  # the width is odd
+    ((1024, 1024), ("embed", "embed"), P("fsdp", None)),  # used twice
+    ((1024, 513), (None, None), P("fsdp", None)),  # no names
+    ((12, 1023, 511), ("layers", "embed", "mlp"), P("fsdp", None, None)),  # nothing else divides
+    ((1023, 511), ("embed", "mlp"), P(None, None)),
+    ((2, 128), ("embed", "mlp"), P(None, "tensor")),  # small
+])  # fmt: skip
+def test_a_dimension_that_does_not_divide_leaves_its_axis_to_others(shape, names, expected):
+  place = sharding.tree_shardings({"x": boxed_array(shape, *names)}, mesh_of(2, 2, 2))["x"]
+  assert axes_of(place.spec) == axes_of(expected)
+
+
+# The same numbers on any mesh.
+
+
+def tokenizer_config():
+  c = debug.get_config()
+  half = dict(mlp_ratio=3.0)  # 64 hidden units: 85 would not divide
+  c.update(encoder=half, decoder=dict(half, depth=2), tokens=dict(bucket_rows=2), data=dict(global_batch=16),
+           optim=dict(warmup_steps=2))  # fmt: skip
+  return c
+
+
+def ar_config():
+  c = debug.get_config()
+  c.update(stage="ar", ar=dict(width=32, depth=2, head_dim=16, num_ids=64, num_tokens=8, num_classes=4),
+           data=dict(global_batch=16), optim=dict(warmup_steps=2))  # fmt: skip
+  return c
+
+
+def batches_of(config):
+  if config.stage == "tokenizer":
+    batches = pipeline.train_batches(config.data, image_size=config.image_size, seed=0)
+    return [next(batches) for _ in range(STEPS)]
+  rng, rows = np.random.default_rng(0), config.data.global_batch
+  draw = lambda high, *shape: rng.integers(0, high, (rows, *shape), dtype=np.int32)
+  return [dict(token_ids=draw(64, 8), length=np.full(rows, 8, np.int32), label=draw(4), unreadable=draw(1))
+          for _ in range(STEPS)]  # fmt: skip
+
+
+def update_on(config, mesh):
+  """The jitted update, and the state at birth as a jitted function of the key."""
+  stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, STEPS)
+  init = lambda key: init_state(stage, optimizer, key)
+  shardings = sharding.tree_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
+  update = jax.jit(
+      make_update(stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=0.9),
+      donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)),
+  )  # fmt: skip
+  return update, jax.jit(lambda key: unbox(init(key)), out_shardings=shardings)
+
+
+def run_on(config, mesh, batches):
+  """The losses of all steps, and the last state."""
+  update, init = update_on(config, mesh)
+  state, losses = init(jax.random.key(0)), []
+  for batch in sharding.device_batches(iter(batches), sharding.batch_sharding(mesh)):
+    state, metrics = update(state, batch, jax.random.key(1))
+    losses.append(metrics)
+  return [metrics_lib.compute(m)["loss"] for m in losses], state
+
+
+@pytest.fixture(scope="module")
+def alone():
+  """Of each config what one device computes."""
+  out = {}
+  for make in (tokenizer_config, ar_config):
+    config = make()
+    batches = batches_of(config)
+    out[make] = config, batches, run_on(config, mesh_of(devices=jax.devices()[:1]), batches)
+  return out
+
+
+@pytest.mark.parametrize("make, name", [*((ar_config, name) for name in MESHES), (tokenizer_config, "mixed")])
+def test_a_mesh_changes_no_loss(monkeypatch, alone, make, name):
+  """Twenty steps of AdamW, to the rounding of float32; and every matrix lies where the mesh says."""
+  monkeypatch.setattr(sharding, "SMALL", 1024)
+  config, batches, (expected, _) = alone[make]
+  mesh = mesh_of(*MESHES[name])
+  losses, state = run_on(config, mesh, batches)
+  assert len(losses) == STEPS and len(set(losses)) == STEPS
+  np.testing.assert_allclose(losses, expected, rtol=2e-5)
+  used = {axis for x in jax.tree.leaves((state.params, state.ema)) for axis in sum(axes_of(x.sharding.spec), ())}
+  assert used == {axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1}
+
+
+@pytest.fixture
+def compiled_anew():
+  """Programs that this test alone compiles do not come out of the cache, as they are never put there."""
+  seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+  yield
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+@pytest.mark.usefixtures("compiled_anew")
+def test_gradients_are_summed_in_the_type_that_computes_them(tmp_path):
+  """What the partitioner puts between devices: of the blocks' matrices in config.dtype, of the rest in float32."""
+  config, mesh = ar_config(), mesh_of()
+  config.dtype = "bfloat16"
+  update, init = update_on(config, mesh)
+  (batch,) = sharding.device_batches(iter(batches_of(config)[:1]), sharding.batch_sharding(mesh))
+  key, state = jax.random.key(0), jax.eval_shape(init, jax.random.key(0))
+  dump = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partitioning"}
+  update.lower(state, batch, key).compile(compiler_options=dump)
+  (text,) = [path.read_text() for path in tmp_path.glob("*update*after_spmd-partitioning*")]
+  sums = set(re.findall(r"= (\w+)\[([\d,]*)\]\S* all-reduce\(", text))
+  in_bfloat16 = {math.prod(map(int, shape.split(","))) for dtype, shape in sums if dtype == "bf16"}
+  kernels = {math.prod(x.shape[1:]) for path, x in jax.tree_util.tree_leaves_with_path(state.params["ar"]["blocks"])
+             if path[-1].key == "kernel"}
+  assert in_bfloat16 == kernels and len(kernels) > 2
+  others = {x.shape for path, x in jax.tree_util.tree_leaves_with_path(state.params) if path[-1].key != "kernel"}
+  in_float32 = {tuple(map(int, shape.split(","))) for dtype, shape in sums if dtype == "f32" and shape}
+  assert (64, 32) in in_float32 & others  # the embedding
+
+
+def on_both(config, monkeypatch):
+  """Random parameters of a model on one device, and over the mixed mesh."""
+  monkeypatch.setattr(sharding, "SMALL", 1024)
+  abstract = jax.eval_shape(make_stage(config).init, jax.random.key(0))[0]
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), unbox(abstract))
+  return params, jax.device_put(params, sharding.tree_shardings(abstract, mesh_of(*MESHES["mixed"])))
+
+
+def rows_are_shared_out(x, parts):
+  assert x.sharding.shard_shape(x.shape)[0] == len(x) // parts, x.sharding
+
+
+def test_a_tokenizer_on_a_mesh(monkeypatch):
+  """Arrays without a place, as a caller has them, are worked on by parts of the batch."""
+  config = tokenizer_config()
+  images = np.random.default_rng(1).integers(0, 256, (8, 16, 16, 3), np.uint8)
+  noise = np.random.default_rng(2).normal(size=(8, 16, 16, 3)).astype(np.float32)
+  results = []
+  for params in on_both(config, monkeypatch):
+    model = api.FlexTok(params, FrozenConfigDict(config))
+    ids = model.tokenize(images)
+    results.append((ids, model.detokenize(np.asarray(ids), noise=noise, num_steps=2, guidance="cfg")))
+  (ids, restored), (expected_ids, expected) = results[1], results[0]
+  np.testing.assert_array_equal(ids, expected_ids)
+  np.testing.assert_allclose(restored, expected, atol=1e-4)
+  for x in (ids, restored):
+    rows_are_shared_out(x, 4)
+
+
+def test_a_generator_on_a_mesh(monkeypatch):
+  config = ar_config()
+  drawn = []
+  for params in on_both(config, monkeypatch):
+    gen = generation.ARGenerator(params, FrozenConfigDict(config))
+    drawn.append(gen.generate(jax.random.key(3), np.arange(8) % 4, guidance_scale=2.0, return_log_probs=True))
+  (expected_ids, expected), (ids, log_probs) = drawn
+  np.testing.assert_array_equal(ids, expected_ids)
+  np.testing.assert_allclose(log_probs, expected, atol=1e-4)
+  rows_are_shared_out(ids, 4)

@@ -1,0 +1,302 @@
+"""What training options do to a step of the tokenizer, seen by a stand-in for its networks; and sizes of all kinds.
+
+Held elsewhere: the laws of nested dropout, their strata, and times by each sampling and shift (test_ops.py,
+test_reference.py, test_golden.py); that the loss is shared out by kept tokens (test_update.py); that buckets have the
+plain path's loss and gradients, with the options too, and that what stands behind the kept registers changes nothing
+(test_fast.py); names that are no mode (test_bad_input.py), official fields of the same kind (test_official_config.py).
+"""
+
+import dataclasses
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+
+from configs import debug
+import flextok_jax
+from flextok_jax.ops import flow, fsq, nested
+from flextok_jax.stages import make_stage
+from flextok_jax.training import optim
+from flextok_jax.training.state import init_state, make_update, unbox
+from flextok_jax.weights import saving
+from tests.ops.test_ops import mode_cdf
+
+N, LEVELS, ROWS = 16, (8, 5, 3), 16
+SIZE = 4096
+
+
+def config_of(**overrides):
+  c = debug.get_config()
+  c.update(overrides)
+  return c
+
+
+def stage_of(fast=True, **tokens):
+  defaults = dict(num_registers=N, levels=LEVELS, nested_dropout="uniform", null_prob=0.25, bucket_rows=ROWS)
+  return make_stage(config_of(fast=fast, tokens=defaults | tokens))
+
+
+class StandIn:
+  """In place of the networks: its latents [b, N, len(LEVELS)] are what the encoder gives, and it notes what comes."""
+
+  levels = LEVELS
+
+  def __init__(self):
+    self.seen = []
+
+  def apply(self, _, x, *args, method):
+    if method == "modulations":
+      return x[:, None]
+    if method == "encode_registers":
+      return x[:, : args[0]]
+    assert method == "velocity"
+    t, codes, keep_k, drop, _ = args
+    self.seen.append((t, keep_k, drop, codes, x))
+    return x
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def watch(stage, latents, key):
+  """What the decoder gets in a step: t, keep_k, drop [rows], codes and latents [rows, N, len(LEVELS)].
+
+  Registers that a bucket leaves out are nan.
+  """
+  stand_in, groups = StandIn(), latents.shape[0] // ROWS
+  with mock.patch.object(stage, "model", stand_in), mock.patch.object(flow, "add_noise", lambda latents, *_: latents):
+    stage.latents_loss({}, latents, key)
+
+  def rows(x):
+    x = x.reshape(groups, -1, *x.shape[1:])
+    return jnp.pad(x, [(0, 0), (0, 0), (0, N - x.shape[2]), (0, 0)], constant_values=jnp.nan) if x.ndim == 4 else x
+
+  joined = (jnp.concatenate([rows(x) for x in part], 1) for part in zip(*stand_in.seen, strict=True))
+  return [x.reshape(-1, *x.shape[2:]) for x in joined]
+
+
+def latents_of(size=SIZE):
+  return np.random.default_rng(0).normal(size=(size, N, len(LEVELS))).astype(np.float32)
+
+
+def observed(stage, size=SIZE, seed=0):
+  """watch as numpy, and which tokens count: bool [rows, N]."""
+  found = [np.asarray(x) for x in watch(stage, latents_of(size), jax.random.key(seed))]
+  _, keep_k, drop, codes, _ = found
+  counted = (np.arange(N) < keep_k[:, None]) & ~drop[:, None]
+  assert not np.isnan(codes[counted]).any()
+  return *found, counted
+
+
+def near_share(hits, share):
+  """Asserts that a share of independent draws is the stated one, within five standard deviations."""
+  assert abs(np.mean(hits) - share) <= 5 * np.sqrt(share * (1 - share) / np.size(hits))
+
+
+def test_off_the_decoder_gets_quantised_codes():
+  *_, codes, z, counted = observed(stage_of())
+  np.testing.assert_array_equal(codes[counted], np.asarray(fsq.quantize(z, LEVELS))[counted])
+
+
+def test_off_nothing_is_computed():
+  """The program is that of a config from before the options."""
+  old = config_of(tokens=dict(num_registers=N, levels=LEVELS))
+  with old.unlocked():
+    del old.tokens.quantization_dropout, old.tokens.corruption
+  programs = [
+      str(jax.make_jaxpr(lambda x, stage=stage: watch.__wrapped__(stage, x, jax.random.key(0)))(latents_of(ROWS)))
+      for stage in (make_stage(old), make_stage(config_of(tokens=dict(num_registers=N, levels=LEVELS))))
+  ]
+  assert programs[0] == programs[1]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_corruption_replaces_its_share_of_tokens_by_any_codes(share):
+  *_, codes, z, counted = observed(stage_of(corruption=share, quantization_dropout=0.0))
+  clean = fsq.codes_to_ids(fsq.quantize(z, LEVELS), LEVELS)
+  ids = np.asarray(fsq.codes_to_ids(codes, LEVELS))
+  np.testing.assert_array_equal(fsq.ids_to_codes(ids, LEVELS)[counted], codes[counted])  # codes of the vocabulary
+  other, size = (ids != clean) & counted, fsq.num_codes(LEVELS)
+  near_share(other[counted], share * (1 - 1 / size))  # now and then the code drawn is the one that was there
+  assert scipy.stats.chisquare(np.bincount(ids[other], minlength=size)).pvalue > 1e-4 or share < 1
+  for i in range(N):  # every register, and independently of its neighbour
+    near_share(other[:, i][counted[:, i]], share * (1 - 1 / size))
+  both = counted[:, 1:]
+  near_share((other[:, 1:] & other[:, :-1])[both], (share * (1 - 1 / size)) ** 2)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_quantisation_dropout_skips_whole_samples(share):
+  *_, drop, codes, z, counted = observed(stage_of(quantization_dropout=share))
+  rounded = np.asarray(fsq.quantize(z, LEVELS))
+  bounded = np.asarray(fsq.bound(z, LEVELS)) / [level // 2 for level in LEVELS]
+  skipped = np.isclose(codes, bounded, atol=1e-6).all(2)
+  assert (skipped | (codes == rounded).all(2))[counted].all()
+  some = [counted[i].any() for i in range(len(counted))]
+  whole = np.array([skipped[i][counted[i]].all() for i in range(len(counted))])
+  partly = np.array([skipped[i][counted[i]].any() for i in range(len(counted))])
+  np.testing.assert_array_equal(whole[some], partly[some])
+  near_share(whole[some], share)
+
+
+def test_both_options_are_the_same_in_all_cuts():
+  """A bucket gets what the plain path has in its place, in any number of rows to a group."""
+  options = dict(quantization_dropout=0.5, corruption=0.3)
+  fast, plain = (observed(stage_of(fast, **options), 256) for fast in (True, False))
+  counted = fast[-1]
+  for a, b in zip(fast[:3], plain[:3]):
+    np.testing.assert_array_equal(a, b)
+  np.testing.assert_allclose(fast[3][counted], plain[3][counted], atol=1e-6)
+  assert np.isnan(fast[3]).any() and not np.isnan(plain[3]).any()  # which ran all registers
+  assert (np.abs(fast[3] - observed(stage_of(True, **options), 256, seed=1)[3]) > 1e-3)[counted].mean() > 0.5
+
+
+def test_gradients_pass_where_nothing_is_rounded_and_stop_where_a_code_was_replaced():
+  z = latents_of(8)
+  weights = np.random.default_rng(1).normal(size=z.shape).astype(np.float32)
+  skip, ids = np.arange(8) < 4, np.full((8, N), -1)
+  ids[:, ::3] = 7
+
+  def loss(z):
+    codes = fsq.quantize(z, LEVELS, skip[:, None])
+    return (fsq.corrupt(codes, ids, LEVELS) * weights).sum()
+
+  grad = np.asarray(jax.grad(loss)(z))
+  straight = np.asarray(jax.grad(lambda z: (fsq.quantize(z, LEVELS) * weights).sum())(z))
+  np.testing.assert_array_equal(grad, np.where(ids[..., None] < 0, straight, 0))
+  assert (straight != 0).all()
+
+
+def test_all_skipped_is_a_tokenizer_of_bounded_codes():
+  """The real networks: loss and gradients of quantization_dropout=1 are those of codes that are never rounded."""
+  one = dict(tokens=dict(num_registers=4, quantization_dropout=1.0))
+  stages = make_stage(config_of(**one)), make_stage(config_of())
+  params = unbox(jax.eval_shape(stages[0].init, jax.random.key(0))[0])
+  params = jax.tree.map(lambda x: np.random.default_rng(0).normal(0, 0.2, x.shape).astype(np.float32), params)
+  latents = np.random.default_rng(1).normal(size=(8, 16, 16, 3)).astype(np.float32)
+  grad_of = lambda stage: jax.jit(jax.value_and_grad(lambda p: stage.latents_loss(p, latents, jax.random.key(2))[0]))
+  loss, grads = grad_of(stages[0])(params)
+
+  def bounded(z, levels, _):
+    return fsq.bound(z, levels) / jnp.asarray([level // 2 for level in levels])
+
+  rounded_loss, _ = grad_of(stages[1])(params)
+  with mock.patch.object(fsq, "quantize", bounded):
+    expected_loss, expected = grad_of(stages[1])(params)
+  np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+  assert abs(rounded_loss - loss) > 1e-5 * loss
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), grads, expected)
+  assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(grads["encoder"]))
+
+
+def test_no_option_reaches_inference():
+  plain, disturbed = (
+      make_stage(config_of(tokens=dict(num_registers=4) | more))
+      for more in ({}, dict(quantization_dropout=1.0, corruption=1.0, null_prob=1.0, nested_dropout="none"))
+  )
+  params = unbox(plain.init(jax.random.key(0))[0])
+  images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+  ids, other = (np.asarray(jax.jit(stage.predict_fns["tokenize"])(params, images)) for stage in (plain, disturbed))
+  np.testing.assert_array_equal(ids, other)
+  keys = jax.random.split(jax.random.key(1), 2)
+  decode = lambda stage: jax.jit(stage.predict_fns["detokenize"])(params, ids, np.array([2, 4]), keys)
+  np.testing.assert_array_equal(decode(plain), decode(disturbed))
+
+
+# Condition dropout, nested dropout and times, as they arrive.
+
+
+@pytest.mark.parametrize("null_prob", [0.0, 0.25, 0.3, 1.0])
+def test_the_share_without_condition_is_stratified(null_prob):
+  _, _, drop, *_ = observed(stage_of(null_prob=null_prob))
+  by_group = drop.reshape(-1, ROWS).sum(1)
+  expected = ROWS * null_prob
+  assert set(by_group) <= {np.floor(expected), np.ceil(expected)}
+  assert abs(drop.mean() - null_prob) < 5 * np.sqrt(0.25 / len(by_group)) / ROWS + 1e-9
+
+
+def test_which_image_is_without_condition_and_how_much_of_it_is_kept_is_chance():
+  """Over steps every image of the batch has the same law, whatever its place."""
+  stage, latents = stage_of(), latents_of(2 * ROWS)
+  steps = 2000
+  _, keep_k, drop, _, z = jax.vmap(lambda key: watch(stage, latents, key))(jax.random.split(jax.random.key(0), steps))
+  image = np.argmax((np.asarray(z)[:, :, None, 0] == latents[None, None, :, 0]).all(-1), -1)  # [steps, rows]
+  for value, mean, deviation in ((drop, 0.25, np.sqrt(0.25 * 0.75)), (np.where(drop, 8.5, keep_k), 8.5, 4.0)):
+    totals = np.zeros(2 * ROWS)
+    np.add.at(totals, image.ravel(), np.asarray(value, np.float64).ravel())
+    assert (np.abs(totals / steps - mean) < 5 * deviation / np.sqrt(steps)).all()
+
+
+@pytest.mark.parametrize("mode", nested.MODES)
+def test_the_kept_lengths_of_a_step_have_the_law_of_the_mode(mode):
+  """Stratified over 16 rows without null ones: every length as often as its law says, but for one in a group."""
+  _, keep_k, *_ = observed(stage_of(nested_dropout=mode, null_prob=0.0))
+  counts = np.bincount(keep_k, minlength=N + 1)[1:] / SIZE
+  np.testing.assert_allclose(counts, nested.law(mode, N), atol=5 * np.sqrt(0.25 / (SIZE / ROWS)) / ROWS)
+  assert mode != "none" or (keep_k == N).all()
+
+
+@pytest.mark.parametrize("mode, cdf", [
+    ("uniform", lambda x: x), ("mode", mode_cdf(0.25)),
+    ("logit_normal", lambda x: scipy.stats.norm.cdf(scipy.special.logit(x))),
+    ("stratified_logit_normal", lambda x: scipy.stats.norm.cdf(scipy.special.logit(x))),
+])  # fmt: skip
+@pytest.mark.parametrize("shift", [1.0, 4.0])
+def test_the_times_of_a_step_have_the_law_of_the_config(mode, cdf, shift):
+  tokens = dict(num_registers=N, levels=LEVELS, bucket_rows=ROWS)
+  stage = make_stage(config_of(tokens=tokens, flow=dict(t_sampling=mode, t_shift=shift)))
+  t, keep_k, *_ = observed(stage)
+  unshifted = lambda x: x / (shift - (shift - 1) * x)
+  assert scipy.stats.kstest(t.astype(np.float64), lambda x: cdf(unshifted(x))).pvalue > 1e-3
+  assert abs(scipy.stats.spearmanr(t, keep_k).statistic) < 0.08  # times say nothing of lengths
+
+
+@pytest.mark.parametrize("words, fields", [
+    (r"tokens.quantization_dropout must lie in \[0, 1\], got 1.5", dict(tokens=dict(quantization_dropout=1.5))),
+    (r"tokens.corruption must lie in \[0, 1\], got -0.1", dict(tokens=dict(corruption=-0.1))),
+    (r"tokens.corruption must lie in \[0, 1\], got nan", dict(tokens=dict(corruption=float("nan")))),
+    (r"tokens.null_prob must lie in \[0, 1\], got 2.0", dict(tokens=dict(null_prob=2.0))),
+    ("flow.t_shift must be a number above 0, got 0.0", dict(flow=dict(t_shift=0.0))),
+    ("flow.t_shift must be a number above 0, got nan", dict(flow=dict(t_shift=float("nan")))),
+])  # fmt: skip
+def test_shares_out_of_range_are_one_line(words, fields):
+  with pytest.raises(ValueError, match=words) as error:
+    make_stage(config_of(**fields))
+  assert "\n" not in str(error.value)
+
+
+# Register counts and levels.
+
+
+@pytest.mark.parametrize("registers, levels, mode", [
+    (1, (2,), "none"), (5, (7, 2, 3), "uniform"), (11, (3, 3), "uniform_pow2"),
+])  # fmt: skip
+def test_any_count_and_levels_train_load_and_decode(registers, levels, mode, tmp_path):
+  config = config_of(tokens=dict(num_registers=registers, levels=levels, nested_dropout=mode, quantization_dropout=0.3,
+                                 corruption=0.2), train=dict(export_dtype="float32"))  # fmt: skip
+  stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, 10)
+  state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)))(jax.random.key(0))
+  rng = np.random.default_rng(1)  # heads start at zero, and hide what is behind them at first
+  start = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), state.params)
+  state = dataclasses.replace(state, params=jax.device_put(start))
+  update = jax.jit(make_update(stage, optimizer, accumulate_steps=1, decay=0.9))
+  images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
+  for _ in range(2):
+    state, metrics = update(state, {"image": images, "unreadable": np.zeros(8, np.int32)}, jax.random.key(1))
+  assert np.isfinite(float(metrics["loss"].compute()))
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), start, jax.device_get(state.params))
+  unmoved = {path[-1].key for path, x in jax.tree_util.tree_leaves_with_path(moved) if not x}
+  assert unmoved == ({"mask_token"} if mode == "none" else set())  # where all registers are kept, it is never seen
+
+  path = tmp_path / "weights.safetensors"
+  saving.save_weights(str(path), config, jax.device_get(state.joined()), "float32")
+  model = flextok_jax.load(str(path))
+  ids = model.tokenize(images)
+  assert ids.shape == (8, registers) and ids.min() >= 0 and ids.max() < np.prod(levels)
+  np.testing.assert_array_equal(ids, jax.jit(stage.predict_fns["tokenize"])(state.joined(), images))
+  for count in {1, (registers + 1) // 2, registers}:
+    decoded = model.detokenize(ids[:, :count], key=jax.random.key(0))
+    assert decoded.shape == (8, 16, 16, 3) and np.isfinite(decoded).all()

@@ -1,0 +1,18 @@
+"""Parameters of a tokenizer under the names and in the layouts of official checkpoints."""
+
+from flax.traverse_util import flatten_dict
+import numpy as np
+
+from flextok_jax.weights import names
+from flextok_jax.weights.official import tokenizer as official_config
+
+
+def to_official(params: dict) -> dict[str, np.ndarray]:
+  """Returns our tree {"vae", "encoder", "decoder"} (any of them) as a flat dict; fixed tables are left out."""
+  flat = flatten_dict(params, sep="/")
+  shapes = {path: np.shape(x) for path, x in flat.items()}
+  return {
+    name: np.ascontiguousarray(entry.to_official(np.asarray(flat[entry.path]), i))
+    for entry in names.entries(shapes, official_config.DEFAULT_ROLES)
+    for i, name in enumerate(entry.names)
+  }

@@ -1,0 +1,100 @@
+"""A tiny run to be started, killed and resumed as processes: a generator on token shards, which compiles fastest.
+
+python -m tests.support.tiny_run RUNS, a JSON list of what to do, one after the other. A run is {"workdir", "shards"} and, if
+wanted, "mesh" and "train" of the config; {"checkpoint"} is evaluated. A run that is to be disturbed has "moment":
+{"kind", "step", "process", "name", "delay"}: that process gets the signal `name` as many seconds after it has begun the
+step, the saving of its checkpoint ("save") or its evaluation ("evaluate"), so that no clock decides which.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from unittest import mock
+
+import jax
+
+from flextok_jax import cli, evaluate, train
+from flextok_jax.config import derive
+from flextok_jax.parallel import processes, sharding
+from flextok_jax.training import checkpoint
+from flextok_jax.weights import loading
+from tests.support import token_shards
+
+STEPS = 12
+
+
+def write_shards(root):
+  """Writes token shards for config_of under root and returns their folder."""
+  pictures = token_shards.make_pictures(root / "pictures")
+  for split in ("train", "validation"):
+    token_shards.write(root / "shards", token_shards.config(pictures), split=split, num_shards=1)
+  return root / "shards"
+
+
+def config_of(shards, mesh=None, **train_settings):
+  """Twelve steps; a checkpoint every second one, an evaluation every third one."""
+  settings = dict(num_steps=STEPS, log_every=1, checkpoint_every=2, eval_every=3, keep_checkpoints=3, keep_period=0,
+                  tensorboard=False, export_dtype="float32")  # fmt: skip
+  ar = dict(width=32, depth=2, head_dim=16, num_ids=token_shards.IDS, num_tokens=token_shards.TOKENS, num_classes=3)
+  return derive(
+      stage="ar", dtype="float32", ar=ar, train=settings | train_settings, mesh=mesh or {},
+      data=dict(tokens=str(shards), global_batch=8, num_threads=1, prefetch=1),
+      optim=dict(learning_rate=1e-2, warmup_steps=2, ema_decay=0.9), eval=dict(num_images=7, batch_size=8),
+  )  # fmt: skip
+
+
+@contextlib.contextmanager
+def disturbed(kind: str, step: int, process: int = 0, name: str = "SIGKILL", delay: float = 0.0):
+  """Makes the process signal itself at that moment of the run that is trained inside."""
+
+  def reached(here: str, at: int):
+    if (here, at, jax.process_index()) == (kind, step, process):
+      send = lambda: os.kill(os.getpid(), getattr(signal, name))
+      threading.Timer(delay, send).start() if delay else send()
+
+  evaluate, save, preemption = train._evaluate, checkpoint.Checkpoints.save, processes.preemption
+
+  def evaluating(evaluator, state, at, *args):
+    reached("evaluate", at)
+    evaluate(evaluator, state, at, *args)
+
+  def saving(self, state, *args):
+    save(self, state, *args)  # goes on in the background
+    reached("save", int(state.step))
+
+  @contextlib.contextmanager
+  def watched():
+    with preemption() as preempted:
+
+      def ask(at):
+        reached("step", at)
+        if name == "SIGTERM" and at > step:
+          time.sleep(1)  # so long other processes may not know of it, and the whole run takes no longer
+        return preempted(at)
+
+      yield ask
+
+  with (
+      mock.patch.object(train, "_evaluate", evaluating),
+      mock.patch.object(checkpoint.Checkpoints, "save", saving),
+      mock.patch.object(processes, "preemption", watched),
+  ):
+    yield
+
+
+def main(text: str):
+  sharding.SMALL = 1024  # else nothing of this size would be split
+  for run in json.loads(text):
+    if "checkpoint" in run:
+      report = evaluate.evaluate(*loading.load(run["checkpoint"], mesh=sharding.make_mesh()))
+      processes.say(json.dumps({"evaluated": report.scores["loss"]}))
+      continue
+    with disturbed(**run["moment"]) if run.get("moment") else contextlib.nullcontext():
+      train.train(config_of(run["shards"], run.get("mesh"), **run.get("train", {})), run["workdir"])
+
+
+if __name__ == "__main__":
+  cli.run(main, ["RUNS"])

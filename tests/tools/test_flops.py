@@ -1,0 +1,281 @@
+"""Analytic FLOPs against the products in the very programs that the benchmark runs, and those against XLA's count."""
+
+import functools
+import math
+
+import flax
+import jax
+from jax.extend import core
+import jax.numpy as jnp
+from ml_collections import FrozenConfigDict
+import numpy as np
+import pytest
+
+from flextok_jax import config as common
+from flextok_jax import flops, flops_ar
+from flextok_jax.models.ar.sampling import PLAIN_CHUNK
+from flextok_jax.stages import make_stage
+from flextok_jax.tools.benchmark import generator as benchmark_ar
+from flextok_jax.tools.benchmark import jobs as benchmark_jobs
+from flextok_jax.training.state import unbox
+
+BATCH = 4
+
+
+def small_config(**overrides):
+  """64 patches and up to 64 registers, all widths unlike."""
+  part = dict(width=96, depth=3, head_dim=32)
+  config = common.derive(
+      image_size=32, dtype="float32", encoder=part, decoder=dict(part, width=128),
+      vae=dict(block_out_channels=(32, 64), layers_per_block=1), tokens=dict(num_registers=64, bucket_rows=4),
+      sampler=dict(num_steps=3))
+  config.update(overrides)
+  return config
+
+
+def generator(**overrides):
+  """80 tokens: more than two chunks of the plain path, the last one not full."""
+  config = common.derive(
+      stage="ar", dtype="float32", ar=dict(width=64, depth=3, head_dim=32, num_ids=500, num_tokens=80, mlp_ratio=3.0),
+      text=dict(features=48, mlp_hidden=40, max_length=12, depth=2, head_dim=16))
+  config.update(overrides)
+  return config
+
+
+def equations(jaxpr, trips):
+  """Yields (equation, how often it runs); `trips` are those of the while loops, in their order."""
+  for eqn in jaxpr.eqns:
+    yield eqn, 1
+    times = {"scan": lambda eqn=eqn: eqn.params["length"], "while": lambda: next(trips)}
+    times = times.get(eqn.primitive.name, lambda: 1)()
+    for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, core.Jaxpr)):
+      if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
+        inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+        yield from ((e, n * times) for e, n in equations(inner, trips))
+
+
+def product(eqn):
+  """FLOPs of a matrix product or convolution, 0 of everything else."""
+  p, (result,) = eqn.params, eqn.outvars[:1] or (None,)
+  if eqn.primitive.name == "dot_general":
+    contracted = p["dimension_numbers"][0][0]
+    return 2 * result.aval.size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+  if eqn.primitive.name != "conv_general_dilated":
+    return 0
+  axes, (image, kernel) = p["dimension_numbers"], (x.aval.shape for x in eqn.invars)
+  count = 2 * math.prod(result.aval.shape[axis] for axis in axes.out_spec[:2]) * kernel[axes.rhs_spec[1]]
+  for i, (stride, (low, _)) in enumerate(zip(p["window_strides"], p["padding"]), 2):
+    length, taps, outputs = image[axes.lhs_spec[i]], kernel[axes.rhs_spec[i]], result.aval.shape[axes.out_spec[i]]
+    places = [o * stride + t * p["rhs_dilation"][i - 2] - low for o in range(outputs) for t in range(taps)]
+    gap = p["lhs_dilation"][i - 2]
+    count *= sum(place % gap == 0 and 0 <= place // gap < length for place in places)
+  return count
+
+
+@functools.cache
+def shapes(config):
+  """Of the parameters, trained and frozen."""
+  return unbox(jax.eval_shape(make_stage(config).init, jax.random.key(0)))
+
+
+@pytest.fixture(autouse=True)
+def zero_params(monkeypatch):
+  """Parameters are zeros: random ones that look at themselves cannot be shapes alone."""
+
+  def zeros(self, names, dtype):
+    params, frozen = shapes(FrozenConfigDict(self.config))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), {name: {**params, **frozen}[name] for name in names})
+
+  monkeypatch.setattr(benchmark_jobs.Benchmark, "_random_params", zeros)
+
+
+def programs(config, job, num_tokens, paths, latents):
+  """Returns by path the traced program, whose arguments are shapes alone, and our count."""
+  module, made = benchmark_ar if config.stage == "ar" else benchmark_jobs, {}
+
+  def prepare():
+    args, by_path = module.Benchmark(config, paths, BATCH, latents).prepare(job, num_tokens)
+    made.update(by_path)
+    return args
+
+  args = jax.eval_shape(prepare)
+  return {path: (jax.jit(fn).trace(*args), count) for path, (fn, count) in made.items()}
+
+
+def check(config, job, num_tokens=None, *, paths=benchmark_jobs.PATHS, latents=True, trips=()):
+  """Asserts that the program has as many FLOPs as we count, loops multiplied out; returns our counts."""
+  made = programs(config, job, num_tokens, paths, latents)
+  for path, (traced, count) in made.items():
+    found = sum(product(eqn) * times for eqn, times in equations(traced.jaxpr.jaxpr, iter(trips)))
+    # The fast training step: what a learned vector gives to each of six codes.
+    assert count == pytest.approx(found, rel=3e-6), (job, num_tokens, path)
+  return {path: count for path, (_, count) in made.items()}
+
+
+@pytest.mark.parametrize("job", ["tokenize", "detokenize"])
+def test_inference(job):
+  counts = [check(small_config(), job, num_tokens) for num_tokens in (1, 16, 64)]
+  assert len({count["plain"] for count in counts}) == 1
+  fast = [count["fast"] for count in counts]
+  assert fast == sorted(set(fast)) and fast[0] < counts[0]["plain"] and fast[-1] <= counts[0]["plain"]
+
+
+def test_training():
+  counts = check(small_config(), "train")
+  assert counts["fast"] < 0.85 * counts["plain"]
+  full, dots = (check(small_config(remat=name), "train", paths=("fast",))["fast"] for name in ("full", "dots"))
+  assert 1.25 < full / counts["fast"] < 1.34 and 1.03 < dots / counts["fast"] < 1.2
+  accumulated = small_config(optim=dict(accumulate_steps=2))
+  assert check(accumulated, "train", paths=("plain",))["plain"] == counts["plain"]
+
+
+@pytest.mark.parametrize("job", ["tokenize", "detokenize", "train", "vae", "ar", "train_ar"])
+def test_xla_counts_the_same(job, monkeypatch):
+  """XLA finds nothing to leave out of a program that was counted: up to 3% more, by elementwise work, and hardly less.
+
+  Loops are unrolled, as XLA counts the body of a loop once; of a loop over tokens the only one. Sizes are such that
+  products are nearly all of the work.
+  """
+  monkeypatch.setattr(jax.lax, "scan", lambda *args, scan=jax.lax.scan, **kw: scan(*args, **{**kw, "unroll": True}))
+  part = dict(width=384, depth=2, head_dim=64)
+  config = small_config(encoder=part, decoder=dict(part, width=448), sampler=dict(num_steps=2),
+                        remat="full" if job == "train" else "none")
+  if "ar" in job:
+    config = generator(ar=dict(part, num_ids=64, num_tokens=8 if job == "ar" else 64, loss_chunk=64))
+  elif job == "vae":
+    config = small_config(vae=dict(block_out_channels=(64, 96)))
+  count_of = {"tokenize": 8, "detokenize": 8, "ar": 1}.get(job)
+  paths = ("plain",) if "train" in job else benchmark_jobs.PATHS
+  for path, (traced, count) in programs(config, job.removesuffix("_ar"), count_of, paths, True).items():
+    gap = traced.lower().compile().cost_analysis()["flops"] / count - 1
+    assert -0.002 < gap < 0.03, (path, gap)
+
+
+def test_what_the_vae_is_trained_by():
+  """LPIPS and the discriminator, each gradient traced apart."""
+  config = small_config(stage="vae", image_size=64, vae_loss=dict(lpips_weight=1.0, lpips="none"),
+                        discriminator=dict(weight=0.5, channels=8))  # fmt: skip
+  stage, images = make_stage(config), jnp.zeros((1, 64, 64, 3))
+  trained, frozen = unbox(jax.eval_shape(stage.init_auxiliary, jax.random.key(0)))
+  zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape), tree)
+  lpips, params = ({"params": zeros(tree)} for tree in (frozen["lpips"], trained["discriminator"]))
+  found = lambda f, *args: sum(product(eqn) * n for eqn, n in equations(jax.make_jaxpr(f)(*args).jaxpr, iter(())))
+  distance = lambda x: stage.lpips.apply(lpips, x, images).sum()
+  assert flops.perceptual_loss(config) == found(jax.grad(distance), images)
+  logits = lambda params, x: stage.discriminator.apply(params, x).sum()
+  forward, in_pixels = found(logits, params, images), found(jax.grad(logits, 1), params, images)
+  in_weights, last = found(jax.grad(logits), params, images), flops.conv(64, config.vae.block_out_channels[0], 3)
+  assert flops.adversarial_losses(config) == 2 * in_weights + in_pixels - forward + 2 * last
+  without = small_config(stage="vae", image_size=64)
+  more = flops.train_vae(config, 3) - flops.train_vae(without, 3)
+  assert more == 3 * (flops.perceptual_loss(config) + flops.adversarial_losses(config))
+
+
+def test_the_vae_and_whole_images():
+  config = small_config(vae=dict(latent_channels=4))
+  vae = check(config, "vae")[benchmark_jobs.ONLY]
+  check(small_config(stage="vae"), "train")
+  share = 0
+  for job in ("tokenize", "detokenize"):
+    images = check(config, job, 8, paths=("fast",), latents=False)["fast"]
+    share += images - check(config, job, 8, paths=("fast",))["fast"]
+  assert share == vae
+  check(config, "train", paths=("plain",), latents=False)
+
+
+@pytest.mark.parametrize("fields", [
+    dict(encoder=dict(gated_mlp=False, mlp_ratio=3.0), decoder=dict(patch_size=4, depth=1)),
+    dict(decoder=dict(modulation="shared", head_modulation=False, null_condition="single")),
+    dict(sampler=dict(guidance="none")),
+    dict(sampler=dict(guidance_interval=(0.3, 0.7))),
+    dict(sampler=dict(guidance="cfg", guidance_scale=1)),
+    dict(vae=dict(kind="pixels"), encoder=dict(patch_size=4), decoder=dict(patch_size=4)),
+])
+def test_options(fields):
+  config = small_config(**fields)
+  if "sampler" not in fields:
+    check(config, "tokenize", 8)
+    check(config, "train", paths=("plain",))
+  check(config, "detokenize", 8)
+
+
+@pytest.mark.parametrize("fields", [
+    dict(),
+    dict(ar=dict(condition="text", stop=True, ffn="mlp_gelu", bias=True), text=dict(encoder="bytes")),
+    dict(ar=dict(condition="text", guidance_scale=1.0)),
+    dict(ar=dict(condition="text"), text=dict(encoder="bytes"), remat="full"),
+    dict(ar=dict(condition="text"), text=dict(encoder="bytes"), remat="dots"),
+    dict(ar=dict(condition="none", pos_embed="sincos1d"), optim=dict(accumulate_steps=2)),
+], ids=["class", "bytes", "t5", "remat full", "remat dots", "none"])
+def test_generator(fields):
+  """Fast: one loop of as many steps as tokens. Plain: a loop for each length of the prefix."""
+  config = generator(**fields)
+  check(config, "train")
+  check(config, "ar", 20, paths=("plain",), trips=(20,))
+  plain = check(config, "ar", 80, paths=("plain",), trips=(PLAIN_CHUNK, PLAIN_CHUNK, 80 - 2 * PLAIN_CHUNK))["plain"]
+  fast = check(config, "ar", 80, paths=("fast",), trips=(80,))["fast"]
+  assert fast < plain / 15
+  assert flops_ar.is_guided(config) == (config.ar.condition != "none" and config.ar.guidance_scale != 1)
+
+
+def test_what_a_token_reads():
+  """Every matrix once but those that only the text sees, and the caches of guided rows, of 72 slots for 70 tokens."""
+  config = generator(ar=dict(condition="text"))
+  named = flax.traverse_util.flatten_dict(shapes(FrozenConfigDict(config))[0]["ar"])
+  matrices = sum(x.size for path, x in named.items() if path[-1] == "kernel" and "kv" not in path)
+  caches = 2 * BATCH * config.ar.depth * 2 * (72 + 12) * config.ar.width
+  assert flops_ar.token_bytes(config, 70, BATCH, True) == 4 * (matrices + caches)
+  config.dtype = "bfloat16"
+  assert flops_ar.token_bytes(config, 70, BATCH, True) == 2 * (matrices + caches)
+
+
+def test_logits_of_all_positions_never_exist_at_once():
+  """The gradient of the loss at 12 x 768: no array over the ids but of loss_chunk positions, and the weights' own."""
+  most = {}
+  for chunk in (16, 256):
+    config = common.derive(stage="ar", ar=dict(loss_chunk=chunk))
+    stage, whole = make_stage(config), jax.ShapeDtypeStruct((BATCH, 256), jnp.int32)
+    rows = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    params = shapes(FrozenConfigDict(config))[0]
+    grad = jax.grad(lambda params, batch, stage=stage: stage.loss_fn(params, batch, None, 0)[0])
+    jaxpr = jax.make_jaxpr(grad)(params, {"token_ids": whole, "length": rows, "label": rows}).jaxpr
+    sizes = [x.aval.size for eqn, _ in equations(jaxpr, iter(())) for x in eqn.outvars
+             if 64_000 in np.shape(x.aval) and 768 not in np.shape(x.aval)]
+    most[chunk] = max(sizes)
+  assert most == {chunk: BATCH * chunk * 64_000 for chunk in (16, 256)}
+
+
+def test_formulas_by_hand():
+  part = small_config(encoder=dict(width=64, gated_mlp=False)).encoder
+  assert flops.linear(2, 3, 4) == 48
+  q, k, v, logits, weighted, out = (2 * 5 * 64 * 64, 2 * 9 * 64 * 64, 2 * 9 * 64 * 64, 2 * 5 * 9 * 64, 2 * 5 * 9 * 64,
+                                    2 * 5 * 64 * 64)
+  assert flops.attention(part, 5, 9) == q + k + v + logits + weighted + out
+  assert flops.mlp(part, 5) == 2 * 5 * 64 * 256 * 2
+  assert flops.blocks(part, 5, 9) == 2 * flops.block(part, 9, 9) + flops.block(part, 5, 9)
+  assert flops.conv(4, 2, 3) == 2 * 10**2 * 2 * 3  # 3 taps at 2 pixels of an axis, 2 at both ends
+  assert flops.conv(4, 2, 3, stride=2, low=0) == 2 * 5**2 * 2 * 3  # pixels 0 1 2 and 2 3
+
+
+def test_the_released_size():
+  """d12-d12: whole numbers, savings near what the sequence lengths promise, at no count of tokens a loss."""
+  config = common.derive()
+  plain = flops.sampler(config, 1, 4, False)
+  fast = [flops.sampler(config, k, 4, True) for k in range(1, 257)]
+  assert all(isinstance(n, int) for n in (plain, *fast)) and max(fast) < plain
+  assert plain / fast[0] > 1.9
+  assert flops.train(config, 16, False) / flops.train(config, 16, True) > 1.5
+  assert flops.train(config, 32, True) == 2 * flops.train(config, 16, True)
+
+
+def test_generator_at_the_released_size():
+  """12 x 768: a token costs 2 FLOPs a weight and row, and the cache; recomputing 256 costs over 80 times that."""
+  config = common.derive(stage="ar")
+  blocks, readout = 12 * (4 * 768**2 + 3 * 768 * 2048), 768 * 64_000
+  row = 2 * blocks + 12 * 2 * 2 * 768 * 256
+  guided = 4 * 256 * (2 * row + 2 * readout)  # of both rows one readout
+  assert flops_ar.ar_generate(config, 256, 4, True, True) == guided
+  assert flops_ar.ar_generate(config, 256, 4, False, True) == 4 * 256 * (row + 2 * readout)
+  assert 80 < flops_ar.ar_generate(config, 256, 4, True, False) / guided < 120
+  assert flops_ar.token_bytes(config, 256, 1, True) == 2 * (blocks + readout + 12 * 2 * 2 * 768 * 256)
+  assert flops_ar.ar_train(config, 8) == 2 * flops_ar.ar_train(config, 4)

@@ -1,0 +1,469 @@
+"""Weights files, checkpoints and the claim of a working folder."""
+
+import errno
+import json
+import os
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from configs import debug
+from flextok_jax import train
+from flextok_jax.core import tensor_file
+from flextok_jax.stages import make_stage
+from flextok_jax.training import checkpoint
+from flextok_jax.training.state import TrainState, init_state, unbox
+from flextok_jax.weights import loading, saving
+
+VAE = dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(4,), layers_per_block=1, norm_groups=2)
+
+
+def config_of(**overrides):
+  c = debug.get_config()
+  c.update(overrides)
+  return c
+
+
+def random_state(config, step=3, seed=0):
+  """A train state of random numbers, its average another than its parameters, with Adam's moments."""
+  optimizer = optax.adam(1e-3)
+  shapes = unbox(jax.eval_shape(lambda key: init_state(make_stage(config), optimizer, key), jax.random.key(0)))
+  rng = np.random.default_rng(seed)
+  draw = lambda x: jnp.asarray(rng.normal(size=x.shape) if x.dtype == jnp.float32 else rng.integers(9), x.dtype)
+  return jax.tree.map(draw, shapes).replace(step=jnp.int32(step))
+
+
+def shapes_of(state):
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
+
+
+def assert_trees_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def fails(pattern, fn, *args):
+  """Asserts an error of one short line."""
+  with pytest.raises((ValueError, FileNotFoundError), match=pattern) as error:
+    fn(*args)
+  assert "\n" not in str(error.value) and len(str(error.value)) < 600, str(error.value)
+
+
+def files_of(folder):
+  return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def config():
+  return config_of()
+
+
+@pytest.fixture(scope="module")
+def params(config):
+  return random_state(config).params
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+  """A working folder with checkpoints of steps 3 and 5."""
+  path = tmp_path_factory.mktemp("workdir")
+  save_states(path, config, random_state(config, 3, seed=3), random_state(config, 5, seed=5))
+  return path
+
+
+def save_states(path, config, *states, keep=2, keep_period=0):
+  checkpoint.claim_workdir(str(path), config)
+  checkpoints = checkpoint.Checkpoints(str(path), keep=keep, keep_period=keep_period)
+  for state in states:
+    checkpoints.save(state)
+  checkpoints.close()
+
+
+# Weights files.
+
+
+def test_weights_round_trip(config, params, tmp_path):
+  path = str(tmp_path / "new" / "weights.safetensors")
+  saving.save_weights(path, config, params)
+  again_config, again = loading.load(path)
+  assert again_config == config and again_config.is_locked
+  assert_trees_equal(again, params)
+  assert {x.dtype for x in jax.tree.leaves(again)} == {jnp.dtype("float32")}
+  assert [p.name for p in (tmp_path / "new").iterdir()] == ["weights.safetensors"]
+
+
+def test_bfloat16_weights(config, params, tmp_path):
+  """Half the size; exact where the numbers are bfloat16's own, else to its 8 bits."""
+  small, large = str(tmp_path / "small.safetensors"), str(tmp_path / "large.safetensors")
+  saving.save_weights(small, config, params, "bfloat16")
+  saving.save_weights(large, config, params)
+  assert Path(small).stat().st_size < 0.6 * Path(large).stat().st_size
+  rounded = loading.load(small)[1]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), rounded, params)
+  assert any((a != b).any() for a, b in zip(jax.tree.leaves(rounded), jax.tree.leaves(params)))
+  saving.save_weights(small, config, rounded, "bfloat16")
+  assert_trees_equal(loading.load(small)[1], rounded)
+
+
+def test_a_failed_write_leaves_the_old_file(config, params, tmp_path, monkeypatch):
+  path = tmp_path / "weights.safetensors"
+  saving.save_weights(str(path), config, params)
+  before = path.read_bytes()
+
+  def full_disk(*args):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(tensor_file.os, "replace", full_disk)
+  fails("cannot write .*: No space left on device", saving.save_weights, str(path), config, params)
+  assert [p.name for p in tmp_path.iterdir()] == [path.name]
+  assert path.read_bytes() == before
+
+
+def test_damaged_and_foreign_weights_are_one_line(config, params, tmp_path):
+  path = tmp_path / "weights.safetensors"
+  saving.save_weights(str(path), config, params)
+  good = path.read_bytes()
+  load = lambda: loading.load(str(path))
+  for damaged in (good[: len(good) // 2], good[:-1], good[:7], b"", b"\0" * 64, b"\xff" * len(good), b"PK\3\4" + good):
+    path.write_bytes(damaged)
+    fails(f"{path} is not a whole safetensors file", load)
+  path.write_bytes(good[:100] + bytes(b ^ 255 for b in good[100:200]) + good[200:])
+  fails(f"{path} is not a whole safetensors file", load)
+  save_file({"a": np.zeros(3, np.float32)}, path)
+  fails("is no FlexTok checkpoint: its metadata has neither", load)
+  fails("no such checkpoint: .*absent; give a", loading.load, str(tmp_path / "absent"))
+  (tmp_path / "empty").mkdir()
+  fails("empty holds no checkpoint", loading.load, str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("text, pattern", [
+    ("{", "is not JSON"),
+    ("[1, 2]", "does not name a stage"),
+    ("null", "does not name a stage"),
+    ('{"a": 1}', "does not name a stage"),
+    ('{"stage": "tokenizer"}', "describes no model"),
+    ('{"stage": 7}', "describes no model.*unknown stage 7"),
+    ("width", "describes no model|shape"),  # a config of other sizes than the arrays
+    ("depth", "lacks the tensor .*blocks.*, which its configuration asks for"),
+    ("registers", "has shape .*, its configuration asks for"),
+    ("negative", "describes no model"),
+    ("text", "describes no model"),
+])  # fmt: skip
+def test_absurd_configs_in_weights_are_one_line(config, params, tmp_path, text, pattern):
+  values = json.loads(config.to_json())
+  changes = dict(width=("encoder", "width", 48), depth=("decoder", "depth", 3),
+                 registers=("tokens", "num_registers", 8), negative=("encoder", "width", -32),
+                 text=("decoder", "patch_size", "four"))  # fmt: skip
+  if text in changes:
+    part, name, value = changes[text]
+    values[part][name] = value
+    text = json.dumps(values)
+  path = tmp_path / "weights.safetensors"
+  saving.save_weights(str(path), config, params)
+  save_file(load_file(path), path, metadata={"format": "flextok_jax", "flextok_jax.config": text})
+  fails(pattern, loading.load, str(path))
+
+
+def test_check_params_names_the_first_mismatch():
+  want = {"a": {"x": np.zeros(2), "y": np.zeros((3, 4))}, "b": {"z": np.zeros(1)}}
+  checkpoint.check_params(want, want, "here")
+  less, more = {"a": {"x": np.zeros(2)}, "b": want["b"]}, {**want, "c": {"w": np.zeros(1)}}
+  other = {"a": {"x": np.zeros(2), "y": np.zeros((4, 3))}, "b": {"z": np.zeros(7)}}
+  fails("here lacks the array a/y", checkpoint.check_params, less, want, "here")
+  fails("here has an array c/w that", checkpoint.check_params, more, want, "here")
+  fails(r"here: a/y has shape \(4, 3\), .*\(3, 4\)", checkpoint.check_params, other, want, "here")
+
+
+# Checkpoints.
+
+
+def test_checkpoint_round_trip(config, workdir):
+  state = random_state(config, 5, seed=5)
+  checkpoints = checkpoint.Checkpoints(str(workdir))
+  assert checkpoints.latest_step() == 5
+  again = checkpoints.restore(shapes_of(state))
+  checkpoints.close()
+  assert isinstance(again, TrainState) and int(again.step) == 5
+  assert_trees_equal(again, state)
+  assert jax.tree.structure(again) == jax.tree.structure(state)
+
+
+def test_weights_of_a_workdir_are_the_average_and_the_frozen_parts(workdir, tmp_path):
+  before = files_of(workdir)
+  _, params = loading.load(str(workdir))
+  assert_trees_equal(params, random_state(config_of(), 5, seed=5).ema)
+  over_vae = config_of(vae=VAE)
+  state = random_state(over_vae)
+  assert set(state.frozen) == {"vae"}
+  save_states(tmp_path, over_vae, state)
+  config, params = loading.load(str(tmp_path))
+  assert config.vae.kind == "autoencoder_kl"
+  assert_trees_equal(params, {**state.ema, **state.frozen})
+  # Reading writes nothing.
+  assert files_of(workdir) == before
+  empty = tmp_path / "empty"
+  checkpoint.claim_workdir(str(empty), over_vae)
+  fails(f"workdir {empty} has no checkpoint yet", loading.load, str(empty))
+  assert [p.name for p in files_of(empty)] == ["config.json"]
+
+
+def test_kept_checkpoints(config, tmp_path):
+  """The newest two, and those at a multiple of ten; a step that is there already is not written again."""
+  state = random_state(config)
+  states = [state.replace(step=jnp.int32(step)) for step in (5, 10, 15, 20, 20, 25, 30, 35)]
+  save_states(tmp_path, config, *states, keep=2, keep_period=10)
+  assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [10, 20, 30, 35]
+
+
+def test_what_the_loss_alone_needs_is_restored_by_a_run_and_left_unread_by_loaders(config, tmp_path):
+  plain = random_state(config, 5)
+  helper, network = {"bias": jnp.arange(3.0)}, {"scale": jnp.ones(2)}
+  state = plain.replace(params=plain.params | {"helper": helper}, ema=plain.ema | {"helper": helper},
+                        frozen=plain.frozen | {"network": network})
+  save_states(tmp_path, config, state)
+  loaded_config, loaded = loading.load(str(tmp_path))
+  assert loaded_config == config
+  assert_trees_equal(loaded, plain.ema)
+  checkpoints = checkpoint.Checkpoints(str(tmp_path))
+  assert_trees_equal(checkpoints.restore(shapes_of(state)), state)
+  # A part that is asked for and is not there is no damage to be silent about.
+  fails("checkpoint .*/5 cannot be read", checkpoints.restore_average, shapes_of(plain.ema | {"other": helper}), {})
+  checkpoints.close()
+
+
+def harm(folder, how):
+  """Damages the arrays of a checkpoint."""
+  data = [p for name in ("params", "ema") for p in (folder / name).rglob("d/*") if p.is_file()]
+  assert data
+  for file in data:
+    if how == "truncated":
+      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif how == "garbled":
+      file.write_bytes(bytes(b ^ 85 for b in file.read_bytes()))
+    else:
+      file.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "garbled", "missing"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(config, workdir, tmp_path, how, caplog):
+  """With a line that names it. Weights are read around it; a run sets it aside, and saves that step again."""
+  path = tmp_path / "copy"
+  shutil.copytree(workdir, path)
+  folder = path / "checkpoints" / "5"
+  harm(folder, how)
+  before, third = files_of(path), random_state(config, 3, seed=3)
+  assert_trees_equal(loading.load(str(path))[1], third.ema)
+  assert files_of(path) == before
+  # (asyncio may log here too, when it collects what orbax left of a case before.)
+  (warning,) = [r.getMessage() for r in caplog.records if r.name == "absl"]
+  assert warning.startswith(f"checkpoint {folder} cannot be read (") and "\n" not in warning
+
+  checkpoints = checkpoint.Checkpoints(str(path), keep=2, own=True)
+  assert_trees_equal(checkpoints.restore(shapes_of(third)), third)
+  assert checkpoints.latest_step() == 3
+  assert {p.name for p in folder.parent.iterdir()} == {"3", "5.unreadable"}
+  fifth = random_state(config, 5, seed=7)
+  checkpoints.save(fifth)
+  checkpoints.close()
+  assert_trees_equal(loading.load(str(path))[1], fifth.ema)
+
+  # Damaged once more, beside what is left from the first time; then the other one as well.
+  harm(folder, how)
+  checkpoints = checkpoint.Checkpoints(str(path), own=True)
+  assert int(checkpoints.restore(shapes_of(third)).step) == 3
+  harm(path / "checkpoints" / "3", how)
+  fails(f"checkpoint {path}/checkpoints/3 cannot be read .*, nor any before it", checkpoints.restore, shapes_of(third))
+  checkpoints.close()
+  fails(f"checkpoint {path}/checkpoints/3 cannot be read", loading.load, str(path))
+  assert {p.name for p in folder.parent.iterdir()} == {"3", "5.unreadable"}  # nothing is renamed in vain
+
+
+def test_what_a_killed_run_has_left_half_written_is_removed_by_the_next_one(config, workdir, tmp_path):
+  path = tmp_path / "copy"
+  shutil.copytree(workdir, path)
+  half = path / "checkpoints" / "7.orbax-checkpoint-tmp"
+  shutil.copytree(path / "checkpoints" / "5", half)
+  loading.load(str(path))  # may be while another run writes
+  assert half.exists()
+  checkpoints = checkpoint.Checkpoints(str(path), own=True)
+  assert checkpoints.latest_step() == 5
+  checkpoints.save(random_state(config, 7))
+  checkpoints.close()
+  assert not half.exists() and (path / "checkpoints" / "7").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A folder on a file system of its own: (path, function that fills it up to so many bytes)."""
+  path = tmp_path / "disk"
+  path.mkdir()
+  done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True, check=False)
+  if done.returncode:
+    pytest.skip(f"a file system of its own needs the right to mount: {done.stderr.decode().strip()}")
+
+  def fill(left):
+    stat = os.statvfs(path)
+    (path / "filler").write_bytes(b"\0" * (stat.f_bavail * stat.f_frsize - left))
+
+  yield path, fill
+  subprocess.run(["umount", "-l", path], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 40_000])  # bytes; a checkpoint has some 200,000
+def test_a_full_disk_is_one_line_and_leaves_older_checkpoints(config, small_disk, left):
+  disk, fill = small_disk
+  third, fifth = random_state(config, 3, seed=3), random_state(config, 5, seed=5)
+  save_states(disk, config, third)
+  fill(left)
+  checkpoints = checkpoint.Checkpoints(str(disk), own=True)
+
+  def save():
+    checkpoints.save(fifth)
+    checkpoints.close()  # by then at the latest
+
+  with pytest.raises(OSError, match=f"checkpoint {disk}/checkpoints/5 cannot be written .*older ones are un") as error:
+    save()
+  assert "\n" not in str(error.value)
+  assert_trees_equal(loading.load(str(disk))[1], third.ema)
+  (disk / "filler").unlink()
+  save_states(disk, config, fifth)
+  assert_trees_equal(loading.load(str(disk))[1], fifth.ema)
+
+
+# Which working folder belongs to which config.
+
+
+def test_a_workdir_belongs_to_one_config(config, tmp_path):
+  workdir = str(tmp_path / "a" / "b")
+  checkpoint.check_workdir(workdir, config)
+  assert not (tmp_path / "a").exists()
+  checkpoint.claim_workdir(workdir, config)
+  checkpoint.claim_workdir(workdir, config)
+  assert checkpoint.read_config(workdir) == config
+  text = (tmp_path / "a" / "b" / "config.json").read_text()
+  for name, overrides in {
+      "seed": dict(seed=1),
+      "encoder.width": dict(encoder=dict(width=64)),
+      "tokens.levels": dict(tokens=dict(levels=(8, 6, 5))),
+      "data.global_batch": dict(data=dict(global_batch=16)),
+      "data.sources.synthetic.weight": dict(data=dict(sources=dict(synthetic=dict(weight=0.5)))),
+      "optim.learning_rate": dict(optim=dict(learning_rate=2e-3)),
+      "stage": dict(stage="vae"),
+      "vae.kind": dict(vae=VAE),
+  }.items():
+    fails(rf"workdir {workdir} belongs to another config: .*; use another --workdir", checkpoint.claim_workdir, workdir,
+          config_of(**overrides))
+    with pytest.raises(ValueError, match=rf"config: {name if name != 'vae.kind' else 'vae.block_out_channels'} is "):
+      checkpoint.claim_workdir(workdir, config_of(**overrides))
+  assert (tmp_path / "a" / "b" / "config.json").read_text() == text
+
+
+def test_a_run_from_before_an_option_goes_on_where_it_is_off(config, tmp_path):
+  old = config.to_dict()
+  del old["repa"], old["discriminator"], old["optim"]["discriminator"], old["tokens"]["corruption"]
+  (tmp_path / "config.json").write_text(json.dumps(old))
+  checkpoint.check_workdir(str(tmp_path), config)
+  for name, overrides in {
+      "tokens.corruption is None there and 0.1 here": dict(tokens=dict(corruption=0.1)),
+      "repa.block is None there": dict(repa=dict(weight=0.5)),
+      "discriminator.channels is None there": dict(discriminator=dict(weight=0.5)),
+  }.items():
+    fails(f"belongs to another config: {name}", checkpoint.check_workdir, str(tmp_path), config_of(**overrides))
+
+
+def test_what_a_resumed_run_may_change(config, tmp_path):
+  checkpoint.claim_workdir(str(tmp_path), config)
+  changed = config_of(
+      train=dict(num_steps=999, log_every=1, tensorboard=True),
+      eval=dict(sources=("synthetic", "photos"), num_images=9),
+      sampler=dict(num_steps=7, guidance="apg"),
+      mesh=dict(data=2, fsdp=4),
+      remat="full",
+      init_from="elsewhere",
+      data=dict(num_threads=5, num_workers=2, prefetch=9, max_unreadable=0.5),
+  )
+  checkpoint.claim_workdir(str(tmp_path), changed)
+  assert checkpoint.read_config(str(tmp_path)).train.num_steps == 999
+
+
+@pytest.mark.parametrize("text, pattern", [
+    ("", "is not JSON"), ("{", "is not JSON"), ("[]", "does not name a stage"), ("\0\xff", "is not JSON"),
+])  # fmt: skip
+def test_damaged_config_of_a_workdir_is_one_line(config, tmp_path, text, pattern):
+  (tmp_path / "config.json").write_text(text, encoding="latin-1")
+  fails(rf"{tmp_path}/config.json.*{pattern}", checkpoint.claim_workdir, str(tmp_path), config)
+  assert (tmp_path / "config.json").read_text(encoding="latin-1") == text
+
+
+# One run at a time.
+
+
+def test_a_workdir_in_use_is_refused_and_free_again(config, tmp_path):
+  workdir = str(tmp_path / "a" / "b")
+  with checkpoint.locked(workdir):
+    words = rf"another run \(process {os.getpid()} on .*\) is at work in {workdir}: stop it, or use another --workdir"
+    fails(words, checkpoint.locked(workdir).__enter__)
+    fails(words, train.train, config, workdir)
+    assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == [".lock"]
+  with checkpoint.locked(workdir):
+    pass
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path):
+  with checkpoint.locked(str(tmp_path)):
+    pass
+  code = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+  command = [sys.executable, "-c", code, tmp_path / ".lock"]
+  other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+  other.stdout.readline()
+  fails("another run", checkpoint.locked(str(tmp_path)).__enter__)
+  other.kill()
+  other.communicate()
+  with checkpoint.locked(str(tmp_path)):
+    pass
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+  def unsupported(*args):
+    raise OSError(errno.ENOTSUP, "Operation not supported")
+
+  monkeypatch.setattr(checkpoint.fcntl, "flock", unsupported)
+  with checkpoint.locked(str(tmp_path)):
+    assert "cannot be locked (Operation not supported)" in caplog.text
+
+
+# A start from given weights.
+
+
+def test_warm_start(config, tmp_path):
+  state, given = random_state(config, 0), random_state(config, 0, seed=1)
+  path = str(tmp_path / "weights.safetensors")
+  saving.save_weights(path, config, given.params)
+  warm = checkpoint.warm_start(state, loading.load(path)[1], path)
+  assert_trees_equal(warm.params, given.params)
+  assert_trees_equal(warm.ema, given.params)
+  assert_trees_equal(warm.opt_state, state.opt_state)
+  pointers = {x.unsafe_buffer_pointer() for x in jax.tree.leaves((warm.params, warm.ema))}
+  assert len(pointers) == 2 * len(jax.tree.leaves(warm.params))  # donated later: no buffer may be shared
+
+  # Over a VAE: the frozen part must come, encoder and decoder may stay random; and never anything of another shape.
+  over_vae = config_of(vae=VAE)
+  state, vae_config = random_state(over_vae, 0), config_of(stage="vae", vae=VAE)
+  vae = random_state(vae_config, 0, seed=2).params
+  saving.save_weights(path, vae_config, vae)
+  warm = checkpoint.warm_start(state, loading.load(path)[1], path)
+  assert_trees_equal(warm.frozen, vae)
+  assert_trees_equal(warm.params, state.params)
+  other = config_of(stage="vae", vae=VAE | dict(latent_channels=8))
+  saving.save_weights(path, other, random_state(other, 0).params)
+  fails(f"{path}: vae/.* has shape .*, its config asks for", checkpoint.warm_start, state, loading.load(path)[1], path)
+  saving.save_weights(path, config, given.params)
+  fails("init_from=.* holds decoder, encoder; needed: vae", checkpoint.warm_start, state, loading.load(path)[1], path)

@@ -1,0 +1,157 @@
+"""Real processes that are killed: what a rerun ends with is bit-identical to a run that nothing disturbed (CPU).
+
+One working folder is killed at four points and stopped by SIGTERM once, and rerun each time: if any restart lost or
+changed a bit, the end would differ from the undisturbed run's. Many more kills, at random: experiments/elastic.py.
+"""
+
+import json
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file
+
+from tests.support.commands import environment
+
+ROOT = Path(__file__).parents[2]
+STEPS, EVERY = 40, 10
+COMMAND = ["--config=configs/debug.py", f"--config.train.num_steps={STEPS}", "--config.train.log_every=1",
+           f"--config.train.checkpoint_every={EVERY}", "--config.train.keep_checkpoints=9",
+           f"--config.train.eval_every={STEPS}", "--config.train.export_dtype=float32",
+           "--config.optim.name=muon"]  # Adam's moments and Muon's; fmt: skip
+
+# The command with a signal to itself at a chosen moment: no clock decides where it falls.
+DRIVER = """
+import os, signal, sys
+from flextok_jax import cli, train
+from flextok_jax.training import checkpoint, metrics
+moment, step, signum = sys.argv.pop(1).split()
+step, send = int(step), lambda: os.kill(os.getpid(), getattr(signal, signum))
+write, save, evaluate, last = metrics.Writer.write, checkpoint.Checkpoints.save, train._evaluate, []
+
+def writing(self, at, *args):
+  write(self, at, *args)
+  if moment == "logged" and at == step:
+    for checkpoints in last:
+      checkpoints._manager.wait_until_finished()
+    send()
+
+def saving(self, state, *args):
+  last.append(self)
+  save(self, state, *args)  # goes on in the background
+  if moment == "saving" and int(state.step) == step:
+    send()
+
+def evaluating(evaluator, state, at, *args):
+  if moment == "evaluating" and at == step:
+    send()
+  evaluate(evaluator, state, at, *args)
+
+metrics.Writer.write, checkpoint.Checkpoints.save, train._evaluate = writing, saving, evaluating
+cli.run(train.main)
+"""
+
+
+def start(workdir, moment="", cache=None):
+  """Runs the train command on one device, signalled at a moment if one is given; compiled anew without a cache."""
+  program = ["-c", DRIVER, moment] if moment else ["-m", "flextok_jax.train"]
+  env = environment(JAX_ENABLE_COMPILATION_CACHE=str(bool(cache)), JAX_COMPILATION_CACHE_DIR=str(cache),
+                    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")  # fmt: skip
+  return subprocess.run(
+      [sys.executable, *program, *COMMAND, f"--workdir={workdir}"],
+      cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600,
+  )  # fmt: skip
+
+
+def checkpoint_steps(workdir):
+  return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def read_checkpoint(workdir, step):
+  items = {name: ocp.args.StandardRestore() for name in ("params", "ema", "opt_state")}
+  with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+    return manager.restore(step, args=ocp.args.Composite(**items))
+
+
+def losses(workdir):
+  """step -> the losses that were logged for it, by every process that came so far."""
+  seen = {}
+  for line in (workdir / "metrics.jsonl").read_text().splitlines():
+    values = json.loads(line)
+    if "loss" in values:
+      seen.setdefault(values["step"], []).append(values["loss"])
+  return seen
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("undisturbed")
+  done = start(workdir)
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+def test_killed_runs_end_bit_identical(undisturbed, tmp_path, tmp_path_factory):
+  cache = tmp_path_factory.mktemp("cache")  # the six processes here compile once; the undisturbed one on its own
+  # Before any checkpoint: the rerun starts anew.
+  assert start(tmp_path, "logged 4 SIGKILL", cache=cache).returncode == -9
+  assert checkpoint_steps(tmp_path) == []
+  # Between two checkpoints: seven steps are lost.
+  done = start(tmp_path, "logged 17 SIGKILL", cache=cache)
+  assert done.returncode == -9 and "resuming" not in done.stdout
+  assert checkpoint_steps(tmp_path) == [10]
+  # While a checkpoint is being written: whole or not there, never in between.
+  done = start(tmp_path, "saving 20 SIGKILL", cache=cache)
+  assert done.returncode == -9 and "resuming from step 10" in done.stdout
+  assert checkpoint_steps(tmp_path) in ([10], [10, 20])
+  # SIGTERM: saves at once, and that is no failure.
+  done = start(tmp_path, "logged 26 SIGTERM", cache=cache)
+  assert done.returncode == 0, done.stderr
+  assert "resuming from step " in done.stdout and "stopped by a signal at step 27" in done.stdout
+  assert checkpoint_steps(tmp_path) == [10, 20, 27] and not (tmp_path / "weights.safetensors").exists()
+  # Before the evaluation at the end, while the last checkpoint may still be on its way.
+  done = start(tmp_path, f"evaluating {STEPS} SIGKILL", cache=cache)
+  assert done.returncode == -9 and "resuming from step 27" in done.stdout, done.stderr
+  assert checkpoint_steps(tmp_path) in ([10, 20, 27, 30], [10, 20, 27, 30, 40])
+  done = start(tmp_path, cache=cache)
+  assert done.returncode == 0 and "resuming from step" in done.stdout, done.stderr
+  assert checkpoint_steps(tmp_path) == [10, 20, 27, 30, 40]
+
+  expected, actual = read_checkpoint(undisturbed, STEPS), read_checkpoint(tmp_path, STEPS)
+  for name in ("params", "ema", "opt_state"):
+    leaves, others = jax.tree_util.tree_leaves_with_path(expected[name]), jax.tree.leaves(actual[name])
+    assert len(leaves) > 10
+    for (path, a), b in zip(leaves, others, strict=True):
+      np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=jax.tree_util.keystr(path))
+  weights, others = (load_file(path / "weights.safetensors") for path in (undisturbed, tmp_path))
+  assert weights.keys() == others.keys()
+  for name in weights:
+    np.testing.assert_array_equal(weights[name], others[name])
+
+  # Steps that were computed twice or thrice had the same loss each time: same batch, same noise.
+  once, often = losses(undisturbed), losses(tmp_path)
+  assert sorted(once) == sorted(often) == list(range(1, STEPS + 1))
+  assert all(set(often[step]) == set(once[step]) for step in once)
+  assert len(often[3]) == 2 and len(often[12]) >= 2 and len(often[27]) == 1
+
+
+def test_the_average_and_the_moments_have_moved(undisturbed):
+  """The comparison above would mean nothing if nothing were trained."""
+  early, late = read_checkpoint(undisturbed, EVERY), read_checkpoint(undisturbed, STEPS)
+  for name in ("params", "ema", "opt_state"):
+    changed = [(np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (early[name], late[name])))]
+    assert np.mean(changed) > 0.9
+  average, params = late["ema"], late["params"]
+  assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (average, params))))
+
+
+def test_a_finished_run_has_nothing_to_do(undisturbed):
+  before = {p: p.stat().st_mtime_ns for p in sorted(undisturbed.rglob("*")) if p.is_file() and "checkpoints" in p.parts}
+  done = start(undisturbed)
+  assert done.returncode == 0 and "nothing to do" in done.stdout and f"step {STEPS}" in done.stdout
+  after = {p: p.stat().st_mtime_ns for p in sorted(undisturbed.rglob("*")) if p.is_file() and "checkpoints" in p.parts}
+  assert before == after

@@ -1,0 +1,360 @@
+"""Whole runs of the train loop on tiny configurations: what they write, and what stops them."""
+
+import json
+from pathlib import Path
+import shutil
+import signal
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from PIL import Image
+import pytest
+import safetensors
+import skimage.data
+
+from flextok_jax import train
+from flextok_jax.core import hub
+from flextok_jax.data import pipeline
+from flextok_jax.stages import make_stage
+from flextok_jax.training import checkpoint, goodput, inputs, optim
+from flextok_jax.training.state import unbox
+from flextok_jax.weights import loading, saving
+from tests.support.commands import environment
+from tests.training.test_update import assert_trees_equal, config_of
+
+ROOT = Path(__file__).parents[2]
+VAE = dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(8,), layers_per_block=1, norm_groups=4,
+           scaling_factor=0.5)  # fmt: skip
+
+
+def read_metrics(workdir):
+  """(training lines, evaluation lines) of a workdir."""
+  lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+  return [x for x in lines if "loss" in x], [x for x in lines if "loss" not in x]
+
+
+def read_checkpoint(workdir, step, name):
+  return ocp.StandardCheckpointer().restore(Path(workdir).absolute() / "checkpoints" / str(step) / name)
+
+
+def checkpoint_steps(workdir):
+  return sorted(int(path.name) for path in (Path(workdir) / "checkpoints").iterdir())
+
+
+def files_of(folder):
+  """Path -> content of all files below."""
+  return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def config_of_run(**settings):
+  train_settings = dict(num_steps=20, log_every=4, checkpoint_every=8, eval_every=10, keep_checkpoints=2, keep_period=0,
+                        tensorboard=True)  # fmt: skip
+  return config_of(train=train_settings | settings)
+
+
+def step_of_weights(workdir):
+  with safetensors.safe_open(Path(workdir) / "weights.safetensors", "numpy") as f:
+    return f.metadata()["flextok_jax.step"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A run of 20 steps with two evaluations and TensorBoard files."""
+  workdir = tmp_path_factory.mktemp("run") / "a" / "workdir"
+  config = config_of_run()
+  train.train(config, str(workdir))
+  return types.SimpleNamespace(workdir=workdir, config=config)
+
+
+@pytest.fixture
+def sigterm_handler():
+  """A handler of SIGTERM that the caller of train() has installed."""
+  handler = lambda signum, frame: None
+  before = signal.signal(signal.SIGTERM, handler)
+  yield handler
+  signal.signal(signal.SIGTERM, before)
+
+
+def test_metrics_of_a_run(run):
+  lines, evals = read_metrics(run.workdir)
+  assert {4, 8, 12, 16, 20} <= {x["step"] for x in lines}
+  schedule = optim.make_schedule(run.config.optim, 20)
+  for x in lines:
+    assert all(np.isfinite(v) for v in x.values())
+    assert x["loss"] > 0 and x["grad_norm"] > 0 and x["unreadable"] == 0 and x["images_per_second"] > 0
+    assert {"loss_k1", "loss_k2", "loss_k4"} & set(x) and set(x) - {"step"} <= {
+        "loss", "loss_k1", "loss_k2", "loss_k4", "loss_null", "saturation", "grad_norm", "unreadable", "learning_rate",
+        "images_per_second", "eta_seconds", *(f"time/{kind}" for kind in goodput.KINDS)}  # fmt: skip
+    np.testing.assert_allclose(x["learning_rate"], schedule(x["step"] - 1), rtol=1e-6)
+    np.testing.assert_allclose(x["eta_seconds"], (20 - x["step"]) * 8 / x["images_per_second"], rtol=1e-6)
+  assert [x["step"] for x in evals] == [10, 20]
+  for x in evals:
+    assert {f"eval/synthetic/{m}_{k}" for m in ("psnr", "ssim", "mae") for k in (1, 2, 4)} == set(x) - {"step"}
+
+
+def test_files_of_a_run(run):
+  assert checkpoint_steps(run.workdir) == [16, 20]
+  assert set(read_checkpoint(run.workdir, 20, "params")) == {"encoder", "decoder"}
+  for step in (10, 20):
+    folder = run.workdir / "eval" / f"{step:08d}"
+    assert {p.name for p in folder.iterdir()} == {"report.json", "curve.png", "grid_synthetic.png"}
+    assert Image.open(folder / "grid_synthetic.png").width > 96
+  assert checkpoint.read_config(str(run.workdir)) == run.config
+  config, weights = loading.load(str(run.workdir / "weights.safetensors"))
+  assert config.stage == "tokenizer"
+  average = read_checkpoint(run.workdir, 20, "ema")
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), weights, average)
+  assert list((run.workdir / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_holds_the_same_numbers(run):
+  from tensorboard.backend.event_processing import event_accumulator
+
+  events = event_accumulator.EventAccumulator(str(run.workdir / "tensorboard"), {"tensors": 0}).Reload()
+  lines, evals = read_metrics(run.workdir)
+  for name in ("loss", "learning_rate", "eval/synthetic/psnr_4"):
+    written = {e.step: float(np.asarray(e.tensor_proto.float_val)[0]) if e.tensor_proto.float_val
+               else float(np.frombuffer(e.tensor_proto.tensor_content, np.float32)[0])
+               for e in events.Tensors(name)}  # fmt: skip
+    expected = {x["step"]: x[name] for x in (evals if "/" in name else lines)}
+    assert written == pytest.approx(expected, rel=1e-5)
+
+
+def test_rerun_of_a_finished_run_has_nothing_to_do(run, capsys):
+  before = files_of(run.workdir / "checkpoints"), (run.workdir / "metrics.jsonl").read_bytes()
+  train.train(run.config, str(run.workdir))
+  assert "nothing to do" in capsys.readouterr().out
+  assert (files_of(run.workdir / "checkpoints"), (run.workdir / "metrics.jsonl").read_bytes()) == before
+
+
+def test_weights_are_written_even_if_a_kill_came_between_them_and_the_last_checkpoint(run):
+  path = run.workdir / "weights.safetensors"
+  before = loading.load(str(path))[1]
+  path.unlink()
+  train.train(run.config, str(run.workdir))
+  assert_trees_equal(loading.load(str(path))[1], before)
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors file", None])
+def test_weights_that_do_not_tell_their_step_are_written_anew(run, tmp_path, content):
+  """A damaged file, or one that was put there by hand."""
+  workdir = tmp_path / "copy"
+  shutil.copytree(run.workdir, workdir)
+  path = workdir / "weights.safetensors"
+  weights = loading.load(str(path))[1]
+  if content is None:
+    saving.save_weights(str(path), run.config, jax.tree.map(np.zeros_like, weights))
+  else:
+    path.write_bytes(content)
+  train.train(run.config, str(workdir))
+  assert step_of_weights(workdir) == "20"
+  assert_trees_equal(loading.load(str(path))[1], weights)
+
+
+def test_an_extended_run_killed_before_its_export_does_not_keep_the_old_weights(
+    run, tmp_path, monkeypatch, capsys, sigterm_handler
+):
+  workdir = tmp_path / "copy"
+  shutil.copytree(run.workdir, workdir)
+  assert step_of_weights(workdir) == "20"
+  before = (workdir / "weights.safetensors").read_bytes()
+
+  def killed(*args, **kwargs):
+    raise KeyboardInterrupt
+
+  config = config_of_run(num_steps=28)
+  monkeypatch.setattr(saving, "save_weights", killed)
+  with pytest.raises(KeyboardInterrupt):
+    train.train(config, str(workdir))
+  assert signal.getsignal(signal.SIGTERM) is sigterm_handler
+  assert checkpoint_steps(workdir) == [24, 28] and (workdir / "weights.safetensors").read_bytes() == before
+  monkeypatch.undo()
+  train.train(config, str(workdir))
+  assert "nothing to do" not in capsys.readouterr().out
+  assert step_of_weights(workdir) == "28"
+  weights = loading.load(str(workdir / "weights.safetensors"))[1]
+  average = read_checkpoint(workdir, 28, "ema")
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype("bfloat16").astype("float32")), weights, average)
+  train.train(config, str(workdir))
+  assert "nothing to do" in capsys.readouterr().out
+  # A shorter run than what is there has nothing to do either.
+  train.train(run.config, str(workdir))
+  assert "nothing to do" in capsys.readouterr().out and step_of_weights(workdir) == "28"
+
+
+def test_the_callers_handler_of_sigterm_comes_back(run, tmp_path, monkeypatch, sigterm_handler):
+  """After a run with nothing to do, and after one that a signal stopped."""
+  train.train(run.config, str(run.workdir))
+  assert signal.getsignal(signal.SIGTERM) is sigterm_handler
+  make = pipeline.train_batches
+
+  def batches(*args, **kwargs):
+    for i, batch in enumerate(make(*args, **kwargs)):
+      if i == 4:
+        signal.raise_signal(signal.SIGTERM)
+      yield batch
+
+  monkeypatch.setattr(pipeline, "train_batches", batches)
+  train.train(run.config, str(tmp_path))
+  assert signal.getsignal(signal.SIGTERM) is sigterm_handler
+  (step,) = checkpoint_steps(tmp_path)
+  assert step < 5 and not (tmp_path / "weights.safetensors").exists()
+
+
+def asked_for(repository):
+  raise FileNotFoundError(f"asked the hub for {repository}")
+
+
+@pytest.mark.parametrize("vae,init_from,error,words", [
+    (VAE, "", ValueError, "the frozen vae needs trained weights: give --config.init_from=PATH"),
+    (VAE, "/absent/run", FileNotFoundError, "no such checkpoint: /absent/run"),
+    ({}, "absent/vae.safetensors", FileNotFoundError, "no such checkpoint: absent/vae.safetensors"),
+    (VAE, __file__, ValueError, "test_train.py is not a whole safetensors file"),
+    (VAE, "EPFL-VILAB/flextok_vae_c16", FileNotFoundError, "asked the hub for EPFL-VILAB/flextok_vae_c16"),
+])  # fmt: skip
+def test_a_wrong_init_from_is_said_before_anything_is_compiled(tmp_path, monkeypatch, vae, init_from, error, words):
+  inits, init_state = [], train.init_state
+  monkeypatch.setattr(train, "init_state", lambda *args: inits.append(1) or init_state(*args))
+  monkeypatch.setattr(hub, "fetch", asked_for)
+  with pytest.raises(error, match=words) as caught:
+    train.train(config_of(vae=vae, init_from=init_from), str(tmp_path))
+  assert "\n" not in str(caught.value)
+  assert len(inits) == 1  # its shapes alone
+  assert not (tmp_path / "config.json").exists()
+
+
+def test_autoencoder_then_tokenizer_over_it(tmp_path, capsys):
+  """Stage "vae" learns; a tokenizer run takes its average, keeps it frozen and out of its optimiser."""
+  data = dict(global_batch=16)
+  quick = dict(num_steps=40, log_every=2, checkpoint_every=40, eval_every=40)
+  vae_config = config_of(stage="vae", vae=VAE, data=data, train=quick, optim=dict(learning_rate=5e-3, warmup_steps=5))
+  train.train(vae_config, str(tmp_path / "vae"))
+  lines, evals = read_metrics(tmp_path / "vae")
+  assert np.mean([x["loss"] for x in lines[-5:]]) < 0.65 * lines[0]["loss"]
+  assert {"loss", "l1", "l2", "kl"} <= set(lines[0]) and evals[-1]["eval/synthetic/psnr_vae"] > 8
+  x = lines[-1]
+  np.testing.assert_allclose(x["loss"], x["l1"] + vae_config.vae_loss.kl_weight * x["kl"], rtol=1e-4)
+
+  config = config_of(vae=VAE, init_from=str(tmp_path / "vae"),
+                     train=dict(num_steps=3, log_every=1, checkpoint_every=3, eval_every=3))  # fmt: skip
+  train.train(config, str(tmp_path / "tokenizer"))
+  trained, average = read_checkpoint(tmp_path / "vae", 40, "params"), read_checkpoint(tmp_path / "vae", 40, "ema")
+  frozen = read_checkpoint(tmp_path / "tokenizer", 3, "frozen")
+  assert set(frozen) == {"vae"}
+  assert_trees_equal(frozen, average)
+  assert any((a != b).any() for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(average)))
+  params, opt_state = (read_checkpoint(tmp_path / "tokenizer", 3, name) for name in ("params", "opt_state"))
+  assert set(params) == {"encoder", "decoder"}
+  assert "vae" not in str(jax.tree_util.tree_structure(opt_state))
+  _, weights = loading.load(str(tmp_path / "tokenizer"))
+  assert_trees_equal(weights["vae"], average["vae"])
+  # Without trained weights a frozen autoencoder would be noise.
+  with pytest.raises(ValueError, match="vae needs trained weights: give --config.init_from"):
+    train.train(config_of(vae=VAE), str(tmp_path / "random"))
+  with pytest.raises(ValueError, match="encoder, decoder; needed: vae|needed: vae"):
+    pixels = tmp_path / "pixels.safetensors"
+    saving.save_weights(str(pixels), config_of(), unbox(make_stage(config_of()).init(jax.random.key(0))[0]))
+    train.train(config_of(vae=VAE, init_from=str(pixels)), str(tmp_path / "random"))
+
+
+# What stops a run.
+
+
+def poisoned_batches(monkeypatch, bad_step):
+  """From here on, images are no numbers at one step."""
+
+  def batches(*args, start_step=0, **kwargs):
+    for i, batch in enumerate(pipeline.train_batches(*args, start_step=start_step, **kwargs), start_step + 1):
+      images = batch["image"].astype(np.float32) / 127.5 - 1
+      yield {**batch, "image": images * (np.nan if i == bad_step else 1)}
+
+  monkeypatch.setattr(inputs, "pipeline", types.SimpleNamespace(train_batches=batches))
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+  config = config_of(train=dict(num_steps=20, log_every=5, checkpoint_every=10, eval_every=20))
+  poisoned_batches(monkeypatch, 3)
+  with pytest.raises(ValueError, match="not finite at step 3; there is no checkpoint yet.*optim.learning_rate"):
+    train.train(config, str(tmp_path / "early"))
+  assert not checkpoint_steps(tmp_path / "early")
+
+  workdir = tmp_path / "run"
+  monkeypatch.undo()
+  poisoned_batches(monkeypatch, 13)
+  with pytest.raises(ValueError, match="not finite at step 13; the checkpoint of step 10 is untouched") as error:
+    train.train(config, str(workdir))
+  assert "\n" not in str(error.value)
+  assert checkpoint_steps(workdir) == [10] and not (workdir / "weights.safetensors").exists()
+  lines, _ = read_metrics(workdir)
+  assert [x["step"] for x in lines] == [5, 10] and "NaN" not in (workdir / "metrics.jsonl").read_text()
+  for name in ("params", "ema", "opt_state"):
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(read_checkpoint(workdir, 10, name)))
+  good = files_of(workdir / "checkpoints" / "10")
+  with pytest.raises(ValueError, match="not finite at step 13; the checkpoint of step 10 is untouched"):
+    train.train(config, str(workdir))
+  assert files_of(workdir / "checkpoints" / "10") == good
+  monkeypatch.undo()  # the cause is mended: the run goes on
+  train.train(config, str(workdir))
+  assert checkpoint_steps(workdir) == [10, 20]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+  """60 jpg files in two classes, every sixth truncated, and two whole ones to evaluate on."""
+  folder, photo = tmp_path_factory.mktemp("pictures"), skimage.data.astronaut()
+  for i in range(62):
+    path = folder / ("val" if i >= 60 else "train") / ("even", "odd")[i % 2] / f"{i}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(photo[i * 5 : i * 5 + 64, 100:190]).save(path)
+    if i % 6 == 0 and i < 60:
+      path.write_bytes(path.read_bytes()[:300])
+  return folder
+
+
+def folder_config(pictures, max_unreadable, **settings):
+  sources = dict(synthetic=dict(weight=0.0),
+                 folder=dict(weight=1.0, path=str(pictures / "train"), val_path=str(pictures / "val")))  # fmt: skip
+  return config_of(data=dict(sources=sources, max_unreadable=max_unreadable), eval=dict(sources=("folder",)),
+                   train=dict(num_steps=20, **settings))  # fmt: skip
+
+
+def test_a_few_unreadable_files_are_passed_over_and_counted(pictures, tmp_path):
+  train.train(folder_config(pictures, 0.5, log_every=4), str(tmp_path))
+  lines, _ = read_metrics(tmp_path)
+  assert 20 <= sum(x["unreadable"] for x in lines) <= 40  # one in six of the files, 160 images
+
+
+def test_the_share_of_unreadable_files_is_that_of_all_images_since_the_last_count(pictures, tmp_path):
+  """An evaluation in between does not make the count one of fewer images."""
+  train.train(folder_config(pictures, 0.5, log_every=20, eval_every=19, checkpoint_every=20), str(tmp_path))
+
+
+def test_too_many_unreadable_files_stop_the_run(pictures, tmp_path):
+  config = folder_config(pictures, 0.05, log_every=4)
+  with pytest.raises(ValueError, match=r"\d unreadable files among the last 32 images.*max_unreadable=0.05") as error:
+    train.train(config, str(tmp_path))
+  assert "\n" not in str(error.value)
+
+
+def test_training_runs_without_tensorflow(tmp_path):
+  """As a user's process in which tensorflow cannot be imported: console and JSON lines, said once."""
+  code = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *args: None if name.split(".")[0] == "tensorflow" else find(name, *args)
+from flextok_jax import cli, train
+cli.run(train.main)
+"""
+  args = ["--config=configs/debug.py", f"--workdir={tmp_path}", "--config.train.num_steps=2",
+          "--config.train.log_every=1", "--config.train.tensorboard=True"]  # fmt: skip
+  done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, env=environment(), capture_output=True,
+                        text=True, check=False, timeout=300)  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count("loss") == 2 and (done.stdout + done.stderr).count("TensorBoard") == 1
+  lines, evals = read_metrics(tmp_path)
+  assert [x["step"] for x in lines] == [1, 2] and len(evals) == 1
+  assert not (tmp_path / "tensorboard").exists()

@@ -1,0 +1,306 @@
+"""Between formats: every option there and back, autoencoders of diffusers, the hub's cache, the command."""
+
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from ml_collections import FrozenConfigDict
+import numpy as np
+from PIL import Image
+import pytest
+import safetensors
+from safetensors.numpy import load_file, save_file
+
+import flextok_jax
+from flextok_jax import config as common
+from flextok_jax.core import hub
+from flextok_jax.inference import tokenizer as api
+from flextok_jax.weights import loading, saving
+from tests.inference.test_api import GROUPS, random_model, with_fields
+
+ROOT = Path(__file__).parents[2]
+LOAD = dict(vae_norm_num_groups=GROUPS, image_size=32)
+OPTIONS = {
+  "default": {},
+  "learnable sum, interpolated": dict(encoder=dict(posemb="learnable_sum", posemb_scaling="interpolate", max_grid=7)),
+  "learnable product": dict(decoder=dict(posemb="learnable_prod"), encoder=dict(posemb="learnable_prod")),
+  "larger sincos table": dict(encoder=dict(max_grid=9), decoder=dict(max_grid=6)),
+  "plain MLP with biases": dict(decoder=dict(gated_mlp=False, mlp_bias=True, mlp_ratio=3.0, activation="gelu")),
+  "gelu by tanh": dict(encoder=dict(gated_mlp=True, mlp_bias=True, activation="gelu_tanh")),
+  "attention biases, no q/k norm": dict(encoder=dict(qkv_bias=True, out_bias=True), decoder=dict(qk_norm=False)),
+  "shared modulation": dict(decoder=dict(modulation="shared", head_modulation_bias=False)),
+  "head without modulation": dict(decoder=dict(head_modulation=False, head_bias=False, code_bias=False)),
+  "single null token, time to 1000": dict(decoder=dict(null_condition="single", max_timestep=1000.0)),
+  "zero null condition": dict(decoder=dict(null_condition="zero"), encoder=dict(head_bias=False)),
+  "patches": dict(encoder=dict(patch_size=4, head_dim=32), decoder=dict(patch_size=1)),
+  "levels": dict(tokens=dict(levels=(7, 5))),
+  "flow": dict(flow=dict(t_sampling="stratified_logit_normal", mode_scale=0.0)),
+}  # fmt: skip
+
+
+def assert_same(a, b):
+  """The same arrays, types included."""
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a.params, b.params)
+  assert jax.tree.map(lambda x: x.dtype, a.params) == jax.tree.map(lambda x: x.dtype, b.params)
+
+
+def random_of(sections):
+  tokens = dict(num_registers=6, nested_dropout="uniform") | sections.get("tokens", {})
+  config = common.derive(
+    image_size=32,
+    dtype="float32",
+    vae=dict(latent_channels=4, block_out_channels=(8, 8, 8), layers_per_block=1, norm_groups=GROUPS),
+    **{half: dict(width=64, depth=2) | sections.get(half, {}) for half in ("encoder", "decoder")},
+    tokens=tokens,
+    **{k: v for k, v in sections.items() if k not in ("encoder", "decoder", "tokens")},
+  )
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), loading.abstract_params(config))
+  return api.FlexTok(params, FrozenConfigDict(config))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_there_and_back(tmp_path, name):
+  model = random_of(OPTIONS[name])
+  model.to_official(tmp_path / "model.safetensors")
+  again = flextok_jax.load(tmp_path / "model.safetensors", **LOAD)
+  assert_same(model, again)
+  for section in ("encoder", "decoder", "tokens", "flow"):
+    for field, value in OPTIONS[name].get(section, {}).items():
+      assert again.config[section][field] == value, field
+
+
+def test_a_mup_readout_needs_its_base_width(tmp_path):
+  model = random_of(dict(encoder=dict(readout_multiplier=0.5)))
+  model.to_official(tmp_path / "model.safetensors")
+  with pytest.raises(ValueError, match="mup_base_width"):
+    flextok_jax.load(tmp_path / "model.safetensors", **LOAD)
+  again = flextok_jax.load(tmp_path / "model.safetensors", mup_base_width=32, **LOAD)
+  assert again.config.encoder.readout_multiplier == 0.5 and again.config.decoder.readout_multiplier == 1
+  assert_same(model, again)
+
+
+@pytest.fixture(scope="module")
+def model():
+  return random_model()
+
+
+def test_both_types_both_formats(model, tmp_path):
+  """bfloat16 halves the tokenizer, leaves the VAE its float32, and survives every format bit for bit."""
+  model.to_official(tmp_path / "exact.safetensors")
+  low = flextok_jax.load(tmp_path / "exact.safetensors", dtype="bfloat16", **LOAD)
+  types = {k: {x.dtype.name for x in jax.tree.leaves(v)} for k, v in low.params.items()}
+  assert types == {"vae": {"float32"}, "encoder": {"bfloat16"}, "decoder": {"bfloat16"}}
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params["decoder"])
+  jax.tree.map(np.testing.assert_array_equal, low.params["decoder"], rounded)
+  assert low.config.dtype == "bfloat16"
+  low.to_official(tmp_path / "hub")
+  assert_same(low, flextok_jax.load(tmp_path / "hub", dtype="bfloat16", **LOAD))
+  low.save(tmp_path / "ours")
+  again = flextok_jax.load(tmp_path / "ours")
+  assert_same(low, again)
+  assert again == api.FlexTok(again.params, low.config)
+  assert_same(model, flextok_jax.load(tmp_path / "exact.safetensors", dtype="float32", **LOAD))
+
+
+def test_onto_a_mesh(model, tmp_path):
+  model.to_official(tmp_path / "model.safetensors")
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  spread = flextok_jax.load(tmp_path / "model.safetensors", mesh=mesh, **LOAD)
+  assert_same(model, spread)
+  assert {len(x.sharding.device_set) for x in jax.tree.leaves(spread.params)} == {8}
+
+
+def test_a_pixel_model_has_no_official_form():
+  model = flextok_jax.load(ROOT / "flextok_jax" / "assets" / "quickstart.safetensors")
+  with pytest.raises(ValueError, match="vae.kind.*pixels"):
+    model.to_official("/absent/model.safetensors")
+
+
+def test_the_image_size(model, tmp_path):
+  """The authors' 32 latent pixels a side, or what the tables reach; or what is asked for."""
+  path = tmp_path / "model.safetensors"
+  model.to_official(path)
+  load = lambda **kwargs: flextok_jax.load(path, vae_norm_num_groups=GROUPS, **kwargs).image_size
+  assert load() == 4 * 2 * 4 and load(image_size=16) == 16
+  random_of(dict(encoder=dict(max_grid=40), decoder=dict(max_grid=20))).to_official(path)
+  assert load() == 32 * 4
+  with pytest.raises(ValueError, match="max_grid 20 is less than the 32 patches a side of image_size 256"):
+    load(image_size=256)
+
+
+# Autoencoders.
+
+
+@pytest.fixture(scope="module")
+def autoencoder(model, tmp_path_factory):
+  """A folder as diffusers writes it."""
+  folder = tmp_path_factory.mktemp("vae") / "vae"
+  api.FlexTok({"vae": model.params["vae"]}, with_fields(model, stage="vae")).to_official(folder)
+  return folder
+
+
+def test_an_autoencoder_there_and_back(model, autoencoder, tmp_path):
+  assert sorted(p.name for p in autoencoder.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+  again = flextok_jax.load(autoencoder)
+  jax.tree.map(np.testing.assert_array_equal, again.params["vae"], model.params["vae"])
+  assert again.config.vae.norm_groups == GROUPS and again.config.vae.scaling_factor == model.config.vae.scaling_factor
+  images = np.random.default_rng(0).uniform(-1, 1, (1, 32, 32, 3)).astype(np.float32)
+  np.testing.assert_array_equal(again.encode_latents(images), model.encode_latents(images))
+  with pytest.raises(ValueError, match="give a folder"):
+    again.to_official(tmp_path / "vae.safetensors")
+
+
+def test_old_attention_names(autoencoder, model, tmp_path):
+  old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+  weights = {}
+  for name, value in load_file(autoencoder / hub.WEIGHTS[1]).items():
+    for new, before in old.items():
+      name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+    weights[name] = value
+  assert sum("proj_attn" in name for name in weights) == 4
+  save_file(weights, tmp_path / hub.WEIGHTS[1])
+  (tmp_path / "config.json").write_bytes((autoencoder / "config.json").read_bytes())
+  again = flextok_jax.load(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, again.params["vae"], model.params["vae"])
+
+
+def test_weights_and_config_must_agree(autoencoder, tmp_path):
+  config = json.loads((autoencoder / "config.json").read_text())
+  (tmp_path / hub.WEIGHTS[1]).write_bytes((autoencoder / hub.WEIGHTS[1]).read_bytes())
+  for field, value in (("latent_channels", 8), ("block_out_channels", [8, 8, 16])):
+    (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(ValueError, match=f"{field} is .* in config.json and .* in the weights"):
+      flextok_jax.load(tmp_path)
+
+
+# The hub.
+
+
+def cached(cache: Path, repository: str, files: Path):
+  """Puts files into a cache as huggingface_hub lays it out."""
+  folder = cache / f"models--{repository.replace('/', '--')}"
+  snapshot = folder / "snapshots" / ("0" * 40)
+  snapshot.mkdir(parents=True)
+  (folder / "refs").mkdir()
+  (folder / "refs" / "main").write_text("0" * 40)
+  for file in files.iterdir():
+    (snapshot / file.name).write_bytes(file.read_bytes())
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+  """An empty cache and no network."""
+  from huggingface_hub import constants
+
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+  return tmp_path / "cache"
+
+
+def test_a_cached_repository_loads_offline(model, autoencoder, offline, tmp_path):
+  model.to_official(tmp_path / "hub")
+  cached(offline, "EPFL-VILAB/flextok_tiny", tmp_path / "hub")
+  assert_same(model, flextok_jax.load("EPFL-VILAB/flextok_tiny", **LOAD))
+  cached(offline, "EPFL-VILAB/flextok_vae", autoencoder)
+  assert flextok_jax.load("EPFL-VILAB/flextok_vae").config.stage == "vae"
+
+
+def test_the_vae_may_be_named_by_repository(model, autoencoder, offline, tmp_path):
+  """Weights without a VAE, whose configuration names one; and the scaling factor of that one."""
+  model.to_official(tmp_path / "hub")
+  config = json.loads((tmp_path / "hub" / "config.json").read_text())
+  weights = {k: v for k, v in load_file(tmp_path / "hub" / hub.WEIGHTS[0]).items() if not k.startswith("vae.")}
+  save_file(weights, tmp_path / "hub" / hub.WEIGHTS[0])
+  write = lambda **vae: (tmp_path / "hub" / "config.json").write_text(json.dumps(config | {"vae": config["vae"] | vae}))
+  write(hf_hub_path="EPFL-VILAB/flextok_vae", scaling_factor=None)
+  with pytest.raises(FileNotFoundError, match="EPFL-VILAB/flextok_vae is no file or folder here"):
+    flextok_jax.load(tmp_path / "hub", **LOAD)
+  cached(offline, "EPFL-VILAB/flextok_vae", autoencoder)
+  again = flextok_jax.load(tmp_path / "hub", **LOAD)
+  assert_same(model, again)
+  assert again.config.vae.scaling_factor == model.config.vae.scaling_factor
+  write(hf_hub_path="../../etc/passwd")
+  with pytest.raises(ValueError, match="hf_hub_path .* is no repository"):
+    flextok_jax.load(tmp_path / "hub", **LOAD)
+  write()
+  with pytest.raises(ValueError, match="the VAE's weights have no whole series"):
+    flextok_jax.load(tmp_path / "hub", **LOAD)
+
+
+def test_offline_and_not_cached_is_one_line(offline):
+  with pytest.raises(FileNotFoundError) as error:
+    flextok_jax.load("EPFL-VILAB/flextok_d18_d28_dfn")
+  line = str(error.value)
+  assert "\n" not in line and len(line) < 600
+  for part in ("config.json", "model.safetensors", "https://huggingface.co/EPFL-VILAB/flextok_d18_d28_dfn", "folder"):
+    assert part in line
+
+
+@pytest.mark.parametrize("source", ["runs/absent.safetensors", "./absent", "/absent", "a/b/c", "absent", ""])
+def test_what_is_no_repository_is_not_looked_up(offline, source):
+  with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+    flextok_jax.load(source)
+
+
+# The command.
+
+
+def convert(*args):
+  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  return subprocess.run([sys.executable, "-m", "flextok_jax.convert", *map(str, args)], capture_output=True, text=True,
+                        env=env, timeout=300)  # fmt: skip
+
+
+def test_convert_there_and_back(model, tmp_path):
+  model.to_official(tmp_path / "a.safetensors")
+  groups = f"--vae_norm_num_groups={GROUPS}"
+  done = convert(tmp_path / "a.safetensors", tmp_path / "ours", groups, "--check")
+  assert done.returncode == 0, done.stderr
+  total = sum(x.size for x in jax.tree.leaves(model.params))
+  assert f"{total:,}" in done.stdout and "decoder transformer" in done.stdout and "float32" in done.stdout
+  assert "all 6 tokens equal" in done.stdout
+  picture = Image.open(tmp_path / "ours_check.png")
+  assert picture.size == (64, 32)
+  done = convert(tmp_path / "ours", tmp_path / "b.safetensors", "--check", groups)
+  assert done.returncode == 0 and "official format" in done.stdout, done.stderr
+  a, b = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
+  assert set(a) == set(b) and all(a[k].tobytes() == b[k].tobytes() for k in a)
+  first, second = (safetensors.safe_open(tmp_path / f"{x}.safetensors", "numpy").metadata() for x in "ab")
+  assert first == second
+
+
+def test_convert_refuses_in_one_line(model, tmp_path):
+  model.save(tmp_path / "ours")
+  for args, pattern in (
+    ((tmp_path / "absent", tmp_path / "x"), "no such checkpoint"),
+    ((tmp_path / "ours", tmp_path / "ours"), "is there already"),
+    ((tmp_path / "ours",), "DST is missing: the arguments are SRC DST"),
+    ((tmp_path / "ours", "a", "b"), "unexpected argument 'b'"),
+    ((tmp_path / "ours", tmp_path / "x", "--dtype=int32"), "dtype must be a floating-point type"),
+  ):
+    done = convert(*args)
+    assert done.returncode == 1 and done.stdout == "", done.stdout
+    assert done.stderr.count("\n") == 1 and pattern in done.stderr, done.stderr
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"]
+
+
+def test_a_failed_check_says_so(model, tmp_path, monkeypatch):
+  """A writer that spoils a number is found out."""
+  from absl import flags
+
+  from flextok_jax import convert as command
+
+  values = flags.FlagValues()
+  command.define_flags(values)
+  values(["convert", "--check", f"--vae_norm_num_groups={GROUPS}"])
+  model.save(tmp_path / "ours")
+  spoil = lambda self, path: saving.save_official(path, self.config, jax.tree.map(lambda x: 1.5 * x, self.params))
+  monkeypatch.setattr(api.FlexTok, "to_official", spoil)
+  with pytest.raises(ValueError, match="does not encode as its source does"):
+    command.main(str(tmp_path / "ours"), str(tmp_path / "b.safetensors"), values)
