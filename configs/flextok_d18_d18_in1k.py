@@ -13,8 +13,8 @@ from flextok_jax import config as common
 
 def get_config():
   return common.derive(
-      repa=dict(weight=1.0),
-      encoder=dict(width=1152, depth=18),
-      decoder=dict(width=1152, depth=18),
-      optim=dict(learning_rate=3.75e-4),  # d12-d12's, times 768 / width [ours: the 1 / width rule of muP]
+    repa=dict(weight=1.0),
+    encoder=dict(width=1152, depth=18),
+    decoder=dict(width=1152, depth=18),
+    optim=dict(learning_rate=3.75e-4),  # d12-d12's, times 768 / width [ours: the 1 / width rule of muP]
   )

@@ -13,9 +13,9 @@ from flextok_jax import config as common
 
 def get_config():
   return common.derive(
-      repa=dict(weight=1.0),
-      remat="full",  # [ours] so that a device holds more images beside about 50 GB of state and gradients
-      encoder=dict(width=1152, depth=18),
-      decoder=dict(width=1792, depth=28),
-      optim=dict(learning_rate=2.41e-4),  # d12-d12's, times 768 / the decoder's width [ours: the 1 / width rule of muP]
+    repa=dict(weight=1.0),
+    remat="full",  # [ours] so that a device holds more images beside about 50 GB of state and gradients
+    encoder=dict(width=1152, depth=18),
+    decoder=dict(width=1792, depth=28),
+    optim=dict(learning_rate=2.41e-4),  # d12-d12's, times 768 / the decoder's width [ours: the 1 / width rule of muP]
   )

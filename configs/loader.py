@@ -6,9 +6,9 @@ from configs import debug
 def get_config():
   c = debug.get_config()
   c.update(
-      image_size=256,
-      encoder=dict(patch_size=32),
-      decoder=dict(patch_size=32),
-      data=dict(global_batch=32, sources=dict(synthetic=dict(render_size=256))),
+    image_size=256,
+    encoder=dict(patch_size=32),
+    decoder=dict(patch_size=32),
+    data=dict(global_batch=32, sources=dict(synthetic=dict(render_size=256))),
   )
   return c

@@ -14,20 +14,33 @@ def get_config(arg: str = ""):
   if arg not in ("", "next"):
     raise ValueError(f"configs/photos_vae.py takes no argument, or 'next', got {arg!r}")
   c = common.derive(
-      stage="vae",
-      image_size=48,
-      dtype="float32",
-      vae=dict(latent_channels=4, block_out_channels=(16, 24, 32), layers_per_block=1, norm_groups=4,
-               scaling_factor=0.0),
-      vae_loss=dict(kl_weight=1e-7),
-      discriminator=dict(start_step=0, channels=16, num_layers=2),  # weight: of get_sweep
-      data=dict(global_batch=8, num_threads=1, sources=dict(photos=dict(weight=1.0), tfds=dict(weight=0.0))),
-      optim=dict(learning_rate=2e-3, end_learning_rate=5e-4, warmup_steps=50, weight_decay=0.0, ema_decay=0.99,
-                 discriminator=dict(learning_rate=2e-4)),
-      train=dict(num_steps=1_500, log_every=100, checkpoint_every=250, keep_checkpoints=1, keep_period=0,
-                 eval_every=10_000, tensorboard=False, export_dtype="float32"),
-      eval=dict(sources=("photos",), num_images=256, batch_size=64, grid_images=8),
-  )  # fmt: skip
+    stage="vae",
+    image_size=48,
+    dtype="float32",
+    vae=dict(latent_channels=4, block_out_channels=(16, 24, 32), layers_per_block=1, norm_groups=4, scaling_factor=0.0),
+    vae_loss=dict(kl_weight=1e-7),
+    discriminator=dict(start_step=0, channels=16, num_layers=2),  # weight: of get_sweep
+    data=dict(global_batch=8, num_threads=1, sources=dict(photos=dict(weight=1.0), tfds=dict(weight=0.0))),
+    optim=dict(
+      learning_rate=2e-3,
+      end_learning_rate=5e-4,
+      warmup_steps=50,
+      weight_decay=0.0,
+      ema_decay=0.99,
+      discriminator=dict(learning_rate=2e-4),
+    ),
+    train=dict(
+      num_steps=1_500,
+      log_every=100,
+      checkpoint_every=250,
+      keep_checkpoints=1,
+      keep_period=0,
+      eval_every=10_000,
+      tensorboard=False,
+      export_dtype="float32",
+    ),
+    eval=dict(sources=("photos",), num_images=256, batch_size=64, grid_images=8),
+  )
   if arg == "next":
     c.update(seed=1, optim=dict(learning_rate=5e-4), train=dict(num_steps=500))
   return c
@@ -36,5 +49,8 @@ def get_config(arg: str = ""):
 def get_sweep(arg: str = "") -> dict[str, dict[str, float]]:
   """Returns the runs to compare, by name, as dotted overrides."""
   del arg
-  return {"l1": {"discriminator.weight": 0.0}, "gan_light": {"discriminator.weight": 0.03},
-          "gan": {"discriminator.weight": 0.1}}  # fmt: skip
+  return {
+    "l1": {"discriminator.weight": 0.0},
+    "gan_light": {"discriminator.weight": 0.03},
+    "gan": {"discriminator.weight": 0.1},
+  }

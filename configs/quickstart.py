@@ -15,42 +15,39 @@ def get_config(arg: str = ""):
   if arg not in ("", "coarse", "scratch"):
     raise ValueError(f"configs/quickstart.py takes no argument, 'coarse' or 'scratch', got {arg!r}")
   c = common.derive(
-      image_size=32,
-      dtype="float32",  # CPUs gain nothing from bfloat16
-      vae=dict(kind="pixels", scaling_factor=1.5),  # brings [-1, 1] RGB to about unit variance
-      encoder=dict(width=128, depth=3, patch_size=8),
-      decoder=dict(width=128, depth=4, patch_size=4),
-      tokens=dict(num_registers=16, nested_dropout="pow2", null_prob=0.1, saturation_weight=0.1),
-      # Neighbouring pixels repeat each other: at t = 0.7 the noised image still shows its layout. Much more noise, and
-      # the layout has to come from the tokens.
-      flow=dict(t_sampling="uniform", t_shift=4.0),
-      sampler=dict(num_steps=25, guidance="cfg", guidance_scale=1.5),
-      data=dict(
-          global_batch=32,
-          num_threads=2,
-          sources=dict(
-              synthetic=dict(weight=0.45),
-              emoji=dict(weight=0.4),
-              photos=dict(weight=0.15),
-              tfds=dict(weight=0.0),
-          ),
+    image_size=32,
+    dtype="float32",  # CPUs gain nothing from bfloat16
+    vae=dict(kind="pixels", scaling_factor=1.5),  # brings [-1, 1] RGB to about unit variance
+    encoder=dict(width=128, depth=3, patch_size=8),
+    decoder=dict(width=128, depth=4, patch_size=4),
+    tokens=dict(num_registers=16, nested_dropout="pow2", null_prob=0.1, saturation_weight=0.1),
+    # Neighbouring pixels repeat each other: at t = 0.7 the noised image still shows its layout. Much more noise, and
+    # the layout has to come from the tokens.
+    flow=dict(t_sampling="uniform", t_shift=4.0),
+    sampler=dict(num_steps=25, guidance="cfg", guidance_scale=1.5),
+    data=dict(
+      global_batch=32,
+      num_threads=2,
+      sources=dict(
+        synthetic=dict(weight=0.45), emoji=dict(weight=0.4), photos=dict(weight=0.15), tfds=dict(weight=0.0)
       ),
-      optim=dict(learning_rate=1.5e-3, warmup_steps=300, b2=0.98, ema_decay=0.999),
-      train=dict(num_steps=5_000, log_every=50, checkpoint_every=500, keep_period=0, eval_every=2_500),
-      eval=dict(sources=("synthetic", "emoji", "photos"), num_images=64, batch_size=64, grid_images=6),
+    ),
+    optim=dict(learning_rate=1.5e-3, warmup_steps=300, b2=0.98, ema_decay=0.999),
+    train=dict(num_steps=5_000, log_every=50, checkpoint_every=500, keep_period=0, eval_every=2_500),
+    eval=dict(sources=("synthetic", "emoji", "photos"), num_images=64, batch_size=64, grid_images=6),
   )
   if arg == "coarse":
     c.update(
-        flow=dict(t_shift=20.0),
-        optim=dict(end_learning_rate=1.5e-3),  # constant: the next run goes on
-        train=dict(num_steps=2_500, checkpoint_every=250, eval_every=2_500),
-        eval=dict(num_images=24, batch_size=24),
+      flow=dict(t_shift=20.0),
+      optim=dict(end_learning_rate=1.5e-3),  # constant: the next run goes on
+      train=dict(num_steps=2_500, checkpoint_every=250, eval_every=2_500),
+      eval=dict(num_images=24, batch_size=24),
     )
   if arg == "scratch":
     c.update(
-        data=dict(sources=dict(synthetic=dict(weight=0.75), emoji=dict(weight=0.0), photos=dict(weight=0.25))),
-        optim=dict(warmup_steps=50, ema_decay=0.99),
-        train=dict(num_steps=250, log_every=25, checkpoint_every=125, eval_every=100_000),  # evaluated at the end alone
-        eval=dict(sources=("synthetic", "photos"), num_images=16, batch_size=16),
+      data=dict(sources=dict(synthetic=dict(weight=0.75), emoji=dict(weight=0.0), photos=dict(weight=0.25))),
+      optim=dict(warmup_steps=50, ema_decay=0.99),
+      train=dict(num_steps=250, log_every=25, checkpoint_every=125, eval_every=100_000),  # evaluated at the end alone
+      eval=dict(sources=("synthetic", "photos"), num_images=16, batch_size=16),
     )
   return c

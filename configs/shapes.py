@@ -13,15 +13,11 @@ def get_config(arg: str = ""):
     raise ValueError(f"configs/shapes.py takes no argument, or 'coarse', got {arg!r}")
   c = quickstart.get_config(arg)
   c.update(
-      encoder=dict(depth=4),
-      tokens=dict(levels=(8, 5, 5, 5), nested_dropout="uniform"),
-      optim=dict(name="muon", learning_rate=3e-3),  # leaves the mean colour behind after a quarter of AdamW's images
-      data=dict(
-          sources=dict(
-              synthetic=dict(weight=1.0, style="plain"), emoji=dict(weight=0.0), photos=dict(weight=0.0)
-          ),
-      ),
-      eval=dict(sources=("synthetic",)),
+    encoder=dict(depth=4),
+    tokens=dict(levels=(8, 5, 5, 5), nested_dropout="uniform"),
+    optim=dict(name="muon", learning_rate=3e-3),  # leaves the mean colour behind after a quarter of AdamW's images
+    data=dict(sources=dict(synthetic=dict(weight=1.0, style="plain"), emoji=dict(weight=0.0), photos=dict(weight=0.0))),
+    eval=dict(sources=("synthetic",)),
   )
   if arg:
     c.optim.end_learning_rate = 3e-3  # constant: the next run goes on

@@ -11,23 +11,23 @@ def get_config(arg: str = ""):
   if arg not in ("", "text", "stop"):
     raise ValueError(f"configs/shapes_ar.py takes no argument, 'text' or 'stop', got {arg!r}")
   return common.derive(
-      stage="ar",
-      dtype="float32",  # CPUs gain nothing from bfloat16
-      ar=dict(
-          width=128,
-          depth=4,
-          head_dim=32,
-          num_ids=1000,
-          num_tokens=16,
-          num_classes=16,  # of the source synthetic; plain scenes have 6 of them
-          stop=arg == "stop",
-          condition="text" if arg else "class",
-          guidance_scale=2.0,
-          top_p=0.9,
-      ),
-      text=dict(encoder="bytes", max_length=104, features=64, mlp_hidden=128, depth=2, head_dim=32),
-      data=dict(global_batch=64, num_threads=2),
-      optim=dict(name="muon", learning_rate=2e-3, warmup_steps=100, b2=0.98, weight_decay=0.05, ema_decay=0.999),
-      train=dict(num_steps=3_000, log_every=50, checkpoint_every=500, keep_period=0, eval_every=1_000),
-      eval=dict(num_images=1024, batch_size=256),
+    stage="ar",
+    dtype="float32",  # CPUs gain nothing from bfloat16
+    ar=dict(
+      width=128,
+      depth=4,
+      head_dim=32,
+      num_ids=1000,
+      num_tokens=16,
+      num_classes=16,  # of the source synthetic; plain scenes have 6 of them
+      stop=arg == "stop",
+      condition="text" if arg else "class",
+      guidance_scale=2.0,
+      top_p=0.9,
+    ),
+    text=dict(encoder="bytes", max_length=104, features=64, mlp_hidden=128, depth=2, head_dim=32),
+    data=dict(global_batch=64, num_threads=2),
+    optim=dict(name="muon", learning_rate=2e-3, warmup_steps=100, b2=0.98, weight_decay=0.05, ema_decay=0.999),
+    train=dict(num_steps=3_000, log_every=50, checkpoint_every=500, keep_period=0, eval_every=1_000),
+    eval=dict(num_images=1024, batch_size=256),
   )

@@ -38,8 +38,12 @@ SEED = flags.DEFINE_integer("seed", 0, "Of everything.")
 OUT = flags.DEFINE_string("out", None, "Folder for agreement.json; default: none.")
 
 COLORS = synthetic.COLOR_NAMES
-HEADS = {"shape": len(synthetic.CLASS_NAMES), "color": len(COLORS), "background": len(COLORS),
-         "objects": synthetic.MAX_OBJECTS}
+HEADS = {
+  "shape": len(synthetic.CLASS_NAMES),
+  "color": len(COLORS),
+  "background": len(COLORS),
+  "objects": synthetic.MAX_OBJECTS,
+}
 _COLOR = "|".join(COLORS)
 
 
@@ -59,8 +63,12 @@ def answers(record: dict) -> dict[str, int]:
   """What a scene's record says."""
   color = re.match(rf"\S+ ({_COLOR}) ", record["caption"])[1]
   background = re.search(rf"on a plain ({_COLOR}) background", record["caption"])[1]
-  return {"shape": record["label"], "color": COLORS.index(color), "background": COLORS.index(background),
-          "objects": record["num_objects"] - 1}
+  return {
+    "shape": record["label"],
+    "color": COLORS.index(color),
+    "background": COLORS.index(background),
+    "objects": record["num_objects"] - 1,
+  }
 
 
 def scenes(split: str, start: int, count: int, size: int) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
@@ -115,8 +123,12 @@ def decode(tokenizer, ids: list, seed: int, batch: int = 64) -> np.ndarray:
   s, images = tokenizer.config.sampler, []
   for i in range(0, len(ids), batch):
     x = tokenizer.detokenize(
-        list(ids[i : i + batch]), key=jax.random.fold_in(jax.random.key(seed), i), num_steps=s.num_steps,
-        guidance=s.guidance, guidance_scale=s.guidance_scale)
+      list(ids[i : i + batch]),
+      key=jax.random.fold_in(jax.random.key(seed), i),
+      num_steps=s.num_steps,
+      guidance=s.guidance,
+      guidance_scale=s.guidance_scale,
+    )
     images.append(np.asarray((metrics.round_to_8bit(x) * 255).round(), np.uint8))
   return np.concatenate(images)
 
@@ -147,8 +159,11 @@ def main():
     return {k: float((found[k] == v).mean()) for k, v in wanted.items()}
 
   ids = np.concatenate([tokenizer.tokenize(images[i : i + 64]) for i in range(0, count, 64)])
-  report = {"num_images": count, "held-out scenes": share(images, said),
-            "their reconstructions": share(decode(tokenizer, ids, seed), said)}
+  report = {
+    "num_images": count,
+    "held-out scenes": share(images, said),
+    "their reconstructions": share(decode(tokenizer, ids, seed), said),
+  }
   for name, gen in generators.items():
     asked = {"shape": labels} if gen.config.ar.condition == "class" else said
     for title, change in (("with guidance", given), ("without", given | {"guidance_scale": 1.0})):

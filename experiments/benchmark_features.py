@@ -29,11 +29,7 @@ from flextok_jax.core import files, timing
 from flextok_jax.models.perception.inception import FIDInception
 from flextok_jax.weights.perception import inception as inception_files
 
-_FLAGS = {
-    "batch": (8, "Images at once."),
-    "size": (256, "Pixels a side."),
-    "rounds": (5, "Timed rounds."),
-}
+_FLAGS = {"batch": (8, "Images at once."), "size": (256, "Pixels a side."), "rounds": (5, "Timed rounds.")}
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -128,8 +124,15 @@ def measure(ways: dict[str, Callable[[], np.ndarray]], batch: int, rounds: int) 
       rates[way].append(batch / (time.perf_counter() - wall))
       cpu[way].append(1e3 * (time.process_time() - busy) / batch)
   first = next(iter(features.values()))
-  return [{"way": way, "images_per_second": rates[way], "cpu_ms": statistics.median(cpu[way]),
-           "gap": float(np.abs(features[way] - first).max())} for way in ways]
+  return [
+    {
+      "way": way,
+      "images_per_second": rates[way],
+      "cpu_ms": statistics.median(cpu[way]),
+      "gap": float(np.abs(features[way] - first).max()),
+    }
+    for way in ways
+  ]
 
 
 def format_report(rows: list[dict], title: str) -> str:
@@ -138,8 +141,10 @@ def format_report(rows: list[dict], title: str) -> str:
   for row in rows:
     value, least, most = (timing.digits(f(row["images_per_second"])) for f in (statistics.median, min, max))
     ratio = statistics.median(a / b for a, b in zip(rows[0]["images_per_second"], row["images_per_second"]))
-    lines.append(f"{row['way']:14}{value:>10}{f'({least} .. {most})':>18}{timing.digits(ratio):>13}"
-                 f"{timing.digits(row['cpu_ms']):>17}{row['gap']:>10.1e}")
+    lines.append(
+      f"{row['way']:14}{value:>10}{f'({least} .. {most})':>18}{timing.digits(ratio):>13}"
+      f"{timing.digits(row['cpu_ms']):>17}{row['gap']:>10.1e}"
+    )
   return "\n".join(lines)
 
 

@@ -31,8 +31,9 @@ from flextok_jax.training.state import init_state, make_update, unbox
 from flextok_jax.weights.perception import vit as vit_files
 
 SIZE, PATCH, WIDTH = 32, 4, 96
-SIZES = dict(patch_size=PATCH, grid=SIZE // PATCH, width=WIDTH, depth=4, head_dim=32, mlp_hidden=4 * WIDTH,
-             layer_scale=True)
+SIZES = dict(
+  patch_size=PATCH, grid=SIZE // PATCH, width=WIDTH, depth=4, head_dim=32, mlp_hidden=4 * WIDTH, layer_scale=True
+)
 RUNS = {"without": None, "own teacher": "own", "random teacher": "random"}
 STEPS, MEASURED = 240, (40, 80, 120, 160, 200, 240)
 PROBES = {"shapes": 6, "emoji": 13}  # classes: the largest of flat shapes on plain ground; what an emoji shows
@@ -53,6 +54,7 @@ def config_of(folder=None, teacher=None, steps=STEPS):
 
 def crops(key, images):
   """Random crops of 40 to 100 percent of the area, mirrored, of other colours: [b, s, s, 3] in [0, 1] -> normalised."""
+
   def one(key, image):
     keys = jax.random.split(key, 5)
     side = jnp.sqrt(jax.random.uniform(keys[0], minval=0.4))
@@ -113,9 +115,19 @@ def write(folder: Path, params):
     found |= {name: np.ascontiguousarray(e.to_official(flat[e.path], i)) for i, name in enumerate(e.names)}
   save_file(found, folder / "model.safetensors", {"format": "pt"})
   config = dict(
-      model_type="dinov2", hidden_size=WIDTH, num_hidden_layers=SIZES["depth"],
-      num_attention_heads=WIDTH // SIZES["head_dim"], patch_size=PATCH, image_size=SIZE, layer_norm_eps=1e-6,
-      hidden_act="gelu", num_channels=3, qkv_bias=True, mlp_ratio=4, use_swiglu_ffn=False)
+    model_type="dinov2",
+    hidden_size=WIDTH,
+    num_hidden_layers=SIZES["depth"],
+    num_attention_heads=WIDTH // SIZES["head_dim"],
+    patch_size=PATCH,
+    image_size=SIZE,
+    layer_norm_eps=1e-6,
+    hidden_act="gelu",
+    num_channels=3,
+    qkv_bias=True,
+    mlp_ratio=4,
+    use_swiglu_ffn=False,
+  )
   (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
@@ -159,8 +171,10 @@ def _vit_fn():
 
 
 def vit_probe(params) -> str:
-  found = {name: ridge(batched(lambda x: _vit_fn()(params, x), images), labels)
-           for name, (images, labels) in probe_sets().items()}
+  found = {
+    name: ridge(batched(lambda x: _vit_fn()(params, x), images), labels)
+    for name, (images, labels) in probe_sets().items()
+  }
   return ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in found.items())
 
 
@@ -169,10 +183,15 @@ def make_measure(config):
   config = config.copy_and_resolve_references()
   config.repa.weight = 0.0
   stage = make_stage(config)
-  sets = {name: pipeline.eval_set(config.data, name, image_size=SIZE, num_images=192)["image"][:192]
-          for name in ("synthetic", "emoji")}
-  loss_fn = jax.jit(lambda params, images, i: stage.loss_fn(
-      params, {"image": images}, jax.random.fold_in(jax.random.key(9), i), 0)[1]["loss"][0] / len(images))
+  sets = {
+    name: pipeline.eval_set(config.data, name, image_size=SIZE, num_images=192)["image"][:192]
+    for name in ("synthetic", "emoji")
+  }
+  loss_fn = jax.jit(
+    lambda params, images, i: (
+      stage.loss_fn(params, {"image": images}, jax.random.fold_in(jax.random.key(9), i), 0)[1]["loss"][0] / len(images)
+    )
+  )
 
   @jax.jit
   def features(params, images):
@@ -182,13 +201,17 @@ def make_measure(config):
     noise, t = jax.random.normal(jax.random.key(3), latents.shape), jnp.full(len(images), 0.3)
     x_t = 0.7 * latents + 0.3 * noise
     codes, none = jnp.zeros((len(images), 1, 6)), jnp.ones(len(images), bool)  # the patches alone, no condition
-    taps = [apply(x_t, t, codes, jnp.ones(len(images), int), none, None, block, method="velocity")[1].mean(1)
-            for block in (1, 2)]
+    taps = [
+      apply(x_t, t, codes, jnp.ones(len(images), int), none, None, block, method="velocity")[1].mean(1)
+      for block in (1, 2)
+    ]
     return jnp.concatenate([z, *taps], -1)
 
   def measure(params):
-    losses = {f"loss_{name}": float(np.mean([loss_fn(params, x[i : i + 64], i) for i in range(0, 192, 64)]))
-              for name, x in sets.items()}
+    losses = {
+      f"loss_{name}": float(np.mean([loss_fn(params, x[i : i + 64], i) for i in range(0, 192, 64)]))
+      for name, x in sets.items()
+    }
     width, probes = config.decoder.width, {}
     for name, (images, labels) in probe_sets().items():
       found = batched(lambda x: features(params, x), images)
@@ -233,8 +256,12 @@ def plot(folder: Path):
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
 
-  columns = {"loss_synthetic": "flow loss, held-out scenes", "loss_emoji": "flow loss, held-out emoji",
-             "shapes_block_2": "probe of block 2, shapes", "emoji_registers": "probe of the registers, emoji"}
+  columns = {
+    "loss_synthetic": "flow loss, held-out scenes",
+    "loss_emoji": "flow loss, held-out emoji",
+    "shapes_block_2": "probe of block 2, shapes",
+    "emoji_registers": "probe of the registers, emoji",
+  }
   figure, axes = plt.subplots(1, len(columns), figsize=(14, 3.2))
   found = {name: json.loads((folder / f"{name.replace(' ', '_')}.json").read_text()) for name in RUNS}
   for axis, (column, title) in zip(axes, columns.items()):

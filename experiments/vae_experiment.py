@@ -62,17 +62,20 @@ def main(folder: str, names: str, picture: str = ""):
     restored = metrics.round_to_8bit(np.clip(model.decode_latents(model.encode_latents(images)), -1, 1))
     (grams, contrasts), (found, left) = look(originals), look(restored)
     rows[name] = {
-        "PSNR": metrics.psnr(originals, restored),
-        "SSIM": metrics.ssim(originals, restored),
-        "perceptual": distances.perceptual(2 * originals - 1, 2 * restored - 1),
-        "texture": jnp.square(grams - found).sum((1, 2, 3)) ** 0.5,
+      "PSNR": metrics.psnr(originals, restored),
+      "SSIM": metrics.ssim(originals, restored),
+      "perceptual": distances.perceptual(2 * originals - 1, 2 * restored - 1),
+      "texture": jnp.square(grams - found).sum((1, 2, 3)) ** 0.5,
     }
     first = next(iter(rows.values()))
     for metric, values in rows[name].items():  # mean, and that of the difference to the first run, image by image
-        low, high = tally.means_and_intervals({metric: np.asarray(values - first[metric])})[1][metric]
-        print(f"{name}: {metric} {values.mean():.4f}, difference {low:.4f} to {high:.4f} (95%)", flush=True)
-    print(f"{name}: texture Frechet {statistics.frechet_distance(*gaussian(found), *gaussian(grams)):.4f}, "
-          f"contrast {np.asarray(left.mean(0) / contrasts.mean(0)).round(2)}", flush=True)
+      low, high = tally.means_and_intervals({metric: np.asarray(values - first[metric])})[1][metric]
+      print(f"{name}: {metric} {values.mean():.4f}, difference {low:.4f} to {high:.4f} (95%)", flush=True)
+    print(
+      f"{name}: texture Frechet {statistics.frechet_distance(*gaussian(found), *gaussian(grams)):.4f}, "
+      f"contrast {np.asarray(left.mean(0) / contrasts.mean(0)).round(2)}",
+      flush=True,
+    )
     chosen = np.arange(0, 256, 256 // 8)[:8] + np.arange(8) % 4  # two of each photograph
     columns.setdefault("original", images[chosen])
     columns[name] = np.asarray(restored[chosen] * 255).round().astype(np.uint8)

@@ -40,25 +40,44 @@ from flextok_jax.tools.benchmark.jobs import PATHS, Compute, Row
 
 JOBS = ("tokenize", "detokenize", "vae", "ar", "train", "repa")  # in the order in which they run
 
-_TABLE = ("job", "tokens", "path", "images/s", "(min .. max)", "compile s", "GFLOP", "by XLA", "GFLOP/s", "MFU",
-          "memory MB", "attention")
+_TABLE = (
+  "job",
+  "tokens",
+  "path",
+  "images/s",
+  "(min .. max)",
+  "compile s",
+  "GFLOP",
+  "by XLA",
+  "GFLOP/s",
+  "MFU",
+  "memory MB",
+  "attention",
+)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
   config_flags.DEFINE_config_file("config", None, "The model and its training.", flag_values=values)
-  flags.DEFINE_list("jobs", [], f"Of {', '.join(JOBS)}; default: all that the config has, but repa.",
-                    flag_values=values)
+  flags.DEFINE_list(
+    "jobs", [], f"Of {', '.join(JOBS)}; default: all that the config has, but repa.", flag_values=values
+  )
   flags.DEFINE_list("paths", list(PATHS), "plain, fast or both.", flag_values=values)
-  flags.DEFINE_list("num_tokens", [], "Token counts of tokenize, detokenize and ar; default: 1, 8, 32 and all; of ar "
-                    "all.", flag_values=values)
+  flags.DEFINE_list(
+    "num_tokens",
+    [],
+    "Token counts of tokenize, detokenize and ar; default: 1, 8, 32 and all; of ar all.",
+    flag_values=values,
+  )
   flags.DEFINE_integer("batch_size", 4, "Images a call.", flag_values=values)
-  flags.DEFINE_string("dtype", None, "In place of config.dtype; the VAE has its own, config.vae.dtype.",
-                      flag_values=values)
+  flags.DEFINE_string(
+    "dtype", None, "In place of config.dtype; the VAE has its own, config.vae.dtype.", flag_values=values
+  )
   flags.DEFINE_bool("latents", True, "Latents in and out, without the VAE; --nolatents: images.", flag_values=values)
   flags.DEFINE_integer("repeats", 5, "Timed rounds, after one that is not timed.", flag_values=values)
-  flags.DEFINE_float("seconds", float("inf"), "Begins no round of a job after so long; one is timed in any case.",
-                     flag_values=values)
+  flags.DEFINE_float(
+    "seconds", float("inf"), "Begins no round of a job after so long; one is timed in any case.", flag_values=values
+  )
   flags.DEFINE_string("out", None, "File for the JSON lines, written anew.", flag_values=values)
 
 
@@ -100,8 +119,10 @@ def main(values: flags.FlagValues):
   for (dtype, precision), (start, end) in peaks.items():
     busy = ": the machine was busy, MFU tells little" if max(start, end) > 1.25 * min(start, end) else ""
     full = ", full precision" if precision else ""
-    print(f"peak of matrix products in {dtype}{full}: {start / 1e9:.1f} GFLOP/s at the start, {end / 1e9:.1f} at the "
-          f"end; MFU is of the larger{busy}")
+    print(
+      f"peak of matrix products in {dtype}{full}: {start / 1e9:.1f} GFLOP/s at the start, {end / 1e9:.1f} at the "
+      f"end; MFU is of the larger{busy}"
+    )
   print("memory: arguments, outputs and temporaries of the compiled program")
   if (held := timing.device_peak_bytes()) is not None:
     print(f"most that the process ever held on the device, in all jobs and paths: {held / 1e6:.1f} MB")
@@ -145,11 +166,18 @@ def ratios(rows: Iterable[Row]) -> list[dict]:
   for row in rows:
     if row.path == "fast" and row.name in plain:
       pairs = [p / f for p, f in zip(plain[row.name].seconds, row.seconds)]
-      result.append({
-          "kind": "ratio", "job": row.job, "num_tokens": row.num_tokens, "rounds": len(pairs),
-          "fast_over_plain": row.rates[0] / plain[row.name].rates[0], "min": min(pairs), "max": max(pairs),
+      result.append(
+        {
+          "kind": "ratio",
+          "job": row.job,
+          "num_tokens": row.num_tokens,
+          "rounds": len(pairs),
+          "fast_over_plain": row.rates[0] / plain[row.name].rates[0],
+          "min": min(pairs),
+          "max": max(pairs),
           "same_program": row.program == plain[row.name].program,
-      })
+        }
+      )
   return result
 
 
@@ -160,10 +188,20 @@ def spans(rows: Iterable[Row]) -> list[dict]:
     calls = {**row.shorter, row.num_tokens: row.seconds}
     for low, high in itertools.pairwise(calls) if row.shorter else ():
       each = [1e3 * (b - a) / (high - low) for a, b in zip(calls[low], calls[high])]
-      result.append({
-          "kind": "span", "job": row.job, "path": row.path, "num_tokens": row.num_tokens, "from": low, "to": high,
-          "ms_per_token": statistics.median(each), "min": min(each), "max": max(each), "rounds": len(each),
-      })
+      result.append(
+        {
+          "kind": "span",
+          "job": row.job,
+          "path": row.path,
+          "num_tokens": row.num_tokens,
+          "from": low,
+          "to": high,
+          "ms_per_token": statistics.median(each),
+          "min": min(each),
+          "max": max(each),
+          "rounds": len(each),
+        }
+      )
   return result
 
 
@@ -191,21 +229,37 @@ def format_report(rows: list[Row], peaks: dict[Compute, list[float]]) -> str:
   for row in rows:
     rate, least, most = map(timing.digits, row.rates)
     unknown = lambda value, scale: "?" if value is None else timing.digits(value / scale)
-    cells.append((
-        row.job, str(row.num_tokens or ""), row.path, rate, f"({least} .. {most})", f"{row.compile_seconds:.1f}",
-        timing.digits(row.flops / 1e9), unknown(row.xla_flops, 1e9), timing.digits(row.flops_per_second / 1e9),
-        f"{row.flops_per_second / max(peaks[row.compute]):.1%}", unknown(row.program_bytes, 1e6), row.attention))
+    cells.append(
+      (
+        row.job,
+        str(row.num_tokens or ""),
+        row.path,
+        rate,
+        f"({least} .. {most})",
+        f"{row.compile_seconds:.1f}",
+        timing.digits(row.flops / 1e9),
+        unknown(row.xla_flops, 1e9),
+        timing.digits(row.flops_per_second / 1e9),
+        f"{row.flops_per_second / max(peaks[row.compute]):.1%}",
+        unknown(row.program_bytes, 1e6),
+        row.attention,
+      )
+    )
   widths = [max(map(len, column)) for column in zip(*cells)]
   sides = [str.ljust if name in ("job", "path", "attention") else str.rjust for name in _TABLE]
   lines = ["  ".join(side(c, w) for side, c, w in zip(sides, line, widths)).rstrip() for line in cells]
   for r in ratios(rows):
     name = r["job"] + (f" k={r['num_tokens']}" if r["num_tokens"] else "")
     same = "; they are the same program" if r["same_program"] else ""
-    lines.append(f"{name}: fast is {r['fast_over_plain']:.2f} times as fast as plain "
-                 f"({r['min']:.2f} .. {r['max']:.2f} in {r['rounds']} rounds{same})")
+    lines.append(
+      f"{name}: fast is {r['fast_over_plain']:.2f} times as fast as plain "
+      f"({r['min']:.2f} .. {r['max']:.2f} in {r['rounds']} rounds{same})"
+    )
   for c in benchmark_repa.costs(rows):
-    lines.append(f"repa, {c['path']}: a step takes {c['over_off']:.3f} times as long as without ({c['min']:.3f} .. "
-                 f"{c['max']:.3f} in {c['rounds']} rounds); FLOPs {c['flops_over_off']:.3f} times")
+    lines.append(
+      f"repa, {c['path']}: a step takes {c['over_off']:.3f} times as long as without ({c['min']:.3f} .. "
+      f"{c['max']:.3f} in {c['rounds']} rounds); FLOPs {c['flops_over_off']:.3f} times"
+    )
   for row in rows:
     if row.ms_per_token is not None:
       lines.append(f"{row.name}, {row.path}: {timing.digits(row.ms_per_token)} ms a token" + _span_text(row))

@@ -41,19 +41,20 @@ from flextok_jax.training.state import init_state, make_update, unbox
 WAYS = ("plain", "threads", "workers")
 QUALITY = 90  # of the JPEG files
 _FLAGS = {
-    "images": (512, "Files, and images that a way reads in a round."),
-    "width": (500, "Of a file, pixels."),
-    "height": (375, "Of a file, pixels."),
-    "parallel": (2, "Threads, and worker processes."),
-    "rounds": (3, "Timed rounds."),
-    "steps": (20, "Of training."),
+  "images": (512, "Files, and images that a way reads in a round."),
+  "width": (500, "Of a file, pixels."),
+  "height": (375, "Of a file, pixels."),
+  "parallel": (2, "Threads, and worker processes."),
+  "rounds": (3, "Timed rounds."),
+  "steps": (20, "Of training."),
 }
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
-  config_flags.DEFINE_config_file("config", None, "Size, crops and batch of the images, and the model that trains.",
-                                  flag_values=values)
+  config_flags.DEFINE_config_file(
+    "config", None, "Size, crops and batch of the images, and the model that trains.", flag_values=values
+  )
   for name, (default, text) in _FLAGS.items():
     flags.DEFINE_integer(name, default, text, flag_values=values)
   flags.DEFINE_string("out", None, "File for the JSON lines, written anew.", flag_values=values)
@@ -73,8 +74,11 @@ def main(values: flags.FlagValues):
       source.weight = 0.0
     config.data.sources.folder.update(weight=1.0, path=f"{folder}/train", val_path=f"{folder}/validation")
     size = sum(path.stat().st_size for path in paths) / len(paths)
-    print(f"{len(paths)} JPEG files of {values.width} x {values.height} px, {size / 1e3:.0f} kB each, to crops of "
-          f"{config.image_size} px", flush=True)
+    print(
+      f"{len(paths)} JPEG files of {values.width} x {values.height} px, {size / 1e3:.0f} kB each, to crops of "
+      f"{config.image_size} px",
+      flush=True,
+    )
     rows = measure(config, paths, values.parallel, values.rounds)
     training = train(config, values.parallel, values.steps)
   print(format_report(rows, training))
@@ -118,16 +122,23 @@ def measure(config: ConfigDict, paths: list[Path], parallel: int, rounds: int) -
   rates, cpu = {way: [] for way in WAYS}, {way: [] for way in WAYS}
   for index in range(rounds):
     for way in WAYS[:: -1 if index % 2 else 1]:
-      seconds, busy, count = _time_plain(config, paths) if way == "plain" else _time_pipeline(
-          config, way, parallel, len(paths))
+      seconds, busy, count = (
+        _time_plain(config, paths) if way == "plain" else _time_pipeline(config, way, parallel, len(paths))
+      )
       rates[way].append(count / seconds)
       cpu[way].append(1e3 * busy / count)
-    print(f"round {index + 1} of {rounds}: " + ", ".join(f"{way} {rates[way][-1]:.0f} images/s" for way in WAYS),
-          flush=True)
-  return [{
-      "way": way, "images_per_second": rates[way], "over_plain": [a / b for a, b in zip(rates[way], rates["plain"])],
+    print(
+      f"round {index + 1} of {rounds}: " + ", ".join(f"{way} {rates[way][-1]:.0f} images/s" for way in WAYS), flush=True
+    )
+  return [
+    {
+      "way": way,
+      "images_per_second": rates[way],
+      "over_plain": [a / b for a, b in zip(rates[way], rates["plain"])],
       "cpu_ms": None if way == "workers" else statistics.median(cpu[way]),
-  } for way in WAYS]
+    }
+    for way in WAYS
+  ]
 
 
 def _time_plain(config: ConfigDict, paths: list[Path]) -> tuple[float, float, int]:
@@ -186,8 +197,11 @@ def train(config: ConfigDict, parallel: int, steps: int) -> dict:
       waits.append(ready - begun)
       runs.append(time.perf_counter() - ready)
   wait, run = sum(waits[2:]), sum(runs[2:])
-  return {"step_ms": 1e3 * statistics.median(runs[2:]), "waiting": wait / (wait + run),
-          "images_per_second": steps * config.data.global_batch / (wait + run)}
+  return {
+    "step_ms": 1e3 * statistics.median(runs[2:]),
+    "waiting": wait / (wait + run),
+    "images_per_second": steps * config.data.global_batch / (wait + run),
+  }
 
 
 def format_report(rows: list[dict], training: dict) -> str:
@@ -200,8 +214,10 @@ def format_report(rows: list[dict], training: dict) -> str:
       cells.append(f"{value:>{width}}{f'({least} .. {most})':>18}")
     cpu = "" if row["cpu_ms"] is None else timing.digits(row["cpu_ms"])
     lines.append(f"{row['way']:8}{''.join(cells)}{cpu:>17}".rstrip())
-  lines.append(f"training: {timing.digits(training['images_per_second'])} images/s, {training['step_ms']:.1f} ms a "
-               f"step, waits for data {training['waiting']:.1%} of the time")
+  lines.append(
+    f"training: {timing.digits(training['images_per_second'])} images/s, {training['step_ms']:.1f} ms a "
+    f"step, waits for data {training['waiting']:.1%} of the time"
+  )
   return "\n".join(lines)
 
 

@@ -34,22 +34,27 @@ from flextok_jax.tools.compile.jobs import STAGES, make_job
 
 _DEFAULT_BATCH = 16  # images a device where neither the flag nor a config says it
 _ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks the cloud's metadata server for its neighbours
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it takes no chip, so needs no lock on them
-    "JAX_NUM_PROCESSES": "1",  # this process is alone, wherever it runs
-    "TF_CPP_MIN_LOG_LEVEL": "2",  # errors only
+  "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks the cloud's metadata server for its neighbours
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it takes no chip, so needs no lock on them
+  "JAX_NUM_PROCESSES": "1",  # this process is alone, wherever it runs
+  "TF_CPP_MIN_LOG_LEVEL": "2",  # errors only
 }
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
   config_flags.DEFINE_config_file("config", None, "The model, its training and config.mesh.", flag_values=values)
-  flags.DEFINE_string("topology", None, "TPUs by generation and shape: v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x2.",
-                      flag_values=values)
+  flags.DEFINE_string(
+    "topology", None, "TPUs by generation and shape: v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x2.", flag_values=values
+  )
   flags.DEFINE_string("job", "train", f"One of {', '.join(STAGES)}.", flag_values=values)
-  flags.DEFINE_integer("per_device_batch", None, "Images a device; default: for train those of "
-                       f"config.data.global_batch, else {_DEFAULT_BATCH}.", flag_values=values)
+  flags.DEFINE_integer(
+    "per_device_batch",
+    None,
+    f"Images a device; default: for train those of config.data.global_batch, else {_DEFAULT_BATCH}.",
+    flag_values=values,
+  )
   flags.DEFINE_integer("num_tokens", None, "Of sample and ar; default: all.", flag_values=values)
   flags.DEFINE_bool("search", False, "Tries meshes, remat policies and batches.", flag_values=values)
   flags.DEFINE_string("out", None, "Folder for the JSON file.", flag_values=values)
@@ -91,8 +96,10 @@ def main(values: flags.FlagValues):
     print(f"wrote {path}")
   if not best.fits:
     used, limit = (best.memory[part] / 1e9 for part in ("total", "limit"))
-    raise ValueError(f"{name} does not fit: {used:.1f} GB for {limit:.1f} GB a device; lower --per_device_batch, raise "
-                     "config.mesh.fsdp, or set config.remat to 'full'")
+    raise ValueError(
+      f"{name} does not fit: {used:.1f} GB for {limit:.1f} GB a device; lower --per_device_batch, raise "
+      "config.mesh.fsdp, or set config.remat to 'full'"
+    )
 
 
 def read_reports(folder: Path) -> list[dict]:
@@ -118,13 +125,20 @@ def describe(topology: str) -> list[jax.Device]:
   except RuntimeError as e:  # jax's own errors are such, too
     if "not installed" in str(e):
       raise ValueError('the compiler of TPUs is missing: pip install "flextok-jax[tpu]"') from e
-    raise ValueError(f"--topology={topology}: {e}; known are v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x2 and their "
-                     "parts and multiples") from e
+    raise ValueError(
+      f"--topology={topology}: {e}; known are v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x2 and their "
+      "parts and multiples"
+    ) from e
 
 
 def compile_job(
-    config: ConfigDict, name: str, job_name: str, topology: str, devices: list[jax.Device], batch: int | None,
-    num_tokens: int | None
+  config: ConfigDict,
+  name: str,
+  job_name: str,
+  topology: str,
+  devices: list[jax.Device],
+  batch: int | None,
+  num_tokens: int | None,
 ) -> compile_report.Report:
   """Compiles a job for described devices; a report of what does not fit, where it does not.
 
@@ -139,10 +153,17 @@ def compile_job(
     job = make_job(config, job_name, mesh, batch, num_tokens)
   head_dim = config.ar.head_dim if config.stage == "ar" else config.decoder.head_dim
   settings = {
-      "config": name, "job": job_name, "topology": topology, "devices": mesh.size, "kind": devices[0].device_kind,
-      "mesh": {axis: int(size) for axis, size in mesh.shape.items()}, "per_device_batch": job.batch / mesh.size,
-      "global_batch": job.batch, "num_tokens": num_tokens, "remat": config.remat,
-      "attention": attention.choose(config.attention, head_dim, config.dtype, devices[0]),
+    "config": name,
+    "job": job_name,
+    "topology": topology,
+    "devices": mesh.size,
+    "kind": devices[0].device_kind,
+    "mesh": {axis: int(size) for axis, size in mesh.shape.items()},
+    "per_device_batch": job.batch / mesh.size,
+    "global_batch": job.batch,
+    "num_tokens": num_tokens,
+    "remat": config.remat,
+    "attention": attention.choose(config.attention, head_dim, config.dtype, devices[0]),
   }
   if report := compile_report.too_large(settings, job, accelerator):
     return report

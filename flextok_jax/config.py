@@ -205,9 +205,18 @@ def get_config() -> ConfigDict:
   c.data.sources.folder = ConfigDict(dict(weight=0.0, path="", val_path=""))  # jpg/png/webp, class = subfolder
   # A folder that python -m flextok_jax.tokenize --what=images wrote: image files in ArrayRecord files.
   c.data.sources.arrayrecord = ConfigDict(dict(weight=0.0, path=""))
-  c.data.sources.tfds = ConfigDict(dict(weight=1.0, name="imagenet2012", data_dir="", train_split="train",
-                                        val_split="validation", image_key="image", label_key="label",
-                                        caption_key=""))  # "" or a text feature: "captions/text" of coco_captions
+  c.data.sources.tfds = ConfigDict(
+    dict(
+      weight=1.0,
+      name="imagenet2012",
+      data_dir="",
+      train_split="train",
+      val_split="validation",
+      image_key="image",
+      label_key="label",
+      caption_key="",
+    )
+  )  # "" or a text feature: "captions/text" of coco_captions
 
   c.optim = ConfigDict()
   c.optim.name = "adamw"  # or "muon": the blocks' matrices by Muon, the rest by Adam, at the same learning rate [ours]

@@ -31,19 +31,24 @@ from flextok_jax.weights import loading, saving
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
-  flags.DEFINE_enum("to", None, ["ours", "official"], "Format of DST; default: the other one than SRC's.",
-                    flag_values=values)
-  flags.DEFINE_string("dtype", None, "Type of the arrays written, the VAE's aside; default: as in SRC's config.",
-                      flag_values=values)
-  flags.DEFINE_bool("check", False, "Read DST back, tokenize and reconstruct a photograph with both, compare.",
-                    flag_values=values)
+  flags.DEFINE_enum(
+    "to", None, ["ours", "official"], "Format of DST; default: the other one than SRC's.", flag_values=values
+  )
+  flags.DEFINE_string(
+    "dtype", None, "Type of the arrays written, the VAE's aside; default: as in SRC's config.", flag_values=values
+  )
+  flags.DEFINE_bool(
+    "check", False, "Read DST back, tokenize and reconstruct a photograph with both, compare.", flag_values=values
+  )
   flags.DEFINE_integer("vae_norm_num_groups", 32, "GroupNorm groups of an official file's VAE.", flag_values=values)
-  flags.DEFINE_integer("mup_base_width", None, "Base width of an official model with a muP readout.",
-                       flag_values=values)
+  flags.DEFINE_integer(
+    "mup_base_width", None, "Base width of an official model with a muP readout.", flag_values=values
+  )
   flags.DEFINE_integer("image_size", None, "Pixels a side, in place of SRC's own.", flag_values=values)
   flags.DEFINE_bool("generator", False, "SRC is a generator, in the released format or ours.", flag_values=values)
-  flags.DEFINE_multi_string("setting", [], "name=value, of flextok_jax.load_ar, for the released format.",
-                            flag_values=values)
+  flags.DEFINE_multi_string(
+    "setting", [], "name=value, of flextok_jax.load_ar, for the released format.", flag_values=values
+  )
 
 
 def main(source: str, target: str, values: flags.FlagValues):
@@ -108,10 +113,13 @@ def summary(params: Mapping) -> str:
   parts: dict[str, list[jax.Array]] = {}
   for path, array in flatten_dict(params).items():
     parts.setdefault(" ".join(path[:2]), []).append(array)
-  rows = [(name, sum(a.size for a in arrays), sorted({str(a.dtype) for a in arrays}), sum(a.nbytes for a in arrays))
-          for name, arrays in sorted(parts.items())]
-  rows.append(("total", sum(row[1] for row in rows), sorted({t for row in rows for t in row[2]}),
-               sum(row[3] for row in rows)))
+  rows = [
+    (name, sum(a.size for a in arrays), sorted({str(a.dtype) for a in arrays}), sum(a.nbytes for a in arrays))
+    for name, arrays in sorted(parts.items())
+  ]
+  rows.append(
+    ("total", sum(row[1] for row in rows), sorted({t for row in rows for t in row[2]}), sum(row[3] for row in rows))
+  )
   lines = [f"{'part':<28}{'parameters':>15}{'MiB':>10}  type"]
   lines += [f"{name:<28}{count:>15,}{size / 2**20:>10.1f}  {', '.join(types)}" for name, count, types, size in rows]
   return "\n".join(lines)
@@ -125,8 +133,9 @@ def reconstruct(model: api.FlexTok, image: np.ndarray) -> tuple[np.ndarray, np.n
   else:
     code, s = model.tokenize(image[None]), model.config.sampler
     mode = None if s.guidance == "none" else s.guidance
-    restored = model.detokenize(code, key=jax.random.key(0), num_steps=s.num_steps, guidance=mode,
-                                guidance_scale=s.guidance_scale)
+    restored = model.detokenize(
+      code, key=jax.random.key(0), num_steps=s.num_steps, guidance=mode, guidance_scale=s.guidance_scale
+    )
   return np.asarray(code[0]), np.clip(np.asarray(restored[0]), -1, 1)
 
 

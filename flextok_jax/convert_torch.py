@@ -29,8 +29,14 @@ def main(source: str, target: str):
   tensors, others = flatten(values)
   if not tensors:
     raise ValueError(f"{source} holds no tensor of floating-point numbers")
-  tensor_file.write(target, {name: (np.dtype(np.float32), tuple(tensor.shape), lambda tensor=tensor: to_numpy(tensor))
-                             for name, tensor in tensors.items()}, {})
+  tensor_file.write(
+    target,
+    {
+      name: (np.dtype(np.float32), tuple(tensor.shape), lambda tensor=tensor: to_numpy(tensor))
+      for name, tensor in tensors.items()
+    },
+    {},
+  )
   left = f", without {len(others)} others such as {others[0]!r:.80}" if others else ""
   print(f"wrote {len(tensors)} tensors to {target}{left}")
 

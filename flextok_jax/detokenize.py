@@ -30,13 +30,15 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_string("checkpoint", None, "A tokenizer: file, folder or hub repository.", flag_values=values)
   flags.DEFINE_string("tokens", None, "Token file, .json or .npz (see flextok_jax.tokenize).", flag_values=values)
   flags.DEFINE_string("out", None, "Folder for the PNG files, <entry>_<name>.png.", flag_values=values)
-  flags.DEFINE_integer("num_tokens", None, "Decode from the first so many tokens; default: all in the file.",
-                       flag_values=values)
+  flags.DEFINE_integer(
+    "num_tokens", None, "Decode from the first so many tokens; default: all in the file.", flag_values=values
+  )
   flags.DEFINE_integer("num_steps", None, "Euler steps; default: the checkpoint's.", flag_values=values)
   flags.DEFINE_string("guidance", None, "apg, cfg or none; default: the checkpoint's.", flag_values=values)
   flags.DEFINE_float("guidance_scale", None, "1 is no guidance; default: the checkpoint's.", flag_values=values)
-  flags.DEFINE_integer("seed", 0, "Of the noise; entry i has that of image i in an evaluation of the same seed.",
-                       flag_values=values)
+  flags.DEFINE_integer(
+    "seed", 0, "Of the noise; entry i has that of image i in an evaluation of the same seed.", flag_values=values
+  )
   flags.DEFINE_integer("batch_size", 32, "Images at once.", flag_values=values)
 
 
@@ -98,8 +100,10 @@ def read_tokens(path: Path, image_size: int, num_registers: int, num_codes: int)
   if not isinstance(sequences, list) or not sequences or not all(isinstance(s, list) for s in sequences):
     raise ValueError(f"{path}: 'token_ids' must be a list of one or more lists of ids")
   if fields.get("image_size", image_size) != image_size:
-    raise ValueError(f"{path} holds tokens of {fields['image_size']} px images, but this checkpoint makes"
-                     f" {image_size} px images: use the checkpoint that wrote them")
+    raise ValueError(
+      f"{path} holds tokens of {fields['image_size']} px images, but this checkpoint makes"
+      f" {image_size} px images: use the checkpoint that wrote them"
+    )
   names = fields.get("names", [str(i) for i in range(len(sequences))])
   if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
     raise ValueError(f"{path}: 'names' must be a list of strings")
@@ -145,7 +149,7 @@ def cut(sequences: list[list[int]], num_tokens: int | None, num_registers: int) 
 
 
 def detokenize(
-    decode: Callable, params: Any, sequences: list[list[int]], num_registers: int, batch_size: int
+  decode: Callable, params: Any, sequences: list[list[int]], num_registers: int, batch_size: int
 ) -> Iterator[np.ndarray]:
   """Yields the image, uint8 [h, w, 3], of each sequence of 1 to num_registers ids; decode as of decoder_by_image."""
   restore = jax.jit(lambda *args: metrics.round_to_8bit(decode(*args)) * 255)

@@ -32,27 +32,44 @@ from flextok_jax.weights.perception import networks
 MODEL_FIELDS = ("stage", "image_size", "vae", "encoder", "decoder", "tokens", "ar", "text")
 RFID = "rfid"
 # Without effect here.
-TRAINING_FIELDS = ("vae.sample_posterior", "tokens.nested_dropout", "tokens.null_prob", "tokens.quantization_dropout",
-                   "tokens.corruption", "ar.tokenizer", "ar.drop_condition", "ar.position_decay", *checkpoint.FREE_AR)
+TRAINING_FIELDS = (
+  "vae.sample_posterior",
+  "tokens.nested_dropout",
+  "tokens.null_prob",
+  "tokens.quantization_dropout",
+  "tokens.corruption",
+  "ar.tokenizer",
+  "ar.drop_condition",
+  "ar.position_decay",
+  *checkpoint.FREE_AR,
+)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
   config_flags.DEFINE_config_file(
-      "config", None, "Settings of data, eval and sampler; default: the checkpoint's own.", flag_values=values)
-  flags.DEFINE_string("workdir", None, "The run's directory: its newest checkpoint, and DIR/eval for results.",
-                      flag_values=values)
-  flags.DEFINE_string("checkpoint", None, "Another checkpoint to evaluate: file, folder or hub repository.",
-                      flag_values=values)
+    "config", None, "Settings of data, eval and sampler; default: the checkpoint's own.", flag_values=values
+  )
+  flags.DEFINE_string(
+    "workdir", None, "The run's directory: its newest checkpoint, and DIR/eval for results.", flag_values=values
+  )
+  flags.DEFINE_string(
+    "checkpoint", None, "Another checkpoint to evaluate: file, folder or hub repository.", flag_values=values
+  )
   flags.DEFINE_list("num_tokens", [], "Token counts; default: config.eval.num_tokens.", flag_values=values)
   flags.DEFINE_list("sources", [], "Evaluation sets; default: config.eval.sources.", flag_values=values)
   flags.DEFINE_integer("num_images", None, "Images a set; default: config.eval.num_images.", flag_values=values)
   flags.DEFINE_integer("seed", None, "Of the decoder's noise; default: config.seed.", flag_values=values)
   flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/eval.", flag_values=values)
-  flags.DEFINE_integer("batch_size", None, "Images at once; default: config.eval.batch_size, or 64.", 1,
-                       flag_values=values)
-  flags.DEFINE_list("metrics", [], f"Of {', '.join((*measures.NAMES, RFID))}; default: psnr, ssim, mae. Of samples: "
-                    f"{', '.join(generation.NAMES)}.", flag_values=values)
+  flags.DEFINE_integer(
+    "batch_size", None, "Images at once; default: config.eval.batch_size, or 64.", 1, flag_values=values
+  )
+  flags.DEFINE_list(
+    "metrics",
+    [],
+    f"Of {', '.join((*measures.NAMES, RFID))}; default: psnr, ssim, mae. Of samples: {', '.join(generation.NAMES)}.",
+    flag_values=values,
+  )
   flags.DEFINE_string("weights", None, "Folder with the weights of the metrics' networks.", flag_values=values)
   flags.DEFINE_integer("keep_every", 50, "Batches between two writes of the results so far.", 1, flag_values=values)
   evaluate_samples.define_flags(values)
@@ -71,8 +88,10 @@ def main(values: flags.FlagValues):
   evaluate_samples.define_flags(of_samples)
   for name in ("config", "sources") if values.tokenizer else of_samples:
     if values[name].present:
-      raise ValueError(f"--{name} has no meaning {'with' if values.tokenizer else 'without'} --tokenizer, which asks"
-                       " for samples of a generator")
+      raise ValueError(
+        f"--{name} has no meaning {'with' if values.tokenizer else 'without'} --tokenizer, which asks"
+        " for samples of a generator"
+      )
   if values.tokenizer:
     report, conditions, kept = evaluate_samples.evaluate(values, out)
   else:
@@ -121,12 +140,14 @@ def with_settings(trained: ConfigDict, given: ConfigDict) -> ConfigDict:
 def check_same_model(given: Mapping[str, Any], trained: Mapping[str, Any]):
   """Raises ValueError where two configs describe different models."""
   given, trained = (
-      {k: v for name in MODEL_FIELDS if name in c for k, v in _flat(name, c[name])} for c in (given, trained)
+    {k: v for name in MODEL_FIELDS if name in c for k, v in _flat(name, c[name])} for c in (given, trained)
   )
   for name in sorted(given.keys() & trained.keys()):  # an older checkpoint may lack a field
     if name not in TRAINING_FIELDS and given[name] != trained[name]:
-      raise ValueError(f"--config has {name} = {given[name]!r}, but the checkpoint was trained with"
-                       f" {trained[name]!r}: give the config of that run, or none")
+      raise ValueError(
+        f"--config has {name} = {given[name]!r}, but the checkpoint was trained with"
+        f" {trained[name]!r}: give the config of that run, or none"
+      )
 
 
 def apply_flags(config, values: flags.FlagValues):
@@ -154,7 +175,7 @@ def apply_flags(config, values: flags.FlagValues):
 
 
 def evaluate(
-    config, params, metrics: Sequence[str] = (), weights: str | None = None, kept: progress.Progress | None = None
+  config, params, metrics: Sequence[str] = (), weights: str | None = None, kept: progress.Progress | None = None
 ) -> reconstruction.Report | token_loss.Report:
   """Evaluates params on the validation splits of config.eval.sources, a generator on those of config.data.tokens.
 

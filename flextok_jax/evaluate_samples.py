@@ -30,17 +30,21 @@ _BATCH_SIZE = 64
 def define_flags(values: flags.FlagValues):
   """Defines the flags that are of samples alone."""
   sample.define_draw_flags(values)
-  flags.DEFINE_string("reference", None, "Statistics or images of a reference set, .npz; or the name of one of the "
-                      "tokenizer's data sources, whose held-out images then are the reference.", flag_values=values)
+  flags.DEFINE_string(
+    "reference",
+    None,
+    "Statistics or images of a reference set, .npz; or the name of one of the "
+    "tokenizer's data sources, whose held-out images then are the reference.",
+    flag_values=values,
+  )
   flags.DEFINE_integer("reference_images", None, "Of a data source at most; default: all.", 1, flag_values=values)
   flags.DEFINE_string("save_reference", None, "File for the statistics of the reference, .npz.", flag_values=values)
-  flags.DEFINE_bool("samples_npz", False, "Write samples_<tokens>.npz too, arr_0 uint8 [n, h, w, 3].",
-                    flag_values=values)
+  flags.DEFINE_bool(
+    "samples_npz", False, "Write samples_<tokens>.npz too, arr_0 uint8 [n, h, w, 3].", flag_values=values
+  )
 
 
-def evaluate(
-    values: flags.FlagValues, out: Path
-) -> tuple[reconstruction.Report, dict[str, Any], progress.Progress]:
+def evaluate(values: flags.FlagValues, out: Path) -> tuple[reconstruction.Report, dict[str, Any], progress.Progress]:
   """Returns the report of samples, the settings that it depends on, and what was kept on the way.
 
   Raises:
@@ -71,8 +75,9 @@ def evaluate(
   compared = None
   if needed:
     look = reference.make_look(nets["inception"], size, mesh)
-    compared = load_reference(values.reference, values.reference_images, config, look, size,
-                              bool(set(names) & set(generation.NEED_IMAGES)))
+    compared = load_reference(
+      values.reference, values.reference_images, config, look, size, bool(set(names) & set(generation.NEED_IMAGES))
+    )
     for metric, layer in (("gfid", "pool"), ("sfid", "spatial"), ("fid_infinity", "pool")):
       if metric in names and layer not in compared.gaussians:
         raise ValueError(f"--metrics={metric}: {values.reference} has no statistics of these features")
@@ -90,15 +95,38 @@ def evaluate(
     keys = fold(jax.random.key(seed), sharding.place(rows, sharding.batch_sharding(mesh)))
     return gen.generate(keys, **condition, num_tokens=counts[-1], **choices)
 
-  settings = {"checkpoint": source, "tokenizer": values.tokenizer, "reference": values.reference,
-              "weights": values.weights, "seed": seed, "num_tokens": list(counts), "conditions": len(conditions),
-              **choices, "decoder": config.sampler.to_dict()}  # fmt: skip
+  settings = {
+    "checkpoint": source,
+    "tokenizer": values.tokenizer,
+    "reference": values.reference,
+    "weights": values.weights,
+    "seed": seed,
+    "num_tokens": list(counts),
+    "conditions": len(conditions),
+    **choices,
+    "decoder": config.sampler.to_dict(),
+  }
   identity = [progress.identity(x) for x in (params, gen.params, nets)]
-  kept = progress.Progress(out / "so_far", settings | {"identity": identity, "metrics": names, "all": conditions,
-                                                      "num_images": num_images}, values.keep_every)  # fmt: skip
+  kept = progress.Progress(
+    out / "so_far",
+    settings | {"identity": identity, "metrics": names, "all": conditions, "num_images": num_images},
+    values.keep_every,
+  )
   evaluator = generation.Generation(
-      draw, decode, gen.num_ids, config.tokens.num_registers, config.image_size, counts, names, nets, facts, compared,
-      mesh, kept, out if values.samples_npz else None)
+    draw,
+    decode,
+    gen.num_ids,
+    config.tokens.num_registers,
+    config.image_size,
+    counts,
+    names,
+    nets,
+    facts,
+    compared,
+    mesh,
+    kept,
+    out if values.samples_npz else None,
+  )
   params = sharding.place(params, sharding.replicated(mesh))
   return evaluator.run(params, num_images, size, seed), settings, kept
 
@@ -128,7 +156,7 @@ def _networks(names: list[str], weights: str | None, conditions: list) -> tuple[
 
 
 def load_reference(
-    name: str, num_images: int | None, config, look: Callable, batch_size: int, images: bool
+  name: str, num_images: int | None, config, look: Callable, batch_size: int, images: bool
 ) -> reference.Reference:
   """Returns the reference that a name stands for.
 

@@ -233,8 +233,15 @@ def adversarial_losses(config: ConfigDict) -> int:
   return 7 * sum(layers) - 2 * layers[0] + 2 * conv(config.image_size, config.vae.block_out_channels[0], 3)
 
 
-def conv(side: int, channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1, low: int = 1,
-         outputs: int | None = None) -> int:
+def conv(
+  side: int,
+  channels_in: int,
+  channels_out: int,
+  kernel: int = 3,
+  stride: int = 1,
+  low: int = 1,
+  outputs: int | None = None,
+) -> int:
   """A square convolution of a square map of `side` pixels, padded by `low` pixels at the top and left.
 
   Along an axis, output o and tap j meet pixel o stride + j - low: those that exist are counted. By default there are
@@ -254,8 +261,9 @@ def resnet(side: int, channels_in: int, channels: int) -> int:
 def vae_middle(side: int, channels: int) -> int:
   """Two resnets, and attention between all pixels: four projections, logits, weighted sum."""
   pixels = side**2
-  return 2 * resnet(side, channels, channels) + 4 * linear(pixels, channels, channels) + 2 * linear(
-      pixels, channels, pixels)
+  return (
+    2 * resnet(side, channels, channels) + 4 * linear(pixels, channels, channels) + 2 * linear(pixels, channels, pixels)
+  )
 
 
 def vae_encode(config: ConfigDict, batch: int) -> int:

@@ -32,8 +32,19 @@ from flextok_jax.training import inputs, optim
 from flextok_jax.training.state import init_state, make_update, unbox
 
 KINDS = ("standard", "mup")
-_LAYERS = ("patch_embed", "code_embed", "time_embed", "text_mlp", "attention", "cross", "mlp", "blocks", "last", "head",
-           "readout")
+_LAYERS = (
+  "patch_embed",
+  "code_embed",
+  "time_embed",
+  "text_mlp",
+  "attention",
+  "cross",
+  "mlp",
+  "blocks",
+  "last",
+  "head",
+  "readout",
+)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -59,12 +70,21 @@ def main(values: flags.FlagValues):
   rows = []
   for kind in KINDS:
     for width in widths:
-      rows += [dict(kind=kind, width=width, **row) for row in coordinates(of_width(config, width, widths[0], kind),
-                                                                          values.steps)]
+      rows += [
+        dict(kind=kind, width=width, **row)
+        for row in coordinates(of_width(config, width, widths[0], kind), values.steps)
+      ]
       print(f"trained {kind} at width {width}: loss {rows[-1]['loss']:.4f}", flush=True)
   slopes = {kind: slopes_of(row for row in rows if row["kind"] == kind) for kind in KINDS}
-  report = dict(base_width=widths[0], widths=widths, steps=values.steps, optimizer=config.optim.name,
-                learning_rate=config.optim.learning_rate, slopes=slopes, rows=rows)
+  report = dict(
+    base_width=widths[0],
+    widths=widths,
+    steps=values.steps,
+    optimizer=config.optim.name,
+    learning_rate=config.optim.learning_rate,
+    slopes=slopes,
+    rows=rows,
+  )
   out = Path(values.out)
   files.write_file(out / "coordinates.json", (json.dumps(report, indent=1) + "\n").encode())
   files.write_file(out / "coordinates.png", picture(report))
@@ -160,8 +180,9 @@ def _compare(now: dict[str, jax.Array], start: dict[str, jax.Array]) -> tuple[di
 def _floats(means: dict[str, np.ndarray]) -> dict[str, float]:
   """A number a layer, those of a stack by their index."""
   return {
-      name if np.ndim(value) == 0 else name.replace("blocks", f"blocks/{i}"): float(x)
-      for name, value in means.items() for i, x in enumerate(np.atleast_1d(value))
+    name if np.ndim(value) == 0 else name.replace("blocks", f"blocks/{i}"): float(x)
+    for name, value in means.items()
+    for i, x in enumerate(np.atleast_1d(value))
   }
 
 

@@ -63,8 +63,9 @@ def define_draw_flags(values: flags.FlagValues):
   integer = functools.partial(flags.DEFINE_integer, flag_values=values)
   real = functools.partial(flags.DEFINE_float, flag_values=values)
   string("tokenizer", None, "The tokenizer whose ids it was trained on: file, folder or hub repository.")
-  flags.DEFINE_multi_string("setting", [], "name=value, of flextok_jax.load_ar, for the released format.",
-                            flag_values=values)
+  flags.DEFINE_multi_string(
+    "setting", [], "name=value, of flextok_jax.load_ar, for the released format.", flag_values=values
+  )
   flags.DEFINE_list("classes", [], "Classes by number, or 'all'.", flag_values=values)
   string("prompts_file", None, "File with a text a line.")
   real("guidance_scale", None, "Of the condition; 1 is no guidance; default: the checkpoint's.")
@@ -120,10 +121,15 @@ def main(values: flags.FlagValues):
     function = functools.partial(predict_fns["tokenize"], num_tokens=nested.slots(kept - 1, registers))
     prefix = tokenize.tokenize(function, params, originals, values.batch_size)[:, :kept]
     prefix, originals = (np.repeat(x, len(conditions) * values.num_samples, axis=0) for x in (prefix, originals))
-  samples = [Sample(condition, name, kept, number) for name in names for condition in conditions
-             for number in range(values.num_samples)]
-  sequences, log_probs = draw(gen, [s.condition for s in samples], prefix, values.seed, values.batch_size,
-                              num_tokens=num_tokens, **choices)
+  samples = [
+    Sample(condition, name, kept, number)
+    for name in names
+    for condition in conditions
+    for number in range(values.num_samples)
+  ]
+  sequences, log_probs = draw(
+    gen, [s.condition for s in samples], prefix, values.seed, values.batch_size, num_tokens=num_tokens, **choices
+  )
 
   out, size = Path(values.out), config.image_size
   paths = [out / f"{i:05d}_{sample.name}.png" for i, sample in enumerate(samples)]
@@ -150,8 +156,12 @@ def main(values: flags.FlagValues):
   if shown:
     labels = [samples[i].label(values.num_samples, len(sequences[i]) if gen.config.ar.stop else 0) for i in shown]
     left = [labels] if originals is None else [labels, originals[shown]]
-    ended = {(row, len(left) + column) for column, count in enumerate(counts)
-             for row, i in enumerate(shown) if len(sequences[i]) < count}
+    ended = {
+      (row, len(left) + column)
+      for column, count in enumerate(counts)
+      for row, i in enumerate(shown)
+      if len(sequences[i]) < count
+    }
     cells = [np.stack([pictures[job] for job in column]) for column in columns]
     grid = plots.grid([*left, *cells], ["", "original"][: len(left)] + _headers(counts), ended)
     outputs["grid.png"] = plots.to_png(grid)
@@ -168,8 +178,12 @@ def main(values: flags.FlagValues):
 
 
 def draw(
-    gen: generation.ARGenerator, conditions: Sequence[int | str | None], prefix: np.ndarray | None, seed: int,
-    batch_size: int, **choices,
+  gen: generation.ARGenerator,
+  conditions: Sequence[int | str | None],
+  prefix: np.ndarray | None,
+  seed: int,
+  batch_size: int,
+  **choices,
 ) -> tuple[list[np.ndarray], np.ndarray]:
   """Draws a sequence a condition (all classes, prompts or None), sample i by fold_in(key(seed), i).
 
@@ -192,7 +206,8 @@ def draw(
     condition = {} if given[0] is None else {"prompts" if isinstance(given[0], str) else "labels": given}
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
     ids, log_probs = gen.generate(
-        keys, **condition, prefix=None if prefix is None else prefix[rows], return_log_probs=True, **choices)
+      keys, **condition, prefix=None if prefix is None else prefix[rows], return_log_probs=True, **choices
+    )
     sequences += gen.trim(ids)[: count - start]
     sums.append(np.asarray(log_probs)[: count - start].sum(1))
     _tell("samples drawn", len(sequences), count, batch_size)
@@ -203,8 +218,12 @@ def draw(
 
 
 def decode_prefixes(
-    decode: Callable, params: Any, sequences: Sequence[np.ndarray], jobs: Sequence[tuple[int, int]],
-    num_registers: int, batch_size: int,
+  decode: Callable,
+  params: Any,
+  sequences: Sequence[np.ndarray],
+  jobs: Sequence[tuple[int, int]],
+  num_registers: int,
+  batch_size: int,
 ) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
   """Yields (job, image uint8 [h, w, 3]) in any order; job (i, k) is sequence i cut to k tokens, with the noise of i.
 
@@ -221,17 +240,30 @@ def decode_prefixes(
 
 
 def _lists(
-    samples: list[Sample], paths: list[Path], sequences: list, log_probs: np.ndarray, image_size: int, settings: dict
+  samples: list[Sample], paths: list[Path], sequences: list, log_probs: np.ndarray, image_size: int, settings: dict
 ) -> dict[str, bytes]:
   """Returns tokens.json and samples.json."""
-  tokens = {"image_size": image_size, "num_tokens": settings["num_tokens"], "names": [s.name for s in samples],
-            "token_ids": [sequence.tolist() for sequence in sequences]}
+  tokens = {
+    "image_size": image_size,
+    "num_tokens": settings["num_tokens"],
+    "names": [s.name for s in samples],
+    "token_ids": [sequence.tolist() for sequence in sequences],
+  }
   entries = [
-      {"file": path.name, "condition": sample.condition, "prefix_image": sample.image, "prefix_tokens": sample.kept,
-       "length": len(sequence), "log_prob": float(log_prob)}
-      for sample, path, sequence, log_prob in zip(samples, paths, sequences, log_probs)]
-  return {"tokens.json": (json.dumps(tokens) + "\n").encode(),
-          "samples.json": (json.dumps({"settings": settings, "samples": entries}, indent=1) + "\n").encode()}
+    {
+      "file": path.name,
+      "condition": sample.condition,
+      "prefix_image": sample.image,
+      "prefix_tokens": sample.kept,
+      "length": len(sequence),
+      "log_prob": float(log_prob),
+    }
+    for sample, path, sequence, log_prob in zip(samples, paths, sequences, log_probs)
+  ]
+  return {
+    "tokens.json": (json.dumps(tokens) + "\n").encode(),
+    "samples.json": (json.dumps({"settings": settings, "samples": entries}, indent=1) + "\n").encode(),
+  }
 
 
 def _tell(what: str, done: int, total: int, batch_size: int):
@@ -291,7 +323,7 @@ def read_prompts(path: str) -> list[str]:
 
 
 def read_conditions(
-    classes: Sequence[str], prompts: Sequence[str], gen: generation.ARGenerator, named: str
+  classes: Sequence[str], prompts: Sequence[str], gen: generation.ARGenerator, named: str
 ) -> list[int | str | None]:
   """Returns classes, prompts, or [None].
 
@@ -347,8 +379,10 @@ def check_tokenizer(config: ConfigDict, params: Any, gen: generation.ARGenerator
   codes, registers = fsq.num_codes(config.tokens.levels), config.tokens.num_registers
   remedy = "give the tokenizer whose ids it was trained on"
   if gen.num_ids != codes or gen.num_tokens > registers:
-    raise ValueError(f"the generator draws up to {gen.num_tokens} tokens of {gen.num_ids} ids, {named} takes"
-                     f" {registers} of {codes}: {remedy}")
+    raise ValueError(
+      f"the generator draws up to {gen.num_tokens} tokens of {gen.num_ids} ids, {named} takes"
+      f" {registers} of {codes}: {remedy}"
+    )
   trained = gen.config.ar.tokenizer
   if trained and trained != (given := fingerprint.fingerprint(config, params)):
     raise ValueError(f"the generator was trained on ids of the tokenizer {trained}, but {named} is {given}: {remedy}")

@@ -39,14 +39,28 @@ from flextok_jax.weights import loading
 from flextok_jax.weights.perception import networks
 
 JUDGES = ("gfid", "sfid", "precision", "recall")
-_SWEPT = {"temperatures": ("temperature", float), "top_ks": ("top_k", int), "top_ps": ("top_p", float),
-          "guidance_scales": ("guidance_scale", float)}  # flags, and arguments of generate
+_SWEPT = {
+  "temperatures": ("temperature", float),
+  "top_ks": ("top_k", int),
+  "top_ps": ("top_p", float),
+  "guidance_scales": ("guidance_scale", float),
+}  # flags, and arguments of generate
 _DECODERS = {"decoder_scales": ("guidance_scale", float), "decoder_step_counts": ("num_steps", int)}
 _ONLY = {  # flags that one study alone takes
-    "variation": ("num_decodes",),
-    "halting": ("quality_metric", "qualities"),
-    "sampling": ("generator", "setting", "classes", "prompts_file", "num_samples", "judges", "reference",
-                 "reference_images", *_SWEPT, *_DECODERS),
+  "variation": ("num_decodes",),
+  "halting": ("quality_metric", "qualities"),
+  "sampling": (
+    "generator",
+    "setting",
+    "classes",
+    "prompts_file",
+    "num_samples",
+    "judges",
+    "reference",
+    "reference_images",
+    *_SWEPT,
+    *_DECODERS,
+  ),
 }
 
 
@@ -58,7 +72,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   texts("study", ["all"], f"Of {', '.join(STUDIES)}; or 'all', without sampling where there is no --generator.")
   string("checkpoint", None, "A tokenizer: file, folder or hub repository.")
   config_flags.DEFINE_config_file(
-      "config", None, "Settings of data, eval and sampler; default: the checkpoint's own.", flag_values=values)
+    "config", None, "Settings of data, eval and sampler; default: the checkpoint's own.", flag_values=values
+  )
   string("out", None, "Folder for the results.")
   texts("metrics", ["psnr", "ssim", "mae", "perceptual"], f"Of {', '.join(measures.NAMES)}; of tokens rfid too.")
   string("weights", None, "Folder with the weights of the metrics' networks.")
@@ -75,8 +90,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   string("quality_metric", None, "Of halting: the metric of the thresholds; default: the first of --metrics.")
   texts("qualities", [], "Of halting: thresholds; default: what each number of tokens gives on average.")
   string("generator", None, "Of sampling, as what follows: a generator, file, folder or hub repository.")
-  flags.DEFINE_multi_string("setting", [], "name=value, of flextok_jax.load_ar, for the released format.",
-                            flag_values=values)
+  flags.DEFINE_multi_string(
+    "setting", [], "name=value, of flextok_jax.load_ar, for the released format.", flag_values=values
+  )
   texts("classes", [], "Classes by number; default: all.")
   string("prompts_file", None, "File with a text a line.")
   integer("num_samples", 4, "Samples a class or prompt.", 1)
@@ -118,8 +134,10 @@ class Models:
   def sets(self) -> dict[str, dict]:
     """Evaluation sets by name, as of pipeline.eval_set."""
     c = self.config
-    return {name: pipeline.eval_set(c.data, name, image_size=c.image_size, num_images=c.eval.num_images)
-            for name in c.eval.sources}
+    return {
+      name: pipeline.eval_set(c.data, name, image_size=c.image_size, num_images=c.eval.num_images)
+      for name in c.eval.sources
+    }
 
   @functools.cached_property
   def _ids(self) -> dict[str, np.ndarray]:
@@ -135,8 +153,9 @@ class Models:
     """Returns batches.make_decode of the tokenizer with other settings of its sampler."""
     c = self.config.copy_and_resolve_references()
     c.sampler.update(sampler)
-    return batches.make_decode(make_stage(c).predict_fns["detokenize"], self.params, c.tokens.num_registers, c.seed,
-                               c.eval.batch_size, self.mesh)
+    return batches.make_decode(
+      make_stage(c).predict_fns["detokenize"], self.params, c.tokens.num_registers, c.seed, c.eval.batch_size, self.mesh
+    )
 
   @functools.cached_property
   def decode(self) -> Callable:
@@ -149,8 +168,12 @@ def main(values: flags.FlagValues):
   models, out = Models(values), Path(values.out)
   c = models.config
   settings = {
-      "image_size": c.image_size, "weights": models.identity, "metrics": list(values.metrics),
-      "networks": values.weights, "seed": c.seed, "sampler": c.sampler.to_dict(),
+    "image_size": c.image_size,
+    "weights": models.identity,
+    "metrics": list(values.metrics),
+    "networks": values.weights,
+    "seed": c.seed,
+    "sampler": c.sampler.to_dict(),
   }
   parts = report.Parts(out, settings)
   given = {"checkpoint": values.checkpoint} | {name: values[name].value for name in values if values[name].present}
@@ -180,8 +203,9 @@ def tokens(values: flags.FlagValues, models: Models, parts: report.Parts) -> rep
 def variation(values: flags.FlagValues, models: Models, parts: report.Parts) -> report.Outcome:
   """Variation between decodes of the same tokens."""
   asked = {name: _sources(models, [name]) | models.extent for name in models.config.eval.sources}
-  return variation_study.study(parts, models.decode, models.compare, models.encoded, asked, models.counts,
-                               values.num_decodes)
+  return variation_study.study(
+    parts, models.decode, models.compare, models.encoded, asked, models.counts, values.num_decodes
+  )
 
 
 def halt(values: flags.FlagValues, models: Models, parts: report.Parts) -> report.Outcome:
@@ -189,10 +213,20 @@ def halt(values: flags.FlagValues, models: Models, parts: report.Parts) -> repor
   c, metric = models.config, values.quality_metric or next(iter(models.measures))
   asked = {name: _sources(models, [name]) | models.extent for name in c.eval.sources}
   lengths = halting.make_lengths(
-      c, models.params, metric, models.measures[metric], c.seed, c.eval.batch_size, models.mesh)
+    c, models.params, metric, models.measures[metric], c.seed, c.eval.batch_size, models.mesh
+  )
   return halting.study(
-      parts, models.decode, models.compare, lengths, models.encoded, lambda name: models.sets[name]["num_objects"],
-      asked, models.counts, metric, cli.numbers("qualities", values.qualities, float))
+    parts,
+    models.decode,
+    models.compare,
+    lengths,
+    models.encoded,
+    lambda name: models.sets[name]["num_objects"],
+    asked,
+    models.counts,
+    metric,
+    cli.numbers("qualities", values.qualities, float),
+  )
 
 
 def sampling(values: flags.FlagValues, models: Models, parts: report.Parts) -> report.Outcome:
@@ -210,10 +244,12 @@ def sampling(values: flags.FlagValues, models: Models, parts: report.Parts) -> r
     _leave_out(values, decoders, "decoder_scales", "a decoder without guidance (see --decoder_guidance)")
   own = {name: gen.config.ar[name] for name, _ in swept.values()}
   choices = sampling_study.one_at_a_time(
-      own, {name: cli.numbers(flag, values[flag].value, kind) for flag, (name, kind) in swept.items()})
+    own, {name: cli.numbers(flag, values[flag].value, kind) for flag, (name, kind) in swept.items()}
+  )
   own = {name: c.sampler[name] for name, _ in decoders.values()}
   settings = sampling_study.one_at_a_time(
-      own, {name: cli.numbers(flag, values[flag].value, kind) for flag, (name, kind) in decoders.items()}, "decoder ")
+    own, {name: cli.numbers(flag, values[flag].value, kind) for flag, (name, kind) in decoders.items()}, "decoder "
+  )
   for sampler in settings.values():
     detokenize.with_sampler(c, sampler["num_steps"], None, sampler.get("guidance_scale"))
   each = [condition for condition in conditions for _ in range(values.num_samples)]
@@ -225,8 +261,13 @@ def sampling(values: flags.FlagValues, models: Models, parts: report.Parts) -> r
       row[: len(sequence)] = sequence
     return ids, np.array([len(sequence) for sequence in sequences]), log_probs
 
-  asked = {"generator": progress.identity(gen.params), "conditions": each, "judges": list(values.judges),
-           "reference": values.reference, "reference_images": values.reference_images}
+  asked = {
+    "generator": progress.identity(gen.params),
+    "conditions": each,
+    "judges": list(values.judges),
+    "reference": values.reference,
+    "reference_images": values.reference_images,
+  }
   judges = [sampling_study.diversity(models.compare)] if values.num_samples > 1 else []
   judges += [_judge(values, models)] if values.judges else []
   return sampling_study.study(parts, draw, models.decoder, judges, each, choices, settings, asked)
@@ -245,7 +286,8 @@ def _judge(values: flags.FlagValues, models: Models) -> sampling_study.Judge:
   look = reference.make_look(networks.inception(values.weights, values.judges[0]), size, models.mesh)
   images = bool(set(generation_metrics.NEED_IMAGES) & set(values.judges))
   compared = evaluate_samples.load_reference(
-      values.reference, values.reference_images, models.config, look, size, images)
+    values.reference, values.reference_images, models.config, look, size, images
+  )
   return sampling_study.against(compared, look, values.judges, size)
 
 
@@ -277,11 +319,14 @@ def _check_flags(values: flags.FlagValues) -> list[str]:
   for study, names in _ONLY.items():
     for name in names:
       if study not in chosen and values[name].present:
-        raise ValueError(f"--{name} is of the study of {study}: name it in --study" +
-                         (", and give --generator" if study == "sampling" and not values.generator else ""))
+        raise ValueError(
+          f"--{name} is of the study of {study}: name it in --study"
+          + (", and give --generator" if study == "sampling" and not values.generator else "")
+        )
   if not set(values.metrics) - ({evaluate.RFID} if chosen != ["tokens"] else set()):
-    raise ValueError(f"--metrics={','.join(values.metrics)} compare no two images: name one of"
-                     f" {', '.join(measures.NAMES)}")
+    raise ValueError(
+      f"--metrics={','.join(values.metrics)} compare no two images: name one of {', '.join(measures.NAMES)}"
+    )
   if values.quality_metric and values.quality_metric not in values.metrics:
     raise ValueError(f"--quality_metric={values.quality_metric} is not among --metrics: name it there as well")
   for name in values.judges:

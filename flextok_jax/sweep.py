@@ -100,8 +100,9 @@ def read_sweep(config: str) -> dict[str, dict[str, Any]]:
       raise ValueError(f"{name!r} in the sweep of {path} cannot name a folder: letters, digits and _ - . + = alone")
     label = re.sub("[^a-z0-9]+", "-", name.lower())  # as of jobs and TPUs: launch/sweep.sh
     if label in labels:
-      raise ValueError(f"{labels[label]!r} and {name!r} in the sweep of {path} are one name to some file systems, and"
-                       " to clusters")  # fmt: skip
+      raise ValueError(
+        f"{labels[label]!r} and {name!r} in the sweep of {path} are one name to some file systems, and to clusters"
+      )
     labels[label] = name
   return {name: dict(fields) for name, fields in sweep.items()}
 
@@ -190,12 +191,12 @@ def _read_run(workdir: Path) -> dict[str, Any]:
   except ValueError as e:
     raise ValueError(f"{newest} is no report: {e}") from None
   return {
-      "config": flatten_dict(checkpoint.read_config(str(workdir)).to_dict(), sep="."),
-      "metrics": logged[max(logged)] if logged else {},
-      "losses": {step: logged[step]["loss"] for step in sorted(logged)},
-      "rate": statistics.median(x["images_per_second"] for x in logged.values()) if logged else None,
-      "report": str(newest.relative_to(workdir)) if newest else None,
-      "scores": scores,
+    "config": flatten_dict(checkpoint.read_config(str(workdir)).to_dict(), sep="."),
+    "metrics": logged[max(logged)] if logged else {},
+    "losses": {step: logged[step]["loss"] for step in sorted(logged)},
+    "rate": statistics.median(x["images_per_second"] for x in logged.values()) if logged else None,
+    "report": str(newest.relative_to(workdir)) if newest else None,
+    "scores": scores,
   }
 
 
@@ -210,9 +211,17 @@ def summary(runs: Mapping[str, Mapping]) -> report.Table:
   """Returns a row a run: fields that differ, steps, loss since the log line before, images/s, which report there is."""
   fields = differing(runs)
   rows = [
-      [name, *(run["config"].get(field) for field in fields), run["metrics"].get("step"), run["metrics"].get("loss"),
-       run["rate"], run["scores"].get("loss"), run["report"]] for name, run in runs.items()
-  ]  # fmt: skip
+    [
+      name,
+      *(run["config"].get(field) for field in fields),
+      run["metrics"].get("step"),
+      run["metrics"].get("loss"),
+      run["rate"],
+      run["scores"].get("loss"),
+      run["report"],
+    ]
+    for name, run in runs.items()
+  ]
   return _without_empty("Runs", ["run", *fields, "steps", "loss", "images/s", "loss held out", "report"], rows)
 
 
@@ -238,8 +247,10 @@ def tables(runs: Mapping[str, Mapping], found: Mapping[tuple[str, str], Mapping]
   for (name, metric), by_run in found.items():
     columns = sorted({column for row in by_run.values() for column in row}, key=lambda x: (not x.isdigit(), len(x), x))
     decimals = measures.DECIMALS.get(metric, 4)
-    rows = [[run, *(f"{row[c]:.{decimals}f}" if c in row else None for c in columns)]
-            for run, row in ((run, by_run.get(run, {})) for run in runs)]  # fmt: skip
+    rows = [
+      [run, *(f"{row[c]:.{decimals}f}" if c in row else None for c in columns)]
+      for run, row in ((run, by_run.get(run, {})) for run in runs)
+    ]
     made.append(report.Table(f"{name}: {measures.UNITS.get(metric, metric)}", ["run \\ tokens", *columns], rows))
   return made
 
@@ -275,14 +286,18 @@ def write(runs: Mapping[str, Mapping], found: Mapping[tuple[str, str], Mapping],
   for table in tables(runs, found):
     blocks += [f"**{table.title}**", report.markdown_table(table.columns, table.rows)]
   whole = {
-      name: {
-          "fields": {field: run["config"].get(field) for field in fields}, "metrics": run["metrics"],
-          "images_per_second": run["rate"], "report": run["report"], "scores": run["scores"],
-      } for name, run in runs.items()
-  }  # fmt: skip
+    name: {
+      "fields": {field: run["config"].get(field) for field in fields},
+      "metrics": run["metrics"],
+      "images_per_second": run["rate"],
+      "report": run["report"],
+      "scores": run["scores"],
+    }
+    for name, run in runs.items()
+  }
   contents = {
-      "table.md": ("\n\n".join(blocks + ["![](table.png)"] * bool(drawn)) + "\n").encode(),
-      "table.json": (json.dumps({"fields": fields, "runs": whole}, indent=1) + "\n").encode(),
+    "table.md": ("\n\n".join(blocks + ["![](table.png)"] * bool(drawn)) + "\n").encode(),
+    "table.json": (json.dumps({"fields": fields, "runs": whole}, indent=1) + "\n").encode(),
   }
   if drawn:
     contents["table.png"] = drawn

@@ -48,36 +48,58 @@ _OF_LENGTHS = ("metric", "decoder_steps", "decoder_guidance")  # flags that need
 # Flags that --images has no use for.
 _OF_SHARDS = ("what", "split", "num_images", "copies", "shards", "quality", *_OF_LENGTHS, "dtype")
 _NOT_OF = {  # flags that the kinds of shards have no use for
-    "tokens": ("dtype",),
-    "latents": ("num_tokens", "quality", *_OF_LENGTHS),
-    "dino": ("num_tokens", "quality", *_OF_LENGTHS, "checkpoint"),
-    "images": ("num_tokens", "quality", *_OF_LENGTHS, "dtype", "checkpoint", "copies"),
+  "tokens": ("dtype",),
+  "latents": ("num_tokens", "quality", *_OF_LENGTHS),
+  "dino": ("num_tokens", "quality", *_OF_LENGTHS, "checkpoint"),
+  "images": ("num_tokens", "quality", *_OF_LENGTHS, "dtype", "checkpoint", "copies"),
 }
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
-  flags.DEFINE_string("checkpoint", None, "A tokenizer, or for latents a VAE: file, folder or hub repository.",
-                      flag_values=values)
+  flags.DEFINE_string(
+    "checkpoint", None, "A tokenizer, or for latents a VAE: file, folder or hub repository.", flag_values=values
+  )
   flags.DEFINE_list("images", None, "Image files and folders, separated by commas.", flag_values=values)
   flags.DEFINE_string("out", None, "File to write, .json or .npz; with --config a folder.", flag_values=values)
   flags.DEFINE_integer("num_tokens", None, "Tokens to write an image; default: all.", flag_values=values)
   flags.DEFINE_integer("batch_size", 32, "Images at once.", flag_values=values)
   config_flags.DEFINE_config_file(
-      "config", None, "For shards: a file whose data and seed say what to read.", flag_values=values)
+    "config", None, "For shards: a file whose data and seed say what to read.", flag_values=values
+  )
   flags.DEFINE_enum("what", "tokens", WHAT, "With --config: what the shards hold.", flag_values=values)
   flags.DEFINE_enum("split", "train", ("train", "validation"), "With --config: of the sources.", flag_values=values)
   flags.DEFINE_integer("num_images", None, "With --config: images; default: all of one source.", flag_values=values)
-  flags.DEFINE_integer("copies", 1, "With --config: crops of each image, the first the centre crop, the others as in "
-                       "training.", flag_values=values)
+  flags.DEFINE_integer(
+    "copies",
+    1,
+    "With --config: crops of each image, the first the centre crop, the others as in training.",
+    flag_values=values,
+  )
   flags.DEFINE_integer("shards", None, "With --config: files; default: one for about 4096 records.", flag_values=values)
-  flags.DEFINE_float("quality", None, "With --config: stores the length of the shortest prefix whose reconstruction is "
-                     "this near, in --metric; default: all tokens.", flag_values=values)
+  flags.DEFINE_float(
+    "quality",
+    None,
+    "With --config: stores the length of the shortest prefix whose reconstruction is "
+    "this near, in --metric; default: all tokens.",
+    flag_values=values,
+  )
   flags.DEFINE_string("metric", "mse", "With --quality: the distance.", flag_values=values)
-  flags.DEFINE_integer("decoder_steps", None, "With --quality: Euler steps of the decoder (one gives about the mean of "
-                       "all images of these tokens); default: the tokenizer's.", 1, flag_values=values)
-  flags.DEFINE_enum("decoder_guidance", None, guidance.MODES, "With --quality: of the reconstruction; default: the "
-                    "tokenizer's.", flag_values=values)
+  flags.DEFINE_integer(
+    "decoder_steps",
+    None,
+    "With --quality: Euler steps of the decoder (one gives about the mean of "
+    "all images of these tokens); default: the tokenizer's.",
+    1,
+    flag_values=values,
+  )
+  flags.DEFINE_enum(
+    "decoder_guidance",
+    None,
+    guidance.MODES,
+    "With --quality: of the reconstruction; default: the tokenizer's.",
+    flag_values=values,
+  )
   # float16 has 11 bits of mantissa to bfloat16's 8, and latents are far from its largest value, 65504.
   flags.DEFINE_enum("dtype", "float16", latent_shards.DTYPES, "Of latents and features.", flag_values=values)
 
@@ -120,13 +142,19 @@ def write_shards(values: flags.FlagValues):
       raise ValueError(f"--{name} has no meaning for --what={values.what}")
   if Path(values.out).is_file():
     raise ValueError(f"--out={values.out} is a file: shards need a folder")
-  mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,),
-                       devices=jax.local_devices())
+  mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,), devices=jax.local_devices())
   make = {"tokens": _tokens, "latents": _latents, "dino": _features, "images": _pictures}[values.what]
   shard_writer.write_shards(
-      values.out, values.config, make(values, mesh), split=values.split, num_images=values.num_images,
-      copies=values.copies, num_shards=values.shards, process_index=jax.process_index(),
-      process_count=jax.process_count())
+    values.out,
+    values.config,
+    make(values, mesh),
+    split=values.split,
+    num_images=values.num_images,
+    copies=values.copies,
+    num_shards=values.shards,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
 
 
 def _batch_size(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> int:
@@ -136,12 +164,18 @@ def _batch_size(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> int:
 
 def _tokens(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents.Tokens:
   config, params, tokenize_fn, num_tokens = _load(values)
-  tokenizer = {"fingerprint": fingerprint(config, params), "dtype": config.dtype, "image_size": config.image_size,
-               "num_ids": fsq.num_codes(config.tokens.levels), "num_tokens": num_tokens}
+  tokenizer = {
+    "fingerprint": fingerprint(config, params),
+    "dtype": config.dtype,
+    "image_size": config.image_size,
+    "num_ids": fsq.num_codes(config.tokens.levels),
+    "num_tokens": num_tokens,
+  }
   params = jax.device_put(params, sharding.replicated(mesh))
   lengths_fn = None
   if values.quality is not None:
     from flextok_jax.inference import adaptive  # late: only lengths need it
+
     config = detokenize.with_sampler(config, values.decoder_steps, values.decoder_guidance, None)
     lengths_fn = adaptive.make_lengths_fn(config, params, values.quality, values.metric)
     tokenizer["sampler"] = config.sampler.to_dict()
@@ -155,17 +189,24 @@ def _tokens(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents
     ids = tokenize_fn(params, images)[:, :num_tokens]
     return ids, lengths_fn and lengths_fn(images, ids)
 
-  return shard_contents.Tokens(encode, tokenizer, _batch_size(values, mesh), values.quality,
-                               lengths_fn and values.metric)
+  return shard_contents.Tokens(
+    encode, tokenizer, _batch_size(values, mesh), values.quality, lengths_fn and values.metric
+  )
 
 
 def _latents(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents.Latents:
   config, params = loading.load(values.checkpoint)
   if "vae" not in params:
-    raise ValueError(f"{values.checkpoint} is a model of stage {config.stage!r} without a VAE, so it has no latents to "
-                     "write: give a VAE, or a tokenizer that has one")
-  facts = {"fingerprint": vae_fingerprint(config, params), "compute_dtype": config.vae.get("dtype", config.dtype),
-           "image_size": config.image_size, "dtype": values.dtype}
+    raise ValueError(
+      f"{values.checkpoint} is a model of stage {config.stage!r} without a VAE, so it has no latents to "
+      "write: give a VAE, or a tokenizer that has one"
+    )
+  facts = {
+    "fingerprint": vae_fingerprint(config, params),
+    "compute_dtype": config.vae.get("dtype", config.dtype),
+    "image_size": config.image_size,
+    "dtype": values.dtype,
+  }
   vae = make_vae(config)
   params = jax.device_put(params["vae"], sharding.replicated(mesh))
 
@@ -185,9 +226,14 @@ def _features(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_conten
   config = values.config
   sizes, params = teacher.read(config)
   grid = repa.teacher_grid(config)
-  facts = {"fingerprint": teacher.fingerprint(sizes, params), "teacher": config.repa.teacher,
-           "compute_dtype": config.repa.dtype, "image_size": config.image_size,
-           "shape": [grid**2, config.repa.features], "dtype": values.dtype}
+  facts = {
+    "fingerprint": teacher.fingerprint(sizes, params),
+    "teacher": config.repa.teacher,
+    "compute_dtype": config.repa.dtype,
+    "image_size": config.image_size,
+    "shape": [grid**2, config.repa.features],
+    "dtype": values.dtype,
+  }
   features = teacher.make_features_fn(config, sizes, params, mesh)
   del params
 
@@ -209,7 +255,8 @@ def _load(values: flags.FlagValues):
     raise ValueError(f"{values.checkpoint} is a model of stage {config.stage!r}, which has no tokens")
   registers = config.tokens.num_registers
   (num_tokens,) = reconstruction.token_counts(
-      (registers if values.num_tokens is None else values.num_tokens,), registers)
+    (registers if values.num_tokens is None else values.num_tokens,), registers
+  )
   slots = nested.slots(num_tokens - 1, registers)
   return config, params, functools.partial(predict_fns["tokenize"], num_tokens=slots), num_tokens
 
@@ -231,12 +278,21 @@ def write_tokens(path: Path, image_size: int, names: list[str], token_ids: np.nd
   """Writes a token file, whole or not at all: token_ids int32 [n, k], a name an entry."""
   if path.suffix == ".npz":
     buffer = io.BytesIO()
-    np.savez(buffer, image_size=image_size, num_tokens=token_ids.shape[1], names=np.asarray(names, np.str_),
-             token_ids=token_ids.astype(np.int32))
+    np.savez(
+      buffer,
+      image_size=image_size,
+      num_tokens=token_ids.shape[1],
+      names=np.asarray(names, np.str_),
+      token_ids=token_ids.astype(np.int32),
+    )
     files.write_file(path, buffer.getvalue())
     return
-  fields = {"image_size": image_size, "num_tokens": token_ids.shape[1], "names": list(names),
-            "token_ids": token_ids.tolist()}
+  fields = {
+    "image_size": image_size,
+    "num_tokens": token_ids.shape[1],
+    "names": list(names),
+    "token_ids": token_ids.tolist(),
+  }
   files.write_file(path, (json.dumps(fields) + "\n").encode())
 
 

@@ -62,10 +62,7 @@ def train(config, workdir: str):
   checkpoint.check_workdir(workdir, config)
 
   keep = config.train.keep_checkpoints, config.train.keep_period
-  with (
-      checkpoint.locked(workdir),
-      contextlib.closing(checkpoint.Checkpoints(workdir, *keep, own=True)) as checkpoints,
-  ):
+  with checkpoint.locked(workdir), contextlib.closing(checkpoint.Checkpoints(workdir, *keep, own=True)) as checkpoints:
     # State: at birth in its place on the mesh, or from the newest checkpoint into the same places.
     parts = loading.abstract_params(config)  # of the model, without what the loss alone needs
     boxed = jax.eval_shape(lambda key: init_state(stage, optimizer, key), init_key)
@@ -73,8 +70,9 @@ def train(config, workdir: str):
     if checkpoints.latest_step() is None:
       # Before anything is compiled.
       given = _read_init(config.init_from, [k for k in boxed.frozen if k in parts], mesh)
-      networks = {k: jax.tree.map(sharding.place, tree, shardings.frozen[k])
-                  for k, tree in stage.auxiliary_files().items()}
+      networks = {
+        k: jax.tree.map(sharding.place, tree, shardings.frozen[k]) for k, tree in stage.auxiliary_files().items()
+      }
       with spent.spending("compile"):
         state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)), out_shardings=shardings)(init_key)
       state = state.replace(frozen={k: networks.get(k, v) for k, v in state.frozen.items()})
@@ -87,11 +85,9 @@ def train(config, workdir: str):
       processes.say(f"resuming from step {int(state.step)} of {workdir}")
     inputs.check_latents(config, state.frozen)
     update = jax.jit(
-        make_update(
-            stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=config.optim.ema_decay
-        ),
-        donate_argnums=0,
-        out_shardings=(shardings, sharding.replicated(mesh)),
+      make_update(stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=config.optim.ema_decay),
+      donate_argnums=0,
+      out_shardings=(shardings, sharding.replicated(mesh)),
     )
 
     first, last = int(state.step), config.train.num_steps
@@ -101,15 +97,15 @@ def train(config, workdir: str):
     writer = metrics_lib.Writer(workdir, config.train.tensorboard) if processes.is_first() else _NoWriter()
     count = sum(x.size for x in jax.tree.leaves(state.params))
     processes.say(
-        f"stage {config.stage}: {count / 1e6:.1f}M trained parameters, {mesh.size} devices, steps {first}..{last}"
+      f"stage {config.stage}: {count / 1e6:.1f}M trained parameters, {mesh.size} devices, steps {first}..{last}"
     )
 
     pending, measured, mark = None, None, (time.monotonic(), first)
     with (
-        processes.preemption() as preempted,
-        contextlib.closing(writer),
-        contextlib.closing(profile),
-        spent.spending("step"),
+      processes.preemption() as preempted,
+      contextlib.closing(writer),
+      contextlib.closing(profile),
+      spent.spending("step"),
     ):
       for step in range(first + 1, last + 1):
         profile.before(step, state)
@@ -193,13 +189,13 @@ def _check(scalars: dict, images: int, config, checkpoints):
     kept = checkpoints.latest_step()
     state = f"the checkpoint of step {kept} is untouched" if kept is not None else "there is no checkpoint yet"
     raise ValueError(
-        f"loss or gradient not finite at step {bad}; {state}. "
-        "Lower optim.learning_rate or optim.clip_norm, or look at the data of that step"
+      f"loss or gradient not finite at step {bad}; {state}. "
+      "Lower optim.learning_rate or optim.clip_norm, or look at the data of that step"
     )
   if scalars["unreadable"] > config.data.max_unreadable * images:
     raise ValueError(
-        f"{int(scalars['unreadable'])} unreadable files among the last {images} images, a larger share than "
-        f"data.max_unreadable={config.data.max_unreadable}; the log names them"
+      f"{int(scalars['unreadable'])} unreadable files among the last {images} images, a larger share than "
+      f"data.max_unreadable={config.data.max_unreadable}; the log names them"
     )
 
 
@@ -217,8 +213,8 @@ def _line(step: int, last: int, s: dict) -> str:
   minutes, seconds = divmod(int(s["eta_seconds"]), 60)
   eta = f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
   return (
-      f"step {step}/{last}  loss {s['loss']:.4f}  |grad| {s['grad_norm']:.3f}  lr {s['learning_rate']:.2e}  "
-      f"{s['images_per_second']:.1f} images/s  ETA {eta}  {goodput.line(s)}"
+    f"step {step}/{last}  loss {s['loss']:.4f}  |grad| {s['grad_norm']:.3f}  lr {s['learning_rate']:.2e}  "
+    f"{s['images_per_second']:.1f} images/s  ETA {eta}  {goodput.line(s)}"
   )
 
 

@@ -29,18 +29,41 @@ from tests.conftest import ROOT
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
 SIZES = {  # millions of parameters with the VAE, as published; those count the fixed position tables too
-    "flextok_d12_d12_in1k": 341.7, "flextok_d18_d18_in1k": 949.7, "flextok_d18_d28_in1k": 2540.9,
-    "flextok_d18_d28_dfn": 2540.9, "vae_c4": 83.8, "vae_c8": 83.8, "vae_c16": 83.8,
+  "flextok_d12_d12_in1k": 341.7,
+  "flextok_d18_d18_in1k": 949.7,
+  "flextok_d18_d28_in1k": 2540.9,
+  "flextok_d18_d28_dfn": 2540.9,
+  "vae_c4": 83.8,
+  "vae_c8": 83.8,
+  "vae_c16": 83.8,
 }
 AR_SIZES = {  # millions of parameters in the blocks, as published
-    "ar_49m": 49, "ar_85m": 85, "ar_201m": 201, "ar_393m": 393, "ar_679m": 679, "ar_1b3": 1327,
-    "ar_113m": 113, "ar_382m": 382, "ar_1b": 1152, "ar_3b": 3058,
+  "ar_49m": 49,
+  "ar_85m": 85,
+  "ar_201m": 201,
+  "ar_393m": 393,
+  "ar_679m": 679,
+  "ar_1b3": 1327,
+  "ar_113m": 113,
+  "ar_382m": 382,
+  "ar_1b": 1152,
+  "ar_3b": 3058,
 }
 ASSETS = ROOT / "flextok_jax" / "assets"
 
 
-@pytest.fixture(params=[*EXPERIMENTS, "quickstart:coarse", "quickstart:scratch", "shapes:coarse", "shapes_ar:text",
-                        "shapes_ar:stop", "emoji:coarse", "emoji_ar:text"])
+@pytest.fixture(
+  params=[
+    *EXPERIMENTS,
+    "quickstart:coarse",
+    "quickstart:scratch",
+    "shapes:coarse",
+    "shapes_ar:text",
+    "shapes_ar:stop",
+    "emoji:coarse",
+    "emoji_ar:text",
+  ]
+)
 def name(request):
   return request.param
 
@@ -169,8 +192,8 @@ def test_a_frozen_vae_computes_in_float32_and_a_trained_one_in_bfloat16(name):
 def test_the_folder_of_dfn_must_be_given():
   c = parse("flextok_d18_d28_dfn")
   for read in (
-      lambda: pipeline.eval_set(c.data, "folder", image_size=256, num_images=1),
-      lambda: pipeline.train_batches(c.data, image_size=256, seed=0),
+    lambda: pipeline.eval_set(c.data, "folder", image_size=256, num_images=1),
+    lambda: pipeline.train_batches(c.data, image_size=256, seed=0),
   ):
     with pytest.raises(ValueError, match="pass --config.data.sources.folder.path=DIR"):
       read()

@@ -25,15 +25,15 @@ class Accelerator:
 # and tpu7x 4 times as many), with which the cycles agree that the compiler reckons with for large products.
 # GPUs: NVIDIA's data sheets of the SXM modules, dense; links: NVLink, one direction.
 _CHIPS = {
-    "TPU v4": Accelerator(275e12, 32 * GIB, 1228 * GB, 300 * GB, 3, cores=2, clock=275e12 / 2**18),
-    "TPU v5 lite": Accelerator(197e12, 16 * GIB, 819 * GB, 200 * GB, 2, clock=197e12 / 2**17),
-    "TPU v5": Accelerator(459e12, 95 * GIB, 2765 * GB, 600 * GB, 3, cores=2, clock=459e12 / 2**18),  # v5p
-    "TPU v6 lite": Accelerator(918e12, 32 * GIB, 1638 * GB, 400 * GB, 2, clock=918e12 / 2**19),
-    "TPU7x": Accelerator(2307e12, 192 * GIB, 7380 * GB, 600 * GB, 3, cores=2, clock=2307e12 / 2**20),
-    "NVIDIA A100-SXM4-40GB": Accelerator(312e12, 40 * GB, 1555 * GB, 300 * GB, 1),
-    "NVIDIA A100-SXM4-80GB": Accelerator(312e12, 80 * GB, 2039 * GB, 300 * GB, 1),
-    "NVIDIA H100 80GB HBM3": Accelerator(989e12, 80 * GB, 3350 * GB, 450 * GB, 1),
-    "NVIDIA H200": Accelerator(989e12, 141 * GB, 4800 * GB, 450 * GB, 1),
+  "TPU v4": Accelerator(275e12, 32 * GIB, 1228 * GB, 300 * GB, 3, cores=2, clock=275e12 / 2**18),
+  "TPU v5 lite": Accelerator(197e12, 16 * GIB, 819 * GB, 200 * GB, 2, clock=197e12 / 2**17),
+  "TPU v5": Accelerator(459e12, 95 * GIB, 2765 * GB, 600 * GB, 3, cores=2, clock=459e12 / 2**18),  # v5p
+  "TPU v6 lite": Accelerator(918e12, 32 * GIB, 1638 * GB, 400 * GB, 2, clock=918e12 / 2**19),
+  "TPU7x": Accelerator(2307e12, 192 * GIB, 7380 * GB, 600 * GB, 3, cores=2, clock=2307e12 / 2**20),
+  "NVIDIA A100-SXM4-40GB": Accelerator(312e12, 40 * GB, 1555 * GB, 300 * GB, 1),
+  "NVIDIA A100-SXM4-80GB": Accelerator(312e12, 80 * GB, 2039 * GB, 300 * GB, 1),
+  "NVIDIA H100 80GB HBM3": Accelerator(989e12, 80 * GB, 3350 * GB, 450 * GB, 1),
+  "NVIDIA H200": Accelerator(989e12, 141 * GB, 4800 * GB, 450 * GB, 1),
 }
 
 

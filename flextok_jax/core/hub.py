@@ -38,8 +38,8 @@ def fetch_file(repository: str, *names: str, needed: str) -> str:
     from huggingface_hub.utils import EntryNotFoundError
   except ImportError:
     raise FileNotFoundError(
-        f"{repository} is no file or folder here, and without huggingface_hub it cannot be downloaded: "
-        f"pip install huggingface_hub, or give a folder with {needed}"
+      f"{repository} is no file or folder here, and without huggingface_hub it cannot be downloaded: "
+      f"pip install huggingface_hub, or give a folder with {needed}"
     ) from None
   try:
     for name in names[:-1]:
@@ -51,6 +51,6 @@ def fetch_file(repository: str, *names: str, needed: str) -> str:
   except Exception as e:  # network, authentication, offline mode: huggingface_hub and its client raise many kinds
     reason = str(e).strip().partition("\n")[0].partition(". ")[0][:160]
     raise FileNotFoundError(
-        f"{repository} is no file or folder here, nor could it be downloaded ({type(e).__name__}: {reason}). Download "
-        f"{needed} from https://huggingface.co/{repository} into a folder and give that folder"
+      f"{repository} is no file or folder here, nor could it be downloaded ({type(e).__name__}: {reason}). Download "
+      f"{needed} from https://huggingface.co/{repository} into a folder and give that folder"
     ) from None

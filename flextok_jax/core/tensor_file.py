@@ -86,9 +86,9 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def write(
-    path: str | os.PathLike,
-    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...], Callable[[], np.ndarray]]],
-    metadata: Mapping[str, str],
+  path: str | os.PathLike,
+  tensors: Mapping[str, tuple[np.dtype, tuple[int, ...], Callable[[], np.ndarray]]],
+  metadata: Mapping[str, str],
 ):
   """Writes {name: (dtype, shape, function that makes the tensor)} in the given order, whole or not at all.
 

@@ -28,9 +28,7 @@ class Compiler:
   def __init__(self):
     self._programs = {}
 
-  def __call__(
-      self, fn: Callable, args: tuple, precision: str | None = None, donated: bool = False
-  ) -> Program:
+  def __call__(self, fn: Callable, args: tuple, precision: str | None = None, donated: bool = False) -> Program:
     """Compiles fn for args.
 
     Args:
@@ -49,12 +47,12 @@ class Compiler:
 
 
 def time_rounds(
-    programs: dict[str, Callable],
-    args: tuple,
-    repeats: int,
-    limit: float = float("inf"),
-    carried: bool = False,
-    warm_up: dict[str, Callable] | None = None,
+  programs: dict[str, Callable],
+  args: tuple,
+  repeats: int,
+  limit: float = float("inf"),
+  carried: bool = False,
+  warm_up: dict[str, Callable] | None = None,
 ) -> dict[str, list[float]]:
   """Times programs in rounds; a round calls each once, and their order turns from round to round.
 

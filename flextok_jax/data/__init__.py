@@ -1,1 +1,1 @@
-"""Image sources, transforms and the batch pipeline."""
+"""Images, captions and shards to batches."""

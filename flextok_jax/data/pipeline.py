@@ -58,8 +58,12 @@ class _Prepare(grain.transforms.RandomMap):
       return self._augment(image, rng)
 
     record, skipped = sources_lib.read(self._source, int(index), crop)
-    return {"image": record["image"], "label": np.int32(record["label"]),
-            "num_objects": np.int32(record["num_objects"]), "unreadable": np.int32(skipped)}
+    return {
+      "image": record["image"],
+      "label": np.int32(record["label"]),
+      "num_objects": np.int32(record["num_objects"]),
+      "unreadable": np.int32(skipped),
+    }
 
 
 class _LocalRows:
@@ -91,8 +95,9 @@ def _check(data_cfg):
     if not data_cfg.sources[name].weight >= 0.0:
       raise ValueError(f"config.data.sources.{name}.weight must be >= 0, got {data_cfg.sources[name].weight}")
   if not any(data_cfg.sources[name].weight for name in data_cfg.sources):
-    raise ValueError("no data source has a weight above 0: set one, "
-                     "for example --config.data.sources.synthetic.weight=1")
+    raise ValueError(
+      "no data source has a weight above 0: set one, for example --config.data.sources.synthetic.weight=1"
+    )
 
 
 def open_sources(data_cfg, split: str) -> dict:
@@ -123,8 +128,9 @@ def _elements(data_cfg, image_size: int, seed: int):
   return mix(data_cfg, parts)
 
 
-def train_batches(data_cfg, *, image_size: int, seed: int, start_step: int = 0, process_index: int = 0,
-                  process_count: int = 1):
+def train_batches(
+  data_cfg, *, image_size: int, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+):
   """Returns an endless iterator over this process's rows of the global batches of steps start_step, start_step + 1, ...
 
   Rows are a contiguous block of b = global_batch / process_count. A batch: image uint8 [b, s, s, 3]; label,
@@ -165,8 +171,13 @@ def stream(rows, size: int, data_cfg, *, drop_remainder: bool = True, batch_fn=N
   # Workers take whole batches in turn: a batch is the unit that they interleave.
   options = grain.ReadOptions(num_threads=data_cfg.num_threads, prefetch_buffer_size=max(data_cfg.num_threads, 1))
   batches = rows.batch(size, **batching).to_iter_dataset(options)
-  return iter(batches.mp_prefetch(grain.MultiprocessingOptions(
-      num_workers=data_cfg.num_workers, per_worker_buffer_size=max(data_cfg.prefetch // data_cfg.num_workers, 1))))
+  return iter(
+    batches.mp_prefetch(
+      grain.MultiprocessingOptions(
+        num_workers=data_cfg.num_workers, per_worker_buffer_size=max(data_cfg.prefetch // data_cfg.num_workers, 1)
+      )
+    )
+  )
 
 
 class EvalImages:
@@ -207,8 +218,8 @@ def eval_set(data_cfg, name: str, *, image_size: int, num_images: int) -> dict:
   """Returns all of EvalImages: image uint8 [n, s, s, 3], label and num_objects int32 [n], caption list of str."""
   records = EvalImages(data_cfg, name, image_size=image_size, num_images=num_images).records(slice(None))
   return {
-      "image": np.stack([r["image"] for r in records]),
-      "label": np.array([r["label"] for r in records], np.int32),
-      "caption": [r["caption"] for r in records],
-      "num_objects": np.array([r["num_objects"] for r in records], np.int32),
+    "image": np.stack([r["image"] for r in records]),
+    "label": np.array([r["label"] for r in records], np.int32),
+    "caption": [r["caption"] for r in records],
+    "num_objects": np.array([r["num_objects"] for r in records], np.int32),
   }

@@ -28,8 +28,12 @@ def make_tokenizer(cfg_text):
   if cfg_text.encoder == "bytes":
     return ByteTokenizer(cfg_text.max_length)
   if cfg_text.encoder == "t5":
-    path = _find(cfg_text.path, FILES, f"give config.text.path a folder with {' or '.join(FILES)} or a repository on "
-                 "Hugging Face, such as google/flan-t5-xl")
+    path = _find(
+      cfg_text.path,
+      FILES,
+      f"give config.text.path a folder with {' or '.join(FILES)} or a repository on "
+      "Hugging Face, such as google/flan-t5-xl",
+    )
     return T5Tokenizer(path, cfg_text.max_length)
   raise ValueError(f"unknown config.text.encoder {cfg_text.encoder!r}: use 't5' or 'bytes'")
 
@@ -59,8 +63,9 @@ class T5Tokenizer:
     read = _read_tokenizers(path, "</s>", "<pad>") if self._fast else _read_sentencepiece(path)
     self._model, self.vocab_size, end, padding = read
     if (end, padding) != (_T5_END, 0):
-      raise ValueError(f"{path} is not the tokenizer of a T5: there </s> is {_T5_END} and <pad> 0, here {end} and "
-                       f"{padding}")
+      raise ValueError(
+        f"{path} is not the tokenizer of a T5: there </s> is {_T5_END} and <pad> 0, here {end} and {padding}"
+      )
 
   def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     if self._fast:
@@ -74,8 +79,11 @@ class CLIPTokenizer:
   """CLIP's tokens, from the tokenizer.json of a folder or a repository of the hub; a caption has a start, too."""
 
   def __init__(self, source: str, max_length: int = 77):
-    path = _find(source, FILES[:1], f"give a folder with {FILES[0]} or a repository on Hugging Face, such as "
-                 "openai/clip-vit-base-patch32")
+    path = _find(
+      source,
+      FILES[:1],
+      f"give a folder with {FILES[0]} or a repository on Hugging Face, such as openai/clip-vit-base-patch32",
+    )
     self._max_length = max_length
     self._model, self.vocab_size, self._end, self._start = _read_tokenizers(path, "<|endoftext|>", "<|startoftext|>")
     if None in (self._end, self._start):

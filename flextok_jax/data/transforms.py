@@ -11,8 +11,16 @@ from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 # What Pillow raises on files that are missing, foreign, truncated, corrupt or absurdly large.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
-                 Image.DecompressionBombError)
+DECODE_ERRORS = (
+  OSError,
+  SyntaxError,
+  ValueError,
+  EOFError,
+  IndexError,
+  struct.error,
+  zlib.error,
+  Image.DecompressionBombError,
+)
 MAX_ASPECT = 64  # a longer strip is cut to this before it is resized, for bounded memory
 REDUCTIONS = (8, 4, 2)  # libjpeg decodes at 1 / these, for less work
 # Values of the EXIF orientation: sides swapped, the left side is the end of a stored row or column, the top side too.
@@ -124,7 +132,7 @@ def center_crop(image, size: int, reduce: bool = False) -> np.ndarray:
   if (width, height) != image.size:
     image = image.resize((width, height), Image.Resampling.BILINEAR, box)
   left, top = round((width - size) / 2.0), round((height - size) / 2.0)  # halves to even, like torchvision
-  return np.asarray(image)[top:top + size, left:left + size].copy()
+  return np.asarray(image)[top : top + size, left : left + size].copy()
 
 
 def random_box(width: int, height: int, rng: np.random.Generator, min_area: float) -> tuple[int, int, int, int]:
@@ -145,8 +153,9 @@ def random_box(width: int, height: int, rng: np.random.Generator, min_area: floa
   return left, top, left + w, top + h
 
 
-def random_resized_crop(image, size: int, rng: np.random.Generator, min_area: float, reduce: bool = False
-                        ) -> np.ndarray:
+def random_resized_crop(
+  image, size: int, rng: np.random.Generator, min_area: float, reduce: bool = False
+) -> np.ndarray:
   """The region of random_box, resized: uint8 [size, size, 3].
 
   Antialiased bilinear, like center_crop and torchvision's RandomResizedCrop: two thirds of the time of bicubic, and one

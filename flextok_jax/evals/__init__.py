@@ -1,1 +1,1 @@
-"""Evaluations of trained models: image metrics, reconstruction reports, and their pictures."""
+"""Evaluation."""

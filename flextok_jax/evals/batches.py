@@ -45,7 +45,7 @@ class Batched:
 
 
 def make_decode(
-    detokenize: Callable, params: Any, num_registers: int, seed: int, batch_size: int, mesh: jax.sharding.Mesh
+  detokenize: Callable, params: Any, num_registers: int, seed: int, batch_size: int, mesh: jax.sharding.Mesh
 ) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
   """Makes the decoder of a tokenizer.
 
@@ -79,7 +79,7 @@ def make_decode(
 
 
 def make_compare(
-    measures: Mapping[str, Measure], batch_size: int, mesh: jax.sharding.Mesh
+  measures: Mapping[str, Measure], batch_size: int, mesh: jax.sharding.Mesh
 ) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
   """Makes the function of two uint8 [n, h, w, 3] that returns {name of a measure: float32 [n]}."""
 

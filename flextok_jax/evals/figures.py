@@ -30,8 +30,10 @@ def estimate(values: np.ndarray) -> list[float]:
 
 
 def curves(
-    panels: Mapping[str, Mapping[str, Line]], xlabel: str, ticks: Sequence[int],
-    others: Mapping[str, Mapping[str, Mapping[str, Line]]] = {},  # noqa: B006 never changed
+  panels: Mapping[str, Mapping[str, Line]],
+  xlabel: str,
+  ticks: Sequence[int],
+  others: Mapping[str, Mapping[str, Mapping[str, Line]]] = {},  # noqa: B006 never changed
 ) -> bytes:
   """Draws panels {title: {label: line}} over one log2 axis with these ticks; returns a PNG.
 

@@ -50,20 +50,20 @@ class Generation:
   """
 
   def __init__(
-      self,
-      draw: Callable[[np.ndarray], jax.Array],
-      decode: Callable[..., jax.Array],
-      num_ids: int,
-      num_registers: int,
-      image_size: int,
-      columns: Sequence[int],
-      names: Sequence[str],
-      networks: Mapping[str, jax.tree_util.Partial],
-      facts: Callable[[np.ndarray], dict[str, np.ndarray]],
-      reference: Reference | None,
-      mesh: jax.sharding.Mesh,
-      progress: Progress | None = None,
-      samples: Path | None = None,
+    self,
+    draw: Callable[[np.ndarray], jax.Array],
+    decode: Callable[..., jax.Array],
+    num_ids: int,
+    num_registers: int,
+    image_size: int,
+    columns: Sequence[int],
+    names: Sequence[str],
+    networks: Mapping[str, jax.tree_util.Partial],
+    facts: Callable[[np.ndarray], dict[str, np.ndarray]],
+    reference: Reference | None,
+    mesh: jax.sharding.Mesh,
+    progress: Progress | None = None,
+    samples: Path | None = None,
   ):
     self._draw, self._facts, self._columns = draw, facts, tuple(columns)
     self._names, self._reference = tuple(names), reference

@@ -23,11 +23,7 @@ class ScalingFactor:
   """
 
   def __init__(
-      self,
-      moments: Callable,
-      eval_sets: Mapping[str, np.ndarray],
-      batch_size: int,
-      sharding: jax.sharding.NamedSharding,
+    self, moments: Callable, eval_sets: Mapping[str, np.ndarray], batch_size: int, sharding: jax.sharding.NamedSharding
   ):
     self._images, self._sharding = list(eval_sets.values()), sharding
     self._batch_size = -(-batch_size // sharding.num_devices) * sharding.num_devices

@@ -24,7 +24,7 @@ def make_measure(config, stage, mesh, evaluator: Reconstruction | TokenLoss) -> 
 
 
 def make_evaluator(
-    config, stage, mesh, prepare: Callable[[dict], dict], once: bool = False, **options: Any
+  config, stage, mesh, prepare: Callable[[dict], dict], once: bool = False, **options: Any
 ) -> Reconstruction | TokenLoss:
   """Returns the evaluation of config.eval: evaluator.run(params) gives a report.
 
@@ -45,7 +45,10 @@ def make_evaluator(
     return TokenLoss(stage.predict_fns["token_losses"], arrays, c.batch_size, placed, prepare)
   counts = () if config.stage == "vae" else token_counts(c.num_tokens, config.tokens.num_registers)
   size = dict(image_size=config.image_size, num_images=c.num_images)
-  images = (lambda name: pipeline.EvalImages(config.data, name, **size)) if once else (
-      lambda name: pipeline.eval_set(config.data, name, **size)["image"])
+  images = (
+    (lambda name: pipeline.EvalImages(config.data, name, **size))
+    if once
+    else (lambda name: pipeline.eval_set(config.data, name, **size)["image"])
+  )
   sets = {name: images(name) for name in c.sources}
   return Reconstruction(stage.predict_fns, sets, counts, c.batch_size, config.seed, c.grid_images, placed, **options)

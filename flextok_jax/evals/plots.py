@@ -40,10 +40,10 @@ def cell_box(row: int, column: int, height: int, width: int, apart: bool = True)
 
 
 def grid(
-    columns: Sequence[np.ndarray | Sequence[str]],
-    labels: Sequence[str],
-    framed: Collection[tuple[int, int]] = (),
-    apart: bool = True,
+  columns: Sequence[np.ndarray | Sequence[str]],
+  labels: Sequence[str],
+  framed: Collection[tuple[int, int]] = (),
+  apart: bool = True,
 ) -> Image.Image:
   """Lays out columns of pictures, a row an image, under their labels on white.
 

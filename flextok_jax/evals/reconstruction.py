@@ -39,10 +39,10 @@ class Report:
   def scalars(self) -> dict[str, float]:
     """Returns flat numbers for a metric writer: "eval/<set>/<metric>_<column>"."""
     return {
-        f"eval/{name}/{metric}_{column}": value
-        for name, scored in self.scores["sets"].items()
-        for column, values in scored["by_tokens"].items()
-        for metric, value in values.items()
+      f"eval/{name}/{metric}_{column}": value
+      for name, scored in self.scores["sets"].items()
+      for column, values in scored["by_tokens"].items()
+      for metric, value in values.items()
     }
 
   def table(self) -> str:
@@ -84,8 +84,9 @@ def curves_png(sets: Mapping[str, Mapping[str, Any]]) -> bytes:
     counts = [int(column) for column in scored["by_tokens"]]
     ticks.update(counts)
     for metric in next(iter(scored["by_tokens"].values())):
-      points = [[row[metric], *scored["intervals"][column].get(metric, ())]
-                for column, row in scored["by_tokens"].items()]  # fmt: skip
+      points = [
+        [row[metric], *scored["intervals"][column].get(metric, ())] for column, row in scored["by_tokens"].items()
+      ]
       line = figures.Line(counts, points)
       panels.setdefault(measures_lib.UNITS.get(metric, metric), {})[name] = line
   return figures.curves(panels, "tokens", sorted(ticks))
@@ -151,17 +152,17 @@ class Reconstruction:
   """
 
   def __init__(
-      self,
-      predict_fns: Mapping[str, Callable],
-      eval_sets: Mapping[str, Any],
-      num_tokens: Sequence[int],
-      batch_size: int,
-      seed: int,
-      grid_images: int = 4,
-      sharding: jax.sharding.NamedSharding | None = None,
-      measures: Mapping[str, measures_lib.Measure] | None = None,
-      features: measures_lib.Measure | None = None,
-      progress: Progress | None = None,
+    self,
+    predict_fns: Mapping[str, Callable],
+    eval_sets: Mapping[str, Any],
+    num_tokens: Sequence[int],
+    batch_size: int,
+    seed: int,
+    grid_images: int = 4,
+    sharding: jax.sharding.NamedSharding | None = None,
+    measures: Mapping[str, measures_lib.Measure] | None = None,
+    features: measures_lib.Measure | None = None,
+    progress: Progress | None = None,
   ):
     self._measures = measures_lib.make(metrics.METRICS) if measures is None else dict(measures)
     if not eval_sets:
@@ -171,8 +172,10 @@ class Reconstruction:
       if not shape[0]:
         raise ValueError(f"evaluation set {name!r} has no images")
       if "ssim" in self._measures and min(shape[1:3]) < metrics.SSIM_WINDOW:
-        raise ValueError(f"evaluation set {name!r}: images of {shape[1]}x{shape[2]} px are smaller than SSIM's window"
-                         f" of {metrics.SSIM_WINDOW}x{metrics.SSIM_WINDOW}")
+        raise ValueError(
+          f"evaluation set {name!r}: images of {shape[1]}x{shape[2]} px are smaller than SSIM's window"
+          f" of {metrics.SSIM_WINDOW}x{metrics.SSIM_WINDOW}"
+        )
     self.images = dict(eval_sets)
     self._has_tokens = "tokenize" in predict_fns
     self._num_tokens = tuple(num_tokens)
@@ -236,7 +239,8 @@ class Reconstruction:
           raise ValueError(f"reconstructions of {name!r} at {column} tokens are not finite: these weights diverged")
         if self._features is not None:
           means[column]["rfid"] = statistics.frechet_distance(
-              *seen.gaussian(column, "pool"), *seen.gaussian(tally.ORIGINAL, "pool"))
+            *seen.gaussian(column, "pool"), *seen.gaussian(tally.ORIGINAL, "pool")
+          )
       sets[name] = {"num_images": images.shape[0], "by_tokens": means, "intervals": intervals}
       examples[name] = {"original": images[: self._grid_images], **seen.pictures()}
     num_tokens = [int(column) for column in means] if self._has_tokens else []

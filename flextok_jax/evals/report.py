@@ -46,8 +46,11 @@ class Outcome:
     shrunk.thumbnail((_MAX_WIDTH, self.grid.height))
     tables = [dataclasses.asdict(table) for table in self.tables]
     fields = {"title": self.title, "about": self.about, "settings": dict(settings), "tables": tables}
-    contents = {f"{name}.json": (json.dumps(fields, indent=1, default=str) + "\n").encode(), f"{name}.png": self.figure,
-                f"{name}_grid.png": plots.to_png(shrunk)}
+    contents = {
+      f"{name}.json": (json.dumps(fields, indent=1, default=str) + "\n").encode(),
+      f"{name}.png": self.figure,
+      f"{name}_grid.png": plots.to_png(shrunk),
+    }
     for file, content in contents.items():
       files.write_file(folder / file, content)
     return [folder / file for file in contents]

@@ -26,8 +26,9 @@ class SampleWriter:
       else:
         self._images = np.lib.format.open_memmap(self._part, mode="w+", dtype=np.uint8, shape=shape)
     except (OSError, ValueError) as e:
-      raise ValueError(f"{self._part} cannot be {'gone on with' if first else 'written'} ({e}): give another --out "
-                       "to begin anew") from None
+      raise ValueError(
+        f"{self._part} cannot be {'gone on with' if first else 'written'} ({e}): give another --out to begin anew"
+      ) from None
     if self._images.shape != shape or self._images.dtype != np.uint8:
       raise ValueError(f"{self._part} is not of {shape[0]} such samples: remove it to begin anew")
 

@@ -33,12 +33,18 @@ class Tally:
       else:
         layer, field = field.split("/")
         moments.setdefault(column, {}).setdefault(layer, {})[field] = array
-    self._moments = {column: {layer: statistics.Moments.from_arrays(fields) for layer, fields in layers.items()}
-                     for column, layers in moments.items()}  # fmt: skip
+    self._moments = {
+      column: {layer: statistics.Moments.from_arrays(fields) for layer, fields in layers.items()}
+      for column, layers in moments.items()
+    }
 
   def add(
-      self, column: str, count: int, pictures: np.ndarray | None, values: Mapping[str, np.ndarray],
-      features: Mapping[str, np.ndarray],
+    self,
+    column: str,
+    count: int,
+    pictures: np.ndarray | None,
+    values: Mapping[str, np.ndarray],
+    features: Mapping[str, np.ndarray],
   ):
     """Adds a batch, of which the first `count` rows are images and the others padding.
 
@@ -93,5 +99,7 @@ def means_and_intervals(values: Mapping[str, np.ndarray]) -> tuple[dict[str, flo
   """Returns the means of {metric: [n]}, and the 95% intervals of these means by bootstrap, where n is above 1."""
   values = {metric: x.astype(np.float64) for metric, x in values.items()}
   several = {metric: x for metric, x in values.items() if len(x) > 1 and np.isfinite(x).all()}
-  return ({metric: float(x.mean()) for metric, x in values.items()},
-          {metric: list(sample_metrics.bootstrap_interval(x)) for metric, x in several.items()})
+  return (
+    {metric: float(x.mean()) for metric, x in values.items()},
+    {metric: list(sample_metrics.bootstrap_interval(x)) for metric, x in several.items()},
+  )

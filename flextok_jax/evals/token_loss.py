@@ -34,8 +34,10 @@ class Report:
   def table(self) -> str:
     """Returns the scores as text: the mean, and a line a position at powers of two."""
     places = self.scores["by_position"]
-    lines = [f"{self.scores['num_sequences']} sequences, loss {self.scores['loss']:.4f} nats a token",
-             f"{'position':>8} {'loss':>8} {'tokens':>8}"]
+    lines = [
+      f"{self.scores['num_sequences']} sequences, loss {self.scores['loss']:.4f} nats a token",
+      f"{'position':>8} {'loss':>8} {'tokens':>8}",
+    ]
     for k in nested.lengths(len(places)):
       loss = "-" if places[k - 1]["loss"] is None else f"{places[k - 1]['loss']:.4f}"
       lines.append(f"{k:>8} {loss:>8} {places[k - 1]['count']:>8}")
@@ -62,12 +64,12 @@ class TokenLoss:
   """
 
   def __init__(
-      self,
-      token_losses: Callable,
-      arrays: Mapping[str, Any],
-      batch_size: int,
-      sharding: jax.sharding.NamedSharding | None = None,
-      prepare: Callable[[dict], dict] = lambda batch: batch,
+    self,
+    token_losses: Callable,
+    arrays: Mapping[str, Any],
+    batch_size: int,
+    sharding: jax.sharding.NamedSharding | None = None,
+    prepare: Callable[[dict], dict] = lambda batch: batch,
   ):
     self._arrays = {name: x for name, x in arrays.items() if isinstance(x, np.ndarray)}
     self._count = len(self._arrays["token_ids"])

@@ -1,0 +1,1 @@
+"""The public interface: what a Python user calls."""

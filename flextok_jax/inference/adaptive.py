@@ -22,7 +22,7 @@ Decode = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def shortest_prefix(
-    decode: Decode, distance: distances.Distance, images: jax.Array, ids: jax.Array, threshold: float | jax.Array
+  decode: Decode, distance: distances.Distance, images: jax.Array, ids: jax.Array, threshold: float | jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Finds for each image the shortest prefix of its ids whose reconstruction is within a threshold; jit it.
 
@@ -54,7 +54,7 @@ def shortest_prefix(
 
 
 def shortest_length(
-    decode: Decode, distance: distances.Distance, images: jax.Array, ids: jax.Array, threshold: float | jax.Array
+  decode: Decode, distance: distances.Distance, images: jax.Array, ids: jax.Array, threshold: float | jax.Array
 ) -> jax.Array:
   """Returns the lengths of shortest_prefix alone: its last round, which does not change them, is left out."""
   return _bisect(decode, distance, images, ids, threshold, measure_all=False)[0]
@@ -75,8 +75,9 @@ def _bisect(decode, distance, images, ids, threshold, measure_all: bool):
     length = (low + high) // 2
     restored = decode(ids, length)
     if restored.shape != images.shape:
-      raise ValueError(f"the tokens decode to images {list(restored.shape)}, which cannot be compared with images"
-                       f" {list(images.shape)}")
+      raise ValueError(
+        f"the tokens decode to images {list(restored.shape)}, which cannot be compared with images {list(images.shape)}"
+      )
     tried = distance(images, restored).astype(jnp.float32)
     searching = low < high
     within = searching & (tried <= threshold)
@@ -115,7 +116,7 @@ def shared_noise(seed: int, shape: tuple[int, ...]) -> jax.Array:
 
 
 def make_lengths_fn(
-    config: Mapping[str, Any], params: Any, quality: float, metric: str | distances.Distance = "mse", seed: int = 0
+  config: Mapping[str, Any], params: Any, quality: float, metric: str | distances.Distance = "mse", seed: int = 0
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """Makes the function that chooses lengths, by a tokenizer and the sampler of its config.
 
@@ -138,15 +139,14 @@ def make_lengths_fn(
 
 
 def make_prefix_fn(
-    config: Mapping[str, Any], params: Any, quality: float, metric: str | distances.Distance = "mse", seed: int = 0
+  config: Mapping[str, Any], params: Any, quality: float, metric: str | distances.Distance = "mse", seed: int = 0
 ) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
   """As make_lengths_fn, of a function that returns (lengths, their distances); one more decoding for the longest."""
   return _make(shortest_prefix, config, params, quality, metric, seed)
 
 
 def make_search(
-    config: Mapping[str, Any], metric: str | distances.Distance = "mse", seed: int = 0,
-    search: Callable = shortest_prefix,
+  config: Mapping[str, Any], metric: str | distances.Distance = "mse", seed: int = 0, search: Callable = shortest_prefix
 ) -> Callable:
   """As make_prefix_fn, of a function (params, threshold, images, ids), compiled once for all thresholds.
 

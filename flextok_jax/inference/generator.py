@@ -24,7 +24,7 @@ Array = jax.Array | np.ndarray
 
 
 def load_ar(
-    source: str | os.PathLike, dtype: str | None = None, *, mesh: Mesh | None = None, **settings
+  source: str | os.PathLike, dtype: str | None = None, *, mesh: Mesh | None = None, **settings
 ) -> ARGenerator:
   """Loads a generator of token ids.
 
@@ -85,9 +85,7 @@ class ARGenerator:
     """What stands where a sequence has ended, num_ids; None for models that do not stop by themselves."""
     return self.num_ids if self.config.ar.stop else None
 
-  def logits(
-      self, ids: Array, labels=None, text_embeddings: Array | None = None, text_lengths=None
-  ) -> jax.Array:
+  def logits(self, ids: Array, labels=None, text_embeddings: Array | None = None, text_lengths=None) -> jax.Array:
     """Teacher forcing: what the model expects at each place, given the ids before it.
 
     Args:
@@ -108,24 +106,24 @@ class ARGenerator:
     return _logits(self, ids, labels, text_embeddings, text_lengths)
 
   def generate(
-      self,
-      key: jax.Array | None,
-      labels=None,
-      prompts: Sequence[str] | None = None,
-      text_embeddings: Array | None = None,
-      text_lengths=None,
-      num_tokens: int | None = None,
-      prefix: Array | None = None,
-      guidance_scale: float = 1.0,
-      temperature: float = 1.0,
-      top_k: int = 0,
-      top_p: float = 0.0,
-      greedy: bool = False,
-      return_log_probs: bool = False,
-      null_text_embeddings: Array | None = None,
-      null_text_lengths=None,
-      batch_size: int | None = None,
-      fast: bool = True,
+    self,
+    key: jax.Array | None,
+    labels=None,
+    prompts: Sequence[str] | None = None,
+    text_embeddings: Array | None = None,
+    text_lengths=None,
+    num_tokens: int | None = None,
+    prefix: Array | None = None,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    greedy: bool = False,
+    return_log_probs: bool = False,
+    null_text_embeddings: Array | None = None,
+    null_text_lengths=None,
+    batch_size: int | None = None,
+    fast: bool = True,
   ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Draws token ids, one after another.
 
@@ -239,8 +237,9 @@ class ARGenerator:
     if not isinstance(ids, jax.core.Tracer):
       ids = np.asarray(ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer) or ids.shape[1] > self.num_tokens:
-      raise ValueError(f"{name} must be integers [b, n] with n of at most {self.num_tokens}, got {ids.dtype} "
-                       f"{list(ids.shape)}")
+      raise ValueError(
+        f"{name} must be integers [b, n] with n of at most {self.num_tokens}, got {ids.dtype} {list(ids.shape)}"
+      )
     if not isinstance(ids, jax.core.Tracer) and ids.size and not 0 <= ids.min() <= ids.max() < self.num_ids:
       worst = ids.min() if ids.min() < 0 else ids.max()
       raise ValueError(f"token id {worst} in {name} is out of range: ids are 0 to {self.num_ids - 1}")
@@ -304,8 +303,9 @@ class ARGenerator:
     batch = len(lengths)
     null_text = jnp.asarray(null_text)
     if null_text.ndim != 3 or null_text.shape[0] not in (1, batch):
-      raise ValueError(f"null_text_embeddings must have shape [1 or {batch}, t, {text.shape[2]}], got "
-                       f"{list(null_text.shape)}")
+      raise ValueError(
+        f"null_text_embeddings must have shape [1 or {batch}, t, {text.shape[2]}], got {list(null_text.shape)}"
+      )
     null_text, null_lengths = self._text(null_text, null_lengths, len(null_text))
     null_text = jnp.broadcast_to(null_text, (batch, *null_text.shape[1:]))
     null_lengths = np.broadcast_to(null_lengths, (batch,))

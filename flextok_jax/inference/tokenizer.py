@@ -29,13 +29,13 @@ TokenIds = jax.Array | np.ndarray | Sequence[Sequence[int]]
 
 
 def load(
-    source: str | os.PathLike,
-    dtype: str | None = None,
-    *,
-    vae_norm_num_groups: int = 32,
-    mup_base_width: int | None = None,
-    image_size: int | None = None,
-    mesh: Mesh | None = None,
+  source: str | os.PathLike,
+  dtype: str | None = None,
+  *,
+  vae_norm_num_groups: int = 32,
+  mup_base_width: int | None = None,
+  image_size: int | None = None,
+  mesh: Mesh | None = None,
 ) -> FlexTok:
   """Loads a tokenizer (or a VAE alone, which only encodes and decodes latents).
 
@@ -53,8 +53,15 @@ def load(
     FileNotFoundError: nothing there, or it cannot be downloaded; the message says what to put where.
     ValueError: a damaged, foreign or unsupported checkpoint; the message names what is wrong.
   """
-  config, params = loading.load(source, param_dtype=None, dtype=dtype, vae_norm_num_groups=vae_norm_num_groups,
-                                mup_base_width=mup_base_width, image_size=image_size, mesh=mesh)
+  config, params = loading.load(
+    source,
+    param_dtype=None,
+    dtype=dtype,
+    vae_norm_num_groups=vae_norm_num_groups,
+    mup_base_width=mup_base_width,
+    image_size=image_size,
+    mesh=mesh,
+  )
   return FlexTok(params, FrozenConfigDict(config))
 
 
@@ -91,17 +98,17 @@ class FlexTok:
     return _network(self.config).latent_shape(self.image_size)
 
   def tokenize(
-      self,
-      images: Images,
-      num_tokens: int | None = None,
-      key: jax.Array | None = None,
-      quality: float | None = None,
-      metric: str | distances.Distance = "mse",
-      noise: jax.Array | None = None,
-      num_steps: int = 25,
-      guidance: str | None = "apg",
-      guidance_scale: float | Callable[[float], float] = 7.5,
-      guidance_interval: tuple[float, float] = (0.0, 1.0),
+    self,
+    images: Images,
+    num_tokens: int | None = None,
+    key: jax.Array | None = None,
+    quality: float | None = None,
+    metric: str | distances.Distance = "mse",
+    noise: jax.Array | None = None,
+    num_steps: int = 25,
+    guidance: str | None = "apg",
+    guidance_scale: float | Callable[[float], float] = 7.5,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
   ) -> jax.Array | list[np.ndarray]:
     """Turns images into token ids: equally many for each, or, given a quality, the fewest that suffice for it.
 
@@ -144,15 +151,15 @@ class FlexTok:
     return [row[:length] for row, length in zip(np.asarray(ids), lengths)]
 
   def detokenize(
-      self,
-      ids: TokenIds,
-      keep_k: int | Sequence[int] | jax.Array | None = None,
-      key: jax.Array | None = None,
-      noise: jax.Array | None = None,
-      num_steps: int = 25,
-      guidance: str | None = "apg",
-      guidance_scale: float | Callable[[float], float] = 7.5,
-      guidance_interval: tuple[float, float] = (0.0, 1.0),
+    self,
+    ids: TokenIds,
+    keep_k: int | Sequence[int] | jax.Array | None = None,
+    key: jax.Array | None = None,
+    noise: jax.Array | None = None,
+    num_steps: int = 25,
+    guidance: str | None = "apg",
+    guidance_scale: float | Callable[[float], float] = 7.5,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
   ) -> jax.Array:
     """Turns token ids back into images, by guided Euler steps of the rectified flow.
 
@@ -183,12 +190,12 @@ class FlexTok:
     return _decode_latents(self, z)
 
   def velocity(
-      self,
-      x_t: jax.Array,
-      t: float | jax.Array,
-      ids: TokenIds,
-      keep_k: int | Sequence[int] | jax.Array | None = None,
-      drop_condition: bool | Sequence[bool] | jax.Array | None = None,
+    self,
+    x_t: jax.Array,
+    t: float | jax.Array,
+    ids: TokenIds,
+    keep_k: int | Sequence[int] | jax.Array | None = None,
+    drop_condition: bool | Sequence[bool] | jax.Array | None = None,
   ) -> jax.Array:
     """The decoder's prediction of noise - z, one evaluation of the flow.
 
@@ -297,8 +304,10 @@ class FlexTok:
       self._check_noised("noise", noise, batch)
       return noise
     if key is None:
-      raise ValueError("detokenize starts from noise: pass key=jax.random.key(seed), or noise=... of shape "
-                       f"{[batch, *self.latent_shape]}")
+      raise ValueError(
+        "detokenize starts from noise: pass key=jax.random.key(seed), or noise=... of shape "
+        f"{[batch, *self.latent_shape]}"
+      )
     return jax.random.normal(key, (batch, *self.latent_shape))
 
   def _check_noised(self, name: str, latents: jax.Array, batch: int):
@@ -306,8 +315,10 @@ class FlexTok:
     patch = _network(self.config).decoder.patch_size
     b, height, width, _ = np.shape(latents)
     if b != batch or height % patch or width % patch:
-      raise ValueError(f"{name} must be {batch} latents, one a sequence of ids, with sides that are multiples of "
-                       f"{patch}; got shape {list(np.shape(latents))}")
+      raise ValueError(
+        f"{name} must be {batch} latents, one a sequence of ids, with sides that are multiples of "
+        f"{patch}; got shape {list(np.shape(latents))}"
+      )
 
   def _check_latents(self, name: str, latents: jax.Array):
     shape, channels = np.shape(latents), self.latent_shape[-1]
@@ -382,8 +393,17 @@ def _detokenize(model: FlexTok, ids, keep_k, noise, scales, num_steps: int, mode
   settings |= {"guidance_interval": interval, "fast": model.config.get("fast", True)}
   precision = "highest" if model.config.dtype == "float32" else None
   with jax.default_matmul_precision(precision):
-    latents = flextok.sample_latents(_network(model.config), model.params, ids, keep_k, noise, num_steps=num_steps,
-                                     mode=mode, guidance_scale=scales, **settings)
+    latents = flextok.sample_latents(
+      _network(model.config),
+      model.params,
+      ids,
+      keep_k,
+      noise,
+      num_steps=num_steps,
+      mode=mode,
+      guidance_scale=scales,
+      **settings,
+    )
   return _apply(model, "decode_latents", latents)
 
 

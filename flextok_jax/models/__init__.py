@@ -1,1 +1,1 @@
-"""Neural networks in flax.linen."""
+"""The networks."""

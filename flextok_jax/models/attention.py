@@ -50,11 +50,11 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x: jax.Array,
-      mask: jax.Array | None = None,
-      key_bias: jax.Array | None = None,
-      queries: tuple[int, int] | None = None,
+    self,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    key_bias: jax.Array | None = None,
+    queries: tuple[int, int] | None = None,
   ) -> jax.Array:
     """Lets positions of x see the others.
 
@@ -79,11 +79,11 @@ class Attention(nn.Module):
     scale = 8 / self.head_dim if self.scale is None else self.scale
     x = attention.attend(q, k, v, scale=scale, mask=mask, key_bias=key_bias, implementation=self.implementation)
     return nn.DenseGeneral(
-        width,
-        axis=(-2, -1),
-        use_bias=self.out_bias,
-        dtype=self.dtype,
-        kernel_init=layers.xavier_uniform(width, ("heads", "head_dim", "embed")),
-        bias_init=layers.zeros("embed"),
-        name="out",
+      width,
+      axis=(-2, -1),
+      use_bias=self.out_bias,
+      dtype=self.dtype,
+      kernel_init=layers.xavier_uniform(width, ("heads", "head_dim", "embed")),
+      bias_init=layers.zeros("embed"),
+      name="out",
     )(x)

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 ACTIVATIONS = {
-    "silu": nn.silu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
+  "silu": nn.silu,
+  "gelu": functools.partial(nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+  "relu": nn.relu,
+  "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
 }
 
 
@@ -44,24 +44,24 @@ def normal(stddev: float, *axes: str | None):
 
 
 def dense(
-    features: int,
-    axes: tuple[str | None, str | None],
-    name: str,
-    dtype: jnp.dtype,
-    *,
-    use_bias: bool = True,
-    zero: bool = False,
-    precision: jax.lax.Precision | None = None,
+  features: int,
+  axes: tuple[str | None, str | None],
+  name: str,
+  dtype: jnp.dtype,
+  *,
+  use_bias: bool = True,
+  zero: bool = False,
+  precision: jax.lax.Precision | None = None,
 ) -> nn.Dense:
   """Returns a linear layer with named axes; its kernel starts Xavier-uniform or at zero, its bias at zero."""
   return nn.Dense(
-      features,
-      use_bias=use_bias,
-      dtype=dtype,
-      precision=precision,
-      kernel_init=zeros(*axes) if zero else xavier_uniform(features, axes),
-      bias_init=zeros(axes[1]),
-      name=name,
+    features,
+    use_bias=use_bias,
+    dtype=dtype,
+    precision=precision,
+    kernel_init=zeros(*axes) if zero else xavier_uniform(features, axes),
+    bias_init=zeros(axes[1]),
+    name=name,
   )
 
 

@@ -19,9 +19,9 @@ MODULATIONS = ("per_segment", "shared")
 # "dots": products with weights, but not norms, activations and the products between queries, keys and values. "full":
 # nothing. A training step of d12-d12 (batch 4, plain path, compiled for a CPU) has temporaries of 7.8, 2.1 and 0.8 GB.
 REMATS = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+  "none": None,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -78,12 +78,12 @@ class MLP(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
     x = nn.DenseGeneral(
-        (2 if self.gated else 1, self.hidden),
-        use_bias=self.use_bias,
-        dtype=self.dtype,
-        kernel_init=layers.xavier_uniform(self.hidden, ("embed", None, "mlp")),
-        bias_init=layers.zeros(None, "mlp"),
-        name="in",
+      (2 if self.gated else 1, self.hidden),
+      use_bias=self.use_bias,
+      dtype=self.dtype,
+      kernel_init=layers.xavier_uniform(self.hidden, ("embed", None, "mlp")),
+      bias_init=layers.zeros(None, "mlp"),
+      name="in",
     )(x)  # [b, l, n, hidden]
     x = layout.constrain(x, "batch", None, None, "mlp")
     h = layers.ACTIVATIONS[self.activation](x[..., 0, :])
@@ -93,10 +93,10 @@ class MLP(nn.Module):
 
 
 def _residual(
-    fn: Callable[[jax.Array], jax.Array],
-    segments: Segments,
-    modulation: list[tuple[jax.Array, jax.Array, jax.Array]] | None,
-    output: int | None = None,
+  fn: Callable[[jax.Array], jax.Array],
+  segments: Segments,
+  modulation: list[tuple[jax.Array, jax.Array, jax.Array]] | None,
+  output: int | None = None,
 ) -> Segments:
   """x + gate * fn(LN(x) * (1 + scale) + shift), fn seeing all segments as one sequence.
 
@@ -125,7 +125,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-      self, segments: Segments, modulation: jax.Array | None, mask: jax.Array | None, key_bias: jax.Array | None
+    self, segments: Segments, modulation: jax.Array | None, mask: jax.Array | None, key_bias: jax.Array | None
   ) -> tuple[Segments, None]:
     """See Transformer; modulation [b or 1, s * 6 * d] is of this block, the None is for the scan."""
     c, output = self.choices, self.output
@@ -141,7 +141,7 @@ class Block(nn.Module):
       queries = sum(x.shape[1] for x in segments[:output]), segments[output].shape[1]
       mlp = mlp and mlp[output : output + 1]
     attention = Attention(
-        c.head_dim, c.qk_norm, c.qkv_bias, c.out_bias, c.dtype, implementation=c.attention, name="attention"
+      c.head_dim, c.qk_norm, c.qkv_bias, c.out_bias, c.dtype, implementation=c.attention, name="attention"
     )
     segments = _residual(lambda x: attention(x, mask, key_bias, queries), segments, attn, output)
     hidden = mlp_hidden(segments[0].shape[-1], c.mlp_ratio, c.gated_mlp)
@@ -156,7 +156,7 @@ class TappedBlock(Block):
   kept: int = 0  # the segment
 
   def __call__(
-      self, carry: tuple[Segments, jax.Array], layer: tuple[jax.Array | None, jax.Array], *args: jax.Array | None
+    self, carry: tuple[Segments, jax.Array], layer: tuple[jax.Array | None, jax.Array], *args: jax.Array | None
   ) -> tuple[tuple[Segments, jax.Array], None]:
     """As Block of (segments, what was kept before) and of (modulation, whether to keep the output of this block)."""
     (segments, before), (modulation, keep) = carry, layer
@@ -174,12 +174,12 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      segments: Segments,
-      modulation: jax.Array | None = None,
-      mask: jax.Array | None = None,
-      key_bias: jax.Array | None = None,
-      tap: int | None = None,
+    self,
+    segments: Segments,
+    modulation: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    key_bias: jax.Array | None = None,
+    tap: int | None = None,
   ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Runs the blocks over the segments as one sequence of length l.
 
@@ -205,12 +205,12 @@ class Transformer(nn.Module):
         inner, options = rematerialised(TappedBlock, self.remat), {"kept": self.output}
         carry, first = (segments, jnp.zeros_like(segments[self.output])), (first, jnp.arange(self.depth - 1) == tap - 1)
       stack = nn.scan(
-          inner,
-          variable_axes={"params": 0, "intermediates": 0},
-          split_rngs={"params": True},
-          in_axes=(0, nn.broadcast, nn.broadcast),
-          length=self.depth - 1,
-          metadata_params={nn.PARTITION_NAME: "layers"},
+        inner,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=self.depth - 1,
+        metadata_params={nn.PARTITION_NAME: "layers"},
       )
       carry, _ = stack(self.choices, name="blocks", **options)(carry, first, mask, key_bias)
       segments, kept = (carry, None) if tap is None else carry
@@ -243,9 +243,7 @@ class AdaLN(nn.Module):
     blocks = layout.constrain(blocks, None, "batch", None)  # fetched once, not by every block
     if not self.head:
       return blocks, None
-    head = layers.dense(
-        2 * width, ("embed", "modulation"), "head", self.dtype, use_bias=self.head_bias, zero=True
-    )
+    head = layers.dense(2 * width, ("embed", "modulation"), "head", self.dtype, use_bias=self.head_bias, zero=True)
     return blocks, head(cond)
 
 
@@ -291,13 +289,13 @@ class PatchTransformer(nn.Module, kw_only=True):
     return (x + table.astype(self.dtype)).reshape(batch, height * width, self.width)
 
   def run_blocks(
-      self,
-      segments: Segments,
-      output: int,
-      modulation: jax.Array | None = None,
-      mask: jax.Array | None = None,
-      key_bias: jax.Array | None = None,
-      tap: int | None = None,
+    self,
+    segments: Segments,
+    output: int,
+    modulation: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    key_bias: jax.Array | None = None,
+    tap: int | None = None,
   ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """See Transformer."""
     fields = [field.name for field in dataclasses.fields(BlockChoices)]
@@ -306,12 +304,12 @@ class PatchTransformer(nn.Module, kw_only=True):
     return stack(segments, modulation, mask, key_bias, tap)
 
   def project(
-      self,
-      x: jax.Array,
-      features: int,
-      modulation: jax.Array | None = None,
-      dtype: jnp.dtype | None = None,
-      precision: jax.lax.Precision | None = None,
+    self,
+    x: jax.Array,
+    features: int,
+    modulation: jax.Array | None = None,
+    dtype: jnp.dtype | None = None,
+    precision: jax.lax.Precision | None = None,
   ) -> jax.Array:
     """The head: LayerNorm, adaLN by modulation [b or 1, 2 * d] if given, projection: [b, l, d] -> [b, l, features]."""
     dtype = dtype or self.dtype
@@ -320,6 +318,6 @@ class PatchTransformer(nn.Module, kw_only=True):
       shift, scale = jnp.split(modulation[:, None], 2, -1)
       x = x * (1 + scale) + shift
     dense = layers.dense(
-        features, ("embed", None), "head", dtype, use_bias=self.head_bias, zero=True, precision=precision
+      features, ("embed", None), "head", dtype, use_bias=self.head_bias, zero=True, precision=precision
     )
     return dense(self.readout_multiplier * x)

@@ -1,1 +1,1 @@
-"""The maths without parameters: free functions on arrays, importing nothing but jax."""
+"""The maths without parameters."""

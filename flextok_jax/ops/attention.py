@@ -12,7 +12,7 @@ _BIAS_FEATURES = 3  # bfloat16 numbers that hold the 24 bits of a float32
 
 
 def choose(
-    implementation: str, head_dim: int, dtype: jnp.dtype, device: jax.Device | None = None, masked: bool = False
+  implementation: str, head_dim: int, dtype: jnp.dtype, device: jax.Device | None = None, masked: bool = False
 ) -> str:
   """Returns the name of the implementation that runs: "xla", "cudnn" or "pallas".
 
@@ -73,14 +73,14 @@ def _obstacle(name: str, head_dim: int, dtype: jnp.dtype, device: jax.Device) ->
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    scale: float,
-    mask: jax.Array | None = None,
-    key_bias: jax.Array | None = None,
-    implementation: str = "auto",
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  scale: float,
+  mask: jax.Array | None = None,
+  key_bias: jax.Array | None = None,
+  implementation: str = "auto",
 ) -> jax.Array:
   """softmax(scale q k^T + key_bias) v for each head, the softmax in float32; every query must see some key.
 

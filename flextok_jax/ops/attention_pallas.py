@@ -24,7 +24,7 @@ _LAST = (((1,), (1,)), ((), ()))  # x y^T
 
 @functools.partial(jax.jit, static_argnames="scale")
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: jax.Array | None, key_bias: jax.Array | None
+  q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: jax.Array | None, key_bias: jax.Array | None
 ) -> jax.Array:
   """See ops/attention.py.
 
@@ -66,13 +66,13 @@ def _run(kernel: Callable, outputs: int, scale: float, q, k, v, bias, mask, *gra
   of_bias = pl.BlockSpec((None, keys, 1), lambda i, j: (i, 0, 0))
   of_mask = None if mask is None else pl.BlockSpec((keys, queries), lambda i, j: (0, 0))
   return pl.pallas_call(
-      functools.partial(kernel, scale=scale),
-      grid=(batch, heads),
-      in_specs=[of_query, of_key, of_key, of_bias, of_mask] + [of_query] * len(grad),
-      out_specs=[of_query, of_key, of_key][:outputs],
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)[:outputs]],
-      compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-      name="attention" if outputs == 1 else "attention_gradient",
+    functools.partial(kernel, scale=scale),
+    grid=(batch, heads),
+    in_specs=[of_query, of_key, of_key, of_bias, of_mask] + [of_query] * len(grad),
+    out_specs=[of_query, of_key, of_key][:outputs],
+    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)[:outputs]],
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+    name="attention" if outputs == 1 else "attention_gradient",
   )(q, k, v, bias, mask, *grad)
 
 

@@ -85,11 +85,11 @@ def _features(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """x [b, h, w, 3] -> unit vectors of colour [b, h, w, 3 + 1] and of structure [b, h, w, 15 + 1]."""
   smooth, slope, curve = (_filter(x, taps, 2) for taps in (_SMOOTH, _SLOPE, _CURVE))
   structure = [
-      _filter(slope, _SMOOTH, 1),
-      _filter(smooth, _SLOPE, 1),
-      _filter(curve, _SMOOTH, 1),
-      math.sqrt(2) * _filter(slope, _SLOPE, 1),  # twice in the matrix of second derivatives: no direction counts more
-      _filter(smooth, _CURVE, 1),
+    _filter(slope, _SMOOTH, 1),
+    _filter(smooth, _SLOPE, 1),
+    _filter(curve, _SMOOTH, 1),
+    math.sqrt(2) * _filter(slope, _SLOPE, 1),  # twice in the matrix of second derivatives: no direction counts more
+    _filter(smooth, _CURVE, 1),
   ]
   color = _filter(smooth, _SMOOTH, 1)
   return _unit(color, COLOR_FLOOR), _unit(jnp.concatenate(structure, -1), STRUCTURE_FLOOR)

@@ -52,11 +52,11 @@ def flow_loss(velocity: jax.Array, x0: jax.Array, noise: jax.Array) -> jax.Array
 
 
 def euler_sample(
-    velocity_fn: Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]],
-    noise: jax.Array,
-    num_steps: int,
-    carry: Any = (),
-    inputs: Any = (),
+  velocity_fn: Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]],
+  noise: jax.Array,
+  num_steps: int,
+  carry: Any = (),
+  inputs: Any = (),
 ) -> jax.Array:
   """Integrates from noise (t = 1) to data (t = 0): for t = i/N, i = N..1: x <- x - v(x, t) / N.
 
@@ -67,7 +67,7 @@ def euler_sample(
 
 
 def euler_steps(
-    velocity_fn: Callable, x: jax.Array, num_steps: int, span: tuple[int, int], carry: Any, inputs: Any
+  velocity_fn: Callable, x: jax.Array, num_steps: int, span: tuple[int, int], carry: Any, inputs: Any
 ) -> tuple[jax.Array, Any]:
   """Takes the steps span[0] .. span[1] - 1 of the num_steps of euler_sample; returns (x, carry)."""
 

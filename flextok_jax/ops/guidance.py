@@ -31,13 +31,13 @@ def cfg(v_c: jax.Array, v_u: jax.Array, scale: jax.Array | float) -> jax.Array:
 
 
 def apg(
-    v_c: jax.Array,
-    v_u: jax.Array,
-    scale: jax.Array | float,
-    running: jax.Array,
-    momentum: float = -0.5,
-    eta: float = 0.0,
-    threshold: float = 2.5,
+  v_c: jax.Array,
+  v_u: jax.Array,
+  scale: jax.Array | float,
+  running: jax.Array,
+  momentum: float = -0.5,
+  eta: float = 0.0,
+  threshold: float = 2.5,
 ) -> tuple[jax.Array, jax.Array]:
   """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416), per sample over all but the first axis.
 

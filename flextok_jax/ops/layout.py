@@ -10,14 +10,14 @@ from jax.sharding import PartitionSpec as P
 # of the batch lie on "data" and "fsdp", what is large of the parameters on "fsdp" (sharding.py says how large), and
 # "tensor" has parts of what a block computes: heads, hidden units, words of the vocabulary.
 RULES = {
-    "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
-    "conv_in": ("fsdp",),
-    "heads": ("tensor",),
-    "mlp": ("tensor",),
-    "modulation": ("tensor",),
-    "embed_out": ("tensor",),
-    "vocab": ("tensor",),
+  "batch": ("data", "fsdp"),
+  "embed": ("fsdp",),
+  "conv_in": ("fsdp",),
+  "heads": ("tensor",),
+  "mlp": ("tensor",),
+  "modulation": ("tensor",),
+  "embed_out": ("tensor",),
+  "vocab": ("tensor",),
 }
 
 

@@ -56,7 +56,7 @@ def row_bounds(mode: str, num_registers: int, null_prob: float, rows: int) -> np
 
 
 def sample_kept(
-    key: jax.Array, groups: int, rows: int, num_registers: int, mode: str, null_prob: float
+  key: jax.Array, groups: int, rows: int, num_registers: int, mode: str, null_prob: float
 ) -> tuple[jax.Array, jax.Array]:
   """Draws (keep_k int32 [groups, rows] in 1..num_registers, drop bool [groups, rows]) by systematic sampling.
 
@@ -89,7 +89,7 @@ def slots(keep_k: int, num_registers: int) -> int:
 
 
 def key_weights(
-    keep_k: jax.Array, drop: jax.Array, num_slots: int, num_registers: int, single_null: bool = False
+  keep_k: jax.Array, drop: jax.Array, num_slots: int, num_registers: int, single_null: bool = False
 ) -> jax.Array:
   """Returns the weight of each slot as a key of attention, log of a count, float32 [b, num_slots].
 

@@ -24,7 +24,7 @@ def sincos_axes(size: int, dim: int) -> np.ndarray:
 
 
 def grid_table(
-    axes: jax.Array | np.ndarray, height: int, width: int, *, scaling: str = "absolute", product: bool = False
+  axes: jax.Array | np.ndarray, height: int, width: int, *, scaling: str = "absolute", product: bool = False
 ) -> jax.Array:
   """Returns the table [height, width, dim] of the sums (or products) of a row's and a column's vector.
 
@@ -43,8 +43,8 @@ def grid_table(
   if scaling == "absolute":
     if max(height, width) > size:
       raise ValueError(
-          f"a grid of {height} x {width} patches does not fit max_grid {size}: give a smaller image, "
-          "or set posemb_scaling to 'interpolate'"
+        f"a grid of {height} x {width} patches does not fit max_grid {size}: give a smaller image, "
+        "or set posemb_scaling to 'interpolate'"
       )
     rows, cols = axes[0, :height], axes[1, :width]
   else:
@@ -63,7 +63,7 @@ def resize_axis(table: jax.Array | np.ndarray, size: int) -> jax.Array | np.ndar
 
 
 def resize_bicubic(
-    table: jax.Array, height: int, width: int, *, antialias: bool = False, offset: float = 0.0
+  table: jax.Array, height: int, width: int, *, antialias: bool = False, offset: float = 0.0
 ) -> jax.Array:
   """Interpolates a table [n, m, dim] to [height, width, dim] as torch.nn.functional.interpolate(mode="bicubic") does.
 

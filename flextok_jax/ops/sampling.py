@@ -10,7 +10,7 @@ def guide(conditional: jax.Array, unconditional: jax.Array, scale: float | jax.A
 
 
 def filter_logits(
-    logits: jax.Array, temperature: float | jax.Array = 1.0, top_k: int = 0, top_p: float | jax.Array | None = None
+  logits: jax.Array, temperature: float | jax.Array = 1.0, top_k: int = 0, top_p: float | jax.Array | None = None
 ) -> jax.Array:
   """Returns float32 logits to sample from, -inf where a token is ruled out: temperature, then top-k, then top-p.
 

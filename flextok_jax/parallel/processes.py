@@ -42,11 +42,15 @@ def initialize():
     address, count, index = (told.get(name, "") for name in _EXPLICIT)
     if ":" not in address or not count.isdecimal() or not index.isdecimal() or int(index) >= int(count):
       raise ValueError(
-          f"{', '.join(f'{k}={v}' for k, v in told.items())}: a process of several needs JAX_COORDINATOR_ADDRESS="
-          "HOST:PORT, JAX_NUM_PROCESSES=N and JAX_PROCESS_ID from 0 to N - 1"
+        f"{', '.join(f'{k}={v}' for k, v in told.items())}: a process of several needs JAX_COORDINATOR_ADDRESS="
+        "HOST:PORT, JAX_NUM_PROCESSES=N and JAX_PROCESS_ID from 0 to N - 1"
       )
-    arguments = dict(coordinator_address=address, num_processes=int(count), process_id=int(index),
-                     cluster_detection_method="deactivate")  # fmt: skip
+    arguments = dict(
+      coordinator_address=address,
+      num_processes=int(count),
+      process_id=int(index),
+      cluster_detection_method="deactivate",
+    )
   elif not _in_slurm_step() and not _on_tpu_vm():
     return
   jax.config.update("jax_cpu_collectives_implementation", "gloo")  # without effect on other devices

@@ -48,7 +48,7 @@ def make_mesh(mesh: ConfigDict | None = None, devices: Sequence[jax.Device] | No
     inner, outer = (data // mesh.slices, fsdp, tensor), (mesh.slices, 1, 1)
     by_process = not hasattr(devices[0], "slice_index")
     make = lambda: mesh_utils.create_hybrid_device_mesh(
-        inner, outer, devices, process_is_granule=by_process, allow_split_physical_axes=True
+      inner, outer, devices, process_is_granule=by_process, allow_split_physical_axes=True
     )
   try:
     return Mesh(make(), AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -79,8 +79,8 @@ def check_batch(global_batch: int, accumulate_steps: int, mesh: Mesh):
   parts = accumulate_steps * batch_parts(mesh)
   if global_batch < 1 or global_batch % parts:
     raise ValueError(
-        f"config.data.global_batch={global_batch} is not divisible by {batch_parts(mesh)} devices x "
-        f"optim.accumulate_steps={accumulate_steps} (devices along mesh.data and mesh.fsdp): use a multiple of {parts}"
+      f"config.data.global_batch={global_batch} is not divisible by {batch_parts(mesh)} devices x "
+      f"optim.accumulate_steps={accumulate_steps} (devices along mesh.data and mesh.fsdp): use a multiple of {parts}"
     )
 
 

@@ -33,8 +33,9 @@ def make_generator(config: ConfigDict) -> ar.Generator:
   sizes = ("width", "depth", "head_dim", "num_ids", "num_tokens", "ffn_multiple_of", "loss_chunk")
   settings.at_least_one(config, *(f"ar.{name}" for name in sizes))
   c = config.ar
-  known = dict(condition=ar.CONDITIONS, norm=tuple(ar.NORMS), qk_norm=(*ar.NORMS, "none"), ffn=ar.FFNS,
-               pos_embed=ar.POS_EMBEDS)
+  known = dict(
+    condition=ar.CONDITIONS, norm=tuple(ar.NORMS), qk_norm=(*ar.NORMS, "none"), ffn=ar.FFNS, pos_embed=ar.POS_EMBEDS
+  )
   for name, values in known.items():
     if c[name] not in values:
       raise ValueError(f"unknown ar.{name} {c[name]!r}: one of {', '.join(values)}")
@@ -51,30 +52,30 @@ def make_generator(config: ConfigDict) -> ar.Generator:
   dtype = jnp.dtype(config.dtype)
   text = c.condition == "text"
   choices = ar.BlockChoices(
-      width=c.width,
-      head_dim=c.head_dim,
-      hidden=mlp_hidden(c),
-      gated=c.ffn == "swiglu",
-      norm=c.norm,
-      norm_eps=c.norm_eps,
-      qk_norm=c.qk_norm,
-      qk_norm_eps=c.qk_norm_eps,
-      bias=c.bias,
-      text=text,
-      dtype=dtype,
-      attention=config.attention,
+    width=c.width,
+    head_dim=c.head_dim,
+    hidden=mlp_hidden(c),
+    gated=c.ffn == "swiglu",
+    norm=c.norm,
+    norm_eps=c.norm_eps,
+    qk_norm=c.qk_norm,
+    qk_norm_eps=c.qk_norm_eps,
+    bias=c.bias,
+    text=text,
+    dtype=dtype,
+    attention=config.attention,
   )
   transformer = ar.ARTransformer(
-      choices=choices,
-      depth=c.depth,
-      num_ids=c.num_ids,
-      num_outputs=c.num_ids + c.stop,
-      num_tokens=c.num_tokens,
-      num_classes=c.num_classes if c.condition == "class" else 0,
-      pos_embed=c.pos_embed,
-      head_layernorm=c.head_layernorm,
-      readout_multiplier=c.readout_multiplier,
-      remat=remat_name(config.remat),
+    choices=choices,
+    depth=c.depth,
+    num_ids=c.num_ids,
+    num_outputs=c.num_ids + c.stop,
+    num_tokens=c.num_tokens,
+    num_classes=c.num_classes if c.condition == "class" else 0,
+    pos_embed=c.pos_embed,
+    head_layernorm=c.head_layernorm,
+    readout_multiplier=c.readout_multiplier,
+    remat=remat_name(config.remat),
   )
   if not text:
     return ar.Generator(transformer)

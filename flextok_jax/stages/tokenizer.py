@@ -22,11 +22,11 @@ from flextok_jax.stages.vae import make_vae
 
 # The names that a field of config.encoder or config.decoder may hold.
 _NAMES = {
-    "activation": tuple(layers.ACTIVATIONS),
-    "posemb": posemb.KINDS,
-    "posemb_scaling": posemb.SCALINGS,
-    "modulation": MODULATIONS,
-    "null_condition": NULL_CONDITIONS,
+  "activation": tuple(layers.ACTIVATIONS),
+  "posemb": posemb.KINDS,
+  "posemb_scaling": posemb.SCALINGS,
+  "modulation": MODULATIONS,
+  "null_condition": NULL_CONDITIONS,
 }
 
 
@@ -48,23 +48,23 @@ def make_model(config: ConfigDict) -> FlexTok:
   vae = make_vae(config) if config.vae.kind == "autoencoder_kl" else None
   side = config.image_size // (1 if vae is None else vae.downscale)
   return FlexTok(
-      encoder=_make_part(Encoder, "encoder", config, side, code_dim=len(levels)),
-      decoder=_make_part(Decoder, "decoder", config, side),
-      vae=vae,
-      levels=levels,
-      scaling_factor=config.vae.scaling_factor or 1.0,  # 0: not known before training (inputs.with_vae)
+    encoder=_make_part(Encoder, "encoder", config, side, code_dim=len(levels)),
+    decoder=_make_part(Decoder, "decoder", config, side),
+    vae=vae,
+    levels=levels,
+    scaling_factor=config.vae.scaling_factor or 1.0,  # 0: not known before training (inputs.with_vae)
   )
 
 
 def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, side: int, **fields) -> PatchTransformer:
   """Builds the encoder or decoder for latents of `side` pixels; what its section leaves out is the module's default."""
   part = module(
-      num_registers=config.tokens.num_registers,
-      dtype=jnp.dtype(config.dtype),
-      remat=remat_name(config.remat),
-      attention=config.get("attention", "auto"),  # older weights files lack it
-      **config[name],
-      **fields,
+    num_registers=config.tokens.num_registers,
+    dtype=jnp.dtype(config.dtype),
+    remat=remat_name(config.remat),
+    attention=config.get("attention", "auto"),  # older weights files lack it
+    **config[name],
+    **fields,
   )
   for field, names in _NAMES.items():
     value = getattr(part, field, names[0])
@@ -82,16 +82,16 @@ def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, si
     raise ValueError(f"{name}.max_timestep must be a number above 0, got {part.max_timestep!r}")
   if side < part.patch_size or side % part.patch_size:
     raise ValueError(
-        f"image_size {config.image_size} gives {side} latent pixels a side, "
-        f"which is not a multiple of {name}.patch_size {part.patch_size}"
+      f"image_size {config.image_size} gives {side} latent pixels a side, "
+      f"which is not a multiple of {name}.patch_size {part.patch_size}"
     )
   grid = side // part.patch_size
   if not isinstance(part.max_grid, int) or part.max_grid < 0:
     raise ValueError(f"{name}.max_grid must be a number of patches, or 0 for image_size's, got {part.max_grid!r}")
   if part.posemb_scaling == "absolute" and 0 < part.max_grid < grid:
     raise ValueError(
-        f"{name}.max_grid {part.max_grid} is less than the {grid} patches a side of image_size {config.image_size}: "
-        f"raise it, or set {name}.posemb_scaling to 'interpolate'"
+      f"{name}.max_grid {part.max_grid} is less than the {grid} patches a side of image_size {config.image_size}: "
+      f"raise it, or set {name}.posemb_scaling to 'interpolate'"
     )
   return part.clone(max_grid=part.max_grid or grid)
 
@@ -199,9 +199,7 @@ class TokenizerStage(Stage):
       rows_of = lambda x: x[:, first:end].reshape(-1, *x.shape[2:])  # noqa: B023 called at once
       cut = lambda x: x[..., first:end, :].reshape(*x.shape[:-3], -1, x.shape[-1])  # noqa: B023 called at once
       parts = [rows_of(x) for x in (latents, t, noise, keep_k, drop)]
-      outcome = self._bucket_loss(
-          params, slots, *parts, jax.tree.map(cut, modulations), jax.tree.map(rows_of, disturb)
-      )
+      outcome = self._bucket_loss(params, slots, *parts, jax.tree.map(cut, modulations), jax.tree.map(rows_of, disturb))
       outcomes.append([x.reshape(-1, end - first, *x.shape[1:]) for x in outcome])
     joined = (jnp.concatenate(x, 1) for x in zip(*outcomes))
     per_sample, saturation, *features = (x.reshape(-1, *x.shape[2:]) for x in joined)
@@ -263,7 +261,7 @@ class TokenizerStage(Stage):
     else:
       codes, saturation = jnp.zeros((batch, 1, len(levels))), jnp.zeros(batch)
     velocity = functools.partial(
-        apply, flow.add_noise(latents, noise, t), t, codes, keep_k, drop, modulations, method="velocity"
+      apply, flow.add_noise(latents, noise, t), t, codes, keep_k, drop, modulations, method="velocity"
     )
     if self.projector is None:
       return flow.flow_loss(velocity(), latents, noise), saturation

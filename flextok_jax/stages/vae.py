@@ -27,11 +27,11 @@ def make_vae(config: ConfigDict) -> AutoencoderKL:
   c = config.vae
   dtype = c.get("dtype", config.dtype)  # weights files from before vae.dtype was a field: the VAE had the model's
   vae = AutoencoderKL(
-      latent_channels=c.latent_channels,
-      block_out_channels=tuple(c.block_out_channels),
-      layers_per_block=c.layers_per_block,
-      norm_groups=c.norm_groups,
-      dtype=settings.float_dtype("vae.dtype", dtype),
+    latent_channels=c.latent_channels,
+    block_out_channels=tuple(c.block_out_channels),
+    layers_per_block=c.layers_per_block,
+    norm_groups=c.norm_groups,
+    dtype=settings.float_dtype("vae.dtype", dtype),
   )
   if config.image_size % vae.downscale:
     raise ValueError(f"image_size {config.image_size} is not a multiple of the VAE's downscale {vae.downscale}")
@@ -53,8 +53,10 @@ def make_discriminator(config: ConfigDict) -> PatchDiscriminator | None:
   if not isinstance(c.start_step, int) or c.start_step < 0:
     raise ValueError(f"discriminator.start_step must be a number of steps of at least 0, got {c.start_step!r}")
   if patches_of(config.image_size, c.num_layers) < 1:
-    raise ValueError(f"discriminator.num_layers={c.num_layers} leaves no patch of images of {config.image_size} px: "
-                     f"they need {3 * 2**c.num_layers} px")  # fmt: skip
+    raise ValueError(
+      f"discriminator.num_layers={c.num_layers} leaves no patch of images of {config.image_size} px: "
+      f"they need {3 * 2**c.num_layers} px"
+    )
   return PatchDiscriminator(c.channels, c.num_layers, make_vae(config).dtype)
 
 
@@ -148,8 +150,11 @@ class VAEStage(Stage):
     to_descend += jnp.sum(at_recon * recon)
     losses |= dict(kl=kl, posterior_std=jnp.exp(0.5 * logvar).mean((1, 2, 3)))
     metrics |= {k: (v.sum(), jnp.float32(v.size)) for k, v in losses.items()}
-    metrics |= {"loss": (loss * kl.size, jnp.float32(kl.size)), "latent_mean": (latents.mean(), jnp.float32(1)),
-                "latent_std": (latents.std(), jnp.float32(1))}  # fmt: skip
+    metrics |= {
+      "loss": (loss * kl.size, jnp.float32(kl.size)),
+      "latent_mean": (latents.mean(), jnp.float32(1)),
+      "latent_std": (latents.std(), jnp.float32(1)),
+    }
     loss, metrics = jax.lax.stop_gradient((loss, metrics))
     return loss + (to_descend - jax.lax.stop_gradient(to_descend)), metrics  # the loss exactly: what is added is 0
 
@@ -168,8 +173,9 @@ class VAEStage(Stage):
     weight = self.adversarial.weight * adversarial.adaptive_weight(*kernel_grads)
     real, fake = apply(params["discriminator"], images), apply(params["discriminator"], fixed["recon"])
     d = adversarial.discriminator_loss(real, fake)
-    told = dict(loss_generator=g, loss_discriminator=d, logits_real=real.mean(), logits_fake=fake.mean(),
-                adaptive_weight=weight)  # fmt: skip
+    told = dict(
+      loss_generator=g, loss_discriminator=d, logits_real=real.mean(), logits_fake=fake.mean(), adaptive_weight=weight
+    )
     metrics = {name: (on * x, on) for name, x in told.items()}  # means over nothing before the start
     return on * (weight * g + d), at_recon + on * weight * dg, on * d, metrics
 

@@ -1,1 +1,1 @@
-"""What the train loop is made of: state, optimiser, placement, checkpoints, metrics."""
+"""The training loop's parts."""

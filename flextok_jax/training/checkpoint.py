@@ -50,8 +50,8 @@ def check_workdir(workdir: str, config: ConfigDict):
       continue
     if old.get(name) != new.get(name) and not name.startswith(_FREE) and name not in _FREE_DATA + FREE_AR:
       raise ValueError(
-          f"workdir {workdir} belongs to another config: {name} is {old.get(name)!r} there and {new.get(name)!r} "
-          "here; use another --workdir"
+        f"workdir {workdir} belongs to another config: {name} is {old.get(name)!r} there and {new.get(name)!r} "
+        "here; use another --workdir"
       )
 
 
@@ -160,7 +160,7 @@ class Checkpoints:
   def __init__(self, workdir: str, keep: int = 1, keep_period: int = 0, *, own: bool = False):
     """With `own` nobody else uses the workdir (see locked): what a killed run has left half written is removed."""
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, keep_period=keep_period or None, cleanup_tmp_directories=own
+      max_to_keep=keep, keep_period=keep_period or None, cleanup_tmp_directories=own
     )
     self._manager = ocp.CheckpointManager(os.path.abspath(os.path.join(workdir, "checkpoints")), options=options)
     self._begun = None  # step of the last one that was begun
@@ -254,8 +254,8 @@ class Checkpoints:
       yield
     except Exception as e:  # orbax and tensorstore raise many kinds for a full disk
       raise OSError(
-          f"checkpoint {self._folder(self._begun)} cannot be written ({type(e).__name__}: {_first_line(e)}); older "
-          "ones are untouched: make room, and rerun the same command"
+        f"checkpoint {self._folder(self._begun)} cannot be written ({type(e).__name__}: {_first_line(e)}); older "
+        "ones are untouched: make room, and rerun the same command"
       ) from e
 
   def close(self):
@@ -297,6 +297,4 @@ def warm_start(state: TrainState, given: dict, path: str, ready: Collection[str]
   logging.info("starting from %s of %s", ", ".join(shared), path)
   parts |= shared
   params = {k: parts[k] for k in state.params}
-  return state.replace(
-      params=params, ema=jax.tree.map(jnp.copy, params), frozen={k: parts[k] for k in state.frozen}
-  )
+  return state.replace(params=params, ema=jax.tree.map(jnp.copy, params), frozen={k: parts[k] for k in state.frozen})

@@ -51,8 +51,10 @@ def with_vae(config: ConfigDict, workdir: str) -> ConfigDict:
   else:
     factor = loading.load_config(config.init_from).get("vae", {}).get("scaling_factor", 0.0)
   if not factor:
-    raise ValueError(f"init_from={config.init_from} does not tell the scaling factor of its latents: give "
-                     "--config.vae.scaling_factor, one over their deviation")
+    raise ValueError(
+      f"init_from={config.init_from} does not tell the scaling factor of its latents: give "
+      "--config.vae.scaling_factor, one over their deviation"
+    )
   return checkpoint.with_measured(config, {"vae.scaling_factor": factor})
 
 
@@ -112,8 +114,8 @@ def make_prepare(config: ConfigDict, mesh: jax.sharding.Mesh, train: bool = Fals
   sizes, params = load_t5(config.text.path, config.dtype, mesh)
   encoder = make_text_encoder(config, sizes)
   encode = jax.jit(
-      lambda params, ids, lengths: encoder.apply({"params": params}, ids, lengths).astype(jnp.dtype(config.dtype)),
-      out_shardings=sharding.batch_sharding(mesh),
+    lambda params, ids, lengths: encoder.apply({"params": params}, ids, lengths).astype(jnp.dtype(config.dtype)),
+    out_shardings=sharding.batch_sharding(mesh),
   )
 
   def prepare(batch: dict) -> dict:

@@ -19,7 +19,7 @@ def make_schedule(optim: ConfigDict, num_steps: int) -> optax.Schedule:
   """Returns step -> learning rate: linear warm-up, then a cosine to the end value at num_steps."""
   warmup = min(optim.warmup_steps, num_steps)
   return optax.warmup_cosine_decay_schedule(
-      0.0, optim.learning_rate, warmup, max(num_steps, warmup + 1), optim.end_learning_rate
+    0.0, optim.learning_rate, warmup, max(num_steps, warmup + 1), optim.end_learning_rate
   )
 
 
@@ -71,8 +71,7 @@ def make_optimizer(optim: ConfigDict, num_steps: int) -> optax.GradientTransform
     return optax.partition(parts, {name: name if name in parts else "rest" for name in params})
 
   return optax.GradientTransformation(
-      lambda params: pick(params).init(params),
-      lambda grads, state, params=None: pick(grads).update(grads, state, params),
+    lambda params: pick(params).init(params), lambda grads, state, params=None: pick(grads).update(grads, state, params)
   )
 
 
@@ -91,13 +90,13 @@ def _make_main(optim: ConfigDict, num_steps: int) -> optax.GradientTransformatio
   decay = 0.0 if base_width else weight_decay
   if muon:
     optimizer = contrib.muon(
-        schedule,
-        eps=optim.eps,
-        weight_decay=decay,
-        adam_b1=optim.b1,
-        adam_b2=optim.b2,
-        muon_weight_dimension_numbers=muon_dimensions,
-        consistent_rms=0.2,
+      schedule,
+      eps=optim.eps,
+      weight_decay=decay,
+      adam_b1=optim.b1,
+      adam_b2=optim.b2,
+      muon_weight_dimension_numbers=muon_dimensions,
+      consistent_rms=0.2,
     )
   else:
     optimizer = optax.adamw(schedule, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=decay, mask=decay_mask)
@@ -107,11 +106,11 @@ def _make_main(optim: ConfigDict, num_steps: int) -> optax.GradientTransformatio
   # Decay follows the schedule alone: a share of the weights that is the same at every width, as in the authors' code.
   mask = (lambda p: jax.tree.map_with_path(lambda path, _: by_muon(mup.names_of(path)), p)) if muon else decay_mask
   return optax.chain(
-      clip,
-      mup.scale_gradients(base_width),
-      optimizer,
-      mup.scale_by_width(base_width, by_muon if muon else lambda names: False),
-      optax.add_decayed_weights(lambda step: -weight_decay * schedule(step), mask),
+    clip,
+    mup.scale_gradients(base_width),
+    optimizer,
+    mup.scale_by_width(base_width, by_muon if muon else lambda names: False),
+    optax.add_decayed_weights(lambda step: -weight_decay * schedule(step), mask),
   )
 
 
@@ -123,10 +122,10 @@ def check(config: ConfigDict) -> list[str]:
   """
   c, num_steps, lines = config.optim, config.train.num_steps, []
   possible = {
-      "above 0": (("learning_rate", "eps", "clip_norm"), lambda x: x > 0),
-      "of at least 0": (("end_learning_rate", "weight_decay"), lambda x: x >= 0),
-      "in [0, 1)": (("b1", "b2", "ema_decay"), lambda x: 0 <= x < 1),
-      "of at least 0 and whole": (("warmup_steps", "mup_base_width"), lambda x: isinstance(x, int) and x >= 0),
+    "above 0": (("learning_rate", "eps", "clip_norm"), lambda x: x > 0),
+    "of at least 0": (("end_learning_rate", "weight_decay"), lambda x: x >= 0),
+    "in [0, 1)": (("b1", "b2", "ema_decay"), lambda x: 0 <= x < 1),
+    "of at least 0 and whole": (("warmup_steps", "mup_base_width"), lambda x: isinstance(x, int) and x >= 0),
   }
   for section in ("", "discriminator."):
     values = c[_DISCRIMINATOR] if section else c
@@ -139,18 +138,18 @@ def check(config: ConfigDict) -> list[str]:
   off = c.learning_rate / _USUAL_RATE
   if not 1 / 100 <= off <= 100:
     lines.append(
-        f"optim.learning_rate={c.learning_rate:g} is over 100 times {'above' if off > 1 else 'below'} the usual, which "
-        f"is about {_USUAL_RATE:g} with {c.name} (Muon's updates have the size of Adam's here)"
+      f"optim.learning_rate={c.learning_rate:g} is over 100 times {'above' if off > 1 else 'below'} the usual, which "
+      f"is about {_USUAL_RATE:g} with {c.name} (Muon's updates have the size of Adam's here)"
     )
   if c.warmup_steps >= num_steps:
     lines.append(
-        f"optim.warmup_steps={c.warmup_steps} is not below train.num_steps={num_steps}: the learning rate only rises"
+      f"optim.warmup_steps={c.warmup_steps} is not below train.num_steps={num_steps}: the learning rate only rises"
     )
   horizon = 1 / (1 - c.ema_decay)
   if horizon > num_steps:
     lines.append(
-        f"optim.ema_decay={c.ema_decay:g} averages {horizon:.0f} steps, the run has train.num_steps={num_steps}: the "
-        "average will be that of its last tenth, as it warms up"
+      f"optim.ema_decay={c.ema_decay:g} averages {horizon:.0f} steps, the run has train.num_steps={num_steps}: the "
+      "average will be that of its last tenth, as it warms up"
     )
   return lines + _check_mup(config)
 
@@ -165,7 +164,7 @@ def _check_mup(config: ConfigDict) -> list[str]:
     expected, given = base_width / config[part].width, config[part].readout_multiplier
     if not math.isclose(expected, given, rel_tol=0.01):
       lines.append(
-          f"optim.mup_base_width={base_width} goes with {part}.readout_multiplier={expected:.5g} (that over "
-          f"{part}.width), got {given:g}"
+        f"optim.mup_base_width={base_width} goes with {part}.readout_multiplier={expected:.5g} (that over "
+        f"{part}.width), got {given:g}"
       )
   return lines

@@ -35,11 +35,11 @@ def init_state(stage, optimizer: optax.GradientTransformation, key: jax.Array) -
   helpers, networks = stage.init_auxiliary(jax.random.fold_in(key, 1))
   params, frozen = {**params, **helpers}, {**frozen, **networks}
   return TrainState(
-      step=jnp.int32(0),
-      params=params,
-      frozen=frozen,
-      ema=jax.tree.map(jnp.copy, params),  # donated buffers must not be shared
-      opt_state=optimizer.init(params),
+    step=jnp.int32(0),
+    params=params,
+    frozen=frozen,
+    ema=jax.tree.map(jnp.copy, params),  # donated buffers must not be shared
+    opt_state=optimizer.init(params),
   )
 
 
@@ -49,7 +49,7 @@ def ema_decay(decay: float, step: jax.Array) -> jax.Array:
 
 
 def make_update(
-    stage, optimizer: optax.GradientTransformation, *, accumulate_steps: int, decay: float
+  stage, optimizer: optax.GradientTransformation, *, accumulate_steps: int, decay: float
 ) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]:
   """Returns update(state, batch, key) -> (state, metrics), pure; jit it with the state donated.
 

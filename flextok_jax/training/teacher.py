@@ -20,8 +20,8 @@ from flextok_jax.stages import repa
 from flextok_jax.weights.perception.vit import load_vit
 
 _HELP = (
-    "REPA needs its teacher: give --config.repa.teacher=DIR, a folder with config.json and model.safetensors of a "
-    "DINOv2 (of https://huggingface.co/facebook/dinov2-large, say), or train without it: --config.repa.weight=0"
+  "REPA needs its teacher: give --config.repa.teacher=DIR, a folder with config.json and model.safetensors of a "
+  "DINOv2 (of https://huggingface.co/facebook/dinov2-large, say), or train without it: --config.repa.weight=0"
 )
 
 
@@ -38,8 +38,10 @@ def read(config: ConfigDict) -> tuple[dict, dict]:
   sizes.pop("num_classes", None)
   params.pop("head", None)
   if sizes["width"] != config.repa.features:
-    raise ValueError(f"config.repa.features={config.repa.features}, but the teacher {config.repa.teacher} gives "
-                     f"{sizes['width']}: pass --config.repa.features={sizes['width']}")
+    raise ValueError(
+      f"config.repa.features={config.repa.features}, but the teacher {config.repa.teacher} gives "
+      f"{sizes['width']}: pass --config.repa.features={sizes['width']}"
+    )
   return sizes, params
 
 
@@ -54,7 +56,7 @@ def fingerprint(sizes: Mapping, params: Mapping) -> str:
 
 
 def make_features_fn(
-    config: ConfigDict, sizes: Mapping, params: Mapping, mesh: jax.sharding.Mesh
+  config: ConfigDict, sizes: Mapping, params: Mapping, mesh: jax.sharding.Mesh
 ) -> Callable[[jax.Array], jax.Array]:
   """Returns a jitted function of images uint8 [b, h, w, 3] that gives features [b, g * g, d], row by row.
 
@@ -102,8 +104,10 @@ def _check_shards(config: ConfigDict):
     return
   here = fingerprint(*read(config))
   if here != there:
-    raise ValueError(f"the teacher shards are of teacher {there}, but {config.repa.teacher} is {here}: write features "
-                     "with that one (python -m flextok_jax.tokenize --what=dino), or use the one that wrote these")
+    raise ValueError(
+      f"the teacher shards are of teacher {there}, but {config.repa.teacher} is {here}: write features "
+      "with that one (python -m flextok_jax.tokenize --what=dino), or use the one that wrote these"
+    )
 
 
 def check_source(config: ConfigDict):
@@ -111,12 +115,12 @@ def check_source(config: ConfigDict):
   latents, teacher = config.data.latents, config.data.teacher
   if latents and not teacher:
     raise ValueError(
-        "with config.data.latents there are no images for REPA's teacher to look at: write its features of the same "
-        "images (python -m flextok_jax.tokenize --what=dino) and give --config.data.teacher=DIR, or "
-        "--config.repa.weight=0"
+      "with config.data.latents there are no images for REPA's teacher to look at: write its features of the same "
+      "images (python -m flextok_jax.tokenize --what=dino) and give --config.data.teacher=DIR, or "
+      "--config.repa.weight=0"
     )
   if teacher and not latents:
     raise ValueError(
-        "config.data.teacher goes with config.data.latents, of the same crops: fresh images have features of their "
-        "own, which the step computes with --config.data.teacher=''"
+      "config.data.teacher goes with config.data.latents, of the same crops: fresh images have features of their "
+      "own, which the step computes with --config.data.teacher=''"
     )

@@ -1,0 +1,1 @@
+"""Weights: reading, writing, formats of others."""

@@ -36,11 +36,11 @@ def fingerprint(config: ConfigDict, params: Mapping) -> str:
   if model.vae is not None:
     parts["vae"] = {name: params["vae"][name] for name in ("encoder", "quant_conv")}
   settings = {
-      "image_size": config.image_size,
-      "levels": list(model.levels),
-      "scaling_factor": float(model.scaling_factor),
-      "encoder": _settings(model.encoder),
-      "vae": model.vae and _settings(model.vae),
+    "image_size": config.image_size,
+    "levels": list(model.levels),
+    "scaling_factor": float(model.scaling_factor),
+    "encoder": _settings(model.encoder),
+    "vae": model.vae and _settings(model.vae),
   }
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
   for path, array in sorted(flatten_dict(parts, sep="/").items()):

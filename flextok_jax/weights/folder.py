@@ -34,8 +34,9 @@ class Folder:
     self.name = os.fspath(source)
     self._local = os.path.isdir(self.name)
     if not self._local and not hub.is_repository(self.name):
-      raise FileNotFoundError(f"no such {kind}: {self.name}; give a folder or a repository on Hugging Face, such as "
-                              f"{example}")
+      raise FileNotFoundError(
+        f"no such {kind}: {self.name}; give a folder or a repository on Hugging Face, such as {example}"
+      )
 
   def find(self, *names: str) -> str:
     """Returns the path of the first of the files that is there."""
@@ -70,8 +71,10 @@ class Folder:
       raise ValueError(f"{path} has no weight_map: not an index of safetensors files")
     for name, place in places.items():
       if not isinstance(place, str) or not _SHARD.fullmatch(place):
-        raise ValueError(f"{path}: tensor {name!r:.80} is in {literals.quote(place)}, which is not the plain name of a "
-                         ".safetensors file")
+        raise ValueError(
+          f"{path}: tensor {name!r:.80} is in {literals.quote(place)}, which is not the plain name of a "
+          ".safetensors file"
+        )
     places = {name: place for name, place in places.items() if not name.startswith(ignored)}
     files = {}  # of those that are needed; a decoder's alone are neither downloaded nor opened
 

@@ -34,14 +34,14 @@ _UNUSED = ("vae.logvar",)  # of the official trainer's loss
 
 
 def load(
-    source: str | os.PathLike,
-    *,
-    param_dtype: str | None = "float32",
-    dtype: str | None = None,
-    vae_norm_num_groups: int = 32,
-    mup_base_width: int | None = None,
-    image_size: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+  source: str | os.PathLike,
+  *,
+  param_dtype: str | None = "float32",
+  dtype: str | None = None,
+  vae_norm_num_groups: int = 32,
+  mup_base_width: int | None = None,
+  image_size: int | None = None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[ConfigDict, dict]:
   """Loads a model.
 
@@ -150,7 +150,7 @@ def _load_folder(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
   if os.path.isfile(config):
     return _load_workdir(folder, options)
   raise FileNotFoundError(
-      f"folder {folder} holds no checkpoint: neither {WEIGHTS}, {', '.join(hub.WEIGHTS)} nor a run's config.json"
+    f"folder {folder} holds no checkpoint: neither {WEIGHTS}, {', '.join(hub.WEIGHTS)} nor a run's config.json"
   )
 
 
@@ -159,10 +159,12 @@ def _load_workdir(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
   if not os.path.isdir(os.path.join(folder, "checkpoints")):
     raise FileNotFoundError(f"workdir {folder} has no checkpoint yet")
   trained, frozen, shardings = _abstract(config, folder, options.mesh)
-  typed = lambda tree: unflatten_dict({
+  typed = lambda tree: unflatten_dict(
+    {
       path: jax.ShapeDtypeStruct(x.shape, options.type_of("/".join(path), config), sharding=shardings["/".join(path)])
       for path, x in flatten_dict(tree).items()
-  })
+    }
+  )
   checkpoints = checkpoint.Checkpoints(folder)
   try:
     if checkpoints.latest_step() is None:
@@ -182,8 +184,8 @@ def _load_file(path: str, options: _Options) -> tuple[ConfigDict, dict]:
     raise ValueError(f"{path} holds a generator: load it by flextok_jax.load_ar, convert it with --generator")
   if "encoder" not in file.metadata:
     raise ValueError(
-        f"{path} is no FlexTok checkpoint: its metadata has neither {CONFIG_KEY!r} nor an official configuration; "
-        "where the weights came with a config.json, give the folder of both"
+      f"{path} is no FlexTok checkpoint: its metadata has neither {CONFIG_KEY!r} nor an official configuration; "
+      "where the weights came with a config.json, give the folder of both"
     )
   with named(path):
     official = official_config.parse_literals(file.metadata)
@@ -227,8 +229,10 @@ def _load_official(file: TensorFile, official: Mapping, options: _Options) -> tu
     told = ("latent_channels", "block_out_channels", "layers_per_block", "norm_groups")
     sizes = {k: other_config.vae[k] for k in told}
   if sizes["latent_channels"] != vae["latent_channels"]:
-    raise ValueError(f"{file.path}: the configuration's vae.latent_channels is {vae['latent_channels']}, "
-                     f"the weights have {sizes['latent_channels']}")
+    raise ValueError(
+      f"{file.path}: the configuration's vae.latent_channels is {vae['latent_channels']}, "
+      f"the weights have {sizes['latent_channels']}"
+    )
   vae |= sizes
   side = min(_LATENT_SIDE, *(config[half]["max_grid"] * config[half]["patch_size"] for half in ("encoder", "decoder")))
   config["image_size"] = side * 2 ** (len(vae["block_out_channels"]) - 1)
@@ -241,8 +245,16 @@ def _load_diffusers(file: TensorFile, vae: dict, options: _Options) -> tuple[Con
   for name, size in sizes.items():
     if vae[name] != size:
       raise ValueError(f"{file.path}: {name} is {vae[name]} in config.json and {size} in the weights")
-  config = options.config(dict(stage="vae", seed=0, image_size=256, dtype="float32", vae=vae,
-                               vae_loss=dict(l1_weight=1.0, l2_weight=0.0, kl_weight=1e-6)))
+  config = options.config(
+    dict(
+      stage="vae",
+      seed=0,
+      image_size=256,
+      dtype="float32",
+      vae=vae,
+      vae_loss=dict(l1_weight=1.0, l2_weight=0.0, kl_weight=1e-6),
+    )
+  )
   return config, _read(file, config, {}, options, vae_prefix="")
 
 
@@ -253,8 +265,16 @@ def _vae_sizes(file: TensorFile, prefix: str) -> dict:
     raise ValueError(f"{file.path}: {e}") from None
 
 
-def _read(file: TensorFile, config: ConfigDict, roles: Mapping[str, str], options: _Options, entry=None, *,
-          vae_prefix: str = names.VAE_PREFIX, given: Mapping = {}) -> dict:  # noqa: B006 never changed
+def _read(
+  file: TensorFile,
+  config: ConfigDict,
+  roles: Mapping[str, str],
+  options: _Options,
+  entry=None,
+  *,
+  vae_prefix: str = names.VAE_PREFIX,
+  given: Mapping = {},
+) -> dict:  # noqa: B006 never changed
   """Returns the parameters that config asks for, from the file's tensors; `given` are there already."""
   trained, frozen, shardings = _abstract(config, file.path, options.mesh)
   shapes = {path: x.shape for path, x in flatten_dict({**trained, **frozen}, sep="/").items()}
@@ -271,8 +291,9 @@ def _read(file: TensorFile, config: ConfigDict, roles: Mapping[str, str], option
     shape = e.official_shape
     for name in e.names:
       if file.shapes[name] != shape:
-        raise ValueError(f"{file.path}: {name} has shape {list(file.shapes[name])}, its configuration asks for "
-                         f"{list(shape)}")
+        raise ValueError(
+          f"{file.path}: {name} has shape {list(file.shapes[name])}, its configuration asks for {list(shape)}"
+        )
   for name, table in tables.items():
     _check_table(file, name, table)
 

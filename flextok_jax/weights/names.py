@@ -59,40 +59,40 @@ class Entry:
 _LINEAR = {"kernel": ("weight", "i o -> o i"), "bias": ("bias", "o -> o")}
 # Of ours, what follows the role's name: (suffix of the official module, kinds).
 _HEADS = {
-    "encoder/patch_embed": ".patch_proj",
-    "encoder/head": ".proj",
-    "decoder/code_embed": ".proj",
-    "decoder/patch_embed": ".patch_proj",
-    "decoder/head": ".proj",
+  "encoder/patch_embed": ".patch_proj",
+  "encoder/head": ".proj",
+  "decoder/code_embed": ".proj",
+  "decoder/patch_embed": ".patch_proj",
+  "decoder/head": ".proj",
 }
 _TABLES = {  # ours: (role, name in the official module, layout)
-    "encoder/registers": ("encoder/registers", "registers", "n d -> n d"),
-    "encoder/positions": ("encoder/positions", "posembs", "a n d -> a 1 d n"),
-    "decoder/positions": ("decoder/positions", "posembs", "a n d -> a 1 d n"),
-    "decoder/register_positions": ("decoder/register_positions", "posembs", "n d -> 1 1 d n"),
-    "decoder/mask_token": ("decoder/nested_dropout", "dropout_mask_token", "d -> d"),
-    "decoder/null_token": ("decoder/null_condition", "nullcond", "d -> d"),
+  "encoder/registers": ("encoder/registers", "registers", "n d -> n d"),
+  "encoder/positions": ("encoder/positions", "posembs", "a n d -> a 1 d n"),
+  "decoder/positions": ("decoder/positions", "posembs", "a n d -> a 1 d n"),
+  "decoder/register_positions": ("decoder/register_positions", "posembs", "n d -> 1 1 d n"),
+  "decoder/mask_token": ("decoder/nested_dropout", "dropout_mask_token", "d -> d"),
+  "decoder/null_token": ("decoder/null_condition", "nullcond", "d -> d"),
 }
 _BLOCK = {  # ours in a block: (official modules in it, layout, axis of the fused parts or -1)
-    "attention/qkv/kernel": (("attn.wq", "attn.wk", "attn.wv"), "d h e -> (h e) d", 1),
-    "attention/qkv/bias": (("attn.wq", "attn.wk", "attn.wv"), "h e -> (h e)", 0),
-    "attention/out/kernel": (("attn.proj",), "h e d -> d (h e)", -1),
-    "attention/out/bias": (("attn.proj",), "d -> d", -1),
-    "mlp/in/kernel": (("mlp.fc1", "mlp.fc3"), "d f -> f d", 1),
-    "mlp/in/bias": (("mlp.fc1", "mlp.fc3"), "f -> f", 0),
-    "mlp/out/kernel": (("mlp.fc2",), "f d -> d f", -1),
-    "mlp/out/bias": (("mlp.fc2",), "d -> d", -1),
+  "attention/qkv/kernel": (("attn.wq", "attn.wk", "attn.wv"), "d h e -> (h e) d", 1),
+  "attention/qkv/bias": (("attn.wq", "attn.wk", "attn.wv"), "h e -> (h e)", 0),
+  "attention/out/kernel": (("attn.proj",), "h e d -> d (h e)", -1),
+  "attention/out/bias": (("attn.proj",), "d -> d", -1),
+  "mlp/in/kernel": (("mlp.fc1", "mlp.fc3"), "d f -> f d", 1),
+  "mlp/in/bias": (("mlp.fc1", "mlp.fc3"), "f -> f", 0),
+  "mlp/out/kernel": (("mlp.fc2",), "f d -> d f", -1),
+  "mlp/out/bias": (("mlp.fc2",), "d -> d", -1),
 }
 _ADALN = {"kernel": ("weight", "d o -> o d"), "bias": ("bias", "o -> o")}  # of all blocks, stacked
 _VAE = (  # regular expressions from our path to diffusers' name, applied in turn
-    (r"/(kernel|scale)$", "/weight"),
-    (r"(down|up)_(\d+)", r"\1_blocks.\2"),
-    (r"/mid/", "/mid_block/"),
-    (r"resnet_(\d)", r"resnets.\1"),
-    (r"attention", "attentions.0"),
-    (r"to_out", "to_out.0"),
-    (r"(down|up)sample/", r"\1samplers.0.conv/"),
-    ("/", "."),
+  (r"/(kernel|scale)$", "/weight"),
+  (r"(down|up)_(\d+)", r"\1_blocks.\2"),
+  (r"/mid/", "/mid_block/"),
+  (r"resnet_(\d)", r"resnets.\1"),
+  (r"attention", "attentions.0"),
+  (r"to_out", "to_out.0"),
+  (r"(down|up)sample/", r"\1samplers.0.conv/"),
+  ("/", "."),
 )
 _OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # diffusers before 0.15
 VAE_PREFIX = "vae.vae."  # inside a tokenizer's file
@@ -155,8 +155,9 @@ def own_entry(path: str, shape: tuple[int, ...]) -> Entry:
   return Entry(path, shape, (path,), f"{axes} -> {axes}")
 
 
-def entries(shapes: Mapping[str, tuple[int, ...]], roles: Mapping[str, str], vae_prefix: str = VAE_PREFIX,
-            old_vae: bool = False) -> Iterator[Entry]:
+def entries(
+  shapes: Mapping[str, tuple[int, ...]], roles: Mapping[str, str], vae_prefix: str = VAE_PREFIX, old_vae: bool = False
+) -> Iterator[Entry]:
   """Yields the entry of every array, for {path: shape} of a parameter tree."""
   depths = {}
   for half in ("encoder", "decoder"):
@@ -179,6 +180,7 @@ def vae_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict:
   Raises:
     ValueError: naming what is missing.
   """
+
   def count(prefix: str) -> int:
     indices = {name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)}
     if not indices or indices != {str(i) for i in range(len(indices))}:
@@ -193,7 +195,7 @@ def vae_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict:
 
   levels = range(count("encoder.down_blocks."))
   return dict(
-      latent_channels=size("post_quant_conv.weight", 4),
-      block_out_channels=tuple(size(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 4) for i in levels),
-      layers_per_block=count("encoder.down_blocks.0.resnets."),
+    latent_channels=size("post_quant_conv.weight", 4),
+    block_out_channels=tuple(size(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 4) for i in levels),
+    layers_per_block=count("encoder.down_blocks.0.resnets."),
   )

@@ -18,8 +18,13 @@ from flextok_jax.weights.official import diffusers as diffusers_config
 from flextok_jax.weights.official import tokenizer as official_config
 
 
-def save_weights(path: str | os.PathLike, config: ConfigDict, params: Mapping, dtype: str | None = None,
-                 extra: Mapping[str, str] | None = None):
+def save_weights(
+  path: str | os.PathLike,
+  config: ConfigDict,
+  params: Mapping,
+  dtype: str | None = None,
+  extra: Mapping[str, str] | None = None,
+):
   """Writes parameters and their config as one safetensors file of ours, atomically.
 
   Args:

@@ -47,7 +47,9 @@ def refused(pattern, workdir, **overrides):
   assert (files_of(workdir) if workdir.is_dir() else {}) == before
 
 
-@pytest.mark.parametrize("pattern, overrides", [
+@pytest.mark.parametrize(
+  "pattern, overrides",
+  [
     # Sizes.
     ("image_size 2 gives 2 latent pixels a side.*encoder.patch_size 4", dict(image_size=2)),
     ("image_size 18 .*not a multiple of encoder.patch_size 4", dict(image_size=18)),
@@ -61,8 +63,10 @@ def refused(pattern, workdir, **overrides):
     ("num_registers must be at least 1, got 0", dict(tokens=dict(num_registers=0))),
     ("tokens.levels", dict(tokens=dict(levels=(8, 1)))),
     ("tokens.levels", dict(tokens=dict(levels=()))),
-    ("image_size 18 is not a multiple of the VAE's downscale 4",
-     dict(image_size=18, vae=dict(kind="autoencoder_kl", block_out_channels=(8, 8, 8), norm_groups=4))),
+    (
+      "image_size 18 is not a multiple of the VAE's downscale 4",
+      dict(image_size=18, vae=dict(kind="autoencoder_kl", block_out_channels=(8, 8, 8), norm_groups=4)),
+    ),
     # Names.
     ("unknown stage 'tokeniser': one of tokenizer, vae", dict(stage="tokeniser")),
     ("stage 'vae' trains vae.kind 'autoencoder_kl', got 'pixels'", dict(stage="vae")),
@@ -96,7 +100,8 @@ def refused(pattern, workdir, **overrides):
     # No data.
     ("pass --config.data.sources.folder.path", dict(data=sources(folder=dict(weight=1.0)))),
     ("no data source has a weight above 0", dict(data=sources())),
-])  # fmt: skip
+  ],
+)
 def test_settings(pattern, overrides, tmp_path):
   refused(pattern, tmp_path / "new", **overrides)
 
@@ -123,8 +128,13 @@ def test_workdir_of_another_config_or_no_folder(tmp_path):
   checkpoint.claim_workdir(str(tmp_path / "run"), config_of())
   (tmp_path / "run" / "metrics.jsonl").write_text("precious\n")
   refused("belongs to another config: seed is 0 there and 1 here; use another --workdir", tmp_path / "run", seed=1)
-  refused("belongs to another config: stage is", tmp_path / "run", stage="vae",
-          vae=dict(kind="autoencoder_kl", block_out_channels=(8,), norm_groups=4), seed=0)  # fmt: skip
+  refused(
+    "belongs to another config: stage is",
+    tmp_path / "run",
+    stage="vae",
+    vae=dict(kind="autoencoder_kl", block_out_channels=(8,), norm_groups=4),
+    seed=0,
+  )
   (tmp_path / "file").write_text("precious")
   refused("file", tmp_path / "file")
   refused("file", tmp_path / "file" / "below")
@@ -139,7 +149,9 @@ def test_workdir_of_another_config_or_no_folder(tmp_path):
 DEBUG = "--config=configs/debug.py"
 
 
-@pytest.mark.parametrize("pattern, args", [
+@pytest.mark.parametrize(
+  "pattern, args",
+  [
     ("unknown config key .*--config.a.bogus=1", [DEBUG, "--config.a.bogus=1"]),
     ("unknown config key .*--config.data.sources.mars.weight=1", [DEBUG, "--config.data.sources.mars.weight=1"]),
     ("absent.py", ["--config=configs/absent.py"]),
@@ -150,7 +162,8 @@ DEBUG = "--config=configs/debug.py"
     ("Unknown command line flag 'work_dir'", [DEBUG, "--work_dir=x"]),
     ("give --config=configs/X.py and --workdir=DIR", []),
     ("give --config=configs/X.py and --workdir=DIR", [DEBUG, "--workdir="]),
-])  # fmt: skip
+  ],
+)
 def test_command_lines(pattern, args, tmp_path):
   (tmp_path / "empty.py").write_text("")
   (tmp_path / "broken.py").write_text("def get_config(:\n")
@@ -167,9 +180,17 @@ def one_line(pattern, code, printed, err):
 
 def test_a_line_and_an_exit_code(tmp_path):
   """Errors inside train(): before the first step, and in the middle, when reading threads are at work."""
-  one_line("the image folder /absent does not exist", *shell(
-      "flextok_jax.train", DEBUG, f"--workdir={tmp_path}", "--config.data.sources.synthetic.weight=0",
-      "--config.data.sources.folder.weight=1", "--config.data.sources.folder.path=/absent"))  # fmt: skip
+  one_line(
+    "the image folder /absent does not exist",
+    *shell(
+      "flextok_jax.train",
+      DEBUG,
+      f"--workdir={tmp_path}",
+      "--config.data.sources.synthetic.weight=0",
+      "--config.data.sources.folder.weight=1",
+      "--config.data.sources.folder.path=/absent",
+    ),
+  )
   assert not files_of(tmp_path)
   for i in range(64):
     path = tmp_path / "pictures" / f"{i}.png"
@@ -178,9 +199,13 @@ def test_a_line_and_an_exit_code(tmp_path):
     if i % 3 == 0:
       path.write_bytes(path.read_bytes()[:50])
   code, _, err = shell(
-      "flextok_jax.train", DEBUG, f"--workdir={tmp_path / 'new'}", "--config.data.sources.synthetic.weight=0",
-      "--config.data.sources.folder.weight=1",
-      f"--config.data.sources.folder.path={tmp_path / 'pictures'}")  # fmt: skip
+    "flextok_jax.train",
+    DEBUG,
+    f"--workdir={tmp_path / 'new'}",
+    "--config.data.sources.synthetic.weight=0",
+    "--config.data.sources.folder.weight=1",
+    f"--config.data.sources.folder.path={tmp_path / 'pictures'}",
+  )
   lines = err.splitlines()
   assert code == 1 and lines[-1].startswith("error: ") and "data.max_unreadable=0.01" in lines[-1]
   assert all("nreadable image passed over" in line for line in lines[:-1]) and "Traceback" not in err

@@ -28,8 +28,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-  config = tiny_config(stage="vae", vae=dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(32,),
-                                             layers_per_block=1))
+  config = tiny_config(
+    stage="vae", vae=dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(32,), layers_per_block=1)
+  )
   path = tmp_path_factory.mktemp("vae") / "weights.safetensors"
   saving.save_weights(str(path), config, make_params(make_stage(config)))
   return path
@@ -92,12 +93,18 @@ def test_batch_size_files_and_first_tokens(model, pictures, tokens, tmp_path):
 
 
 def test_round_trip_as_a_user_runs_it(model, pictures, tokens, decoded, tmp_path):
-  code, out, err = shell("flextok_jax.tokenize", f"--checkpoint={model}", f"--images={pictures}",
-                         f"--out={tmp_path / 't.json'}")
+  code, out, err = shell(
+    "flextok_jax.tokenize", f"--checkpoint={model}", f"--images={pictures}", f"--out={tmp_path / 't.json'}"
+  )
   assert (code, err) == (0, "") and "5 images of 16 px, 4 tokens each" in out
   assert (tmp_path / "t.json").read_text() == tokens.read_text()
-  code, out, err = shell("flextok_jax.detokenize", f"--checkpoint={model}", f"--tokens={tmp_path / 't.json'}",
-                         f"--out={tmp_path / 'out'}", "--batch_size=2")
+  code, out, err = shell(
+    "flextok_jax.detokenize",
+    f"--checkpoint={model}",
+    f"--tokens={tmp_path / 't.json'}",
+    f"--out={tmp_path / 'out'}",
+    "--batch_size=2",
+  )
   assert (code, err) == (0, "") and "5 images of 16 px" in out
   assert sorted(decoded) == ["00000_a.png", "00001_b.png", "00002_c.png", "00003_d.png", "00004_e.png"]
   assert len({image.tobytes() for image in decoded.values()}) == 5
@@ -130,7 +137,9 @@ def test_sampler_flags_and_seed_take_effect(model, tokens, decoded, tmp_path, ar
   assert all((abs(image - decoded[name]) > 1).any() for name, image in images.items())
 
 
-@pytest.mark.parametrize("pattern, fields", [
+@pytest.mark.parametrize(
+  "pattern, fields",
+  [
     (r"token_ids\[1\]\[2\] is 200, this model's ids are 0 to 199", dict(token_ids=[[0], [1, 2, 200]])),
     (r"token_ids\[0\]\[0\] is -1,", dict(token_ids=[[-1]])),
     (r"token_ids\[0\]\[0\] is 1.0,", dict(token_ids=[[1.0]])),
@@ -144,7 +153,8 @@ def test_sampler_flags_and_seed_take_effect(model, tokens, decoded, tmp_path, ar
     ("2 names for 1 token", dict(token_ids=[[1]], names=["a", "b"])),
     ("'names' must be a list of strings", dict(token_ids=[[1]], names=[3])),
     ("tokens of 32 px images, but this checkpoint makes 16 px", dict(token_ids=[[1]], image_size=32)),
-])
+  ],
+)
 def test_bad_token_files(pattern, fields, tmp_path):
   with pytest.raises(ValueError, match=pattern):
     detokenize.read_tokens(write(tmp_path / "t.json", **fields), 16, 4, NUM_CODES)
@@ -191,8 +201,14 @@ def test_detokenize_refuses_bad_input(model, vae, tokens, tmp_path):
   fails("num_tokens 0 is out of range", detokenize, *given, "--num_tokens=0")
   fails("num_tokens 5 is out of range", detokenize, *given, "--num_tokens=5")
   short = write(tmp_path / "short.json", token_ids=[[1, 2], [3]])
-  fails(r"num_tokens=2, but token_ids\[1\] has only 1", detokenize, given[0], f"--tokens={short}", given[2],
-        "--num_tokens=2")
+  fails(
+    r"num_tokens=2, but token_ids\[1\] has only 1",
+    detokenize,
+    given[0],
+    f"--tokens={short}",
+    given[2],
+    "--num_tokens=2",
+  )
   fails("--num_steps=0", detokenize, *given, "--num_steps=0")
   fails("unknown guidance .strong.: one of apg, cfg, none", detokenize, *given, "--guidance=strong")
   fails("--guidance_scale=nan must be finite", detokenize, *given, "--guidance=cfg", "--guidance_scale=nan")
@@ -223,7 +239,9 @@ def test_tokenize_refuses_bad_input(model, vae, pictures, tmp_path):
 
 
 def config_file(path, **overrides):
-  path.write_text(f"from tests.evals.test_evals import tiny_config\nget_config = lambda: tiny_config(**{overrides!r})\n")
+  path.write_text(
+    f"from tests.evals.test_evals import tiny_config\nget_config = lambda: tiny_config(**{overrides!r})\n"
+  )
   return path
 
 
@@ -240,12 +258,20 @@ def test_evaluate_by_the_checkpoints_settings_and_by_others(model, pictures, tmp
 
   Image.new("RGB", (20, 20)).save(tmp_path / "train.png")
   config = config_file(
-      tmp_path / "other.py",
-      tokens=dict(num_registers=4, levels=(8, 5, 5), nested_dropout="pow2"),
-      data=dict(sources=dict(folder=dict(path=str(tmp_path), val_path=str(pictures)))),
+    tmp_path / "other.py",
+    tokens=dict(num_registers=4, levels=(8, 5, 5), nested_dropout="pow2"),
+    data=dict(sources=dict(folder=dict(path=str(tmp_path), val_path=str(pictures)))),
   )
-  run(evaluate, f"--checkpoint={model}", f"--config={config}", "--sources=folder", "--num_tokens=3,1", "--num_images=2",
-      "--seed=7", f"--out={out}")
+  run(
+    evaluate,
+    f"--checkpoint={model}",
+    f"--config={config}",
+    "--sources=folder",
+    "--num_tokens=3,1",
+    "--num_images=2",
+    "--seed=7",
+    f"--out={out}",
+  )
   lines = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
   assert len(lines) == 2 and lines[0] == report and lines[1]["seed"] == 7
   assert {k: list(v["by_tokens"]) for k, v in lines[1]["sets"].items()} == {"folder": ["1", "3"]}
@@ -254,8 +280,13 @@ def test_evaluate_by_the_checkpoints_settings_and_by_others(model, pictures, tmp
 
 def test_evaluate_refuses_the_config_of_another_model(model, tmp_path):
   other = config_file(tmp_path / "other.py", tokens=dict(num_registers=8, levels=(8, 5, 5)))
-  fails("tokens.num_registers = 8, but the checkpoint was trained with 4", evaluate, f"--checkpoint={model}",
-        f"--config={other}", f"--out={tmp_path / 'no'}")
+  fails(
+    "tokens.num_registers = 8, but the checkpoint was trained with 4",
+    evaluate,
+    f"--checkpoint={model}",
+    f"--config={other}",
+    f"--out={tmp_path / 'no'}",
+  )
 
 
 def test_evaluate_refuses_bad_input(model, vae, pictures, tmp_path):
@@ -273,11 +304,14 @@ def test_evaluate_refuses_bad_input(model, vae, pictures, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("args, pattern", [
+@pytest.mark.parametrize(
+  "args, pattern",
+  [
     (("evaluate", "--num_tokens=0"), "num_tokens 0 is out of range: this model takes 1 to 4"),
     (("tokenize", "--images=absent.png", "--out=x.json"), "absent.png"),
     (("detokenize", "--tokens=absent.json", "--num_steps=many"), "num_steps"),
-])
+  ],
+)
 def test_bad_input_is_one_line_and_exit_code_1(model, tmp_path, args, pattern):
   out = () if args[0] == "tokenize" else (f"--out={tmp_path}",)
   code, printed, err = shell(f"flextok_jax.{args[0]}", f"--checkpoint={model}", *args[1:], *out)

@@ -34,12 +34,12 @@ def test_released_generators_become_ours(name, tmp_path, capsys):
 def test_what_does_not_fit_is_one_line(tmp_path):
   source = write(tmp_path / "official.safetensors", tensors("class")[1])
   for pattern, args in (
-      ("holds a generator: load it by flextok_jax.load_ar", ()),
-      ("--setting=dim=16 is of generators", ("--setting=dim=16",)),
-      ("dim is 32 in the settings, but 16 in the weights", ("--generator", "--setting=dim=32")),
-      ("must be name=value", ("--generator", "--setting=dim")),
-      ("generators are written in our format alone", ("--generator", "--to=official")),
-      ("--image_size is of tokenizers", ("--generator", "--image_size=64")),
+    ("holds a generator: load it by flextok_jax.load_ar", ()),
+    ("--setting=dim=16 is of generators", ("--setting=dim=16",)),
+    ("dim is 32 in the settings, but 16 in the weights", ("--generator", "--setting=dim=32")),
+    ("must be name=value", ("--generator", "--setting=dim")),
+    ("generators are written in our format alone", ("--generator", "--to=official")),
+    ("--image_size is of tokenizers", ("--generator", "--image_size=64")),
   ):
     with pytest.raises(ValueError, match=pattern) as caught:
       run(source, tmp_path / "ours", *args)

@@ -46,8 +46,16 @@ def features(images):
 
 def make(stage, images, batch_size=4, **options):
   return reconstruction.Reconstruction(
-      stage.predict_fns, {"set": images}, (1, 4), batch_size, seed=3, grid_images=2,
-      measures=measures.make(("psnr", "perceptual")), features=Partial(features), **options)
+    stage.predict_fns,
+    {"set": images},
+    (1, 4),
+    batch_size,
+    seed=3,
+    grid_images=2,
+    measures=measures.make(("psnr", "perceptual")),
+    features=Partial(features),
+    **options,
+  )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +76,8 @@ def assert_same(scores, expected):
 def test_rfid_and_means_are_those_of_the_pictures(stage, params, images, scores):
   """By the pictures themselves, all at once, and plain formulas."""
   report = reconstruction.Reconstruction(
-      stage.predict_fns, {"set": images}, (1, 4), 11, seed=3, grid_images=11, measures=measures.make(("psnr",)))
+    stage.predict_fns, {"set": images}, (1, 4), 11, seed=3, grid_images=11, measures=measures.make(("psnr",))
+  )
   pictures = report.run(params).examples["set"]
   for column in ("1", "4"):
     a, b = (features(pictures[name].astype(np.float64) / 255)["pool"] for name in ("original", column))
@@ -177,8 +186,9 @@ cli.run(lambda: evaluate.main(flags.FLAGS))
 
 def test_a_killed_evaluation_goes_on(model, whole, tmp_path, capsys):
   given = [f"--checkpoint={model}", "--metrics=psnr,mse", "--num_tokens=1,4", "--keep_every=1", f"--out={tmp_path}"]
-  done = subprocess.run([sys.executable, "-c", KILLED, *given], cwd=ROOT, env=environment(8), capture_output=True,
-                        text=True, check=False)  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, "-c", KILLED, *given], cwd=ROOT, env=environment(8), capture_output=True, text=True, check=False
+  )
   assert done.returncode == -signal.SIGKILL, done.stderr
   assert not (tmp_path / "report.json").exists()
   run(evaluate, *given)
@@ -189,11 +199,25 @@ def test_a_killed_evaluation_goes_on(model, whole, tmp_path, capsys):
 
 def test_two_processes(model, whole, tmp_path):
   """Three devices in all: the batches differ from those of one process."""
-  command = ["python", "-m", "flextok_jax.evaluate", f"--checkpoint={model}", "--metrics=psnr,mse", "--num_tokens=1,4",
-             f"--out={tmp_path}"]  # fmt: skip
+  command = [
+    "python",
+    "-m",
+    "flextok_jax.evaluate",
+    f"--checkpoint={model}",
+    "--metrics=psnr,mse",
+    "--num_tokens=1,4",
+    f"--out={tmp_path}",
+  ]
   env = environment(2, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-  done = subprocess.run(["bash", "launch/local.sh", "2", *command], cwd=ROOT, env=env, capture_output=True, text=True,
-                        check=False, timeout=600)  # fmt: skip
+  done = subprocess.run(
+    ["bash", "launch/local.sh", "2", *command],
+    cwd=ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=600,
+  )
   assert done.returncode == 0, done.stdout + done.stderr
   assert_same(scored(tmp_path), scored(whole))
   assert done.stdout.count("21 of 21 images") == 1
@@ -204,6 +228,11 @@ def test_bad_flags_are_refused_in_one_line(model, tmp_path):
   fails("unknown metric 'fid': one of psnr, .*lpips_alex", evaluate, *given, "--metrics=fid")
   for metric, name in (("rfid", "inception"), ("lpips_vgg", "lpips_vgg"), ("dreamsim", "dreamsim"), ("dinov2",) * 2):
     fails(f"--metrics={metric} needs --weights=DIR, a folder with {name}: ", evaluate, *given, f"--metrics={metric}")
-    fails(f"--metrics={metric}: {tmp_path} has no {name}.safetensors, .npz or folder: put there ", evaluate, *given,
-          f"--metrics={metric}", f"--weights={tmp_path}")  # fmt: skip
+    fails(
+      f"--metrics={metric}: {tmp_path} has no {name}.safetensors, .npz or folder: put there ",
+      evaluate,
+      *given,
+      f"--metrics={metric}",
+      f"--weights={tmp_path}",
+    )
   assert not (tmp_path / "out").exists()

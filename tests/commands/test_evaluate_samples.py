@@ -69,16 +69,37 @@ def reference(tmp_path_factory):
 
 
 def flags_of(models, weights, reference, out, *args):  # noqa: F811
-  return (f"--checkpoint={models['class']}", f"--tokenizer={models['tokenizer']}", f"--weights={weights}",
-          f"--reference={reference}", f"--num_images={TOTAL}", "--batch_size=8", "--classes=3,0,4",
-          "--guidance_scale=2", "--seed=5", f"--out={out}", *args)  # fmt: skip
+  return (
+    f"--checkpoint={models['class']}",
+    f"--tokenizer={models['tokenizer']}",
+    f"--weights={weights}",
+    f"--reference={reference}",
+    f"--num_images={TOTAL}",
+    "--batch_size=8",
+    "--classes=3,0,4",
+    "--guidance_scale=2",
+    "--seed=5",
+    f"--out={out}",
+    *args,
+  )
 
 
 @pytest.fixture(scope="module")
 def report(models, weights, reference, tmp_path_factory):  # noqa: F811
   out = tmp_path_factory.mktemp("report")
-  run(evaluate, *flags_of(models, weights, reference, out, "--metrics=is,precision,recall,top1", "--num_tokens=1,4",
-                          "--samples_npz", f"--save_reference={out / 'stats.npz'}"))  # fmt: skip
+  run(
+    evaluate,
+    *flags_of(
+      models,
+      weights,
+      reference,
+      out,
+      "--metrics=is,precision,recall,top1",
+      "--num_tokens=1,4",
+      "--samples_npz",
+      f"--save_reference={out / 'stats.npz'}",
+    ),
+  )
   return out
 
 
@@ -91,8 +112,16 @@ def pictures(out, count):
 
 
 def test_samples_are_those_of_the_sample_command(models, report, tmp_path):  # noqa: F811
-  run(sample, f"--checkpoint={models['class']}", f"--tokenizer={models['tokenizer']}", "--classes=3,0,4", "--seed=5",
-      "--guidance_scale=2", "--npz", f"--out={tmp_path}")  # fmt: skip
+  run(
+    sample,
+    f"--checkpoint={models['class']}",
+    f"--tokenizer={models['tokenizer']}",
+    "--classes=3,0,4",
+    "--seed=5",
+    "--guidance_scale=2",
+    "--npz",
+    f"--out={tmp_path}",
+  )
   with np.load(tmp_path / "samples.npz", allow_pickle=False) as arrays:
     np.testing.assert_allclose(pictures(report, 4)[:3].astype(int), arrays["arr_0"], atol=1)
   assert pictures(report, 4).shape == (TOTAL, 16, 16, 3) and len({x.tobytes() for x in pictures(report, 4)}) == TOTAL
@@ -138,7 +167,14 @@ def test_metrics_are_those_of_the_pictures(weights, reference, report, look):
 
 
 def test_distances_to_statistics_and_an_interruption(
-    models, weights, reference, report, look, tmp_path, monkeypatch, capsys  # noqa: F811
+  models,
+  weights,
+  reference,
+  report,
+  look,
+  tmp_path,
+  monkeypatch,
+  capsys,  # noqa: F811
 ):
   args = flags_of(models, weights, report / "stats.npz", tmp_path, "--num_tokens=4", "--keep_every=1", "--samples_npz")
   fails("precision and recall compare single images", evaluate, *args, "--metrics=recall")
@@ -167,9 +203,20 @@ def test_distances_to_statistics_and_an_interruption(
 
 
 def test_two_processes(models, weights, report, tmp_path):  # noqa: F811
-  args = [f"--checkpoint={models['class']}", f"--tokenizer={models['tokenizer']}", f"--weights={weights}",
-          "--metrics=top1", "--num_tokens=4", f"--num_images={TOTAL}", "--batch_size=6", "--classes=3,0,4",
-          "--guidance_scale=2", "--seed=5", "--samples_npz", f"--out={tmp_path}"]  # fmt: skip
+  args = [
+    f"--checkpoint={models['class']}",
+    f"--tokenizer={models['tokenizer']}",
+    f"--weights={weights}",
+    "--metrics=top1",
+    "--num_tokens=4",
+    f"--num_images={TOTAL}",
+    "--batch_size=6",
+    "--classes=3,0,4",
+    "--guidance_scale=2",
+    "--seed=5",
+    "--samples_npz",
+    f"--out={tmp_path}",
+  ]
   env = environment(2, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
   command = ["bash", "launch/local.sh", "2", "python", "-m", "flextok_jax.evaluate", *args]
   done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
@@ -198,8 +245,19 @@ def measure(mesh, batch_size, **options):
 
   compared = reference_lib.look_at([IMAGES[:5], IMAGES[5:]], lambda x: jax.tree.map(np.asarray, features(x / 255)))
   evaluator = generation.Generation(
-      draw, decode, 9, 4, 16, (1, 2), generation.INCEPTION, {"inception": Partial(features)}, lambda rows: {}, compared,
-      mesh, **options)
+    draw,
+    decode,
+    9,
+    4,
+    16,
+    (1, 2),
+    generation.INCEPTION,
+    {"inception": Partial(features)},
+    lambda rows: {},
+    compared,
+    mesh,
+    **options,
+  )
   return evaluator.run(jnp.float32(0.3), 21, batch_size, seed=0)
 
 
@@ -226,9 +284,18 @@ def test_devices_and_batches_change_no_metric(tmp_path):
 
 def test_texts_by_clip(models, weights, tmp_path):  # noqa: F811
   (tmp_path / "prompts.txt").write_text("red bee\nace\n")
-  run(evaluate, f"--checkpoint={models['text']}", f"--tokenizer={models['tokenizer']}", f"--weights={weights}",
-      "--metrics=clip", f"--prompts_file={tmp_path / 'prompts.txt'}", "--num_images=5", "--num_tokens=4",
-      "--samples_npz", f"--out={tmp_path / 'out'}")  # fmt: skip
+  run(
+    evaluate,
+    f"--checkpoint={models['text']}",
+    f"--tokenizer={models['tokenizer']}",
+    f"--weights={weights}",
+    "--metrics=clip",
+    f"--prompts_file={tmp_path / 'prompts.txt'}",
+    "--num_images=5",
+    "--num_tokens=4",
+    "--samples_npz",
+    f"--out={tmp_path / 'out'}",
+  )
   images, texts = networks.clip(weights, "clip")
   vectors = texts(["red bee", "ace"])[[0, 1, 0, 1, 0]]
   cosines = (images(pictures(tmp_path / "out", 4) / np.float32(255)) * vectors).sum(1)

@@ -25,8 +25,11 @@ NUM_CODES = 8 * 5 * 5
 def generator_config(**ar):
   settings = dict(width=16, depth=1, head_dim=8, num_ids=NUM_CODES, num_tokens=4, num_classes=5)
   return common.derive(
-      stage="ar", dtype="float32", ar={**settings, **ar},
-      text=dict(encoder="bytes", features=16, head_dim=8, mlp_hidden=16, depth=1, max_length=24))
+    stage="ar",
+    dtype="float32",
+    ar={**settings, **ar},
+    text=dict(encoder="bytes", features=16, head_dim=8, mlp_hidden=16, depth=1, max_length=24),
+  )
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +40,12 @@ def models(tmp_path_factory):
   params = make_params(make_stage(config))
   saving.save_weights(folder / "tokenizer", config, params)
   generators = {
-      "class": dict(condition="class", tokenizer=fingerprint.fingerprint(config, params)),
-      "text": dict(condition="text", stop=True, bias=True),
-      "none": dict(condition="none"),
-      "foreign": dict(condition="none", tokenizer="0123456789abcdef"),
-      "other_codes": dict(condition="none", num_ids=240),
-      "longer": dict(condition="none", num_tokens=8),
+    "class": dict(condition="class", tokenizer=fingerprint.fingerprint(config, params)),
+    "text": dict(condition="text", stop=True, bias=True),
+    "none": dict(condition="none"),
+    "foreign": dict(condition="none", tokenizer="0123456789abcdef"),
+    "other_codes": dict(condition="none", num_ids=240),
+    "longer": dict(condition="none", num_tokens=8),
   }
   for name, ar in generators.items():
     config = generator_config(**ar)
@@ -73,8 +76,20 @@ def read(folder, name):
 def by_class(models, tmp_path_factory):
   """Four samples of two classes, in batches of 3."""
   out = tmp_path_factory.mktemp("class")
-  run(sample, *given(models, "class", out, "--classes=3,0", "--num_samples=2", "--batch_size=3", "--npz", "--seed=5",
-                     "--guidance_scale=2"))
+  run(
+    sample,
+    *given(
+      models,
+      "class",
+      out,
+      "--classes=3,0",
+      "--num_samples=2",
+      "--batch_size=3",
+      "--npz",
+      "--seed=5",
+      "--guidance_scale=2",
+    ),
+  )
   return out
 
 
@@ -105,7 +120,8 @@ def test_files_of_a_run(by_class):
 def test_a_run_is_what_the_methods_give(models, by_class):
   """The same as generate with one key, whatever the batches: sample i draws by fold_in(key, i)."""
   ids, log_probs = load_ar(models["class"]).generate(
-      jax.random.key(5), labels=[3, 3, 0, 0], guidance_scale=2.0, return_log_probs=True)
+    jax.random.key(5), labels=[3, 3, 0, 0], guidance_scale=2.0, return_log_probs=True
+  )
   assert read(by_class, "tokens.json")["token_ids"] == ids.tolist()
   entries = read(by_class, "samples.json")["samples"]
   np.testing.assert_allclose([entry["log_prob"] for entry in entries], log_probs.sum(1), rtol=1e-4)
@@ -114,8 +130,13 @@ def test_a_run_is_what_the_methods_give(models, by_class):
 @pytest.mark.parametrize("name", ["by_class", "by_text"])
 def test_detokenize_reads_the_tokens_and_gives_the_same_pictures(models, name, request, tmp_path):
   out = request.getfixturevalue(name)
-  run(detokenize, f"--checkpoint={models['tokenizer']}", f"--tokens={out / 'tokens.json'}", f"--out={tmp_path}",
-      f"--seed={read(out, 'samples.json')['settings']['seed']}")
+  run(
+    detokenize,
+    f"--checkpoint={models['tokenizer']}",
+    f"--tokens={out / 'tokens.json'}",
+    f"--out={tmp_path}",
+    f"--seed={read(out, 'samples.json')['settings']['seed']}",
+  )
   restored = read_folder(tmp_path)
   assert sorted(restored) == [entry["file"] for entry in read(out, "samples.json")["samples"]]
   for file, image in restored.items():
@@ -123,10 +144,25 @@ def test_detokenize_reads_the_tokens_and_gives_the_same_pictures(models, name, r
 
 
 def test_samples_do_not_depend_on_batches_or_neighbours(models, by_text, tmp_path):
-  run(sample, *given(models, "text", tmp_path, "--prompts=A red star!", "--num_samples=2", "--batch_size=1",
-                     "--grid_rows=0", "--strip_tokens=0"))
+  run(
+    sample,
+    *given(
+      models,
+      "text",
+      tmp_path,
+      "--prompts=A red star!",
+      "--num_samples=2",
+      "--batch_size=1",
+      "--grid_rows=0",
+      "--strip_tokens=0",
+    ),
+  )
   assert sorted(path.name for path in tmp_path.iterdir()) == [
-      "00000_a_red_star.png", "00001_a_red_star.png", "samples.json", "tokens.json"]
+    "00000_a_red_star.png",
+    "00001_a_red_star.png",
+    "samples.json",
+    "tokens.json",
+  ]
   assert read(tmp_path, "tokens.json")["token_ids"] == read(by_text, "tokens.json")["token_ids"][:2]
   for name in ("00000_a_red_star.png", "00001_a_red_star.png"):
     one, other = (np.asarray(Image.open(folder / name)).astype(int) for folder in (tmp_path, by_text))
@@ -165,8 +201,22 @@ def test_grid_and_strip(models, by_text):
 
 
 def test_first_tokens_of_pictures_are_kept(models, pictures, tmp_path):
-  run(sample, *given(models, "none", tmp_path, f"--prefix_images={pictures}", "--prefix_tokens=2", "--num_samples=2",
-                     "--num_tokens=3", "--counts=1,3", "--temperature=1.5", "--top_k=50", "--top_p=0.9"))
+  run(
+    sample,
+    *given(
+      models,
+      "none",
+      tmp_path,
+      f"--prefix_images={pictures}",
+      "--prefix_tokens=2",
+      "--num_samples=2",
+      "--num_tokens=3",
+      "--counts=1,3",
+      "--temperature=1.5",
+      "--top_k=50",
+      "--top_p=0.9",
+    ),
+  )
   tokens, tok = read(tmp_path, "tokens.json"), load(models["tokenizer"])
   ids = np.array(tokens["token_ids"])
   real = np.asarray(tok.tokenize([pictures / "a.png", pictures / "b.png"], 2)).repeat(2, axis=0)
@@ -175,7 +225,11 @@ def test_first_tokens_of_pictures_are_kept(models, pictures, tmp_path):
   assert len(set(ids[:, 2].tolist())) > 1
   entries = read(tmp_path, "samples.json")["samples"]
   assert [(entry["prefix_image"], entry["prefix_tokens"]) for entry in entries] == [
-      ("a.png", 2), ("a.png", 2), ("b.png", 2), ("b.png", 2)]
+    ("a.png", 2),
+    ("a.png", 2),
+    ("b.png", 2),
+    ("b.png", 2),
+  ]
   grid = np.asarray(Image.open(tmp_path / "grid.png"))
   left, top, right, bottom = plots.cell_box(2, 1, 16, 16)  # labels, originals, 1, 3
   np.testing.assert_array_equal(grid[top:bottom:6, left:right:6], transforms.center_crop(pictures / "b.png", 16))
@@ -205,11 +259,13 @@ def test_texts_in_a_grid_fit_their_cell():
   for row in range(4):
     left, top, right, bottom = plots.cell_box(row, 0, 16, 16)
     assert (grid[top:bottom, left:right] < 100).any()
-    assert (grid[top:bottom, :left - 1] == 255).all() and (grid[bottom:bottom + 2, left:right] == 255).all()
+    assert (grid[top:bottom, : left - 1] == 255).all() and (grid[bottom : bottom + 2, left:right] == 255).all()
     assert (grid[top:bottom, right + 1 : plots.cell_box(row, 1, 16, 16)[0]] == 255).all()
 
 
-@pytest.mark.parametrize("model, args, pattern", [
+@pytest.mark.parametrize(
+  "model, args, pattern",
+  [
     ("class", ["--classes=5"], "class 5 is out of range: classes are 0 to 4"),
     ("class", ["--classes=-1"], "class -1 is out of range"),
     ("class", ["--classes=cat"], "class cat is out of range"),
@@ -240,7 +296,8 @@ def test_texts_in_a_grid_fit_their_cell():
     ("other_codes", [], "up to 4 tokens of 240 ids, --tokenizer=.* takes 4 of 200: give the tokenizer"),
     ("longer", [], "up to 8 tokens of 200 ids, --tokenizer=.* takes 4 of 200"),
     ("tokenizer", [], "is a model of stage 'tokenizer', not a generator"),
-])
+  ],
+)
 def test_bad_input_is_refused_in_one_line(models, tmp_path, model, args, pattern):
   fails(pattern, sample, *given(models, model, tmp_path / "out", *args))
   assert not (tmp_path / "out").exists()
@@ -255,8 +312,18 @@ def test_more_bad_input(models, tmp_path):
   fails("absent", sample, "--checkpoint=absent", *full[1:])
   (tmp_path / "latin.txt").write_bytes("Äpfel".encode("latin-1"))
   fails("is not a text in UTF-8", sample, *full, f"--prompts_file={tmp_path / 'latin.txt'}")
-  for arg in ("--top_p=1.5", "--top_p=-0.1", "--batch_size=0", "--num_samples=0", "--num_tokens=0", "--decoder_steps=0",
-              "--decoder_guidance=strong", "--prefix_tokens=0", "--temperature=-1", "--top_k=-1"):
+  for arg in (
+    "--top_p=1.5",
+    "--top_p=-0.1",
+    "--batch_size=0",
+    "--num_samples=0",
+    "--num_tokens=0",
+    "--decoder_steps=0",
+    "--decoder_guidance=strong",
+    "--prefix_tokens=0",
+    "--temperature=-1",
+    "--top_k=-1",
+  ):
     with pytest.raises(flags.Error, match=arg.partition("=")[0].lstrip("-")) as caught:  # as cli.run prints it
       run(sample, *full, arg)
     assert len(str(caught.value).splitlines()) == 1

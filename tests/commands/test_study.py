@@ -83,7 +83,8 @@ def test_batches_do_not_matter(count, batch_size):
 def test_pictures_that_are_not_finite_are_refused():
   detokenize = lambda value, ids, keep_k, keys: jnp.where(keep_k == 2, value, 0.0)[:, None, None, None]
   decode = lambda value: batches.make_decode(detokenize, np.float32(value), 4, 0, 3, MESH)(
-      np.zeros((4, 3), int), np.array([3, 3, 2, 1]), np.arange(4))
+    np.zeros((4, 3), int), np.array([3, 3, 2, 1]), np.arange(4)
+  )
   np.testing.assert_array_equal(decode(1.0)[:, 0, 0, 0], [128, 128, 255, 128])
   with pytest.raises(ValueError, match="not finite: these weights diverged"):
     decode(np.nan)
@@ -156,8 +157,11 @@ def test_judges():
 
 def test_one_change_at_a_time():
   rows = sampling.one_at_a_time({"top_k": 0, "num_steps": 4}, {"top_k": [0, 5], "num_steps": [1]}, "decoder ")
-  assert rows == {"own settings": {"top_k": 0, "num_steps": 4}, "decoder top k 5": {"top_k": 5, "num_steps": 4},
-                  "decoder steps 1": {"top_k": 0, "num_steps": 1}}
+  assert rows == {
+    "own settings": {"top_k": 0, "num_steps": 4},
+    "decoder top k 5": {"top_k": 5, "num_steps": 4},
+    "decoder steps 1": {"top_k": 0, "num_steps": 1},
+  }
 
 
 # The command.
@@ -230,9 +234,21 @@ def test_nothing_is_computed_twice(args, out, monkeypatch, capsys):
 
 
 def test_samples_by_choice_and_decoder(models, args, tmp_path):
-  run(study, *args[:1], "--metrics=mae", f"--generator={models['class']}", "--study=sampling", f"--out={tmp_path}",
-      "--classes=2,0", "--num_samples=2", "--temperatures=1,5", "--top_ks=1", "--top_ps=", "--guidance_scales=",
-      "--decoder_step_counts=1")
+  run(
+    study,
+    *args[:1],
+    "--metrics=mae",
+    f"--generator={models['class']}",
+    "--study=sampling",
+    f"--out={tmp_path}",
+    "--classes=2,0",
+    "--num_samples=2",
+    "--temperatures=1,5",
+    "--top_ks=1",
+    "--top_ps=",
+    "--guidance_scales=",
+    "--decoder_step_counts=1",
+  )
   own, drawn, diverse = (table(tmp_path, "sampling", i) for i in range(3))
   assert dict(own[1])["temperature"] == 1 and dict(own[1])["decoder num_steps"] == 2
   assert [row[0] for row in drawn[1]] == ["own settings", "temperature 5", "top k 1"]
@@ -242,7 +258,9 @@ def test_samples_by_choice_and_decoder(models, args, tmp_path):
   assert Image.open(tmp_path / "sampling.png").width > 300
 
 
-@pytest.mark.parametrize("pattern, given", [
+@pytest.mark.parametrize(
+  "pattern, given",
+  [
     ("--checkpoint is missing", ("--checkpoint=",)),
     ("unknown study 'token': of tokens, variation, halting, sampling, or all", ("--study=token",)),
     ("--study=sampling needs --generator", ("--study=sampling",)),
@@ -255,12 +273,15 @@ def test_samples_by_choice_and_decoder(models, args, tmp_path):
     ("--quality_metric=ssim is not among --metrics", ("--quality_metric=ssim",)),
     ("--qualities takes numbers separated by commas, got 'x'", ("--study=halting", "--qualities=x")),
     ("num_tokens 5 is out of range: this model takes 1 to 4", ("--num_tokens=5",)),
-])
+  ],
+)
 def test_bad_flags(args, tmp_path, pattern, given):
   fails(pattern, study, *args[:2], f"--out={tmp_path}", *given)
 
 
-@pytest.mark.parametrize("pattern, name, given", [
+@pytest.mark.parametrize(
+  "pattern, name, given",
+  [
     ("whole numbers separated by commas, got '1.5'", "class", ("--top_ks=1.5",)),
     ("--judges=fid is unknown: of gfid", "class", ("--judges=fid",)),
     ("--judges=gfid needs --reference", "class", ("--judges=gfid",)),
@@ -269,6 +290,7 @@ def test_bad_flags(args, tmp_path, pattern, given):
     ("takes neither classes nor prompts", "none", ("--classes=1",)),
     ("--guidance_scales has no effect with a generator without", "none", ("--guidance_scales=2",)),
     ("--decoder_scales has no effect with a decoder without guidance", "none", ("--decoder_scales=2",)),
-])
+  ],
+)
 def test_bad_flags_of_sampling(models, args, tmp_path, pattern, name, given):
   fails(pattern, study, *args[:2], f"--out={tmp_path}", "--study=sampling", f"--generator={models[name]}", *given)

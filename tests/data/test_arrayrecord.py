@@ -74,7 +74,8 @@ def source_of(out, split="train"):
 
 def same(a, b):
   return np.array_equal(np.asarray(a["image"]), np.asarray(b["image"])) and all(
-      a[k] == b[k] for k in ("label", "caption", "captions", "num_objects"))
+    a[k] == b[k] for k in ("label", "caption", "captions", "num_objects")
+  )
 
 
 @pytest.mark.parametrize("split, count", [("train", 11), ("validation", 4)])
@@ -91,8 +92,14 @@ def test_the_source_is_that_of_the_folder(pictures, written, split, count):
 
 def test_batches_depend_on_seed_and_step_alone(written):
   def steps(count, process=(0, 1), start=0, **data):
-    batches = pipeline.train_batches(config(written_sources(written), **data).data, image_size=16, seed=0,
-                                     start_step=start, process_index=process[0], process_count=process[1])
+    batches = pipeline.train_batches(
+      config(written_sources(written), **data).data,
+      image_size=16,
+      seed=0,
+      start_step=start,
+      process_index=process[0],
+      process_count=process[1],
+    )
     return [next(batches) for _ in range(count)]
 
   def equal(a, b):
@@ -168,8 +175,9 @@ def test_unreadable_files_are_passed_over_and_damaged_records_too(tmp_path):
     with pytest.raises(sources.UnreadableRecord, match=words) as caught:
       source[index]
     assert "\n" not in str(caught.value)
-  batch = next(pipeline.train_batches(config(written_sources(tmp_path / "out"), global_batch=10).data, image_size=8,
-                                      seed=0))
+  batch = next(
+    pipeline.train_batches(config(written_sources(tmp_path / "out"), global_batch=10).data, image_size=8, seed=0)
+  )
   assert batch["unreadable"].sum() == 2
 
 
@@ -180,8 +188,12 @@ def test_folders_that_do_not_fit_are_one_line(written, tmp_path):
     assert "\n" not in str(caught.value)
 
   refused("arrayrecord.path=DIR", lambda: source_of(""))
-  refused(r"no image shards of split 'train' in .*: write them with python -m flextok_jax.tokenize --what=images "
-          r"--config=FILE --out=\S*absent --split=train", lambda: source_of(tmp_path / "absent"), FileNotFoundError)
+  refused(
+    r"no image shards of split 'train' in .*: write them with python -m flextok_jax.tokenize --what=images "
+    r"--config=FILE --out=\S*absent --split=train",
+    lambda: source_of(tmp_path / "absent"),
+    FileNotFoundError,
+  )
   refused("meta.json is no description of token shards .it describes 'images'.", lambda: shards.Shards(str(written)))
   with pytest.raises(ValueError, match="no image record"):
     image_shards.Shards(str(written)).parse(shard_files.pack([1], dict(label=0, num_objects=0, captions=[])))

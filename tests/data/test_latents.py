@@ -21,8 +21,14 @@ from tests.commands.test_commands import config_file, fails, run
 from tests.evals.test_evals import make_params, tiny_config
 from tests.support.token_shards import SIZE, make_pictures
 
-VAE = dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_groups=4,
-           scaling_factor=0.5)
+VAE = dict(
+  kind="autoencoder_kl",
+  latent_channels=4,
+  block_out_channels=(8, 8),
+  layers_per_block=1,
+  norm_groups=4,
+  scaling_factor=0.5,
+)
 PART = dict(width=32, depth=1, head_dim=16, patch_size=2)
 SHAPE = [SIZE // 2, SIZE // 2, 8]
 
@@ -106,8 +112,11 @@ def test_batches_depend_on_seed_and_step_alone(data, written, dtype):
 
   reference = steps(3)
   assert {k: (v.shape, v.dtype.name) for k, v in reference[0].items()} == {
-      "latents": ((8, *SHAPE), dtype), "label": ((8,), "int32"), "num_objects": ((8,), "int32"),
-      "unreadable": ((8,), "int32")}
+    "latents": ((8, *SHAPE), dtype),
+    "label": ((8,), "int32"),
+    "num_objects": ((8,), "int32"),
+    "unreadable": ((8,), "int32"),
+  }
   assert not equal(reference[0], reference[1]) and equal(steps(1, start_step=2)[0], reference[2])
   parts = [steps(1, start_step=1, process_index=p, process_count=2)[0] for p in range(2)]
   assert equal({k: np.concatenate([part[k] for part in parts]) for k in parts[0]}, reference[1])
@@ -126,8 +135,8 @@ def test_the_loss_is_that_of_the_images(tokenizer, crops, data, written, sample,
   stage, params = make_stage(cfg), loading.load(tokenizer)[1]
   records = latent_shards.Shards(str(written[dtype]))
   batches = {
-      "image": np.concatenate([crops[0][i]["crops"] for i in (3, 8)]),
-      "latents": np.stack([records[3 * i + copy]["moments"] for i in (3, 8) for copy in range(3)]),
+    "image": np.concatenate([crops[0][i]["crops"] for i in (3, 8)]),
+    "latents": np.stack([records[3 * i + copy]["moments"] for i in (3, 8) for copy in range(3)]),
   }
   loss_fn = jax.jit(lambda batch: stage.loss_fn(params, batch, jax.random.key(0), 0)[0])
   one, other = (float(loss_fn({name: batch})) for name, batch in batches.items())
@@ -148,12 +157,16 @@ def test_the_fingerprint_is_of_the_encoder(tokenizer, vae):
   assert vae_fingerprint(cfg, {"vae": split}) == own
 
 
-@pytest.mark.parametrize("pattern, fingerprint, overrides", [
+@pytest.mark.parametrize(
+  "pattern, fingerprint, overrides",
+  [
     ("of VAE ([0-9a-f]{16}), but the VAE at hand is cafe: write latents with that one", "cafe", {}),
     ("images of 16 px, but config.image_size is 32: give --config.image_size=16", None, dict(image_size=32)),
     ("have 4 channels, but config.vae.latent_channels is 8", None, dict(vae=VAE | dict(latent_channels=8))),
     ("of no use with vae.kind 'pixels'", None, dict(vae=dict(kind="pixels"))),
-], ids=["vae", "size", "channels", "pixels"])
+  ],
+  ids=["vae", "size", "channels", "pixels"],
+)
 def test_latents_that_do_not_suit_are_refused(data, written, pattern, fingerprint, overrides):
   cfg = train_config(data, written, **overrides)
   with pytest.raises(ValueError, match=pattern) as caught:
@@ -170,8 +183,9 @@ def test_latents_of_their_vae_suit(vae, data, written):
 
 
 def test_a_run_trains_on_them_and_on_those_of_its_own_vae_alone(tokenizer, data, written, tmp_path):
-  settings = dict(train=dict(num_steps=2, log_every=1),
-                  eval=dict(sources=("folder",), num_images=4, batch_size=4, grid_images=1))
+  settings = dict(
+    train=dict(num_steps=2, log_every=1), eval=dict(sources=("folder",), num_images=4, batch_size=4, grid_images=1)
+  )
   cfg = train_config(data, written, init_from=str(tokenizer), **settings)
   train.train(cfg, str(tmp_path / "run"))
   lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -194,8 +208,10 @@ def test_bad_input_is_one_line(vae, data, tmp_path):
   saving.save_weights(str(pixels), tiny_config(), make_params(make_stage(tiny_config())))
   fails("pixels.safetensors is a model of stage 'tokenizer' without a VAE", tokenize, *given, f"--checkpoint={pixels}")
   facts = dict(fingerprint="f", compute_dtype="float32", image_size=SIZE, dtype="float16", shape=[1])
-  for value, pattern in ((np.float16(np.inf), "float16 cannot hold: give --dtype=bfloat16"),
-                         (np.float32(0), r"gave float32 \[1\], not float16 \[1\]")):
+  for value, pattern in (
+    (np.float16(np.inf), "float16 cannot hold: give --dtype=bfloat16"),
+    (np.float32(0), r"gave float32 \[1\], not float16 \[1\]"),
+  ):
     content = shard_contents.Latents(lambda images, value=value: np.full((len(images), 1), value), facts, 4)
     with pytest.raises(ValueError, match=pattern):
       shard_writer.write_shards(tmp_path / "out", config(data=data), content)

@@ -85,7 +85,7 @@ def test_a_source_does_not_change_with_the_mixture():
   """Scenes come in the same order, whatever stands beside them."""
   alone = steps(config(sources=dict(photos=dict(weight=0.0))), 2)
   scenes = [image.tobytes() for b in steps(config(), 2) for image, n in zip(b["image"], b["num_objects"]) if n > 0]
-  assert scenes == [i.tobytes() for b in alone for i in b["image"]][:len(scenes)]
+  assert scenes == [i.tobytes() for b in alone for i in b["image"]][: len(scenes)]
 
 
 def write_folder(path, count):
@@ -131,7 +131,9 @@ def test_crop_and_flip_leave_composed_scenes_whole():
   assert equal(still, steps(config(sources=only, flip=False, crop="center"), 1)[0])
 
 
-@pytest.mark.parametrize("make,kwargs,words", [
+@pytest.mark.parametrize(
+  "make,kwargs,words",
+  [
     (lambda: config(batch=12), dict(process_count=5), "global_batch=12 is not divisible by 5 processes"),
     (lambda: config(batch=0), {}, "global_batch=0"),
     (lambda: config(sources=dict(synthetic=dict(weight=0.0), photos=dict(weight=0.0))), {}, "no data source has a"),
@@ -139,7 +141,8 @@ def test_crop_and_flip_leave_composed_scenes_whole():
     (lambda: config(crop="middle"), {}, "config.data.crop 'middle'"),
     (lambda: config(crop_min_area=0.0), {}, "crop_min_area"),
     (lambda: config(sources=dict(synthetic=dict(weight=1.0, render_size=4))), {}, "render_size"),
-])
+  ],
+)
 def test_bad_settings_are_one_clear_line(make, kwargs, words):
   with pytest.raises(ValueError, match=words) as caught:
     pipeline.train_batches(make(), image_size=SIZE, seed=0, **kwargs)

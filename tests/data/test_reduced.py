@@ -28,6 +28,7 @@ def jpeg(image: Image.Image, orientation: int = 1) -> io.BytesIO:
 
 def crops(file: io.BytesIO, size: int, seed: int):
   """{kind of crop: (of the full decode, of the reduced one)}."""
+
   def both(crop):
     results = []
     for reduce in (False, True):
@@ -35,17 +36,19 @@ def crops(file: io.BytesIO, size: int, seed: int):
       results.append(crop(reduce))
     return results
 
-  return {"center": both(lambda reduce: transforms.center_crop(file, size, reduce)),
-          "random": both(lambda reduce: transforms.random_resized_crop(
-              file, size, np.random.default_rng(seed), 0.4, reduce))}
+  return {
+    "center": both(lambda reduce: transforms.center_crop(file, size, reduce)),
+    "random": both(lambda reduce: transforms.random_resized_crop(file, size, np.random.default_rng(seed), 0.4, reduce)),
+  }
 
 
 @pytest.fixture
 def drafts(monkeypatch):
   """The sides that JPEG files are asked for."""
   asked, draft = [], JpegImagePlugin.JpegImageFile.draft
-  monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft",
-                      lambda self, mode, size: asked.append(size) or draft(self, mode, size))
+  monkeypatch.setattr(
+    JpegImagePlugin.JpegImageFile, "draft", lambda self, mode, size: asked.append(size) or draft(self, mode, size)
+  )
   return asked
 
 
@@ -98,8 +101,13 @@ def test_a_reduced_crop_has_all_the_pixels_it_needs(monkeypatch):
   """Nothing is enlarged that a full decode would not enlarge, and the draws are those of a full decode."""
   regions, resize = [], Image.Image.resize
   file = jpeg(photograph("coffee.png").resize((331, 509)))
-  monkeypatch.setattr(Image.Image, "resize", lambda self, size, resample, box, reducing_gap: regions.append(
-      box) or resize(self, size, resample, box, reducing_gap))
+  monkeypatch.setattr(
+    Image.Image,
+    "resize",
+    lambda self, size, resample, box, reducing_gap: (
+      regions.append(box) or resize(self, size, resample, box, reducing_gap)
+    ),
+  )
   for seed in range(60):
     size = int(np.random.default_rng(seed).integers(16, 400))
     states = []

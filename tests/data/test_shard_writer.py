@@ -53,7 +53,10 @@ def test_records_are_those_of_the_source(pictures, written):
   assert len({tuple(r["ids"]) for r in read}) > 60  # crops and flips differ
   assert [r["ids"] for r in records(written, "validation")] != [r["ids"] for r in read[:7]]
   assert sorted(p.name for p in (written / "train").iterdir()) == [
-      "meta.json", "plan.json", *(f"tokens-0000{s}-of-00004.array_record" for s in range(4))]
+    "meta.json",
+    "plan.json",
+    *(f"tokens-0000{s}-of-00004.array_record" for s in range(4)),
+  ]
 
 
 def test_neither_shards_nor_batches_nor_threads_nor_seeds_of_others_matter(pictures, written, tmp_path):
@@ -110,7 +113,9 @@ def test_a_killed_run_goes_on(pictures, written, tmp_path):
   assert len(calls) == 6 and records(tmp_path) == records(written)
 
 
-@pytest.mark.parametrize("pattern, kwargs, data", [
+@pytest.mark.parametrize(
+  "pattern, kwargs, data",
+  [
     ("copies is 3 there and 2 here", dict(copies=2), {}),
     ("shards is 4 there and 5 here", dict(num_shards=5), {}),
     ("num_images is 23 there and 9 here", dict(num_images=9), {}),
@@ -118,7 +123,9 @@ def test_a_killed_run_goes_on(pictures, written, tmp_path):
     ("seed is 0 there and 1 here", {}, dict(seed=1)),
     ("crop is 'random' there and 'center' here", {}, dict(crop="center")),
     ("sources.folder.weight is 1.0 there and 2.0 here", {}, dict(sources=dict(folder=dict(weight=2.0)))),
-], ids=lambda value: "" if isinstance(value, dict) else value.split()[0])
+  ],
+  ids=lambda value: "" if isinstance(value, dict) else value.split()[0],
+)
 def test_other_settings_are_refused(pictures, written, pattern, kwargs, data):
   if "sources" in data:
     data = dict(sources=dict(folder=config(pictures).data.sources.folder.to_dict() | data["sources"]["folder"]))
@@ -134,16 +141,23 @@ def test_rerunning_a_whole_folder_does_nothing(pictures, written):
   assert meta["num_records"] == 69 and all(p.stat().st_mtime_ns == t for p, t in before.items())
 
 
-@pytest.mark.parametrize("pattern, kwargs, data", [
+@pytest.mark.parametrize(
+  "pattern, kwargs, data",
+  [
     ("--copies=0 must be at least 1", dict(copies=0), {}),
     ("--shards=24 is more than the 23 images", dict(num_shards=24), {}),
     ("--num_images=24 is out of range: folder has 1 to 23", dict(num_images=24), {}),
     ("--num_images=0 is out of range", dict(num_images=0), {}),
-    ("source 'synthetic' has no end: give --num_images=N", {}, dict(sources=dict(
-        synthetic=dict(weight=1.0, render_size=16), folder=dict(weight=0.0)))),
+    (
+      "source 'synthetic' has no end: give --num_images=N",
+      {},
+      dict(sources=dict(synthetic=dict(weight=1.0, render_size=16), folder=dict(weight=0.0))),
+    ),
     ("--copies=2 would be equal, as nothing augments folder", dict(copies=2), dict(crop="center", flip=False)),
     ("config.data.crop 'middle'", {}, dict(crop="middle")),
-], ids=["copies", "shards", "more", "none", "endless", "equal", "crop"])
+  ],
+  ids=["copies", "shards", "more", "none", "endless", "equal", "crop"],
+)
 def test_bad_settings_are_one_line(pictures, tmp_path, pattern, kwargs, data):
   with pytest.raises(ValueError, match=pattern) as caught:
     write(tmp_path / "out", config(pictures, **data), **kwargs)
@@ -163,8 +177,11 @@ def test_unreadable_images_are_passed_over(tmp_path, pictures):
 
 
 def test_mixtures_mix_as_in_training_and_number_their_classes_on(pictures, tmp_path):
-  sources = dict(folder=dict(config(pictures).data.sources.folder.to_dict(), weight=0.25),
-                 photos=dict(weight=0.25), synthetic=dict(weight=0.5, render_size=16))
+  sources = dict(
+    folder=dict(config(pictures).data.sources.folder.to_dict(), weight=0.25),
+    photos=dict(weight=0.25),
+    synthetic=dict(weight=0.5, render_size=16),
+  )
   cfg = config(pictures, sources=sources, crop="center", flip=False, global_batch=40)
   meta = write(tmp_path, cfg, num_images=40)
   read = records(tmp_path)
@@ -185,6 +202,7 @@ def test_mixtures_mix_as_in_training_and_number_their_classes_on(pictures, tmp_p
 def test_copies_are_never_flipped_where_that_would_be_untrue(pictures, monkeypatch):
   half = np.zeros((20, 20, 3), np.uint8)
   half[:, :10] = 255
+
   class Letters(list):
     framed, flip, class_names = True, False, ()
 
@@ -213,8 +231,17 @@ def test_the_command_writes_what_tokenizing_files_gives(pictures, tmp_path, caps
   assert meta["fingerprint"] == fingerprint(*loading.load(checkpoint))
   assert (meta["quality"], meta["metric"]) == (None, None)
 
-  run(tokenize, *given, "--split=validation", "--num_images=5", "--quality=0.3", "--num_tokens=3", "--batch_size=8",
-      "--decoder_steps=3", "--decoder_guidance=none")
+  run(
+    tokenize,
+    *given,
+    "--split=validation",
+    "--num_images=5",
+    "--quality=0.3",
+    "--num_tokens=3",
+    "--batch_size=8",
+    "--decoder_steps=3",
+    "--decoder_guidance=none",
+  )
   read, meta = records(tmp_path / "tokens", "validation"), shards.Shards(str(tmp_path / "tokens"), "validation").meta
   images = transforms.load_images(str(pictures.parent / "validation"), SIZE)[0][:5]
   used, params = loading.load(checkpoint)
@@ -226,8 +253,9 @@ def test_the_command_writes_what_tokenizing_files_gives(pictures, tmp_path, caps
 
   fails("--config, for shards", tokenize, *given[::2])
   fails("two ways to name images", tokenize, *given, f"--images={pictures}")
-  fails("--copies has no meaning for --images", tokenize, given[0], f"--images={pictures}", "--out=x.json",
-        "--copies=2")
+  fails(
+    "--copies has no meaning for --images", tokenize, given[0], f"--images={pictures}", "--out=x.json", "--copies=2"
+  )
   fails("--metric needs --quality", tokenize, *given, "--metric=mse")
   fails("--decoder_steps needs --quality", tokenize, *given, "--decoder_steps=1")
   fails("is a file: shards need a folder", tokenize, *given[:2], f"--out={checkpoint}")

@@ -44,8 +44,11 @@ def test_batches(written):
   by_ids = {tuple(r["ids"]): r for r in records(written)}
   for batch in steps(ar_config(written), 2):
     assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
-        "token_ids": ((6, TOKENS), "int32"), "length": ((6,), "int32"), "label": ((6,), "int32"),
-        "unreadable": ((6,), "int32")}
+      "token_ids": ((6, TOKENS), "int32"),
+      "length": ((6,), "int32"),
+      "label": ((6,), "int32"),
+      "unreadable": ((6,), "int32"),
+    }
     assert (batch["length"] == TOKENS).all() and not batch["unreadable"].any()
     for ids, label in zip(batch["token_ids"], batch["label"]):
       assert by_ids[tuple(ids)]["label"] == label
@@ -88,13 +91,27 @@ def test_text_is_drawn_among_the_captions(tmp_path):
   path.parent.mkdir()
   texts = [dict(ids=[i], length=1, label=-1, num_objects=i, captions=captions if i else []) for i in range(3)]
   shard_writer._write_shard(path, map(shards.pack, texts))
-  meta = dict(format=1, fingerprint="f", num_ids=IDS, num_tokens=1, num_records=3, copies=1, class_names=None,
-              quality=None, metric=None, shard_records=[3], shard_bytes=[path.stat().st_size])
+  meta = dict(
+    format=1,
+    fingerprint="f",
+    num_ids=IDS,
+    num_tokens=1,
+    num_records=3,
+    copies=1,
+    class_names=None,
+    quality=None,
+    metric=None,
+    shard_records=[3],
+    shard_bytes=[path.stat().st_size],
+  )
   (path.parent / "meta.json").write_text(json.dumps(meta))
   cfg = ar_config(tmp_path, ar=dict(condition="text", num_tokens=1), text=dict(encoder="bytes", max_length=20))
   batches = steps(cfg, 4)
-  drawn = {(int(i), bytes(row[: n - 1].tolist()).decode()) for b in batches
-           for i, row, n in zip(b["token_ids"][:, 0], b["text_ids"], b["text_lengths"])}
+  drawn = {
+    (int(i), bytes(row[: n - 1].tolist()).decode())
+    for b in batches
+    for i, row, n in zip(b["token_ids"][:, 0], b["text_ids"], b["text_lengths"])
+  }
   assert drawn == {(0, ""), *((i, caption) for i in (1, 2) for caption in captions)}
   assert equal(steps(cfg, 1, start_step=3)[0], batches[3]) and batches[0]["text_ids"].shape == (6, 20)
   arrays = shards.eval_arrays(cfg, 9, "train")
@@ -113,13 +130,17 @@ def test_eval_arrays_are_images_in_a_fixed_order(written):
     shards.eval_arrays(ar_config(written), 0)
 
 
-@pytest.mark.parametrize("pattern, ar, lacks", [
+@pytest.mark.parametrize(
+  "pattern, ar, lacks",
+  [
     ("of tokenizer 0123456789abcdef, but config.ar.tokenizer is beef: write shards", dict(tokenizer="beef"), {}),
     ("have 200 ids, but config.ar.num_ids is 64000: give --config.ar.num_ids=200", dict(num_ids=64_000), {}),
     ("have 4 tokens an image, but config.ar.num_tokens is 5", dict(num_tokens=5), {}),
     ("have 3 classes, but config.ar.num_classes is 2", dict(num_classes=2), {}),
     ("stop needs the lengths of the sequences, which .* lack", dict(stop=True), dict(quality=None)),
-], ids=["tokenizer", "num_ids", "num_tokens", "classes", "stop"])
+  ],
+  ids=["tokenizer", "num_ids", "num_tokens", "classes", "stop"],
+)
 def test_shards_that_do_not_suit_are_refused(written, pattern, ar, lacks):
   meta = shards.Shards(str(written)).meta
   with pytest.raises(ValueError, match=pattern) as caught:
@@ -176,8 +197,11 @@ def test_damaged_folders_are_one_line(pictures, tmp_path):
   assert shard.read_bytes() == whole and meta.read_text() == text
 
 
-@pytest.mark.parametrize("data", [b"", b"\x00", b"\xc1", shards.pack(dict(
-    ids=[1], length=1, label=0, num_objects=0, captions=["a"]))[:-1]], ids=["empty", "number", "reserved", "cut"])
+@pytest.mark.parametrize(
+  "data",
+  [b"", b"\x00", b"\xc1", shards.pack(dict(ids=[1], length=1, label=0, num_objects=0, captions=["a"]))[:-1]],
+  ids=["empty", "number", "reserved", "cut"],
+)
 def test_foreign_records(data):
   with pytest.raises(ValueError, match="no token record"):
     shards.unpack(data)

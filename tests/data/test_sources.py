@@ -16,8 +16,9 @@ CFG = derive().data.sources
 
 
 def same(a: dict, b: dict) -> bool:
-  return (np.array_equal(np.asarray(a["image"]), np.asarray(b["image"]))
-          and all(a[k] == b[k] for k in ("label", "caption", "num_objects")))
+  return np.array_equal(np.asarray(a["image"]), np.asarray(b["image"])) and all(
+    a[k] == b[k] for k in ("label", "caption", "num_objects")
+  )
 
 
 def write_folder(root, count=4, size=(40, 30), classes=("bird", "tree_frog")):
@@ -36,7 +37,6 @@ def font_path() -> str:
 
 
 class TestSynthetic:
-
   def test_depends_on_split_and_index_alone(self):
     one, other = synthetic.Synthetic("train", 32), synthetic.Synthetic("train", 32)
     for i in (0, 1, 12345, len(one) - 1):
@@ -75,7 +75,6 @@ class TestSynthetic:
 
 
 class TestEmoji:
-
   def test_base_key_joins_variations(self):
     wave, tone = 0x1F44B, 0x1F3FD
     assert emoji.base_key((wave,)) == emoji.base_key((wave, tone))
@@ -148,7 +147,6 @@ class TestEmoji:
 
 
 class TestPhotos:
-
   def test_splits_are_different_photographs(self):
     train, validation = ({p[:2] for p in table} for table in (photos.TRAIN, photos.VALIDATION))
     assert not train & validation
@@ -172,7 +170,6 @@ class TestPhotos:
 
 
 class TestFolder:
-
   def cfg(self, **kwargs):
     return derive(data=dict(sources=dict(folder=kwargs))).data.sources.folder
 
@@ -206,13 +203,14 @@ class TestFolder:
     Image.new("RGB", (4, 4)).save(tmp_path / "few" / "a.png")
     (tmp_path / "few" / "note.txt").write_text("no image")
     for kwargs, error, words in (
-        (dict(path=""), ValueError, "folder.path=DIR"),
-        (dict(path=str(tmp_path / "none")), FileNotFoundError, "none does not exist"),
-        (dict(path=str(tmp_path / "few" / "a.png")), FileNotFoundError, "is a file"),
-        (dict(path=str(tmp_path / "empty")), ValueError, "holds no jpg"),
-        (dict(path=str(tmp_path / "few")), ValueError, "val_path=DIR"),
-        (dict(path=str(tmp_path / "few"), val_path=str(tmp_path / "few")), ValueError, "overlaps"),
-        (dict(path=str(tmp_path), val_path=str(tmp_path / "few")), ValueError, "overlaps")):
+      (dict(path=""), ValueError, "folder.path=DIR"),
+      (dict(path=str(tmp_path / "none")), FileNotFoundError, "none does not exist"),
+      (dict(path=str(tmp_path / "few" / "a.png")), FileNotFoundError, "is a file"),
+      (dict(path=str(tmp_path / "empty")), ValueError, "holds no jpg"),
+      (dict(path=str(tmp_path / "few")), ValueError, "val_path=DIR"),
+      (dict(path=str(tmp_path / "few"), val_path=str(tmp_path / "few")), ValueError, "overlaps"),
+      (dict(path=str(tmp_path), val_path=str(tmp_path / "few")), ValueError, "overlaps"),
+    ):
       with pytest.raises(error, match=words) as caught:
         sources.make_source("folder", self.cfg(**kwargs), "validation")
       assert "\n" not in str(caught.value)
@@ -243,13 +241,21 @@ class TestFolder:
     (beside / "note.txt").write_text("of no picture")
     cfg = self.cfg(path=str(tmp_path / "a"), val_path=str(write_folder(tmp_path / "v")))
     source = sources.make_source("folder", cfg, "train")
-    want = [("a frog", "two frogs"), ("ein Fr\u00f6schlein",), ("one frog", "green"), ("from the text",),
-            ("tree frog",), ("tree frog",)]
+    want = [
+      ("a frog", "two frogs"),
+      ("ein Fr\u00f6schlein",),
+      ("one frog", "green"),
+      ("from the text",),
+      ("tree frog",),
+      ("tree frog",),
+    ]
     records = [sources.read(source, i)[0] for i in range(6)]
     assert [r["captions"] for r in records] == want
     assert [r["caption"] for r in records] == [c[0] for c in want] and {r["label"] for r in records} == {0}
 
-  @pytest.mark.parametrize("name,data,words", [
+  @pytest.mark.parametrize(
+    "name,data,words",
+    [
       pytest.param("0.txt", b"caf\xe9", "utf-8", id="latin-1"),
       pytest.param("0.txt", b"", "no caption", id="empty"),
       pytest.param("0.txt", b" \n\n", "no caption", id="blank"),
@@ -262,7 +268,8 @@ class TestFolder:
       pytest.param("0.json", b'{"caption": 3}', "neither", id="number"),
       pytest.param("0.json", b'{"text": "a"}', "neither", id="other-key"),
       pytest.param("0.json", b'["a"]', "neither", id="list"),
-  ])
+    ],
+  )
   def test_damaged_captions(self, tmp_path, name, data, words):
     write_folder(tmp_path / "a", count=2, classes=("bird",))
     (tmp_path / "a" / "bird" / name).write_bytes(data)

@@ -39,8 +39,15 @@ def root(tmp_path_factory):
     vit_reference.write(case, root / name)
   file = config_file(root / "data.py", data=data_of(root), **settings(root))
   given = f"--config={file}", f"--copies={COPIES}"
-  run(tokenize, "--what=latents", f"--checkpoint={root / 'weights.safetensors'}", *given, f"--out={root / 'latents'}",
-      "--shards=2", "--batch_size=8")  # fmt: skip
+  run(
+    tokenize,
+    "--what=latents",
+    f"--checkpoint={root / 'weights.safetensors'}",
+    *given,
+    f"--out={root / 'latents'}",
+    "--shards=2",
+    "--batch_size=8",
+  )
   run(tokenize, "--what=dino", *given, f"--out={root / 'dino'}", "--shards=3", "--batch_size=16")
   return root
 
@@ -96,7 +103,9 @@ def test_batches_have_both_of_each_row_and_depend_on_seed_and_step_alone(root):
   whole = [next(batches) for _ in range(3)]
   for batch in whole:
     assert {k: (v.shape, v.dtype.name) for k, v in batch.items() if k in ("latents", "teacher")} == {
-        "latents": ((8, SIZE // 2, SIZE // 2, 8), "float16"), "teacher": ((8, GRID**2, FEATURES), "float16")}
+      "latents": ((8, SIZE // 2, SIZE // 2, 8), "float16"),
+      "teacher": ((8, GRID**2, FEATURES), "float16"),
+    }
     for row, features in zip(batch["latents"], batch["teacher"]):
       np.testing.assert_array_equal(features, read[place[row.tobytes()]]["features"])
   again = next(inputs.train_batches(cfg, 2, mesh))
@@ -126,8 +135,11 @@ def test_the_loss_is_that_of_features_in_the_step(root, crops):
 
 def test_a_run_trains_on_them(root, tmp_path):
   cfg = train_config(
-      root, init_from=str(root / "weights.safetensors"), train=dict(num_steps=2, log_every=1),
-      eval=dict(sources=("folder",), num_images=2, batch_size=2, grid_images=1, num_tokens=(4,)))  # fmt: skip
+    root,
+    init_from=str(root / "weights.safetensors"),
+    train=dict(num_steps=2, log_every=1),
+    eval=dict(sources=("folder",), num_images=2, batch_size=2, grid_images=1, num_tokens=(4,)),
+  )
   train.train(cfg, str(tmp_path / "run"))
   lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert [-1 <= x["repa"] <= 1 for x in lines if "loss" in x] == [True, True]
@@ -142,12 +154,17 @@ def refused(words, call):
 def test_features_that_do_not_suit_are_refused(root, tmp_path):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   batches = lambda **fields: inputs.train_batches(train_config(root, **fields), 0, mesh)
-  refused("features of width 32, but config.repa.features is 8: give --config.repa.features=32",
-          lambda: batches(repa=dict(features=8)))  # fmt: skip
-  refused("have 16 patches an image, but this run wants 5 x 5: give --config.repa.grid=4",
-          lambda: batches(repa=dict(grid=5)))  # fmt: skip
-  refused("the teacher shards are of teacher [0-9a-f]{16}, but .*other is [0-9a-f]{16}",
-          lambda: inputs.make_prepare(train_config(root, repa=dict(teacher=str(root / "other"))), mesh, train=True))
+  refused(
+    "features of width 32, but config.repa.features is 8: give --config.repa.features=32",
+    lambda: batches(repa=dict(features=8)),
+  )
+  refused(
+    "have 16 patches an image, but this run wants 5 x 5: give --config.repa.grid=4", lambda: batches(repa=dict(grid=5))
+  )
+  refused(
+    "the teacher shards are of teacher [0-9a-f]{16}, but .*other is [0-9a-f]{16}",
+    lambda: inputs.make_prepare(train_config(root, repa=dict(teacher=str(root / "other"))), mesh, train=True),
+  )
   absent = train_config(root, repa=dict(teacher="facebook/dinov2-large"))  # not here: its shards will do
   batch = object()
   assert inputs.make_prepare(absent, mesh, train=True)(batch) is batch
@@ -156,8 +173,10 @@ def test_features_that_do_not_suit_are_refused(root, tmp_path):
     shutil.copytree(root / "dino", out)
     meta = json.loads((out / "train" / shard_files.META).read_text()) | {name: value}
     (out / "train" / shard_files.META).write_text(json.dumps(meta))
-    refused(f"are not of the images of config.data.latents: {name} is .*with one --config and --copies",
-            lambda out=out: batches(data=dict(teacher=str(out))))  # fmt: skip
+    refused(
+      f"are not of the images of config.data.latents: {name} is .*with one --config and --copies",
+      lambda out=out: batches(data=dict(teacher=str(out))),
+    )
   records, other = latent_shards.Shards(str(root / "latents")), teacher_shards.Shards(str(root / "dino"))
   pair = teacher_shards.Beside(records, other, train_config(root), GRID)
   assert len(pair) == IMAGES * COPIES and pair[5]["teacher"].shape == (GRID**2, FEATURES)

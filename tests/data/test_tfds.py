@@ -28,10 +28,17 @@ def data_dir(tmp_path_factory):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-          "picture": tfds.features.Image(shape=(None, None, 3)), "note": tfds.features.Text(),
-          "captions": tfds.features.Sequence({"id": np.int64, "text": np.str_}),
-          "kind": tfds.features.ClassLabel(names=["dark_one", "bright"])}))
+      return tfds.core.DatasetInfo(
+        builder=self,
+        features=tfds.features.FeaturesDict(
+          {
+            "picture": tfds.features.Image(shape=(None, None, 3)),
+            "note": tfds.features.Text(),
+            "captions": tfds.features.Sequence({"id": np.int64, "text": np.str_}),
+            "kind": tfds.features.ClassLabel(names=["dark_one", "bright"]),
+          }
+        ),
+      )
 
     def _split_generators(self, dl_manager):
       return {"train": self._generate_examples(8), "test": self._generate_examples(3)}
@@ -43,8 +50,15 @@ def data_dir(tmp_path_factory):
           buffer = io.BytesIO()
           Image.fromarray(np.random.default_rng(0).integers(0, 255, image.shape, np.uint8)).save(buffer, "PNG")
           image = io.BytesIO(buffer.getvalue()[:60])
-        yield i, {"picture": image, "kind": int(i >= 4), "note": f"number {i}",
-                  "captions": [{"id": j, "text": f"{j} ö {i}" if i != 2 else b"\xff"} for j in range(i % 4)]}
+        yield (
+          i,
+          {
+            "picture": image,
+            "kind": int(i >= 4),
+            "note": f"number {i}",
+            "captions": [{"id": j, "text": f"{j} ö {i}" if i != 2 else b"\xff"} for j in range(i % 4)],
+          },
+        )
 
   TinyPictures(data_dir=root, file_format="array_record").download_and_prepare()
   return root
@@ -105,7 +119,9 @@ def test_captions(data_dir):
   assert ("0 ö 7", "1 ö 7", "2 ö 7") in read and ("0 ö 6", "1 ö 6") in read
 
 
-@pytest.mark.parametrize("kwargs,words", [
+@pytest.mark.parametrize(
+  "kwargs,words",
+  [
     (dict(name="no_such_data_set"), "'no_such_data_set' cannot be found"),
     (dict(name="mnist"), "tfds build mnist --data_dir=.* --file_format=array_record"),
     (dict(train_split="trian"), "no split 'trian'; its splits are"),
@@ -117,7 +133,8 @@ def test_captions(data_dir):
     (dict(caption_key="captions/id"), "no text 'captions/id'"),
     (dict(caption_key="note/text"), "no text 'note/text'"),
     (dict(caption_key="picture"), "no text 'picture'"),
-])
+  ],
+)
 def test_errors_are_one_clear_line(data_dir, kwargs, words):
   with pytest.raises(ValueError, match=words) as caught:
     sources.make_source("tfds", cfg(data_dir, **kwargs).sources.tfds, "train")

@@ -91,9 +91,16 @@ def test_cmyk():
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_applied(orientation):
   upright = Image.fromarray(halves())
-  undo = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
-          7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}[orientation]
+  undo = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+  }[orientation]
   kept = upright if undo is None else upright.transpose(undo)
   exif = Image.Exif()
   exif[0x0112] = orientation
@@ -126,11 +133,28 @@ def reference_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "height,width,size",
-    [(37, 512, 64), (512, 37, 64), (37, 512, 256), (64, 64, 64), (64, 127, 64), (127, 64, 64), (65, 64, 64),
-     (301, 199, 64), (199, 301, 63), (333, 777, 128), (45, 30, 64), (23, 15, 50), (1, 64, 16), (64, 1, 33),
-     (5, 320, 32), (1000, 1001, 31), (3000, 2000, 32), (2, 3, 16)],
-)  # fmt: skip
+  "height,width,size",
+  [
+    (37, 512, 64),
+    (512, 37, 64),
+    (37, 512, 256),
+    (64, 64, 64),
+    (64, 127, 64),
+    (127, 64, 64),
+    (65, 64, 64),
+    (301, 199, 64),
+    (199, 301, 63),
+    (333, 777, 128),
+    (45, 30, 64),
+    (23, 15, 50),
+    (1, 64, 16),
+    (64, 1, 33),
+    (5, 320, 32),
+    (1000, 1001, 31),
+    (3000, 2000, 32),
+    (2, 3, 16),
+  ],
+)
 def test_center_crop_is_a_bilinear_resize_of_the_whole_and_a_slice(height, width, size):
   image = Image.fromarray(pattern(height, width))
   crop = transforms.center_crop(image, size)
@@ -141,16 +165,16 @@ def test_center_crop_is_a_bilinear_resize_of_the_whole_and_a_slice(height, width
 # torchvision 0.28.0: Compose([Resize(size), CenterCrop(size)])(Image.fromarray(pattern(height, width))), the same with
 # Pillow 10.0 to 13.0: pixels (0, 0), (size // 2, size // 3) and (-1, -1), sha256 of all.
 @pytest.mark.parametrize(
-    "height,width,size,pixels,digest",
-    [
-        (37, 512, 64, [[161, 0, 87], [21, 130, 164], [195, 116, 118]], "f41a4d80b5e04b05"),
-        (37, 512, 256, [[161, 0, 93], [21, 136, 133], [198, 133, 151]], "c96f52e5c8a741de"),
-        (512, 37, 64, [[199, 0, 87], [59, 122, 146], [232, 116, 118]], "a450a079728572c2"),
-        (301, 199, 64, [[161, 69, 100], [20, 127, 104], [193, 129, 131]], "f60aedd57aaf5f21"),
-        (333, 778, 63, [[106, 140, 97], [128, 137, 131], [167, 131, 97]], "3fc558caf435d536"),
-        (64, 127, 64, [[160, 0, 146], [105, 160, 63], [152, 97, 146]], "100915679b4aed2c"),  # half a pixel: to even
-        (45, 30, 64, [[22, 0, 7], [115, 213, 23], [59, 42, 9]], "8248cce4d7858e13"),  # enlarged
-    ],
+  "height,width,size,pixels,digest",
+  [
+    (37, 512, 64, [[161, 0, 87], [21, 130, 164], [195, 116, 118]], "f41a4d80b5e04b05"),
+    (37, 512, 256, [[161, 0, 93], [21, 136, 133], [198, 133, 151]], "c96f52e5c8a741de"),
+    (512, 37, 64, [[199, 0, 87], [59, 122, 146], [232, 116, 118]], "a450a079728572c2"),
+    (301, 199, 64, [[161, 69, 100], [20, 127, 104], [193, 129, 131]], "f60aedd57aaf5f21"),
+    (333, 778, 63, [[106, 140, 97], [128, 137, 131], [167, 131, 97]], "3fc558caf435d536"),
+    (64, 127, 64, [[160, 0, 146], [105, 160, 63], [152, 97, 146]], "100915679b4aed2c"),  # half a pixel: to even
+    (45, 30, 64, [[22, 0, 7], [115, 213, 23], [59, 42, 9]], "8248cce4d7858e13"),  # enlarged
+  ],
 )
 def test_center_crop_has_the_pixels_of_torchvision(height, width, size, pixels, digest):
   crop = transforms.center_crop(pattern(height, width), size)
@@ -247,8 +271,10 @@ def test_random_resized_crop_falls_back_on_the_centre_square():
   strip = pattern(40, 400)
   crop = transforms.random_resized_crop(strip, 40, np.random.default_rng(0), 0.9)
   assert np.array_equal(crop, strip[:, 180:220])
-  assert np.array_equal(transforms.random_resized_crop(strip.transpose(1, 0, 2), 40, np.random.default_rng(0), 0.9),
-                        strip[:, 180:220].transpose(1, 0, 2))  # fmt: skip
+  assert np.array_equal(
+    transforms.random_resized_crop(strip.transpose(1, 0, 2), 40, np.random.default_rng(0), 0.9),
+    strip[:, 180:220].transpose(1, 0, 2),
+  )
 
 
 def test_flip():
@@ -293,9 +319,9 @@ def test_iter_images_checks_before_it_reads(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(transforms, "center_crop", None)  # reading would fail
     for paths, error, words in (
-        ([tmp_path / "a.png", tmp_path / "gone.png"], FileNotFoundError, "gone.png does not exist"),
-        ([tmp_path / "a.png", tmp_path / "empty"], ValueError, "empty holds no jpg"),
-        ([], ValueError, "no image was given"),
+      ([tmp_path / "a.png", tmp_path / "gone.png"], FileNotFoundError, "gone.png does not exist"),
+      ([tmp_path / "a.png", tmp_path / "empty"], ValueError, "empty holds no jpg"),
+      ([], ValueError, "no image was given"),
     ):
       with pytest.raises(error, match=words):
         transforms.iter_images(paths, 8)

@@ -22,8 +22,14 @@ def tiny_config(**overrides):
   """A pixel-space tokenizer of 4 registers for 16 px images."""
   part = dict(width=32, depth=1, head_dim=16, patch_size=4)
   settings = dict(
-      image_size=16, dtype="float32", vae=dict(kind="pixels", scaling_factor=1.0), encoder=part, decoder=part,
-      tokens=dict(num_registers=4, levels=(8, 5, 5)), sampler=dict(num_steps=2, guidance="none"))
+    image_size=16,
+    dtype="float32",
+    vae=dict(kind="pixels", scaling_factor=1.0),
+    encoder=part,
+    decoder=part,
+    tokens=dict(num_registers=4, levels=(8, 5, 5)),
+    sampler=dict(num_steps=2, guidance="none"),
+  )
   return common.derive(**{**settings, **overrides})
 
 
@@ -73,11 +79,11 @@ def pairs():
   flat, dent = np.full((16, 16, 3), 255), np.full((16, 16, 3), 255)
   dent[:4, :4] = 254
   return {
-      "noise": (noise, noise[::-1]),
-      "near": (photo, near),
-      "unlike": (photo, skimage.data.coffee()[:64, :64]),
-      "flat": (flat, dent),
-      "smallest": (noise[:11, :11], noise[:11, 20:31]),
+    "noise": (noise, noise[::-1]),
+    "near": (photo, near),
+    "unlike": (photo, skimage.data.coffee()[:64, :64]),
+    "flat": (flat, dent),
+    "smallest": (noise[:11, :11], noise[:11, 20:31]),
   }
 
 
@@ -87,7 +93,8 @@ def test_metrics_equal_scikit_image(name):
   measure = jax.jit(lambda a, b: {k: f(a[None], b[None])[0] for k, f in metrics.METRICS.items()})
   ours = measure(np.float32(a), np.float32(b))
   ssim = skimage.metrics.structural_similarity(
-      a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=-1)
+    a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=-1
+  )
   np.testing.assert_allclose(ours["ssim"], ssim, atol=1e-6)
   np.testing.assert_allclose(ours["psnr"], skimage.metrics.peak_signal_noise_ratio(a, b, data_range=1), atol=2e-5)
   np.testing.assert_allclose(ours["mae"], np.abs(a - b).mean(), rtol=1e-5)
@@ -204,8 +211,9 @@ def test_grid_keeps_large_images_at_their_size():
 
 
 def test_vae_report_has_one_column_and_no_curve(images, tmp_path):
-  stage = make_stage(tiny_config(
-      stage="vae", vae=dict(latent_channels=4, block_out_channels=(32,), layers_per_block=1)))
+  stage = make_stage(
+    tiny_config(stage="vae", vae=dict(latent_channels=4, block_out_channels=(32,), layers_per_block=1))
+  )
   report = evaluator(stage, {"a": images}, 5).run(make_params(stage))
   assert list(report.scores["sets"]["a"]["by_tokens"]) == ["vae"]
   paths = report.write(tmp_path)

@@ -98,10 +98,10 @@ def test_search_refuses_what_is_no_distance():
   images, ids = jnp.zeros((2, 8, 8, 3)), jnp.zeros((2, 4), jnp.int32)
   decode = lambda ids, keep_k: images
   bad = [
-      (r"number an image, \[2\] here; got float32 \[\]", lambda a, b: jnp.mean(a - b)),
-      (r"got float32 \[2, 8, 8\]", lambda a, b: jnp.mean(a - b, -1)),
-      (r"got int32 \[2\]", lambda a, b: jnp.zeros(2, jnp.int32)),
-      (r"got tuple", lambda a, b: (distances.mse(a, b), 1.0)),
+    (r"number an image, \[2\] here; got float32 \[\]", lambda a, b: jnp.mean(a - b)),
+    (r"got float32 \[2, 8, 8\]", lambda a, b: jnp.mean(a - b, -1)),
+    (r"got int32 \[2\]", lambda a, b: jnp.zeros(2, jnp.int32)),
+    (r"got tuple", lambda a, b: (distances.mse(a, b), 1.0)),
   ]
   for pattern, distance in bad:
     with pytest.raises(ValueError, match=pattern):
@@ -133,8 +133,13 @@ measure = jax.jit(lambda a, b: {name: distance(a, b) for name, distance in dista
 def reference_perceptual(a, b):
   """The same of two images [h, w, 3] in float64, with each filter as a matrix of 5x5 weights."""
   smooth, slope, curve = np.array([1, 4, 6, 4, 1]) / 16, np.array([-1, -2, 0, 2, 1]) / 8, np.array([1, 0, -2, 0, 1]) / 4
-  outer = [np.outer(smooth, slope), np.outer(slope, smooth), np.outer(smooth, curve), np.outer(curve, smooth),
-           np.sqrt(2) * np.outer(slope, slope)]  # fmt: skip
+  outer = [
+    np.outer(smooth, slope),
+    np.outer(slope, smooth),
+    np.outer(smooth, curve),
+    np.outer(curve, smooth),
+    np.sqrt(2) * np.outer(slope, slope),
+  ]
 
   def respond(x, kernel):
     padded = np.pad(x, ((2, 2), (2, 2), (0, 0)), mode="edge")
@@ -191,11 +196,11 @@ def test_distances_rise_with_damage(pictures, kind, side):
   noise = np.random.default_rng(1).normal(size=x.shape)
   blur = lambda s: np.stack([skimage.filters.gaussian(image, s, channel_axis=-1) for image in x])
   damage = {
-      "noise": lambda s: x + 0.03 * s * noise,
-      "blur": lambda s: blur(0.7 * s),
-      "shift": lambda s: np.concatenate([x[:, :, :1].repeat(s, 2), x[:, :, :-s]], 2),
-      "brightness": lambda s: x + 0.05 * s,
-      "colour": lambda s: x + 0.05 * s * np.array([1, -1, 0]),
+    "noise": lambda s: x + 0.03 * s * noise,
+    "blur": lambda s: blur(0.7 * s),
+    "shift": lambda s: np.concatenate([x[:, :, :1].repeat(s, 2), x[:, :, :-s]], 2),
+    "brightness": lambda s: x + 0.05 * s,
+    "colour": lambda s: x + 0.05 * s * np.array([1, -1, 0]),
   }[kind]
   steps = [measure(x, damage(s).astype(np.float32)) for s in (1, 2, 4)]
   rows = [0, 1, 3] if kind in ("blur", "shift") else [0, 1, 2, 3]  # a flat field has no edge to lose
@@ -224,8 +229,14 @@ def model():
   """A pixel-space tokenizer of 9 registers for 16 px images, so that there are two sizes of slots; random weights."""
   part = dict(width=32, depth=1, head_dim=16, patch_size=4)
   config = common.derive(
-      image_size=16, dtype="float32", vae=dict(kind="pixels", scaling_factor=1.0), encoder=part, decoder=part,
-      tokens=dict(num_registers=9, levels=(8, 5, 5), nested_dropout="uniform"), sampler=QUIET)
+    image_size=16,
+    dtype="float32",
+    vae=dict(kind="pixels", scaling_factor=1.0),
+    encoder=part,
+    decoder=part,
+    tokens=dict(num_registers=9, levels=(8, 5, 5), nested_dropout="uniform"),
+    sampler=QUIET,
+  )
   rng = np.random.default_rng(0)
   params, _ = meta.unbox(jax.eval_shape(make_stage(config).init, jax.random.key(0)))
   params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), params)
@@ -316,7 +327,8 @@ def test_lengths_for_shards(model, images, gaps):
   np.testing.assert_array_equal(lengths_fn(images[::-1], ids[::-1]), expected[::-1])
   measure = measures.make(["mse"])["mse"]
   studied, found = halting.make_lengths(model.config, model.params, "mse", measure, 0, 4, sharding.make_mesh())(
-      images, ids, quality)
+    images, ids, quality
+  )
   np.testing.assert_array_equal(studied, expected)
   np.testing.assert_allclose(found, gaps["mse"][np.arange(6), studied - 1], rtol=1e-4)
   noises = [adaptive.shared_noise(seed, (2, 2, 3)) for seed in (0, 1)]
@@ -324,15 +336,15 @@ def test_lengths_for_shards(model, images, gaps):
 
 
 BAD = [
-    (r"quality=0 must be a finite number above 0", dict(quality=0)),
-    (r"quality=-0.1 must", dict(quality=-0.1)),
-    (r"quality=nan must", dict(quality=float("nan"))),
-    (r"quality=inf must", dict(quality=np.inf)),
-    (r"quality='high' must", dict(quality="high")),
-    (r"quality=True must", dict(quality=True)),
-    (r"unknown metric 'lpips': one of mse, perceptual, or a function", dict(metric="lpips")),
-    (r"unknown metric None", dict(metric=None)),
-    (r"one floating-point number an image, \[6\] here; got float32 \[\]", dict(metric=lambda a, b: jnp.mean(a - b))),
+  (r"quality=0 must be a finite number above 0", dict(quality=0)),
+  (r"quality=-0.1 must", dict(quality=-0.1)),
+  (r"quality=nan must", dict(quality=float("nan"))),
+  (r"quality=inf must", dict(quality=np.inf)),
+  (r"quality='high' must", dict(quality="high")),
+  (r"quality=True must", dict(quality=True)),
+  (r"unknown metric 'lpips': one of mse, perceptual, or a function", dict(metric="lpips")),
+  (r"unknown metric None", dict(metric=None)),
+  (r"one floating-point number an image, \[6\] here; got float32 \[\]", dict(metric=lambda a, b: jnp.mean(a - b))),
 ]
 
 
@@ -340,8 +352,8 @@ BAD = [
 def test_bad_quality_and_metric(model, images, pattern, given):
   given = {"quality": 0.1, **given}
   calls = [
-      lambda: model.tokenize(images, **given, **QUIET),
-      lambda: adaptive.make_lengths_fn(model.config, model.params, **given)(images, np.zeros((6, 4), np.int32)),
+    lambda: model.tokenize(images, **given, **QUIET),
+    lambda: adaptive.make_lengths_fn(model.config, model.params, **given)(images, np.zeros((6, 4), np.int32)),
   ]
   for call in calls:
     with pytest.raises(ValueError, match=pattern) as error:

@@ -106,12 +106,15 @@ def test_golden_velocities(official, golden):
     close(official.velocity(golden["step_x"], float(t), golden["tokens"], golden["step_keep0"]), expected, 1e-4)
 
 
-@pytest.mark.parametrize("name, settings", [
-  ("cfg", dict(guidance="cfg", guidance_scale=3.0)),
-  ("apg", {}),  # the defaults are the authors'
-  ("apg_full", dict(guidance_scale=lambda t: 7.5)),
-  ("noguid", dict(num_steps=4, guidance=None)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "name, settings",
+  [
+    ("cfg", dict(guidance="cfg", guidance_scale=3.0)),
+    ("apg", {}),  # the defaults are the authors'
+    ("apg_full", dict(guidance_scale=lambda t: 7.5)),
+    ("noguid", dict(num_steps=4, guidance=None)),
+  ],
+)
 def test_golden_images(official, golden, name, settings):
   start, keep_k = golden["sample_init_noise"], golden[f"sample_{name}_keep"]
   images = official.detokenize(golden["tokens"], keep_k, noise=start, **settings)
@@ -283,8 +286,10 @@ BAD = [
   (r"pass key=jax.random.key\(seed\), or noise=... of shape \[2, 8, 8, 4\]", lambda m: m.detokenize([[1], [2]])),
   (r"noise must be 1 latents", lambda m: m.detokenize([[1]], noise=np.zeros((2, 8, 8, 4)))),
   (r"multiples of 2; got shape \[1, 7, 8, 4\]", lambda m: m.detokenize([[1]], noise=np.zeros((1, 7, 8, 4)))),
-  (r"noise must have shape \[b, h, w, 4\], got \[1, 8, 8, 3\]",
-   lambda m: m.detokenize([[1]], noise=np.zeros((1, 8, 8, 3)))),
+  (
+    r"noise must have shape \[b, h, w, 4\], got \[1, 8, 8, 3\]",
+    lambda m: m.detokenize([[1]], noise=np.zeros((1, 8, 8, 3))),
+  ),
   (r"token id 64000 is out of range: ids are 0 to 63999", lambda m: m.detokenize([[64000]], **KEY)),
   (r"token id -1 is out of range", lambda m: m.detokenize(np.array([[-1, 5]]), **KEY)),
   (r"a sequence has 1 to 6 ids, got \[7\]", lambda m: m.detokenize([[1] * 7], **KEY)),
@@ -303,7 +308,7 @@ BAD = [
   (r"z must have shape \[b, h, w, 4\], got \[8, 8, 4\]", lambda m: m.decode_latents(np.zeros((8, 8, 4)))),
   (r"t must lie in \[0, 1\], got \[1.5\]", lambda m: m.velocity(np.zeros((1, 8, 8, 4)), 1.5, [[1]])),
   (r"drop_condition must be one bool", lambda m: m.velocity(np.zeros((1, 8, 8, 4)), 0.5, [[1]], drop_condition=2)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("pattern, call", BAD, ids=range(len(BAD)))

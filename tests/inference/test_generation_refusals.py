@@ -38,16 +38,21 @@ BAD = {
   "text_shape": ("text", dict(text_embeddings=np.zeros((2, 4, 8))), r"text_embeddings .*\[2, t, 16\], got \[2, 4, 8\]"),
   "text_rank": ("text", dict(text_embeddings=np.zeros((4, 16))), r"text_embeddings .* got \[4, 16\]"),
   "text_lengths": (
-    "text", dict(text_embeddings=np.zeros((2, 4, 16)), text_lengths=[1, 5]), "text_lengths must be 2 whole .* to 4"
+    "text",
+    dict(text_embeddings=np.zeros((2, 4, 16)), text_lengths=[1, 5]),
+    "text_lengths must be 2 whole .* to 4",
   ),
   "text_lengths_zero": ("text", dict(text_embeddings=np.zeros((1, 4, 16)), text_lengths=[0]), "text_lengths"),
   "text_lengths_count": ("text", dict(text_embeddings=np.zeros((2, 4, 16)), text_lengths=[1]), "text_lengths"),
   "null_text": (
-    "text", dict(prompts=["red"], guidance_scale=2.0, null_text_embeddings=np.zeros((2, 4, 16))),
+    "text",
+    dict(prompts=["red"], guidance_scale=2.0, null_text_embeddings=np.zeros((2, 4, 16))),
     r"null_text_embeddings must have shape \[1 or 1, t, 16\], got \[2, 4, 16\]",
   ),
   "null_text_width": (
-    "text", dict(prompts=["red"], guidance_scale=2.0, null_text_embeddings=np.zeros((1, 4, 8))), r"got \[1, 4, 8\]"
+    "text",
+    dict(prompts=["red"], guidance_scale=2.0, null_text_embeddings=np.zeros((1, 4, 8))),
+    r"got \[1, 4, 8\]",
   ),
   "guidance_of_none": ("none", dict(guidance_scale=2.0), "guidance_scale=2.0 needs a condition"),
   "guidance_nan": ("class", dict(guidance_scale=math.nan), "guidance_scale=nan"),
@@ -73,7 +78,7 @@ BAD = {
   "no_key": ("class", dict(key=None), "pass key=jax.random.key"),
   "keys": ("class", dict(key=jax.random.split(KEY, 2), labels=[1, 2, 3]), "labels says 3, key says 2"),
   "key_number": ("class", dict(key=3), "key"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

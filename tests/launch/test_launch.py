@@ -83,8 +83,16 @@ class Sandbox:
 
   def start(self, *command, **environ) -> subprocess.Popen:
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=self.environ | environ, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
-                            text=True, cwd=self.folder, start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+      command,
+      env=self.environ | environ,
+      stdin=subprocess.DEVNULL,
+      stdout=pipe,
+      stderr=pipe,
+      text=True,
+      cwd=self.folder,
+      start_new_session=True,
+    )
 
   def run(self, *command, code=0, **environ) -> subprocess.CompletedProcess:
     process = self.start(*command, **environ)
@@ -162,8 +170,14 @@ def test_a_whole_life(box):
   assert "is there already: READY" in box.tpu("create", *NAMES, "--accelerator=v5e-16").stderr
   assert box.verbs() == ["tpu-vm list", "tpu-vm create", "tpu-vm list"]
   create = box.calls("gcloud")[1]["argv"]
-  assert create[4:] == ["t", "--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite", "--zone=z",
-                        "--project=p", "--quiet"]  # fmt: skip
+  assert create[4:] == [
+    "t",
+    "--accelerator-type=v5litepod-16",
+    "--version=v2-alpha-tpuv5-lite",
+    "--zone=z",
+    "--project=p",
+    "--quiet",
+  ]
 
   assert "is not set up on every worker" in box.tpu("run", *NAMES, "--", *TRAIN, code=1).stderr
   seen = len(box.verbs())
@@ -208,20 +222,35 @@ def test_a_queued_spot_tpu(box):
   flags = ("--accelerator=v6e-64", "--spot", "--network=n", "--subnetwork=s", "--service_account=a@b")
   box.tpu("queue", *NAMES, *flags)
   assert box.calls("gcloud")[1]["argv"][2:] == [
-      "queued-resources", "create", "t", "--node-id=t", "--accelerator-type=v6e-64", "--spot", "--network=n",
-      "--subnetwork=s", "--service-account=a@b", "--runtime-version=v2-alpha-tpuv6e", "--zone=z", "--quiet",
-  ]  # fmt: skip
+    "queued-resources",
+    "create",
+    "t",
+    "--node-id=t",
+    "--accelerator-type=v6e-64",
+    "--spot",
+    "--network=n",
+    "--subnetwork=s",
+    "--service-account=a@b",
+    "--runtime-version=v2-alpha-tpuv6e",
+    "--zone=z",
+    "--quiet",
+  ]
   assert "is requested already: ACTIVE" in box.tpu("queue", *NAMES, *flags).stderr
   box.tpu("delete", *NAMES)
-  assert box.calls("gcloud")[-1]["argv"][2:] == [
-      "queued-resources", "delete", "t", "--force", "--zone=z", "--quiet"
-  ]  # fmt: skip
+  assert box.calls("gcloud")[-1]["argv"][2:] == ["queued-resources", "delete", "t", "--force", "--zone=z", "--quiet"]
   assert box.cloud()["nodes"] == box.cloud()["requests"] == {}
 
 
-@pytest.mark.parametrize("accelerator, version", {
-    "v3-32": "tpu-ubuntu2204-base", "v4-32": "tpu-ubuntu2204-base", "v5litepod-16": "v2-alpha-tpuv5-lite",
-    "v5p-64": "v2-alpha-tpuv5", "v6e-256": "v2-alpha-tpuv6e"}.items())  # fmt: skip
+@pytest.mark.parametrize(
+  "accelerator, version",
+  {
+    "v3-32": "tpu-ubuntu2204-base",
+    "v4-32": "tpu-ubuntu2204-base",
+    "v5litepod-16": "v2-alpha-tpuv5-lite",
+    "v5p-64": "v2-alpha-tpuv5",
+    "v6e-256": "v2-alpha-tpuv6e",
+  }.items(),
+)
 def test_runtime_versions(box, accelerator, version):
   out = box.tpu("create", *NAMES, f"--accelerator={accelerator}", "--dry_run").stdout
   assert f" --accelerator-type={accelerator} --version={version} " in out
@@ -231,15 +260,15 @@ def test_runtime_versions(box, accelerator, version):
 
 CREATION = ("--accelerator=v4-32", "--reserved", "--project=p")
 COMMANDS = {
-    "create": CREATION,
-    "queue": CREATION,
-    "setup": ("--prepare=mount 'a b' || true",),
-    "run": ("--", *TRAIN),
-    "status": (),
-    "logs": ("--worker=1",),
-    "stop": (),
-    "ssh": ("--worker=all", "--", "echo", "a  b", "$x"),
-    "delete": (),
+  "create": CREATION,
+  "queue": CREATION,
+  "setup": ("--prepare=mount 'a b' || true",),
+  "run": ("--", *TRAIN),
+  "status": (),
+  "logs": ("--worker=1",),
+  "stop": (),
+  "ssh": ("--worker=all", "--", "echo", "a  b", "$x"),
+  "delete": (),
 }
 
 
@@ -310,7 +339,8 @@ def test_nothing_starts_where_not_all_can_start(made):
   (made.folder / "uv_refuses").write_text(str(made.folder / "hosts" / "t" / "1"))
   made.tpu("setup", *NAMES, code=1)
   assert "is not set up on every worker, nothing was started: launch/tpu.sh setup --name=t --zone=z" in made.error(
-      "run", *NAMES, "--", "x", code=1)  # fmt: skip
+    "run", *NAMES, "--", "x", code=1
+  )
   assert not made.trainings()
 
   (made.folder / "uv_refuses").unlink()
@@ -326,12 +356,12 @@ def test_nothing_starts_where_not_all_can_start(made):
 
 def test_failures_of_gcloud_end_the_command(made):
   for verb, command, arguments in (
-      ("list", "create", ("--accelerator=v4-8",)),
-      ("list", "delete", ()),
-      ("scp", "setup", ()),
-      ("ssh", "run", ("--", "x")),
-      ("ssh", "logs", ()),
-      ("delete", "delete", ()),
+    ("list", "create", ("--accelerator=v4-8",)),
+    ("list", "delete", ()),
+    ("scp", "setup", ()),
+    ("ssh", "run", ("--", "x")),
+    ("ssh", "logs", ()),
+    ("delete", "delete", ()),
   ):
     made.cloud(fail={verb: 1})
     assert "no luck" in made.tpu(command, *NAMES, *arguments, code=1).stderr, (verb, command)
@@ -351,7 +381,9 @@ def test_what_is_gone_is_not_taken_for_there(made):
   assert "it is SUSPENDED: launch/tpu.sh delete" in made.error("queue", *NAMES, "--accelerator=v4-8", code=1)
 
 
-@pytest.mark.parametrize("arguments, said", [
+@pytest.mark.parametrize(
+  "arguments, said",
+  [
     ((), "no command"),
     (("build", *NAMES), "unknown command build"),
     (("status", "--zone=z"), "no name of the TPU: give --name=NAME or set FLEXTOK_TPU_NAME"),
@@ -368,7 +400,8 @@ def test_what_is_gone_is_not_taken_for_there(made):
     (("delete", *NAMES, "--", "x"), "delete takes no arguments"),
     (("logs", *NAMES, "--worker=first"), "--worker=first: a number, or all"),
     (("watch", *NAMES, "--accelerator=v4-8", "--poll=1m", "--", "x"), "--poll=1m: a number of seconds"),
-])  # fmt: skip
+  ],
+)
 def test_what_is_missing_or_wrong_is_said_in_one_line(box, arguments, said):
   assert said in box.error(*arguments, code=2)
   assert not box.calls("gcloud")
@@ -392,8 +425,9 @@ def test_delete_wants_to_be_meant(made):
 @pytest.fixture
 def watch(box):
   """A watch that has brought a run about, on a spot TPU of two workers."""
-  process = box.start(str(box.repo / "launch" / "tpu.sh"), "watch", *NAMES, "--accelerator=v6e-16", "--spot",
-                      "--poll=0.1", "--", *TRAIN)  # fmt: skip
+  process = box.start(
+    str(box.repo / "launch" / "tpu.sh"), "watch", *NAMES, "--accelerator=v6e-16", "--spot", "--poll=0.1", "--", *TRAIN
+  )
   wait_until(lambda: len(box.trainings()) == 2)
   yield process
   if process.poll() is None:
@@ -449,8 +483,9 @@ def test_watch_leaves_what_someone_deleted(box, watch):
 
 def test_watch_does_not_try_for_ever(box):
   box.cloud(fail={"scp": 1})
-  process = box.start(str(box.repo / "launch" / "tpu.sh"), "watch", *NAMES, "--accelerator=v4-8", "--poll=0.05",
-                      "--", "x")  # fmt: skip
+  process = box.start(
+    str(box.repo / "launch" / "tpu.sh"), "watch", *NAMES, "--accelerator=v4-8", "--poll=0.05", "--", "x"
+  )
   assert "setup failed three times in a row, see above; if there is a TPU, it costs" in ended(process, 1)
   assert box.verbs().count("tpu-vm scp") == 3
 
@@ -489,8 +524,14 @@ class Job:
     cksum = subprocess.run("cksum", input=both, capture_output=True, check=True).stdout.decode().strip()
     (venv / ".flextok-installed").write_text(f"{cksum} {ROOT}\n")  # as launch/env.sh leaves it
     (box.folder / "job").write_text("JobId=7 JobName=flextok JobState=RUNNING Requeue=1 Restarts=0")
-    self.environ = dict(FLEXTOK_VENV=str(venv), SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_NUM_NODES="2",
-                        SLURM_GPUS_ON_NODE="2", SLURM_CPUS_ON_NODE="16")  # fmt: skip
+    self.environ = dict(
+      FLEXTOK_VENV=str(venv),
+      SLURM_JOB_ID="7",
+      SLURM_SUBMIT_DIR=str(ROOT),
+      SLURM_JOB_NUM_NODES="2",
+      SLURM_GPUS_ON_NODE="2",
+      SLURM_CPUS_ON_NODE="16",
+    )
 
   def run(self, *arguments, code=0, **environ):
     return self.box.run("bash", str(LAUNCH / "slurm.sh"), *arguments, code=code, **self.environ | environ)
@@ -509,8 +550,13 @@ def test_slurm_starts_the_tasks(job, processes, tasks, devices):
   job.box.train("finish")
   job.run(*TRAIN, FLEXTOK_PROCESSES=processes, XLA_FLAGS="--mine")
   srun = job.box.calls("srun")[0]["argv"]
-  assert srun[:5] == ["--nodes=2", f"--ntasks={2 * tasks}", f"--ntasks-per-node={tasks}",
-                      f"--cpus-per-task={16 // tasks}", "--gpu-bind=none"]  # fmt: skip
+  assert srun[:5] == [
+    "--nodes=2",
+    f"--ntasks={2 * tasks}",
+    f"--ntasks-per-node={tasks}",
+    f"--cpus-per-task={16 // tasks}",
+    "--gpu-bind=none",
+  ]
   calls = job.box.trainings()
   assert [call["argv"] for call in calls] == [["-m", "flextok_jax.train", *TRAIN]] * 2 * tasks
   assert {call["cwd"] for call in calls} == {str(ROOT)}
@@ -528,11 +574,14 @@ def test_slurm_passes_a_failure_on(job):
   assert not job.requeued()
 
 
-@pytest.mark.parametrize("state, requeued", [
+@pytest.mark.parametrize(
+  "state, requeued",
+  [
     ("JobState=RUNNING Requeue=1", True),
     ("JobState=RUNNING Requeue=0", False),  # scontrol update jobid=7 requeue=0
     ("JobState=COMPLETING Requeue=1", False),  # scancel
-])  # fmt: skip
+  ],
+)
 def test_slurm_requeues_an_interrupted_job(job, state, requeued):
   (job.box.folder / "preempt").touch()
   (job.box.folder / "job").write_text(f"JobId=7 JobName=flextok {state} Restarts=0")
@@ -548,13 +597,16 @@ def test_slurm_installs_cuda_in_the_pinned_versions(job):
   assert not job.box.calls("srun")
 
 
-@pytest.mark.parametrize("arguments, environ, said", [
+@pytest.mark.parametrize(
+  "arguments, environ, said",
+  [
     (("x",), dict(SLURM_SUBMIT_DIR="/"), "/ is not the repository: call sbatch in its folder"),
     (("x",), dict(SLURM_JOB_ID=""), "this is a job: sbatch launch/slurm.sh x"),
     ((), {}, "nothing to run"),
     (("x",), dict(SLURM_GPUS_ON_NODE=""), "this job has no GPUs: sbatch --gpus-per-node=N"),
     (("x",), dict(FLEXTOK_PROCESSES="core"), "FLEXTOK_PROCESSES=core: gpu (a process for each) or node"),
-])  # fmt: skip
+  ],
+)
 def test_slurm_says_what_is_wrong(job, arguments, environ, said):
   err = job.run(*arguments, code=2, **environ).stderr
   assert err == f"error: {said}\n" or (said == "nothing to run" and err.startswith("error: nothing to run: sbatch"))

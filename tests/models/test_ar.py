@@ -1,6 +1,5 @@
 """The generator's model, its stage and its loss: against plain numpy, and by properties."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,8 +179,14 @@ def test_loss_of_numpy(stop, decay):
 
   weights = counts * np.arange(1, 13) ** -decay
   close(loss, (losses * weights).sum() / weights.sum())
-  spans = {"loss": (0, 12), "loss_to_1": (0, 1), "loss_to_2": (1, 2), "loss_to_4": (2, 4), "loss_to_8": (4, 8),
-           "loss_to_12": (8, 12)}
+  spans = {
+    "loss": (0, 12),
+    "loss_to_1": (0, 1),
+    "loss_to_2": (1, 2),
+    "loss_to_4": (2, 4),
+    "loss_to_8": (4, 8),
+    "loss_to_12": (8, 12),
+  }
   assert set(metrics) == set(spans)
   for name, (low, high) in spans.items():
     close(metrics[name], (losses[:, low:high].sum(), counts[:, low:high].sum()))
@@ -199,9 +204,7 @@ def test_gradients_of_numpy():
   features = jax.jit(encode)(batch["text_ids"], batch["text_lengths"])
 
   def expected(params):
-    logits = numpy_ar.forward(
-      params, config.ar, batch["token_ids"], batch["label"], features, batch["text_lengths"]
-    )
+    logits = numpy_ar.forward(params, config.ar, batch["token_ids"], batch["label"], features, batch["text_lengths"])
     chosen = np.take_along_axis(numpy_ar.log_softmax(logits), batch["token_ids"][..., None], -1)[..., 0]
     counts = np.arange(12) < batch["length"][:, None]
     return -(chosen * counts).sum() / counts.sum()
@@ -239,7 +242,7 @@ BAD = {
   "position_decay": (dict(ar=dict(position_decay=float("inf"))), "ar.position_decay .* inf"),
   "encoder": (dict(ar=dict(condition="text"), text=dict(encoder="clip")), "text.encoder 'clip': one of t5, bytes"),
   "mlp_hidden": (dict(ar=dict(condition="text"), text=dict(mlp_hidden=0)), "text.mlp_hidden .* 0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -74,14 +74,14 @@ def text(change):
 
 
 BAD_CONFIGS = [  # (change, part of the error)
-    (dict(model_type="siglip"), "model_type is 'siglip', only 'clip' is read"),
-    (dict(vision_config=[1]), "vision_config must be an object, got .1."),
-    (dict(projection_dim=0), "projection_dim must be a whole number from 1"),
-    (dict(projection_dim=8), "has shape .*, not "),
-    (text(dict(hidden_act="swish")), "hidden_act 'swish' is not computed"),
-    (text(dict(num_hidden_layers=4)), "lacks the tensor text_model.encoder.layers.3"),
-    (text(dict(vocab_size=61)), "token_embedding.weight has shape .60, 24., not .61, 24."),
-    (dict(text_config_dict=dict(hidden_size=24)), "has shape|lacks"),  # the defaults of all the others
+  (dict(model_type="siglip"), "model_type is 'siglip', only 'clip' is read"),
+  (dict(vision_config=[1]), "vision_config must be an object, got .1."),
+  (dict(projection_dim=0), "projection_dim must be a whole number from 1"),
+  (dict(projection_dim=8), "has shape .*, not "),
+  (text(dict(hidden_act="swish")), "hidden_act 'swish' is not computed"),
+  (text(dict(num_hidden_layers=4)), "lacks the tensor text_model.encoder.layers.3"),
+  (text(dict(vocab_size=61)), "token_embedding.weight has shape .60, 24., not .61, 24."),
+  (dict(text_config_dict=dict(hidden_size=24)), "has shape|lacks"),  # the defaults of all the others
 ]
 
 
@@ -121,8 +121,11 @@ def clip_tokenizer(folder, start="<|startoftext|>"):
   tokenizers = pytest.importorskip("tokenizers")
   words = [start, "<|endoftext|>", *(c + end for c in "abcdefr!é" for end in ("", "</w>")), "re", "red</w>"]
   model = tokenizers.models.BPE(
-      {w: i for i, w in enumerate(words)}, [("r", "e"), ("re", "d</w>")], end_of_word_suffix="</w>",
-      unk_token="<|endoftext|>")
+    {w: i for i, w in enumerate(words)},
+    [("r", "e"), ("re", "d</w>")],
+    end_of_word_suffix="</w>",
+    unk_token="<|endoftext|>",
+  )
   tokenizer = tokenizers.Tokenizer(model)
   tokenizer.normalizer = tokenizers.normalizers.Lowercase()
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -106,17 +106,15 @@ def test_modulations_known_beforehand(case):
 # The sampler.
 
 
-@pytest.mark.parametrize("mode, scale, interval", [
-    ("apg", 7.5, (0, 1)), ("cfg", 3.0, (0, 1)), ("none", 7.5, (0, 1)), ("apg", 7.5, (0.2, 0.8)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "mode, scale, interval", [("apg", 7.5, (0, 1)), ("cfg", 3.0, (0, 1)), ("none", 7.5, (0, 1)), ("apg", 7.5, (0.2, 0.8))]
+)
 @pytest.mark.parametrize("slots", [8, 40, 256])
 def test_25_steps(case, mode, scale, interval, slots):
   """8 slots run both halves in one call, more in two; 256 mixes all of KEEP in one batch."""
   keep_k = np.minimum(KEEP, slots - (slots < 256))
   settings = dict(mode=mode, guidance_scale=scale, guidance_interval=interval)
-  sample = lambda fast: lambda ids: sample_latents(
-      case.model, case.params, ids, keep_k, case.x, fast=fast, **settings
-  )
+  sample = lambda fast: lambda ids: sample_latents(case.model, case.params, ids, keep_k, case.x, fast=fast, **settings)
   run = lambda fast, ids: jax.jit(sample(fast))(ids)
   near(run(True, case.ids[:, :slots]), run(False, case.ids), 1e-4)
 
@@ -132,6 +130,7 @@ def test_the_interval_of_guidance():
 
 def test_no_unconditional_pass_at_scale_one(case):
   """The compiled program of scale 1 does what that without guidance does; on the plain path guidance doubles it."""
+
   def flops(**kwargs):
     fn = lambda ids: sample_latents(case.model, case.params, ids, KEEP, case.x, num_steps=1, **kwargs)
     return jax.jit(fn).lower(case.ids).compile().cost_analysis()["flops"]
@@ -145,9 +144,10 @@ def test_no_unconditional_pass_at_scale_one(case):
 # Training in buckets.
 
 
-@pytest.mark.parametrize("mode, size, more", [
-    ("pow2", 9, {}), ("uniform", 16, dict(quantization_dropout=0.5, corruption=0.3)), ("uniform_pow2", 6, {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "mode, size, more",
+  [("pow2", 9, {}), ("uniform", 16, dict(quantization_dropout=0.5, corruption=0.3)), ("uniform_pow2", 6, {})],
+)
 def test_buckets_have_the_plain_loss_and_gradients(mode, size, more):
   tokens = dict(nested_dropout=mode, null_prob=0.2, saturation_weight=0.3, num_registers=16, **more)
   stages = [make_stage(config_of(tokens=tokens, fast=fast)) for fast in (True, False)]

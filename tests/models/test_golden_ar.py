@@ -103,8 +103,10 @@ def golden_condition(gen, io):
     return dict(labels=io["classes"]), {}
   text = lambda rows: (io["text_emb_raw"][rows], io["text_len"][rows])
   given, null = text(slice(3)), text(slice(3, 4))
-  return (dict(text_embeddings=given[0], text_lengths=given[1]),
-          dict(null_text_embeddings=null[0], null_text_lengths=null[1], guidance_scale=3.0))
+  return (
+    dict(text_embeddings=given[0], text_lengths=given[1]),
+    dict(null_text_embeddings=null[0], null_text_lengths=null[1], guidance_scale=3.0),
+  )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -130,8 +132,10 @@ def test_step_logits(golden, name):
   ids = io[f"greedy_{kind}_ids"]
   null = {}
   if guidance:
-    null = dict(text_embeddings=np.repeat(guidance["null_text_embeddings"], 3, 0),
-                text_lengths=np.repeat(guidance["null_text_lengths"], 3))
+    null = dict(
+      text_embeddings=np.repeat(guidance["null_text_embeddings"], 3, 0),
+      text_lengths=np.repeat(guidance["null_text_lengths"], 3),
+    )
   close(gen.logits(ids, **given), io[f"greedy_{kind}_logits_cond"])
   close(gen.logits(ids, **null), io[f"greedy_{kind}_logits_uncond"])
 

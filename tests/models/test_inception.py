@@ -87,12 +87,15 @@ def test_a_file_of_weights(tensors, tmp_path):
   """With PyTorch's counters beside the BatchNorms; what is missing, foreign or of another shape is named."""
   path = tmp_path / "weights.safetensors"
   save_file({**tensors, "Conv2d_1a_3x3.bn.num_batches_tracked": np.zeros((), np.int64)}, path)
-  jax.tree.map(np.testing.assert_array_equal, inception_files.load_inception(path),
-               inception_files.from_official("", tensors))
+  jax.tree.map(
+    np.testing.assert_array_equal, inception_files.load_inception(path), inception_files.from_official("", tensors)
+  )
   name = "Mixed_7c.branch3x3_2a.bn.running_var"
-  for change, words in (({name: None}, f"lacks the tensor {name}"),
-                        ({"Mixed_9.conv.weight": tensors[name]}, "has a tensor 'Mixed_9.conv.weight'"),
-                        ({name: tensors[name][1:]}, rf"{name} has shape \[383\], not \[384\]")):
+  for change, words in (
+    ({name: None}, f"lacks the tensor {name}"),
+    ({"Mixed_9.conv.weight": tensors[name]}, "has a tensor 'Mixed_9.conv.weight'"),
+    ({name: tensors[name][1:]}, rf"{name} has shape \[383\], not \[384\]"),
+  ):
     changed = {k: v for k, v in {**tensors, **change}.items() if v is not None}
     with pytest.raises(ValueError, match=f"^weights.npz.*{words}"):
       inception_files.from_official("weights.npz", changed)

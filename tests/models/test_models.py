@@ -72,7 +72,7 @@ class Tiny:
   def velocity(self, ids, keep_k, drop=(False, False, False)):
     codes = fsq.ids_to_codes(jnp.asarray(ids), self.config.tokens.levels)
     return np.asarray(
-        self.compiled_velocity({"params": self.params}, self.latents, self.t, codes, keep_k, np.array(drop))
+      self.compiled_velocity({"params": self.params}, self.latents, self.t, codes, keep_k, np.array(drop))
     )
 
   def scrambled(self, seed=2):
@@ -180,7 +180,6 @@ def test_no_unconditional_pass_without_guidance(tiny, mode, scale, batch):
   seen = []
 
   class Spy(type(tiny.model)):
-
     def velocity(self, x_t, *args):
       seen.append(x_t.shape[0])
       return super().velocity(x_t, *args)
@@ -188,7 +187,7 @@ def test_no_unconditional_pass_without_guidance(tiny, mode, scale, batch):
   fields = {k: getattr(tiny.model, k) for k in ("encoder", "decoder", "levels", "vae", "scaling_factor")}
   spy = Spy(**fields)
   sample = lambda **kwargs: sample_latents(
-      spy, tiny.params, tiny.ids, tiny.keep_k, jnp.asarray(tiny.latents), num_steps=2, **kwargs
+    spy, tiny.params, tiny.ids, tiny.keep_k, jnp.asarray(tiny.latents), num_steps=2, **kwargs
   )
   out = sample(mode=mode, guidance_scale=scale)
   assert set(seen) == {batch}
@@ -250,14 +249,27 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(tiny):
   assert ids.dtype == jnp.int32 and (ids >= 0).all() and (ids < 64_000).all()
 
 
-@pytest.mark.parametrize("settings, latent_shape", [
+@pytest.mark.parametrize(
+  "settings, latent_shape",
+  [
     (PIXELS | dict(image_size=24, tokens=dict(num_registers=1)), (24, 24, 3)),
     (PIXELS | dict(tokens=dict(num_registers=5, levels=(8, 6, 5), nested_dropout="uniform_pow2")), (16, 16, 3)),
     (PIXELS | dict(image_size=48, tokens=dict(num_registers=16), encoder=PART | dict(patch_size=16)), (48, 48, 3)),
     (LATENT | dict(image_size=20, vae=SMALL_VAE | dict(latent_channels=8)), (10, 10, 8)),
-    (LATENT | dict(image_size=24, vae=SMALL_VAE | dict(latent_channels=16), tokens=dict(num_registers=2),
-                   encoder=PART | dict(patch_size=6), decoder=PART | dict(width=48, patch_size=3)), (12, 12, 16)),
-], ids=lambda x: None if isinstance(x, dict) else "x".join(map(str, x)))  # fmt: skip
+    (
+      LATENT
+      | dict(
+        image_size=24,
+        vae=SMALL_VAE | dict(latent_channels=16),
+        tokens=dict(num_registers=2),
+        encoder=PART | dict(patch_size=6),
+        decoder=PART | dict(width=48, patch_size=3),
+      ),
+      (12, 12, 16),
+    ),
+  ],
+  ids=lambda x: None if isinstance(x, dict) else "x".join(map(str, x)),
+)
 def test_sizes(settings, latent_shape):
   tokens = dict(dict(num_registers=4, nested_dropout="uniform"), **settings.get("tokens", {}))
   stage = make_stage(config_of(settings | dict(tokens=tokens)))
@@ -268,8 +280,11 @@ def test_sizes(settings, latent_shape):
   @jax.jit
   def everything(params, images, keep_k, keys):
     ids = stage.predict_fns["tokenize"](params, images)
-    return ids, stage.predict_fns["detokenize"](params, ids, keep_k, keys), stage.loss_fn(
-        params, {"image": images}, keys[0], 0)
+    return (
+      ids,
+      stage.predict_fns["detokenize"](params, ids, keep_k, keys),
+      stage.loss_fn(params, {"image": images}, keys[0], 0),
+    )
 
   keys = jax.random.split(jax.random.key(0))
   ids, images, (loss, metrics) = everything(random_params(stage), random_images(2, size), np.array([1, n]), keys)
@@ -282,7 +297,7 @@ def test_sizes(settings, latent_shape):
 def test_logical_axes_are_named_at_every_parameter(settings):
   config = config_of(LATENT, stage="vae") if settings == "vae_stage" else config_of(SETTINGS[settings])
   boxes = jax.tree_util.tree_leaves_with_path(
-      abstract_params(make_stage(config)), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+    abstract_params(make_stage(config)), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
   )
   assert len(boxes) > 20
   scanned = 0
@@ -298,7 +313,9 @@ def test_logical_axes_are_named_at_every_parameter(settings):
   assert scanned == {"pixels": 10, "vae": 10, "vae_stage": 0}[settings]
 
 
-@pytest.mark.parametrize("overrides, words", [
+@pytest.mark.parametrize(
+  "overrides, words",
+  [
     (dict(image_size=2), "image_size 2 gives 2 latent pixels"),
     (dict(image_size=18), "18 .*not a multiple of encoder.patch_size 4"),
     (dict(decoder=PART | dict(patch_size=3)), "decoder.patch_size 3"),
@@ -307,7 +324,8 @@ def test_logical_axes_are_named_at_every_parameter(settings):
     (dict(tokens=dict(num_registers=0)), "num_registers must be at least 1, got 0"),
     (dict(vae=dict(kind="vqgan")), "unknown vae.kind 'vqgan'"),
     (dict(vae=TINY_VAE, image_size=18), "image_size 18 is not a multiple of the VAE's downscale 4"),
-])  # fmt: skip
+  ],
+)
 def test_sizes_that_do_not_fit_are_one_line(overrides, words):
   with pytest.raises(ValueError, match=words) as error:
     make_model(config_of(PIXELS | overrides))

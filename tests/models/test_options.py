@@ -31,40 +31,50 @@ PART = dict(width=64, depth=2, head_dim=32, patch_size=4)
 GAP = 2e-5
 
 BOTH = {  # options of encoder and decoder, as config fields
-    "mlp_ratio": dict(mlp_ratio=2.7),
-    "plain_mlp": dict(gated_mlp=False),
-    "plain_mlp_bias": dict(gated_mlp=False, mlp_bias=True, mlp_ratio=1.5),
-    "gelu": dict(activation="gelu"),
-    "gelu_tanh": dict(activation="gelu_tanh"),
-    "relu": dict(activation="relu"),
-    "quick_gelu": dict(activation="quick_gelu"),
-    "no_qk_norm": dict(qk_norm=False),
-    "qkv_bias": dict(qkv_bias=True),
-    "out_bias": dict(out_bias=True),
-    "mlp_bias": dict(mlp_bias=True),
-    "sum": dict(posemb="learnable_sum"),
-    "prod": dict(posemb="learnable_prod", max_grid=7),
-    "interpolated_sincos": dict(posemb_scaling="interpolate", max_grid=4),
-    "interpolated_sum": dict(posemb="learnable_sum", posemb_scaling="interpolate", max_grid=7),
-    "interpolated_prod": dict(posemb="learnable_prod", posemb_scaling="interpolate", max_grid=2),
-    "no_head_bias": dict(head_bias=False),
-    "readout": dict(readout_multiplier=0.3),
+  "mlp_ratio": dict(mlp_ratio=2.7),
+  "plain_mlp": dict(gated_mlp=False),
+  "plain_mlp_bias": dict(gated_mlp=False, mlp_bias=True, mlp_ratio=1.5),
+  "gelu": dict(activation="gelu"),
+  "gelu_tanh": dict(activation="gelu_tanh"),
+  "relu": dict(activation="relu"),
+  "quick_gelu": dict(activation="quick_gelu"),
+  "no_qk_norm": dict(qk_norm=False),
+  "qkv_bias": dict(qkv_bias=True),
+  "out_bias": dict(out_bias=True),
+  "mlp_bias": dict(mlp_bias=True),
+  "sum": dict(posemb="learnable_sum"),
+  "prod": dict(posemb="learnable_prod", max_grid=7),
+  "interpolated_sincos": dict(posemb_scaling="interpolate", max_grid=4),
+  "interpolated_sum": dict(posemb="learnable_sum", posemb_scaling="interpolate", max_grid=7),
+  "interpolated_prod": dict(posemb="learnable_prod", posemb_scaling="interpolate", max_grid=2),
+  "no_head_bias": dict(head_bias=False),
+  "readout": dict(readout_multiplier=0.3),
 }
 DECODER = {
-    "shared": dict(modulation="shared"),
-    "no_head_modulation": dict(head_modulation=False),
-    "no_head_modulation_bias": dict(head_modulation_bias=False),
-    "no_code_bias": dict(code_bias=False),
-    "max_timestep": dict(max_timestep=40.0),
-    "single": dict(null_condition="single"),
-    "zero": dict(null_condition="zero"),
+  "shared": dict(modulation="shared"),
+  "no_head_modulation": dict(head_modulation=False),
+  "no_head_modulation_bias": dict(head_modulation_bias=False),
+  "no_code_bias": dict(code_bias=False),
+  "max_timestep": dict(max_timestep=40.0),
+  "single": dict(null_condition="single"),
+  "zero": dict(null_condition="zero"),
 }
 EVERYTHING = dict(
-    mlp_ratio=1.5, gated_mlp=False, activation="gelu", qk_norm=False, qkv_bias=True, out_bias=True, mlp_bias=True,
-    posemb="learnable_sum", posemb_scaling="interpolate", max_grid=3, head_bias=False, readout_multiplier=0.5,
-)  # fmt: skip
+  mlp_ratio=1.5,
+  gated_mlp=False,
+  activation="gelu",
+  qk_norm=False,
+  qkv_bias=True,
+  out_bias=True,
+  mlp_bias=True,
+  posemb="learnable_sum",
+  posemb_scaling="interpolate",
+  max_grid=3,
+  head_bias=False,
+  readout_multiplier=0.5,
+)
 EVERYTHING_DECODER = dict(
-    modulation="shared", head_modulation_bias=False, code_bias=False, max_timestep=2.0, null_condition="single"
+  modulation="shared", head_modulation_bias=False, code_bias=False, max_timestep=2.0, null_condition="single"
 )
 VARIANTS = {"released": ({}, {})}
 VARIANTS |= {name: (fields, fields) for name, fields in BOTH.items()}
@@ -74,10 +84,10 @@ VARIANTS["everything"] = EVERYTHING, EVERYTHING | EVERYTHING_DECODER
 
 def config_of(encoder=(), decoder=(), **overrides):
   defaults = dict(
-      image_size=20,
-      dtype="float32",
-      vae=dict(kind="pixels", scaling_factor=1.0),
-      tokens=dict(num_registers=REGISTERS, levels=LEVELS, nested_dropout="uniform"),
+    image_size=20,
+    dtype="float32",
+    vae=dict(kind="pixels", scaling_factor=1.0),
+    tokens=dict(num_registers=REGISTERS, levels=LEVELS, nested_dropout="uniform"),
   )
   return common.derive(**defaults | overrides, encoder=PART | dict(encoder), decoder=PART | dict(decoder))
 
@@ -254,7 +264,9 @@ def test_configs_from_before_the_options_build_the_released_model():
   assert make_model(new) != make_model(config_of(dict(qk_norm=False)))
 
 
-@pytest.mark.parametrize("fields, words", [
+@pytest.mark.parametrize(
+  "fields, words",
+  [
     (dict(encoder=dict(activation="swish")), "unknown encoder.activation 'swish': one of silu, gelu, gelu_tanh, relu"),
     (dict(decoder=dict(posemb="rope")), "unknown decoder.posemb 'rope': one of sincos, learnable_sum"),
     (dict(encoder=dict(posemb_scaling="crop")), "unknown encoder.posemb_scaling 'crop'"),
@@ -271,7 +283,8 @@ def test_configs_from_before_the_options_build_the_released_model():
     (dict(flow=dict(mode_scale=1.76)), "flow.mode_scale must lie in .*, got 1.76"),
     (dict(flow=dict(mode_scale=-1.01)), "flow.mode_scale must lie in .*, got -1.01"),
     (dict(flow=dict(mode_scale=float("nan"))), "flow.mode_scale must lie in .*, got nan"),
-])  # fmt: skip
+  ],
+)
 def test_values_that_mean_nothing_are_one_line(fields, words):
   with pytest.raises(ValueError, match=words) as error:
     make_stage(config_of(**fields))

@@ -57,10 +57,17 @@ def expected_probs(logits, temperature=1.0, top_k=0, top_p=None):
 
 @pytest.mark.parametrize(
   "settings",
-  [dict(top_k=1), dict(top_k=7), dict(top_k=40), dict(top_p=0.5), dict(top_p=1e-6), dict(top_p=1.0),
-   dict(top_k=11, top_p=0.8, temperature=0.6)],
+  [
+    dict(top_k=1),
+    dict(top_k=7),
+    dict(top_k=40),
+    dict(top_p=0.5),
+    dict(top_p=1e-6),
+    dict(top_p=1.0),
+    dict(top_k=11, top_p=0.8, temperature=0.6),
+  ],
   ids=str,
-)  # fmt: skip
+)
 def test_top_k_and_top_p(settings):
   rng = np.random.default_rng(0)
   logits = rng.standard_normal((6, 30)).astype(np.float32) * np.array([[0.1], [1], [1], [3], [9], [1]], np.float32)

@@ -18,9 +18,21 @@ from flextok_jax.models.perception.t5 import Block, T5Encoder, relative_buckets
 from flextok_jax.parallel.sharding import make_mesh
 from flextok_jax.weights.perception import t5 as t5_files
 
-CONFIG = dict(model_type="t5", vocab_size=30, d_model=12, d_kv=4, d_ff=20, num_layers=2, num_heads=2,
-              relative_attention_num_buckets=8, relative_attention_max_distance=10, layer_norm_epsilon=1e-3,
-              feed_forward_proj="gated-gelu", num_decoder_layers=2, dropout_rate=0.1)
+CONFIG = dict(
+  model_type="t5",
+  vocab_size=30,
+  d_model=12,
+  d_kv=4,
+  d_ff=20,
+  num_layers=2,
+  num_heads=2,
+  relative_attention_num_buckets=8,
+  relative_attention_max_distance=10,
+  layer_norm_epsilon=1e-3,
+  feed_forward_proj="gated-gelu",
+  num_decoder_layers=2,
+  dropout_rate=0.1,
+)
 LENGTHS = np.array([14, 5, 1], np.int32)
 
 
@@ -29,18 +41,23 @@ def tensors(gated=True, seed=0):
   rng, c = np.random.default_rng(seed), CONFIG
   inner, mlp = c["num_heads"] * c["d_kv"], ("wi_0", "wi_1") if gated else ("wi",)
   normal = lambda *shape, scale=0.5: (scale * rng.normal(size=shape)).astype(np.float32)
-  found = {"shared.weight": normal(c["vocab_size"], c["d_model"], scale=1.0),
-           "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": normal(8, 2, scale=1.0),
-           "encoder.final_layer_norm.weight": normal(c["d_model"]),
-           "decoder.final_layer_norm.weight": normal(c["d_model"]), "lm_head.weight": normal(3)}
+  found = {
+    "shared.weight": normal(c["vocab_size"], c["d_model"], scale=1.0),
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": normal(8, 2, scale=1.0),
+    "encoder.final_layer_norm.weight": normal(c["d_model"]),
+    "decoder.final_layer_norm.weight": normal(c["d_model"]),
+    "lm_head.weight": normal(3),
+  }
   for i in range(c["num_layers"]):
     layer = f"encoder.block.{i}.layer"
     found |= {f"{layer}.0.SelfAttention.{x}.weight": normal(inner, c["d_model"]) for x in "qkv"}
     found |= {f"{layer}.1.DenseReluDense.{x}.weight": normal(c["d_ff"], c["d_model"]) for x in mlp}
-    found |= {f"{layer}.0.SelfAttention.o.weight": normal(c["d_model"], inner),
-              f"{layer}.1.DenseReluDense.wo.weight": normal(c["d_model"], c["d_ff"]),
-              f"{layer}.0.layer_norm.weight": normal(c["d_model"]),
-              f"{layer}.1.layer_norm.weight": normal(c["d_model"])}
+    found |= {
+      f"{layer}.0.SelfAttention.o.weight": normal(c["d_model"], inner),
+      f"{layer}.1.DenseReluDense.wo.weight": normal(c["d_model"], c["d_ff"]),
+      f"{layer}.0.layer_norm.weight": normal(c["d_model"]),
+      f"{layer}.1.layer_norm.weight": normal(c["d_model"]),
+    }
   return found
 
 
@@ -159,8 +176,10 @@ def test_bfloat16_keeps_the_stream_in_float32(folder):
   x = jnp.asarray(3000 * rng.normal(size=(3, 14, 12)), jnp.float32)
   bias = jnp.asarray(rng.normal(size=(1, 2, 14, 14)), jnp.float32)
   first = jax.tree.map(lambda x: x[0], params["blocks"])
-  want, got = (Block(2, 4, 20, 1e-3, True, d).apply({"params": first}, x, bias, LENGTHS)[0] - x
-               for d in (jnp.float32, jnp.bfloat16))
+  want, got = (
+    Block(2, 4, 20, 1e-3, True, d).apply({"params": first}, x, bias, LENGTHS)[0] - x
+    for d in (jnp.float32, jnp.bfloat16)
+  )
   assert np.abs(kept(got) - kept(want)).mean() < 0.05 * kept(want).std()
 
 
@@ -200,22 +219,23 @@ def test_a_repository_of_the_hub(tmp_path, monkeypatch):
 
 Q = "encoder.block.1.layer.0.SelfAttention.q.weight"
 BAD_CONFIG = [  # (change, part of the error)
-    (dict(model_type="bert"), "model_type is 'bert', only 't5'"),
-    (dict(feed_forward_proj="gated-silu"), "feed_forward_proj 'gated-silu' is not computed"),
-    (dict(dense_act_fn="gelu"), "dense_act_fn 'gelu' is not computed"),
-    (dict(quantization_config={"bits": 4}), "quantization_config"),
-    (dict(num_layers=3), "lacks the tensor encoder.block.2"),
-    (dict(num_layers=10**9), "num_layers must be a whole number from 1 to 1000, got 1000000000"),
-    (dict(d_model=True), "d_model must be a whole number"),
-    (dict(d_ff=24), r"DenseReluDense.* has shape \[.*the config.json asks for"),
-    (dict(relative_attention_num_buckets=6), "relative_attention_num_buckets=6"),
-    (dict(relative_attention_max_distance=2), "relative_attention_max_distance=2"),
-    (dict(layer_norm_epsilon="small"), "layer_norm_epsilon must lie between 0 and 1, got 'small'"),
+  (dict(model_type="bert"), "model_type is 'bert', only 't5'"),
+  (dict(feed_forward_proj="gated-silu"), "feed_forward_proj 'gated-silu' is not computed"),
+  (dict(dense_act_fn="gelu"), "dense_act_fn 'gelu' is not computed"),
+  (dict(quantization_config={"bits": 4}), "quantization_config"),
+  (dict(num_layers=3), "lacks the tensor encoder.block.2"),
+  (dict(num_layers=10**9), "num_layers must be a whole number from 1 to 1000, got 1000000000"),
+  (dict(d_model=True), "d_model must be a whole number"),
+  (dict(d_ff=24), r"DenseReluDense.* has shape \[.*the config.json asks for"),
+  (dict(relative_attention_num_buckets=6), "relative_attention_num_buckets=6"),
+  (dict(relative_attention_max_distance=2), "relative_attention_max_distance=2"),
+  (dict(layer_norm_epsilon="small"), "layer_norm_epsilon must lie between 0 and 1, got 'small'"),
 ]
 
 
-@pytest.mark.parametrize("change,words", BAD_CONFIG, ids=[next(iter(change)) + str(i)
-                                                          for i, (change, _) in enumerate(BAD_CONFIG)])
+@pytest.mark.parametrize(
+  "change,words", BAD_CONFIG, ids=[next(iter(change)) + str(i) for i, (change, _) in enumerate(BAD_CONFIG)]
+)
 def test_configurations_that_are_not_computed(folder, tmp_path, change, words):
   (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
   (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
@@ -224,8 +244,19 @@ def test_configurations_that_are_not_computed(folder, tmp_path, change, words):
   assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("place", ["../model.safetensors", "/model.safetensors", "a/b.safetensors", "x.bin",
-                                   ".x.safetensors", "..", "a\n.safetensors", 3])
+@pytest.mark.parametrize(
+  "place",
+  [
+    "../model.safetensors",
+    "/model.safetensors",
+    "a/b.safetensors",
+    "x.bin",
+    ".x.safetensors",
+    "..",
+    "a\n.safetensors",
+    3,
+  ],
+)
 def test_an_index_names_files_of_its_folder_alone(tmp_path, place):
   write(tmp_path, tensors(), shards=2)
   index = tmp_path / "model.safetensors.index.json"
@@ -294,10 +325,13 @@ def test_make_text_encoder(folder):
   sizes = t5_files.read_sizes(folder)
   encoder = make_text_encoder(derive(text=dict(features=12)), sizes)
   assert isinstance(encoder, T5Encoder) and encoder.dtype == jnp.bfloat16 and encoder.d_ff == 20
-  for kwargs, given, words in ((dict(), sizes, "text.features=12"), (dict(), None, "config.json"),
-                               (dict(encoder="clip"), None, "'clip': use one of t5, bytes"),
-                               (dict(encoder="bytes", features=100), None, "features=100 is not a multiple"),
-                               (dict(encoder="bytes", depth=0), None, "depth must be at least 1")):
+  for kwargs, given, words in (
+    (dict(), sizes, "text.features=12"),
+    (dict(), None, "config.json"),
+    (dict(encoder="clip"), None, "'clip': use one of t5, bytes"),
+    (dict(encoder="bytes", features=100), None, "features=100 is not a multiple"),
+    (dict(encoder="bytes", depth=0), None, "depth must be at least 1"),
+  ):
     with pytest.raises(ValueError, match=words):
       make_text_encoder(derive(text=kwargs), given)
 
@@ -314,7 +348,8 @@ def word_level(folder, words=WORDS):
   model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
   if "</s>" in words:
     model.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", words.index("</s>"))])
+      single="$A </s>", special_tokens=[("</s>", words.index("</s>"))]
+    )
   model.enable_truncation(4)
   model.enable_padding(length=30, pad_id=8)
   model.save(str(folder / "tokenizer.json"))
@@ -324,11 +359,14 @@ def sentence_pieces(folder, **kwargs):
   """Writes a spiece.model."""
   sentencepiece = pytest.importorskip("sentencepiece")
   model = io.BytesIO()
-  known = dict(vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
-               num_threads=1)
+  known = dict(
+    vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, num_threads=1
+  )
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(["a red cube and a blue ball", "two red balls", "blue cubes and red ones"] * 5),
-      model_writer=model, **(known | kwargs))
+    sentence_iterator=iter(["a red cube and a blue ball", "two red balls", "blue cubes and red ones"] * 5),
+    model_writer=model,
+    **(known | kwargs),
+  )
   (folder / "spiece.model").write_bytes(model.getvalue())
   return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
@@ -389,7 +427,9 @@ def test_tokenizer_errors(tmp_path, monkeypatch):
   monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
   with pytest.raises(FileNotFoundError, match="tokenizer.json cannot be read without tokenizers: pip install"):
     make()
-  for kwargs, words in ((dict(encoder="clip"), "unknown config.text.encoder 'clip'"),
-                        (dict(encoder="bytes", max_length=0), "max_length must be at least 1, got 0")):
+  for kwargs, words in (
+    (dict(encoder="clip"), "unknown config.text.encoder 'clip'"),
+    (dict(encoder="bytes", max_length=0), "max_length must be at least 1, got 0"),
+  ):
     with pytest.raises(ValueError, match=words):
       text_data.make_tokenizer(text(**kwargs))

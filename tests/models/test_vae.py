@@ -146,12 +146,12 @@ def test_computes_in_the_type_of_its_section():
 
 def test_training_in_bfloat16_has_float32_losses(params):
   config = common.derive(
-      stage="vae",
-      image_size=8,
-      vae=dict(latent_channels=4, block_out_channels=CHANNELS, layers_per_block=1, norm_groups=4, dtype="bfloat16"),
+    stage="vae",
+    image_size=8,
+    vae=dict(latent_channels=4, block_out_channels=CHANNELS, layers_per_block=1, norm_groups=4, dtype="bfloat16"),
   )
   loss, metrics = jax.eval_shape(
-      make_stage(config).loss_fn, {"vae": params["params"]}, {"image": random_images(2, 8, 8)}, jax.random.key(0), 0
+    make_stage(config).loss_fn, {"vae": params["params"]}, {"image": random_images(2, 8, 8)}, jax.random.key(0), 0
   )
   assert {x.dtype for x in jax.tree.leaves((loss, metrics))} == {jnp.dtype("float32")}
 

@@ -47,12 +47,12 @@ def example(seed, *, batch=2, queries=7, keys=7, heads=2, head_dim=16, mask=Fals
 
 
 CASES = {
-    "plain": {},
-    "mask": {"mask": True},
-    "bias": {"bias": 2},
-    "one bias for all": {"bias": 1},
-    "mask and bias": {"mask": True, "bias": 2},
-    "fewer queries": {"queries": 3, "keys": 10, "mask": True, "bias": 2},
+  "plain": {},
+  "mask": {"mask": True},
+  "bias": {"bias": 2},
+  "one bias for all": {"bias": 1},
+  "mask and bias": {"mask": True, "bias": 2},
+  "fewer queries": {"queries": 3, "keys": 10, "mask": True, "bias": 2},
 }
 
 
@@ -127,7 +127,9 @@ def test_no_gradient_into_the_bias():
   assert not jax.grad(loss)(options["key_bias"]).any()
 
 
-@pytest.mark.parametrize("name, head_dim, dtype, device, chosen", [
+@pytest.mark.parametrize(
+  "name, head_dim, dtype, device, chosen",
+  [
     ("auto", 64, jnp.float32, CPU, "xla"),
     ("auto", 64, jnp.bfloat16, TPU, "xla"),
     ("auto", 64, jnp.bfloat16, A100, "cudnn"),
@@ -139,14 +141,17 @@ def test_no_gradient_into_the_bias():
     ("xla", 64, jnp.bfloat16, A100, "xla"),
     ("cudnn", 64, jnp.bfloat16, A100, "cudnn"),
     ("pallas", 64, jnp.bfloat16, TPU, "pallas"),
-])
+  ],
+)
 def test_choose(name, head_dim, dtype, device, chosen):
   assert choose(name, head_dim, dtype, device) == chosen
   if name == "auto":
     assert choose(name, head_dim, dtype, device, masked=True) == "xla"
 
 
-@pytest.mark.parametrize("name, head_dim, dtype, device, why", [
+@pytest.mark.parametrize(
+  "name, head_dim, dtype, device, why",
+  [
     ("flash", 64, jnp.bfloat16, A100, "unknown attention 'flash': one of auto, xla, cudnn, pallas"),
     ("cudnn", 64, jnp.bfloat16, CPU, "needs an NVIDIA GPU of compute capability 8.0 or later, not cpu: use 'auto'"),
     ("cudnn", 64, jnp.bfloat16, V100, "not gpu 7.0"),
@@ -156,7 +161,8 @@ def test_choose(name, head_dim, dtype, device, chosen):
     ("pallas", 64, jnp.bfloat16, CPU, "needs a TPU, not cpu: use 'auto'"),
     ("pallas", 64, jnp.float16, TPU, "computes in bfloat16 or float32, not float16"),
     ("pallas", 256, jnp.bfloat16, TPU, "at most 128 features, not 256"),
-])
+  ],
+)
 def test_what_cannot_run_is_refused(name, head_dim, dtype, device, why):
   with pytest.raises(ValueError, match=why):
     choose(name, head_dim, dtype, device)

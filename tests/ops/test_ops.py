@@ -163,14 +163,17 @@ def mode_cdf(scale):
   return lambda x: 1 - np.interp(x, t[::-1], u[::-1])
 
 
-@pytest.mark.parametrize("mode, scale, cdf", [
+@pytest.mark.parametrize(
+  "mode, scale, cdf",
+  [
     ("uniform", 0.0, lambda x: x),
     ("logit_normal", 0.0, lambda x: scipy.stats.norm.cdf(scipy.special.logit(x))),
     ("stratified_logit_normal", 0.0, lambda x: scipy.stats.norm.cdf(scipy.special.logit(x))),
     ("mode", 0.25, mode_cdf(0.25)),
     ("mode", 1.29, mode_cdf(1.29)),
     ("mode", -0.5, mode_cdf(-0.5)),
-])  # fmt: skip
+  ],
+)
 def test_times_follow_their_law(mode, scale, cdf):
   t = np.asarray(flow.sample_t(jax.random.key(0), 20_000, mode, scale))
   assert t.dtype == np.float32 and t.min() >= 0 and t.max() <= 1

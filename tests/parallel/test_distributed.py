@@ -37,9 +37,14 @@ def launch(count, *command, devices=1, timeout=900):
   """Runs a command as several processes."""
   env = environment(devices, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
   return subprocess.run(
-      ["bash", "launch/local.sh", str(count), *command], cwd=ROOT, env=env, capture_output=True, text=True,
-      check=False, timeout=timeout,
-  )  # fmt: skip
+    ["bash", "launch/local.sh", str(count), *command],
+    cwd=ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=timeout,
+  )
 
 
 def run_of(shards, workdir, **moment):
@@ -93,8 +98,8 @@ def test_processes_that_are_stopped_and_killed_compute_what_one_does(shards, und
   for file in (killed / "checkpoints" / "6").rglob("d/*"):
     file.write_bytes(file.read_bytes()[:50])
   done = launch_runs(
-      run_of(shards, stopped, kind="step", step=2, process=1, name="SIGTERM"),
-      run_of(shards, killed, kind="step", step=9, process=1),
+    run_of(shards, stopped, kind="step", step=2, process=1, name="SIGTERM"),
+    run_of(shards, killed, kind="step", step=9, process=1),
   )
 
   # From the start on; SIGTERM to one process: both stop after the same step, which is saved.

@@ -42,7 +42,9 @@ def test_the_rest_of_the_devices():
   assert dict(sharding.make_mesh().shape) == dict(data=8, fsdp=1, tensor=1)
 
 
-@pytest.mark.parametrize("sizes, pattern", [
+@pytest.mark.parametrize(
+  "sizes, pattern",
+  [
     (dict(data=3), "data=3, fsdp=1, tensor=1 does not match the 8 devices of this run"),
     (dict(data=4), "data=4, fsdp=1, tensor=1 does not match the 8 devices"),
     (dict(fsdp=3), "data=-1, fsdp=3, tensor=1 does not match the 8 devices"),
@@ -53,7 +55,8 @@ def test_the_rest_of_the_devices():
     (dict(slices=3), "config.mesh.data=8 is not divisible by config.mesh.slices=3"),
     (dict(slices=0), "slices=0"),
     (dict(slices=2), "slices=2 does not suit these 8 devices"),  # all of one process
-])  # fmt: skip
+  ],
+)
 def test_sizes_that_do_not_multiply_to_the_devices(sizes, pattern):
   with pytest.raises(ValueError, match=pattern) as error:
     mesh_of(**sizes)
@@ -63,7 +66,7 @@ def test_sizes_that_do_not_multiply_to_the_devices(sizes, pattern):
 def pod(slices, hosts, chips, **fields):
   """Devices of a described machine, by hosts of each slice."""
   make = lambda i, s, h: types.SimpleNamespace(
-      id=i, process_index=s * hosts + h, platform="cpu", device_kind="cpu", **({"slice_index": s} if fields else {})
+    id=i, process_index=s * hosts + h, platform="cpu", device_kind="cpu", **({"slice_index": s} if fields else {})
   )
   where = [(s, h) for s in range(slices) for h in range(hosts) for _ in range(chips)]
   return [make(i, *sh) for i, sh in enumerate(where)]
@@ -92,25 +95,34 @@ def test_slices_of_tpus_must_be_told():
 
 
 @pytest.mark.parametrize("sizes", [*MESHES.values(), (1, 2, 4), (1, 1, 8)])
-@pytest.mark.parametrize("owners", [  # process of each device
-    (0, 0, 0, 0, 1, 1, 1, 1), (0, 1, 2, 3, 4, 5, 6, 7), (0, 0, 1, 1, 0, 0, 1, 1), (0, 1, 1, 1, 1, 1, 1, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "owners",
+  [  # process of each device
+    (0, 0, 0, 0, 1, 1, 1, 1),
+    (0, 1, 2, 3, 4, 5, 6, 7),
+    (0, 0, 1, 1, 0, 0, 1, 1),
+    (0, 1, 1, 1, 1, 1, 1, 1),
+  ],
+)
 def test_processes_read_the_rows_that_their_devices_need(monkeypatch, sizes, owners):
   """Also where tensor parts of a row are in several processes, and where those of a process are no neighbours."""
   mesh, batch = mesh_of(*sizes), np.arange(16)
   parts = sharding.batch_parts(mesh)
   placed = sharding.batch_sharding(mesh)
   device_of = collections.namedtuple("Device", ("id", "process_index"))
-  fake = types.SimpleNamespace(devices_indices_map=lambda shape: {
+  fake = types.SimpleNamespace(
+    devices_indices_map=lambda shape: {
       device_of(device.id, owners[device.id]): index for device, index in placed.devices_indices_map(shape).items()
-  })  # fmt: skip
+    }
+  )
   monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: fake)
   for process in set(owners):
     blocks, count = sharding.process_blocks(mesh, process)
     assert blocks == sorted(set(blocks)) and parts % count == 0
     rows = np.concatenate([np.split(batch, count)[i] for i in blocks])
-    needed = [batch[index[0]] for device, index in placed.devices_indices_map((16,)).items()
-              if owners[device.id] == process]
+    needed = [
+      batch[index[0]] for device, index in placed.devices_indices_map((16,)).items() if owners[device.id] == process
+    ]
     np.testing.assert_array_equal(rows, np.unique(np.concatenate(needed)))
 
 
@@ -129,9 +141,9 @@ def test_batches_lie_on_data_and_fsdp():
 # Parameters.
 
 FULL = {  # and their optimisers
-    "d12_d12": (flextok_d12_d12_in1k.get_config, "muon"),  # with a VAE
-    "ar_85m": (functools.partial(ar.get_config, "85m"), "adamw"),
-    "ar_3b": (functools.partial(ar.get_config, "3b"), "muon"),
+  "d12_d12": (flextok_d12_d12_in1k.get_config, "muon"),  # with a VAE
+  "ar_85m": (functools.partial(ar.get_config, "85m"), "adamw"),
+  "ar_3b": (functools.partial(ar.get_config, "3b"), "muon"),
 }
 
 
@@ -151,8 +163,9 @@ def test_under_fsdp_nothing_above_a_mebibyte_is_whole(name):
   for sizes in ((1, 8, 1), (2, 2, 2), (2, 4, 1)):
     mesh = mesh_of(*sizes)
     leaves = zip(
-        jax.tree_util.tree_leaves_with_path(unbox(boxed)), jax.tree.leaves(sharding.tree_shardings(boxed, mesh)),
-        strict=True,
+      jax.tree_util.tree_leaves_with_path(unbox(boxed)),
+      jax.tree.leaves(sharding.tree_shardings(boxed, mesh)),
+      strict=True,
     )
     large = 0
     for (path, x), place in leaves:
@@ -173,7 +186,9 @@ def boxed_array(shape, *names):
   return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
 
 
-@pytest.mark.parametrize("shape, names, expected", [
+@pytest.mark.parametrize(
+  "shape, names, expected",
+  [
     ((1024, 3, 16, 64), ("embed", None, "heads", "head_dim"), P("fsdp", None, "tensor", None)),
     ((12, 1024, 2048), ("layers", "embed", "mlp"), P(None, "fsdp", "tensor")),
     ((1024, 3, 15, 64), ("embed", None, "heads", "head_dim"), P("fsdp", None, None, None)),  # 15 heads on 2
@@ -183,7 +198,8 @@ def boxed_array(shape, *names):
     ((12, 1023, 511), ("layers", "embed", "mlp"), P("fsdp", None, None)),  # nothing else divides
     ((1023, 511), ("embed", "mlp"), P(None, None)),
     ((2, 128), ("embed", "mlp"), P(None, "tensor")),  # small
-])  # fmt: skip
+  ],
+)
 def test_a_dimension_that_does_not_divide_leaves_its_axis_to_others(shape, names, expected):
   place = sharding.tree_shardings({"x": boxed_array(shape, *names)}, mesh_of(2, 2, 2))["x"]
   assert axes_of(place.spec) == axes_of(expected)
@@ -195,15 +211,24 @@ def test_a_dimension_that_does_not_divide_leaves_its_axis_to_others(shape, names
 def tokenizer_config():
   c = debug.get_config()
   half = dict(mlp_ratio=3.0)  # 64 hidden units: 85 would not divide
-  c.update(encoder=half, decoder=dict(half, depth=2), tokens=dict(bucket_rows=2), data=dict(global_batch=16),
-           optim=dict(warmup_steps=2))  # fmt: skip
+  c.update(
+    encoder=half,
+    decoder=dict(half, depth=2),
+    tokens=dict(bucket_rows=2),
+    data=dict(global_batch=16),
+    optim=dict(warmup_steps=2),
+  )
   return c
 
 
 def ar_config():
   c = debug.get_config()
-  c.update(stage="ar", ar=dict(width=32, depth=2, head_dim=16, num_ids=64, num_tokens=8, num_classes=4),
-           data=dict(global_batch=16), optim=dict(warmup_steps=2))  # fmt: skip
+  c.update(
+    stage="ar",
+    ar=dict(width=32, depth=2, head_dim=16, num_ids=64, num_tokens=8, num_classes=4),
+    data=dict(global_batch=16),
+    optim=dict(warmup_steps=2),
+  )
   return c
 
 
@@ -213,8 +238,10 @@ def batches_of(config):
     return [next(batches) for _ in range(STEPS)]
   rng, rows = np.random.default_rng(0), config.data.global_batch
   draw = lambda high, *shape: rng.integers(0, high, (rows, *shape), dtype=np.int32)
-  return [dict(token_ids=draw(64, 8), length=np.full(rows, 8, np.int32), label=draw(4), unreadable=draw(1))
-          for _ in range(STEPS)]  # fmt: skip
+  return [
+    dict(token_ids=draw(64, 8), length=np.full(rows, 8, np.int32), label=draw(4), unreadable=draw(1))
+    for _ in range(STEPS)
+  ]
 
 
 def update_on(config, mesh):
@@ -223,9 +250,10 @@ def update_on(config, mesh):
   init = lambda key: init_state(stage, optimizer, key)
   shardings = sharding.tree_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
   update = jax.jit(
-      make_update(stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=0.9),
-      donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)),
-  )  # fmt: skip
+    make_update(stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=0.9),
+    donate_argnums=0,
+    out_shardings=(shardings, sharding.replicated(mesh)),
+  )
   return update, jax.jit(lambda key: unbox(init(key)), out_shardings=shardings)
 
 
@@ -285,8 +313,11 @@ def test_gradients_are_summed_in_the_type_that_computes_them(tmp_path):
   (text,) = [path.read_text() for path in tmp_path.glob("*update*after_spmd-partitioning*")]
   sums = set(re.findall(r"= (\w+)\[([\d,]*)\]\S* all-reduce\(", text))
   in_bfloat16 = {math.prod(map(int, shape.split(","))) for dtype, shape in sums if dtype == "bf16"}
-  kernels = {math.prod(x.shape[1:]) for path, x in jax.tree_util.tree_leaves_with_path(state.params["ar"]["blocks"])
-             if path[-1].key == "kernel"}
+  kernels = {
+    math.prod(x.shape[1:])
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params["ar"]["blocks"])
+    if path[-1].key == "kernel"
+  }
   assert in_bfloat16 == kernels and len(kernels) > 2
   others = {x.shape for path, x in jax.tree_util.tree_leaves_with_path(state.params) if path[-1].key != "kernel"}
   in_float32 = {tuple(map(int, shape.split(","))) for dtype, shape in sums if dtype == "f32" and shape}

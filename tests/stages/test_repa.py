@@ -38,16 +38,32 @@ def config_of(repa_fields=(), **overrides):
   """16 px in pixel space, 4 x 4 patches of the decoder, three blocks in it, four registers."""
   part = dict(width=WIDTH, head_dim=16, patch_size=4)
   settings = dict(
-      image_size=16, dtype="float32", vae=dict(kind="pixels", scaling_factor=1.0),
-      encoder=part | dict(depth=1), decoder=part | dict(depth=3), repa=REPA | dict(repa_fields),
-      tokens=dict(num_registers=4, levels=(8, 5, 5), null_prob=0.25, saturation_weight=0.3),
-      optim=dict(learning_rate=1e-3, warmup_steps=2, ema_decay=0.9), sampler=dict(num_steps=1, guidance="none"),
-      data=dict(global_batch=8, num_threads=1, prefetch=1,
-                sources=dict(tfds=dict(weight=0.0), synthetic=dict(weight=1.0, render_size=16))),
-      train=dict(num_steps=4, log_every=1, checkpoint_every=2, keep_period=0, eval_every=100, tensorboard=False,
-                 export_dtype="float32"),
-      eval=dict(sources=("synthetic",), num_images=2, batch_size=2, grid_images=1, num_tokens=(4,)),
-  )  # fmt: skip
+    image_size=16,
+    dtype="float32",
+    vae=dict(kind="pixels", scaling_factor=1.0),
+    encoder=part | dict(depth=1),
+    decoder=part | dict(depth=3),
+    repa=REPA | dict(repa_fields),
+    tokens=dict(num_registers=4, levels=(8, 5, 5), null_prob=0.25, saturation_weight=0.3),
+    optim=dict(learning_rate=1e-3, warmup_steps=2, ema_decay=0.9),
+    sampler=dict(num_steps=1, guidance="none"),
+    data=dict(
+      global_batch=8,
+      num_threads=1,
+      prefetch=1,
+      sources=dict(tfds=dict(weight=0.0), synthetic=dict(weight=1.0, render_size=16)),
+    ),
+    train=dict(
+      num_steps=4,
+      log_every=1,
+      checkpoint_every=2,
+      keep_period=0,
+      eval_every=100,
+      tensorboard=False,
+      export_dtype="float32",
+    ),
+    eval=dict(sources=("synthetic",), num_images=2, batch_size=2, grid_images=1, num_tokens=(4,)),
+  )
   return common.derive(**settings | overrides)
 
 
@@ -170,8 +186,9 @@ def test_fast_and_plain_path_and_every_remat_agree():
   for how in (dict(), dict(fast=False), dict(remat="full")):
     stage = make_stage(config_of(dict(block=2), **how))
     params = random_params(stage)
-    run = jax.jit(jax.value_and_grad(lambda p, stage=stage: stage.latents_loss(p, latents, jax.random.key(3), wanted),
-                                     has_aux=True))  # fmt: skip
+    run = jax.jit(
+      jax.value_and_grad(lambda p, stage=stage: stage.latents_loss(p, latents, jax.random.key(3), wanted), has_aux=True)
+    )
     results.append(run(params))
   (_, reference), want = results[0]
   for (_, metrics), grads in results[1:]:
@@ -238,8 +255,9 @@ def test_flops_of_the_projector():
   for on in (True, False):
     config = config_of(dict(weight=float(on)), fast=False)
     stage = make_stage(config)
-    params = unbox(jax.eval_shape(stage.init, jax.random.key(0))[0] | jax.eval_shape(stage.init_auxiliary,
-                                                                                     jax.random.key(0))[0])
+    params = unbox(
+      jax.eval_shape(stage.init, jax.random.key(0))[0] | jax.eval_shape(stage.init_auxiliary, jax.random.key(0))[0]
+    )
     loss = lambda p, stage=stage: stage.latents_loss(p, latents, jax.random.key(3), wanted)[0]
     traced = jax.jit(jax.grad(loss)).trace(params)
     found = sum(product(eqn) * times for eqn, times in equations(traced.jaxpr.jaxpr, iter(())))
@@ -323,8 +341,9 @@ def test_a_run_resumes_and_leaves_a_model_without_projector(dinov2, tmp_path):
   config = config_of(dict(teacher=str(dinov2)))
   train.train(config, str(tmp_path / "run"))
   lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-  assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4] and all(-1 <= x["repa"] <= 1 for x in lines
-                                                                           if "loss" in x)
+  assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4] and all(
+    -1 <= x["repa"] <= 1 for x in lines if "loss" in x
+  )
   weights = load_file(tmp_path / "run" / "weights.safetensors")
   assert {name.split("/")[0].split(".")[0] for name in weights} == {"encoder", "decoder"}
   shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
@@ -345,8 +364,9 @@ def test_compiled_ahead_of_time_without_a_teachers_files():
   for fields, dtype in ((dict(), "float32"), (dict(latents="x", teacher="y"), "float16")):
     config = config_of(dict(teacher="/nowhere"))
     if fields:
-      config.vae.update(dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(8,), layers_per_block=1,
-                             norm_groups=4))  # fmt: skip
+      config.vae.update(
+        dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(8,), layers_per_block=1, norm_groups=4)
+      )
     config.data.update(fields)
     job = compile_jobs.make_job(config, "train", sharding.make_mesh(), 2, None)
     shape = job.args[1]["teacher"]
@@ -394,7 +414,9 @@ def refused(words, call, error=ValueError):
   assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("fields, words", [
+@pytest.mark.parametrize(
+  "fields, words",
+  [
     (dict(block=4), "repa.block 4 is none of the decoder's 3 blocks"),
     (dict(block=0), "repa.block must be at least 1, got 0"),
     (dict(weight=-1.0), "repa.weight must be a number of at least 0, got -1.0"),
@@ -402,7 +424,8 @@ def refused(words, call, error=ValueError):
     (dict(grid=-1), "repa.grid must be a number of patches a side"),
     (dict(hidden=0), "repa.hidden must be at least 1"),
     (dict(dtype="int8"), "repa.dtype must be a floating-point type"),
-])  # fmt: skip
+  ],
+)
 def test_values_that_mean_nothing(fields, words):
   refused(words, lambda: make_stage(config_of(fields)))
 
@@ -411,8 +434,11 @@ def test_no_teacher_or_another(dinov2, tmp_path):
   mesh = sharding.make_mesh()
   prepare = functools.partial(inputs.make_prepare, mesh=mesh, train=True)
   missing = "REPA needs its teacher: .*config.repa.teacher=DIR.*--config.repa.weight=0 .*no such vision transformer"
-  refused(missing, lambda: train.train(config_of(dict(teacher=str(tmp_path / "none"))), str(tmp_path / "run")),
-          FileNotFoundError)  # fmt: skip
+  refused(
+    missing,
+    lambda: train.train(config_of(dict(teacher=str(tmp_path / "none"))), str(tmp_path / "run")),
+    FileNotFoundError,
+  )
   assert not (tmp_path / "run" / "config.json").exists()
   wide = config_of(dict(teacher=str(dinov2), features=64))
   refused("repa.features=64, but the teacher .* gives 32: pass --config.repa.features=32", lambda: prepare(wide))

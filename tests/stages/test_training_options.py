@@ -107,8 +107,8 @@ def test_off_nothing_is_computed():
   with old.unlocked():
     del old.tokens.quantization_dropout, old.tokens.corruption
   programs = [
-      str(jax.make_jaxpr(lambda x, stage=stage: watch.__wrapped__(stage, x, jax.random.key(0)))(latents_of(ROWS)))
-      for stage in (make_stage(old), make_stage(config_of(tokens=dict(num_registers=N, levels=LEVELS))))
+    str(jax.make_jaxpr(lambda x, stage=stage: watch.__wrapped__(stage, x, jax.random.key(0)))(latents_of(ROWS)))
+    for stage in (make_stage(old), make_stage(config_of(tokens=dict(num_registers=N, levels=LEVELS))))
   ]
   assert programs[0] == programs[1]
 
@@ -194,8 +194,8 @@ def test_all_skipped_is_a_tokenizer_of_bounded_codes():
 
 def test_no_option_reaches_inference():
   plain, disturbed = (
-      make_stage(config_of(tokens=dict(num_registers=4) | more))
-      for more in ({}, dict(quantization_dropout=1.0, corruption=1.0, null_prob=1.0, nested_dropout="none"))
+    make_stage(config_of(tokens=dict(num_registers=4) | more))
+    for more in ({}, dict(quantization_dropout=1.0, corruption=1.0, null_prob=1.0, nested_dropout="none"))
   )
   params = unbox(plain.init(jax.random.key(0))[0])
   images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
@@ -239,11 +239,15 @@ def test_the_kept_lengths_of_a_step_have_the_law_of_the_mode(mode):
   assert mode != "none" or (keep_k == N).all()
 
 
-@pytest.mark.parametrize("mode, cdf", [
-    ("uniform", lambda x: x), ("mode", mode_cdf(0.25)),
+@pytest.mark.parametrize(
+  "mode, cdf",
+  [
+    ("uniform", lambda x: x),
+    ("mode", mode_cdf(0.25)),
     ("logit_normal", lambda x: scipy.stats.norm.cdf(scipy.special.logit(x))),
     ("stratified_logit_normal", lambda x: scipy.stats.norm.cdf(scipy.special.logit(x))),
-])  # fmt: skip
+  ],
+)
 @pytest.mark.parametrize("shift", [1.0, 4.0])
 def test_the_times_of_a_step_have_the_law_of_the_config(mode, cdf, shift):
   tokens = dict(num_registers=N, levels=LEVELS, bucket_rows=ROWS)
@@ -254,14 +258,17 @@ def test_the_times_of_a_step_have_the_law_of_the_config(mode, cdf, shift):
   assert abs(scipy.stats.spearmanr(t, keep_k).statistic) < 0.08  # times say nothing of lengths
 
 
-@pytest.mark.parametrize("words, fields", [
+@pytest.mark.parametrize(
+  "words, fields",
+  [
     (r"tokens.quantization_dropout must lie in \[0, 1\], got 1.5", dict(tokens=dict(quantization_dropout=1.5))),
     (r"tokens.corruption must lie in \[0, 1\], got -0.1", dict(tokens=dict(corruption=-0.1))),
     (r"tokens.corruption must lie in \[0, 1\], got nan", dict(tokens=dict(corruption=float("nan")))),
     (r"tokens.null_prob must lie in \[0, 1\], got 2.0", dict(tokens=dict(null_prob=2.0))),
     ("flow.t_shift must be a number above 0, got 0.0", dict(flow=dict(t_shift=0.0))),
     ("flow.t_shift must be a number above 0, got nan", dict(flow=dict(t_shift=float("nan")))),
-])  # fmt: skip
+  ],
+)
 def test_shares_out_of_range_are_one_line(words, fields):
   with pytest.raises(ValueError, match=words) as error:
     make_stage(config_of(**fields))
@@ -271,12 +278,14 @@ def test_shares_out_of_range_are_one_line(words, fields):
 # Register counts and levels.
 
 
-@pytest.mark.parametrize("registers, levels, mode", [
-    (1, (2,), "none"), (5, (7, 2, 3), "uniform"), (11, (3, 3), "uniform_pow2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "registers, levels, mode", [(1, (2,), "none"), (5, (7, 2, 3), "uniform"), (11, (3, 3), "uniform_pow2")]
+)
 def test_any_count_and_levels_train_load_and_decode(registers, levels, mode, tmp_path):
-  config = config_of(tokens=dict(num_registers=registers, levels=levels, nested_dropout=mode, quantization_dropout=0.3,
-                                 corruption=0.2), train=dict(export_dtype="float32"))  # fmt: skip
+  config = config_of(
+    tokens=dict(num_registers=registers, levels=levels, nested_dropout=mode, quantization_dropout=0.3, corruption=0.2),
+    train=dict(export_dtype="float32"),
+  )
   stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, 10)
   state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)))(jax.random.key(0))
   rng = np.random.default_rng(1)  # heads start at zero, and hide what is behind them at first

@@ -29,13 +29,12 @@ def config_of(weight=0.5, **overrides):
   """A VAE of one level on images of 8 px, and a discriminator with one layer of stride 2: they compile fast."""
   c = debug.get_config()
   c.update(
-      stage="vae",
-      image_size=8,
-      vae=dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(8,), layers_per_block=1,
-               norm_groups=4),
-      vae_loss=dict(l1_weight=1.0, l2_weight=0.3, kl_weight=1e-3),
-      discriminator=dict(weight=weight, start_step=START, channels=4, num_layers=1),
-  )  # fmt: skip
+    stage="vae",
+    image_size=8,
+    vae=dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(8,), layers_per_block=1, norm_groups=4),
+    vae_loss=dict(l1_weight=1.0, l2_weight=0.3, kl_weight=1e-3),
+    discriminator=dict(weight=weight, start_step=START, channels=4, num_layers=1),
+  )
   c.update(overrides)
   return c
 
@@ -122,8 +121,20 @@ def test_metrics_are_the_parts_of_the_loss():
   stage, params, step = compiled()
   (loss, metrics), _ = step(params, batch_of(), KEY, START)
   m = {name: total / count for name, (total, count) in metrics.items()}
-  assert set(m) == {"loss", "l1", "l2", "kl", "loss_generator", "loss_discriminator", "logits_real", "logits_fake",
-                    "adaptive_weight", "latent_mean", "latent_std", "posterior_std"}  # fmt: skip
+  assert set(m) == {
+    "loss",
+    "l1",
+    "l2",
+    "kl",
+    "loss_generator",
+    "loss_discriminator",
+    "logits_real",
+    "logits_fake",
+    "adaptive_weight",
+    "latent_mean",
+    "latent_std",
+    "posterior_std",
+  }
   assert {x.dtype for x in jax.tree.leaves((loss, metrics))} == {jnp.dtype("float32")}
   np.testing.assert_allclose(m["loss"], loss, rtol=1e-6)
   w = stage.loss_weights
@@ -133,8 +144,12 @@ def test_metrics_are_the_parts_of_the_loss():
   np.testing.assert_allclose(m["loss_generator"], -m["logits_fake"], rtol=1e-6)
   mean, logvar = stage.vae.apply({"params": params["vae"]}, batch_of()["image"] / 127.5 - 1, method="encode")
   latents = sample_posterior(mean, logvar, KEY)
-  np.testing.assert_allclose([m["latent_mean"], m["latent_std"], m["posterior_std"]],
-                             [latents.mean(), latents.std(), jnp.exp(logvar / 2).mean()], rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(
+    [m["latent_mean"], m["latent_std"], m["posterior_std"]],
+    [latents.mean(), latents.std(), jnp.exp(logvar / 2).mean()],
+    rtol=1e-4,
+    atol=1e-6,
+  )
 
 
 def test_the_two_sides_do_not_see_each_others_loss():
@@ -202,8 +217,11 @@ def test_discriminator_is_the_published_one(num_layers, size):
   model = PatchDiscriminator(4, num_layers)
   images = np.random.default_rng(0).uniform(-1, 1, (3, *size, 3)).astype(np.float32)
   params = unbox(jax.jit(model.init)(jax.random.key(0), images))["params"]
-  assert all(("bias" in params[name]) == (name in ("conv_0", f"conv_{num_layers + 1}"))
-             for name in params if name.startswith("conv"))  # fmt: skip
+  assert all(
+    ("bias" in params[name]) == (name in ("conv_0", f"conv_{num_layers + 1}"))
+    for name in params
+    if name.startswith("conv")
+  )
   params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(KEY, x.shape), params)
   logits = jax.jit(model.apply)({"params": params}, images)
   assert logits.shape == (3, *(patches_of(side, num_layers) for side in size))
@@ -231,8 +249,11 @@ def run_on(config, mesh, steps=5):
   init = lambda key: init_state(stage, optimizer, key)
   shardings = sharding.tree_shardings(jax.eval_shape(init, KEY), mesh)
   state = jax.jit(lambda key: unbox(init(key)), out_shardings=shardings)(KEY)
-  update = jax.jit(make_update(stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=0.9),
-                   donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))  # fmt: skip
+  update = jax.jit(
+    make_update(stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=0.9),
+    donate_argnums=0,
+    out_shardings=(shardings, sharding.replicated(mesh)),
+  )
   batch = {**batch_of(8), "unreadable": np.zeros(8, np.int32)}
   losses = []
   for rows in sharding.device_batches(iter([batch] * steps), sharding.batch_sharding(mesh)):
@@ -288,12 +309,15 @@ def test_bfloat16_has_nearly_the_same_gradient():
 # Settings.
 
 
-@pytest.mark.parametrize("overrides, words", [
+@pytest.mark.parametrize(
+  "overrides, words",
+  [
     (dict(weight=-0.5), "discriminator.weight must be a number of at least 0, got -0.5"),
     (dict(start_step=-1), "discriminator.start_step must be a number of steps of at least 0, got -1"),
     (dict(channels=0), "discriminator.channels must be at least 1, got 0"),
     (dict(num_layers=2), "discriminator.num_layers=2 leaves no patch of images of 8 px: they need 12 px"),
-])  # fmt: skip
+  ],
+)
 def test_settings_that_cannot_be_are_one_line(overrides, words):
   config = config_of()
   config.discriminator.update(overrides)

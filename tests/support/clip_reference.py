@@ -14,14 +14,28 @@ from safetensors.numpy import save_file
 from tests.support.vit_reference import _linear, _norm, random
 
 STORED = Path(__file__).parent / "data" / "clip.npz"
-IMAGE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, patch_size=8,
-             image_size=24)
-TEXT = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40, vocab_size=60,
-            max_position_embeddings=11, eos_token_id=59, bos_token_id=58, pad_token_id=0)
+IMAGE = dict(
+  hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, patch_size=8, image_size=24
+)
+TEXT = dict(
+  hidden_size=24,
+  num_hidden_layers=3,
+  num_attention_heads=3,
+  intermediate_size=40,
+  vocab_size=60,
+  max_position_embeddings=11,
+  eos_token_id=59,
+  bos_token_id=58,
+  pad_token_id=0,
+)
 CONFIGS = {  # config.json: OpenAI's activation, left out as transformers leaves it out, and LAION's
-    "openai": dict(model_type="clip", projection_dim=16, vision_config=IMAGE, text_config=TEXT),
-    "laion": dict(model_type="clip", projection_dim=16, vision_config=IMAGE | dict(hidden_act="gelu"),
-                  text_config=TEXT | dict(hidden_act="gelu")),
+  "openai": dict(model_type="clip", projection_dim=16, vision_config=IMAGE, text_config=TEXT),
+  "laion": dict(
+    model_type="clip",
+    projection_dim=16,
+    vision_config=IMAGE | dict(hidden_act="gelu"),
+    text_config=TEXT | dict(hidden_act="gelu"),
+  ),
 }
 LENGTHS = np.array([11, 2, 5], np.int32)
 
@@ -30,8 +44,11 @@ def weights():
   """Random weights {official name: array}."""
   shapes = {"logit_scale": (), "visual_projection.weight": (16, 32), "text_projection.weight": (16, 24)}
   p = "vision_model.embeddings."
-  shapes |= {p + "class_embedding": (32,), p + "patch_embedding.weight": (32, 3, 8, 8),
-             p + "position_embedding.weight": (10, 32)}
+  shapes |= {
+    p + "class_embedding": (32,),
+    p + "patch_embedding.weight": (32, 3, 8, 8),
+    p + "position_embedding.weight": (10, 32),
+  }
   shapes |= _norm("vision_model.pre_layrnorm", 32) | _norm("vision_model.post_layernorm", 32)
   p = "text_model.embeddings."
   shapes |= {p + "token_embedding.weight": (60, 24), p + "position_embedding.weight": (11, 24)}
@@ -75,7 +92,7 @@ def outputs(case, folder):
   assert not info["missing_keys"] and not info["mismatched_keys"], info
   with torch.no_grad():
     found = model.eval()(
-        input_ids=torch.from_numpy(ids()).long(), pixel_values=torch.from_numpy(images()).movedim(-1, 1)
+      input_ids=torch.from_numpy(ids()).long(), pixel_values=torch.from_numpy(images()).movedim(-1, 1)
     )
   return {"image": found.image_embeds.numpy(), "text": found.text_embeds.numpy()}
 

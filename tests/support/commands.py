@@ -14,8 +14,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # Programs compile in a third of the time; in other versions the flags may be unknown, which is fatal.
-XLA_FLAGS = ("--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-             if metadata.version("jaxlib").startswith("0.10.") else "")  # fmt: skip
+XLA_FLAGS = (
+  "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+  if metadata.version("jaxlib").startswith("0.10.")
+  else ""
+)
 
 
 def run(command, *args):
@@ -43,6 +46,6 @@ def shell(*args, timeout=None):
   """Runs a module as a user does: (exit code, stdout, stderr)."""
   command = [sys.executable, "-m", *map(str, args)]
   done = subprocess.run(
-      command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=timeout
+    command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=timeout
   )
   return done.returncode, done.stdout, done.stderr

@@ -26,8 +26,10 @@ def weights() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
   """Returns the tensors of a small DINO in facebookresearch's names and of its LoRA in peft's."""
   rng = np.random.default_rng(0)
   normal = lambda deviation, *shape: rng.normal(0, deviation, shape).astype(np.float32)
-  linear = lambda name, *shape: {f"{name}.weight": normal(np.prod(shape[1:]) ** -0.5, *shape),
-                                 f"{name}.bias": normal(0.1, shape[0])}
+  linear = lambda name, *shape: {
+    f"{name}.weight": normal(np.prod(shape[1:]) ** -0.5, *shape),
+    f"{name}.bias": normal(0.1, shape[0]),
+  }
   norm = lambda name: {f"{name}.weight": 1 + normal(0.1, WIDTH), f"{name}.bias": normal(0.1, WIDTH)}
   backbone = linear("patch_embed.proj", WIDTH, 3, 16, 16) | norm("norm")
   backbone |= {"cls_token": normal(0.2, 1, 1, WIDTH), "pos_embed": normal(0.2, 1, 1 + 14 * 14, WIDTH)}
@@ -49,8 +51,16 @@ def write(folder: Path):
   (folder / LORA).mkdir()
   save_file(backbone, folder / BACKBONE)
   save_file(lora, folder / LORA / "adapter_model.safetensors")
-  config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 0.5, "lora_dropout": 0.3, "bias": "none",
-            "target_modules": ["qkv"], "fan_in_fan_out": False, "modules_to_save": None}  # fmt: skip
+  config = {
+    "peft_type": "LORA",
+    "r": RANK,
+    "lora_alpha": 0.5,
+    "lora_dropout": 0.3,
+    "bias": "none",
+    "target_modules": ["qkv"],
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+  }
   (folder / LORA / "adapter_config.json").write_text(json.dumps(config))
 
 

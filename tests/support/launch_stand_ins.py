@@ -139,7 +139,7 @@ def srun(folder: Path, arguments: list) -> int:
     command.pop(0)
   count = int(flag(arguments, "ntasks"))
   tasks = [
-      subprocess.Popen(command, env=os.environ | {"SLURM_PROCID": str(i)}, start_new_session=True) for i in range(count)
+    subprocess.Popen(command, env=os.environ | {"SLURM_PROCID": str(i)}, start_new_session=True) for i in range(count)
   ]
   if (folder / "preempt").exists():
     trains = 0

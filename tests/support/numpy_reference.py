@@ -251,9 +251,7 @@ def velocity(w, x, t, codes, keep_k=None, null=None, head_dim=64, options=RELEAS
   b, h, width, c = x.shape
   p = patch_size_of(w, DEC + "noise_patch_emb.patch_proj", c)
   patches = linear(w, DEC + "noise_patch_emb.patch_proj", patchify(x, p))
-  patches = patches + patch_positions(
-    w, DEC + "patches_posemb_module", h // p, width // p, patches.shape[-1], options
-  )
+  patches = patches + patch_positions(w, DEC + "patches_posemb_module", h // p, width // p, patches.shape[-1], options)
   registers = registers_in(w, codes, keep_k, null)
   condition = silu(time_embedding(w, t, options.max_timestep))
   if options.single_null and null is not None:  # sequences of two lengths: one sample at a time

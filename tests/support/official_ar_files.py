@@ -19,14 +19,25 @@ CHOICES = {  # ours, and what a file with nothing else does not tell
   "class": (dict(norm="layernorm", qk_norm="layernorm", ffn="mlp_gelu"), {}),
   "class_apart": (dict(norm="layernorm", qk_norm="rmsnorm", ffn="mlp_gelu", bias=True), {}),
   "gated": (
-    dict(norm="rmsnorm", qk_norm="none", ffn="swiglu", bias=True, pos_embed="sincos1d", head_layernorm=True,
-         ffn_multiple_of=8),
+    dict(
+      norm="rmsnorm",
+      qk_norm="none",
+      ffn="swiglu",
+      bias=True,
+      pos_embed="sincos1d",
+      head_layernorm=True,
+      ffn_multiple_of=8,
+    ),
     dict(head_dim=8, ffn_multiple_of=8),
   ),
-  "text": (dict(norm="rmsnorm", qk_norm="rmsnorm", ffn="swiglu", condition="text", bias=True, mlp_ratio=2.0,
-                ffn_multiple_of=1), {}),
+  "text": (
+    dict(
+      norm="rmsnorm", qk_norm="rmsnorm", ffn="swiglu", condition="text", bias=True, mlp_ratio=2.0, ffn_multiple_of=1
+    ),
+    {},
+  ),
   "none": (dict(norm="layernorm", qk_norm="none", ffn="mlp_gelu", condition="none", mlp_ratio=3.0), dict(head_dim=8)),
-}  # fmt: skip
+}
 
 
 def tiny_config(name):
@@ -140,9 +151,22 @@ def error(source, **settings):
   return text.replace(str(source), "")  # a temporary path may hold any word
 
 
-SETTINGS = dict(dim=16, head_dim=8, depth=2, vocab=20, num_tokens=8, num_classes=3, cross=False, bias=False,
-                norm="layernorm", qk_norm="layernorm", ffn="mlp_gelu", mlp_ratio=4, pos_embed="absolute",
-                head_layernorm=False)  # fmt: skip
+SETTINGS = dict(
+  dim=16,
+  head_dim=8,
+  depth=2,
+  vocab=20,
+  num_tokens=8,
+  num_classes=3,
+  cross=False,
+  bias=False,
+  norm="layernorm",
+  qk_norm="layernorm",
+  ffn="mlp_gelu",
+  mlp_ratio=4,
+  pos_embed="absolute",
+  head_layernorm=False,
+)
 
 # The authors' configurations; what the tables of the reader do not name is not in them.
 TEXT_YAML = """

@@ -8,10 +8,22 @@ import pytest
 from flextok_jax.weights.official.tokenizer import from_official, to_official
 
 HALF = dict(
-  depth=2, head_dim=16, patch_size=2, mlp_ratio=4.0, gated_mlp=True, activation="silu", qk_norm=True, qkv_bias=False,
-  out_bias=False, mlp_bias=False, posemb="sincos", posemb_scaling="absolute", max_grid=8, head_bias=True,
+  depth=2,
+  head_dim=16,
+  patch_size=2,
+  mlp_ratio=4.0,
+  gated_mlp=True,
+  activation="silu",
+  qk_norm=True,
+  qkv_bias=False,
+  out_bias=False,
+  mlp_bias=False,
+  posemb="sincos",
+  posemb_scaling="absolute",
+  max_grid=8,
+  head_bias=True,
   readout_multiplier=1.0,
-)  # fmt: skip
+)
 OURS = dict(
   stage="tokenizer",
   seed=0,
@@ -24,15 +36,19 @@ OURS = dict(
   ),
   encoder=dict(HALF, width=32),
   decoder=dict(
-    HALF, width=48, modulation="per_segment", head_modulation=True, head_modulation_bias=True, code_bias=True,
-    max_timestep=1.0, null_condition="learned",
+    HALF,
+    width=48,
+    modulation="per_segment",
+    head_modulation=True,
+    head_modulation_bias=True,
+    code_bias=True,
+    max_timestep=1.0,
+    null_condition="learned",
   ),
   tokens=dict(num_registers=16, levels=(8, 6, 5), nested_dropout="pow2", saturation_weight=0.0, null_prob=0.1),
   flow=dict(t_sampling="mode", mode_scale=0.25, t_shift=1.0),
-  sampler=dict(
-    num_steps=25, guidance="apg", guidance_scale=7.5, apg_momentum=-0.5, apg_eta=0.0, apg_threshold=2.5
-  ),
-)  # fmt: skip
+  sampler=dict(num_steps=25, guidance="apg", guidance_scale=7.5, apg_momentum=-0.5, apg_eta=0.0, apg_threshold=2.5),
+)
 DELETE = "<delete>"  # removes an entry
 E = "encoder.module_dict."
 D = "decoder.module_dict."

@@ -36,14 +36,27 @@ def write_shards(root):
 
 def config_of(shards, mesh=None, **train_settings):
   """Twelve steps; a checkpoint every second one, an evaluation every third one."""
-  settings = dict(num_steps=STEPS, log_every=1, checkpoint_every=2, eval_every=3, keep_checkpoints=3, keep_period=0,
-                  tensorboard=False, export_dtype="float32")  # fmt: skip
+  settings = dict(
+    num_steps=STEPS,
+    log_every=1,
+    checkpoint_every=2,
+    eval_every=3,
+    keep_checkpoints=3,
+    keep_period=0,
+    tensorboard=False,
+    export_dtype="float32",
+  )
   ar = dict(width=32, depth=2, head_dim=16, num_ids=token_shards.IDS, num_tokens=token_shards.TOKENS, num_classes=3)
   return derive(
-      stage="ar", dtype="float32", ar=ar, train=settings | train_settings, mesh=mesh or {},
-      data=dict(tokens=str(shards), global_batch=8, num_threads=1, prefetch=1),
-      optim=dict(learning_rate=1e-2, warmup_steps=2, ema_decay=0.9), eval=dict(num_images=7, batch_size=8),
-  )  # fmt: skip
+    stage="ar",
+    dtype="float32",
+    ar=ar,
+    train=settings | train_settings,
+    mesh=mesh or {},
+    data=dict(tokens=str(shards), global_batch=8, num_threads=1, prefetch=1),
+    optim=dict(learning_rate=1e-2, warmup_steps=2, ema_decay=0.9),
+    eval=dict(num_images=7, batch_size=8),
+  )
 
 
 @contextlib.contextmanager
@@ -78,9 +91,9 @@ def disturbed(kind: str, step: int, process: int = 0, name: str = "SIGKILL", del
       yield ask
 
   with (
-      mock.patch.object(train, "_evaluate", evaluating),
-      mock.patch.object(checkpoint.Checkpoints, "save", saving),
-      mock.patch.object(processes, "preemption", watched),
+    mock.patch.object(train, "_evaluate", evaluating),
+    mock.patch.object(checkpoint.Checkpoints, "save", saving),
+    mock.patch.object(processes, "preemption", watched),
   ):
     yield
 

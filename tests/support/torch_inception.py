@@ -42,8 +42,9 @@ def originals() -> dict[str, np.ndarray]:
   with torch.no_grad():
     pytorch_pool = pytorch(images.float() / 255)[0][:, :, 0, 0]
     pool, logits = tensorflow(images[[0, -1]])
-  found = dict(pytorch_pool=pytorch_pool, pool=pool, logits=logits,
-               spatial=spatial[0][:, :7].permute(0, 2, 3, 1).reshape(2, -1))
+  found = dict(
+    pytorch_pool=pytorch_pool, pool=pool, logits=logits, spatial=spatial[0][:, :7].permute(0, 2, 3, 1).reshape(2, -1)
+  )
   return {name: tensor.numpy() for name, tensor in found.items()}
 
 

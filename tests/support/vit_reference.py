@@ -13,15 +13,24 @@ import numpy as np
 from safetensors.numpy import save_file
 
 STORED = Path(__file__).parent / "data" / "vit.npz"
-COMMON = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=126,
-              layer_norm_eps=1e-6, hidden_act="gelu", num_channels=3, qkv_bias=True)
+COMMON = dict(
+  hidden_size=32,
+  num_hidden_layers=2,
+  num_attention_heads=2,
+  patch_size=14,
+  image_size=126,
+  layer_norm_eps=1e-6,
+  hidden_act="gelu",
+  num_channels=3,
+  qkv_bias=True,
+)
 DINOV2 = COMMON | dict(model_type="dinov2", mlp_ratio=4, use_swiglu_ffn=False)
 LABELS = {"id2label": {str(i): f"class {i}" for i in range(5)}, "label2id": {f"class {i}": i for i in range(5)}}
 CONFIGS = {  # config.json; tables of positions of 9 x 9 patches, or 3 x 3
-    "vit": COMMON | dict(model_type="vit", intermediate_size=48, layer_norm_eps=1e-12),
-    "dinov2": DINOV2,
-    "giant": DINOV2 | LABELS | dict(use_swiglu_ffn=True),
-    "registers": DINOV2 | LABELS | dict(model_type="dinov2_with_registers", num_register_tokens=3, image_size=42),
+  "vit": COMMON | dict(model_type="vit", intermediate_size=48, layer_norm_eps=1e-12),
+  "dinov2": DINOV2,
+  "giant": DINOV2 | LABELS | dict(use_swiglu_ffn=True),
+  "registers": DINOV2 | LABELS | dict(model_type="dinov2_with_registers", num_register_tokens=3, image_size=42),
 }
 CASES = (*CONFIGS, "dino")
 WIDTH, PATCH, GRID = 128, 16, 7  # of "dino": authors' names, two heads, two blocks
@@ -50,8 +59,12 @@ def weights(case):
   """Random weights {official name: array}."""
   if case == "dino":
     d = WIDTH
-    shapes = {"cls_token": (1, 1, d), "pos_embed": (1, 1 + GRID**2, d), "patch_embed.proj.weight": (d, 3, PATCH, PATCH),
-              "patch_embed.proj.bias": (d,)} | _norm("norm", d)
+    shapes = {
+      "cls_token": (1, 1, d),
+      "pos_embed": (1, 1 + GRID**2, d),
+      "patch_embed.proj.weight": (d, 3, PATCH, PATCH),
+      "patch_embed.proj.bias": (d,),
+    } | _norm("norm", d)
     for i in (f"blocks.{i}." for i in range(2)):
       shapes |= _norm(i + "norm1", d) | _norm(i + "norm2", d)
       shapes |= _linear(i + "attn.qkv", d, 3 * d) | _linear(i + "attn.proj", d, d)
@@ -62,9 +75,12 @@ def weights(case):
   p = f"{kind}." if "id2label" in c else ""
   e = p + "embeddings."
   patches = (c["image_size"] // c["patch_size"]) ** 2
-  shapes = {e + "cls_token": (1, 1, d), e + "position_embeddings": (1, 1 + patches, d),
-            e + "patch_embeddings.projection.weight": (d, 3, c["patch_size"], c["patch_size"]),
-            e + "patch_embeddings.projection.bias": (d,)} | _norm(p + "layernorm", d)
+  shapes = {
+    e + "cls_token": (1, 1, d),
+    e + "position_embeddings": (1, 1 + patches, d),
+    e + "patch_embeddings.projection.weight": (d, 3, c["patch_size"], c["patch_size"]),
+    e + "patch_embeddings.projection.bias": (d,),
+  } | _norm(p + "layernorm", d)
   if kind == "vit":
     shapes |= _linear("pooler.dense", d, d)
   else:
@@ -74,8 +90,12 @@ def weights(case):
   if "id2label" in c:
     shapes |= _linear("classifier", 2 * d, len(c["id2label"]))
   for i in (f"{p}encoder.layer.{i}." for i in range(c["num_hidden_layers"])):
-    for x in ("attention.attention.query", "attention.attention.key", "attention.attention.value",
-              "attention.output.dense"):
+    for x in (
+      "attention.attention.query",
+      "attention.attention.key",
+      "attention.attention.value",
+      "attention.output.dense",
+    ):
       shapes |= _linear(i + x, d, d)
     if kind == "vit":
       shapes |= _norm(i + "layernorm_before", d) | _norm(i + "layernorm_after", d)
@@ -120,8 +140,12 @@ def outputs(case, folder):
       return {"features": model.get_intermediate_layers(pixels)[0].numpy(), "same": same.numpy()}
   import transformers
 
-  name = {"vit": "ViTModel", "dinov2": "Dinov2Model", "giant": "Dinov2ForImageClassification",
-          "registers": "Dinov2WithRegistersForImageClassification"}[case]
+  name = {
+    "vit": "ViTModel",
+    "dinov2": "Dinov2Model",
+    "giant": "Dinov2ForImageClassification",
+    "registers": "Dinov2WithRegistersForImageClassification",
+  }[case]
   model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
   assert not any(info.values()), info
   model.eval()
@@ -146,8 +170,9 @@ def _dino():
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)
-  model = module.VisionTransformer([GRID * PATCH], PATCH, embed_dim=WIDTH, depth=2, num_heads=2, qkv_bias=True,
-                                   norm_layer=norm)
+  model = module.VisionTransformer(
+    [GRID * PATCH], PATCH, embed_dim=WIDTH, depth=2, num_heads=2, qkv_bias=True, norm_layer=norm
+  )
   model.load_state_dict({k: torch.from_numpy(v) for k, v in weights("dino").items()})
   return model.eval()
 

@@ -19,8 +19,16 @@ from tests.support.commands import fails, run, shell
 
 ROOT = Path(__file__).parents[2]
 matmul_peak = timing.matmul_peak
-NUMBERS = ("images_per_second", "compile_seconds", "flops", "xla_flops", "flops_per_second", "peak_flops_per_second",
-           "mfu", "program_bytes")
+NUMBERS = (
+  "images_per_second",
+  "compile_seconds",
+  "flops",
+  "xla_flops",
+  "flops_per_second",
+  "peak_flops_per_second",
+  "mfu",
+  "program_bytes",
+)
 CONFIG = """
 from configs import common
 
@@ -33,9 +41,10 @@ def get_config():
 """
 
 GENERATOR = dict(
-    stage="ar",
-    ar=dict(width=32, depth=1, head_dim=16, num_ids=60, num_tokens=40, guidance_scale=2.0),
-    text=dict(encoder="bytes", max_length=6, features=16, mlp_hidden=8, depth=1, head_dim=16))
+  stage="ar",
+  ar=dict(width=32, depth=1, head_dim=16, num_ids=60, num_tokens=40, guidance_scale=2.0),
+  text=dict(encoder="bytes", max_length=6, features=16, mlp_hidden=8, depth=1, head_dim=16),
+)
 
 
 def config_file(folder, **overrides):
@@ -109,8 +118,9 @@ def test_models_without_vae_and_without_tokens(tmp_path):
   vae = f"--config={config_file(tmp_path, stage='vae')}"
   run(benchmark, vae, "--jobs=vae", "--repeats=1", "--batch_size=2", f"--out={out}")
   assert [(row["job"], row["path"]) for row in read(out)[0]] == [("vae", "-")]
-  fails("no job 'tokenize' with stage 'vae', vae.kind 'autoencoder_kl', only vae, train",
-        benchmark, vae, "--jobs=tokenize")
+  fails(
+    "no job 'tokenize' with stage 'vae', vae.kind 'autoencoder_kl', only vae, train", benchmark, vae, "--jobs=tokenize"
+  )
   fails("no job 'vae' with .*'pixels', only tokenize, detokenize, train", benchmark, pixels, "--jobs=vae")
 
 
@@ -143,14 +153,18 @@ def test_generator(tmp_path, capsys):
   run(benchmark, given, "--num_tokens=40", "--repeats=2", "--batch_size=2", f"--out={out}")
   (plain, fast, train), (ratio,), _, spans = read(out)
   assert [(row["job"], row["path"], row["num_tokens"]) for row in (plain, fast, train)] == [
-      ("ar", "plain", 40), ("ar", "fast", 40), ("train", "-", None)]
+    ("ar", "plain", 40),
+    ("ar", "fast", 40),
+    ("train", "-", None),
+  ]
   assert all(row[name] > 0 for row in (plain, fast, train) for name in NUMBERS) and ratio["fast_over_plain"] > 0
   for row in (plain, fast):
     assert row["ms_per_token"] == pytest.approx(1e3 * np.median(row["seconds"]) / 40) and row["precision"] == "highest"
   assert train["ms_per_token"] is None and train["token_bytes"] is None and plain["token_bytes"] is None
   assert fast["token_bytes"] > 0 and sorted(map(int, fast["shorter"])) == [1, 10, 20, 30] and not plain["shorter"]
   assert [(s["path"], s["from"], s["to"]) for s in spans] == [
-      ("fast", low, high) for low, high in ((1, 10), (10, 20), (20, 30), (30, 40))]
+    ("fast", low, high) for low, high in ((1, 10), (10, 20), (20, 30), (30, 40))
+  ]
   calls = {**fast["shorter"], "40": fast["seconds"]}
   for span in spans:
     pairs = zip(calls[str(span["from"])], calls[str(span["to"])])
@@ -215,11 +229,22 @@ def test_bad_input_is_refused(tmp_path):
   fails("--seconds=-1.0 must be at least 0", benchmark, given, "--seconds=-1")
   fails("--seconds=nan must be at least 0", benchmark, given, "--seconds=nan")
   fails("dtype must be a floating-point type .*'int8'", benchmark, given, "--dtype=int8")
-  fails("--batch_size=3 is not a multiple of optim.accumulate_steps 2", benchmark,
-        f"--config={config_file(tmp_path, optim=dict(accumulate_steps=2))}", "--batch_size=3")
+  fails(
+    "--batch_size=3 is not a multiple of optim.accumulate_steps 2",
+    benchmark,
+    f"--config={config_file(tmp_path, optim=dict(accumulate_steps=2))}",
+    "--batch_size=3",
+  )
   (tmp_path / "file").write_text("")
-  fails("cannot write", benchmark, given, "--jobs=tokenize", "--num_tokens=1", "--repeats=1",
-        f"--out={tmp_path / 'file' / 'x'}")
+  fails(
+    "cannot write",
+    benchmark,
+    given,
+    "--jobs=tokenize",
+    "--num_tokens=1",
+    "--repeats=1",
+    f"--out={tmp_path / 'file' / 'x'}",
+  )
 
 
 def test_as_a_user_runs_it(tmp_path):

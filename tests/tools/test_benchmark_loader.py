@@ -17,8 +17,16 @@ def test_rows_table_and_lines(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(benchmark_loader, "WAYS", ("plain", "threads"))  # without worker processes, which start slowly
   config = config_file(tmp_path / "config.py", data=dict(global_batch=4))
   out = tmp_path / "loader.jsonl"
-  run(benchmark_loader, f"--config={config}", "--images=6", "--width=60", "--height=50", "--rounds=2", "--steps=1",
-      f"--out={out}")
+  run(
+    benchmark_loader,
+    f"--config={config}",
+    "--images=6",
+    "--width=60",
+    "--height=50",
+    "--rounds=2",
+    "--steps=1",
+    f"--out={out}",
+  )
   printed = capsys.readouterr().out
   *ways, training = map(json.loads, out.read_text().splitlines())
   assert [row["way"] for row in ways] == ["plain", "threads"] and all(row["way"] in printed for row in ways)

@@ -29,8 +29,11 @@ CHIP = accelerators.Accelerator(flops=1e12, memory=1e9, bandwidth=1e11, links=1e
 
 def generator(**overrides):
   c = common.derive(
-      stage="ar", dtype="float32", data=dict(global_batch=16),
-      ar=dict(width=32, depth=2, head_dim=16, num_ids=100, num_tokens=8, num_classes=5, loss_chunk=8))  # fmt: skip
+    stage="ar",
+    dtype="float32",
+    data=dict(global_batch=16),
+    ar=dict(width=32, depth=2, head_dim=16, num_ids=100, num_tokens=8, num_classes=5, loss_chunk=8),
+  )
   c.update(overrides)
   return c
 
@@ -42,8 +45,18 @@ def mesh_of(**axes):
 def compiled(config, job, mesh, batch):
   made = compile_jobs.make_job(config, job, mesh, batch, None)
   program = made.lower().compile()
-  settings = dict(config="tiny", job=job, topology="cpu", devices=mesh.size, kind="cpu", mesh=dict(mesh.shape),
-                  per_device_batch=batch, global_batch=made.batch, remat=config.remat, attention="xla")
+  settings = dict(
+    config="tiny",
+    job=job,
+    topology="cpu",
+    devices=mesh.size,
+    kind="cpu",
+    mesh=dict(mesh.shape),
+    per_device_batch=batch,
+    global_batch=made.batch,
+    remat=config.remat,
+    attention="xla",
+  )
   report = compile_report.make_report(settings, made, program, program.as_text(), CHIP, mesh)
   return made, program, report
 
@@ -71,8 +84,13 @@ def test_memory_adds_up(train):
   assert m["outputs"] < 2000  # the metrics
   assert stats.alias_size_in_bytes >= 4 * 4 * count
   assert m["total"] == sum(size for name, size in m.items() if name not in ("total", "limit"))
-  assert m["total"] == (stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
-                        + stats.generated_code_size_in_bytes - stats.alias_size_in_bytes)  # fmt: skip
+  assert m["total"] == (
+    stats.argument_size_in_bytes
+    + stats.output_size_in_bytes
+    + stats.temp_size_in_bytes
+    + stats.generated_code_size_in_bytes
+    - stats.alias_size_in_bytes
+  )
   assert report.fits == (m["total"] <= 1e9)
 
 
@@ -159,8 +177,10 @@ def test_sampling_counts_every_step():
 @pytest.mark.parametrize("condition", ["text", "class"])
 @pytest.mark.parametrize("encoder", ["t5", "bytes"])
 def test_generators_of_every_condition_are_traced(condition, encoder):
-  config = generator(ar=dict(condition=condition), text=dict(encoder=encoder, max_length=6, features=16, mlp_hidden=8,
-                                                             depth=1, head_dim=16))  # fmt: skip
+  config = generator(
+    ar=dict(condition=condition),
+    text=dict(encoder=encoder, max_length=6, features=16, mlp_hidden=8, depth=1, head_dim=16),
+  )
   for job in ("train", "ar"):
     assert compile_jobs.make_job(config, job, mesh_of(data=8), 2, None).lower().out_info is not None
 
@@ -188,7 +208,8 @@ def test_links_along_one_axis_are_a_part_of_all():
   corners = [device("x", 1, coords=[i % 2, i // 2, 0]) for i in range(4)]
   mesh = types.SimpleNamespace(devices=types.SimpleNamespace(flat=corners))
   seconds = lambda *group: compile_report.link_seconds(
-      compile_report.hlo_traffic.Collective("all-gather", 3, 10**9, group), CHIP, mesh)  # fmt: skip
+    compile_report.hlo_traffic.Collective("all-gather", 3, 10**9, group), CHIP, mesh
+  )
   assert seconds(0, 1) == seconds(0, 2) == pytest.approx(3 * 1e9 / 5e9)
   assert seconds(0, 1, 2, 3) == pytest.approx(3 * 1e9 / 1e10)
 
@@ -200,8 +221,10 @@ def test_what_does_not_fit_is_a_report(train):
   report = compile_report.too_large({}, job, small)
   assert not report.fits
   assert report.memory["total"] > 1e5
-  line = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
-          "temporaries (28.50G) exceeds available HBM (15.75G). HLO module: jit_update.")  # fmt: skip
+  line = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+    "temporaries (28.50G) exceeds available HBM (15.75G). HLO module: jit_update."
+  )
   report = compile_report.too_large({}, job, CHIP, RuntimeError(line + "\nSee elsewhere"))
   assert report.memory["temporaries"] == int(28.5 * 2**30)
   assert report.memory["total"] == sum(size for name, size in report.memory.items() if name not in ("total", "limit"))
@@ -213,8 +236,13 @@ def tried(config, batch, seconds):
   settings = dict(mesh=config.mesh.to_dict(), remat=config.remat, per_device_batch=batch, global_batch=16 * batch)
   if seconds is None:
     return compile_report.Report(settings, False, {"total": 2e9, "limit": 1e9})
-  return compile_report.Report(settings, True, {"total": 5e8, "limit": 1e9}, {"model": 1.0, "peak": 1.0},
-                               seconds=dict.fromkeys(("compute", "memory", "interconnect"), seconds))
+  return compile_report.Report(
+    settings,
+    True,
+    {"total": 5e8, "limit": 1e9},
+    {"model": 1.0, "peak": 1.0},
+    seconds=dict.fromkeys(("compute", "memory", "interconnect"), seconds),
+  )
 
 
 def test_search_grows_the_batch_while_it_pays_and_fits():
@@ -257,20 +285,26 @@ def test_meshes_of_the_search(devices):
 CONFIG = f"--config={ROOT / 'configs' / 'debug.py'}"
 
 
-@pytest.mark.parametrize(("pattern", "args"), [
+@pytest.mark.parametrize(
+  ("pattern", "args"),
+  [
     ("give --config", ()),
     ("give --config", (CONFIG,)),
     ("unknown --job=fly: one of train, sample, ar", (CONFIG, "--topology=v5e:2x2", "--job=fly")),
-])  # fmt: skip
+  ],
+)
 def test_flags_are_checked_before_anything_else(pattern, args):
   with pytest.raises(ValueError, match=pattern):
     run(compile, *args)
 
 
-@pytest.mark.parametrize(("error", "pattern"), [
+@pytest.mark.parametrize(
+  ("error", "pattern"),
+  [
     ("JAX TPU support not installed; cannot generate TPU topology.", r'pip install "flextok-jax\[tpu\]"'),
     ("INVALID_ARGUMENT: Invalid TPU external name: TPU v9", "--topology=v9:1x1: INVALID_ARGUMENT.*known are v5e"),
-])  # fmt: skip
+  ],
+)
 def test_no_compiler_and_no_such_topology(monkeypatch, error, pattern):
   def fail(*_):
     raise RuntimeError(error)
@@ -281,14 +315,17 @@ def test_no_compiler_and_no_such_topology(monkeypatch, error, pattern):
   assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize(("config", "job", "batch", "tokens", "pattern"), [
+@pytest.mark.parametrize(
+  ("config", "job", "batch", "tokens", "pattern"),
+  [
     (generator(), "sample", 2, None, "--job=sample is none of stage 'ar', which has train, ar"),
     (debug.get_config(), "ar", 2, None, "--job=ar is none of stage 'tokenizer', which has train, sample"),
     (debug.get_config(), "train", 0, None, "--per_device_batch=0 must be at least 1"),
     (debug.get_config(), "train", 2, 3, "--num_tokens is of the jobs sample and ar"),
     (debug.get_config(), "sample", 2, 5, "--num_tokens=5 is out of range: this model has 1 to 4 tokens"),
     (generator(data=dict(global_batch=12)), "train", None, None, "global_batch=12 is not divisible"),
-])  # fmt: skip
+  ],
+)
 def test_jobs_that_do_not_fit_the_config(config, job, batch, tokens, pattern):
   with pytest.raises(ValueError, match=pattern):
     compile_jobs.make_job(config, job, mesh_of(data=8), batch, tokens)
@@ -319,8 +356,15 @@ def test_a_folder_without_reports_is_refused(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler of TPUs, is not installed")
 def test_a_tpu_that_is_not_there(tmp_path):
-  command = [sys.executable, "-m", "flextok_jax.compile", CONFIG, "--topology=v5e:2x2", "--per_device_batch=16",
-             f"--out={tmp_path}"]  # fmt: skip
+  command = [
+    sys.executable,
+    "-m",
+    "flextok_jax.compile",
+    CONFIG,
+    "--topology=v5e:2x2",
+    "--per_device_batch=16",
+    f"--out={tmp_path}",
+  ]
   env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")}
   done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr

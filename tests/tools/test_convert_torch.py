@@ -56,8 +56,15 @@ def torch():
 
 def test_tensors_stay_what_they_are(torch, tmp_path, capsys):
   numbers = torch.arange(6.0).reshape(2, 3)
-  values = dict(half=numbers.half(), brain=numbers.bfloat16(), double=numbers.double(), turned=numbers.T,
-                trained=torch.nn.Parameter(numbers), same=numbers, count=torch.tensor(3))
+  values = dict(
+    half=numbers.half(),
+    brain=numbers.bfloat16(),
+    double=numbers.double(),
+    turned=numbers.T,
+    trained=torch.nn.Parameter(numbers),
+    same=numbers,
+    count=torch.tensor(3),
+  )
   torch.save({"state_dict": values, "epoch": 1}, tmp_path / "x.pth")
   convert_torch.main(f"{tmp_path}/x.pth", f"{tmp_path}/x.safetensors")
   assert "wrote 6 tensors to" in capsys.readouterr().out
@@ -81,8 +88,13 @@ def test_files_that_are_refused(torch, tmp_path, capsys):
   torch.save({"a": torch.tensor(1)}, tmp_path / "count.pth")
   (tmp_path / "cut.pth").write_bytes((tmp_path / "list.pth").read_bytes()[:200])
   (tmp_path / "empty.pth").write_bytes(b"")
-  for name, words in (("harmful", "not a whole PyTorch file of tensors alone"), ("list", "no dictionary of tensors"),
-                      ("count", "no tensor of floating-point"), ("cut", "not a whole"), ("empty", "not a whole")):
+  for name, words in (
+    ("harmful", "not a whole PyTorch file of tensors alone"),
+    ("list", "no dictionary of tensors"),
+    ("count", "no tensor of floating-point"),
+    ("cut", "not a whole"),
+    ("empty", "not a whole"),
+  ):
     with pytest.raises(ValueError, match=words) as error:
       convert_torch.main(f"{tmp_path}/{name}.pth", f"{tmp_path}/x.safetensors")
     assert "\n" not in str(error.value)

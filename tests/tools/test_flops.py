@@ -26,9 +26,14 @@ def small_config(**overrides):
   """64 patches and up to 64 registers, all widths unlike."""
   part = dict(width=96, depth=3, head_dim=32)
   config = common.derive(
-      image_size=32, dtype="float32", encoder=part, decoder=dict(part, width=128),
-      vae=dict(block_out_channels=(32, 64), layers_per_block=1), tokens=dict(num_registers=64, bucket_rows=4),
-      sampler=dict(num_steps=3))
+    image_size=32,
+    dtype="float32",
+    encoder=part,
+    decoder=dict(part, width=128),
+    vae=dict(block_out_channels=(32, 64), layers_per_block=1),
+    tokens=dict(num_registers=64, bucket_rows=4),
+    sampler=dict(num_steps=3),
+  )
   config.update(overrides)
   return config
 
@@ -36,8 +41,11 @@ def small_config(**overrides):
 def generator(**overrides):
   """80 tokens: more than two chunks of the plain path, the last one not full."""
   config = common.derive(
-      stage="ar", dtype="float32", ar=dict(width=64, depth=3, head_dim=32, num_ids=500, num_tokens=80, mlp_ratio=3.0),
-      text=dict(features=48, mlp_hidden=40, max_length=12, depth=2, head_dim=16))
+    stage="ar",
+    dtype="float32",
+    ar=dict(width=64, depth=3, head_dim=32, num_ids=500, num_tokens=80, mlp_ratio=3.0),
+    text=dict(features=48, mlp_hidden=40, max_length=12, depth=2, head_dim=16),
+  )
   config.update(overrides)
   return config
 
@@ -138,8 +146,9 @@ def test_xla_counts_the_same(job, monkeypatch):
   """
   monkeypatch.setattr(jax.lax, "scan", lambda *args, scan=jax.lax.scan, **kw: scan(*args, **{**kw, "unroll": True}))
   part = dict(width=384, depth=2, head_dim=64)
-  config = small_config(encoder=part, decoder=dict(part, width=448), sampler=dict(num_steps=2),
-                        remat="full" if job == "train" else "none")
+  config = small_config(
+    encoder=part, decoder=dict(part, width=448), sampler=dict(num_steps=2), remat="full" if job == "train" else "none"
+  )
   if "ar" in job:
     config = generator(ar=dict(part, num_ids=64, num_tokens=8 if job == "ar" else 64, loss_chunk=64))
   elif job == "vae":
@@ -153,8 +162,12 @@ def test_xla_counts_the_same(job, monkeypatch):
 
 def test_what_the_vae_is_trained_by():
   """LPIPS and the discriminator, each gradient traced apart."""
-  config = small_config(stage="vae", image_size=64, vae_loss=dict(lpips_weight=1.0, lpips="none"),
-                        discriminator=dict(weight=0.5, channels=8))  # fmt: skip
+  config = small_config(
+    stage="vae",
+    image_size=64,
+    vae_loss=dict(lpips_weight=1.0, lpips="none"),
+    discriminator=dict(weight=0.5, channels=8),
+  )
   stage, images = make_stage(config), jnp.zeros((1, 64, 64, 3))
   trained, frozen = unbox(jax.eval_shape(stage.init_auxiliary, jax.random.key(0)))
   zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape), tree)
@@ -183,14 +196,17 @@ def test_the_vae_and_whole_images():
   check(config, "train", paths=("plain",), latents=False)
 
 
-@pytest.mark.parametrize("fields", [
+@pytest.mark.parametrize(
+  "fields",
+  [
     dict(encoder=dict(gated_mlp=False, mlp_ratio=3.0), decoder=dict(patch_size=4, depth=1)),
     dict(decoder=dict(modulation="shared", head_modulation=False, null_condition="single")),
     dict(sampler=dict(guidance="none")),
     dict(sampler=dict(guidance_interval=(0.3, 0.7))),
     dict(sampler=dict(guidance="cfg", guidance_scale=1)),
     dict(vae=dict(kind="pixels"), encoder=dict(patch_size=4), decoder=dict(patch_size=4)),
-])
+  ],
+)
 def test_options(fields):
   config = small_config(**fields)
   if "sampler" not in fields:
@@ -199,14 +215,18 @@ def test_options(fields):
   check(config, "detokenize", 8)
 
 
-@pytest.mark.parametrize("fields", [
+@pytest.mark.parametrize(
+  "fields",
+  [
     dict(),
     dict(ar=dict(condition="text", stop=True, ffn="mlp_gelu", bias=True), text=dict(encoder="bytes")),
     dict(ar=dict(condition="text", guidance_scale=1.0)),
     dict(ar=dict(condition="text"), text=dict(encoder="bytes"), remat="full"),
     dict(ar=dict(condition="text"), text=dict(encoder="bytes"), remat="dots"),
     dict(ar=dict(condition="none", pos_embed="sincos1d"), optim=dict(accumulate_steps=2)),
-], ids=["class", "bytes", "t5", "remat full", "remat dots", "none"])
+  ],
+  ids=["class", "bytes", "t5", "remat full", "remat dots", "none"],
+)
 def test_generator(fields):
   """Fast: one loop of as many steps as tokens. Plain: a loop for each length of the prefix."""
   config = generator(**fields)
@@ -239,8 +259,12 @@ def test_logits_of_all_positions_never_exist_at_once():
     params = shapes(FrozenConfigDict(config))[0]
     grad = jax.grad(lambda params, batch, stage=stage: stage.loss_fn(params, batch, None, 0)[0])
     jaxpr = jax.make_jaxpr(grad)(params, {"token_ids": whole, "length": rows, "label": rows}).jaxpr
-    sizes = [x.aval.size for eqn, _ in equations(jaxpr, iter(())) for x in eqn.outvars
-             if 64_000 in np.shape(x.aval) and 768 not in np.shape(x.aval)]
+    sizes = [
+      x.aval.size
+      for eqn, _ in equations(jaxpr, iter(()))
+      for x in eqn.outvars
+      if 64_000 in np.shape(x.aval) and 768 not in np.shape(x.aval)
+    ]
     most[chunk] = max(sizes)
   assert most == {chunk: BATCH * chunk * 64_000 for chunk in (16, 256)}
 
@@ -248,8 +272,14 @@ def test_logits_of_all_positions_never_exist_at_once():
 def test_formulas_by_hand():
   part = small_config(encoder=dict(width=64, gated_mlp=False)).encoder
   assert flops.linear(2, 3, 4) == 48
-  q, k, v, logits, weighted, out = (2 * 5 * 64 * 64, 2 * 9 * 64 * 64, 2 * 9 * 64 * 64, 2 * 5 * 9 * 64, 2 * 5 * 9 * 64,
-                                    2 * 5 * 64 * 64)
+  q, k, v, logits, weighted, out = (
+    2 * 5 * 64 * 64,
+    2 * 9 * 64 * 64,
+    2 * 9 * 64 * 64,
+    2 * 5 * 9 * 64,
+    2 * 5 * 9 * 64,
+    2 * 5 * 64 * 64,
+  )
   assert flops.attention(part, 5, 9) == q + k + v + logits + weighted + out
   assert flops.mlp(part, 5) == 2 * 5 * 64 * 256 * 2
   assert flops.blocks(part, 5, 9) == 2 * flops.block(part, 9, 9) + flops.block(part, 5, 9)

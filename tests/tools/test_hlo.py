@@ -133,9 +133,9 @@ def test_loops_of_a_stored_program_are_multiplied_out(tpu):
 def test_collectives_of_a_stored_program(tpu):
   found = hlo_traffic.collectives(tpu, 4)
   assert [(c.kind, c.times, c.sent) for c in found] == [
-      ("all-gather", 7, 3 * 2 * 256 * 1024),
-      ("reduce-scatter", 1, 3 * 2 * 1024 * 1024 // 4),  # an all-reduce of which each device keeps its slice
-      ("all-gather", 1, 3 * 2 * 64 * 64),  # in two kernels, but one channel
+    ("all-gather", 7, 3 * 2 * 256 * 1024),
+    ("reduce-scatter", 1, 3 * 2 * 1024 * 1024 // 4),  # an all-reduce of which each device keeps its slice
+    ("all-gather", 1, 3 * 2 * 64 * 64),  # in two kernels, but one channel
   ]
   assert all(c.group == (0, 1, 2, 3) for c in found)
 
@@ -173,10 +173,18 @@ def test_an_unknown_loop_takes_the_count_that_is_given():
   assert program.unknown_loops == 1
 
 
-@pytest.mark.parametrize(("start", "bound", "direction", "step", "trips"), [
-    (0, 7, "LT", 1, 7), (2, 7, "LT", 1, 5), (0, 7, "LE", 1, 8), (0, 7, "LT", 2, 4), (7, 0, "GT", -1, 7),
-    (6, 0, "GE", -1, 7), (7, 7, "LT", 1, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  ("start", "bound", "direction", "step", "trips"),
+  [
+    (0, 7, "LT", 1, 7),
+    (2, 7, "LT", 1, 5),
+    (0, 7, "LE", 1, 8),
+    (0, 7, "LT", 2, 4),
+    (7, 0, "GT", -1, 7),
+    (6, 0, "GE", -1, 7),
+    (7, 7, "LT", 1, 0),
+  ],
+)
 def test_trips_by_start_bound_and_step(start, bound, direction, step, trips):
   text = TPU.replace("%start.0 = s32[]{:T(128)} constant(0)", f"%start.0 = s32[]{{:T(128)}} constant({start})")
   text = text.replace("%seven = s32[]{:T(128)} constant(7)", f"%seven = s32[]{{:T(128)}} constant({bound})")
@@ -185,7 +193,9 @@ def test_trips_by_start_bound_and_step(start, bound, direction, step, trips):
   assert hlo.matmul_flops(hlo.Program(text)) == trips * 2 * 512 * 1024 * 1024
 
 
-@pytest.mark.parametrize(("text", "group"), [
+@pytest.mark.parametrize(
+  ("text", "group"),
+  [
     ("replica_groups={}", tuple(range(8))),
     ("channel_id=3, replica_groups={{0,2},{4,6},{1,3},{5,7}}, use_global_device_ids=true", (0, 2)),
     ("replica_groups=[2,4]<=[8], dimensions={1}", (0, 1, 2, 3)),
@@ -198,7 +208,8 @@ def test_trips_by_start_bound_and_step(start, bound, direction, step, trips):
     ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}, x=y", (0, 1)),
     ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", (0, 2, 4, 6)),
     ("source_target_pairs={{3,5},{5,3}}", (3, 5)),
-])  # fmt: skip
+  ],
+)
 def test_groups_in_every_notation(text, group):
   assert hlo_traffic.first_group(text, 8) == group
 
@@ -272,17 +283,22 @@ def test_a_scan_over_layers_counts_every_layer():
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolutions_count_what_xla_counts(stride):
   fn = lambda x, w: jax.lax.conv_general_dilated(
-      x, w, (stride, stride), ((1, 1), (1, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC"))  # fmt: skip
+    x, w, (stride, stride), ((1, 1), (1, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
   compiled = compile_for(mesh_of(data=1), fn, P(), ((2, 12, 16, 4), P()), ((3, 3, 4, 8), P()))
   assert hlo.matmul_flops(hlo.Program(compiled.as_text())) == compiled.cost_analysis()["flops"]
 
 
 def test_a_dilated_convolution_counts_pairs_by_hand():
   """How TPUs write 3 products of 2 rows with 5 columns, over 4 numbers: a diagonal of a convolution full of holes."""
-  line = ("  ROOT %y = f32[3,2,5]{2,1,0} convolution(%a, %b), window={size=3 stride=2 pad=0_0 lhs_dilate=3}, "
-          "dim_labels=0bf_0oi->0bf")
-  text = ("ENTRY %main (a: f32[3,2,4], b: f32[3,5,4]) -> f32[3,2,5] {\n  %a = f32[3,2,4]{2,1,0} parameter(0)\n"
-          f"  %b = f32[3,5,4]{{2,1,0}} parameter(1)\n{line}\n}}\n")
+  line = (
+    "  ROOT %y = f32[3,2,5]{2,1,0} convolution(%a, %b), window={size=3 stride=2 pad=0_0 lhs_dilate=3}, "
+    "dim_labels=0bf_0oi->0bf"
+  )
+  text = (
+    "ENTRY %main (a: f32[3,2,4], b: f32[3,5,4]) -> f32[3,2,5] {\n  %a = f32[3,2,4]{2,1,0} parameter(0)\n"
+    f"  %b = f32[3,5,4]{{2,1,0}} parameter(1)\n{line}\n}}\n"
+  )
   assert hlo.matmul_flops(hlo.Program(text)) == 2 * 3 * 2 * 5 * 4
 
 

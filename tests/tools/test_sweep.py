@@ -63,12 +63,13 @@ def parsed(config, *args):
 
 def test_every_value_reaches_the_config_of_its_run(tmp_path, capsys):
   runs = {
-      "tuple": {"tokens.levels": (5, 3), "tokens.num_registers": 8}, "one": {"tokens.levels": (7,)},
-      "list": {"eval.sources": ["synthetic", "it's"], "eval.num_tokens": []},
-      "text": {"data.sources.folder.path": "/mnt/it's \"here\" $HOME; a\\b", "init_from": "", "dtype": "(8, 5)"},
-      "r1.5": {"optim.learning_rate": 1, "optim.weight_decay": -1e-30, "fast": False, "seed": 3},
-      "same": {},
-  }  # fmt: skip
+    "tuple": {"tokens.levels": (5, 3), "tokens.num_registers": 8},
+    "one": {"tokens.levels": (7,)},
+    "list": {"eval.sources": ["synthetic", "it's"], "eval.num_tokens": []},
+    "text": {"data.sources.folder.path": '/mnt/it\'s "here" $HOME; a\\b', "init_from": "", "dtype": "(8, 5)"},
+    "r1.5": {"optim.learning_rate": 1, "optim.weight_decay": -1e-30, "fast": False, "seed": 3},
+    "same": {},
+  }
   config = config_file(tmp_path, runs)
   found = listed(capsys, f"--config={config}:x")
   assert list(found) == list(runs)
@@ -91,7 +92,9 @@ def test_the_ablation_has_every_mode(capsys):
     assert parsed(f"{ROOT}/configs/ablation_nested.py", *words).tokens.nested_dropout == mode
 
 
-@pytest.mark.parametrize("words, runs", [
+@pytest.mark.parametrize(
+  "words, runs",
+  [
     ("run 'a' of the sweep sets tokens.nested: Key \"nested\" does not exist", {"a": {"tokens.nested": "pow2"}}),
     ("run 'a' of the sweep sets token.x: .*\"token\" was not found", {"a": {"token.x": 1}}),
     ("run 'b' of the sweep sets train.num_steps: .*0.5 is of original type", {"a": {}, "b": {"train.num_steps": 0.5}}),
@@ -109,7 +112,8 @@ def test_the_ablation_has_every_mode(capsys):
     ("get_sweep.. of .* must return .*, got \\[1\\]", [1]),
     ("get_sweep.. of .* must return", {"a": 3}),
     ("get_sweep.. of .*: ZeroDivisionError: division by zero", "1 / 0"),
-])  # fmt: skip
+  ],
+)
 def test_a_sweep_that_cannot_be_is_one_line(words, runs, tmp_path, monkeypatch):
   argv = ["--list", f"--config={config_file(tmp_path, runs)}", "--config.seed=7"]
   monkeypatch.setattr(sys, "argv", ["sweep", *argv])  # where overrides are looked for
@@ -120,8 +124,13 @@ def test_bad_flags_are_one_line(tmp_path):
   fails("configs/debug.py has no get_sweep()", sweep, "--list", f"--config={ROOT}/configs/debug.py")
   fails("--list is missing --config", sweep, "--list")
   fails("give --dir=DIR, or", sweep)
-  fails("--only=c: there is no such run in the sweep, which has a, b", sweep, "--list", "--only=c",
-        f"--config={config_file(tmp_path, {'a': {}, 'b': {}})}")
+  fails(
+    "--only=c: there is no such run in the sweep, which has a, b",
+    sweep,
+    "--list",
+    "--only=c",
+    f"--config={config_file(tmp_path, {'a': {}, 'b': {}})}",
+  )
   fails(f"no runs in {tmp_path}: ", sweep, f"--dir={tmp_path}")
   fails("no runs in /absent: ", sweep, "--dir=/absent")
 
@@ -156,8 +165,13 @@ def rows_of(text, title):
 def runs(tmp_path):
   scores = lambda x: {"synthetic": {"1": {"psnr": x, "mae": 0.5}, "4": {"psnr": x + 1.234, "mae": 0.25}}}
   write_run(tmp_path, "r16", [(5, 1.0), (10, 0.75)], {"00000010": scores(12.0)}, seed=16)
-  write_run(tmp_path, "r8", [(5, 2.0), (10, 0.5), (5, 1.5), (10, 0.25)],  # killed and resumed
-            {"00000010": scores(1.0), "": scores(10.0)}, **{"seed": 8, "tokens.levels": (5, 3)})  # fmt: skip
+  write_run(
+    tmp_path,
+    "r8",
+    [(5, 2.0), (10, 0.5), (5, 1.5), (10, 0.25)],  # killed and resumed
+    {"00000010": scores(1.0), "": scores(10.0)},
+    **{"seed": 8, "tokens.levels": (5, 3)},
+  )
   write_run(tmp_path, "begun", [])
   (tmp_path / "empty").mkdir()
   (tmp_path / "notes.txt").write_text("of mine")
@@ -168,14 +182,17 @@ def test_a_table_compares_the_runs_of_a_folder(runs, capsys):
   run(sweep, f"--dir={runs}", f"--out={runs / 'out'}")
   printed, text = capsys.readouterr().out, (runs / "out" / "table.md").read_text()
   assert rows_of(text, "Runs") == {
-      "run": ["seed", "tokens.levels", "steps", "loss", "images/s", "report"],
-      "begun": ["0", "(8, 8, 8, 5, 5, 5)", "-", "-", "-", "-"],
-      "r8": ["8", "(5, 3)", "10", "0.25", "12.5", "eval/report.json"],
-      "r16": ["16", "(8, 8, 8, 5, 5, 5)", "10", "0.75", "10.5", "eval/00000010/report.json"],
+    "run": ["seed", "tokens.levels", "steps", "loss", "images/s", "report"],
+    "begun": ["0", "(8, 8, 8, 5, 5, 5)", "-", "-", "-", "-"],
+    "r8": ["8", "(5, 3)", "10", "0.25", "12.5", "eval/report.json"],
+    "r16": ["16", "(8, 8, 8, 5, 5, 5)", "10", "0.75", "10.5", "eval/00000010/report.json"],
   }
   assert rows_of(text, "synthetic: PSNR dB") == {
-      "run \\ tokens": ["1", "4"], "begun": ["-", "-"], "r8": ["10.00", "11.23"], "r16": ["12.00", "13.23"]
-  }  # fmt: skip
+    "run \\ tokens": ["1", "4"],
+    "begun": ["-", "-"],
+    "r8": ["10.00", "11.23"],
+    "r16": ["12.00", "13.23"],
+  }
   assert rows_of(text, "synthetic: MAE")["r16"] == ["0.5000", "0.2500"]
   assert all(line in printed for line in text.splitlines() if line.startswith("|"))
   found = json.loads((runs / "out" / "table.json").read_text())
@@ -224,8 +241,15 @@ def script(*args, cwd=ROOT, environ=None, wait=True):
   environ = environ or commands.environment()
   environ = environ | {"PATH": f"{environ['PATH'].split(':')[0]}:{Path(sys.executable).parent}:{environ['PATH']}"}
   pipe = subprocess.PIPE
-  process = subprocess.Popen(["bash", str(ROOT / "launch" / "sweep.sh"), *map(str, args)], cwd=cwd, env=environ,
-                             stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)  # fmt: skip
+  process = subprocess.Popen(
+    ["bash", str(ROOT / "launch" / "sweep.sh"), *map(str, args)],
+    cwd=cwd,
+    env=environ,
+    stdin=subprocess.DEVNULL,
+    stdout=pipe,
+    stderr=pipe,
+    text=True,
+  )
   if not wait:
     return process
   out, err = process.communicate(timeout=600)
@@ -260,9 +284,14 @@ RUNS = {"a_B": {"data.sources.folder.path": "it's $HOME"}, "c": {"tokens.levels"
 
 
 def expected_calls(config, folder, *more):
-  return [[f"--config={config}", f"--workdir={folder}/{name}", *flags_of, *more] for name, flags_of in (
-      ("a_B", ["--config.data.sources.folder.path=it's $HOME"]), ("c", ["--config.tokens.levels=(5, 3)"]), ("d", [])
-  )]  # fmt: skip
+  return [
+    [f"--config={config}", f"--workdir={folder}/{name}", *flags_of, *more]
+    for name, flags_of in (
+      ("a_B", ["--config.data.sources.folder.path=it's $HOME"]),
+      ("c", ["--config.tokens.levels=(5, 3)"]),
+      ("d", []),
+    )
+  ]
 
 
 def test_a_failure_is_told_and_the_others_go_on(stand_in, tmp_path):
@@ -318,13 +347,16 @@ def test_on_a_tpu(made, tmp_path):  # noqa: F811
   assert [call["argv"] for call in made.trainings()] == [["-m", "flextok_jax.train", *words]] * 2
 
 
-@pytest.mark.parametrize("words, args", [
+@pytest.mark.parametrize(
+  "words, args",
+  [
     ("launch/sweep.sh CONFIG DIR [flags], got 'x'", ("x",)),
     ("launch/sweep.sh CONFIG DIR [flags], got '--config=x y'", ("--config=x", "y")),
     ("--workdir=z: the config comes first, then the folder of the runs", ("x", "y", "--workdir=z")),
     ("configs/debug.py has no get_sweep()", ("configs/debug.py", "y")),
     ("unknown config key among --config.sed=3", ("configs/ablation_nested.py", "y", "--config.sed=3")),
-])  # fmt: skip
+  ],
+)
 def test_what_cannot_be_run_is_one_line(words, args, stand_in, tmp_path):
   code, out, err = script(*args, environ=stand_in)
   assert (code, out) == (2, "") and err.startswith("error: ") and words in err and err.count("\n") == 1
@@ -333,8 +365,11 @@ def test_what_cannot_be_run_is_one_line(words, args, stand_in, tmp_path):
 
 def test_a_sweep_from_training_to_the_table(tmp_path):
   """Two real runs and one that fails; rerun, the two have nothing to do."""
-  runs = {"uniform": {"tokens.nested_dropout": "uniform"}, "bad": {"tokens.nested_dropout": "pow3"},
-          "none": {"tokens.nested_dropout": "none"}}  # fmt: skip
+  runs = {
+    "uniform": {"tokens.nested_dropout": "uniform"},
+    "bad": {"tokens.nested_dropout": "pow3"},
+    "none": {"tokens.nested_dropout": "none"},
+  }
   config = config_file(tmp_path, runs)
   code, out, err = script(config, tmp_path / "runs")
   assert code == 1 and "error: unknown tokens.nested_dropout 'pow3'" in err and err.endswith("error: failed: bad\n")
@@ -342,8 +377,9 @@ def test_a_sweep_from_training_to_the_table(tmp_path):
   rows = rows_of(text, "Runs")
   assert rows["run"][:2] == ["tokens.nested_dropout", "steps"]
   assert {name: row[:2] for name, row in rows.items() if name != "run"} == {
-      "uniform": ["uniform", "2"], "none": ["none", "2"]
-  }  # fmt: skip
+    "uniform": ["uniform", "2"],
+    "none": ["none", "2"],
+  }
   for name in ("uniform", "none"):
     report = json.loads((tmp_path / "runs" / name / "eval" / "00000002" / "report.json").read_text())
     by_tokens = report["sets"]["synthetic"]["by_tokens"]

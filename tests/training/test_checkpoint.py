@@ -144,7 +144,9 @@ def test_damaged_and_foreign_weights_are_one_line(config, params, tmp_path):
   fails("empty holds no checkpoint", loading.load, str(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize("text, pattern", [
+@pytest.mark.parametrize(
+  "text, pattern",
+  [
     ("{", "is not JSON"),
     ("[1, 2]", "does not name a stage"),
     ("null", "does not name a stage"),
@@ -156,12 +158,17 @@ def test_damaged_and_foreign_weights_are_one_line(config, params, tmp_path):
     ("registers", "has shape .*, its configuration asks for"),
     ("negative", "describes no model"),
     ("text", "describes no model"),
-])  # fmt: skip
+  ],
+)
 def test_absurd_configs_in_weights_are_one_line(config, params, tmp_path, text, pattern):
   values = json.loads(config.to_json())
-  changes = dict(width=("encoder", "width", 48), depth=("decoder", "depth", 3),
-                 registers=("tokens", "num_registers", 8), negative=("encoder", "width", -32),
-                 text=("decoder", "patch_size", "four"))  # fmt: skip
+  changes = dict(
+    width=("encoder", "width", 48),
+    depth=("decoder", "depth", 3),
+    registers=("tokens", "num_registers", 8),
+    negative=("encoder", "width", -32),
+    text=("decoder", "patch_size", "four"),
+  )
   if text in changes:
     part, name, value = changes[text]
     values[part][name] = value
@@ -226,8 +233,11 @@ def test_kept_checkpoints(config, tmp_path):
 def test_what_the_loss_alone_needs_is_restored_by_a_run_and_left_unread_by_loaders(config, tmp_path):
   plain = random_state(config, 5)
   helper, network = {"bias": jnp.arange(3.0)}, {"scale": jnp.ones(2)}
-  state = plain.replace(params=plain.params | {"helper": helper}, ema=plain.ema | {"helper": helper},
-                        frozen=plain.frozen | {"network": network})
+  state = plain.replace(
+    params=plain.params | {"helper": helper},
+    ema=plain.ema | {"helper": helper},
+    frozen=plain.frozen | {"network": network},
+  )
   save_states(tmp_path, config, state)
   loaded_config, loaded = loading.load(str(tmp_path))
   assert loaded_config == config
@@ -350,17 +360,21 @@ def test_a_workdir_belongs_to_one_config(config, tmp_path):
   assert checkpoint.read_config(workdir) == config
   text = (tmp_path / "a" / "b" / "config.json").read_text()
   for name, overrides in {
-      "seed": dict(seed=1),
-      "encoder.width": dict(encoder=dict(width=64)),
-      "tokens.levels": dict(tokens=dict(levels=(8, 6, 5))),
-      "data.global_batch": dict(data=dict(global_batch=16)),
-      "data.sources.synthetic.weight": dict(data=dict(sources=dict(synthetic=dict(weight=0.5)))),
-      "optim.learning_rate": dict(optim=dict(learning_rate=2e-3)),
-      "stage": dict(stage="vae"),
-      "vae.kind": dict(vae=VAE),
+    "seed": dict(seed=1),
+    "encoder.width": dict(encoder=dict(width=64)),
+    "tokens.levels": dict(tokens=dict(levels=(8, 6, 5))),
+    "data.global_batch": dict(data=dict(global_batch=16)),
+    "data.sources.synthetic.weight": dict(data=dict(sources=dict(synthetic=dict(weight=0.5)))),
+    "optim.learning_rate": dict(optim=dict(learning_rate=2e-3)),
+    "stage": dict(stage="vae"),
+    "vae.kind": dict(vae=VAE),
   }.items():
-    fails(rf"workdir {workdir} belongs to another config: .*; use another --workdir", checkpoint.claim_workdir, workdir,
-          config_of(**overrides))
+    fails(
+      rf"workdir {workdir} belongs to another config: .*; use another --workdir",
+      checkpoint.claim_workdir,
+      workdir,
+      config_of(**overrides),
+    )
     with pytest.raises(ValueError, match=rf"config: {name if name != 'vae.kind' else 'vae.block_out_channels'} is "):
       checkpoint.claim_workdir(workdir, config_of(**overrides))
   assert (tmp_path / "a" / "b" / "config.json").read_text() == text
@@ -372,9 +386,9 @@ def test_a_run_from_before_an_option_goes_on_where_it_is_off(config, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(old))
   checkpoint.check_workdir(str(tmp_path), config)
   for name, overrides in {
-      "tokens.corruption is None there and 0.1 here": dict(tokens=dict(corruption=0.1)),
-      "repa.block is None there": dict(repa=dict(weight=0.5)),
-      "discriminator.channels is None there": dict(discriminator=dict(weight=0.5)),
+    "tokens.corruption is None there and 0.1 here": dict(tokens=dict(corruption=0.1)),
+    "repa.block is None there": dict(repa=dict(weight=0.5)),
+    "discriminator.channels is None there": dict(discriminator=dict(weight=0.5)),
   }.items():
     fails(f"belongs to another config: {name}", checkpoint.check_workdir, str(tmp_path), config_of(**overrides))
 
@@ -382,21 +396,22 @@ def test_a_run_from_before_an_option_goes_on_where_it_is_off(config, tmp_path):
 def test_what_a_resumed_run_may_change(config, tmp_path):
   checkpoint.claim_workdir(str(tmp_path), config)
   changed = config_of(
-      train=dict(num_steps=999, log_every=1, tensorboard=True),
-      eval=dict(sources=("synthetic", "photos"), num_images=9),
-      sampler=dict(num_steps=7, guidance="apg"),
-      mesh=dict(data=2, fsdp=4),
-      remat="full",
-      init_from="elsewhere",
-      data=dict(num_threads=5, num_workers=2, prefetch=9, max_unreadable=0.5),
+    train=dict(num_steps=999, log_every=1, tensorboard=True),
+    eval=dict(sources=("synthetic", "photos"), num_images=9),
+    sampler=dict(num_steps=7, guidance="apg"),
+    mesh=dict(data=2, fsdp=4),
+    remat="full",
+    init_from="elsewhere",
+    data=dict(num_threads=5, num_workers=2, prefetch=9, max_unreadable=0.5),
   )
   checkpoint.claim_workdir(str(tmp_path), changed)
   assert checkpoint.read_config(str(tmp_path)).train.num_steps == 999
 
 
-@pytest.mark.parametrize("text, pattern", [
-    ("", "is not JSON"), ("{", "is not JSON"), ("[]", "does not name a stage"), ("\0\xff", "is not JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "text, pattern",
+  [("", "is not JSON"), ("{", "is not JSON"), ("[]", "does not name a stage"), ("\0\xff", "is not JSON")],
+)
 def test_damaged_config_of_a_workdir_is_one_line(config, tmp_path, text, pattern):
   (tmp_path / "config.json").write_text(text, encoding="latin-1")
   fails(rf"{tmp_path}/config.json.*{pattern}", checkpoint.claim_workdir, str(tmp_path), config)

@@ -166,12 +166,15 @@ def test_a_profile_of_the_steps_asked_for(calls, capsys):
   assert capsys.readouterr().out == "profile of steps 3 to 4: /runs/a/profile\n"
 
 
-@pytest.mark.parametrize("steps, first, last, expected", [
+@pytest.mark.parametrize(
+  "steps, first, last, expected",
+  [
     ((), 1, 3, [1, 2, 3]),
     ((3, 5), 4, 5, [START, 4, ("wait", "state 4"), STOP, 5]),  # resumed in between
     ((3, 5), 5, 6, [5, 6]),  # or after it
     ((3, 9), 2, 4, [2, START, 3, 4, STOP]),  # ended before it
-])
+  ],
+)
 def test_a_profile_of_a_part_of_them(calls, steps, first, last, expected):
   assert profiled(steps, first, last, calls) == expected
 

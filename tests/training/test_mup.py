@@ -78,7 +78,7 @@ def test_updates_scale_by_the_own_width_and_decay_does_not(name, power):
   (standard, decay), (scaled, scaled_decay) = updates(0), updates(16)
   decayed = 0
   for (path, a), b, c, d in zip(
-      jax.tree.leaves_with_path(scaled), *map(jax.tree.leaves, (standard, scaled_decay, decay)), strict=True
+    jax.tree.leaves_with_path(scaled), *map(jax.tree.leaves, (standard, scaled_decay, decay)), strict=True
   ):
     names = mup.names_of(path)
     ratio = 1.0
@@ -183,8 +183,8 @@ def test_bad_input_is_one_line(config_file, tmp_path):
   fails("ar.width 24 is not a multiple of ar.head_dim 16", mup_check, given, out, "--widths=24,32")
   fails("--steps=0 must be at least 1", mup_check, given, out, "--steps=0")
   for fields, words in (
-      ('stage="vae"', "stage 'vae' has no width: muP is of stages 'tokenizer' and 'ar'"),
-      ('data=dict(latents="there")', "the check looks at images: it takes no config.data.latents=there"),
+    ('stage="vae"', "stage 'vae' has no width: muP is of stages 'tokenizer' and 'ar'"),
+    ('data=dict(latents="there")', "the check looks at images: it takes no config.data.latents=there"),
   ):
     (tmp_path / "other.py").write_text(f"from configs import common\nget_config = lambda: common.derive({fields})\n")
     fails(words, mup_check, f"--config={tmp_path / 'other.py'}", out)

@@ -44,8 +44,9 @@ def test_muon_moves_the_blocks_matrices_along_orthogonal_ones_and_the_rest_as_ad
 
   matrices = 0
   for (path, update), grad, adam in zip(
-      jax.tree_util.tree_leaves_with_path(first_step("muon")), *map(jax.tree.leaves, (grads, first_step("adamw"))),
-      strict=True,
+    jax.tree_util.tree_leaves_with_path(first_step("muon")),
+    *map(jax.tree.leaves, (grads, first_step("adamw"))),
+    strict=True,
   ):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     if not name.endswith("kernel") or "transformer" not in name:
@@ -101,12 +102,15 @@ def test_sensible_settings_say_nothing():
   assert optim.check(settings_of(mup_base_width=32)) == []  # the width of both halves
 
 
-@pytest.mark.parametrize("overrides, words", [
+@pytest.mark.parametrize(
+  "overrides, words",
+  [
     (dict(learning_rate=0.06), "learning_rate=0.06 is over 100 times above the usual, .* about 0.0005 with adamw"),
     (dict(learning_rate=4e-6), "learning_rate=4e-06 is over 100 times below"),
     (dict(warmup_steps=100_000), "warmup_steps=100000 is not below train.num_steps=100000: .* only rises"),
     (dict(ema_decay=0.999995), "ema_decay=0.999995 averages 200000 steps, the run has train.num_steps=100000"),
-])
+  ],
+)
 def test_settings_that_are_rarely_meant_are_one_line(overrides, words):
   (line,) = optim.check(settings_of(**overrides))
   assert re.search(words, line) and line.startswith("optim.") and "\n" not in line
@@ -128,7 +132,9 @@ def test_readouts_that_do_not_go_with_mup():
     optim.check(config)
 
 
-@pytest.mark.parametrize("overrides, words", [
+@pytest.mark.parametrize(
+  "overrides, words",
+  [
     (dict(learning_rate=0.0), "optim.learning_rate must be a number above 0, got 0.0"),
     (dict(learning_rate=float("nan")), "optim.learning_rate must be a number above 0, got nan"),
     (dict(clip_norm=-1.0), "optim.clip_norm must be a number above 0, got -1.0"),
@@ -137,7 +143,8 @@ def test_readouts_that_do_not_go_with_mup():
     (dict(ema_decay=1.0), r"optim.ema_decay must be a number in \[0, 1\), got 1.0"),
     (dict(warmup_steps=-1), "optim.warmup_steps must be a number of at least 0 and whole, got -1"),
     (dict(mup_base_width=-64), "optim.mup_base_width must be a number of at least 0 and whole, got -64"),
-])
+  ],
+)
 def test_settings_that_cannot_be_are_refused(overrides, words):
   with pytest.raises(ValueError, match=words):
     optim.check(settings_of(**overrides))

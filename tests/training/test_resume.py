@@ -19,10 +19,16 @@ from tests.support.commands import environment
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 40, 10
-COMMAND = ["--config=configs/debug.py", f"--config.train.num_steps={STEPS}", "--config.train.log_every=1",
-           f"--config.train.checkpoint_every={EVERY}", "--config.train.keep_checkpoints=9",
-           f"--config.train.eval_every={STEPS}", "--config.train.export_dtype=float32",
-           "--config.optim.name=muon"]  # Adam's moments and Muon's; fmt: skip
+COMMAND = [
+  "--config=configs/debug.py",
+  f"--config.train.num_steps={STEPS}",
+  "--config.train.log_every=1",
+  f"--config.train.checkpoint_every={EVERY}",
+  "--config.train.keep_checkpoints=9",
+  f"--config.train.eval_every={STEPS}",
+  "--config.train.export_dtype=float32",
+  "--config.optim.name=muon",
+]  # Adam's moments and Muon's; fmt: skip
 
 # The command with a signal to itself at a chosen moment: no clock decides where it falls.
 DRIVER = """
@@ -59,12 +65,20 @@ cli.run(train.main)
 def start(workdir, moment="", cache=None):
   """Runs the train command on one device, signalled at a moment if one is given; compiled anew without a cache."""
   program = ["-c", DRIVER, moment] if moment else ["-m", "flextok_jax.train"]
-  env = environment(JAX_ENABLE_COMPILATION_CACHE=str(bool(cache)), JAX_COMPILATION_CACHE_DIR=str(cache),
-                    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")  # fmt: skip
+  env = environment(
+    JAX_ENABLE_COMPILATION_CACHE=str(bool(cache)),
+    JAX_COMPILATION_CACHE_DIR=str(cache),
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+  )
   return subprocess.run(
-      [sys.executable, *program, *COMMAND, f"--workdir={workdir}"],
-      cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600,
-  )  # fmt: skip
+    [sys.executable, *program, *COMMAND, f"--workdir={workdir}"],
+    cwd=ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=600,
+  )
 
 
 def checkpoint_steps(workdir):

@@ -27,8 +27,14 @@ from tests.support.commands import environment
 from tests.training.test_update import assert_trees_equal, config_of
 
 ROOT = Path(__file__).parents[2]
-VAE = dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(8,), layers_per_block=1, norm_groups=4,
-           scaling_factor=0.5)  # fmt: skip
+VAE = dict(
+  kind="autoencoder_kl",
+  latent_channels=4,
+  block_out_channels=(8,),
+  layers_per_block=1,
+  norm_groups=4,
+  scaling_factor=0.5,
+)
 
 
 def read_metrics(workdir):
@@ -51,8 +57,9 @@ def files_of(folder):
 
 
 def config_of_run(**settings):
-  train_settings = dict(num_steps=20, log_every=4, checkpoint_every=8, eval_every=10, keep_checkpoints=2, keep_period=0,
-                        tensorboard=True)  # fmt: skip
+  train_settings = dict(
+    num_steps=20, log_every=4, checkpoint_every=8, eval_every=10, keep_checkpoints=2, keep_period=0, tensorboard=True
+  )
   return config_of(train=train_settings | settings)
 
 
@@ -87,8 +94,19 @@ def test_metrics_of_a_run(run):
     assert all(np.isfinite(v) for v in x.values())
     assert x["loss"] > 0 and x["grad_norm"] > 0 and x["unreadable"] == 0 and x["images_per_second"] > 0
     assert {"loss_k1", "loss_k2", "loss_k4"} & set(x) and set(x) - {"step"} <= {
-        "loss", "loss_k1", "loss_k2", "loss_k4", "loss_null", "saturation", "grad_norm", "unreadable", "learning_rate",
-        "images_per_second", "eta_seconds", *(f"time/{kind}" for kind in goodput.KINDS)}  # fmt: skip
+      "loss",
+      "loss_k1",
+      "loss_k2",
+      "loss_k4",
+      "loss_null",
+      "saturation",
+      "grad_norm",
+      "unreadable",
+      "learning_rate",
+      "images_per_second",
+      "eta_seconds",
+      *(f"time/{kind}" for kind in goodput.KINDS),
+    }
     np.testing.assert_allclose(x["learning_rate"], schedule(x["step"] - 1), rtol=1e-6)
     np.testing.assert_allclose(x["eta_seconds"], (20 - x["step"]) * 8 / x["images_per_second"], rtol=1e-6)
   assert [x["step"] for x in evals] == [10, 20]
@@ -117,9 +135,12 @@ def test_tensorboard_holds_the_same_numbers(run):
   events = event_accumulator.EventAccumulator(str(run.workdir / "tensorboard"), {"tensors": 0}).Reload()
   lines, evals = read_metrics(run.workdir)
   for name in ("loss", "learning_rate", "eval/synthetic/psnr_4"):
-    written = {e.step: float(np.asarray(e.tensor_proto.float_val)[0]) if e.tensor_proto.float_val
-               else float(np.frombuffer(e.tensor_proto.tensor_content, np.float32)[0])
-               for e in events.Tensors(name)}  # fmt: skip
+    written = {
+      e.step: float(np.asarray(e.tensor_proto.float_val)[0])
+      if e.tensor_proto.float_val
+      else float(np.frombuffer(e.tensor_proto.tensor_content, np.float32)[0])
+      for e in events.Tensors(name)
+    }
     expected = {x["step"]: x[name] for x in (evals if "/" in name else lines)}
     assert written == pytest.approx(expected, rel=1e-5)
 
@@ -156,7 +177,7 @@ def test_weights_that_do_not_tell_their_step_are_written_anew(run, tmp_path, con
 
 
 def test_an_extended_run_killed_before_its_export_does_not_keep_the_old_weights(
-    run, tmp_path, monkeypatch, capsys, sigterm_handler
+  run, tmp_path, monkeypatch, capsys, sigterm_handler
 ):
   workdir = tmp_path / "copy"
   shutil.copytree(run.workdir, workdir)
@@ -209,13 +230,16 @@ def asked_for(repository):
   raise FileNotFoundError(f"asked the hub for {repository}")
 
 
-@pytest.mark.parametrize("vae,init_from,error,words", [
+@pytest.mark.parametrize(
+  "vae,init_from,error,words",
+  [
     (VAE, "", ValueError, "the frozen vae needs trained weights: give --config.init_from=PATH"),
     (VAE, "/absent/run", FileNotFoundError, "no such checkpoint: /absent/run"),
     ({}, "absent/vae.safetensors", FileNotFoundError, "no such checkpoint: absent/vae.safetensors"),
     (VAE, __file__, ValueError, "test_train.py is not a whole safetensors file"),
     (VAE, "EPFL-VILAB/flextok_vae_c16", FileNotFoundError, "asked the hub for EPFL-VILAB/flextok_vae_c16"),
-])  # fmt: skip
+  ],
+)
 def test_a_wrong_init_from_is_said_before_anything_is_compiled(tmp_path, monkeypatch, vae, init_from, error, words):
   inits, init_state = [], train.init_state
   monkeypatch.setattr(train, "init_state", lambda *args: inits.append(1) or init_state(*args))
@@ -239,8 +263,9 @@ def test_autoencoder_then_tokenizer_over_it(tmp_path, capsys):
   x = lines[-1]
   np.testing.assert_allclose(x["loss"], x["l1"] + vae_config.vae_loss.kl_weight * x["kl"], rtol=1e-4)
 
-  config = config_of(vae=VAE, init_from=str(tmp_path / "vae"),
-                     train=dict(num_steps=3, log_every=1, checkpoint_every=3, eval_every=3))  # fmt: skip
+  config = config_of(
+    vae=VAE, init_from=str(tmp_path / "vae"), train=dict(num_steps=3, log_every=1, checkpoint_every=3, eval_every=3)
+  )
   train.train(config, str(tmp_path / "tokenizer"))
   trained, average = read_checkpoint(tmp_path / "vae", 40, "params"), read_checkpoint(tmp_path / "vae", 40, "ema")
   frozen = read_checkpoint(tmp_path / "tokenizer", 3, "frozen")
@@ -316,10 +341,14 @@ def pictures(tmp_path_factory):
 
 
 def folder_config(pictures, max_unreadable, **settings):
-  sources = dict(synthetic=dict(weight=0.0),
-                 folder=dict(weight=1.0, path=str(pictures / "train"), val_path=str(pictures / "val")))  # fmt: skip
-  return config_of(data=dict(sources=sources, max_unreadable=max_unreadable), eval=dict(sources=("folder",)),
-                   train=dict(num_steps=20, **settings))  # fmt: skip
+  sources = dict(
+    synthetic=dict(weight=0.0), folder=dict(weight=1.0, path=str(pictures / "train"), val_path=str(pictures / "val"))
+  )
+  return config_of(
+    data=dict(sources=sources, max_unreadable=max_unreadable),
+    eval=dict(sources=("folder",)),
+    train=dict(num_steps=20, **settings),
+  )
 
 
 def test_a_few_unreadable_files_are_passed_over_and_counted(pictures, tmp_path):
@@ -349,10 +378,22 @@ PathFinder.find_spec = lambda name, *args: None if name.split(".")[0] == "tensor
 from flextok_jax import cli, train
 cli.run(train.main)
 """
-  args = ["--config=configs/debug.py", f"--workdir={tmp_path}", "--config.train.num_steps=2",
-          "--config.train.log_every=1", "--config.train.tensorboard=True"]  # fmt: skip
-  done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, env=environment(), capture_output=True,
-                        text=True, check=False, timeout=300)  # fmt: skip
+  args = [
+    "--config=configs/debug.py",
+    f"--workdir={tmp_path}",
+    "--config.train.num_steps=2",
+    "--config.train.log_every=1",
+    "--config.train.tensorboard=True",
+  ]
+  done = subprocess.run(
+    [sys.executable, "-c", code, *args],
+    cwd=ROOT,
+    env=environment(),
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=300,
+  )
   assert done.returncode == 0, done.stderr
   assert done.stdout.count("loss") == 2 and (done.stdout + done.stderr).count("TensorBoard") == 1
   lines, evals = read_metrics(tmp_path)

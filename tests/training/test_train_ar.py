@@ -35,13 +35,19 @@ def written(tmp_path_factory):
 def config_of(written, **overrides):
   ar = dict(width=32, depth=2, head_dim=16, num_ids=IDS, num_tokens=TOKENS, num_classes=3) | overrides.pop("ar", {})
   text = dict(encoder="bytes", max_length=8, features=32, mlp_hidden=32, depth=1, head_dim=16)
-  settings = dict(num_steps=12, log_every=4, checkpoint_every=6, eval_every=6, keep_checkpoints=2, keep_period=0,
-                  tensorboard=False) | overrides.pop("train", {})
+  settings = dict(
+    num_steps=12, log_every=4, checkpoint_every=6, eval_every=6, keep_checkpoints=2, keep_period=0, tensorboard=False
+  ) | overrides.pop("train", {})
   return derive(
-      stage="ar", dtype="float32", ar=ar, text=text, train=settings,
-      data=dict(tokens=str(written), global_batch=8, num_threads=2, prefetch=1) | overrides.pop("data", {}),
-      optim=dict(learning_rate=1e-2, warmup_steps=2, ema_decay=0.9),
-      eval=dict(num_images=7, batch_size=4), **overrides,
+    stage="ar",
+    dtype="float32",
+    ar=ar,
+    text=text,
+    train=settings,
+    data=dict(tokens=str(written), global_batch=8, num_threads=2, prefetch=1) | overrides.pop("data", {}),
+    optim=dict(learning_rate=1e-2, warmup_steps=2, ema_decay=0.9),
+    eval=dict(num_images=7, batch_size=4),
+    **overrides,
   )
 
 
@@ -131,12 +137,15 @@ def test_classes_train(written, tmp_path):
   assert gen.generate(jax.random.key(0), [0, 2]).shape == (2, TOKENS) and gen.stop_id is None
 
 
-@pytest.mark.parametrize("settings, pattern", [
+@pytest.mark.parametrize(
+  "settings, pattern",
+  [
     (dict(data=dict(tokens="")), "--config.data.tokens=DIR"),
     (dict(ar=dict(num_ids=150)), "give --config.ar.num_ids=200"),
     (dict(ar=dict(condition="image")), "unknown ar.condition 'image': one of class, text, none"),
     (dict(ar=dict(drop_condition=1.0)), r"ar.drop_condition must lie in \[0, 1\), got 1.0"),
-])
+  ],
+)
 def test_bad_settings_are_one_line(written, tmp_path, settings, pattern):
   with pytest.raises(ValueError, match=pattern):
     train.train(config_of(written, **settings), str(tmp_path / "new"))
@@ -162,8 +171,9 @@ def test_t5_features_come_from_outside_of_the_state(written, tmp_path):
   assert float(loss) == pytest.approx(float(metrics["loss"][0] / metrics["loss"][1]), rel=1e-6)
 
   gen = flextok_jax.ARGenerator(params, FrozenConfigDict(config))
-  rows = {tuple(ids): features for ids, features in zip(np.asarray(batch["text_ids"]).tolist(),
-                                                        prepared["text_features"])}
+  rows = {
+    tuple(ids): features for ids, features in zip(np.asarray(batch["text_ids"]).tolist(), prepared["text_features"])
+  }
   tokenizer = make_tokenizer(config.text)
   for caption in ("a", "b", "c"):
     ids, lengths = tokenizer([caption])

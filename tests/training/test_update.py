@@ -43,9 +43,9 @@ class LinearStage(Stage):
     per_sample = jnp.square(x @ params["linear"]["kernel"] - params["vae"]["kernel"].sum()).mean(-1)
     low = per_sample < 2
     return per_sample.mean(), {
-        "loss": (per_sample.sum(), per_sample.size),
-        "low": (jnp.where(low, per_sample, 0).sum(), low.sum()),
-        "draw": (jax.random.uniform(key), 1),
+      "loss": (per_sample.sum(), per_sample.size),
+      "low": (jnp.where(low, per_sample, 0).sum(), low.sum()),
+      "draw": (jax.random.uniform(key), 1),
     }
 
 
@@ -133,7 +133,6 @@ def test_frozen_parts_are_not_trained():
 
 def test_a_gradient_that_is_not_finite_is_noticed():
   class Kink(LinearStage):  # a finite loss with an infinite slope
-
     def loss_fn(self, params, batch, key, step):
       loss, metrics = super().loss_fn(params, batch, key, step)
       return loss + jnp.sqrt(jnp.square(params["linear"]["kernel"] * 0).sum()), metrics
@@ -146,7 +145,7 @@ def test_a_gradient_that_is_not_finite_is_noticed():
 
 def test_metrics_merge_as_weighted_means():
   make = lambda total, count, finite, step: metrics_lib.from_update(
-      {"a": (total, count), "empty": (0.0, 0)}, jnp.int32(2), jnp.bool_(finite), jnp.int32(step)
+    {"a": (total, count), "empty": (0.0, 0)}, jnp.int32(2), jnp.bool_(finite), jnp.int32(step)
   )
   merged = metrics_lib.merge(metrics_lib.merge(make(6.0, 3, True, 7), make(1.0, 1, False, 8)), make(3.0, 0, False, 9))
   assert metrics_lib.compute(merged) == {"a": 2.5, "unreadable": 6, "first_bad_step": 8}

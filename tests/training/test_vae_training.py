@@ -34,13 +34,20 @@ STEPS = 4
 
 def config_of_run(**overrides):
   """Four steps, the discriminator in the last two; a checkpoint after two."""
-  run = dict(num_steps=STEPS, log_every=1, checkpoint_every=2, eval_every=STEPS, keep_checkpoints=2,
-             export_dtype="float32")  # fmt: skip
-  return config_of(**dict(
-      image_size=16, vae=dict(latent_channels=16, scaling_factor=0.0), train=run,
-      discriminator=dict(weight=0.5, start_step=2, channels=4, num_layers=1), optim=dict(warmup_steps=1),
+  run = dict(
+    num_steps=STEPS, log_every=1, checkpoint_every=2, eval_every=STEPS, keep_checkpoints=2, export_dtype="float32"
+  )
+  return config_of(
+    **dict(
+      image_size=16,
+      vae=dict(latent_channels=16, scaling_factor=0.0),
+      train=run,
+      discriminator=dict(weight=0.5, start_step=2, channels=4, num_layers=1),
+      optim=dict(warmup_steps=1),
       eval=dict(num_images=6, batch_size=4),
-  ) | overrides)  # fmt: skip
+    )
+    | overrides
+  )
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +215,9 @@ def test_a_benchmark_has_all_parts(networks):
 def test_the_discriminator_has_an_optimiser_of_its_own():
   """Each side is clipped by its own norm, and moved by its own Adam at its own rate."""
   own = dict(learning_rate=0.02, clip_norm=2.0, b1=0.5, b2=0.9)
-  settings = config_of(optim=dict(learning_rate=0.1, warmup_steps=0, clip_norm=0.5, weight_decay=0.0, b1=0.0,
-                                  discriminator=own)).optim  # fmt: skip
+  settings = config_of(
+    optim=dict(learning_rate=0.1, warmup_steps=0, clip_norm=0.5, weight_decay=0.0, b1=0.0, discriminator=own)
+  ).optim
   optimizer = optim.make_optimizer(settings, 100)
   params = {"vae": {"kernel": jnp.zeros(4)}, "discriminator": {"kernel": jnp.zeros(4)}}
   grads = {"vae": {"kernel": jnp.full(4, 30.0)}, "discriminator": {"kernel": jnp.full(4, 7.0)}}
@@ -218,8 +226,10 @@ def test_the_discriminator_has_an_optimiser_of_its_own():
     updates, state = optimizer.update(grads, state, params)
   np.testing.assert_allclose(updates["vae"]["kernel"], np.full(4, -0.1), rtol=2e-2)  # of the cosine
   np.testing.assert_allclose(updates["discriminator"]["kernel"], np.full(4, -0.02), rtol=2e-2)
-  mu = {name: next(s.mu for s in jax.tree.leaves(inner, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
-        for name, inner in state.inner_states.items()}  # fmt: skip
+  mu = {
+    name: next(s.mu for s in jax.tree.leaves(inner, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
+    for name, inner in state.inner_states.items()
+  }
   np.testing.assert_allclose(optax.tree.norm(mu["rest"]), 0.5, rtol=1e-5)
   np.testing.assert_allclose(optax.tree.norm(mu["discriminator"]), 2.0 * (1 - 0.5**3), rtol=1e-5)
 
@@ -227,18 +237,22 @@ def test_the_discriminator_has_an_optimiser_of_its_own():
 def test_without_a_discriminator_the_state_is_that_of_one_optimiser():
   """So that older checkpoints can go on: clipping and AdamW, nothing around them."""
   config = config_of(weight=0.0)
-  state = unbox(jax.eval_shape(lambda key: init_state(make_stage(config), optim.make_optimizer(config.optim, 9), key),
-                               KEY))  # fmt: skip
+  state = unbox(
+    jax.eval_shape(lambda key: init_state(make_stage(config), optim.make_optimizer(config.optim, 9), key), KEY)
+  )
   plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(lambda step: 1e-3, mask=optim.decay_mask))
   assert jax.tree.structure(state.opt_state) == jax.tree.structure(jax.eval_shape(plain.init, state.params))
 
 
-@pytest.mark.parametrize("overrides, words", [
+@pytest.mark.parametrize(
+  "overrides, words",
+  [
     (dict(name="muon"), "optim.name='muon' is of transformers: stage 'vae' has no blocks of them, use 'adamw'"),
     (dict(discriminator=dict(b1=1.0)), r"optim.discriminator.b1 must be a number in \[0, 1\), got 1.0"),
     (dict(discriminator=dict(learning_rate=0.0)), "optim.discriminator.learning_rate must be a number above 0, got 0"),
     (dict(discriminator=dict(clip_norm=-1.0)), "optim.discriminator.clip_norm must be a number above 0, got -1"),
-])  # fmt: skip
+  ],
+)
 def test_settings_of_the_optimisers_that_cannot_be(overrides, words):
   with pytest.raises(ValueError, match=words):
     optim.check(config_of(optim=overrides))

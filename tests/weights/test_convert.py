@@ -40,7 +40,7 @@ OPTIONS = {
   "patches": dict(encoder=dict(patch_size=4, head_dim=32), decoder=dict(patch_size=1)),
   "levels": dict(tokens=dict(levels=(7, 5))),
   "flow": dict(flow=dict(t_sampling="stratified_logit_normal", mode_scale=0.0)),
-}  # fmt: skip
+}
 
 
 def assert_same(a, b):
@@ -253,8 +253,9 @@ def test_what_is_no_repository_is_not_looked_up(offline, source):
 
 def convert(*args):
   env = {**os.environ, "PYTHONPATH": str(ROOT)}
-  return subprocess.run([sys.executable, "-m", "flextok_jax.convert", *map(str, args)], capture_output=True, text=True,
-                        env=env, timeout=300)  # fmt: skip
+  return subprocess.run(
+    [sys.executable, "-m", "flextok_jax.convert", *map(str, args)], capture_output=True, text=True, env=env, timeout=300
+  )
 
 
 def test_convert_there_and_back(model, tmp_path):

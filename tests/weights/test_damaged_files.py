@@ -147,9 +147,30 @@ def swapped_shapes(header, data, rng, canary):
 
 def absurd_metadata(header, data, rng, canary):
   metadata = header["__metadata__"]
-  junk = ["", "None", "[]", "{", "(" * 3000, "[" * 200_000, "9" * 10_000, "{'_target_': 1}", "nan", "\0", "é" * 99,
-          "{" * 60 + "}" * 60, "'" + "a" * 2_000_000 + "'", "{1: 2}", "-" * 99_999 + "1", "0x" + "f" * 9999, "...",
-          "{'a': {'a': {'a': 1e999}}}", '"unterminated', "b'bytes'", "{'module_dict': {}}", "lambda: 0"]  # fmt: skip
+  junk = [
+    "",
+    "None",
+    "[]",
+    "{",
+    "(" * 3000,
+    "[" * 200_000,
+    "9" * 10_000,
+    "{'_target_': 1}",
+    "nan",
+    "\0",
+    "é" * 99,
+    "{" * 60 + "}" * 60,
+    "'" + "a" * 2_000_000 + "'",
+    "{1: 2}",
+    "-" * 99_999 + "1",
+    "0x" + "f" * 9999,
+    "...",
+    "{'a': {'a': {'a': 1e999}}}",
+    '"unterminated',
+    "b'bytes'",
+    "{'module_dict': {}}",
+    "lambda: 0",
+  ]
   metadata[str(rng.choice(["vae", "encoder", "decoder", "regularizer", "pipeline"]))] = junk[rng.integers(len(junk))]
   return assemble(header, data)
 
@@ -207,14 +228,30 @@ def code(header, data, rng, canary):
 
 
 def garbage(header, data, rng, canary):
-  first = [b"", b"\0" * 100, b"PK\3\4", b"\x80\x04\x95", b"\x89HDF", b"<html>", b"version https://git-lfs"][rng.integers(7)]
+  first = [b"", b"\0" * 100, b"PK\3\4", b"\x80\x04\x95", b"\x89HDF", b"<html>", b"version https://git-lfs"][
+    rng.integers(7)
+  ]
   return first + rng.bytes(rng.integers(3000))
 
 
 DAMAGES = [
-  truncated, truncated_header, lying_length, wrong_dtype, integers, wrong_offsets, missing, extra, renamed, reshaped,
-  swapped_shapes, absurd_metadata, absurd_values, missing_metadata, code, garbage,
-]  # fmt: skip
+  truncated,
+  truncated_header,
+  lying_length,
+  wrong_dtype,
+  integers,
+  wrong_offsets,
+  missing,
+  extra,
+  renamed,
+  reshaped,
+  swapped_shapes,
+  absurd_metadata,
+  absurd_values,
+  missing_metadata,
+  code,
+  garbage,
+]
 
 
 def assert_clear(error, path):
@@ -261,8 +298,20 @@ def test_flipped_bytes_in_the_header(official, tmp_path):
   assert failed > 50
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"a": 1}', "[" * 100_000, '{"encoder": NaN}', "\xff\xfe",
-                                  '{"_class_name": "AutoencoderKL", "block_out_channels": "os"}'])  # fmt: skip
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    "[]",
+    "{",
+    "null",
+    '{"a": 1}',
+    "[" * 100_000,
+    '{"encoder": NaN}',
+    "\xff\xfe",
+    '{"_class_name": "AutoencoderKL", "block_out_channels": "os"}',
+  ],
+)
 def test_damaged_hub_configurations(official, tmp_path, text):
   (tmp_path / "model.safetensors").write_bytes(assemble(*official))
   (tmp_path / "config.json").write_bytes(text.encode("latin-1"))

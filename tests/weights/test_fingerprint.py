@@ -47,17 +47,32 @@ def test_fingerprint_is_the_same_in_all_types_and_files(model, tmp_path):
   assert fingerprint(*loaded) == expected
 
 
-@pytest.mark.parametrize("path", [
-    ("encoder", "registers"), ("encoder", "patch_embed", "kernel"), ("vae", "encoder", "conv_in", "kernel"),
-    ("vae", "quant_conv", "bias")], ids="/".join)
+@pytest.mark.parametrize(
+  "path",
+  [
+    ("encoder", "registers"),
+    ("encoder", "patch_embed", "kernel"),
+    ("vae", "encoder", "conv_in", "kernel"),
+    ("vae", "quant_conv", "bias"),
+  ],
+  ids="/".join,
+)
 def test_fingerprint_changes_with_what_encodes(model, path):
   assert fingerprint(model[0], changed(model[1], *path)) != fingerprint(*model)
 
 
-@pytest.mark.parametrize("overrides", [
-    dict(tokens=dict(num_registers=4, levels=(5, 8, 5))), dict(vae=TINY_VAE | dict(scaling_factor=0.5)),
-    dict(vae=TINY_VAE | dict(norm_groups=2)), {"encoder.head_dim": 8}, {"encoder.activation": "relu"},
-    dict(image_size=32)], ids=["levels", "scaling", "groups", "head_dim", "activation", "image_size"])
+@pytest.mark.parametrize(
+  "overrides",
+  [
+    dict(tokens=dict(num_registers=4, levels=(5, 8, 5))),
+    dict(vae=TINY_VAE | dict(scaling_factor=0.5)),
+    dict(vae=TINY_VAE | dict(norm_groups=2)),
+    {"encoder.head_dim": 8},
+    {"encoder.activation": "relu"},
+    dict(image_size=32),
+  ],
+  ids=["levels", "scaling", "groups", "head_dim", "activation", "image_size"],
+)
 def test_fingerprint_changes_with_settings_of_encoding(model, overrides):
   cfg = tiny_config(**{**dict(vae=TINY_VAE), **{k: v for k, v in overrides.items() if "." not in k}})
   with cfg.unlocked():

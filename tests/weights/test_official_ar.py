@@ -124,11 +124,22 @@ def test_ignored_parts(tmp_path):
 
 @pytest.mark.parametrize(
   "wrong",
-  [dict(dim=32), dict(head_dim=4), dict(depth=3), dict(vocab=21), dict(num_tokens=9), dict(num_classes=None),
-   dict(cross=True), dict(norm="rmsnorm"), dict(qk_norm=None), dict(ffn="swiglu"), dict(head_layernorm=True),
-   dict(mlp_ratio=3)],
+  [
+    dict(dim=32),
+    dict(head_dim=4),
+    dict(depth=3),
+    dict(vocab=21),
+    dict(num_tokens=9),
+    dict(num_classes=None),
+    dict(cross=True),
+    dict(norm="rmsnorm"),
+    dict(qk_norm=None),
+    dict(ffn="swiglu"),
+    dict(head_layernorm=True),
+    dict(mlp_ratio=3),
+  ],
   ids=lambda wrong: next(iter(wrong)),
-)  # fmt: skip
+)
 def test_settings_that_contradict_the_weights(wrong, tmp_path):
   params, official = tensors("class")
   path = write(tmp_path / "m.safetensors", official)
@@ -183,9 +194,25 @@ def put(name, *shape):
     (put(f"{MODEL}head.linear.weight", 21, 16), "vocab is 20 in the weights, but 21 in the weights' head.linear"),
     (put(f"{BLOCK}mlp.fc1.weight", 30, 16), "blocks.1.mlp.fc1.weight has shape [64, 16], the other weights"),
   ],
-  ids=["foreign", "no_final_norm", "no_positions", "no_projection", "half_a_norm", "no_block", "unknown", "training",
-       "unasked_text", "two_conditions", "qkv_shape", "start_shape", "positions_shape", "rank", "ids", "hidden"],
-)  # fmt: skip
+  ids=[
+    "foreign",
+    "no_final_norm",
+    "no_positions",
+    "no_projection",
+    "half_a_norm",
+    "no_block",
+    "unknown",
+    "training",
+    "unasked_text",
+    "two_conditions",
+    "qkv_shape",
+    "start_shape",
+    "positions_shape",
+    "rank",
+    "ids",
+    "hidden",
+  ],
+)
 def test_damaged_weights(damage, named, tmp_path):
   _, official = tensors("class")
   damage(official)
@@ -217,9 +244,19 @@ def test_nothing_there(tmp_path, monkeypatch):
 
 def fields(settings):
   """The reference's settings -> ours, by section."""
-  names = dict(dim="width", vocab="num_ids", head_dim="head_dim", depth="depth", num_tokens="num_tokens", norm="norm",
-               ffn="ffn", ffn_multiple_of="ffn_multiple_of", pos_embed="pos_embed", bias="bias",
-               head_layernorm="head_layernorm")  # fmt: skip
+  names = dict(
+    dim="width",
+    vocab="num_ids",
+    head_dim="head_dim",
+    depth="depth",
+    num_tokens="num_tokens",
+    norm="norm",
+    ffn="ffn",
+    ffn_multiple_of="ffn_multiple_of",
+    pos_embed="pos_embed",
+    bias="bias",
+    head_layernorm="head_layernorm",
+  )
   ar = {names[k]: v for k, v in settings.items() if k in names}
   ar |= dict(qk_norm=settings["qk_norm"] or "none", condition="text" if settings["cross"] else "class")
   if not settings["cross"]:
@@ -245,9 +282,11 @@ def test_golden_files(name, shared):
   # The layouts that a round trip cannot tell from others: the model computes the reference's logits.
   io = load_file(shared / "golden_ar" / f"ar_{name}_io.safetensors")
   ids = io["tokens"].astype(np.int32)
-  condition = [io["classes"].astype(np.int32)] if "classes" in io else [
-    np.full(len(ids), -1), io["text_emb_raw"][: len(ids)], io["text_len"][: len(ids)]
-  ]  # fmt: skip
+  condition = (
+    [io["classes"].astype(np.int32)]
+    if "classes" in io
+    else [np.full(len(ids), -1), io["text_emb_raw"][: len(ids)], io["text_len"][: len(ids)]]
+  )
   model = stages.make_stage(config).model
   logits = jax.jit(lambda params: model.apply({"params": params}, ids, *condition))(params)
   np.testing.assert_allclose(logits, io["logits_cond"], atol=1e-4)

@@ -51,10 +51,16 @@ class TestGolden:
   def test_settings(self, golden):
     read, roles = from_official(golden)
     expected = ours(
-      vae__latent_channels=16, vae__scaling_factor=0.18, encoder__width=128, encoder__head_dim=64, decoder__width=192,
-      decoder__head_dim=64, tokens__levels=(8, 8, 8, 5, 5, 5), tokens__null_prob=0.2,
+      vae__latent_channels=16,
+      vae__scaling_factor=0.18,
+      encoder__width=128,
+      encoder__head_dim=64,
+      decoder__width=192,
+      decoder__head_dim=64,
+      tokens__levels=(8, 8, 8, 5, 5, 5),
+      tokens__null_prob=0.2,
       tokens__nested_dropout="uniform_pow2",
-    )  # fmt: skip
+    )
     assert read == expected and roles == DEFAULT_ROLES
 
   def test_written_again_it_is_the_same_in_the_same_order(self, golden):
@@ -125,13 +131,33 @@ class TestForms:
 
 
 class TestOptions:
-  @pytest.mark.parametrize("changes", [
-      *({f"{half}__{name}": value} for half in ("encoder", "decoder") for name, value in (
-          ("width", 64), ("depth", 28), ("head_dim", 4), ("patch_size", 1), ("mlp_ratio", 2.5), ("gated_mlp", False),
-          ("activation", "gelu"), ("activation", "gelu_tanh"), ("activation", "relu"), ("qk_norm", False),
-          ("qkv_bias", True), ("out_bias", True), ("mlp_bias", True), ("posemb", "learnable_sum"),
-          ("posemb", "learnable_prod"), ("posemb_scaling", "interpolate"), ("max_grid", 32), ("head_bias", False),
-      )),
+  @pytest.mark.parametrize(
+    "changes",
+    [
+      *(
+        {f"{half}__{name}": value}
+        for half in ("encoder", "decoder")
+        for name, value in (
+          ("width", 64),
+          ("depth", 28),
+          ("head_dim", 4),
+          ("patch_size", 1),
+          ("mlp_ratio", 2.5),
+          ("gated_mlp", False),
+          ("activation", "gelu"),
+          ("activation", "gelu_tanh"),
+          ("activation", "relu"),
+          ("qk_norm", False),
+          ("qkv_bias", True),
+          ("out_bias", True),
+          ("mlp_bias", True),
+          ("posemb", "learnable_sum"),
+          ("posemb", "learnable_prod"),
+          ("posemb_scaling", "interpolate"),
+          ("max_grid", 32),
+          ("head_bias", False),
+        )
+      ),
       dict(decoder__modulation="shared"),
       dict(decoder__head_modulation=False),
       dict(decoder__head_modulation_bias=False),
@@ -153,7 +179,9 @@ class TestOptions:
       dict(vae__sample_posterior=True),
       dict(vae__dtype="bfloat16"),
       dict(vae__dtype="float16"),
-  ], ids=str)  # fmt: skip
+    ],
+    ids=str,
+  )
   def test_there_and_back(self, changes):
     config = ours(**changes)
     written = to_official(config)
@@ -180,54 +208,99 @@ class TestOptions:
   def test_mup_base_width(self, width):
     refused("mup_base_width must be", from_official, official(), width)
 
-  @pytest.mark.parametrize("path, value, field, expected", [
+  @pytest.mark.parametrize(
+    "path, value, field, expected",
+    [
       ("vae.hf_hub_path", "someone/vae", "vae.hub_id", "someone/vae"),
       ("vae.dtype_override", None, "vae.dtype", "float32"),
       ("vae.dtype_override", "bfloat16", "vae.dtype", "bfloat16"),
       ("vae.scaling_factor", 1, "vae.scaling_factor", 1.0),
       ("vae.sample_posterior", DELETE, "vae.sample_posterior", True),
       (E + "enc_transformer.mlp_ratio", 3, "encoder.mlp_ratio", 3.0),
-      (E + "enc_transformer.act_layer", {"_target_": "torch.nn.modules.activation.ReLU", "_partial_": True},
-       "encoder.activation", "relu"),
-      (E + "enc_transformer.act_layer", {"_target_": "torch.nn.GELU", "_partial_": True, "approximate": "tanh"},
-       "encoder.activation", "gelu_tanh"),
-      (D + "dec_transformer.act_layer", {"_target_": "hydra.utils.get_class", "path": "torch.nn.GELU"},
-       "decoder.activation", "gelu"),
-      (D + "dec_transformer.act_layer", {"_target_": "hydra.utils.get_method", "path": "torch.nn.SiLU"},
-       "decoder.activation", "silu"),
+      (
+        E + "enc_transformer.act_layer",
+        {"_target_": "torch.nn.modules.activation.ReLU", "_partial_": True},
+        "encoder.activation",
+        "relu",
+      ),
+      (
+        E + "enc_transformer.act_layer",
+        {"_target_": "torch.nn.GELU", "_partial_": True, "approximate": "tanh"},
+        "encoder.activation",
+        "gelu_tanh",
+      ),
+      (
+        D + "dec_transformer.act_layer",
+        {"_target_": "hydra.utils.get_class", "path": "torch.nn.GELU"},
+        "decoder.activation",
+        "gelu",
+      ),
+      (
+        D + "dec_transformer.act_layer",
+        {"_target_": "hydra.utils.get_method", "path": "torch.nn.SiLU"},
+        "decoder.activation",
+        "silu",
+      ),
       (E + "enc_patches_posemb_module.posemb_type", DELETE, "encoder.posemb", "sincos"),
       (D + "dec_time_embedder.max_timestep", DELETE, "decoder.max_timestep", 1000.0),
       (D + "dec_nested_dropout.size_sampling_mode", DELETE, "tokens.nested_dropout", "uniform"),
       (D + "dec_latent_dropout.dropout_prob", DELETE, "tokens.null_prob", 0.0),
       ("flow_matching_noise_module.ln", DELETE, "flow.t_sampling", "logit_normal"),
       ("flow_matching_noise_module.mode_scale", DELETE, "flow.t_sampling", "uniform"),
-  ])  # fmt: skip
+    ],
+  )
   def test_other_ways_and_defaults(self, path, value, field, expected):
     section, name = field.split(".")
     assert settings(official({path: value}))[section][name] == expected
 
-  @pytest.mark.parametrize("path, value", [
-      ("vae.frozen", DELETE), ("vae.vae_kl_loss_write_key", "kl"), ("vae.learnable_logvar", True),
-      ("vae.logvar_init", -1), ("vae.compile_encode_fn", True), ("vae.force_vae_encode", False),
-      (E + "enc_register_module.n_min", 1), (E + "enc_register_module.n_eval", 16),
+  @pytest.mark.parametrize(
+    "path, value",
+    [
+      ("vae.frozen", DELETE),
+      ("vae.vae_kl_loss_write_key", "kl"),
+      ("vae.learnable_logvar", True),
+      ("vae.logvar_init", -1),
+      ("vae.compile_encode_fn", True),
+      ("vae.force_vae_encode", False),
+      (E + "enc_register_module.n_min", 1),
+      (E + "enc_register_module.n_eval", 16),
       (E + "enc_register_module.size_sampling_mode", "powers_of_two"),
       (E + "enc_register_module.input_tensor_list_read_key", "vae_latents"),
-      (E + "enc_seq_packer.pad_to_multiple", DELETE), (E + "enc_seq_packer.max_seq_len", 512),
-      (E + "enc_seq_packer.return_materialized_mask", True), (E + "enc_transformer.drop_path_rate", 0.1),
-      (E + "enc_transformer.use_act_checkpoint", True), (E + "enc_transformer.zero_init_query_proj", True),
+      (E + "enc_seq_packer.pad_to_multiple", DELETE),
+      (E + "enc_seq_packer.max_seq_len", 512),
+      (E + "enc_seq_packer.return_materialized_mask", True),
+      (E + "enc_transformer.drop_path_rate", 0.1),
+      (E + "enc_transformer.use_act_checkpoint", True),
+      (E + "enc_transformer.zero_init_query_proj", True),
       (E + "enc_transformer.intermediate_layers", [0, -1]),
       (E + "enc_transformer.intermediate_layer_write_key", "features"),
-      (E + "enc_transformer.norm_layer", {"_target_": "flextok.model.layers.norm.Fp32LayerNorm", "_partial_": True,
-                                          "bias": False, "elementwise_affine": False, "eps": 1e-5}),
-      (E + "enc_to_latents.weight_init_style", "xavier"), (E + "enc_to_latents.dtype_override", "fp32"),
+      (
+        E + "enc_transformer.norm_layer",
+        {
+          "_target_": "flextok.model.layers.norm.Fp32LayerNorm",
+          "_partial_": True,
+          "bias": False,
+          "elementwise_affine": False,
+          "eps": 1e-5,
+        },
+      ),
+      (E + "enc_to_latents.weight_init_style", "xavier"),
+      (E + "enc_to_latents.dtype_override", "fp32"),
       (D + "dec_registers_posemb_module.posemb_type", "learnable_prod"),
       (D + "dec_patches_posemb_module.posemb_write_key", "table"),
-      (D + "dec_nested_dropout.train_keep_k_write_key", None), (D + "dec_latent_dropout._partial_", False),
-      ("regularizer.drop_quant_p", 0.5), ("regularizer.min_corrupt_tokens_p", 0.1),
-      ("flow_matching_noise_module.noise_write_key", "noise"), ("flow_matching_noise_module.stratisfied", True),
+      (D + "dec_nested_dropout.train_keep_k_write_key", None),
+      (D + "dec_latent_dropout._partial_", False),
+      ("regularizer.drop_quant_p", 0.5),
+      ("regularizer.min_corrupt_tokens_p", 0.1),
+      ("flow_matching_noise_module.noise_write_key", "noise"),
+      ("flow_matching_noise_module.stratisfied", True),
       ("flow_matching_noise_module.timesteps_write_key", "t"),  # the times are also under "sigmas": see below
-      ("pipeline.noise_read_key", "noise"), ("pipeline.latents_read_key", None), ("pipeline.out_channels", DELETE),
-  ], ids=str)  # fmt: skip
+      ("pipeline.noise_read_key", "noise"),
+      ("pipeline.latents_read_key", None),
+      ("pipeline.out_channels", DELETE),
+    ],
+    ids=str,
+  )
   def test_without_effect(self, path, value):
     changes = {path: value}
     if path.endswith("timesteps_write_key"):
@@ -242,9 +315,15 @@ class TestOptions:
 
 
 VAE = dict(
-  kind="autoencoder_kl", latent_channels=16, block_out_channels=(8, 16, 24), layers_per_block=2, norm_groups=4,
-  scaling_factor=0.5, sample_posterior=True, dtype="float32",
-)  # fmt: skip
+  kind="autoencoder_kl",
+  latent_channels=16,
+  block_out_channels=(8, 16, 24),
+  layers_per_block=2,
+  norm_groups=4,
+  scaling_factor=0.5,
+  sample_posterior=True,
+  dtype="float32",
+)
 
 
 class TestDiffusers:
@@ -262,12 +341,22 @@ class TestDiffusers:
 
   def test_without_effect(self):
     extra = dict(
-      _diffusers_version="0.32.0", _name_or_path="../x", force_upcast=False, sample_size=[64, 64], shift_factor=None,
-      latents_mean=None, latents_std=None, use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
-    )  # fmt: skip
+      _diffusers_version="0.32.0",
+      _name_or_path="../x",
+      force_upcast=False,
+      sample_size=[64, 64],
+      shift_factor=None,
+      latents_mean=None,
+      latents_std=None,
+      use_quant_conv=True,
+      use_post_quant_conv=True,
+      mid_block_add_attention=True,
+    )
     assert from_diffusers(to_diffusers(VAE, 64) | extra) == VAE
 
-  @pytest.mark.parametrize("name, value, pattern", [
+  @pytest.mark.parametrize(
+    "name, value, pattern",
+    [
       ("_class_name", "AutoencoderTiny", "_class_name must be 'AutoencoderKL', got 'AutoencoderTiny'"),
       ("_class_name", DELETE, "_class_name is missing"),
       ("act_fn", "gelu", "act_fn must be 'silu'"),
@@ -288,7 +377,8 @@ class TestDiffusers:
       ("mid_block_add_attention", False, "mid_block_add_attention must be True"),
       ("surprise", CODE, "AutoencoderKL.surprise = .* is not supported"),
       ("surprise", DEEP, "nested deeper"),
-  ])  # fmt: skip
+    ],
+  )
   def test_refusals(self, name, value, pattern):
     config = to_diffusers(VAE, 64)
     put(config, name, value)

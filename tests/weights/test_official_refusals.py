@@ -10,29 +10,45 @@ from flextok_jax.weights.official.tokenizer import from_official, parse_json, pa
 from tests.support.official_configs import CODE, DEEP, DELETE, OURS, D, E, metadata_of, official, ours, refused
 
 NORM = {"_target_": "flextok.model.layers.norm.Fp32LayerNorm", "_partial_": True, "elementwise_affine": False}
-SPARE = {"_target_": "flextok.model.preprocessors.linear.LinearLayer", "read_key": "a", "write_key": "b", "dim_in": 3,
-         "dim": 48}  # fmt: skip
+SPARE = {
+  "_target_": "flextok.model.preprocessors.linear.LinearLayer",
+  "read_key": "a",
+  "write_key": "b",
+  "dim_in": 3,
+  "dim": 48,
+}
 
 
 class TestRefusals:
-  @pytest.mark.parametrize("path, value, pattern", [
+  @pytest.mark.parametrize(
+    "path, value, pattern",
+    [
       # Classes.
       ("_target_", "os.system", r"_target_ 'os.system' is not supported.*FlexTok"),
       ("vae._target_", "flextok.vae_wrapper.OtherVAE", r"vae._target_ 'flextok.vae_wrapper.OtherVAE' is not supp"),
       ("vae._target_", ["a"], r"vae._target_ \['a'\] is not supported"),
       ("vae._target_", DELETE, r"vae._target_ None is not supported"),
       ("encoder._target_", "torch.nn.Sequential", r"encoder._target_ 'torch.nn.Sequential'"),
-      (E + "enc_transformer._target_", "flextok.model.trunks.transformers.FlexTransformerDecoder",
-       r"enc_transformer._target_ .* is not supported here: only .*FlexTransformer"),
+      (
+        E + "enc_transformer._target_",
+        "flextok.model.trunks.transformers.FlexTransformerDecoder",
+        r"enc_transformer._target_ .* is not supported here: only .*FlexTransformer",
+      ),
       (E + "enc_patch_emb._target_", CODE, r"enc_patch_emb._target_"),
       (E + "enc_channels_to_last.per_sample_op._target_", "builtins.eval", r"per_sample_op._target_ 'builtins.eval'"),
       (E + "enc_channels_to_last.per_sample_op._partial_", DELETE, r"per_sample_op._partial_ .* must be True"),
-      (E + "enc_channels_to_last.per_sample_op._target_", "flextok.model.utils.dict_ops.channels_last_to_first",
-       r"encoder.module_dict lacks the PerSampleOp that plays 'to_channels_last'"),
+      (
+        E + "enc_channels_to_last.per_sample_op._target_",
+        "flextok.model.utils.dict_ops.channels_last_to_first",
+        r"encoder.module_dict lacks the PerSampleOp that plays 'to_channels_last'",
+      ),
       (E + "enc_transformer.act_layer", {"_target_": "torch.nn.Tanh", "_partial_": True}, r"act_layer._target_"),
       (E + "enc_transformer.act_layer", {"_target_": "torch.nn.GELU"}, r"act_layer._partial_ of GELU must be True"),
-      (E + "enc_transformer.act_layer", {"_target_": "hydra.utils.get_method", "path": "os.system"},
-       r"act_layer.path must be .*got 'os.system'"),
+      (
+        E + "enc_transformer.act_layer",
+        {"_target_": "hydra.utils.get_method", "path": "os.system"},
+        r"act_layer.path must be .*got 'os.system'",
+      ),
       (E + "enc_transformer.act_layer", None, r"act_layer must be a dictionary, got None"),
       (E + "enc_transformer.norm_layer", NORM | {"eps": 1e-6}, r"norm_layer.eps must be 1e-05, got 1e-06"),
       (D + "dec_to_patches.norm_layer", NORM | {"elementwise_affine": True}, r"dec_to_patches.norm_layer.elementwise"),
@@ -104,8 +120,11 @@ class TestRefusals:
       (D + "dec_to_patches.adaLN_packing_fn_read_key", "dec_emb_packing_fn", r"adaLN_packing_fn_read_key must be None"),
       (D + "dec_to_patches.adaLN_emb_read_key", "other", r"dec_to_patches.adaLN_emb_read_key: key 'other' is written"),
       # Wiring.
-      (E + "enc_seq_packer.input_list_read_keys", ["enc_registers", "enc_patches"],
-       r"enc_seq_packer.input_list_read_keys: key 'enc_registers' holds the registers; needed: the patches with pos"),
+      (
+        E + "enc_seq_packer.input_list_read_keys",
+        ["enc_registers", "enc_patches"],
+        r"enc_seq_packer.input_list_read_keys: key 'enc_registers' holds the registers; needed: the patches with pos",
+      ),
       (E + "enc_seq_packer.input_list_read_keys", ["enc_patches"], r"input_list_read_keys must be 2 keys"),
       (E + "enc_seq_packer.mask_mode", "full", r"enc_seq_packer.mask_mode must be 'causal_last'"),
       (D + "dec_seq_packer.mask_mode", "causal", r"dec_seq_packer.mask_mode must be 'full'"),
@@ -129,8 +148,11 @@ class TestRefusals:
       (D + "dec_channels_to_first", DELETE, r"lacks the PerSampleOp that plays 'to_channels_first'"),
       (D + "spare", SPARE, r"only one module can be the LinearLayer that plays 'code_embed'"),
       (E + "spare", SPARE, r"encoder.module_dict.spare._target_ 'flextok.model.preprocessors.linear.LinearLayer' is n"),
-      (E + "spare", to_official(OURS)["decoder"]["module_dict"]["dec_channels_to_first"],
-       r"encoder.module_dict.spare: no part for this PerSampleOp in the encoder"),
+      (
+        E + "spare",
+        to_official(OURS)["decoder"]["module_dict"]["dec_channels_to_first"],
+        r"encoder.module_dict.spare: no part for this PerSampleOp in the encoder",
+      ),
       (E + "spare", 3, r"encoder.module_dict.spare must be a dictionary with a _target_, got 3"),
       (E + "_partial_", True, r"a module's name must be of letters.*'_partial_'"),
       (E + "a\nb", SPARE, r"a module's name must be of letters.*'a\\nb'"),
@@ -143,7 +165,8 @@ class TestRefusals:
       ("vae.images_read_key", "x" * 300, r"vae.images_read_key must be a key"),
       ("vae.images_read_key", object(), r"vae.images_read_key must be plain data .*got a object"),
       ("vae.images_read_key", {1: 2}, r"vae.images_read_key: a key must be text, got one of type int"),
-  ])  # fmt: skip
+    ],
+  )
   def test_named(self, path, value, pattern):
     refused(pattern, from_official, official({path: value}))
 
@@ -151,7 +174,9 @@ class TestRefusals:
   def test_no_configuration(self, config):
     refused(None, from_official, config)
 
-  @pytest.mark.parametrize("changes, pattern", [
+  @pytest.mark.parametrize(
+    "changes, pattern",
+    [
       (dict(stage="vae"), "stage must be 'tokenizer'"),
       (dict(vae__kind="pixels"), "vae.kind must be 'autoencoder_kl'"),
       (dict(vae__dtype="float64"), "vae.dtype must be one of"),
@@ -166,28 +191,72 @@ class TestRefusals:
       (dict(encoder__readout_multiplier=0.5, decoder__readout_multiplier=0.5), "different base widths"),
       (dict(decoder__qk_norm=DELETE), "the configuration has no field decoder.qk_norm"),
       (dict(encoder__max_grid=0), "the configuration has no field vae.block_out_channels"),
-  ], ids=str)  # fmt: skip
+    ],
+    ids=str,
+  )
   def test_writing(self, changes, pattern):
     refused(pattern, to_official, ours(**changes))
 
 
 class TestText:
-  @pytest.mark.parametrize("text", [
-      CODE, f"{{'a': {CODE}}}", "open('x')", "lambda: 0", "{'a': 1", "", "(", "a.b", "{1, 2}", "b'x'", "f'{x}'",
-      "1 + 1", "'a'.upper()", "[x for x in y]", "9" * 5000, "-" * 100_000 + "1", "1" + "+1" * 100_000,
+  @pytest.mark.parametrize(
+    "text",
+    [
+      CODE,
+      f"{{'a': {CODE}}}",
+      "open('x')",
+      "lambda: 0",
+      "{'a': 1",
+      "",
+      "(",
+      "a.b",
+      "{1, 2}",
+      "b'x'",
+      "f'{x}'",
+      "1 + 1",
+      "'a'.upper()",
+      "[x for x in y]",
+      "9" * 5000,
+      "-" * 100_000 + "1",
+      "1" + "+1" * 100_000,
       "[" * 1000 + "]" * 1000,
-      "[" * 400_000, '{"a":' * 50_000, "'" + "\\" * 100_001, "'\\N{BULLET}'", "'\0'", "'\ud800'x", "x" * 2_000_000,
-      "[1," * 200_000, "[" + "0," * 100_000 + "]", "{'a': nan}", '{"a": NaN}', "\x0c", "'\r'", "{'a': ...}", "1_0_",
-      "{[]: 1}", "{{}: 1}", "'\\U00110000'", "0777", "1j",
-  ], ids=lambda text: repr(text[:20]))  # fmt: skip
+      "[" * 400_000,
+      '{"a":' * 50_000,
+      "'" + "\\" * 100_001,
+      "'\\N{BULLET}'",
+      "'\0'",
+      "'\ud800'x",
+      "x" * 2_000_000,
+      "[1," * 200_000,
+      "[" + "0," * 100_000 + "]",
+      "{'a': nan}",
+      '{"a": NaN}',
+      "\x0c",
+      "'\r'",
+      "{'a': ...}",
+      "1_0_",
+      "{[]: 1}",
+      "{{}: 1}",
+      "'\\U00110000'",
+      "0777",
+      "1j",
+    ],
+    ids=lambda text: repr(text[:20]),
+  )
   def test_what_is_no_literal(self, text):
     refused("vae", parse_literals, {"vae": text})
     refused(None, from_official, {"_target_": text})
 
-  @pytest.mark.parametrize("value", [
+  @pytest.mark.parametrize(
+    "value",
+    [
       {"a": [1, -2, 2.5, 1e-5, None, True, False, "it's", 'say "x"', "line\nbreak\t\\ é \x00"], "b": {}, "c": []},
-      -1.5e300, [[[]]], "",
-  ], ids=str)  # fmt: skip
+      -1.5e300,
+      [[[]]],
+      "",
+    ],
+    ids=str,
+  )
   def test_literals(self, value):
     assert parse_literals({"entry": f" {value!r}\n"}) == {"entry": value}
     assert parse_literals({"entry": json.dumps(value)}) == {"entry": value}
@@ -202,11 +271,31 @@ class TestText:
   def test_no_configuration_in_it(self):
     assert parse_literals({"format": "pt"}) == {} == parse_literals({})
 
-  @pytest.mark.parametrize("text", [
-      "", "[]", "3", "{", "{'a': 1}", '{"a": NaN}', '{"a": Infinity}', '{"a":' * 50_000, '{"a": 1} x', b"\xff", b"\x00",
-      "[" * 400_000, '{"a": ' + "9" * 5000 + "}", '{"a": ' + "9" * 100 + "}", "x" * 2_000_000, None,
-      '{"a": ' + "[" * 50 + "]" * 50 + "}", '{"a":\n1,,}', "\ud800",
-  ], ids=lambda text: repr(text)[:20])  # fmt: skip
+  @pytest.mark.parametrize(
+    "text",
+    [
+      "",
+      "[]",
+      "3",
+      "{",
+      "{'a': 1}",
+      '{"a": NaN}',
+      '{"a": Infinity}',
+      '{"a":' * 50_000,
+      '{"a": 1} x',
+      b"\xff",
+      b"\x00",
+      "[" * 400_000,
+      '{"a": ' + "9" * 5000 + "}",
+      '{"a": ' + "9" * 100 + "}",
+      "x" * 2_000_000,
+      None,
+      '{"a": ' + "[" * 50 + "]" * 50 + "}",
+      '{"a":\n1,,}',
+      "\ud800",
+    ],
+    ids=lambda text: repr(text)[:20],
+  )
   def test_what_is_no_json(self, text):
     refused("some file", parse_json, text, "some file")
 
@@ -223,11 +312,47 @@ def nodes(config, path=()):
 
 
 JUNK = [
-  None, True, False, 0, -1, 1, 3, 10**30, -(10**5000), 0.5, 1e308, float("nan"), float("inf"), "", "x", "enc_patches",
-  "a\nb", "\ud800", "x" * 1000, CODE, [], {}, [[]], [1, 1], [8, 8], ["a", "b"], {"_target_": "os.system"},
-  {"_target_": ["x"]}, {"_target_": "torch.nn.GELU", "_partial_": True}, {1: 2}, {"a\nb": 1}, set(), b"x", object(),
-  len, DEEP, (1, 2), SPARE, 2**31, "None",
-]  # fmt: skip
+  None,
+  True,
+  False,
+  0,
+  -1,
+  1,
+  3,
+  10**30,
+  -(10**5000),
+  0.5,
+  1e308,
+  float("nan"),
+  float("inf"),
+  "",
+  "x",
+  "enc_patches",
+  "a\nb",
+  "\ud800",
+  "x" * 1000,
+  CODE,
+  [],
+  {},
+  [[]],
+  [1, 1],
+  [8, 8],
+  ["a", "b"],
+  {"_target_": "os.system"},
+  {"_target_": ["x"]},
+  {"_target_": "torch.nn.GELU", "_partial_": True},
+  {1: 2},
+  {"a\nb": 1},
+  set(),
+  b"x",
+  object(),
+  len,
+  DEEP,
+  (1, 2),
+  SPARE,
+  2**31,
+  "None",
+]
 
 
 def mutate(config, rng):

@@ -64,12 +64,12 @@ class Tokens(_Encoded):
   what = shards.WHAT
   meta = ("fingerprint", "image_size", "num_ids", "num_tokens", "quality", "metric")
 
-  def __init__(self, encode: Callable, tokenizer: dict, batch_size: int, quality: float | None = None,
-               metric: str | None = None):
+  def __init__(
+    self, encode: Callable, tokenizer: dict, batch_size: int, quality: float | None = None, metric: str | None = None
+  ):
     super().__init__(encode, tokenizer["image_size"], batch_size)
     if tokenizer["num_ids"] > shards.MAX_IDS:
-      raise ValueError(
-          f"token shards hold ids below {shards.MAX_IDS}, but this tokenizer has {tokenizer['num_ids']}")
+      raise ValueError(f"token shards hold ids below {shards.MAX_IDS}, but this tokenizer has {tokenizer['num_ids']}")
     self._count, self._num_ids = tokenizer["num_tokens"], tokenizer["num_ids"]
     self.plan = {**tokenizer, "quality": quality, "metric": metric}
 
@@ -78,8 +78,10 @@ class Tokens(_Encoded):
     ids = np.asarray(ids)[: len(elements)]
     lengths = np.full(len(ids), self._count) if lengths is None else np.asarray(lengths)[: len(elements)]
     if ids.shape[1] != self._count or ids.min() < 0 or ids.max() >= self._num_ids:
-      raise ValueError(f"the tokenizer gave ids {ids.min()} to {ids.max()} of shape {list(ids.shape)}, outside "
-                       f"0 to {self._num_ids - 1} or not {self._count} an image")
+      raise ValueError(
+        f"the tokenizer gave ids {ids.min()} to {ids.max()} of shape {list(ids.shape)}, outside "
+        f"0 to {self._num_ids - 1} or not {self._count} an image"
+      )
     if lengths.min() < 1 or lengths.max() > self._count:
       raise ValueError(f"the lengths {lengths.min()} to {lengths.max()} do not lie in 1 to {self._count}")
     for row, length, element in zip(ids, lengths, elements):
@@ -104,8 +106,9 @@ class _Arrays(_Encoded):
     if shape != self.plan["shape"] or dtype != self.plan["dtype"]:
       raise ValueError(f"{self.maker} gave {dtype} {shape}, not {self.plan['dtype']} {self.plan['shape']}")
     if not np.isfinite(arrays.astype(jnp.float32)).all():
-      raise ValueError(f"{self.maker} gave {self.name} that {dtype} cannot hold: give --dtype=bfloat16, or look at "
-                       f"{self.maker}")
+      raise ValueError(
+        f"{self.maker} gave {self.name} that {dtype} cannot hold: give --dtype=bfloat16, or look at {self.maker}"
+      )
     for row, element in zip(arrays, elements):
       yield self.pack({**element, self.name: row})
 
@@ -148,8 +151,10 @@ class Pictures:
     (first, one), *others = facts.items()
     for name, other in others:
       if other != one:
-        raise ValueError(f"{first} and {name} do not mix in image shards, as one may be cropped or mirrored and the "
-                         "other may not: write them apart, and mix them in training")
+        raise ValueError(
+          f"{first} and {name} do not mix in image shards, as one may be cropped or mirrored and the "
+          "other may not: write them apart, and mix them in training"
+        )
     return one
 
   def records(self, elements: Iterable[dict]) -> Iterator[bytes]:

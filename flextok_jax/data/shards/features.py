@@ -52,15 +52,21 @@ class Beside:
     for name in _SAME:
       one, other = latents.meta.get(name), teacher.meta.get(name)
       if one != other and None not in (one, other):  # shards from before a field was written do not tell
-        raise ValueError(f"the teacher's features in config.data.teacher are not of the images of config.data.latents: "
-                         f"{name} is {other!r} there and {one!r} in the latents; {_AGAIN}")
+        raise ValueError(
+          f"the teacher's features in config.data.teacher are not of the images of config.data.latents: "
+          f"{name} is {other!r} there and {one!r} in the latents; {_AGAIN}"
+        )
     count, width = teacher.meta["shape"]
     if width != config.repa.features:
-      raise ValueError(f"the teacher shards have features of width {width}, but config.repa.features is "
-                       f"{config.repa.features}: give --config.repa.features={width}, or write others")
+      raise ValueError(
+        f"the teacher shards have features of width {width}, but config.repa.features is "
+        f"{config.repa.features}: give --config.repa.features={width}, or write others"
+      )
     if count != grid**2:
-      raise ValueError(f"the teacher shards have {count} patches an image, but this run wants {grid} x {grid}: give "
-                       f"--config.repa.grid={round(count**0.5)}, or write others")
+      raise ValueError(
+        f"the teacher shards have {count} patches an image, but this run wants {grid} x {grid}: give "
+        f"--config.repa.grid={round(count**0.5)}, or write others"
+      )
 
   def __len__(self) -> int:
     return len(self._latents)
@@ -69,6 +75,8 @@ class Beside:
     record, other = self._latents[index], self._teacher[index]
     for name in ("label", "num_objects", "captions"):
       if record[name] != other[name]:
-        raise ValueError(f"record {index} has {name} {record[name]!r} in {self._latents} and {other[name]!r} in "
-                         f"{self._teacher}, so it is not of one image; {_AGAIN}")
+        raise ValueError(
+          f"record {index} has {name} {record[name]!r} in {self._latents} and {other[name]!r} in "
+          f"{self._teacher}, so it is not of one image; {_AGAIN}"
+        )
     return {**record, "teacher": other["features"]}

@@ -39,8 +39,11 @@ def unpack(data: bytes, kind: str) -> tuple[list, dict]:
   """Returns (content, {"label", "num_objects": int, "captions": list of str}) of pack; ValueError for other bytes."""
   try:
     *content, label, num_objects, captions = msgpack.unpackb(data)
-    return content, {"label": int(label), "num_objects": int(num_objects),
-                     "captions": [str(caption) for caption in captions]}
+    return content, {
+      "label": int(label),
+      "num_objects": int(num_objects),
+      "captions": [str(caption) for caption in captions],
+    }
   except (ValueError, TypeError, msgpack.UnpackException) as e:
     raise ValueError(f"no {kind} record: {e}") from None
 
@@ -84,8 +87,9 @@ class ShardFiles:
       what = "" if self.WHAT == "tokens" else f" --what={self.WHAT}"
       checkpoint = "" if self.WHAT in ("images", "dino") else " --checkpoint=PATH"
       raise FileNotFoundError(
-          f"no {self._name} of split {split!r} in {folder!r} ({found}): write them with python -m flextok_jax.tokenize"
-          f"{what} --config=FILE{checkpoint} --out={folder or 'DIR'} --split={split}")
+        f"no {self._name} of split {split!r} in {folder!r} ({found}): write them with python -m flextok_jax.tokenize"
+        f"{what} --config=FILE{checkpoint} --out={folder or 'DIR'} --split={split}"
+      )
     self.meta = self._read_meta()
     counts, sizes = self.meta["shard_records"], self.meta["shard_bytes"]
     self._paths = [self._folder / shard_name(self.WHAT, i, len(counts)) for i in range(len(counts))]

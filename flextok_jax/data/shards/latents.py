@@ -47,17 +47,24 @@ def check_shards(meta: dict, config: ConfigDict, fingerprint: str | None = None)
     ValueError: naming the field, both values and the remedy.
   """
   if fingerprint is not None and fingerprint != meta["fingerprint"]:
-    raise ValueError(f"the latent shards are of VAE {meta['fingerprint']}, but the VAE at hand is {fingerprint}: "
-                     f"{_OTHER}")
+    raise ValueError(
+      f"the latent shards are of VAE {meta['fingerprint']}, but the VAE at hand is {fingerprint}: {_OTHER}"
+    )
   if config.vae.kind == "pixels":
-    raise ValueError("config.data.latents is of no use with vae.kind 'pixels', whose latents are the pictures: "
-                     "give --config.data.latents=''")
+    raise ValueError(
+      "config.data.latents is of no use with vae.kind 'pixels', whose latents are the pictures: "
+      "give --config.data.latents=''"
+    )
   if meta["image_size"] != config.image_size:
-    raise ValueError(f"the latent shards are of images of {meta['image_size']} px, but config.image_size is "
-                     f"{config.image_size}: give --config.image_size={meta['image_size']}, or write others")
+    raise ValueError(
+      f"the latent shards are of images of {meta['image_size']} px, but config.image_size is "
+      f"{config.image_size}: give --config.image_size={meta['image_size']}, or write others"
+    )
   if meta["shape"][-1] != 2 * config.vae.latent_channels:
-    raise ValueError(f"the latent shards have {meta['shape'][-1] // 2} channels, but config.vae.latent_channels is "
-                     f"{config.vae.latent_channels}: {_OTHER}")
+    raise ValueError(
+      f"the latent shards have {meta['shape'][-1] // 2} channels, but config.vae.latent_channels is "
+      f"{config.vae.latent_channels}: {_OTHER}"
+    )
 
 
 def open_shards(config: ConfigDict, split: str) -> Shards:
@@ -69,12 +76,18 @@ def open_shards(config: ConfigDict, split: str) -> Shards:
 
 def _row(record: dict) -> dict:
   teacher = {"teacher": record["teacher"]} if "teacher" in record else {}
-  return {"latents": record["moments"], **teacher, "label": np.int32(record["label"]),
-          "num_objects": np.int32(record["num_objects"]), "unreadable": np.int32(0)}
+  return {
+    "latents": record["moments"],
+    **teacher,
+    "label": np.int32(record["label"]),
+    "num_objects": np.int32(record["num_objects"]),
+    "unreadable": np.int32(0),
+  }
 
 
-def train_batches(config: ConfigDict, *, start_step: int = 0, process_index: int = 0, process_count: int = 1,
-                  teacher_grid: int = 0):
+def train_batches(
+  config: ConfigDict, *, start_step: int = 0, process_index: int = 0, process_count: int = 1, teacher_grid: int = 0
+):
   """Returns an endless iterator over this process's rows of the global batches of config.data.latents.
 
   As pipeline.train_batches, a pure function of (config.seed, step): every epoch is a fresh shuffle of all records. A

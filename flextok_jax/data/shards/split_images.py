@@ -39,8 +39,10 @@ class Images:
       self._augment = {name: pipeline.Augment(data, source, image_size) for name, source in self.sources.items()}
     self.sizes = {name: len(source) for name, source in self.sources.items()}
     if copies > 1 and not any(augment.varies for augment in self._augment.values()):
-      raise ValueError(f"--copies={copies} would be equal, as nothing augments {', '.join(self.sizes)} here: give "
-                       "--copies=1, or see config.data.crop and config.data.flip")
+      raise ValueError(
+        f"--copies={copies} would be equal, as nothing augments {', '.join(self.sizes)} here: give "
+        "--copies=1, or see config.data.crop and config.data.flip"
+      )
     endless = [name for name, size in self.sizes.items() if size >= draws.LENGTH]
     if num_images is None and (endless or len(self.sizes) > 1):
       what = f"source {endless[0]!r}" if endless else f"a mixture ({', '.join(self.sizes)})"
@@ -53,11 +55,16 @@ class Images:
     for name, source in self.sources.items():
       self._first_label[name] = len(self.class_names)
       self.class_names += _class_names(source)
-    self._order = pipeline.mix(data, {
-        name: grain.MapDataset.range(size).shuffle(seed=pipeline.seeds(config.seed, name)[0]).repeat().map(
-            lambda index, name=name: (name, index))
+    self._order = pipeline.mix(
+      data,
+      {
+        name: grain.MapDataset.range(size)
+        .shuffle(seed=pipeline.seeds(config.seed, name)[0])
+        .repeat()
+        .map(lambda index, name=name: (name, index))
         for name, size in self.sizes.items()
-    })
+      },
+    )
 
   def __len__(self) -> int:
     return self._len
@@ -70,8 +77,11 @@ class Images:
     except sources_lib.UnreadableRecord as error:
       return {"unreadable": str(error)}
     captions = [caption for caption in record.get("captions") or (record["caption"],) if caption]
-    facts = {"label": self._label(name, int(record["label"])), "captions": captions,
-             "num_objects": int(record["num_objects"])}
+    facts = {
+      "label": self._label(name, int(record["label"])),
+      "captions": captions,
+      "num_objects": int(record["num_objects"]),
+    }
     if self._size is None:
       return {"data": record["image"], **facts}
     picture, augment = record["image"], self._augment[name]

@@ -68,28 +68,40 @@ def check_shards(meta: dict, config: ConfigDict, fingerprint: str | None = None)
   ar, here = config.ar, meta["fingerprint"]
   for what, wanted in (("config.ar.tokenizer", ar.tokenizer), ("the tokenizer at hand", fingerprint)):
     if wanted and wanted != here:
-      raise ValueError(f"the token shards are of tokenizer {here}, but {what} is {wanted}: write shards with that "
-                       "tokenizer (python -m flextok_jax.tokenize --config), or use the one that wrote these")
+      raise ValueError(
+        f"the token shards are of tokenizer {here}, but {what} is {wanted}: write shards with that "
+        "tokenizer (python -m flextok_jax.tokenize --config), or use the one that wrote these"
+      )
   if meta["num_ids"] != ar.num_ids:
-    raise ValueError(f"the token shards have {meta['num_ids']} ids, but config.ar.num_ids is {ar.num_ids}: "
-                     f"give --config.ar.num_ids={meta['num_ids']}")
+    raise ValueError(
+      f"the token shards have {meta['num_ids']} ids, but config.ar.num_ids is {ar.num_ids}: "
+      f"give --config.ar.num_ids={meta['num_ids']}"
+    )
   if meta["num_tokens"] < ar.num_tokens:
-    raise ValueError(f"the token shards have {meta['num_tokens']} tokens an image, but config.ar.num_tokens is "
-                     f"{ar.num_tokens}: give --config.ar.num_tokens={meta['num_tokens']} or less")
+    raise ValueError(
+      f"the token shards have {meta['num_tokens']} tokens an image, but config.ar.num_tokens is "
+      f"{ar.num_tokens}: give --config.ar.num_tokens={meta['num_tokens']} or less"
+    )
   if ar.stop and meta["quality"] is None:
-    raise ValueError("config.ar.stop needs the lengths of the sequences, which these token shards lack: write shards "
-                     "with python -m flextok_jax.tokenize --quality=…, or give --config.ar.stop=False")
+    raise ValueError(
+      "config.ar.stop needs the lengths of the sequences, which these token shards lack: write shards "
+      "with python -m flextok_jax.tokenize --quality=…, or give --config.ar.stop=False"
+    )
   classes = len(meta["class_names"] or ())
   if ar.condition == "class" and classes > ar.num_classes:
-    raise ValueError(f"the token shards have {classes} classes, but config.ar.num_classes is {ar.num_classes}: "
-                     f"give --config.ar.num_classes={classes}")
+    raise ValueError(
+      f"the token shards have {classes} classes, but config.ar.num_classes is {ar.num_classes}: "
+      f"give --config.ar.num_classes={classes}"
+    )
 
 
 def open_shards(config: ConfigDict, split: str) -> Shards:
   """Returns the shards of config.data.tokens; FileNotFoundError or ValueError as Shards and check_shards."""
   if not config.data.tokens:
-    raise ValueError("stage 'ar' trains on token shards: give --config.data.tokens=DIR, a folder that "
-                     "python -m flextok_jax.tokenize --config wrote")
+    raise ValueError(
+      "stage 'ar' trains on token shards: give --config.data.tokens=DIR, a folder that "
+      "python -m flextok_jax.tokenize --config wrote"
+    )
   records = Shards(config.data.tokens, split)
   check_shards(records.meta, config)
   return records
@@ -103,17 +115,20 @@ class _Row:
     self._tokenizer = None
     if config.ar.condition == "text":
       from flextok_jax.data import text  # late: only this condition needs it
+
       self._tokenizer = text.make_tokenizer(config.text)
 
   def __call__(self, record: dict, caption: str) -> dict:
     count = self._ar.num_tokens
     if self._ar.condition == "class" and record["label"] >= self._ar.num_classes:
-      raise ValueError(f"a record of the token shards has label {record['label']}, but config.ar.num_classes is "
-                       f"{self._ar.num_classes}: raise --config.ar.num_classes")
+      raise ValueError(
+        f"a record of the token shards has label {record['label']}, but config.ar.num_classes is "
+        f"{self._ar.num_classes}: raise --config.ar.num_classes"
+      )
     row = {
-        "token_ids": record["ids"][:count].astype(np.int32),
-        "length": np.int32(min(record["length"], count) if self._ar.stop else count),
-        "label": np.int32(record["label"]),
+      "token_ids": record["ids"][:count].astype(np.int32),
+      "length": np.int32(min(record["length"], count) if self._ar.stop else count),
+      "label": np.int32(record["label"]),
     }
     row["token_ids"][row["length"] :] = 0
     if self._tokenizer is not None:
@@ -171,7 +186,7 @@ def eval_arrays(config: ConfigDict, num_records: int, split: str = "validation")
   captions = [(record["captions"] or [""])[0] for record in chosen]
   rows = [row(record, caption) for record, caption in zip(chosen, captions)]
   return {
-      **{name: np.stack([r[name] for r in rows]) for name in rows[0]},
-      "captions": captions,
-      "num_objects": np.array([record["num_objects"] for record in chosen], np.int32),
+    **{name: np.stack([r[name] for r in rows]) for name in rows[0]},
+    "captions": captions,
+    "num_objects": np.array([record["num_objects"] for record in chosen], np.int32),
   }

@@ -34,16 +34,34 @@ _REPORT_SECONDS = 10.0
 _CROPS = ("crop", "crop_min_area", "flip")  # of config.data: what decides crops beside the sources
 
 
-def write(folder: str | os.PathLike, config: ConfigDict, encode: Callable, tokenizer: dict, *, batch_size: int = 32,
-          quality: float | None = None, metric: str | None = None, **options):
+def write(
+  folder: str | os.PathLike,
+  config: ConfigDict,
+  encode: Callable,
+  tokenizer: dict,
+  *,
+  batch_size: int = 32,
+  quality: float | None = None,
+  metric: str | None = None,
+  **options,
+):
   """Writes token shards: write_shards of shard_contents.Tokens."""
   content = shard_contents.Tokens(encode, tokenizer, batch_size, quality, metric)
   return write_shards(folder, config, content, **options)
 
 
-def write_shards(folder: str | os.PathLike, config: ConfigDict, content, *, split: str = "train",
-                 num_images: int | None = None, copies: int = 1, num_shards: int | None = None, process_index: int = 0,
-                 process_count: int = 1):
+def write_shards(
+  folder: str | os.PathLike,
+  config: ConfigDict,
+  content,
+  *,
+  split: str = "train",
+  num_images: int | None = None,
+  copies: int = 1,
+  num_shards: int | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+):
   """Writes this process's shards of DIR/<split>/, those that are not there yet; the last to finish writes meta.json.
 
   Args:
@@ -73,9 +91,16 @@ def write_shards(folder: str | os.PathLike, config: ConfigDict, content, *, spli
     raise ValueError(f"--shards={num_shards} is more than the {len(images)} images")
   data = config.data
   plan = {
-      "format": shard_files.FORMAT, "what": content.what, **facts, "split": split, "num_images": len(images),
-      "copies": copies, "shards": num_shards, "seed": config.seed, "sizes": images.sizes,
-      "sources": {name: data.sources[name].to_dict() for name in images.sizes},
+    "format": shard_files.FORMAT,
+    "what": content.what,
+    **facts,
+    "split": split,
+    "num_images": len(images),
+    "copies": copies,
+    "shards": num_shards,
+    "seed": config.seed,
+    "sizes": images.sizes,
+    "sources": {name: data.sources[name].to_dict() for name in images.sizes},
   }
   if content.image_size is not None:
     plan |= {key: data[key] for key in _CROPS}
@@ -138,8 +163,10 @@ def _claim(folder: Path, plan: dict):
   old, new = (flatten_dict(json.loads(json.dumps(p)), sep=".") for p in (old, plan))
   for name in [*new, *(old.keys() - new.keys())]:
     if old.get(name) != new.get(name):
-      raise ValueError(f"{folder} was begun with other settings: {name} is {old.get(name)!r} there and "
-                       f"{new.get(name)!r} here; use another --out, or those settings")
+      raise ValueError(
+        f"{folder} was begun with other settings: {name} is {old.get(name)!r} there and "
+        f"{new.get(name)!r} here; use another --out, or those settings"
+      )
 
 
 class _Todo:
@@ -184,8 +211,10 @@ class _Tally:
         self.unreadable += 1
         logging.warning("Unreadable image passed over: %s", element["unreadable"])
         if self.unreadable > self._most * self._planned:
-          raise ValueError(f"{self.unreadable} of {self._planned} images are unreadable, a larger share than "
-                           f"config.data.max_unreadable={self._most}; the last one is {element['unreadable']}")
+          raise ValueError(
+            f"{self.unreadable} of {self._planned} images are unreadable, a larger share than "
+            f"config.data.max_unreadable={self._most}; the last one is {element['unreadable']}"
+          )
         if self._run >= sources_lib.MAX_RUN:
           raise ValueError(f"{self._run} images in a row are unreadable, the last one is {element['unreadable']}")
       else:
@@ -193,8 +222,11 @@ class _Tally:
       if time.monotonic() - self._told > _REPORT_SECONDS:
         self._told = time.monotonic()
         left = (self._planned - self._skipped - self.images) / self.rate()
-        print(f"{self._skipped + self.images}/{self._planned} images  {self.rate():.1f} images/s  "
-              f"ETA {int(left) // 3600}h{int(left) // 60 % 60:02d}m{int(left) % 60:02d}s", flush=True)
+        print(
+          f"{self._skipped + self.images}/{self._planned} images  {self.rate():.1f} images/s  "
+          f"ETA {int(left) // 3600}h{int(left) // 60 % 60:02d}m{int(left) % 60:02d}s",
+          flush=True,
+        )
 
   def rate(self) -> float:
     """Images a second."""
@@ -244,17 +276,26 @@ def _count(path: Path) -> int:
 def _finish(folder: Path, plan: dict, content, images: Images, paths: list[Path], tally: _Tally) -> dict | None:
   missing = sum(not path.is_file() for path in paths)
   if tally.images:
-    print(f"wrote {tally.images} images x {plan['copies']}, {tally.rate():.1f} images/s; unreadable: "
-          f"{tally.unreadable}", flush=True)
+    print(
+      f"wrote {tally.images} images x {plan['copies']}, {tally.rate():.1f} images/s; unreadable: {tally.unreadable}",
+      flush=True,
+    )
   if missing:
-    print(f"{missing} shards are still missing: the process that writes the last of them writes {shard_files.META}; "
-          "rerun what was stopped", flush=True)
+    print(
+      f"{missing} shards are still missing: the process that writes the last of them writes {shard_files.META}; "
+      "rerun what was stopped",
+      flush=True,
+    )
     return None
   counts = [_count(path) for path in paths]
   meta = {key: plan[key] for key in ("format", "what", *content.meta, "num_images", "copies", "seed", "sources")}
   meta |= {key: plan[key] for key in _CROPS if key in plan}
-  meta |= {"num_records": sum(counts), "class_names": list(images.class_names) or None, "shard_records": counts,
-           "shard_bytes": [path.stat().st_size for path in paths]}
+  meta |= {
+    "num_records": sum(counts),
+    "class_names": list(images.class_names) or None,
+    "shard_records": counts,
+    "shard_bytes": [path.stat().st_size for path in paths],
+  }
   files.write_file(folder / shard_files.META, (json.dumps(meta, indent=1) + "\n").encode())
   model = f", fingerprint {plan['fingerprint']}" if "fingerprint" in plan else ""
   print(f"{folder}: {meta['num_records']} records in {len(paths)} shards of {content.what}{model}", flush=True)

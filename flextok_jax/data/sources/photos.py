@@ -15,27 +15,27 @@ from flextok_jax.data.sources import draws
 
 # (package, file, caption). Drawings, scans of text and charts of these packages are left out.
 TRAIN = (
-    ("skimage", "astronaut.png", "an astronaut in an orange suit before a flag"),
-    ("skimage", "brick.png", "a brick wall"),
-    ("skimage", "camera.png", "a man with a camera on a tripod"),
-    ("skimage", "cell.png", "a cell under the microscope"),
-    ("skimage", "clock_motion.png", "a blurred clock"),
-    ("skimage", "coins.png", "ancient coins"),
-    ("skimage", "grass.png", "grass"),
-    ("skimage", "gravel.png", "gravel"),
-    ("skimage", "hubble_deep_field.jpg", "galaxies in deep space"),
-    ("skimage", "ihc.png", "stained tissue under the microscope"),
-    ("skimage", "moon.png", "the surface of the moon"),
-    ("skimage", "motorcycle_left.png", "a motorcycle in a garage"),
-    ("skimage", "motorcycle_right.png", "a motorcycle in a garage"),
-    ("skimage", "retina.jpg", "the retina of an eye"),
-    ("sklearn", "china.jpg", "a Chinese palace under a blue sky"),
+  ("skimage", "astronaut.png", "an astronaut in an orange suit before a flag"),
+  ("skimage", "brick.png", "a brick wall"),
+  ("skimage", "camera.png", "a man with a camera on a tripod"),
+  ("skimage", "cell.png", "a cell under the microscope"),
+  ("skimage", "clock_motion.png", "a blurred clock"),
+  ("skimage", "coins.png", "ancient coins"),
+  ("skimage", "grass.png", "grass"),
+  ("skimage", "gravel.png", "gravel"),
+  ("skimage", "hubble_deep_field.jpg", "galaxies in deep space"),
+  ("skimage", "ihc.png", "stained tissue under the microscope"),
+  ("skimage", "moon.png", "the surface of the moon"),
+  ("skimage", "motorcycle_left.png", "a motorcycle in a garage"),
+  ("skimage", "motorcycle_right.png", "a motorcycle in a garage"),
+  ("skimage", "retina.jpg", "the retina of an eye"),
+  ("sklearn", "china.jpg", "a Chinese palace under a blue sky"),
 )
 VALIDATION = (
-    ("skimage", "chelsea.png", "a tabby cat"),
-    ("skimage", "coffee.png", "a cup of coffee with a spoon"),
-    ("skimage", "rocket.jpg", "a rocket on its launch pad"),
-    ("sklearn", "flower.jpg", "a red dahlia"),
+  ("skimage", "chelsea.png", "a tabby cat"),
+  ("skimage", "coffee.png", "a cup of coffee with a spoon"),
+  ("skimage", "rocket.jpg", "a rocket on its launch pad"),
+  ("sklearn", "flower.jpg", "a red dahlia"),
 )
 # The two everyday scenes in colour without a stereo twin come up twice as often as the rest.
 _OFTEN = ("astronaut.png", "china.jpg")
@@ -77,8 +77,9 @@ class Photos:
     self._min_crop = min_crop
     photos = TRAIN if split == "train" else VALIDATION
     first_label = 0 if split == "train" else len(TRAIN)
-    self._photos = [(photo_path(package, file), first_label + i, caption)
-                    for i, (package, file, caption) in enumerate(photos)]
+    self._photos = [
+      (photo_path(package, file), first_label + i, caption) for i, (package, file, caption) in enumerate(photos)
+    ]
     if split == "train":
       self._photos += [p for p in self._photos if os.path.basename(p[0]) in _OFTEN]
 

@@ -58,11 +58,14 @@ def make_source(name: str, cfg, split: str):
     return ArrayRecord(split, cfg.path)
   if name == "tfds":
     if cfg.train_split == cfg.val_split:
-      raise ValueError(f"train_split and val_split of config.data.sources.tfds are both {cfg.train_split!r}: "
-                       "validation must be held out")
+      raise ValueError(
+        f"train_split and val_split of config.data.sources.tfds are both {cfg.train_split!r}: "
+        "validation must be held out"
+      )
     tfds_split = cfg.train_split if split == "train" else cfg.val_split
-    return Tfds(tfds_split, cfg.name, cfg.data_dir, cfg.image_key, cfg.label_key,
-                cfg.get("caption_key", ""))  # older weights files lack it
+    return Tfds(
+      tfds_split, cfg.name, cfg.data_dir, cfg.image_key, cfg.label_key, cfg.get("caption_key", "")
+    )  # older weights files lack it
   raise ValueError(f"unknown data source {name!r}: use one of {', '.join(NAMES)}")
 
 
@@ -115,8 +118,10 @@ class Folder(Stored):
     elif split == "validation":
       self._root, files = val_path, _relative_files(val_path)
     if not files:
-      raise ValueError(f"the image folder {path} is too small to hold out {VALIDATION_PERCENT} percent "
-                       f"(none fell to {split}): pass --config.data.sources.folder.val_path=DIR")
+      raise ValueError(
+        f"the image folder {path} is too small to hold out {VALIDATION_PERCENT} percent "
+        f"(none fell to {split}): pass --config.data.sources.folder.val_path=DIR"
+      )
     self._files = files
 
   def __len__(self) -> int:
@@ -132,8 +137,13 @@ class Folder(Stored):
       raise UnreadableRecord(path, str(error)) from error
     name = _class_of(file)
     captions = _sidecar_captions(os.path.splitext(path)[0]) or (name.replace("_", " "),)
-    return {"image": image, "label": self._labels.get(name, -1), "caption": captions[0], "captions": captions,
-            "num_objects": -1}
+    return {
+      "image": image,
+      "label": self._labels.get(name, -1),
+      "caption": captions[0],
+      "captions": captions,
+      "num_objects": -1,
+    }
 
 
 def _sidecar_captions(stem: str) -> tuple[str, ...]:
@@ -208,8 +218,13 @@ class ArrayRecord(Stored):
     except transforms.DECODE_ERRORS as error:
       raise UnreadableRecord(f"{self._records} [{index}]", str(error)) from error
     captions = tuple(record["captions"]) or ("",)
-    return {"image": image, "label": record["label"], "caption": captions[0], "captions": captions,
-            "num_objects": record["num_objects"]}
+    return {
+      "image": image,
+      "label": record["label"],
+      "caption": captions[0],
+      "captions": captions,
+      "num_objects": record["num_objects"],
+    }
 
 
 class Tfds(Stored):
@@ -222,6 +237,7 @@ class Tfds(Stored):
 
   def __init__(self, split: str, name: str, data_dir: str, image_key: str, label_key: str, caption_key: str = ""):
     import tensorflow_datasets as tfds  # late: slow to import, and only this source needs it
+
     what = f"TFDS data set {name!r}"
     place = data_dir or tfds.core.constants.DATA_DIR
     prepare = f"tfds build {name}{f' --data_dir={data_dir}' if data_dir else ''} --file_format=array_record"
@@ -240,13 +256,17 @@ class Tfds(Stored):
       raise ValueError(f"{what} has no integer label {label_key!r}; its features are {names} ('' for no label)")
     caption = _feature(builder.info.features, caption_key)
     if caption_key and getattr(caption, "np_dtype", None) != np.object_:  # TFDS's type of text
-      raise ValueError(f"{what} has no text {caption_key!r}; its features are {names} ('' for the label's name; "
-                       "'captions/text' for the text within captions)")
+      raise ValueError(
+        f"{what} has no text {caption_key!r}; its features are {names} ('' for the label's name; "
+        "'captions/text' for the text within captions)"
+      )
     try:
       self._records = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
     except NotImplementedError as error:  # TFRecord files have no random access
-      raise ValueError(f"{what} in {builder.data_dir} is not in ArrayRecord files, which random access needs: run "
-                       f"`tfds build {name} --data_dir=NEW_DIR --file_format=array_record`") from error
+      raise ValueError(
+        f"{what} in {builder.data_dir} is not in ArrayRecord files, which random access needs: run "
+        f"`tfds build {name} --data_dir=NEW_DIR --file_format=array_record`"
+      ) from error
     except (ValueError, KeyError) as error:
       splits = ", ".join(builder.info.splits)
       raise ValueError(f"{what} has no split {split!r}; its splits are {splits}") from error

@@ -15,17 +15,42 @@ from flextok_jax.data.sources import draws
 from flextok_jax.data.sources.shapes import SHAPES
 
 # The class of a scene is the shape of its first, largest object.
-CLASS_NAMES = ("circle", "ball", "ellipse", "square", "rectangle", "triangle", "pentagon", "hexagon", "star", "ring",
-               "cross", "crescent", "heart", "capsule", "cube", "cylinder")
+CLASS_NAMES = (
+  "circle",
+  "ball",
+  "ellipse",
+  "square",
+  "rectangle",
+  "triangle",
+  "pentagon",
+  "hexagon",
+  "star",
+  "ring",
+  "cross",
+  "crescent",
+  "heart",
+  "capsule",
+  "cube",
+  "cylinder",
+)
 PLAIN_SHAPES = ("circle", "triangle", "ring", "cross", "crescent", "heart")
 PLAIN_COLORS = ("red", "yellow", "green", "blue", "pink", "white", "black")
 STYLES = ("scenes", "plain")
 COLORS = {
-    "red": (0.86, 0.14, 0.15), "orange": (0.96, 0.52, 0.10), "yellow": (0.97, 0.84, 0.20),
-    "green": (0.20, 0.64, 0.24), "teal": (0.10, 0.62, 0.62), "blue": (0.16, 0.36, 0.84),
-    "sky blue": (0.50, 0.76, 0.95), "purple": (0.52, 0.22, 0.70), "pink": (0.95, 0.52, 0.70),
-    "brown": (0.48, 0.29, 0.15), "beige": (0.90, 0.82, 0.66), "white": (0.95, 0.95, 0.94),
-    "gray": (0.52, 0.53, 0.55), "black": (0.09, 0.09, 0.11),
+  "red": (0.86, 0.14, 0.15),
+  "orange": (0.96, 0.52, 0.10),
+  "yellow": (0.97, 0.84, 0.20),
+  "green": (0.20, 0.64, 0.24),
+  "teal": (0.10, 0.62, 0.62),
+  "blue": (0.16, 0.36, 0.84),
+  "sky blue": (0.50, 0.76, 0.95),
+  "purple": (0.52, 0.22, 0.70),
+  "pink": (0.95, 0.52, 0.70),
+  "brown": (0.48, 0.29, 0.15),
+  "beige": (0.90, 0.82, 0.66),
+  "white": (0.95, 0.95, 0.94),
+  "gray": (0.52, 0.53, 0.55),
+  "black": (0.09, 0.09, 0.11),
 }
 COLOR_NAMES = tuple(COLORS)
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
@@ -77,8 +102,12 @@ def draw_scene(rng: np.random.Generator, size: int, style: str = "scenes") -> di
       _draw_object(rng, canvas, kind, cx * size, cy * size, radius * size, light)
     canvas *= 1.0 + rng.uniform(-0.12, 0.12) * x + rng.uniform(-0.12, 0.12) * y  # uneven light over the scene
   image = np.clip(canvas, 0.0, 1.0).transpose(1, 2, 0) * 255.0 + 0.5
-  return {"image": image.astype(np.uint8), "label": CLASS_NAMES.index(kinds[0][0]),
-          "caption": _caption(placed, background), "num_objects": len(placed)}
+  return {
+    "image": image.astype(np.uint8),
+    "label": CLASS_NAMES.index(kinds[0][0]),
+    "caption": _caption(placed, background),
+    "num_objects": len(placed),
+  }
 
 
 _GRIDS = {}
@@ -179,8 +208,9 @@ def _background(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> tuple
   return _lerp(a, b, paint), f"{first} and {second} rays", {first, second}
 
 
-def _landscape(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, sky: np.ndarray,
-               ground: np.ndarray) -> np.ndarray:
+def _landscape(
+  rng: np.random.Generator, x: np.ndarray, y: np.ndarray, sky: np.ndarray, ground: np.ndarray
+) -> np.ndarray:
   """A sky gradient, sometimes with clouds, above one to three ridges of hills."""
   soft = x.shape[1] / 2.0
   haze = np.clip(sky + rng.uniform(-0.3, 0.4), 0.0, 1.0)
@@ -294,8 +324,9 @@ def _frame(canvas: np.ndarray, cx: float, cy: float, radius: float, angle: float
   return canvas[:, y0:y1, x0:x1], c * px + s * py, c * py - s * px
 
 
-def _draw_object(rng: np.random.Generator, canvas: np.ndarray, kind: tuple, cx: float, cy: float, radius: float,
-                 light: np.ndarray):
+def _draw_object(
+  rng: np.random.Generator, canvas: np.ndarray, kind: tuple, cx: float, cy: float, radius: float, light: np.ndarray
+):
   """Paints one object and its shadow onto canvas [3, size, size]; cx, cy, radius in pixels."""
   shape, color = kind
   angle = _angle(rng, shape)

@@ -130,7 +130,7 @@ class Extrapolation(NamedTuple):
 
 
 def fid_infinity(
-    features: np.ndarray, mu: np.ndarray, sigma: np.ndarray, num_points: int = 15, smallest: int = 5000, seed: int = 0
+  features: np.ndarray, mu: np.ndarray, sigma: np.ndarray, num_points: int = 15, smallest: int = 5000, seed: int = 0
 ) -> Extrapolation:
   """Extrapolates the Fréchet distance of n samples to infinitely many, where its bias vanishes (FID-infinity).
 
@@ -148,8 +148,10 @@ def fid_infinity(
   """
   mu, sigma = checked_gaussian(mu, sigma)
   if not 2 <= smallest < len(features) or num_points < 2:
-    raise ValueError(f"no line through {num_points} points from {smallest} samples to {len(features)}: FID-infinity "
-                     "needs 2 points or more, and more samples than `smallest`")
+    raise ValueError(
+      f"no line through {num_points} points from {smallest} samples to {len(features)}: FID-infinity "
+      "needs 2 points or more, and more samples than `smallest`"
+    )
   counts = np.linspace(smallest, len(features), num_points).astype(int)
   rng = np.random.default_rng(seed)
   factor = _factor(sigma)

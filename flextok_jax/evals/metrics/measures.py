@@ -17,16 +17,25 @@ def _of_unit_range(distance: distances.Distance) -> Callable:
 # (a, b), both float32 [batch, h, w, 3] in [0, 1], b of 8 bits where it stands for a stored picture, it gives [batch].
 Measure = Partial
 
-UNITS = {"psnr": "PSNR dB", "ssim": "SSIM", "mae": "MAE", "mse": "MSE", "lpips_alex": "LPIPS alex",
-         "lpips_vgg": "LPIPS vgg", "dreamsim": "DreamSim", "dinov2": "DINOv2 sim", "rfid": "rFID"}
+UNITS = {
+  "psnr": "PSNR dB",
+  "ssim": "SSIM",
+  "mae": "MAE",
+  "mse": "MSE",
+  "lpips_alex": "LPIPS alex",
+  "lpips_vgg": "LPIPS vgg",
+  "dreamsim": "DreamSim",
+  "dinov2": "DINOv2 sim",
+  "rfid": "rFID",
+}
 DECIMALS = {"psnr": 2, "rfid": 2}  # in tables; the others have 4
 BETTER_HIGH = ("psnr", "ssim", "dinov2")  # of the others less is better
 PLAIN = metrics.METRICS | {name: _of_unit_range(f) for name, f in distances.DISTANCES.items()}
 NETWORKS = {
-    "lpips_alex": lambda folder: networks.lpips(folder, "alex"),
-    "lpips_vgg": lambda folder: networks.lpips(folder, "vgg"),
-    "dreamsim": networks.dreamsim,
-    "dinov2": networks.similarity,
+  "lpips_alex": lambda folder: networks.lpips(folder, "alex"),
+  "lpips_vgg": lambda folder: networks.lpips(folder, "vgg"),
+  "dreamsim": networks.dreamsim,
+  "dinov2": networks.similarity,
 }
 NAMES = (*PLAIN, *NETWORKS)
 

@@ -80,13 +80,22 @@ def bootstrap_interval(values: np.ndarray, level: float = 0.95, num: int = 1000,
   """
   values = np.asarray(values, np.float64)
   if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
-    raise ValueError(f"an interval needs 2 finite values or more, got {values.shape} with "
-                     f"{np.isfinite(values).sum()} finite")
+    raise ValueError(
+      f"an interval needs 2 finite values or more, got {values.shape} with {np.isfinite(values).sum()} finite"
+    )
   if not 0 < level < 1:
     raise ValueError(f"level {level} is out of range: above 0 and below 1, as 0.95")
   batch = max(1, 2**22 // len(values))  # resamplings at once: 32 MiB
-  result = scipy.stats.bootstrap((values,), np.mean, n_resamples=num, batch=batch, vectorized=True,
-                                 confidence_level=level, method="percentile", rng=np.random.default_rng(seed))
+  result = scipy.stats.bootstrap(
+    (values,),
+    np.mean,
+    n_resamples=num,
+    batch=batch,
+    vectorized=True,
+    confidence_level=level,
+    method="percentile",
+    rng=np.random.default_rng(seed),
+  )
   return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
@@ -132,5 +141,6 @@ def top1(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def _radii(features: np.ndarray, k: int) -> np.ndarray:
   """Returns each row's distance to the k-th nearest other row: [n]."""
   blocks = sklearn.metrics.pairwise_distances_chunked(
-      features, reduce_func=lambda block, _: np.partition(block, k, axis=1)[:, k])  # the nearest is the row itself
+    features, reduce_func=lambda block, _: np.partition(block, k, axis=1)[:, k]
+  )  # the nearest is the row itself
   return np.concatenate(list(blocks))

@@ -1,0 +1,1 @@
+"""Studies of a tokenizer and of a generator."""

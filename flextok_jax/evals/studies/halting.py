@@ -13,11 +13,13 @@ from flextok_jax.evals.metrics import measures
 from flextok_jax.evals.report import Outcome, Parts, Table
 from flextok_jax.inference import adaptive
 
-ABOUT = ("Every image takes as few tokens as its reconstruction needs to come within a threshold. Drawn is the"
-         " mean over images against their mean length (solid), beside as many tokens for all (dashed); bars are 95%"
-         " intervals. One threshold for all makes images equally good, which need not be the best mean. Where the"
-         " number of objects in a scene is known: the mean length by it. In the grid a picture carries its length,"
-         " and a frame where even all tokens do not come within the threshold.")
+ABOUT = (
+  "Every image takes as few tokens as its reconstruction needs to come within a threshold. Drawn is the"
+  " mean over images against their mean length (solid), beside as many tokens for all (dashed); bars are 95%"
+  " intervals. One threshold for all makes images equally good, which need not be the best mean. Where the"
+  " number of objects in a scene is known: the mean length by it. In the grid a picture carries its length,"
+  " and a frame where even all tokens do not come within the threshold."
+)
 
 
 def make_lengths(config, params, name: str, measure: measures.Measure, seed: int, batch_size: int, mesh) -> Callable:
@@ -63,8 +65,16 @@ def rank_correlation(num_objects: np.ndarray, lengths: np.ndarray) -> tuple[floa
 
 
 def study(
-    parts: Parts, decode: Callable, compare: Callable, lengths: Callable, encoded: Callable, num_objects: Callable,
-    sets: Mapping[str, Mapping[str, Any]], counts: Sequence[int], metric: str, thresholds: Sequence[float],
+  parts: Parts,
+  decode: Callable,
+  compare: Callable,
+  lengths: Callable,
+  encoded: Callable,
+  num_objects: Callable,
+  sets: Mapping[str, Mapping[str, Any]],
+  counts: Sequence[int],
+  metric: str,
+  thresholds: Sequence[float],
 ) -> Outcome:
   """Compares adaptive lengths with fixed ones.
 
@@ -78,6 +88,7 @@ def study(
     metric: of the thresholds, among those of compare.
     thresholds: (): on each set what its images have on average at each fixed length.
   """
+
   def restored(name: str, chosen: np.ndarray):
     images, ids = encoded(name)
     decoded = decode(ids[:, : chosen.max()], chosen, np.zeros(len(ids)))
@@ -105,11 +116,17 @@ def study(
       found.append(parts(f"halting_{name}_{metric}_{threshold:g}", own, functools.partial(adapted, name, threshold)))
     sign = ">=" if metric in measures.BETTER_HIGH else "<="
     labels = [f"{metric} {sign} {q:g}" for q in tried]
-    tables.append(Table(
-        f"{name}: {plain[0]['num_images']} images", ["tokens", "mean length", "within", *plain[0]["means"]],
+    tables.append(
+      Table(
+        f"{name}: {plain[0]['num_images']} images",
+        ["tokens", "mean length", "within", *plain[0]["means"]],
         [[f"{k} for all", k, None, *row["means"].values()] for k, row in zip(counts, plain)]
-        + [[label, numbers["length"], float(arrays["within"].mean()), *numbers["means"].values()]
-           for label, (numbers, arrays) in zip(labels, found)]))
+        + [
+          [label, numbers["length"], float(arrays["within"].mean()), *numbers["means"].values()]
+          for label, (numbers, arrays) in zip(labels, found)
+        ],
+      )
+    )
     order = np.argsort([numbers["length"][0] for numbers, _ in found])
     for key in plain[0]["means"]:
       panel = lines.setdefault(measures.UNITS.get(key, key), {})
@@ -120,11 +137,17 @@ def study(
     if (known >= 0).any():
       grouped = [by_objects(known, arrays["lengths"]) for _, arrays in found]
       by_content[f"tokens of {name}"] = {
-          label: figures.Line(list(rows), [mean for _, mean in rows.values()]) for label, rows in zip(labels, grouped)}
+        label: figures.Line(list(rows), [mean for _, mean in rows.values()]) for label, rows in zip(labels, grouped)
+      }
       correlations = [rank_correlation(known, arrays["lengths"])[0] for _, arrays in found]
       rows = [[count, scenes, *(rows[count][1] for rows in grouped)] for count, (scenes, _) in grouped[0].items()]
-      tables.append(Table(f"{name}: mean length by the number of objects", ["objects", "scenes", *labels],
-                          [*rows, ["rank correlation", len(known), *correlations]]))
+      tables.append(
+        Table(
+          f"{name}: mean length by the number of objects",
+          ["objects", "scenes", *labels],
+          [*rows, ["rank correlation", len(known), *correlations]],
+        )
+      )
     grids[name] = _grid(labels, [arrays for _, arrays in found])
   figure = figures.curves(lines, "tokens, mean", ticks=counts, others={"objects": by_content})
   return Outcome("Lengths chosen by quality", ABOUT, tables, figure, figures.below(grids))
@@ -133,8 +156,9 @@ def study(
 def _grid(labels: Sequence[str], columns: Sequence[Mapping[str, np.ndarray]]):
   """Pictures of each threshold, with their lengths in the corner."""
   original = columns[0]["original"]
-  outside = {(row, 1 + j) for j, column in enumerate(columns) for row in range(len(original))
-             if not column["within"][row]}
+  outside = {
+    (row, 1 + j) for j, column in enumerate(columns) for row in range(len(original)) if not column["within"][row]
+  }
   picture = plots.grid([original, *(column["restored"] for column in columns)], ["original", *labels], outside)
   draw, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
   for j, column in enumerate(columns):

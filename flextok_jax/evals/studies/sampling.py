@@ -17,9 +17,11 @@ from flextok_jax.evals.studies import variation
 # (pictures uint8 [n, h, w, 3], conditions [n]) -> numbers by name.
 Judge = Callable[[np.ndarray, Sequence[int | str | None]], dict[str, float]]
 
-ABOUT = ("Samples of the generator, of the same seeds in every cell. Rows change one choice of tokens at a time,"
-         " columns one setting of the decoder; the first of each has the checkpoints' own. 'Between samples' is the"
-         " mean over pairs of samples of the same condition: how diverse they are, not how good.")
+ABOUT = (
+  "Samples of the generator, of the same seeds in every cell. Rows change one choice of tokens at a time,"
+  " columns one setting of the decoder; the first of each has the checkpoints' own. 'Between samples' is the"
+  " mean over pairs of samples of the same condition: how diverse they are, not how good."
+)
 _MOSAIC = 2  # pictures a side in a cell of the grid
 
 
@@ -60,7 +62,7 @@ def against(compared: reference.Reference, look: Callable, names: Iterable[str],
 
 
 def one_at_a_time(
-    own: Mapping[str, Any], changes: Mapping[str, Iterable[Any]], prefix: str = ""
+  own: Mapping[str, Any], changes: Mapping[str, Iterable[Any]], prefix: str = ""
 ) -> dict[str, dict[str, Any]]:
   """Returns settings by label: `own` as they are, then with each other value of each change in place of its own."""
   rows = {"own settings": dict(own)}
@@ -71,8 +73,14 @@ def one_at_a_time(
 
 
 def study(
-    parts: Parts, draw: Callable, decoder: Callable, judges: Sequence[Judge], conditions: Sequence[int | str | None],
-    choices: Mapping[str, Mapping], decoders: Mapping[str, Mapping], settings: Mapping[str, Any],
+  parts: Parts,
+  draw: Callable,
+  decoder: Callable,
+  judges: Sequence[Judge],
+  conditions: Sequence[int | str | None],
+  choices: Mapping[str, Mapping],
+  decoders: Mapping[str, Mapping],
+  settings: Mapping[str, Any],
 ) -> Outcome:
   """Judges samples by every choice and every setting of the decoder.
 
@@ -90,7 +98,9 @@ def study(
     ids, lengths, log_probs = draw(choice)
     numbers = {"log-probability": figures.estimate(log_probs), "tokens": figures.estimate(lengths)}
     return numbers | {"different": len({row[:n].tobytes() for row, n in zip(ids, lengths)})}, {
-        "ids": ids, "lengths": lengths}
+      "ids": ids,
+      "lengths": lengths,
+    }
 
   def point(decode, drawn):
     pictures = decode()(drawn["ids"], drawn["lengths"], np.arange(count))
@@ -108,14 +118,18 @@ def study(
     decode = functools.cache(functools.partial(decoder, sampler))  # made, and compiled, once if at all
     for row, (_, arrays) in drawn.items():
       asked = {**settings, "choice": choices[row], "decoder": sampler}
-      cells[row, column] = parts(f"sampling_{_file(row)}__{_file(column)}", asked,
-                                 functools.partial(point, decode, arrays))
+      cells[row, column] = parts(
+        f"sampling_{_file(row)}__{_file(column)}", asked, functools.partial(point, decode, arrays)
+      )
   names = list(next(iter(cells.values()))[0])
   own = {**choices["own settings"], **{f"decoder {k}": v for k, v in decoders["own settings"].items()}}
   tables = [
-      Table("Own settings", ["setting", "value"], list(own.items())),
-      Table("Tokens drawn", ["choice", "log-probability", "tokens", f"different, of {count}"],
-            [[label, *numbers.values()] for label, (numbers, _) in drawn.items()]),
+    Table("Own settings", ["setting", "value"], list(own.items())),
+    Table(
+      "Tokens drawn",
+      ["choice", "log-probability", "tokens", f"different, of {count}"],
+      [[label, *numbers.values()] for label, (numbers, _) in drawn.items()],
+    ),
   ]
   panels = {}
   for name in names:
@@ -123,9 +137,13 @@ def study(
     tables.append(Table(name, ["choice", *decoders], [[label, *row] for label, row in zip(choices, rows)]))
     panels[name] = np.array(rows)
   columns = [np.stack([cells[row, column][1]["mosaic"] for row in choices]) for column in decoders]
-  return Outcome("Choices of the generator against settings of the decoder", ABOUT, tables,
-                 figures.heat_maps(panels, list(choices), list(decoders)),
-                 plots.grid([list(choices), *columns], ["", *decoders]))
+  return Outcome(
+    "Choices of the generator against settings of the decoder",
+    ABOUT,
+    tables,
+    figures.heat_maps(panels, list(choices), list(decoders)),
+    plots.grid([list(choices), *columns], ["", *decoders]),
+  )
 
 
 def _mosaic(pictures: np.ndarray) -> np.ndarray:

@@ -11,9 +11,11 @@ from flextok_jax.evals import figures, plots
 from flextok_jax.evals.metrics import measures
 from flextok_jax.evals.report import Outcome, Parts, Table
 
-ABOUT = ("Every image is decoded several times from the same tokens, each time from another noise. Few tokens leave"
-         " much open, in which the decodes differ. Drawn is the mean over all pairs of decodes of an image, then over"
-         " images; bars are its 95% interval.")
+ABOUT = (
+  "Every image is decoded several times from the same tokens, each time from another noise. Few tokens leave"
+  " much open, in which the decodes differ. Drawn is the mean over all pairs of decodes of an image, then over"
+  " images; bars are its 95% interval."
+)
 
 
 def pairwise(compare: Callable, pictures: np.ndarray) -> dict[str, np.ndarray]:
@@ -31,8 +33,13 @@ def pairwise(compare: Callable, pictures: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def study(
-    parts: Parts, decode: Callable, compare: Callable, encoded: Callable[[str], tuple[np.ndarray, np.ndarray]],
-    sets: Mapping[str, Mapping[str, Any]], counts: Sequence[int], num_decodes: int,
+  parts: Parts,
+  decode: Callable,
+  compare: Callable,
+  encoded: Callable[[str], tuple[np.ndarray, np.ndarray]],
+  sets: Mapping[str, Mapping[str, Any]],
+  counts: Sequence[int],
+  num_decodes: int,
 ) -> Outcome:
   """Measures the variation at every token count.
 
@@ -67,5 +74,10 @@ def study(
       labels = [plots.column_label(str(count), last=count == counts[-1])] + [""] * (num_decodes - 1)
       columns.append(plots.grid(list(pictures["decodes"].swapaxes(0, 1)), labels, apart=False))
     grids[name] = figures.beside(columns)
-  return Outcome("Variation against the number of tokens", ABOUT, tables,
-                 figures.curves(lines, "tokens", ticks=counts), figures.below(grids))
+  return Outcome(
+    "Variation against the number of tokens",
+    ABOUT,
+    tables,
+    figures.curves(lines, "tokens", ticks=counts),
+    figures.below(grids),
+  )

@@ -59,12 +59,12 @@ class _Attention(nn.Module):
       self.q_norm = _norm(c.qk_norm, c.qk_norm_eps, c.dtype, None)
       self.k_norm = _norm(c.qk_norm, c.qk_norm_eps, c.dtype, None)
     self.out = nn.DenseGeneral(
-        c.width,
-        axis=(-2, -1),
-        use_bias=c.bias,
-        dtype=c.dtype,
-        kernel_init=layers.xavier_uniform(c.width, ("heads", "head_dim", "embed")),
-        bias_init=layers.zeros("embed"),
+      c.width,
+      axis=(-2, -1),
+      use_bias=c.bias,
+      dtype=c.dtype,
+      kernel_init=layers.xavier_uniform(c.width, ("heads", "head_dim", "embed")),
+      bias_init=layers.zeros("embed"),
     )
 
   def _norm_q(self, q: jax.Array) -> jax.Array:
@@ -77,9 +77,7 @@ class _Attention(nn.Module):
     """q, k, v [b, l, h, e] -> [b, lq, d]."""
     c = self.choices
     scale = 1 / math.sqrt(c.head_dim)
-    return self.out(
-        attention.attend(q, k, v, scale=scale, mask=mask, key_bias=key_bias, implementation=c.attention)
-    )
+    return self.out(attention.attend(q, k, v, scale=scale, mask=mask, key_bias=key_bias, implementation=c.attention))
 
   def _look_up(self, q: jax.Array, cache: Cache, key_bias: jax.Array) -> jax.Array:
     """The same for a single query [b, 1, h, e] and a cache, in the order in which the cache lies in memory."""
@@ -108,8 +106,8 @@ class SelfAttention(_Attention):
     q, k, v = self.qkv(x)
     new = (self._norm_k(k), v)
     cache = tuple(
-        jax.lax.dynamic_update_slice(old, x.swapaxes(1, 2).astype(old.dtype), (0, 0, position, 0))
-        for old, x in zip(cache, new)
+      jax.lax.dynamic_update_slice(old, x.swapaxes(1, 2).astype(old.dtype), (0, 0, position, 0))
+      for old, x in zip(cache, new)
     )
     seen = jnp.arange(cache[0].shape[2]) <= position
     return self._look_up(self._norm_q(q), cache, jnp.where(seen, 0.0, attention.UNSEEN)[None]), cache
@@ -122,11 +120,11 @@ class CrossAttention(_Attention):
     c = self.choices
     heads = c.width // c.head_dim
     dense = lambda shape, axes: nn.DenseGeneral(
-        shape,
-        use_bias=c.bias,
-        dtype=c.dtype,
-        kernel_init=layers.xavier_uniform(c.width, ("embed", *axes)),
-        bias_init=layers.zeros(*axes),
+      shape,
+      use_bias=c.bias,
+      dtype=c.dtype,
+      kernel_init=layers.xavier_uniform(c.width, ("embed", *axes)),
+      bias_init=layers.zeros(*axes),
     )
     self.q = dense((heads, c.head_dim), ("heads", "head_dim"))
     self.kv = dense((2, heads, c.head_dim), (None, "heads", "head_dim"))
@@ -232,12 +230,12 @@ class ARTransformer(nn.Module):
     if self.num_classes:
       self.class_embedding = self.param("class_embedding", init("classes", "embed"), (self.num_classes, c.width))
     stack = nn.scan(
-        rematerialised(Block, self.remat),
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast),
-        length=self.depth,
-        metadata_params={nn.PARTITION_NAME: "layers"},
+      rematerialised(Block, self.remat),
+      variable_axes={"params": 0, "intermediates": 0},
+      split_rngs={"params": True},
+      in_axes=(nn.broadcast, nn.broadcast),
+      length=self.depth,
+      metadata_params={nn.PARTITION_NAME: "layers"},
     )
     self.blocks = stack(c)
     self.norm = _norm(c.norm, c.norm_eps, c.dtype)

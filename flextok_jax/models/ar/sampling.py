@@ -29,20 +29,20 @@ def slots(num_tokens: int, most: int) -> int:
 
 
 def generate(
-    model: Generator,
-    params: dict,
-    keys: jax.Array,
-    labels: jax.Array,
-    features: jax.Array | None,
-    text_lengths: jax.Array | None,
-    prefix: jax.Array,
-    num_tokens: int | jax.Array,
-    guidance_scale: float | jax.Array,
-    temperature: float | jax.Array,
-    top_p: float | jax.Array,
-    *,
-    slots: int,
-    choices: Choices,
+  model: Generator,
+  params: dict,
+  keys: jax.Array,
+  labels: jax.Array,
+  features: jax.Array | None,
+  text_lengths: jax.Array | None,
+  prefix: jax.Array,
+  num_tokens: int | jax.Array,
+  guidance_scale: float | jax.Array,
+  temperature: float | jax.Array,
+  top_p: float | jax.Array,
+  *,
+  slots: int,
+  choices: Choices,
 ) -> tuple[jax.Array, jax.Array]:
   """Draws token ids one after another; to be jitted by the caller.
 

@@ -46,16 +46,16 @@ class ByteEncoder(nn.Module):
     positions = self.param("positions", layers.normal(0.5, "positions", "embed"), (self.max_length, self.width))
     x = embedding[ids].astype(self.dtype) + positions[:length].astype(self.dtype)
     choices = BlockChoices(
-        head_dim=self.head_dim,
-        mlp_ratio=4.0,
-        gated_mlp=True,
-        activation="silu",
-        qk_norm=True,
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
-        dtype=self.dtype,
-        attention=self.attention,
+      head_dim=self.head_dim,
+      mlp_ratio=4.0,
+      gated_mlp=True,
+      activation="silu",
+      qk_norm=True,
+      qkv_bias=False,
+      out_bias=False,
+      mlp_bias=False,
+      dtype=self.dtype,
+      attention=self.attention,
     )
     key_bias = attention_lib.padding_bias(lengths, length)
     x = Transformer(self.depth, choices, 0, self.remat, name="transformer")((x,), key_bias=key_bias)
@@ -85,6 +85,8 @@ def make_text_encoder(config: ConfigDict, sizes: Mapping | None = None) -> nn.Mo
   if sizes is None:
     raise ValueError("the sizes of the T5 encoder are needed: those of its config.json")
   if sizes["d_model"] != c.features:
-    raise ValueError(f"config.text.features={c.features}, but the T5 encoder {c.path} gives {sizes['d_model']}: "
-                     f"pass --config.text.features={sizes['d_model']}")
+    raise ValueError(
+      f"config.text.features={c.features}, but the T5 encoder {c.path} gives {sizes['d_model']}: "
+      f"pass --config.text.features={sizes['d_model']}"
+    )
   return T5Encoder(**sizes, dtype=dtype)

@@ -1,0 +1,1 @@
+"""Networks of others that evaluation and training read."""

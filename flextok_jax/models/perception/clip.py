@@ -47,15 +47,15 @@ class TextTower(nn.Module, kw_only=True):
     positions = self.param("positions", layers.normal(0.01, None, "embed"), (self.max_length, self.width))
     x = table[ids].astype(jnp.float32) + positions[:length].astype(jnp.float32)
     choices = BlockChoices(
-        head_dim=self.head_dim,
-        mlp_hidden=self.mlp_hidden,
-        gated_mlp=False,
-        activation=self.activation,
-        qkv_bias=True,
-        layer_scale=False,
-        norm_epsilon=self.norm_epsilon,
-        dtype=self.dtype,
-        attention=self.attention,
+      head_dim=self.head_dim,
+      mlp_hidden=self.mlp_hidden,
+      gated_mlp=False,
+      activation=self.activation,
+      qkv_bias=True,
+      layer_scale=False,
+      norm_epsilon=self.norm_epsilon,
+      dtype=self.dtype,
+      attention=self.attention,
     )
     x, _ = vit.blocks(self.depth, choices)(x, jnp.tri(length, dtype=bool))
     x = jnp.take_along_axis(x, lengths[:, None, None] - 1, 1)[:, 0]

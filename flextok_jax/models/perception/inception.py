@@ -79,8 +79,14 @@ class Conv(nn.Module):
     padding, rows = self.padding, None
     if padding == "VALID":
       padding, rows = ((0, 1), (0, 0)), (x.shape[1] - self.kernel[0]) // self.stride + 1
-    x = jax.lax.conv_general_dilated(x, kernel, (self.stride, self.stride), padding,
-                                     dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=jax.lax.Precision.HIGHEST)
+    x = jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      (self.stride, self.stride),
+      padding,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      precision=jax.lax.Precision.HIGHEST,
+    )
     return x[:, :rows]
 
 
@@ -99,12 +105,15 @@ class BlockA(nn.Module):
     y = conv(48, 1, "branch5x5_1")(x)
     z = conv(64, 1, "branch3x3dbl_1")(x)
     z = conv(96, 3, "branch3x3dbl_2")(z)
-    return jnp.concatenate([
+    return jnp.concatenate(
+      [
         conv(64, 1, "branch1x1")(x),
         conv(64, 5, "branch5x5_2")(y),
         conv(96, 3, "branch3x3dbl_3")(z),
         conv(self.pool_features, 1, "branch_pool", pool=avg_pool)(x),
-    ], -1)  # [b, 35, 35, 224 + pool_features]
+      ],
+      -1,
+    )  # [b, 35, 35, 224 + pool_features]
 
 
 class BlockB(nn.Module):
@@ -114,11 +123,9 @@ class BlockB(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     y = conv(64, 1, "branch3x3dbl_1")(x)
     y = conv(96, 3, "branch3x3dbl_2")(y)
-    return jnp.concatenate([
-        conv(384, 3, "branch3x3", 2, "VALID")(x),
-        conv(96, 3, "branch3x3dbl_3", 2, "VALID")(y),
-        max_pool(x),
-    ], -1)  # [b, 17, 17, 768]
+    return jnp.concatenate(
+      [conv(384, 3, "branch3x3", 2, "VALID")(x), conv(96, 3, "branch3x3dbl_3", 2, "VALID")(y), max_pool(x)], -1
+    )  # [b, 17, 17, 768]
 
 
 class BlockC(nn.Module):
@@ -135,12 +142,15 @@ class BlockC(nn.Module):
     z = conv(c, column, "branch7x7dbl_2")(z)
     z = conv(c, row, "branch7x7dbl_3")(z)
     z = conv(c, column, "branch7x7dbl_4")(z)
-    return jnp.concatenate([
+    return jnp.concatenate(
+      [
         conv(192, 1, "branch1x1")(x),
         conv(192, column, "branch7x7_3")(y),
         conv(192, row, "branch7x7dbl_5")(z),
         conv(192, 1, "branch_pool", pool=avg_pool)(x),
-    ], -1)  # [b, 17, 17, 768]
+      ],
+      -1,
+    )  # [b, 17, 17, 768]
 
 
 class BlockD(nn.Module):
@@ -152,11 +162,9 @@ class BlockD(nn.Module):
     z = conv(192, 1, "branch7x7x3_1")(x)
     z = conv(192, (1, 7), "branch7x7x3_2")(z)
     z = conv(192, (7, 1), "branch7x7x3_3")(z)
-    return jnp.concatenate([
-        conv(320, 3, "branch3x3_2", 2, "VALID")(y),
-        conv(192, 3, "branch7x7x3_4", 2, "VALID")(z),
-        max_pool(x),
-    ], -1)  # [b, 8, 8, 1280]
+    return jnp.concatenate(
+      [conv(320, 3, "branch3x3_2", 2, "VALID")(y), conv(192, 3, "branch7x7x3_4", 2, "VALID")(z), max_pool(x)], -1
+    )  # [b, 8, 8, 1280]
 
 
 class BlockE(nn.Module):
@@ -173,14 +181,17 @@ class BlockE(nn.Module):
       pooled = conv(192, 1, "branch_pool", pool=avg_pool)(x)
     else:
       pooled = conv(192, 1, "branch_pool")(nn.max_pool(x, (3, 3), padding="SAME"))
-    return jnp.concatenate([
+    return jnp.concatenate(
+      [
         conv(320, 1, "branch1x1")(x),
         conv(384, (1, 3), "branch3x3_2a")(y),
         conv(384, (3, 1), "branch3x3_2b")(y),
         conv(384, (1, 3), "branch3x3dbl_3a")(z),
         conv(384, (3, 1), "branch3x3dbl_3b")(z),
         pooled,
-    ], -1)  # [b, 8, 8, 2048]
+      ],
+      -1,
+    )  # [b, 8, 8, 2048]
 
 
 class FIDInception(nn.Module):

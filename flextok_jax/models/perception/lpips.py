@@ -11,20 +11,20 @@ from flextok_jax.ops import layout
 # Of each of the five scales: the window of the max pooling before it, of stride 2 (0: none), and its convolutions, each
 # (its index in torchvision's `features`, channels, kernel, stride, padding).
 NETS = {
-    "alex": (
-        (0, ((0, 64, 11, 4, 2),)),
-        (3, ((3, 192, 5, 1, 2),)),
-        (3, ((6, 384, 3, 1, 1),)),
-        (0, ((8, 256, 3, 1, 1),)),
-        (0, ((10, 256, 3, 1, 1),)),
-    ),
-    "vgg": (
-        (0, tuple((i, 64, 3, 1, 1) for i in (0, 2))),
-        (2, tuple((i, 128, 3, 1, 1) for i in (5, 7))),
-        (2, tuple((i, 256, 3, 1, 1) for i in (10, 12, 14))),
-        (2, tuple((i, 512, 3, 1, 1) for i in (17, 19, 21))),
-        (2, tuple((i, 512, 3, 1, 1) for i in (24, 26, 28))),
-    ),
+  "alex": (
+    (0, ((0, 64, 11, 4, 2),)),
+    (3, ((3, 192, 5, 1, 2),)),
+    (3, ((6, 384, 3, 1, 1),)),
+    (0, ((8, 256, 3, 1, 1),)),
+    (0, ((10, 256, 3, 1, 1),)),
+  ),
+  "vgg": (
+    (0, tuple((i, 64, 3, 1, 1) for i in (0, 2))),
+    (2, tuple((i, 128, 3, 1, 1) for i in (5, 7))),
+    (2, tuple((i, 256, 3, 1, 1) for i in (10, 12, 14))),
+    (2, tuple((i, 512, 3, 1, 1) for i in (17, 19, 21))),
+    (2, tuple((i, 512, 3, 1, 1) for i in (24, 26, 28))),
+  ),
 }
 MIN_SIDES = {"alex": 31, "vgg": 16}  # pixels; below, a pooling has nothing left
 # Mean and deviation of ImageNet's channels, as the package rounds them for images in [-1, 1].
@@ -54,8 +54,10 @@ class LPIPS(nn.Module):
     if self.net not in NETS:
       raise ValueError(f"unknown net {self.net!r}: one of {', '.join(NETS)}")
     if min(a.shape[1:3]) < MIN_SIDES[self.net]:
-      raise ValueError(f"LPIPS of {self.net!r} needs images of {MIN_SIDES[self.net]} px a side or more, got "
-                       f"{a.shape[1]}x{a.shape[2]}: resize them")
+      raise ValueError(
+        f"LPIPS of {self.net!r} needs images of {MIN_SIDES[self.net]} px a side or more, got "
+        f"{a.shape[1]}x{a.shape[2]}: resize them"
+      )
     features = _Features(self.net, self.dtype, name="features")
     total = 0.0
     for i, (x, y) in enumerate(zip(features(a), features(b))):

@@ -53,7 +53,7 @@ class Block(nn.Module):
     qkv = dense((3, self.num_heads, self.d_kv), kernel_init=init, name="qkv")(h)  # [b, t, 3, h, e]
     # Unscaled; logits, bias and softmax in float32. ops/attention.py has no place for a bias of pairs.
     h = jax.nn.dot_product_attention(
-        *jnp.moveaxis(qkv, 2, 0), bias=bias, scale=1.0, key_value_seq_lengths=lengths, implementation="xla"
+      *jnp.moveaxis(qkv, 2, 0), bias=bias, scale=1.0, key_value_seq_lengths=lengths, implementation="xla"
     )
     init = layers.xavier_uniform(width, (*heads, "embed"))
     x = x + dense(width, axis=(-2, -1), kernel_init=init, dot_general=stream, name="attention_out")(h)
@@ -101,21 +101,19 @@ class T5Encoder(nn.Module):
     x = self.param("embedding", init, (self.vocab_size, self.d_model))[ids].astype(jnp.float32)
     init = layers.normal(self.d_model**-0.5, None, "heads")
     table = self.param("relative_bias", init, (self.relative_attention_num_buckets, self.num_heads))
-    buckets = relative_buckets(
-        ids.shape[1], self.relative_attention_num_buckets, self.relative_attention_max_distance
-    )
+    buckets = relative_buckets(ids.shape[1], self.relative_attention_num_buckets, self.relative_attention_max_distance)
     bias = table.astype(jnp.float32)[buckets].transpose(2, 0, 1)[None]  # [1, h, t, t], the same in all blocks
     stack = nn.scan(
-        Block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast,
-        length=self.num_layers,
-        metadata_params={nn.PARTITION_NAME: "layers"},
+      Block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
+      length=self.num_layers,
+      metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    x, _ = stack(
-        self.num_heads, self.d_kv, self.d_ff, self.layer_norm_epsilon, self.gated, self.dtype, name="blocks"
-    )(x, bias, lengths)
+    x, _ = stack(self.num_heads, self.d_kv, self.d_ff, self.layer_norm_epsilon, self.gated, self.dtype, name="blocks")(
+      x, bias, lengths
+    )
     return _norm(self.layer_norm_epsilon, self.dtype, "norm")(x)
 
 

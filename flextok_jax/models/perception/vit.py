@@ -19,11 +19,11 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard dev
 
 
 def preprocess(
-    images: jax.Array,
-    resize: int = 256,
-    crop: int = 224,
-    mean: tuple[float, ...] = IMAGENET[0],
-    std: tuple[float, ...] = IMAGENET[1],
+  images: jax.Array,
+  resize: int = 256,
+  crop: int = 224,
+  mean: tuple[float, ...] = IMAGENET[0],
+  std: tuple[float, ...] = IMAGENET[1],
 ) -> jax.Array:
   """Resizes, crops and normalises images, by default as DINO and DINOv2 are evaluated.
 
@@ -75,7 +75,7 @@ class Block(nn.Module):
     c = self.choices
     x = layout.constrain(x, "batch", None, None)
     attention = Attention(
-        c.head_dim, False, c.qkv_bias, True, c.dtype, c.attention, scale=c.head_dim**-0.5, name="attention"
+      c.head_dim, False, c.qkv_bias, True, c.dtype, c.attention, scale=c.head_dim**-0.5, name="attention"
     )
     x = self._add(x, attention(norm(c.norm_epsilon, c.dtype, "norm_1")(x), mask), "scale_1")
     mlp = MLP(c.mlp_hidden, c.gated_mlp, c.activation, True, c.dtype, name="mlp")
@@ -92,12 +92,12 @@ class Block(nn.Module):
 def blocks(depth: int, choices: BlockChoices) -> nn.Module:
   """Returns a stack of blocks, scanned, as the child "blocks" of the module that asks: see Block."""
   stack = nn.scan(
-      Block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=nn.broadcast,
-      length=depth,
-      metadata_params={nn.PARTITION_NAME: "layers"},
+    Block,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=nn.broadcast,
+    length=depth,
+    metadata_params={nn.PARTITION_NAME: "layers"},
   )
   return stack(choices, name="blocks")
 
@@ -145,13 +145,13 @@ class ViT(nn.Module, kw_only=True):
       raise ValueError(f"images of {height} x {width} pixels do not divide into patches of {p}: resize or crop them")
     x = rearrange(images, "b (h p) (w q) c -> b (h w) p q c", p=p, q=p)
     x = nn.DenseGeneral(
-        self.width,
-        axis=(-3, -2, -1),
-        use_bias=self.patch_bias,
-        dtype=self.dtype,
-        kernel_init=layers.xavier_uniform(self.width, (None, None, None, "embed")),
-        bias_init=layers.zeros("embed"),
-        name="patch_embed",
+      self.width,
+      axis=(-3, -2, -1),
+      use_bias=self.patch_bias,
+      dtype=self.dtype,
+      kernel_init=layers.xavier_uniform(self.width, (None, None, None, "embed")),
+      bias_init=layers.zeros("embed"),
+      name="patch_embed",
     )(x)
     cls = self.param("cls", layers.normal(0.02, "embed"), (self.width,))
     positions = self.param("positions", layers.normal(0.02, None, "embed"), (1 + self.grid**2, self.width))
@@ -186,5 +186,5 @@ def norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
   """Returns a layer norm that computes in float32 and answers in dtype."""
   ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
   return nn.LayerNorm(
-      epsilon, dtype=dtype, scale_init=ones, bias_init=layers.zeros("embed"), use_fast_variance=False, name=name
+    epsilon, dtype=dtype, scale_init=ones, bias_init=layers.zeros("embed"), use_fast_variance=False, name=name
   )

@@ -48,14 +48,14 @@ class Decoder(PatchTransformer, kw_only=True):
 
   @nn.compact
   def __call__(
-      self,
-      x_t: jax.Array,
-      t: jax.Array,
-      codes: jax.Array,
-      keep_k: jax.Array,
-      drop_condition: jax.Array,
-      modulations: tuple[jax.Array, jax.Array | None] | None = None,
-      tap: int | None = None,
+    self,
+    x_t: jax.Array,
+    t: jax.Array,
+    codes: jax.Array,
+    keep_k: jax.Array,
+    drop_condition: jax.Array,
+    modulations: tuple[jax.Array, jax.Array | None] | None = None,
+    tap: int | None = None,
   ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Predicts the velocity noise - x0.
 

@@ -73,7 +73,7 @@ class FlexTok(nn.Module):
     return fsq.quantize(self.encode_registers(latents, num_tokens), self.levels)
 
   def velocity(
-      self, x_t, t, codes, keep_k, drop_condition, modulations=None, tap=None
+    self, x_t, t, codes, keep_k, drop_condition, modulations=None, tap=None
   ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """See Decoder."""
     return self.decoder(x_t, t, codes, keep_k, drop_condition, modulations, tap)
@@ -97,20 +97,20 @@ class FlexTok(nn.Module):
 
 
 def sample_latents(
-    model: FlexTok,
-    params,
-    token_ids: jax.Array,
-    keep_k: jax.Array,
-    noise: jax.Array,
-    *,
-    num_steps: int = 25,
-    mode: str = "apg",
-    guidance_scale: float | jax.Array = 7.5,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    apg_momentum: float = -0.5,
-    apg_eta: float = 0.0,
-    apg_threshold: float = 2.5,
-    fast: bool = True,
+  model: FlexTok,
+  params,
+  token_ids: jax.Array,
+  keep_k: jax.Array,
+  noise: jax.Array,
+  *,
+  num_steps: int = 25,
+  mode: str = "apg",
+  guidance_scale: float | jax.Array = 7.5,
+  guidance_interval: tuple[float, float] = (0.0, 1.0),
+  apg_momentum: float = -0.5,
+  apg_eta: float = 0.0,
+  apg_threshold: float = 2.5,
+  fast: bool = True,
 ) -> jax.Array:
   """Decodes token ids to latents by guided Euler steps of the flow; to be jitted by the caller.
 

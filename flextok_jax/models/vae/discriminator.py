@@ -36,8 +36,16 @@ class PatchDiscriminator(nn.Module):
   def __call__(self, images: jax.Array) -> jax.Array:
     def layer(x, channels, stride, index, use_bias):
       init = nn.initializers.normal(0.02)
-      x = conv(channels, _KERNEL, self.dtype, stride=stride, padding=1, use_bias=use_bias, kernel_init=init,
-               name=f"conv_{index}")(x)  # fmt: skip
+      x = conv(
+        channels,
+        _KERNEL,
+        self.dtype,
+        stride=stride,
+        padding=1,
+        use_bias=use_bias,
+        kernel_init=init,
+        name=f"conv_{index}",
+      )(x)
       return layout.constrain(x, "batch", None, None, None)
 
     x = nn.leaky_relu(layer(images, self.channels, 2, 0, use_bias=True), _SLOPE)

@@ -99,7 +99,7 @@ class Benchmark(benchmark_jobs.Benchmark):
             features = stage.model.apply({"params": params}, *args, method="encode_text")
           if guided:
             features, lengths = (
-                jnp.concatenate([x[:-1], jnp.broadcast_to(x[-1:], (size, *x.shape[1:]))]) for x in (features, lengths)
+              jnp.concatenate([x[:-1], jnp.broadcast_to(x[-1:], (size, *x.shape[1:]))]) for x in (features, lengths)
             )
         args = keys, labels, features, lengths, prefix, *scalars
         return ar_sampling.generate(stage.model, params, *args, slots=slots, choices=choices)
@@ -116,10 +116,10 @@ class Benchmark(benchmark_jobs.Benchmark):
     optimizer, c = self._optimizer(), self.config.ar
     make = lambda stage, _: (self._update(stage, optimizer), flops_ar.ar_train(self.config, self.batch_size))
     inputs = {
-        "token_ids": self._random(13, c.num_ids, self.batch_size, c.num_tokens),
-        "length": jnp.full(self.batch_size, c.num_tokens, jnp.int32),
-        "label": self._labels(),
-        **self._text(self.batch_size),
+      "token_ids": self._random(13, c.num_ids, self.batch_size, c.num_tokens),
+      "length": jnp.full(self.batch_size, c.num_tokens, jnp.int32),
+      "label": self._labels(),
+      **self._text(self.batch_size),
     }
     return self._update_args(optimizer, self._parts, (), inputs), make
 

@@ -78,8 +78,9 @@ class Benchmark:
 
   def __init__(self, config: ConfigDict, paths: tuple[str, ...], batch_size: int, latents: bool):
     if batch_size % config.optim.accumulate_steps:
-      raise ValueError(f"--batch_size={batch_size} is not a multiple of optim.accumulate_steps "
-                       f"{config.optim.accumulate_steps}")
+      raise ValueError(
+        f"--batch_size={batch_size} is not a multiple of optim.accumulate_steps {config.optim.accumulate_steps}"
+      )
     self.config, self.paths, self.batch_size = config, paths, batch_size
     self.has_tokens = config.stage == "tokenizer"
     self.latents = latents and self.has_tokens
@@ -112,17 +113,28 @@ class Benchmark:
     runs = {path: program.run for path, program in programs.items()}
     seconds = self._time(job, num_tokens, runs, args, repeats, limit)
     return [
-        Row(job=job, path=path, num_tokens=num_tokens, batch_size=self.batch_size, latents=self.latents,
-            compute=compute, seconds=tuple(seconds[path]), compile_seconds=program.seconds, program=program.digest,
-            flops=made[path][1], xla_flops=timing.xla_flops(program.run),
-            program_bytes=timing.program_bytes(program.run), device_peak_bytes=timing.device_peak_bytes(),
-            attention=self._attention(job, path),
-            shorter={n: tuple(s) for n, s in seconds.items() if path == "fast" and n not in programs})
-        for path, program in programs.items()
+      Row(
+        job=job,
+        path=path,
+        num_tokens=num_tokens,
+        batch_size=self.batch_size,
+        latents=self.latents,
+        compute=compute,
+        seconds=tuple(seconds[path]),
+        compile_seconds=program.seconds,
+        program=program.digest,
+        flops=made[path][1],
+        xla_flops=timing.xla_flops(program.run),
+        program_bytes=timing.program_bytes(program.run),
+        device_peak_bytes=timing.device_peak_bytes(),
+        attention=self._attention(job, path),
+        shorter={n: tuple(s) for n, s in seconds.items() if path == "fast" and n not in programs},
+      )
+      for path, program in programs.items()
     ]
 
   def _time(
-      self, job: str, num_tokens: int | None, runs: dict[str, Callable], args: tuple, repeats: int, limit: float
+    self, job: str, num_tokens: int | None, runs: dict[str, Callable], args: tuple, repeats: int, limit: float
   ) -> dict[str | int, list[float]]:
     """Returns the seconds of each path's calls, and of the fast program's for fewer tokens by their number, if any."""
     return timing.time_rounds(runs, args, repeats, limit, carried=job == "train")
@@ -260,7 +272,7 @@ class Benchmark:
     return make_update(stage, optimizer, accumulate_steps=c.accumulate_steps, decay=c.ema_decay)
 
   def _update_args(
-      self, optimizer: optax.GradientTransformation, trained: tuple[str, ...], frozen: tuple[str, ...], inputs: dict
+    self, optimizer: optax.GradientTransformation, trained: tuple[str, ...], frozen: tuple[str, ...], inputs: dict
   ) -> tuple:
     """Returns state, batch and key of an update whose stage has these parts."""
     given = self._random_params(trained, "float32"), self._random_params(frozen, "float32") if frozen else {}
@@ -273,6 +285,9 @@ class Benchmark:
     """Implementation of attention, of encoder and decoder where a job has both; the VAE's is XLA's."""
     c, dtype = self.config, jnp.dtype(self.config.dtype)
     halves = {"tokenize": ("encoder",), "detokenize": ("decoder",), "train": ("encoder", "decoder")}.get(job, ())
-    names = [attention.choose(c.attention, c[half].head_dim, dtype, masked=half == "encoder")
-             for half in halves if self.has_tokens] or ["xla"]
+    names = [
+      attention.choose(c.attention, c[half].head_dim, dtype, masked=half == "encoder")
+      for half in halves
+      if self.has_tokens
+    ] or ["xla"]
     return "+".join(dict.fromkeys(names))

@@ -31,8 +31,17 @@ def teacher_sizes(width: int) -> dict:
     raise ValueError(f"repa.features {width} is the width of no DINOv2: they have {', '.join(map(str, _DINOV2))}")
   depth, gated = _DINOV2[width]
   hidden = (int(4 * width * 2 / 3) + 7) // 8 * 8 if gated else 4 * width
-  return dict(patch_size=14, grid=37, width=width, depth=depth, head_dim=64, mlp_hidden=hidden, gated_mlp=gated,
-              activation="silu" if gated else "gelu", layer_scale=True)
+  return dict(
+    patch_size=14,
+    grid=37,
+    width=width,
+    depth=depth,
+    head_dim=64,
+    mlp_hidden=hidden,
+    gated_mlp=gated,
+    activation="silu" if gated else "gelu",
+    layer_scale=True,
+  )
 
 
 class Benchmark(benchmark_jobs.Benchmark):
@@ -48,8 +57,10 @@ class Benchmark(benchmark_jobs.Benchmark):
     config = self.config.copy_and_resolve_references()
     config.repa.weight = 0.0
     programs, shapes, inputs, counts, arrays = {}, {}, {}, {}, {}
-    for way, bench in (("off", Benchmark(config, (path,), size, True)),
-                       ("features", Benchmark(self.config, (path,), size, True))):
+    for way, bench in (
+      ("off", Benchmark(config, (path,), size, True)),
+      ("features", Benchmark(self.config, (path,), size, True)),
+    ):
       (state, *inputs[way]), made = bench.prepare("train", None)
       fn, counts[way] = made[path]
       programs[way] = self._compiler(fn, (state, *inputs[way]), self.compute(job)[1], donated=True)
@@ -74,12 +85,23 @@ class Benchmark(benchmark_jobs.Benchmark):
     runs = {way: lambda way=way: step(way) for way in WAYS}
     seconds = timing.time_rounds(runs, (), repeats, limit)
     return [
-        Row(job=job, path=way, num_tokens=None, batch_size=size, latents=True, compute=self.compute(job),
-            seconds=tuple(seconds[way]), compile_seconds=programs[way].seconds, program=programs[way].digest,
-            flops=counts[way], xla_flops=timing.xla_flops(programs[way].run),
-            program_bytes=timing.program_bytes(programs[way].run), device_peak_bytes=timing.device_peak_bytes(),
-            attention=self._attention("train", path))
-        for way in WAYS
+      Row(
+        job=job,
+        path=way,
+        num_tokens=None,
+        batch_size=size,
+        latents=True,
+        compute=self.compute(job),
+        seconds=tuple(seconds[way]),
+        compile_seconds=programs[way].seconds,
+        program=programs[way].digest,
+        flops=counts[way],
+        xla_flops=timing.xla_flops(programs[way].run),
+        program_bytes=timing.program_bytes(programs[way].run),
+        device_peak_bytes=timing.device_peak_bytes(),
+        attention=self._attention("train", path),
+      )
+      for way in WAYS
     ]
 
   def _features_fn(self, sizes: dict):
@@ -109,7 +131,16 @@ def costs(rows: Iterable[Row]) -> list[dict]:
   for way in WAYS[1:] if by_way else ():
     pairs = [a / b for a, b in zip(by_way[way].seconds, by_way["off"].seconds)]
     medians = [statistics.median(by_way[name].seconds) for name in (way, "off")]
-    result.append({"kind": "cost", "job": "repa", "path": way, "rounds": len(pairs),
-                   "over_off": medians[0] / medians[1], "min": min(pairs), "max": max(pairs),
-                   "flops_over_off": by_way[way].flops / by_way["off"].flops})
+    result.append(
+      {
+        "kind": "cost",
+        "job": "repa",
+        "path": way,
+        "rounds": len(pairs),
+        "over_off": medians[0] / medians[1],
+        "min": min(pairs),
+        "max": max(pairs),
+        "flops_over_off": by_way[way].flops / by_way["off"].flops,
+      }
+    )
   return result

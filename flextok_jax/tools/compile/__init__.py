@@ -1,0 +1,1 @@
+"""Compiling for TPUs without one."""

@@ -236,8 +236,11 @@ def _unchanged(body: Computation, index: int) -> bool:
   if body.root.opcode != "tuple":
     return False
   x = body.operands(body.root)[index]
-  return x.opcode == "get-tuple-element" and int(x.attribute("index")) == index and (
-      body.operands(x)[0].opcode == "parameter")
+  return (
+    x.opcode == "get-tuple-element"
+    and int(x.attribute("index")) == index
+    and (body.operands(x)[0].opcode == "parameter")
+  )
 
 
 def _parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -288,8 +291,9 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 def matmul_flops(program: Program) -> int:
   """Returns 2 a multiply-add of all products and convolutions, padding left out; none of custom kernels."""
-  return sum(run.times * _FLOPS[run.instruction.opcode](run) for run in program.runs()
-             if run.instruction.opcode in _FLOPS)
+  return sum(
+    run.times * _FLOPS[run.instruction.opcode](run) for run in program.runs() if run.instruction.opcode in _FLOPS
+  )
 
 
 def _dot_flops(run: Run) -> int:
@@ -306,11 +310,19 @@ def _convolution_flops(run: Run) -> int:
   window = dict(re.findall(r"(\w+)=([\w\-]+)", x.attribute("window") or ""))
   pairs = 1
   for axis in range(len(inputs) - 2):
-    values = lambda name, default, axis=axis: [
-        int(v) for v in window[name].split("x")[axis].split("_")] if name in window else [default, default]
+    values = lambda name, default, axis=axis: (
+      [int(v) for v in window[name].split("x")[axis].split("_")] if name in window else [default, default]
+    )
     size_in, size_out = left.dims[inputs.index(str(axis))], x.arrays[0].dims[outputs.index(str(axis))]
-    pairs *= _pairs(size_in, right.dims[kernel.index(str(axis))], size_out, values("stride", 1)[0],
-                    values("pad", 0)[0], values("lhs_dilate", 1)[0], values("rhs_dilate", 1)[0])
+    pairs *= _pairs(
+      size_in,
+      right.dims[kernel.index(str(axis))],
+      size_out,
+      values("stride", 1)[0],
+      values("pad", 0)[0],
+      values("lhs_dilate", 1)[0],
+      values("rhs_dilate", 1)[0],
+    )
   groups = int(x.attribute("batch_group_count") or 1)
   batch, features = x.arrays[0].dims[outputs.index("b")], x.arrays[0].dims[outputs.index("f")]
   return 2 * batch * features * right.dims[kernel.index("i")] * pairs // groups

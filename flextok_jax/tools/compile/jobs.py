@@ -47,7 +47,7 @@ class Job:
 
 
 def make_job(
-    config: ConfigDict, name: str, mesh: jax.sharding.Mesh, per_device_batch: int | None, num_tokens: int | None
+  config: ConfigDict, name: str, mesh: jax.sharding.Mesh, per_device_batch: int | None, num_tokens: int | None
 ) -> Job:
   """Returns the program of a job.
 
@@ -124,16 +124,21 @@ def _train(config: ConfigDict, mesh) -> Job:
   batch |= {name: _shape(jnp.int32, size) for name in ("label", "unreadable")}
   batch, key = _placed(batch, sharding.batch_sharding(mesh)), _placed(key, sharding.replicated(mesh))
   return Job(
-      fn=make_update(stage, optimizer, accumulate_steps=c.optim.accumulate_steps, decay=c.optim.ema_decay),
-      args=(state, batch, key),
-      parts={"parameters": state.params, "optimizer": state.opt_state, "EMA": state.ema, "frozen": state.frozen,
-             "batch": batch},
-      out_shardings=(shardings, sharding.replicated(mesh)),
-      donated=True,
-      precision=None,
-      batch=size,
-      flops=goodput.update_flops(c),
-      model_flops=goodput.update_flops(_without_remat(c)),
+    fn=make_update(stage, optimizer, accumulate_steps=c.optim.accumulate_steps, decay=c.optim.ema_decay),
+    args=(state, batch, key),
+    parts={
+      "parameters": state.params,
+      "optimizer": state.opt_state,
+      "EMA": state.ema,
+      "frozen": state.frozen,
+      "batch": batch,
+    },
+    out_shardings=(shardings, sharding.replicated(mesh)),
+    donated=True,
+    precision=None,
+    batch=size,
+    flops=goodput.update_flops(c),
+    model_flops=goodput.update_flops(_without_remat(c)),
   )
 
 
@@ -148,8 +153,10 @@ def _params(config: ConfigDict, stage, mesh):
   trained, frozen = jax.eval_shape(stage.init, jax.eval_shape(lambda: jax.random.key(0)))
   boxed = {**trained, **frozen}
   types = {name: jnp.dtype(config.vae.dtype if name == "vae" else config.dtype) for name in boxed}
-  shapes = {name: jax.tree.map(lambda x, t=types[name]: jax.ShapeDtypeStruct(x.shape, t), part)
-            for name, part in unbox(boxed).items()}
+  shapes = {
+    name: jax.tree.map(lambda x, t=types[name]: jax.ShapeDtypeStruct(x.shape, t), part)
+    for name, part in unbox(boxed).items()
+  }
   return _placed(shapes, sharding.tree_shardings(boxed, mesh))
 
 
@@ -169,8 +176,17 @@ def _sample(config: ConfigDict, mesh, num_tokens: int) -> Job:
   inputs = _placed((_shape(jnp.int32, size, slots), _shape(jnp.int32, size), _keys(size)), rows)
   count = flops.sampler(c, num_tokens, size, c.fast)
   count += flops.vae_decode(c, size) if c.vae.kind != "pixels" else 0
-  return Job(stage.predict_fns["detokenize"], (params, *inputs), {"parameters": params, "batch": inputs}, rows, False,
-             _precision(c), size, count, count)
+  return Job(
+    stage.predict_fns["detokenize"],
+    (params, *inputs),
+    {"parameters": params, "batch": inputs},
+    rows,
+    False,
+    _precision(c),
+    size,
+    count,
+    count,
+  )
 
 
 def _ar(config: ConfigDict, mesh, num_tokens: int) -> Job:
@@ -181,13 +197,28 @@ def _ar(config: ConfigDict, mesh, num_tokens: int) -> Job:
   text = _text(c, twice)
   if "text_ids" in text:  # the generator gets features, of a text encoder that runs before it
     text["text_features"] = _shape(jnp.dtype(c.dtype), *text.pop("text_ids").shape, c.text.features)
-  inputs = (_keys(size), _shape(jnp.int32, twice), text.get("text_features"), text.get("text_lengths"),
-            _shape(jnp.int32, size, 0))
+  inputs = (
+    _keys(size),
+    _shape(jnp.int32, twice),
+    text.get("text_features"),
+    text.get("text_lengths"),
+    _shape(jnp.int32, size, 0),
+  )
   scalars = (_shape(jnp.int32), *[_shape(jnp.float32)] * 3)  # num_tokens, guidance scale, temperature, top-p
   inputs = _placed(inputs, rows), _placed(scalars, sharding.replicated(mesh))
   choices = ar_sampling.Choices(guided, False, c.ar.top_k, bool(c.ar.top_p), c.fast)
   slots = ar_sampling.slots(num_tokens, c.ar.num_tokens)
   fn = functools.partial(ar_sampling.generate, stage.model, slots=slots, choices=choices)
   count = flops_ar.ar_generate(c, num_tokens, size, guided, c.fast)
-  return Job(fn, (params, *inputs[0], *inputs[1]), {"parameters": params, "batch": inputs}, (rows, rows), False,
-             _precision(c), size, count, count, loop_trips=num_tokens)
+  return Job(
+    fn,
+    (params, *inputs[0], *inputs[1]),
+    {"parameters": params, "batch": inputs},
+    (rows, rows),
+    False,
+    _precision(c),
+    size,
+    count,
+    count,
+    loop_trips=num_tokens,
+  )

@@ -91,16 +91,16 @@ def make_report(settings: dict, job: Job, compiled, text: str, accelerator: Acce
   sent = hlo_traffic.collectives(program, mesh.size)
   cycles, kernels = hlo.cycles(program), hlo.custom_kernels(program)
   flops = {
-      "analytic": job.flops / mesh.size,
-      "model": job.model_flops / mesh.size,
-      "compiled": hlo.matmul_flops(program),
-      "compiled_loops_once": timing.xla_flops(compiled),
-      "peak": accelerator.flops,
+    "analytic": job.flops / mesh.size,
+    "model": job.model_flops / mesh.size,
+    "compiled": hlo.matmul_flops(program),
+    "compiled_loops_once": timing.xla_flops(compiled),
+    "peak": accelerator.flops,
   }
   seconds = {
-      "compute": flops["analytic"] / accelerator.flops,
-      "memory": hlo_traffic.memory_bytes(program) / accelerator.bandwidth,
-      "interconnect": sum(link_seconds(c, accelerator, mesh) for c in sent),
+    "compute": flops["analytic"] / accelerator.flops,
+    "memory": hlo_traffic.memory_bytes(program) / accelerator.bandwidth,
+    "interconnect": sum(link_seconds(c, accelerator, mesh) for c in sent),
   }
   if cycles and accelerator.clock:
     seconds["schedule"] = cycles / accelerator.clock
@@ -152,17 +152,23 @@ def _summed(collectives: Iterable[hlo_traffic.Collective]) -> list[dict]:
     key = c.kind, len(c.group)
     count[key] += c.times
     sent[key] += c.times * c.sent
-  return [{"kind": kind, "group": group, "count": count[kind, group], "bytes": sent[kind, group]}
-          for kind, group in sorted(count)]
+  return [
+    {"kind": kind, "group": group, "count": count[kind, group], "bytes": sent[kind, group]}
+    for kind, group in sorted(count)
+  ]
 
 
 def format_report(report: Report) -> str:
   """Returns a report as a table for the console."""
   s, m = report.settings, report.memory
   mesh = " x ".join(f"{axis} {size}" for axis, size in s["mesh"].items())
-  lines = [f"{s['config']}, {s['job']}: {s['devices']} x {s['kind']} ({s['topology']}), mesh {mesh}",
-           f"{s['per_device_batch']:g} images a device, {s['global_batch']} a call; remat {s['remat']}, "
-           f"attention {s['attention']}", "", "memory of a device"]
+  lines = [
+    f"{s['config']}, {s['job']}: {s['devices']} x {s['kind']} ({s['topology']}), mesh {mesh}",
+    f"{s['per_device_batch']:g} images a device, {s['global_batch']} a call; remat {s['remat']}, "
+    f"attention {s['attention']}",
+    "",
+    "memory of a device",
+  ]
   rows = [(name, _amount(size, "B")) for name, size in m.items() if name not in ("total", "limit")]
   share = f"{_amount(m['total'], 'B')} of {_amount(m['limit'], 'B')}, {m['total'] / m['limit']:.0%}"
   lines += _columns([*rows, ("total", share)])
@@ -171,19 +177,25 @@ def format_report(report: Report) -> str:
   f, t = report.flops, report.seconds
   remat, compiled = 1 - f["model"] / f["analytic"], f["compiled"] / f["analytic"]
   lines += ["", "FLOPs of a device"]
-  lines += _columns([
+  lines += _columns(
+    [
       ("analytic", _amount(f["analytic"], "FLOP") + (f", {remat:.0%} of it by remat" if remat else "")),
       ("compiled, loops multiplied out", f"{_amount(f['compiled'], 'FLOP')}, {compiled:.2f} of it"),
-      ("by XLA's count, loops once", _amount(f["compiled_loops_once"] or 0, "FLOP"))])
+      ("by XLA's count, loops once", _amount(f["compiled_loops_once"] or 0, "FLOP")),
+    ]
+  )
   lines += ["", "collectives: kind, devices in a group, runs, bytes that a device sends"]
-  lines += _columns([(c["kind"], str(c["group"]), str(c["count"]), _amount(c["bytes"], "B"))
-                     for c in report.collectives] or [("none",)])
+  lines += _columns(
+    [(c["kind"], str(c["group"]), str(c["count"]), _amount(c["bytes"], "B")) for c in report.collectives] or [("none",)]
+  )
   lines += ["", "time of a call, if nothing but this took any"]
   lines += _columns([(name, _amount(seconds, "s")) for name, seconds in t.items()])
-  lines += ["", f"roofline: {_amount(t[report.bound], 's')}, bound by {report.bound}; MFU at most "
-            f"{report.mfu_roofline:.1%}",
-            f"estimate: {_amount(report.step_seconds, 's')}, MFU {report.mfu:.1%}, "
-            f"{timing.digits(report.images_per_second)} images/s on all devices"]
+  lines += [
+    "",
+    f"roofline: {_amount(t[report.bound], 's')}, bound by {report.bound}; MFU at most {report.mfu_roofline:.1%}",
+    f"estimate: {_amount(report.step_seconds, 's')}, MFU {report.mfu:.1%}, "
+    f"{timing.digits(report.images_per_second)} images/s on all devices",
+  ]
   return "\n".join(lines + [f"note: {note}" for note in report.notes])
 
 
@@ -204,8 +216,21 @@ def _amount(value: float, unit: str) -> str:
   return f"{timing.digits(value)} {unit}"
 
 
-_TABLE = ("config", "job", "TPUs", "mesh", "images a device", "remat", "memory", "FLOPs", "bound", "roofline MFU",
-          "estimate", "MFU", "images/s")
+_TABLE = (
+  "config",
+  "job",
+  "TPUs",
+  "mesh",
+  "images a device",
+  "remat",
+  "memory",
+  "FLOPs",
+  "bound",
+  "roofline MFU",
+  "estimate",
+  "MFU",
+  "images/s",
+)
 
 
 def markdown(reports: Iterable[dict]) -> str:
@@ -213,12 +238,24 @@ def markdown(reports: Iterable[dict]) -> str:
   lines = ["| " + " | ".join(_TABLE) + " |", "| " + " | ".join("---" for _ in _TABLE) + " |"]
   for r in reports:
     s, m = r["settings"], r["memory"]
-    cells = [s["config"], s["job"], s["topology"], " x ".join(str(size) for size in s["mesh"].values()),
-             f"{s['per_device_batch']:g}", s["remat"],
-             f"{m['total'] / 1e9:.3g} of {m['limit'] / 1e9:.3g} GB ({m['total'] / m['limit']:.0%})"]
+    cells = [
+      s["config"],
+      s["job"],
+      s["topology"],
+      " x ".join(str(size) for size in s["mesh"].values()),
+      f"{s['per_device_batch']:g}",
+      s["remat"],
+      f"{m['total'] / 1e9:.3g} of {m['limit'] / 1e9:.3g} GB ({m['total'] / m['limit']:.0%})",
+    ]
     if r["fits"]:
-      cells += [_amount(r["flops"]["analytic"], "FLOP"), r["bound"], f"{r['mfu_roofline']:.0%}",
-                _amount(r["step_seconds"], "s"), f"{r['mfu']:.0%}", timing.digits(r["images_per_second"])]
+      cells += [
+        _amount(r["flops"]["analytic"], "FLOP"),
+        r["bound"],
+        f"{r['mfu_roofline']:.0%}",
+        _amount(r["step_seconds"], "s"),
+        f"{r['mfu']:.0%}",
+        timing.digits(r["images_per_second"]),
+      ]
     else:
       cells += ["", "does not fit", "", "", "", ""]
     lines.append("| " + " | ".join(cells) + " |")

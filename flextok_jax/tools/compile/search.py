@@ -33,7 +33,7 @@ def _divided_by_tensor(config: ConfigDict) -> list[int]:
 
 
 def search(
-    config: ConfigDict, job: str, devices: int, batch: int, try_one: Callable[[ConfigDict, int], Report]
+  config: ConfigDict, job: str, devices: int, batch: int, try_one: Callable[[ConfigDict, int], Report]
 ) -> list[Report]:
   """Compiles all that may be fast: meshes x remat policies x batches from `batch` on, doubled while they pay.
 

@@ -10,9 +10,25 @@ from flextok_jax.tools.compile.hlo import Array, Computation, Instruction, Progr
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "collective-broadcast")
 
 # Give names to arrays, or belong to a step that is counted elsewhere.
-_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-         "partition-id", "replica-id", "optimization-barrier", "add-dependency", "async-start", "async-update",
-         "async-done", "domain")
+_FREE = (
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "while",
+  "conditional",
+  "call",
+  "after-all",
+  "partition-id",
+  "replica-id",
+  "optimization-barrier",
+  "add-dependency",
+  "async-start",
+  "async-update",
+  "async-done",
+  "domain",
+)
 _SLICES = ("dynamic-slice", "slice", "gather")
 _ASYNC = 'custom_call_target="AsyncCollective'  # in kernels where a TPU starts a collective, goes on with it, ends it
 
@@ -164,8 +180,9 @@ class _Traffic:
       first = user.operands[0] == x.name
       if first and user.opcode in _SLICES:
         total += user.arrays[0].size
-      elif (first and user.opcode == "dynamic-update-slice") or user.opcode == "tuple" or (
-          self._async(computation, user)):
+      elif (
+        (first and user.opcode == "dynamic-update-slice") or user.opcode == "tuple" or (self._async(computation, user))
+      ):
         continue  # written in place, or given on
       elif self._passes(user):
         total += self._read(computation, user, whole)

@@ -1,0 +1,1 @@
+"""The formats of the authors and of diffusers."""

@@ -36,60 +36,60 @@ _IGNORED = ("models.text_encoder.t5_embedder.", "models.image_tokenizer.")  # pa
 _GUIDANCE = {"class": 1.5, "text": 3.0, "none": 1.0}  # the authors' scales
 
 _OUTSIDE = {  # ours: (official name, layout)
-    "ar/embedding": (f"{_MODEL}preprocessor.embedding.weight", "n d -> n d"),
-    "ar/start": (f"{_MODEL}preprocessor.sos_token_embed", "d -> 1 1 d"),
-    "ar/positions": (f"{_MODEL}preprocessor.positional_embedding", "n d -> n d"),
-    "ar/class_embedding": (f"{_MODEL}preprocessor.cls_embedding.weight", "n d -> n d"),
-    "ar/norm/scale": (f"{_MODEL}trunk.post_trunk_norm.weight", "d -> d"),
-    "ar/norm/bias": (f"{_MODEL}trunk.post_trunk_norm.bias", "d -> d"),
-    "ar/head_norm/scale": (f"{_MODEL}head.norm.weight", "d -> d"),
-    "ar/head_norm/bias": (f"{_MODEL}head.norm.bias", "d -> d"),
-    "ar/readout/kernel": (f"{_MODEL}head.linear.weight", "d n -> n d"),
-    "ar/readout/bias": (f"{_MODEL}head.linear.bias", "n -> n"),
-    "text_mlp/in/kernel": (f"{_TEXT_MLP}fc1.weight", "i o -> o i"),
-    "text_mlp/out/kernel": (f"{_TEXT_MLP}fc2.weight", "i o -> o i"),
+  "ar/embedding": (f"{_MODEL}preprocessor.embedding.weight", "n d -> n d"),
+  "ar/start": (f"{_MODEL}preprocessor.sos_token_embed", "d -> 1 1 d"),
+  "ar/positions": (f"{_MODEL}preprocessor.positional_embedding", "n d -> n d"),
+  "ar/class_embedding": (f"{_MODEL}preprocessor.cls_embedding.weight", "n d -> n d"),
+  "ar/norm/scale": (f"{_MODEL}trunk.post_trunk_norm.weight", "d -> d"),
+  "ar/norm/bias": (f"{_MODEL}trunk.post_trunk_norm.bias", "d -> d"),
+  "ar/head_norm/scale": (f"{_MODEL}head.norm.weight", "d -> d"),
+  "ar/head_norm/bias": (f"{_MODEL}head.norm.bias", "d -> d"),
+  "ar/readout/kernel": (f"{_MODEL}head.linear.weight", "d n -> n d"),
+  "ar/readout/bias": (f"{_MODEL}head.linear.bias", "n -> n"),
+  "text_mlp/in/kernel": (f"{_TEXT_MLP}fc1.weight", "i o -> o i"),
+  "text_mlp/out/kernel": (f"{_TEXT_MLP}fc2.weight", "i o -> o i"),
 }
 _BLOCK = {  # ours in a block: (official modules in it, layout, axis of the fused parts or -1)
-    "attention/qkv/kernel": (("{attn}.qkv",), "d p h e -> (p h e) d", -1),
-    "attention/qkv/bias": (("{attn}.qkv",), "p h e -> (p h e)", -1),
-    "attention/out/kernel": (("{attn}.proj",), "h e d -> d (h e)", -1),
-    "attention/out/bias": (("{attn}.proj",), "d -> d", -1),
-    "cross/q/kernel": (("cross_attn.Wq",), "d h e -> (h e) d", -1),
-    "cross/q/bias": (("cross_attn.Wq",), "h e -> (h e)", -1),
-    "cross/kv/kernel": (("cross_attn.Wk", "cross_attn.Wv"), "d h e -> (h e) d", 1),
-    "cross/kv/bias": (("cross_attn.Wk", "cross_attn.Wv"), "h e -> (h e)", 0),
-    "cross/out/kernel": (("cross_attn.proj",), "h e d -> d (h e)", -1),
-    "cross/out/bias": (("cross_attn.proj",), "d -> d", -1),
-    "mlp/in/kernel": (("mlp.fc1", "mlp.fc3"), "d f -> f d", 1),
-    "mlp/in/bias": (("mlp.fc1", "mlp.fc3"), "f -> f", 0),
-    "mlp/out/kernel": (("mlp.fc2",), "f d -> d f", -1),
-    "mlp/out/bias": (("mlp.fc2",), "d -> d", -1),
+  "attention/qkv/kernel": (("{attn}.qkv",), "d p h e -> (p h e) d", -1),
+  "attention/qkv/bias": (("{attn}.qkv",), "p h e -> (p h e)", -1),
+  "attention/out/kernel": (("{attn}.proj",), "h e d -> d (h e)", -1),
+  "attention/out/bias": (("{attn}.proj",), "d -> d", -1),
+  "cross/q/kernel": (("cross_attn.Wq",), "d h e -> (h e) d", -1),
+  "cross/q/bias": (("cross_attn.Wq",), "h e -> (h e)", -1),
+  "cross/kv/kernel": (("cross_attn.Wk", "cross_attn.Wv"), "d h e -> (h e) d", 1),
+  "cross/kv/bias": (("cross_attn.Wk", "cross_attn.Wv"), "h e -> (h e)", 0),
+  "cross/out/kernel": (("cross_attn.proj",), "h e d -> d (h e)", -1),
+  "cross/out/bias": (("cross_attn.proj",), "d -> d", -1),
+  "mlp/in/kernel": (("mlp.fc1", "mlp.fc3"), "d f -> f d", 1),
+  "mlp/in/bias": (("mlp.fc1", "mlp.fc3"), "f -> f", 0),
+  "mlp/out/kernel": (("mlp.fc2",), "f d -> d f", -1),
+  "mlp/out/bias": (("mlp.fc2",), "d -> d", -1),
 } | {
-    f"{ours}/{kind}": ((official,), "d -> d", -1)
-    for ours, official in {
-        **{f"norm_{i}": f"norm_{i}" for i in (1, 2, 3)},
-        **{f"attention/{x}_norm": f"{{attn}}.{x}_norm" for x in "qk"},
-        **{f"cross/{x}_norm": f"cross_attn.{x}_norm" for x in "qk"},
-    }.items()
-    for kind in ("scale", "bias")
-}  # fmt: skip
+  f"{ours}/{kind}": ((official,), "d -> d", -1)
+  for ours, official in {
+    **{f"norm_{i}": f"norm_{i}" for i in (1, 2, 3)},
+    **{f"attention/{x}_norm": f"{{attn}}.{x}_norm" for x in "qk"},
+    **{f"cross/{x}_norm": f"cross_attn.{x}_norm" for x in "qk"},
+  }.items()
+  for kind in ("scale", "bias")
+}
 _APART = {  # of the class of attention with layers of their own for queries, keys and values
-    "attention/qkv/kernel": (("{attn}.q_proj", "{attn}.k_proj", "{attn}.v_proj"), "d h e -> (h e) d", 1),
-    "attention/qkv/bias": (("{attn}.q_proj", "{attn}.k_proj", "{attn}.v_proj"), "h e -> (h e)", 0),
+  "attention/qkv/kernel": (("{attn}.q_proj", "{attn}.k_proj", "{attn}.v_proj"), "d h e -> (h e) d", 1),
+  "attention/qkv/bias": (("{attn}.q_proj", "{attn}.k_proj", "{attn}.v_proj"), "h e -> (h e)", 0),
 }
 _BIASES = {  # fact: what the names of such biases end in
-    "qkv_bias": (".qkv.bias", ".q_proj.bias", ".Wq.bias"),
-    "proj_bias": (".proj.bias",),
-    "mlp_bias": (".fc1.bias", ".fc2.bias", ".fc3.bias"),
-    "head_bias": ("head.linear.bias",),
+  "qkv_bias": (".qkv.bias", ".q_proj.bias", ".Wq.bias"),
+  "proj_bias": (".proj.bias",),
+  "mlp_bias": (".fc1.bias", ".fc2.bias", ".fc3.bias"),
+  "head_bias": ("head.linear.bias",),
 }
 
 
 def load(
-    source: str | os.PathLike,
-    settings: Mapping[str, object],
-    dtype: str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+  source: str | os.PathLike,
+  settings: Mapping[str, object],
+  dtype: str | None = None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[ConfigDict, dict]:
   """Loads a generator in the authors' format.
 
@@ -214,15 +214,20 @@ def _positions(facts: Facts, file: TensorFile) -> bool:
     gap = float(np.abs(file.read(name).astype(np.float64) - sincos_table(*shape)).max())
   same = gap <= max(2 * float(jnp.finfo(file.dtypes[name]).eps), 1e-4)
   if kind == "sincos1d" and not same:
-    raise ValueError(f"pos_embed is 'sincos1d' in {facts.origin('pos_embed')}, but the table in the weights differs by "
-                     f"{gap:.2g} from it")
+    raise ValueError(
+      f"pos_embed is 'sincos1d' in {facts.origin('pos_embed')}, but the table in the weights differs by "
+      f"{gap:.2g} from it"
+    )
   return same
 
 
 def _multiplier(facts: Facts) -> float:
   if "mup_base_width" in facts:
-    facts.add("readout_multiplier", facts.get("mup_base_width") / facts.get("dim"),
-              f"{facts.origin('mup_base_width')} (mup_base_width / dim)")
+    facts.add(
+      "readout_multiplier",
+      facts.get("mup_base_width") / facts.get("dim"),
+      f"{facts.origin('mup_base_width')} (mup_base_width / dim)",
+    )
   return facts.get("readout_multiplier", 1.0)
 
 
@@ -230,42 +235,42 @@ def _config(facts: Facts, file: TensorFile, dtype: str, pos_embed: str) -> Confi
   condition = "text" if facts.get("cross") else "class" if facts.get("num_classes") else "none"
   config = ConfigDict(dict(stage="ar", seed=0, dtype=dtype, attention="auto", remat="none"))
   config.ar = dict(
-      width=facts.get("dim"),
-      depth=facts.get("depth"),
-      head_dim=facts.get("head_dim", 64),
-      num_ids=facts.get("vocab"),
-      num_tokens=facts.get("num_tokens"),
-      condition=condition,
-      num_classes=facts.get("num_classes") or 1000,
-      stop=False,
-      norm=facts.get("norm"),
-      norm_eps=float(facts.get("norm_eps", 0)),
-      qk_norm=facts.get("qk_norm"),
-      qk_norm_eps=float(facts.get("qk_norm_eps", 0)),
-      ffn=facts.get("ffn"),
-      mlp_ratio=4.0,
-      ffn_multiple_of=64,
-      bias=any(facts.get(role) for role in _BIASES),
-      pos_embed=pos_embed,
-      head_layernorm=facts.get("head_layernorm"),
-      readout_multiplier=1.0,
-      drop_condition=0.1,
-      position_decay=0.0,
-      loss_chunk=16,
-      tokenizer="",
-      guidance_scale=float(facts.get("guidance_scale", _GUIDANCE[condition])),
-      temperature=float(facts.get("temperature", 1)),
-      top_k=facts.get("top_k", 0),
-      top_p=float(facts.get("top_p", 0)),
+    width=facts.get("dim"),
+    depth=facts.get("depth"),
+    head_dim=facts.get("head_dim", 64),
+    num_ids=facts.get("vocab"),
+    num_tokens=facts.get("num_tokens"),
+    condition=condition,
+    num_classes=facts.get("num_classes") or 1000,
+    stop=False,
+    norm=facts.get("norm"),
+    norm_eps=float(facts.get("norm_eps", 0)),
+    qk_norm=facts.get("qk_norm"),
+    qk_norm_eps=float(facts.get("qk_norm_eps", 0)),
+    ffn=facts.get("ffn"),
+    mlp_ratio=4.0,
+    ffn_multiple_of=64,
+    bias=any(facts.get(role) for role in _BIASES),
+    pos_embed=pos_embed,
+    head_layernorm=facts.get("head_layernorm"),
+    readout_multiplier=1.0,
+    drop_condition=0.1,
+    position_decay=0.0,
+    loss_chunk=16,
+    tokenizer="",
+    guidance_scale=float(facts.get("guidance_scale", _GUIDANCE[condition])),
+    temperature=float(facts.get("temperature", 1)),
+    top_k=facts.get("top_k", 0),
+    top_p=float(facts.get("top_p", 0)),
   )
   config.text = dict(
-      encoder="t5",
-      max_length=facts.get("text_len", 120),
-      path=facts.get("text_encoder", "google/flan-t5-xl"),
-      features=facts.get("text_dim", 2048),
-      mlp_hidden=_shape(file, f"{_TEXT_MLP}fc1.weight", 2)[0] if condition == "text" else 2048,
-      depth=4,
-      head_dim=64,
+    encoder="t5",
+    max_length=facts.get("text_len", 120),
+    path=facts.get("text_encoder", "google/flan-t5-xl"),
+    features=facts.get("text_dim", 2048),
+    mlp_hidden=_shape(file, f"{_TEXT_MLP}fc1.weight", 2)[0] if condition == "text" else 2048,
+    depth=4,
+    head_dim=64,
   )
   width, head_dim = config.ar.width, config.ar.head_dim
   if not head_dim or width % head_dim:
@@ -286,8 +291,9 @@ def _set_hidden(facts: Facts, c: ConfigDict, hidden: int):
   for c.mlp_ratio, c.ffn_multiple_of in itertools.product(ratios, multiples):
     if mlp_hidden(c) == hidden:
       return
-  said = " and ".join(f"{name} {facts.get(name)} in {facts.origin(name)}"
-                      for name in ("mlp_ratio", "ffn_multiple_of") if name in facts)
+  said = " and ".join(
+    f"{name} {facts.get(name)} in {facts.origin(name)}" for name in ("mlp_ratio", "ffn_multiple_of") if name in facts
+  )
   raise ValueError(f"the MLP's hidden width is {hidden} in the weights, which contradicts {said}")
 
 
@@ -329,8 +335,9 @@ def _read(file: TensorFile, config: ConfigDict, multiplier: float, mesh: jax.sha
   for e in entries:
     for name in e.names if e.path not in absent else ():
       if file.shapes[name] != e.official_shape:
-        raise ValueError(f"{file.path}: {name} has shape {list(file.shapes[name])}, the other weights ask for "
-                         f"{list(e.official_shape)}")
+        raise ValueError(
+          f"{file.path}: {name} has shape {list(file.shapes[name])}, the other weights ask for {list(e.official_shape)}"
+        )
   flat = {}
   for e in sorted(entries, key=lambda e: -np.prod(e.shape)):  # the largest first: where jax copies, it is alone
     array = tensor_file.empty(e.shape, jnp.dtype(config.dtype))

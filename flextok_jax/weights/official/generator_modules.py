@@ -44,20 +44,27 @@ def _table(module: str, classes: Mapping[str, Arguments]) -> dict[str, Arguments
 
 _IDENTITY = _table("torch.nn.modules.linear", {"Identity": {}})
 _MODELS = _table("l3m.model.meta_models", {"InSeriesMetaModels": _KEYS | dict(models=(ENTRY,), order=_ANY)})
-_MODEL = _table("l3m.model.meta_models", {"MetaModel": _KEYS | dict(
-  preprocessor=(ENTRY,), trunk=(ENTRY,), postprocessor=_OPTIONAL_ENTRY, head=(ENTRY,)
-)})
-_PREPROCESSOR = _table("flextok_ar.model.preprocessors", {"ARImageEmbedPreprocessor": _KEYS | dict(
-  token_grid_size=(listed(SIZE, 1, 2),),
-  codebook_size=(COUNT,),
-  embed_dim=(SIZE,),
-  pos_embed_type=(POSITIONS, None),
-  num_classes=(optional(COUNT), None),
-  init_style=_ANY,
-  cond_dropout_prob=_ANY,
-  class_target_key=_ANY,
-  inference_read_key=_ANY,
-)})
+_MODEL = _table(
+  "l3m.model.meta_models",
+  {"MetaModel": _KEYS | dict(preprocessor=(ENTRY,), trunk=(ENTRY,), postprocessor=_OPTIONAL_ENTRY, head=(ENTRY,))},
+)
+_PREPROCESSOR = _table(
+  "flextok_ar.model.preprocessors",
+  {
+    "ARImageEmbedPreprocessor": _KEYS
+    | dict(
+      token_grid_size=(listed(SIZE, 1, 2),),
+      codebook_size=(COUNT,),
+      embed_dim=(SIZE,),
+      pos_embed_type=(POSITIONS, None),
+      num_classes=(optional(COUNT), None),
+      init_style=_ANY,
+      cond_dropout_prob=_ANY,
+      class_target_key=_ANY,
+      inference_read_key=_ANY,
+    )
+  },
+)
 _TRUNK = _KEYS | dict(
   embed_dim=(SIZE,),
   num_blocks=(DEPTH,),
@@ -77,12 +84,18 @@ _TRUNK = _KEYS | dict(
   gpt_proj_rescale=_ANY,
 )
 _CLASS_TRUNK = _table("l3m.model.trunks.transformer", {"Transformer": _TRUNK | dict(attn_target=(ENTRY,))})
-_TEXT_TRUNK = _table("l3m.model.trunks.transformer_decoder", {"TransformerDecoder": _TRUNK | dict(
-  self_attn_target=(ENTRY,),
-  cross_attn_target=(ENTRY,),
-  encoder_output_key=(TEXT,),
-  self_attn_mask_read_key=(TEXT,),  # of the text's padding; without it the text trunk would look at padding
-)})
+_TEXT_TRUNK = _table(
+  "l3m.model.trunks.transformer_decoder",
+  {
+    "TransformerDecoder": _TRUNK
+    | dict(
+      self_attn_target=(ENTRY,),
+      cross_attn_target=(ENTRY,),
+      encoder_output_key=(TEXT,),
+      self_attn_mask_read_key=(TEXT,),  # of the text's padding; without it the text trunk would look at padding
+    )
+  },
+)
 _CLASS_BLOCK = _table("l3m.model.trunks.transformer", {"Block": {}})
 _TEXT_BLOCK = _table("l3m.model.trunks.transformer_decoder", {"DecoderBlock": {}})
 _ATTENTION = dict(
@@ -98,53 +111,87 @@ _ATTENTION = dict(
 _CAUSAL = _ATTENTION | dict(is_causal=(exactly(True), False))
 _EFFICIENT = {"EfficientAttention": _CAUSAL | dict(rope_pos_embed=_ABSENT)}
 _SELF_ATTENTION = _table("l3m.model.layers.attention", _EFFICIENT)
-_CLASS_ATTENTION = _table("l3m.model.layers.attention", _EFFICIENT | {"GenericAttention": _CAUSAL | dict(
-  rope=_ABSENT, head_dim=(optional(SIZE), None), num_kv_heads=(optional(SIZE), None), use_flex_attention=_ANY
-)})
-_CROSS_ATTENTION = _table("flextok_ar.model.attention", {"GeneralizedAttentionWithMask": _ATTENTION | dict(
-  encoder_dim=(SIZE,), is_causal=(exactly(False), False), relative_pos_embed=_ABSENT
-)})
+_CLASS_ATTENTION = _table(
+  "l3m.model.layers.attention",
+  _EFFICIENT
+  | {
+    "GenericAttention": _CAUSAL
+    | dict(rope=_ABSENT, head_dim=(optional(SIZE), None), num_kv_heads=(optional(SIZE), None), use_flex_attention=_ANY)
+  },
+)
+_CROSS_ATTENTION = _table(
+  "flextok_ar.model.attention",
+  {
+    "GeneralizedAttentionWithMask": _ATTENTION
+    | dict(encoder_dim=(SIZE,), is_causal=(exactly(False), False), relative_pos_embed=_ABSENT)
+  },
+)
 _MLP = dict(act_layer=_OPTIONAL_ENTRY, drop=_ANY, norm_layer=_ABSENT)
 _FFNS = _table("l3m.model.layers.ffn", {"MLP": _MLP, "SwiGLUFFN": dict(act_layer=_ANY, multiple_of=(SIZE, 256))})
 _EPS = number(1e-12, 1)
 _AFFINE = dict(eps=(_EPS, 1e-5), elementwise_affine=(exactly(True), True), bias=(exactly(True), True))
-_NORMS = _table("torch.nn.modules.normalization", {"LayerNorm": _AFFINE}) | _table("l3m.model.layers.normalization", {
-  "LayerNormFP32": _AFFINE,
-  "LAYER_NORM": _AFFINE | dict(eps=(_EPS, 1e-6)),
-  "LPLayerNorm": dict(
-    eps=(_EPS, 1e-5), elementwise_gain=(exactly(True), True), elementwise_bias=(exactly(True), True)
-  ),
-  "RMSNorm": dict(eps=(_EPS, 1e-6)),
-})
-_HEAD = _table("l3m.model.heads.classifier", {"LinearClassifier": _KEYS | dict(
-  in_features=(SIZE,),
-  out_features=(COUNT,),
-  use_layernorm=(FLAG, False),
-  use_batchnorm=(exactly(False), False),
-  use_bias=(FLAG, True),
-  weight_init_style=_ANY,
-  encoder_num_blocks=_ANY,
-  init_std=_ANY,
-)})
+_NORMS = _table("torch.nn.modules.normalization", {"LayerNorm": _AFFINE}) | _table(
+  "l3m.model.layers.normalization",
+  {
+    "LayerNormFP32": _AFFINE,
+    "LAYER_NORM": _AFFINE | dict(eps=(_EPS, 1e-6)),
+    "LPLayerNorm": dict(
+      eps=(_EPS, 1e-5), elementwise_gain=(exactly(True), True), elementwise_bias=(exactly(True), True)
+    ),
+    "RMSNorm": dict(eps=(_EPS, 1e-6)),
+  },
+)
+_HEAD = _table(
+  "l3m.model.heads.classifier",
+  {
+    "LinearClassifier": _KEYS
+    | dict(
+      in_features=(SIZE,),
+      out_features=(COUNT,),
+      use_layernorm=(FLAG, False),
+      use_batchnorm=(exactly(False), False),
+      use_bias=(FLAG, True),
+      weight_init_style=_ANY,
+      encoder_num_blocks=_ANY,
+      init_std=_ANY,
+    )
+  },
+)
 _TEXT_ENCODER = _table("flextok_ar.model.text_encoder", {"T5EmbedderWithMLP": dict(t5_embedder=(ENTRY,), mlp=(ENTRY,))})
-_T5 = _table("flextok_ar.model.text_encoder", {"T5Embedder": dict(
-  text_embeddings_write_key=(TEXT,),
-  text_embeddings_mask_write_key=(TEXT,),
-  hf_hub_path=(TEXT, "google/flan-t5-xl"),
-  encoder_seqlen_max=(optional(SIZE), None),
-  read_key=_ANY,
-  decoder_seqlen=_ANY,
-  cond_dropout_p=_ANY,
-)})
-_TEXT_MLP = _table("flextok_ar.model.text_encoder", {"TextToEmbedMLP": dict(
-  text_dim=(SIZE,), embed_dim=(SIZE,), act_layer=_OPTIONAL_ENTRY, use_bias=(exactly(False), False)
-)}) | _table("l3m.model.layers.ffn", {"MLP": _MLP | dict(
-  in_features=(SIZE,),
-  hidden_features=(SIZE,),
-  out_features=(SIZE,),
-  act_layer=(ENTRY,),
-  use_bias=(exactly(False), True),
-)})
+_T5 = _table(
+  "flextok_ar.model.text_encoder",
+  {
+    "T5Embedder": dict(
+      text_embeddings_write_key=(TEXT,),
+      text_embeddings_mask_write_key=(TEXT,),
+      hf_hub_path=(TEXT, "google/flan-t5-xl"),
+      encoder_seqlen_max=(optional(SIZE), None),
+      read_key=_ANY,
+      decoder_seqlen=_ANY,
+      cond_dropout_p=_ANY,
+    )
+  },
+)
+_TEXT_MLP = _table(
+  "flextok_ar.model.text_encoder",
+  {
+    "TextToEmbedMLP": dict(
+      text_dim=(SIZE,), embed_dim=(SIZE,), act_layer=_OPTIONAL_ENTRY, use_bias=(exactly(False), False)
+    )
+  },
+) | _table(
+  "l3m.model.layers.ffn",
+  {
+    "MLP": _MLP
+    | dict(
+      in_features=(SIZE,),
+      hidden_features=(SIZE,),
+      out_features=(SIZE,),
+      act_layer=(ENTRY,),
+      use_bias=(exactly(False), True),
+    )
+  },
+)
 
 # Entries of the file's section `generation`, ours, what is supported.
 _SAMPLING = (

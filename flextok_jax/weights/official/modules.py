@@ -13,9 +13,13 @@ from flextok_jax.core.literals import join, quote
 
 MAX_SIZE = 65_536  # of widths and numbers of registers
 DTYPES = {
-  "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16",
+  "fp32": "float32",
+  "float32": "float32",
+  "bf16": "bfloat16",
+  "bfloat16": "bfloat16",
+  "fp16": "float16",
   "float16": "float16",
-}  # fmt: skip
+}
 
 
 class Kind(NamedTuple):
@@ -87,10 +91,8 @@ GETTERS: dict[str, Arguments] = {
 }
 NORMS: dict[str, Arguments] = {
   "flextok.model.layers.norm.Fp32LayerNorm": dict(
-    bias=(FLAG, True),
-    elementwise_affine=(exactly(False), True),
-    eps=(exactly(1e-5), 1e-5),
-  ),
+    bias=(FLAG, True), elementwise_affine=(exactly(False), True), eps=(exactly(1e-5), 1e-5)
+  )
 }
 NORM = {"_target_": next(iter(NORMS)), "_partial_": True, "bias": False, "elementwise_affine": False}
 OPERATIONS: dict[str, Arguments] = {
@@ -163,8 +165,10 @@ MODULES: dict[str, Arguments] = {
     n_min=(integer(0, MAX_SIZE),),
     n_max=(SIZE,),
     n_eval=(optional(SIZE), None),
-    size_sampling_mode=(matching(r"uniform|powers_of_two|k=[\d-]{1,190}", "'uniform', 'powers_of_two' or 'k=1-2-4'"),
-                        "uniform"),
+    size_sampling_mode=(
+      matching(r"uniform|powers_of_two|k=[\d-]{1,190}", "'uniform', 'powers_of_two' or 'k=1-2-4'"),
+      "uniform",
+    ),
     ordering_mode=(exactly("nested"), "nested"),
     extra_registers_write_key=(exactly(None), None),
     extra_registers_dim=(optional(SIZE), None),
@@ -218,10 +222,8 @@ MODULES: dict[str, Arguments] = {
     outer_packed_shapes_read_key=(KEY,),
   ),
   "flextok.model.postprocessors.heads.LinearHead": _HEAD | dict(dim_out=(CHANNELS,)),
-  "flextok.model.postprocessors.heads.ToPatchesLinearHead": _HEAD | dict(
-    channels_out=(CHANNELS,),
-    patch_sizes=(PATCH,),
-  ),
+  "flextok.model.postprocessors.heads.ToPatchesLinearHead": _HEAD
+  | dict(channels_out=(CHANNELS,), patch_sizes=(PATCH,)),
   _PREPROCESSORS + "linear.LinearLayer": dict(
     read_key=(KEY,),
     write_key=(KEY,),

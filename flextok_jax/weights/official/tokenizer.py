@@ -164,9 +164,7 @@ def to_official(config: Mapping[str, Any]) -> dict[str, Any]:
   return official
 
 
-def _check_wiring(
-  vae: Module, encoder: dict, fsq: Module, noise: Module, pipeline: Module, decoder: dict[str, Module]
-):
+def _check_wiring(vae: Module, encoder: dict, fsq: Module, noise: Module, pipeline: Module, decoder: dict[str, Module]):
   state = follow(ENCODER, encoder, {vae["vae_latents_write_key"]: LATENTS})
   check_key(f"{fsq.path}.latents_read_key", fsq["latents_read_key"], CODES, state)
   start = {

@@ -167,8 +167,9 @@ def _patches(config: Mapping[str, Any], half: str, latents: str) -> tuple[dict[s
   return embed, positions
 
 
-def _trunk(config: Mapping[str, Any], half: str, registers: str, packer: Mapping[str, Any],
-           transformer: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def _trunk(
+  config: Mapping[str, Any], half: str, registers: str, packer: Mapping[str, Any], transformer: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
   """Returns packer, transformer and unpacker of a half, with further arguments of packer and transformer."""
   get = lambda name: field(config, f"{half}.{name}")
   prefix = half[:3]

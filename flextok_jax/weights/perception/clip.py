@@ -17,32 +17,32 @@ from flextok_jax.weights.perception import files as network_files
 from flextok_jax.weights.perception import vit
 
 _TOWER = {  # what a config.json leaves out
-    "num_hidden_layers": 12,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
+  "num_hidden_layers": 12,
+  "hidden_act": "quick_gelu",
+  "layer_norm_eps": 1e-5,
 }
 _IMAGE = _TOWER | {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
+  "hidden_size": 768,
+  "intermediate_size": 3072,
+  "num_attention_heads": 12,
+  "image_size": 224,
+  "patch_size": 32,
 }
 _TEXT = _TOWER | {
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_attention_heads": 8,
-    "vocab_size": 49408,
-    "max_position_embeddings": 77,
+  "hidden_size": 512,
+  "intermediate_size": 2048,
+  "num_attention_heads": 8,
+  "vocab_size": 49408,
+  "max_position_embeddings": 77,
 }
 _BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")  # whole numbers
 _SINGLE = {  # ours: (Hugging Face's name, layout)
-    "image_projection/kernel": ("visual_projection.weight", "i o -> o i"),
-    "text_projection/kernel": ("text_projection.weight", "i o -> o i"),
-    "text_tower/embedding": ("text_model.embeddings.token_embedding.weight", "v d -> v d"),
-    "text_tower/positions": ("text_model.embeddings.position_embedding.weight", "n d -> n d"),
-    "text_tower/norm/scale": ("text_model.final_layer_norm.weight", "d -> d"),
-    "text_tower/norm/bias": ("text_model.final_layer_norm.bias", "d -> d"),
+  "image_projection/kernel": ("visual_projection.weight", "i o -> o i"),
+  "text_projection/kernel": ("text_projection.weight", "i o -> o i"),
+  "text_tower/embedding": ("text_model.embeddings.token_embedding.weight", "v d -> v d"),
+  "text_tower/positions": ("text_model.embeddings.position_embedding.weight", "n d -> n d"),
+  "text_tower/norm/scale": ("text_model.final_layer_norm.weight", "d -> d"),
+  "text_tower/norm/bias": ("text_model.final_layer_norm.bias", "d -> d"),
 }
 
 
@@ -72,8 +72,10 @@ def load_clip(source: str | os.PathLike) -> tuple[dict, dict]:
 def entries(shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
   """Returns where the arrays of a CLIP, {path: shape}, stand among Hugging Face's tensors."""
   inside = lambda tower: {path.removeprefix(tower): x for path, x in shapes.items() if path.startswith(tower)}
-  found = [dataclasses.replace(e, path=f"image_tower/{e.path}")
-           for e in vit.entries(inside("image_tower/"), "clip", "vision_model.")]
+  found = [
+    dataclasses.replace(e, path=f"image_tower/{e.path}")
+    for e in vit.entries(inside("image_tower/"), "clip", "vision_model.")
+  ]
   for path, shape in inside("text_tower/blocks/").items():
     e = vit.block_entry(f"blocks/{path}", shape, vit.NAMES["clip"], "text_model.", False)
     found.append(dataclasses.replace(e, path=f"text_tower/blocks/{path}"))
@@ -88,14 +90,18 @@ def _sizes(folder: Folder) -> dict:
   image, text = _section(path, config, "vision_config", _IMAGE), _section(path, config, "text_config", _TEXT)
   hidden = lambda section: dict(mlp_hidden=vit.whole(path, section, "intermediate_size", 2**20))
   return dict(
-      image=dict(patch_bias=False, pre_norm=True)
-      | vit.patch_sizes(path, image) | vit.common_sizes(path, image) | hidden(image),
-      text=dict(
-          vocab_size=vit.whole(path, text, "vocab_size", 2**22),
-          max_length=vit.whole(path, text, "max_position_embeddings", 2**16),
-      ) | vit.common_sizes(path, text) | hidden(text),
-      features=vit.whole(path, {"projection_dim": 512} | config, "projection_dim", 2**16),
-  )  # fmt: skip
+    image=dict(patch_bias=False, pre_norm=True)
+    | vit.patch_sizes(path, image)
+    | vit.common_sizes(path, image)
+    | hidden(image),
+    text=dict(
+      vocab_size=vit.whole(path, text, "vocab_size", 2**22),
+      max_length=vit.whole(path, text, "max_position_embeddings", 2**16),
+    )
+    | vit.common_sizes(path, text)
+    | hidden(text),
+    features=vit.whole(path, {"projection_dim": 512} | config, "projection_dim", 2**16),
+  )
 
 
 def _section(path: str, config: Mapping, name: str, defaults: Mapping) -> dict:

@@ -13,12 +13,12 @@ from flextok_jax.weights.perception.vit import load_vit
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PLAIN = {  # fields of peft's configuration, with the only values that are merged
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "use_rslora": False,
-    "use_dora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
+  "bias": "none",
+  "fan_in_fan_out": False,
+  "use_rslora": False,
+  "use_dora": False,
+  "rank_pattern": {},
+  "alpha_pattern": {},
 }
 
 
@@ -50,8 +50,10 @@ def _updates(folder: str, depth: int, width: int) -> list[np.ndarray]:
   """Returns what each block's qkv weights [3 * width, width] are changed by."""
   for name in (CONFIG, WEIGHTS):
     if not os.path.isfile(os.path.join(folder, name)):
-      raise FileNotFoundError(f"no {name} in {folder}: give a folder of peft's format; an adapter_model.bin there is "
-                              f"written anew by python -m flextok_jax.convert_torch SOURCE {WEIGHTS}")
+      raise FileNotFoundError(
+        f"no {name} in {folder}: give a folder of peft's format; an adapter_model.bin there is "
+        f"written anew by python -m flextok_jax.convert_torch SOURCE {WEIGHTS}"
+      )
   path = os.path.join(folder, CONFIG)
   with open(path, "rb") as f:
     config = literals.parse_json(f.read(literals.MAX_TEXT + 1), path)

@@ -25,8 +25,10 @@ def read(path: str | os.PathLike, ignored: tuple[str, ...] = ()) -> dict[str, np
     file = tensor_file.TensorFile(path, ignored)
     return {name: file.read(name).astype(np.float32) for name in file.shapes}
   if not path.endswith(".npz"):
-    raise ValueError(f"{path} is neither .safetensors nor .npz: write PyTorch's files anew by "
-                     "python -m flextok_jax.convert_torch SOURCE TARGET.safetensors")
+    raise ValueError(
+      f"{path} is neither .safetensors nor .npz: write PyTorch's files anew by "
+      "python -m flextok_jax.convert_torch SOURCE TARGET.safetensors"
+    )
   try:
     with np.load(path, allow_pickle=False) as file:
       arrays = {name: file[name] for name in file.files if not name.startswith(ignored)}
@@ -39,7 +41,7 @@ def read(path: str | os.PathLike, ignored: tuple[str, ...] = ()) -> dict[str, np
 
 
 def fill(
-    path: str | os.PathLike, tensors: Mapping[str, np.ndarray], entries: Iterable[Entry], allowed: Iterable[str] = ()
+  path: str | os.PathLike, tensors: Mapping[str, np.ndarray], entries: Iterable[Entry], allowed: Iterable[str] = ()
 ) -> dict:
   """Returns the parameters that the entries describe, nested, float32.
 

@@ -38,10 +38,10 @@ def from_official(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) ->
   modules = _modules(shapes)
   entries = [Entry("fc/kernel", shapes["fc/kernel"], ("fc.weight",), "i o -> o i")]
   for module, name in modules.items():
-    entries.append(Entry(f"{module}/kernel", shapes[f"{module}/kernel"], (f"{name}.conv.weight",),
-                         "h w i o -> o i h w"))
-    entries += [Entry(f"{module}/{kind}", shapes[f"{module}/bias"], (f"{name}.bn.{kind}",), "o -> o")
-                for kind in _NORM]
+    entries.append(
+      Entry(f"{module}/kernel", shapes[f"{module}/kernel"], (f"{name}.conv.weight",), "h w i o -> o i h w")
+    )
+    entries += [Entry(f"{module}/{kind}", shapes[f"{module}/bias"], (f"{name}.bn.{kind}",), "o -> o") for kind in _NORM]
   found = flatten_dict(network_files.fill(path, tensors, entries, allowed=["fc.bias"]), sep="/")
   params = {"fc/kernel": found["fc/kernel"]}
   for module in modules:

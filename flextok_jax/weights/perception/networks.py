@@ -28,16 +28,16 @@ from flextok_jax.weights.perception.lpips import load_lpips
 _CONVERT = "written anew by python -m flextok_jax.convert_torch SOURCE TARGET"
 # name in the weights' folder: what to put there. A name is of a .safetensors or .npz file, or of a folder.
 SOURCES = {
-    "inception": f"pt_inception-2015-12-05-6726825d.pth of pytorch-fid's releases, {_CONVERT}",
-    "lpips_alex": f"the state_dict of lpips.LPIPS(net='alex'), or torchvision's alexnet-owt-7be5be79.pth, {_CONVERT}, "
-                  "with the package's weights/v0.1/alex.pth as lpips_alex_heads beside it",
-    "lpips_vgg": f"the state_dict of lpips.LPIPS(net='vgg'), or torchvision's vgg16-397923af.pth, {_CONVERT}, with the "
-                 "package's weights/v0.1/vgg.pth as lpips_vgg_heads beside it",
-    "dreamsim": "a folder of peft's format, the dino_vitb16_single_lora that the dreamsim package downloads, with "
-                "facebook/dino-vitb16 as dreamsim_backbone beside it",
-    "dinov2": "a folder of Hugging Face, as facebook/dinov2-base",
-    "clip": "a folder of Hugging Face with tokenizer.json, as openai/clip-vit-large-patch14",
-    "classifier": "a folder of Hugging Face, as facebook/dinov2-large-imagenet1k-1-layer",
+  "inception": f"pt_inception-2015-12-05-6726825d.pth of pytorch-fid's releases, {_CONVERT}",
+  "lpips_alex": f"the state_dict of lpips.LPIPS(net='alex'), or torchvision's alexnet-owt-7be5be79.pth, {_CONVERT}, "
+  "with the package's weights/v0.1/alex.pth as lpips_alex_heads beside it",
+  "lpips_vgg": f"the state_dict of lpips.LPIPS(net='vgg'), or torchvision's vgg16-397923af.pth, {_CONVERT}, with the "
+  "package's weights/v0.1/vgg.pth as lpips_vgg_heads beside it",
+  "dreamsim": "a folder of peft's format, the dino_vitb16_single_lora that the dreamsim package downloads, with "
+  "facebook/dino-vitb16 as dreamsim_backbone beside it",
+  "dinov2": "a folder of Hugging Face, as facebook/dinov2-base",
+  "clip": "a folder of Hugging Face with tokenizer.json, as openai/clip-vit-large-patch14",
+  "classifier": "a folder of Hugging Face, as facebook/dinov2-large-imagenet1k-1-layer",
 }
 _TEXTS = 256  # encoded at once
 _ENDINGS = (".safetensors", ".npz", "")
@@ -53,8 +53,9 @@ def find(folder: str | None, name: str, metric: str) -> str:
     raise ValueError(f"--metrics={metric} needs --weights=DIR, a folder with {name}: {SOURCES[name]}")
   found = path_in(folder, name)
   if found is None:
-    raise ValueError(f"--metrics={metric}: {folder} has no {name}.safetensors, .npz or folder: put there "
-                     f"{SOURCES[name]}")
+    raise ValueError(
+      f"--metrics={metric}: {folder} has no {name}.safetensors, .npz or folder: put there {SOURCES[name]}"
+    )
   return found
 
 
@@ -127,8 +128,9 @@ def clip(folder: str | None, metric: str) -> tuple[Partial, Callable[[Sequence[s
   sizes, params = clip_files.load_clip(path)
   tokenize = CLIPTokenizer(path, sizes["text"]["max_length"])
   model, size = clip_model.CLIP(**sizes), sizes["image"]["grid"] * sizes["image"]["patch_size"]
-  images = _partial(lambda variables, x: model.apply(variables, clip_model.preprocess(x, size),
-                                                     method="image_features"), params)  # fmt: skip
+  images = _partial(
+    lambda variables, x: model.apply(variables, clip_model.preprocess(x, size), method="image_features"), params
+  )
   text = _partial(lambda variables, *ids: model.apply(variables, *ids, method="text_features"), params)
   compiled = jax.jit(lambda text, *ids: text(*ids))
 

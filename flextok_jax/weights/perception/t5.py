@@ -21,25 +21,25 @@ from flextok_jax.weights.names import Entry
 
 _EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # two names of one tensor; files have either or both
 _LIMITS = {  # of the whole numbers in config.json: what a T5 can be, so that no file makes us work without end
-    "vocab_size": 2**22,
-    "d_model": 2**16,
-    "d_kv": 2**12,
-    "d_ff": 2**20,
-    "num_layers": 1000,
-    "num_heads": 2**12,
-    "relative_attention_num_buckets": 2**12,
-    "relative_attention_max_distance": 2**20,
+  "vocab_size": 2**22,
+  "d_model": 2**16,
+  "d_kv": 2**12,
+  "d_ff": 2**20,
+  "num_layers": 1000,
+  "num_heads": 2**12,
+  "relative_attention_num_buckets": 2**12,
+  "relative_attention_max_distance": 2**20,
 }
 _DEFAULTS = {"relative_attention_max_distance": 128}  # and "relu": where config.json is older than the field
 _FEED_FORWARD = {"gated-gelu": True, "relu": False}
 _ACTIVATIONS = {True: "gelu_new", False: "relu"}
 _MODULES = {  # ours in a block: (official modules in it, layout, axis of the fused parts or -1)
-    "norm_1/scale": (("0.layer_norm",), "d -> d", -1),
-    "qkv/kernel": (tuple(f"0.SelfAttention.{x}" for x in "qkv"), "d h e -> (h e) d", 1),
-    "attention_out/kernel": (("0.SelfAttention.o",), "h e d -> d (h e)", -1),
-    "norm_2/scale": (("1.layer_norm",), "d -> d", -1),
-    "mlp_in/kernel": (("1.DenseReluDense.wi_0", "1.DenseReluDense.wi_1"), "d f -> f d", 1),
-    "mlp_out/kernel": (("1.DenseReluDense.wo",), "f d -> d f", -1),
+  "norm_1/scale": (("0.layer_norm",), "d -> d", -1),
+  "qkv/kernel": (tuple(f"0.SelfAttention.{x}" for x in "qkv"), "d h e -> (h e) d", 1),
+  "attention_out/kernel": (("0.SelfAttention.o",), "h e d -> d (h e)", -1),
+  "norm_2/scale": (("1.layer_norm",), "d -> d", -1),
+  "mlp_in/kernel": (("1.DenseReluDense.wi_0", "1.DenseReluDense.wi_1"), "d f -> f d", 1),
+  "mlp_out/kernel": (("1.DenseReluDense.wo",), "f d -> d f", -1),
 }
 
 
@@ -62,7 +62,7 @@ def load_t5(source: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | Non
   folder = _folder(source)
   sizes = _sizes(folder)
   abstract = jax.eval_shape(
-      T5Encoder(**sizes).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
+    T5Encoder(**sizes).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
   )["params"]
   shapes = {path: x.shape for path, x in flatten_dict(unbox(abstract), sep="/").items()}
   if mesh is None:
@@ -80,8 +80,10 @@ def load_t5(source: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | Non
     for name in e.names:
       file = open_file(name)
       if file.shapes.get(name) != e.official_shape:
-        raise ValueError(f"{file.path}: {name} has shape {list(file.shapes.get(name, ())) or 'none'}, the "
-                         f"{hub.CONFIG} asks for {list(e.official_shape)}")
+        raise ValueError(
+          f"{file.path}: {name} has shape {list(file.shapes.get(name, ())) or 'none'}, the "
+          f"{hub.CONFIG} asks for {list(e.official_shape)}"
+        )
   flat = {}
   # The largest first: beside it stands a copy where jax makes one, and the others are not there yet.
   for e in sorted(todo, key=lambda e: -math.prod(e.shape)):
@@ -106,9 +108,9 @@ def entries(shapes: Mapping[str, tuple[int, ...]], embedding: str = _EMBEDDINGS[
     prefix: before all names, where the encoder is a part of something else.
   """
   single = {
-      "embedding": (embedding, "v d -> v d"),
-      "relative_bias": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "n h -> n h"),
-      "norm/scale": ("encoder.final_layer_norm.weight", "d -> d"),
+    "embedding": (embedding, "v d -> v d"),
+    "relative_bias": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "n h -> n h"),
+    "norm/scale": ("encoder.final_layer_norm.weight", "d -> d"),
   }
   found = []
   for path, shape in shapes.items():
@@ -142,15 +144,19 @@ def _sizes(folder: Folder) -> dict:
     sizes[name] = value
   buckets, distance = sizes["relative_attention_num_buckets"], sizes["relative_attention_max_distance"]
   if buckets % 4 or distance <= buckets // 4:
-    raise ValueError(f"{path}: relative_attention_num_buckets={buckets} and relative_attention_max_distance={distance} "
-                     "are not computed: the buckets must be a multiple of 4, the distance more than a quarter of them")
+    raise ValueError(
+      f"{path}: relative_attention_num_buckets={buckets} and relative_attention_max_distance={distance} "
+      "are not computed: the buckets must be a multiple of 4, the distance more than a quarter of them"
+    )
   epsilon = config.get("layer_norm_epsilon")
   if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
     raise ValueError(f"{path}: layer_norm_epsilon must lie between 0 and 1, got {literals.quote(epsilon)}")
   feed_forward = config.get("feed_forward_proj", "relu")
   if feed_forward not in list(_FEED_FORWARD):
-    raise ValueError(f"{path}: feed_forward_proj {literals.quote(feed_forward)} is not computed, only "
-                     f"{' and '.join(map(repr, _FEED_FORWARD))} are")
+    raise ValueError(
+      f"{path}: feed_forward_proj {literals.quote(feed_forward)} is not computed, only "
+      f"{' and '.join(map(repr, _FEED_FORWARD))} are"
+    )
   gated = _FEED_FORWARD[feed_forward]
   for name, known in (("dense_act_fn", _ACTIVATIONS[gated]), ("is_gated_act", gated), ("quantization_config", None)):
     if config.get(name, known) != known:

@@ -19,87 +19,88 @@ from flextok_jax.weights.perception import files as network_files
 
 _HEAD_DIM = 64  # of all that facebookresearch has released: files of theirs do not tell
 ACTIVATIONS = {  # Hugging Face's names: ours
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
+  "gelu": "gelu",
+  "gelu_new": "gelu_tanh",
+  "gelu_pytorch_tanh": "gelu_tanh",
+  "quick_gelu": "quick_gelu",
+  "relu": "relu",
 }
 _PREFIXES = ("vit.", "dinov2.", "dinov2_with_registers.")  # of a model within one with a head
 _POOLER = ("pooler.dense.weight", "pooler.dense.bias")  # behind the features: DINO has none, the files may
 _LAYOUTS = {  # of ours in a block, where the official tensor is not of the same shape
-    "attention/qkv/kernel": "d n h e -> (n h e) d",
-    "attention/qkv/bias": "n h e -> (n h e)",
-    "attention/out/kernel": "h e d -> d (h e)",
-    "mlp/in/kernel": "d n f -> (n f) d",
-    "mlp/in/bias": "n f -> (n f)",
-    "mlp/out/kernel": "f d -> d f",
+  "attention/qkv/kernel": "d n h e -> (n h e) d",
+  "attention/qkv/bias": "n h e -> (n h e)",
+  "attention/out/kernel": "h e d -> d (h e)",
+  "mlp/in/kernel": "d n f -> (n f) d",
+  "mlp/in/bias": "n f -> (n f)",
+  "mlp/out/kernel": "f d -> d f",
 }
 _TABLES = {"cls": "d -> 1 1 d", "positions": "n d -> 1 n d", "registers": "n d -> 1 n d"}  # of a batch, but for CLIP
 _SPLIT = {"attention/qkv/kernel": ("d h e -> (h e) d", 1), "attention/qkv/bias": ("h e -> (h e)", 0)}
 # Ours: official modules. In blocks q, k and v may be one or three, and an MLP with a gate has names of its own.
 _DINOV2 = {
-    "cls": "embeddings.cls_token",
-    "positions": "embeddings.position_embeddings",
-    "registers": "embeddings.register_tokens",
-    "patch_embed": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-    "head": "classifier",
-    "mask": "embeddings.mask_token",
-    "blocks": "encoder.layer",
+  "cls": "embeddings.cls_token",
+  "positions": "embeddings.position_embeddings",
+  "registers": "embeddings.register_tokens",
+  "patch_embed": "embeddings.patch_embeddings.projection",
+  "norm": "layernorm",
+  "head": "classifier",
+  "mask": "embeddings.mask_token",
+  "blocks": "encoder.layer",
+  "norm_1": "norm1",
+  "attention/qkv": tuple(f"attention.attention.{x}" for x in ("query", "key", "value")),
+  "attention/out": "attention.output.dense",
+  "scale_1": "layer_scale1.lambda1",
+  "norm_2": "norm2",
+  "mlp/in": "mlp.fc1",
+  "mlp/out": "mlp.fc2",
+  "gated/in": "mlp.weights_in",
+  "gated/out": "mlp.weights_out",
+  "scale_2": "layer_scale2.lambda1",
+}
+NAMES = {
+  "dinov2": _DINOV2,
+  "vit": _DINOV2
+  | {
+    "norm_1": "layernorm_before",
+    "norm_2": "layernorm_after",
+    "mlp/in": "intermediate.dense",
+    "mlp/out": "output.dense",
+  },
+  "facebook": {
+    "cls": "cls_token",
+    "positions": "pos_embed",
+    "registers": "register_tokens",
+    "patch_embed": "patch_embed.proj",
+    "norm": "norm",
+    "mask": "mask_token",
+    "blocks": "blocks",
     "norm_1": "norm1",
-    "attention/qkv": tuple(f"attention.attention.{x}" for x in ("query", "key", "value")),
-    "attention/out": "attention.output.dense",
-    "scale_1": "layer_scale1.lambda1",
+    "attention/qkv": ("attn.qkv",),
+    "attention/out": "attn.proj",
+    "scale_1": "ls1.gamma",
     "norm_2": "norm2",
     "mlp/in": "mlp.fc1",
     "mlp/out": "mlp.fc2",
-    "gated/in": "mlp.weights_in",
-    "gated/out": "mlp.weights_out",
-    "scale_2": "layer_scale2.lambda1",
+    "gated/in": "mlp.w12",
+    "gated/out": "mlp.w3",
+    "scale_2": "ls2.gamma",
+  },
+  "clip": {
+    "cls": "embeddings.class_embedding",
+    "positions": "embeddings.position_embedding.weight",
+    "patch_embed": "embeddings.patch_embedding",
+    "pre_norm": "pre_layrnorm",
+    "norm": "post_layernorm",
+    "blocks": "encoder.layers",
+    "norm_1": "layer_norm1",
+    "attention/qkv": tuple(f"self_attn.{x}_proj" for x in "qkv"),
+    "attention/out": "self_attn.out_proj",
+    "norm_2": "layer_norm2",
+    "mlp/in": "mlp.fc1",
+    "mlp/out": "mlp.fc2",
+  },
 }
-NAMES = {
-    "dinov2": _DINOV2,
-    "vit": _DINOV2 | {
-        "norm_1": "layernorm_before",
-        "norm_2": "layernorm_after",
-        "mlp/in": "intermediate.dense",
-        "mlp/out": "output.dense",
-    },
-    "facebook": {
-        "cls": "cls_token",
-        "positions": "pos_embed",
-        "registers": "register_tokens",
-        "patch_embed": "patch_embed.proj",
-        "norm": "norm",
-        "mask": "mask_token",
-        "blocks": "blocks",
-        "norm_1": "norm1",
-        "attention/qkv": ("attn.qkv",),
-        "attention/out": "attn.proj",
-        "scale_1": "ls1.gamma",
-        "norm_2": "norm2",
-        "mlp/in": "mlp.fc1",
-        "mlp/out": "mlp.fc2",
-        "gated/in": "mlp.w12",
-        "gated/out": "mlp.w3",
-        "scale_2": "ls2.gamma",
-    },
-    "clip": {
-        "cls": "embeddings.class_embedding",
-        "positions": "embeddings.position_embedding.weight",
-        "patch_embed": "embeddings.patch_embedding",
-        "pre_norm": "pre_layrnorm",
-        "norm": "post_layernorm",
-        "blocks": "encoder.layers",
-        "norm_1": "layer_norm1",
-        "attention/qkv": tuple(f"self_attn.{x}_proj" for x in "qkv"),
-        "attention/out": "self_attn.out_proj",
-        "norm_2": "layer_norm2",
-        "mlp/in": "mlp.fc1",
-        "mlp/out": "mlp.fc2",
-    },
-}  # fmt: skip
 
 
 def load_vit(source: str | os.PathLike) -> tuple[dict, dict]:
@@ -190,6 +191,7 @@ def facebook_sizes(path: str, tensors: Mapping[str, np.ndarray]) -> dict:
   Raises:
     ValueError: the tensors are not those of a ViT.
   """
+
   def shape(name: str, rank: int) -> tuple[int, ...]:
     found = np.shape(tensors.get(name, ()))
     if len(found) != rank or 0 in found:
@@ -204,20 +206,20 @@ def facebook_sizes(path: str, tensors: Mapping[str, np.ndarray]) -> dict:
   if width % _HEAD_DIM or grid < 1 or depth < 1:
     raise ValueError(f"{path}: width {width}, {depth} blocks and {grid} x {grid} positions are not those of DINO")
   return dict(
-      patch_size=patch,
-      grid=grid,
-      width=width,
-      depth=depth,
-      head_dim=_HEAD_DIM,
-      mlp_hidden=hidden,
-      gated_mlp=gated,
-      activation="silu" if gated else "gelu",
-      qkv_bias="blocks.0.attn.qkv.bias" in tensors,
-      layer_scale="blocks.0.ls1.gamma" in tensors,
-      norm_epsilon=1e-6,
-      num_registers=shape("register_tokens", 3)[1] if registers else 0,
-      antialias=registers,
-      offset=0.0 if registers else 0.1,
+    patch_size=patch,
+    grid=grid,
+    width=width,
+    depth=depth,
+    head_dim=_HEAD_DIM,
+    mlp_hidden=hidden,
+    gated_mlp=gated,
+    activation="silu" if gated else "gelu",
+    qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+    layer_scale="blocks.0.ls1.gamma" in tensors,
+    norm_epsilon=1e-6,
+    num_registers=shape("register_tokens", 3)[1] if registers else 0,
+    antialias=registers,
+    offset=0.0 if registers else 0.1,
   )
 
 
@@ -244,14 +246,15 @@ def common_sizes(path: str, config: Mapping) -> dict:
     raise ValueError(f"{path}: layer_norm_eps must lie between 0 and 1, got {literals.quote(epsilon)}")
   activation = config.get("hidden_act")
   if activation not in list(ACTIVATIONS):
-    raise ValueError(f"{path}: hidden_act {literals.quote(activation)} is not computed, only "
-                     f"{', '.join(map(repr, ACTIVATIONS))} are")
+    raise ValueError(
+      f"{path}: hidden_act {literals.quote(activation)} is not computed, only {', '.join(map(repr, ACTIVATIONS))} are"
+    )
   return dict(
-      width=width,
-      depth=whole(path, config, "num_hidden_layers", 1000),
-      head_dim=width // heads,
-      activation=ACTIVATIONS[activation],
-      norm_epsilon=float(epsilon),
+    width=width,
+    depth=whole(path, config, "num_hidden_layers", 1000),
+    head_dim=width // heads,
+    activation=ACTIVATIONS[activation],
+    norm_epsilon=float(epsilon),
   )
 
 
@@ -272,8 +275,9 @@ def _sizes(folder: Folder) -> tuple[str, dict]:
   config = folder.read_json(path)
   kind = config.get("model_type")
   if kind not in ("vit", "dinov2", "dinov2_with_registers"):
-    raise ValueError(f"{path}: model_type is {literals.quote(kind)}, only 'vit', 'dinov2' and 'dinov2_with_registers' "
-                     "are read")
+    raise ValueError(
+      f"{path}: model_type is {literals.quote(kind)}, only 'vit', 'dinov2' and 'dinov2_with_registers' are read"
+    )
   sizes = patch_sizes(path, config) | common_sizes(path, config)
   sizes["qkv_bias"] = bool(config.get("qkv_bias", True))
   if kind == "vit":

@@ -1,0 +1,1 @@
+"""Shards: what is written once and trained on."""
