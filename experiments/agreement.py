@@ -24,9 +24,9 @@ import scipy.stats
 import flextok_jax
 from flextok_jax import cli
 from flextok_jax.core import files
+from flextok_jax.core import images as images_lib
 from flextok_jax.data import transforms
 from flextok_jax.data.sources import synthetic
-from flextok_jax.evals.metrics import image as metrics
 
 GENERATORS = flags.DEFINE_list("generators", [], "Anything that load_ar takes.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer whose tokens they draw.")
@@ -129,7 +129,7 @@ def decode(tokenizer, ids: list, seed: int, batch: int = 64) -> np.ndarray:
       guidance=s.guidance,
       guidance_scale=s.guidance_scale,
     )
-    images.append(np.asarray((metrics.round_to_8bit(x) * 255).round(), np.uint8))
+    images.append(np.asarray((images_lib.round_to_8bit(x) * 255).round(), np.uint8))
   return np.concatenate(images)
 
 

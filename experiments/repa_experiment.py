@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 import time
 
+from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from flextok_jax.models.perception.vit import IMAGENET, ViT
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.training import inputs, optim
-from flextok_jax.training.state import init_state, make_update, unbox
+from flextok_jax.training.state import init_state, make_update
 from flextok_jax.weights.perception import vit as vit_files
 
 SIZE, PATCH, WIDTH = 32, 4, 96

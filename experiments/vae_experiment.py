@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flextok_jax
+from flextok_jax.core import images as images_lib
 from flextok_jax.data import pipeline
 from flextok_jax.evals import plots, tally
 from flextok_jax.evals.metrics import frechet as statistics
@@ -59,7 +60,7 @@ def main(folder: str, names: str, picture: str = ""):
     model = flextok_jax.load(f"{folder}/{name}/weights.safetensors")
     images = pipeline.eval_set(model.config.data, "photos", image_size=model.image_size, num_images=256)["image"]
     originals = images / np.float32(255)
-    restored = metrics.round_to_8bit(np.clip(model.decode_latents(model.encode_latents(images)), -1, 1))
+    restored = images_lib.round_to_8bit(np.clip(model.decode_latents(model.encode_latents(images)), -1, 1))
     (grams, contrasts), (found, left) = look(originals), look(restored)
     rows[name] = {
       "PSNR": metrics.psnr(originals, restored),

@@ -25,6 +25,7 @@ import threading
 import time
 
 from absl import flags
+from flax.core.meta import unbox
 import jax
 from ml_collections import ConfigDict, config_flags
 import numpy as np
@@ -36,7 +37,7 @@ from flextok_jax.data import pipeline, transforms
 from flextok_jax.data.sources import photos
 from flextok_jax.stages import make_stage
 from flextok_jax.training import optim
-from flextok_jax.training.state import init_state, make_update, unbox
+from flextok_jax.training.state import init_state, make_update
 
 WAYS = ("plain", "threads", "workers")
 QUALITY = 90  # of the JPEG files

@@ -5,6 +5,13 @@ arXiv 2604.12887; [LDM] latent diffusion, Rombach et al. 2022, and its code; [ta
 [ours] no public record, our choice with the reason beside it.
 """
 
+from collections.abc import Mapping
+import json
+import os
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 
@@ -274,3 +281,93 @@ def derive(**overrides) -> ConfigDict:
   c = get_config()
   c.update(overrides)  # a field that is not there is refused, as the configuration is locked
   return c
+
+
+def flatten(config: ConfigDict) -> dict:
+  """Returns {dotted name: value} of all fields, values as in JSON (tuples are lists)."""
+  return flatten_dict(json.loads(config.to_json()), sep=".")
+
+
+def with_fields(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+  """Returns a locked copy of a config with new values of dotted fields: {"vae.scaling_factor": 0.2}."""
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(dict(fields))
+  return config.lock()
+
+
+def read_config(workdir: str | os.PathLike) -> ConfigDict:
+  """Returns the config in a run's workdir.
+
+  Raises:
+    FileNotFoundError: it has no config.json.
+    ValueError: that is not a config of ours, see parse_config.
+  """
+  path = os.path.join(workdir, "config.json")
+  if not os.path.exists(path):
+    raise FileNotFoundError(f"{workdir} is not the workdir of a run: it has no config.json")
+  with open(path, encoding="utf-8", errors="replace") as f:
+    return parse_config(f.read(), path)
+
+
+def parse_config(text: str, origin: str) -> ConfigDict:
+  """Parses the JSON of a config, which has exactly the fields of get_config.
+
+  Args:
+    origin: where the text is from, for messages.
+
+  Raises:
+    ValueError: not JSON, a missing or unknown field, or a value of another type.
+  """
+  try:
+    values = json.loads(text)
+  except (ValueError, RecursionError) as e:
+    raise ValueError(f"the config in {origin} is not JSON: {e}") from None
+  if not isinstance(values, dict) or "stage" not in values:
+    raise ValueError(f"the config in {origin} does not name a stage: not a file of flextok_jax")
+  try:
+    found, expected = flatten_dict(values, sep="."), flatten(get_config())
+  except Exception as e:  # keys of any type and depth
+    raise ValueError(f"the config in {origin} is not one of flextok_jax: {e}") from None
+  for name in sorted(expected.keys() - found.keys()):
+    raise ValueError(f"the config in {origin} lacks the field {name}: written by another version of flextok_jax")
+  for name in sorted(found.keys() - expected.keys()):
+    raise ValueError(f"the config in {origin} has the unknown field {name!r:.80}: written by another version")
+  try:
+    return derive(**_tuples(values))
+  except Exception as e:  # a value of another type
+    raise ValueError(f"the config in {origin} is not one of flextok_jax: {e}") from None
+
+
+def _tuples(value):
+  """Returns JSON data with tuples in place of lists, as configs have."""
+  if isinstance(value, dict):
+    return {k: _tuples(v) for k, v in value.items()}
+  return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def at_least_one(config: ConfigDict, *names: str):
+  """Raises ValueError for the first dotted field that is not a whole number of at least 1."""
+  for name in names:
+    value = config
+    for part in name.split("."):
+      value = value[part]
+    if not isinstance(value, int) or value < 1:
+      raise ValueError(f"{name} must be at least 1, got {value!r}")
+
+
+def share(name: str, value: float) -> float:
+  """Returns the value of field `name`; ValueError if it is no number from 0 to 1."""
+  if not 0 <= value <= 1:  # nan neither
+    raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+  return value
+
+
+def float_dtype(name: str, value: str) -> jnp.dtype:
+  """Returns the floating-point type that field `name` names; ValueError if there is none."""
+  try:
+    dtype = jnp.dtype(value)
+  except TypeError:
+    dtype = None
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"{name} must be a floating-point type like 'bfloat16' or 'float32', got {value!r}")
+  return dtype

@@ -17,8 +17,8 @@ import numpy as np
 
 from flextok_jax import cli
 from flextok_jax.core import files
+from flextok_jax.core import images as images_lib
 from flextok_jax.evals import plots, reconstruction
-from flextok_jax.evals.metrics import image as metrics
 from flextok_jax.ops import fsq, nested
 from flextok_jax.ops import guidance as guidance_lib
 from flextok_jax.stages import make_stage
@@ -152,7 +152,7 @@ def detokenize(
   decode: Callable, params: Any, sequences: list[list[int]], num_registers: int, batch_size: int
 ) -> Iterator[np.ndarray]:
   """Yields the image, uint8 [h, w, 3], of each sequence of 1 to num_registers ids; decode as of decoder_by_image."""
-  restore = jax.jit(lambda *args: metrics.round_to_8bit(decode(*args)) * 255)
+  restore = jax.jit(lambda *args: images_lib.round_to_8bit(decode(*args)) * 255)
   count = len(sequences)
   keep_k = np.asarray([len(sequence) for sequence in sequences], np.int32)
   slots = nested.slots(int(keep_k.max()), num_registers)

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from flextok_jax import cli, evaluate_samples
-from flextok_jax.core import settings
+from flextok_jax.config import at_least_one
 from flextok_jax.evals import generation, progress, reconstruction, token_loss
 from flextok_jax.evals.make import make_evaluator
 from flextok_jax.evals.metrics import measures
@@ -187,7 +187,7 @@ def evaluate(
   Raises:
     ValueError: a setting out of range, before anything is read or compiled.
   """
-  settings.at_least_one(config, "eval.num_images", "eval.batch_size", "eval.grid_images")
+  at_least_one(config, "eval.num_images", "eval.batch_size", "eval.grid_images")
   options = {}
   if config.stage != "ar":
     pairs = [name for name in metrics if name != RFID]

@@ -204,7 +204,7 @@ def train_vae(config: ConfigDict, batch: int) -> int:
 
 def perceptual_loss(config: ConfigDict) -> int:
   """LPIPS by VGG16 of an image and its reconstruction, and its gradient in the latter."""
-  if not config.vae_loss.get("lpips_weight", 0.0):
+  if not config.vae_loss.lpips_weight:
     return 0
   sum_, side, before = 0, config.image_size, 3
   for window, convolutions in lpips.NETS["vgg"]:
@@ -220,7 +220,7 @@ def adversarial_losses(config: ConfigDict) -> int:
 
   And both gradients of the decoder's last kernel, for the adaptive weight.
   """
-  c = config.get("discriminator", {"weight": 0.0})
+  c = config.discriminator
   if not c["weight"]:
     return 0
   side, before, layers = config.image_size, 3, []

@@ -20,16 +20,18 @@ from pathlib import Path
 
 from absl import flags
 import flax
+from flax.core.meta import unbox
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
 from flextok_jax import cli, stages
-from flextok_jax.core import files, settings
+from flextok_jax.config import at_least_one
+from flextok_jax.core import files
 from flextok_jax.parallel import sharding
 from flextok_jax.training import inputs, optim
-from flextok_jax.training.state import init_state, make_update, unbox
+from flextok_jax.training.state import init_state, make_update
 
 KINDS = ("standard", "mup")
 _LAYERS = (
@@ -66,7 +68,7 @@ def main(values: flags.FlagValues):
     raise ValueError(f"stage {config.stage!r} has no width: muP is of stages 'tokenizer' and 'ar'")
   if config.stage == "tokenizer" and config.data.latents:
     raise ValueError(f"the check looks at images: it takes no config.data.latents={config.data.latents}")
-  settings.at_least_one(config, "data.global_batch")
+  at_least_one(config, "data.global_batch")
   rows = []
   for kind in KINDS:
     for width in widths:

@@ -26,10 +26,10 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from flextok_jax import cli
+from flextok_jax.config import read_config
 from flextok_jax.core import files
 from flextok_jax.evals import figures, report
 from flextok_jax.evals.metrics import measures
-from flextok_jax.training import checkpoint
 
 _POINTS = 40  # of a curve over steps at most
 
@@ -191,7 +191,7 @@ def _read_run(workdir: Path) -> dict[str, Any]:
   except ValueError as e:
     raise ValueError(f"{newest} is no report: {e}") from None
   return {
-    "config": flatten_dict(checkpoint.read_config(str(workdir)).to_dict(), sep="."),
+    "config": flatten_dict(read_config(str(workdir)).to_dict(), sep="."),
     "metrics": logged[max(logged)] if logged else {},
     "losses": {step: logged[step]["loss"] for step in sorted(logged)},
     "rate": statistics.median(x["images_per_second"] for x in logged.values()) if logged else None,

@@ -28,12 +28,12 @@ import numpy as np
 
 from flextok_jax import cli, detokenize
 from flextok_jax.core import files
+from flextok_jax.core.images import to_float
 from flextok_jax.data import transforms
 from flextok_jax.data.shards import contents as shard_contents
 from flextok_jax.data.shards import latents as latent_shards
 from flextok_jax.data.shards import writer as shard_writer
 from flextok_jax.evals import reconstruction
-from flextok_jax.models.tokenizer.flextok import to_float
 from flextok_jax.ops import fsq, guidance, nested
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage, repa
@@ -203,7 +203,7 @@ def _latents(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_content
     )
   facts = {
     "fingerprint": vae_fingerprint(config, params),
-    "compute_dtype": config.vae.get("dtype", config.dtype),
+    "compute_dtype": config.vae.dtype,
     "image_size": config.image_size,
     "dtype": values.dtype,
   }

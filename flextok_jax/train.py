@@ -9,17 +9,18 @@ import os
 import time
 
 from absl import flags
+from flax.core.meta import unbox
 import jax
 from ml_collections import config_flags
 import safetensors
 
 from flextok_jax import cli, stages
-from flextok_jax.core import settings
+from flextok_jax.config import at_least_one, float_dtype, with_fields
 from flextok_jax.evals.make import make_evaluator, make_measure
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.training import checkpoint, goodput, inputs, optim
 from flextok_jax.training import metrics as metrics_lib
-from flextok_jax.training.state import init_state, make_update, unbox
+from flextok_jax.training.state import init_state, make_update
 from flextok_jax.weights import loading, saving
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().", lock_config=True)
@@ -41,9 +42,9 @@ def train(config, workdir: str):
   """
   spent = goodput.Goodput()
   every = ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints", "num_steps")
-  settings.at_least_one(config, "optim.accumulate_steps", "eval.num_images", "eval.batch_size", "eval.grid_images")
-  settings.at_least_one(config, *(f"train.{name}" for name in every))
-  settings.float_dtype("train.export_dtype", config.train.export_dtype)
+  at_least_one(config, "optim.accumulate_steps", "eval.num_images", "eval.batch_size", "eval.grid_images")
+  at_least_one(config, *(f"train.{name}" for name in every))
+  float_dtype("train.export_dtype", config.train.export_dtype)
   config = inputs.with_vae(inputs.with_tokenizer(config), workdir)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.data.global_batch, config.optim.accumulate_steps, mesh)
@@ -150,7 +151,7 @@ def train(config, workdir: str):
       told = "".join(f"; {name}={value:.5g} was measured" for name, value in measured.items())
       weights = processes.fetched({k: v for k, v in state.joined(average=True).items() if k in parts})
       if processes.is_first():
-        full = checkpoint.with_measured(config, measured)
+        full = with_fields(config, measured)
         saving.save_weights(path, full, weights, config.train.export_dtype, extra=extra)
       processes.say(f"averaged weights ({config.train.export_dtype}): {path}{told}")
 

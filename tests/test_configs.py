@@ -6,6 +6,7 @@ import runpy
 import sys
 
 from absl import flags
+from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,6 @@ from flextok_jax.data import pipeline
 from flextok_jax.evals import reconstruction
 from flextok_jax.stages import repa
 from flextok_jax.training import checkpoint, optim
-from flextok_jax.training.state import unbox
 from flextok_jax.weights import fingerprint, loading
 from tests.conftest import ROOT
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flextok_jax.core import images as images_lib
 from flextok_jax.evals import reconstruction
-from flextok_jax.evals.metrics import image as metrics
 from flextok_jax.evals.metrics.measures import Measure
 from flextok_jax.ops import nested
 from flextok_jax.parallel import sharding
@@ -61,8 +61,8 @@ def make_decode(
   by_image = reconstruction.decoder_by_image(detokenize, seed)
 
   def restore(params, ids, keep_k, noise):
-    images = metrics.round_to_8bit(by_image(params, ids, keep_k, noise))
-    return metrics.to_uint8(images), jnp.isfinite(images).all((1, 2, 3))
+    images = images_lib.round_to_8bit(by_image(params, ids, keep_k, noise))
+    return images_lib.to_uint8(images), jnp.isfinite(images).all((1, 2, 3))
 
   batched = Batched(restore, params, batch_size, mesh)
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flextok_jax.core import images as images_lib
 from flextok_jax.evals import tally
 from flextok_jax.evals.metrics import frechet as statistics
-from flextok_jax.evals.metrics import image as metrics
 from flextok_jax.evals.metrics import samples as sample_metrics
 from flextok_jax.evals.metrics.reference import Reference
 from flextok_jax.evals.progress import Progress
@@ -77,7 +77,7 @@ class Generation:
       keep_k = jnp.clip((ids < num_ids).sum(1), 1, count)
       ids = jnp.where(ids < num_ids, ids, 0)[:, : nested.slots(count, num_registers)]
       ids = jnp.pad(ids, ((0, 0), (0, nested.slots(count, num_registers) - ids.shape[1])))
-      return metrics.to_uint8(metrics.round_to_8bit(decode(params, ids, keep_k, rows)))
+      return images_lib.to_uint8(images_lib.round_to_8bit(decode(params, ids, keep_k, rows)))
 
     self._picture = jax.jit(picture, static_argnames="count", out_shardings=self._placed)
     self._look = jax.jit(self._features, out_shardings=replicated)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.core import files
+from flextok_jax.core import images as images_lib
 from flextok_jax.evals import figures, plots, tally
 from flextok_jax.evals.metrics import frechet as statistics
 from flextok_jax.evals.metrics import image as metrics
@@ -197,10 +198,10 @@ class Reconstruction:
 
     def compare(nets, images, restored):
       measures, features = nets
-      restored = metrics.round_to_8bit(restored)
+      restored = images_lib.round_to_8bit(restored)
       originals = images.astype(jnp.float32) / 255
       scores = {name: measure(originals, restored) for name, measure in measures.items()}
-      return metrics.to_uint8(restored), scores, look(features, restored)
+      return images_lib.to_uint8(restored), scores, look(features, restored)
 
     def decode(params, nets, images, ids, num_tokens, index):
       keep_k = jnp.full(len(images), num_tokens)

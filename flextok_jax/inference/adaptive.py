@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flextok_jax.core.images import to_float
 from flextok_jax.evals import reconstruction
-from flextok_jax.models.tokenizer.flextok import to_float
 from flextok_jax.ops import distances, nested
 from flextok_jax.stages import make_stage
 

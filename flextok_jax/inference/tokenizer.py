@@ -297,7 +297,7 @@ class FlexTok:
   def _length(self, count: int) -> int:
     """How many registers run where more than `count` are needed: one of a few sizes, so few programs are compiled."""
     total = self.num_registers
-    return nested.slots(count, total) if self.config.get("fast", True) else total
+    return nested.slots(count, total) if self.config.fast else total
 
   def _noise(self, key, noise, batch: int) -> jax.Array:
     if noise is not None:
@@ -390,7 +390,7 @@ def _velocity(model: FlexTok, x_t, t, ids, keep_k, drop_condition) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("num_steps", "mode", "interval"))
 def _detokenize(model: FlexTok, ids, keep_k, noise, scales, num_steps: int, mode: str, interval) -> jax.Array:
   settings = {k: v for k, v in model.config.sampler.items() if k.startswith("apg_")}
-  settings |= {"guidance_interval": interval, "fast": model.config.get("fast", True)}
+  settings |= {"guidance_interval": interval, "fast": model.config.fast}
   precision = "highest" if model.config.dtype == "float32" else None
   with jax.default_matmul_precision(precision):
     latents = flextok.sample_latents(

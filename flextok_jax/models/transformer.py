@@ -41,16 +41,11 @@ class BlockChoices:
   attention: str
 
 
-def remat_name(remat: str | bool) -> str:
-  """Returns the key of REMATS that config.remat means: weights files from before it was a name hold False or True.
-
-  Raises:
-    ValueError: an unknown name.
-  """
-  name = {False: "none", True: "full"}.get(remat, remat)
-  if name not in REMATS:
+def remat_name(remat: str) -> str:
+  """Returns the name of a rematerialisation policy; ValueError if it is not one of REMATS."""
+  if remat not in REMATS:
     raise ValueError(f"unknown remat {remat!r}: one of {', '.join(REMATS)}")
-  return name
+  return remat
 
 
 def rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:

@@ -3,20 +3,20 @@
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax.core import settings
+from flextok_jax.config import at_least_one, float_dtype
 from flextok_jax.models.tokenizer.decoder import Decoder
 from flextok_jax.models.tokenizer.repa import Projector
 
 
 def section(config: ConfigDict) -> ConfigDict | None:
   """Returns config.repa where a run trains with it, else None; weights files from before REPA lack the section."""
-  repa = config.get("repa")
+  repa = config.repa
   return repa if config.stage == "tokenizer" and repa is not None and repa.weight else None
 
 
 def teacher_shards(config: ConfigDict) -> str:
   """Returns the folder of the teacher's features, "" where the step computes them, or needs none."""
-  return config.data.get("teacher", "") if section(config) is not None else ""
+  return config.data.teacher if section(config) is not None else ""
 
 
 def decoder_grid(config: ConfigDict) -> int:
@@ -41,8 +41,8 @@ def make_projector(config: ConfigDict, decoder: Decoder) -> Projector | None:
     return None
   if not 0 < repa.weight < float("inf"):
     raise ValueError(f"repa.weight must be a number of at least 0, got {repa.weight!r}")
-  settings.at_least_one(config, "repa.block", "repa.hidden", "repa.features")
-  settings.float_dtype("repa.dtype", repa.dtype)
+  at_least_one(config, "repa.block", "repa.hidden", "repa.features")
+  float_dtype("repa.dtype", repa.dtype)
   if repa.block > decoder.depth:
     raise ValueError(f"repa.block {repa.block} is none of the decoder's {decoder.depth} blocks, counted from 1")
   if not isinstance(repa.grid, int) or repa.grid < 0:

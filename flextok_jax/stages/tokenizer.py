@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax.core import settings
+from flextok_jax.config import at_least_one, float_dtype, share
 from flextok_jax.models import layers
 from flextok_jax.models.tokenizer.decoder import NULL_CONDITIONS, Decoder
 from flextok_jax.models.tokenizer.encoder import Encoder
@@ -36,10 +36,10 @@ def make_model(config: ConfigDict) -> FlexTok:
   Raises:
     ValueError: naming the value, when there is no such choice or sizes do not fit together.
   """
-  settings.float_dtype("dtype", config.dtype)
-  settings.at_least_one(config, "image_size", "tokens.num_registers")
+  float_dtype("dtype", config.dtype)
+  at_least_one(config, "image_size", "tokens.num_registers")
   for part in ("encoder", "decoder"):
-    settings.at_least_one(config, *(f"{part}.{name}" for name in ("width", "depth", "head_dim", "patch_size")))
+    at_least_one(config, *(f"{part}.{name}" for name in ("width", "depth", "head_dim", "patch_size")))
   if config.vae.kind not in ("autoencoder_kl", "pixels"):
     raise ValueError(f"unknown vae.kind {config.vae.kind!r}: 'autoencoder_kl' or 'pixels'")
   levels = tuple(config.tokens.levels)
@@ -62,7 +62,7 @@ def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, si
     num_registers=config.tokens.num_registers,
     dtype=jnp.dtype(config.dtype),
     remat=remat_name(config.remat),
-    attention=config.get("attention", "auto"),  # older weights files lack it
+    attention=config.attention,
     **config[name],
     **fields,
   )
@@ -118,17 +118,17 @@ class TokenizerStage(Stage):
 
   def __init__(self, config: ConfigDict):
     self.model = make_model(config)
-    settings.at_least_one(config, "sampler.num_steps")
+    at_least_one(config, "sampler.num_steps")
     nested.check_mode(config.tokens.nested_dropout, config.tokens.num_registers)
     _check_flow(config)
     guidance.check_mode(config.sampler.guidance)
     self.image_size = config.image_size
     self.sample_posterior = config.vae.sample_posterior and self.model.vae is not None
-    self.fast = config.get("fast", True)
+    self.fast = config.fast
     self.tokens = config.tokens
-    self.bucket_rows = config.tokens.get("bucket_rows", 16)
-    of_samples = ("null_prob", "quantization_dropout", "corruption")  # shares; older weights files lack the last two
-    _, self.unquantized, self.corruption = (settings.share(f"tokens.{k}", self.tokens.get(k, 0.0)) for k in of_samples)
+    self.bucket_rows = config.tokens.bucket_rows
+    of_samples = ("null_prob", "quantization_dropout", "corruption")  # shares
+    _, self.unquantized, self.corruption = (share(f"tokens.{k}", self.tokens[k]) for k in of_samples)
     self.flow = config.flow
     self.projector = repa.make_projector(config, self.model.decoder)
     self.repa, self.repa_grid = repa.section(config), repa.decoder_grid(config)

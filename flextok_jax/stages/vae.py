@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax.core import settings
+from flextok_jax.config import at_least_one, float_dtype
+from flextok_jax.core.images import to_float
 from flextok_jax.models.perception.lpips import LPIPS
-from flextok_jax.models.tokenizer.flextok import to_float
 from flextok_jax.models.vae.autoencoder import AutoencoderKL, kl_divergence, last_conv, sample_posterior
 from flextok_jax.models.vae.discriminator import PatchDiscriminator, patches_of
 from flextok_jax.ops import adversarial
@@ -25,13 +25,13 @@ def make_vae(config: ConfigDict) -> AutoencoderKL:
     ValueError: when the image size does not fit it.
   """
   c = config.vae
-  dtype = c.get("dtype", config.dtype)  # weights files from before vae.dtype was a field: the VAE had the model's
+  dtype = c.dtype
   vae = AutoencoderKL(
     latent_channels=c.latent_channels,
     block_out_channels=tuple(c.block_out_channels),
     layers_per_block=c.layers_per_block,
     norm_groups=c.norm_groups,
-    dtype=settings.float_dtype("vae.dtype", dtype),
+    dtype=float_dtype("vae.dtype", dtype),
   )
   if config.image_size % vae.downscale:
     raise ValueError(f"image_size {config.image_size} is not a multiple of the VAE's downscale {vae.downscale}")
@@ -44,12 +44,12 @@ def make_discriminator(config: ConfigDict) -> PatchDiscriminator | None:
   Raises:
     ValueError: naming a setting that cannot be.
   """
-  c = config.get("discriminator", {"weight": 0.0})
+  c = config.discriminator
   if not c["weight"] >= 0:
     raise ValueError(f"discriminator.weight must be a number of at least 0, got {c['weight']!r}")
   if not c["weight"]:
     return None
-  settings.at_least_one(config, "discriminator.channels", "discriminator.num_layers")
+  at_least_one(config, "discriminator.channels", "discriminator.num_layers")
   if not isinstance(c.start_step, int) or c.start_step < 0:
     raise ValueError(f"discriminator.start_step must be a number of steps of at least 0, got {c.start_step!r}")
   if patches_of(config.image_size, c.num_layers) < 1:
@@ -72,12 +72,12 @@ class VAEStage(Stage):
     if config.vae.kind != "autoencoder_kl":
       raise ValueError(f"stage 'vae' trains vae.kind 'autoencoder_kl', got {config.vae.kind!r}")
     self.loss_weights = config.vae_loss
-    self.lpips_weight = config.vae_loss.get("lpips_weight", 0.0)  # older weights files lack it
+    self.lpips_weight = config.vae_loss.lpips_weight
     self.image_size = config.image_size
     self.vae = make_vae(config)
     self.lpips = LPIPS(_LPIPS_NET, self.vae.dtype) if self.lpips_weight else None
     self.discriminator = make_discriminator(config)
-    self.adversarial = config.get("discriminator")
+    self.adversarial = config.discriminator
 
   def init(self, key):
     return {"vae": self.vae.init(key, self._images())["params"]}, {}

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterator, Mapping
 import contextlib
 import fcntl
-import json
 import os
 from pathlib import Path
 import shutil
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import orbax.checkpoint as ocp
 
+from flextok_jax.config import flatten, read_config
 from flextok_jax.core import files
 from flextok_jax.parallel import processes
 from flextok_jax.training.state import TrainState
@@ -29,10 +29,6 @@ _OFF = {"repa.": "repa.weight", **dict.fromkeys(("discriminator.", "optim.discri
 _MEASURED = "measured"  # item of a checkpoint: what was measured of the averaged weights
 
 
-def _flat(config: ConfigDict) -> dict:
-  return flatten_dict(json.loads(config.to_json()), sep=".")
-
-
 def check_workdir(workdir: str, config: ConfigDict):
   """Checks that no run of another config lives in the workdir.
 
@@ -43,7 +39,7 @@ def check_workdir(workdir: str, config: ConfigDict):
   """
   if not os.path.exists(os.path.join(workdir, "config.json")):
     return
-  old, new = _flat(read_config(workdir)), _flat(config)
+  old, new = flatten(read_config(workdir)), flatten(config)
   without = tuple(section for section, weight in _OFF.items() if not old.get(weight) and not new.get(weight))
   for name in sorted(old.keys() | new.keys()):
     if name not in old and (not new[name] or name.startswith(without)):
@@ -59,43 +55,6 @@ def claim_workdir(workdir: str, config: ConfigDict):
   """Makes the workdir the config's own: checks it and writes config.json."""
   check_workdir(workdir, config)
   files.write_file(Path(workdir) / "config.json", (config.to_json(indent=1) + "\n").encode())
-
-
-def with_measured(config: ConfigDict, measured: Mapping[str, float]) -> ConfigDict:
-  """Returns a copy of a config in which dotted fields have the values that were measured."""
-  config = config.copy_and_resolve_references()
-  config.update_from_flattened_dict(dict(measured))
-  return config.lock()
-
-
-def read_config(workdir: str) -> ConfigDict:
-  """Returns the config that a workdir was made with."""
-  path = os.path.join(workdir, "config.json")
-  if not os.path.exists(path):
-    raise FileNotFoundError(f"{workdir} is no workdir of a run: it has no config.json")
-  with open(path, encoding="utf-8", errors="replace") as f:
-    return parse_config(f.read(), path)
-
-
-def _tuples(value):
-  """JSON's lists as the tuples that configs have."""
-  if isinstance(value, dict):
-    return {k: _tuples(v) for k, v in value.items()}
-  return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-def parse_config(text: str, origin: str) -> ConfigDict:
-  """Parses a config of ours from JSON; ValueError where it is none."""
-  try:
-    values = json.loads(text)
-  except (ValueError, RecursionError) as e:
-    raise ValueError(f"the config in {origin} is not JSON: {e}") from None
-  if not isinstance(values, dict) or "stage" not in values:
-    raise ValueError(f"the config in {origin} does not name a stage: not a file of flextok_jax")
-  try:
-    return ConfigDict(_tuples(values)).lock()
-  except Exception as e:  # names that a ConfigDict refuses
-    raise ValueError(f"the config in {origin} is not one of flextok_jax: {e}") from None
 
 
 @contextlib.contextmanager

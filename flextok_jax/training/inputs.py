@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from flextok_jax.config import read_config, with_fields
 from flextok_jax.data import pipeline
 from flextok_jax.data.shards import latents as latent_shards
 from flextok_jax.data.shards import tokens as shards
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
-from flextok_jax.training import checkpoint
 from flextok_jax.training import teacher as teacher_lib
 from flextok_jax.weights import loading
 from flextok_jax.weights.vae_fingerprint import vae_fingerprint
@@ -45,7 +45,7 @@ def with_vae(config: ConfigDict, workdir: str) -> ConfigDict:
   if config.stage != "tokenizer" or config.vae.scaling_factor:
     return config
   if os.path.exists(os.path.join(workdir, "config.json")):
-    factor = checkpoint.read_config(workdir).vae.scaling_factor
+    factor = read_config(workdir).vae.scaling_factor
   elif not config.init_from:
     raise ValueError("vae.scaling_factor=0 is that of the weights to start from: give --config.init_from=PATH")
   else:
@@ -55,7 +55,7 @@ def with_vae(config: ConfigDict, workdir: str) -> ConfigDict:
       f"init_from={config.init_from} does not tell the scaling factor of its latents: give "
       "--config.vae.scaling_factor, one over their deviation"
     )
-  return checkpoint.with_measured(config, {"vae.scaling_factor": factor})
+  return with_fields(config, {"vae.scaling_factor": factor})
 
 
 def check_latents(config: ConfigDict, frozen: dict):

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -93,8 +92,3 @@ def make_update(
     return state.replace(step=step, params=params, ema=ema, opt_state=opt_state), metrics
 
   return update
-
-
-def unbox(tree):
-  """Strips the logical-axis boxes."""
-  return nn.meta.unbox(tree)

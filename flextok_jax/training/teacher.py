@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from flextok_jax.core import settings
+from flextok_jax.config import float_dtype
+from flextok_jax.core.images import to_float
 from flextok_jax.data.shards import features as teacher_shards
 from flextok_jax.models.perception.vit import ViT, preprocess
-from flextok_jax.models.tokenizer.flextok import to_float
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
 from flextok_jax.weights.perception.vit import load_vit
@@ -63,8 +63,8 @@ def make_features_fn(
   Images are resized to g patches a side (repa.teacher_grid). The parameters are put on the mesh by their logical axes
   in config.repa.dtype, which is that of the products and of the features, too.
   """
-  dtype = settings.float_dtype("repa.dtype", config.repa.dtype)
-  vit = ViT(**sizes, dtype=dtype, attention=config.get("attention", "auto"))
+  dtype = float_dtype("repa.dtype", config.repa.dtype)
+  vit = ViT(**sizes, dtype=dtype, attention=config.attention)
   side = repa.teacher_grid(config) * vit.patch_size
   boxed = jax.eval_shape(vit.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
   put = lambda x, place: sharding.place(np.asarray(x).astype(dtype), place)

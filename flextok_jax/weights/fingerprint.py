@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 
+from flax.core.meta import unbox
 import flax.linen as nn
 from flax.traverse_util import flatten_dict
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from flextok_jax.stages.tokenizer import make_model
-from flextok_jax.training.state import unbox
 
 _HOW = ("dtype", "remat", "attention", "parent", "name")  # fields of a module that say how, not what it computes
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 
+from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,13 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import numpy as np
 
 from flextok_jax import stages
-from flextok_jax.core import hub, settings, tensor_file
+from flextok_jax.config import derive, float_dtype, parse_config, read_config, with_fields
+from flextok_jax.core import hub, tensor_file
 from flextok_jax.core.tensor_file import TensorFile, named
 from flextok_jax.ops import posemb
 from flextok_jax.parallel import sharding
 from flextok_jax.stages.tokenizer import make_model
 from flextok_jax.training import checkpoint
-from flextok_jax.training.state import unbox
 from flextok_jax.weights import names
 from flextok_jax.weights.official import diffusers as diffusers_config
 from flextok_jax.weights.official import tokenizer as official_config
@@ -78,14 +79,14 @@ def load_config(source: str | os.PathLike) -> ConfigDict:
   """Returns the config of what load takes, without reading the arrays of our own formats; raises as load does."""
   source = os.fspath(source)
   if os.path.isdir(os.path.join(source, "checkpoints")):
-    config, checkpoints = checkpoint.read_config(source), checkpoint.Checkpoints(source)
+    config, checkpoints = read_config(source), checkpoint.Checkpoints(source)
     try:
-      return checkpoint.with_measured(config, checkpoints.restore_average({}, {}, _is_measured(config))[1])
+      return with_fields(config, checkpoints.restore_average({}, {}, _is_measured(config))[1])
     finally:
       checkpoints.close()
   path = os.path.join(source, WEIGHTS) if os.path.isdir(source) else source
   if is_ours(path):
-    return checkpoint.parse_config(TensorFile(path).metadata[CONFIG_KEY], path)
+    return parse_config(TensorFile(path).metadata[CONFIG_KEY], path)
   return load(source)[0]
 
 
@@ -113,7 +114,7 @@ class _Options:
   def __post_init__(self):
     for name in ("param_dtype", "dtype"):
       if getattr(self, name) is not None:
-        settings.float_dtype(name, getattr(self, name))
+        float_dtype(name, getattr(self, name))
     for name in ("vae_norm_num_groups", "mup_base_width", "image_size"):
       value = getattr(self, name)
       if value is not None and (not isinstance(value, int) or value < 1):
@@ -121,7 +122,7 @@ class _Options:
 
   def config(self, config: Mapping) -> ConfigDict:
     """Returns the config with the compute type and the image size asked for."""
-    config = ConfigDict(dict(config))
+    config = derive(**config)
     if self.image_size:
       config.image_size = self.image_size
     if self.dtype:
@@ -131,10 +132,10 @@ class _Options:
   def type_of(self, path: str, config: ConfigDict) -> np.dtype:
     """Returns the type of the array at `path`."""
     if self.param_dtype:
-      return np.dtype(settings.float_dtype("param_dtype", self.param_dtype))
+      return np.dtype(float_dtype("param_dtype", self.param_dtype))
     if path.startswith("vae/"):
-      return np.dtype(settings.float_dtype("vae.dtype", config.vae.get("dtype", config.dtype)))
-    return np.dtype(settings.float_dtype("dtype", config.dtype))
+      return np.dtype(float_dtype("vae.dtype", config.vae.dtype))
+    return np.dtype(float_dtype("dtype", config.dtype))
 
 
 def _load_folder(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
@@ -155,7 +156,7 @@ def _load_folder(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
 
 
 def _load_workdir(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
-  config = options.config(checkpoint.read_config(folder))
+  config = options.config(read_config(folder))
   if not os.path.isdir(os.path.join(folder, "checkpoints")):
     raise FileNotFoundError(f"workdir {folder} has no checkpoint yet")
   trained, frozen, shardings = _abstract(config, folder, options.mesh)
@@ -170,7 +171,7 @@ def _load_workdir(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
     if checkpoints.latest_step() is None:
       raise FileNotFoundError(f"workdir {folder} has no checkpoint yet")
     params, measured = checkpoints.restore_average(typed(trained), typed(frozen), _is_measured(config))
-    return checkpoint.with_measured(config, measured), params
+    return with_fields(config, measured), params
   finally:
     checkpoints.close()
 
@@ -178,7 +179,7 @@ def _load_workdir(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
 def _load_file(path: str, options: _Options) -> tuple[ConfigDict, dict]:
   file = TensorFile(path)
   if CONFIG_KEY in file.metadata:
-    config = options.config(checkpoint.parse_config(file.metadata[CONFIG_KEY], path))
+    config = options.config(parse_config(file.metadata[CONFIG_KEY], path))
     return config, _read(file, config, {}, options, names.own_entry)
   if any(name.startswith("models.ar_image_model.") for name in file.shapes):
     raise ValueError(f"{path} holds a generator: load it by flextok_jax.load_ar, convert it with --generator")

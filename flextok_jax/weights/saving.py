@@ -5,13 +5,13 @@ import json
 import os
 from pathlib import Path
 
+from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict
 import jax
 from ml_collections import ConfigDict
 import numpy as np
 
 from flextok_jax.core import files, hub, tensor_file
-from flextok_jax.training.state import unbox
 from flextok_jax.weights import names
 from flextok_jax.weights.loading import CONFIG_KEY, WEIGHTS, fixed_tables
 from flextok_jax.weights.official import diffusers as diffusers_config

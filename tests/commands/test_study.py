@@ -12,9 +12,9 @@ import pytest
 import scipy.stats
 
 from flextok_jax import load, study
+from flextok_jax.core import images as images_lib
 from flextok_jax.data import pipeline
 from flextok_jax.evals import batches, report
-from flextok_jax.evals.metrics import image as metrics
 from flextok_jax.evals.metrics import measures, reference
 from flextok_jax.evals.studies import halting, sampling, variation
 from flextok_jax.parallel import sharding
@@ -178,7 +178,7 @@ def test_quality_and_variation_are_those_of_the_decoder(models, out):
     noise = jax.random.normal(jax.random.fold_in(jax.random.key(config.seed), number), model.latent_shape)[None]
     s = config.sampler
     found = model.detokenize(ids[row : row + 1, :count], noise=noise, num_steps=s.num_steps, guidance=s.guidance)
-    return np.asarray(metrics.round_to_8bit(found)[0]) * 255
+    return np.asarray(images_lib.round_to_8bit(found)[0]) * 255
 
   columns, rows = table(out, "tokens")
   assert columns == ["tokens", "psnr", "mse"] and [row[0] for row in rows] == [1, 2, 4]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from flextok_jax import tokenize, train
+from flextok_jax.core.images import to_float
 from flextok_jax.data.shards import contents as shard_contents
 from flextok_jax.data.shards import latents as latent_shards
 from flextok_jax.data.shards import split_images
 from flextok_jax.data.shards import writer as shard_writer
-from flextok_jax.models.tokenizer.flextok import to_float
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.vae import make_vae
 from flextok_jax.weights import loading, saving

@@ -3,21 +3,21 @@
 import json
 import shutil
 
+from flax.core.meta import unbox
 import jax
 import numpy as np
 import pytest
 
 from flextok_jax import tokenize, train
+from flextok_jax.core.images import to_float
 from flextok_jax.data.shards import features as teacher_shards
 from flextok_jax.data.shards import files as shard_files
 from flextok_jax.data.shards import latents as latent_shards
 from flextok_jax.data.shards import split_images
-from flextok_jax.models.tokenizer.flextok import to_float
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.vae import make_vae
 from flextok_jax.training import inputs, teacher
-from flextok_jax.training.state import unbox
 from flextok_jax.weights import loading, saving
 from tests.commands.test_commands import config_file, fails, run
 from tests.data.test_latents import VAE, config

@@ -13,6 +13,7 @@ import skimage.metrics
 
 from flextok_jax import config as common
 from flextok_jax.core import files
+from flextok_jax.core import images as images_lib
 from flextok_jax.evals import plots, reconstruction
 from flextok_jax.evals.metrics import image as metrics
 from flextok_jax.stages import make_stage
@@ -115,9 +116,9 @@ def test_ssim_refuses_images_below_its_window():
 
 def test_rounding_is_that_of_a_png():
   levels = np.arange(256, dtype=np.float32)
-  np.testing.assert_array_equal(np.round(metrics.round_to_8bit(jnp.asarray(levels / 127.5 - 1)) * 255), levels)
-  np.testing.assert_array_equal(metrics.round_to_8bit(jnp.asarray([-3.0, 3.0])), [0, 1])
-  assert np.isnan(metrics.round_to_8bit(jnp.asarray([np.nan])))
+  np.testing.assert_array_equal(np.round(images_lib.round_to_8bit(jnp.asarray(levels / 127.5 - 1)) * 255), levels)
+  np.testing.assert_array_equal(images_lib.round_to_8bit(jnp.asarray([-3.0, 3.0])), [0, 1])
+  assert np.isnan(images_lib.round_to_8bit(jnp.asarray([np.nan])))
 
 
 def test_token_counts():
@@ -144,7 +145,7 @@ def test_padding_is_counted_once_and_batches_do_not_matter(stage, images, params
   scores = []
   for i, image in enumerate(images):  # one by one
     key = jax.random.fold_in(jax.random.key(3), i)
-    restored = metrics.round_to_8bit(detokenize(params, tokenize(params, image[None]), np.array([2]), key[None]))
+    restored = images_lib.round_to_8bit(detokenize(params, tokenize(params, image[None]), np.array([2]), key[None]))
     scores.append({k: f(jnp.float32(image[None]) / 255, restored)[0] for k, f in metrics.METRICS.items()})
     if i < 4:
       np.testing.assert_allclose(report.examples["left"]["2"][i], np.asarray(restored[0]) * 255, atol=1.01)

@@ -6,6 +6,7 @@ import math
 import re
 import types
 
+from flax.core.meta import unbox
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training import optim
-from flextok_jax.training.state import init_state, make_update, unbox
+from flextok_jax.training.state import init_state, make_update
 
 STEPS = 20
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "mixed": (2, 2, 2)}  # data, fsdp, tensor

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 
+from flax.core.meta import unbox
 import flax.linen as nn
 from flax.traverse_util import flatten_dict
 import jax
@@ -24,7 +25,7 @@ from flextok_jax.stages import make_stage, repa
 from flextok_jax.tools.benchmark import repa as benchmark_repa
 from flextok_jax.tools.compile import jobs as compile_jobs
 from flextok_jax.training import inputs, mup, optim, teacher
-from flextok_jax.training.state import init_state, make_update, unbox
+from flextok_jax.training.state import init_state, make_update
 from flextok_jax.weights import loading
 from tests.support import vit_reference
 from tests.test_configs import parse

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from unittest import mock
 
+from flax.core.meta import unbox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ import flextok_jax
 from flextok_jax.ops import flow, fsq, nested
 from flextok_jax.stages import make_stage
 from flextok_jax.training import optim
-from flextok_jax.training.state import init_state, make_update, unbox
+from flextok_jax.training.state import init_state, make_update
 from flextok_jax.weights import saving
 from tests.ops.test_ops import mode_cdf
 

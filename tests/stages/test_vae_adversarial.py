@@ -2,6 +2,7 @@
 
 import functools
 
+from flax.core.meta import unbox
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training import optim
-from flextok_jax.training.state import init_state, make_update, unbox
+from flextok_jax.training.state import init_state, make_update
 from tests.parallel.test_sharding import mesh_of
 
 START = 3  # step from which the discriminator takes part

@@ -6,6 +6,7 @@ tests of the generator share: tiny models with no parameter at a special value, 
 
 import math
 
+from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 from ml_collections import FrozenConfigDict
@@ -14,7 +15,6 @@ import numpy as np
 from flextok_jax import config as common
 from flextok_jax.inference.generator import ARGenerator
 from flextok_jax.stages.ar import ARStage
-from flextok_jax.training.state import unbox
 
 TINY = dict(width=32, depth=2, head_dim=16, num_ids=24, num_tokens=12, num_classes=5, ffn_multiple_of=8, loss_chunk=4)
 TINY_TEXT = dict(encoder="bytes", max_length=10, features=16, mlp_hidden=24, depth=1, head_dim=16)

@@ -2,6 +2,7 @@
 
 import functools
 
+from flax.core.meta import unbox
 import jax
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from safetensors.numpy import save_file
 
 from flextok_jax import config as common
 from flextok_jax import stages
-from flextok_jax.training.state import unbox
 from flextok_jax.weights.official import generator as official_ar
 
 MODEL = "models.ar_image_model."

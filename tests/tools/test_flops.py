@@ -4,6 +4,7 @@ import functools
 import math
 
 import flax
+from flax.core.meta import unbox
 import jax
 from jax.extend import core
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ from flextok_jax.models.ar.sampling import PLAIN_CHUNK
 from flextok_jax.stages import make_stage
 from flextok_jax.tools.benchmark import generator as benchmark_ar
 from flextok_jax.tools.benchmark import jobs as benchmark_jobs
-from flextok_jax.training.state import unbox
 
 BATCH = 4
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+from flax.core.meta import unbox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from configs import debug
 from flextok_jax import train
+from flextok_jax.config import read_config
 from flextok_jax.core import tensor_file
 from flextok_jax.stages import make_stage
 from flextok_jax.training import checkpoint
-from flextok_jax.training.state import TrainState, init_state, unbox
+from flextok_jax.training.state import TrainState, init_state
 from flextok_jax.weights import loading, saving
 
 VAE = dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(4,), layers_per_block=1, norm_groups=2)
@@ -357,7 +359,7 @@ def test_a_workdir_belongs_to_one_config(config, tmp_path):
   assert not (tmp_path / "a").exists()
   checkpoint.claim_workdir(workdir, config)
   checkpoint.claim_workdir(workdir, config)
-  assert checkpoint.read_config(workdir) == config
+  assert read_config(workdir) == config
   text = (tmp_path / "a" / "b" / "config.json").read_text()
   for name, overrides in {
     "seed": dict(seed=1),
@@ -405,7 +407,7 @@ def test_what_a_resumed_run_may_change(config, tmp_path):
     data=dict(num_threads=5, num_workers=2, prefetch=9, max_unreadable=0.5),
   )
   checkpoint.claim_workdir(str(tmp_path), changed)
-  assert checkpoint.read_config(str(tmp_path)).train.num_steps == 999
+  assert read_config(str(tmp_path)).train.num_steps == 999
 
 
 @pytest.mark.parametrize(

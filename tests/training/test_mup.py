@@ -3,6 +3,7 @@
 import functools
 import json
 
+from flax.core.meta import unbox
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ import pytest
 from flextok_jax import mup_check
 from flextok_jax.stages import make_stage
 from flextok_jax.training import mup, optim
-from flextok_jax.training.state import unbox
 from tests.support import token_shards
 from tests.support.commands import fails, run
 from tests.test_configs import EXPERIMENTS, parse

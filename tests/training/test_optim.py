@@ -2,6 +2,7 @@
 
 import re
 
+from flax.core.meta import unbox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 
 from flextok_jax.stages import make_stage
 from flextok_jax.training import optim
-from flextok_jax.training.state import unbox
 from tests.training.test_update import config_of
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+from flax.core.meta import unbox
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -17,11 +18,11 @@ import safetensors
 import skimage.data
 
 from flextok_jax import train
+from flextok_jax.config import read_config
 from flextok_jax.core import hub
 from flextok_jax.data import pipeline
 from flextok_jax.stages import make_stage
-from flextok_jax.training import checkpoint, goodput, inputs, optim
-from flextok_jax.training.state import unbox
+from flextok_jax.training import goodput, inputs, optim
 from flextok_jax.weights import loading, saving
 from tests.support.commands import environment
 from tests.training.test_update import assert_trees_equal, config_of
@@ -121,7 +122,7 @@ def test_files_of_a_run(run):
     folder = run.workdir / "eval" / f"{step:08d}"
     assert {p.name for p in folder.iterdir()} == {"report.json", "curve.png", "grid_synthetic.png"}
     assert Image.open(folder / "grid_synthetic.png").width > 96
-  assert checkpoint.read_config(str(run.workdir)) == run.config
+  assert read_config(str(run.workdir)) == run.config
   config, weights = loading.load(str(run.workdir / "weights.safetensors"))
   assert config.stage == "tokenizer"
   average = read_checkpoint(run.workdir, 20, "ema")

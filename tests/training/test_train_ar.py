@@ -3,6 +3,7 @@
 import json
 import shutil
 
+from flax.core.meta import unbox
 import jax
 from ml_collections import FrozenConfigDict
 import numpy as np
@@ -16,7 +17,6 @@ from flextok_jax.data.text import make_tokenizer
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.training import inputs
-from flextok_jax.training.state import unbox
 from tests.commands.test_commands import run as run_command
 from tests.models import test_text
 from tests.support import token_shards

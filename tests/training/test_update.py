@@ -1,5 +1,6 @@
 """The update of the train state, its metrics, and its devices."""
 
+from flax.core.meta import unbox
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flextok_jax.stages import make_stage
 from flextok_jax.stages.stage import Stage
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training import optim
-from flextok_jax.training.state import ema_decay, init_state, make_update, unbox
+from flextok_jax.training.state import ema_decay, init_state, make_update
 
 
 def config_of(**overrides):

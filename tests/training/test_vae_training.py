@@ -4,6 +4,7 @@ import json
 import shutil
 import types
 
+from flax.core.meta import unbox
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import flextok_jax
 from flextok_jax import train
+from flextok_jax.core import images as images_lib
 from flextok_jax.data import pipeline
 from flextok_jax.evals.make import make_measure
 from flextok_jax.evals.metrics import image as metrics
@@ -23,7 +25,7 @@ from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.tools.benchmark import jobs as benchmark_jobs
 from flextok_jax.training import checkpoint, inputs, optim
-from flextok_jax.training.state import init_state, unbox
+from flextok_jax.training.state import init_state
 from flextok_jax.weights import loading
 from tests.stages.test_vae_adversarial import KEY, START, assert_close, batch_of, config_of, params_of, plain_step
 from tests.support import lpips_reference
@@ -77,7 +79,7 @@ def test_a_run_trains_both_and_leaves_the_autoencoder(run):
     jax.tree.map(np.testing.assert_array_equal, params, {"vae": average["vae"]})
   model, images = flextok_jax.load(run.weights), eval_images(run.config)
   restored = np.clip(model.decode_latents(model.encode_latents(images)), -1, 1)
-  psnr = metrics.psnr(images / np.float32(255), metrics.round_to_8bit(restored)).mean()
+  psnr = metrics.psnr(images / np.float32(255), images_lib.round_to_8bit(restored)).mean()
   np.testing.assert_allclose(evals[-1]["eval/synthetic/psnr_vae"], psnr, rtol=1e-5)
 
 

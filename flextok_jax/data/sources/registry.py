@@ -47,7 +47,7 @@ def make_source(name: str, cfg, split: str):
   if split not in SPLITS:
     raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
   if name == "synthetic":
-    return synthetic.Synthetic(split, cfg.render_size, cfg.get("style", "scenes"))  # older weights files lack it
+    return synthetic.Synthetic(split, cfg.render_size, cfg.style)
   if name == "emoji":
     return emoji.Emoji(split, cfg.path)
   if name == "photos":
@@ -63,9 +63,7 @@ def make_source(name: str, cfg, split: str):
         "validation must be held out"
       )
     tfds_split = cfg.train_split if split == "train" else cfg.val_split
-    return Tfds(
-      tfds_split, cfg.name, cfg.data_dir, cfg.image_key, cfg.label_key, cfg.get("caption_key", "")
-    )  # older weights files lack it
+    return Tfds(tfds_split, cfg.name, cfg.data_dir, cfg.image_key, cfg.label_key, cfg.caption_key)
   raise ValueError(f"unknown data source {name!r}: use one of {', '.join(NAMES)}")
 
 

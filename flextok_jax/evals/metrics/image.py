@@ -14,16 +14,6 @@ SSIM_K1, SSIM_K2 = 0.01, 0.03
 MIN_MSE = 1e-10  # below the MSE of one level of difference in one value of a 256 px image; bounds PSNR at 100 dB
 
 
-def round_to_8bit(images: jax.Array) -> jax.Array:
-  """Rounds float images in [-1, 1] to the 256 levels a PNG stores: float32 in [0, 1]. NaN stays NaN."""
-  return jnp.round(jnp.clip((images.astype(jnp.float32) + 1) * 127.5, 0, 255)) / 255
-
-
-def to_uint8(images: jax.Array) -> jax.Array:
-  """The levels of images in [0, 1] that round_to_8bit gave, uint8."""
-  return jnp.round(images * 255).astype(jnp.uint8)
-
-
 def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
   """Peak signal-to-noise ratio in dB, data range 1, MSE over pixels and channels; equal images give 100 dB."""
   mse = jnp.mean(jnp.square(a - b), axis=(1, 2, 3))

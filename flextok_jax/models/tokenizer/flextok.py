@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flextok_jax.core.images import to_float
 from flextok_jax.models.tokenizer.decoder import Decoder
 from flextok_jax.models.tokenizer.encoder import Encoder
 from flextok_jax.models.vae.autoencoder import AutoencoderKL, sample_posterior
@@ -14,13 +15,6 @@ from flextok_jax.ops import flow, fsq, guidance
 # Up to so many slots, conditional and unconditional half run in one call: the few registers that the unconditional half
 # carries in vain cost less than a second, smaller call. On a CPU both take the same time at 8; at 16 two are faster.
 JOINT_SLOTS = 8
-
-
-def to_float(images: jax.Array) -> jax.Array:
-  """uint8 in [0, 255] or float in [-1, 1] -> float32 in [-1, 1]."""
-  if images.dtype == jnp.uint8:
-    return images.astype(jnp.float32) / 127.5 - 1
-  return images.astype(jnp.float32)
 
 
 class FlexTok(nn.Module):

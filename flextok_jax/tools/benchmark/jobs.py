@@ -5,6 +5,7 @@ import dataclasses
 import statistics
 import types
 
+from flax.core.meta import unbox
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from flextok_jax.models.tokenizer.flextok import sample_latents
 from flextok_jax.ops import attention, fsq
 from flextok_jax.stages import make_stage, repa
 from flextok_jax.training import optim
-from flextok_jax.training.state import init_state, make_update, unbox
+from flextok_jax.training.state import init_state, make_update
 
 PATHS = ("plain", "fast")
 ONLY = "-"  # the path of a job that has but one

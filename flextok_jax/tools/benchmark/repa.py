@@ -7,6 +7,7 @@ Three ways of a step: "off", without it; "features", where the batch brings the 
 from collections.abc import Iterable
 import statistics
 
+from flax.core.meta import unbox
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -19,7 +20,6 @@ from flextok_jax.stages import repa
 from flextok_jax.tools.benchmark import jobs as benchmark_jobs
 from flextok_jax.tools.benchmark.jobs import Compute, Row
 from flextok_jax.training import teacher
-from flextok_jax.training.state import unbox
 
 WAYS = ("off", "features", "teacher")
 _DINOV2 = {384: (12, False), 768: (12, False), 1024: (24, False), 1536: (40, True)}  # width: depth, gated MLP

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from flax.core.meta import unbox
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ from flextok_jax.models.ar import sampling as ar_sampling
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage, repa
 from flextok_jax.training import goodput, optim, teacher
-from flextok_jax.training.state import init_state, make_update, unbox
+from flextok_jax.training.state import init_state, make_update
 
 STAGES = {"train": ("tokenizer", "vae", "ar"), "sample": ("tokenizer",), "ar": ("ar",)}  # job: stages that have it
 

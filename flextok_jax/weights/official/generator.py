@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 
+from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,12 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from flextok_jax import stages
+from flextok_jax.config import derive, float_dtype
 from flextok_jax.core import hub, tensor_file
-from flextok_jax.core import settings as settings_lib
 from flextok_jax.core.tensor_file import TensorFile, named
 from flextok_jax.models.ar.generator import sincos_table
 from flextok_jax.parallel import sharding
 from flextok_jax.stages.ar import mlp_hidden
-from flextok_jax.training.state import unbox
 from flextok_jax.weights.names import Entry
 from flextok_jax.weights.official import generator_config as official_ar_config
 from flextok_jax.weights.official.generator_facts import Facts, add_settings
@@ -117,7 +117,7 @@ def load(
     FileNotFoundError: nothing there, or it cannot be downloaded.
     ValueError: a damaged, foreign or unsupported file, an unknown setting, or a contradiction; it names both sides.
   """
-  dtype = jnp.dtype(settings_lib.float_dtype("dtype", dtype or "float32"))
+  dtype = jnp.dtype(float_dtype("dtype", dtype or "float32"))
   weights, configuration = _find(os.fspath(source))
   file = TensorFile(weights, _IGNORED)
   facts = Facts()
@@ -233,8 +233,8 @@ def _multiplier(facts: Facts) -> float:
 
 def _config(facts: Facts, file: TensorFile, dtype: str, pos_embed: str) -> ConfigDict:
   condition = "text" if facts.get("cross") else "class" if facts.get("num_classes") else "none"
-  config = ConfigDict(dict(stage="ar", seed=0, dtype=dtype, attention="auto", remat="none"))
-  config.ar = dict(
+  config = derive(stage="ar", dtype=dtype)
+  config.ar.update(
     width=facts.get("dim"),
     depth=facts.get("depth"),
     head_dim=facts.get("head_dim", 64),
@@ -242,35 +242,24 @@ def _config(facts: Facts, file: TensorFile, dtype: str, pos_embed: str) -> Confi
     num_tokens=facts.get("num_tokens"),
     condition=condition,
     num_classes=facts.get("num_classes") or 1000,
-    stop=False,
     norm=facts.get("norm"),
     norm_eps=float(facts.get("norm_eps", 0)),
     qk_norm=facts.get("qk_norm"),
     qk_norm_eps=float(facts.get("qk_norm_eps", 0)),
     ffn=facts.get("ffn"),
-    mlp_ratio=4.0,
-    ffn_multiple_of=64,
     bias=any(facts.get(role) for role in _BIASES),
     pos_embed=pos_embed,
     head_layernorm=facts.get("head_layernorm"),
-    readout_multiplier=1.0,
-    drop_condition=0.1,
-    position_decay=0.0,
-    loss_chunk=16,
-    tokenizer="",
     guidance_scale=float(facts.get("guidance_scale", _GUIDANCE[condition])),
     temperature=float(facts.get("temperature", 1)),
     top_k=facts.get("top_k", 0),
     top_p=float(facts.get("top_p", 0)),
   )
-  config.text = dict(
-    encoder="t5",
+  config.text.update(
     max_length=facts.get("text_len", 120),
     path=facts.get("text_encoder", "google/flan-t5-xl"),
     features=facts.get("text_dim", 2048),
     mlp_hidden=_shape(file, f"{_TEXT_MLP}fc1.weight", 2)[0] if condition == "text" else 2048,
-    depth=4,
-    head_dim=64,
   )
   width, head_dim = config.ar.width, config.ar.head_dim
   if not head_dim or width % head_dim:

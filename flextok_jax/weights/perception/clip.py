@@ -4,13 +4,13 @@ from collections.abc import Mapping
 import dataclasses
 import os
 
+from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 
 from flextok_jax.core import hub, literals
 from flextok_jax.models.perception.clip import CLIP
-from flextok_jax.training.state import unbox
 from flextok_jax.weights.folder import Folder
 from flextok_jax.weights.names import Entry
 from flextok_jax.weights.perception import files as network_files

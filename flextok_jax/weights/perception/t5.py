@@ -7,15 +7,16 @@ from collections.abc import Mapping
 import math
 import os
 
+from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flextok_jax.core import hub, literals, settings, tensor_file
+from flextok_jax.config import float_dtype
+from flextok_jax.core import hub, literals, tensor_file
 from flextok_jax.models.perception.t5 import T5Encoder
 from flextok_jax.parallel import sharding
-from flextok_jax.training.state import unbox
 from flextok_jax.weights.folder import Folder
 from flextok_jax.weights.names import Entry
 
@@ -58,7 +59,7 @@ def load_t5(source: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | Non
     FileNotFoundError: nothing there, or weights only in a format that we do not read.
     ValueError: a damaged, foreign or unsupported file; the line names what is wrong.
   """
-  dtype = np.dtype(settings.float_dtype("dtype", dtype))
+  dtype = np.dtype(float_dtype("dtype", dtype))
   folder = _folder(source)
   sizes = _sizes(folder)
   abstract = jax.eval_shape(

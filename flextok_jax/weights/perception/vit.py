@@ -5,6 +5,7 @@ import math
 import os
 import re
 
+from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ import numpy as np
 
 from flextok_jax.core import hub, literals
 from flextok_jax.models.perception.vit import ViT
-from flextok_jax.training.state import unbox
 from flextok_jax.weights.folder import Folder
 from flextok_jax.weights.names import Entry
 from flextok_jax.weights.perception import files as network_files

@@ -1,0 +1,21 @@
+"""Images as floats and as 8-bit levels."""
+
+import jax
+import jax.numpy as jnp
+
+
+def to_float(images: jax.Array) -> jax.Array:
+  """uint8 in [0, 255] or float in [-1, 1] -> float32 in [-1, 1]."""
+  if images.dtype == jnp.uint8:
+    return images.astype(jnp.float32) / 127.5 - 1
+  return images.astype(jnp.float32)
+
+
+def round_to_8bit(images: jax.Array) -> jax.Array:
+  """Rounds float images in [-1, 1] to the 256 levels a PNG stores: float32 in [0, 1]. NaN stays NaN."""
+  return jnp.round(jnp.clip((images.astype(jnp.float32) + 1) * 127.5, 0, 255)) / 255
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+  """The levels of images in [0, 1] that round_to_8bit gave, uint8."""
+  return jnp.round(images * 255).astype(jnp.uint8)
