@@ -1,7 +1,6 @@
 """The evaluate, tokenize and detokenize commands on a tiny random model."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -11,8 +10,8 @@ import skimage.data
 from flextok_jax import detokenize, evaluate, tokenize
 from flextok_jax.stages import make_stage
 from flextok_jax.weights import saving
-from tests.evals.test_evals import make_params, tiny_config
-from tests.support.commands import fails, run, shell
+from tests.support.commands import config_file, fails, read_folder, run, shell
+from tests.support.tiny import make_params, tiny_config
 
 NUM_CODES = 8 * 5 * 5
 
@@ -59,10 +58,6 @@ def decoded(model, tokens):
   """The images of all tokens, by file name."""
   run(detokenize, f"--checkpoint={model}", f"--tokens={tokens}", f"--out={tokens.parent / 'decoded'}")
   return read_folder(tokens.parent / "decoded")
-
-
-def read_folder(folder):
-  return {path.name: np.asarray(Image.open(path)).astype(int) for path in Path(folder).iterdir()}
 
 
 def write(path, **fields):
@@ -236,13 +231,6 @@ def test_tokenize_refuses_bad_input(model, vae, pictures, tmp_path):
   fails("stage 'vae', which has no tokens", tokenize, f"--checkpoint={vae}", *given[1:])
   fails("cannot write", tokenize, *given[:2], f"--out={pictures / 'a.png' / 'x.json'}")
   assert not (tmp_path / "new.json").exists()
-
-
-def config_file(path, **overrides):
-  path.write_text(
-    f"from tests.evals.test_evals import tiny_config\nget_config = lambda: tiny_config(**{overrides!r})\n"
-  )
-  return path
 
 
 def test_evaluate_by_the_checkpoints_settings_and_by_others(model, pictures, tmp_path, capsys):

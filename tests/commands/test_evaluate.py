@@ -19,8 +19,8 @@ from flextok_jax.evals.metrics import measures
 from flextok_jax.evals.metrics import samples as sample_metrics
 from flextok_jax.stages import make_stage
 from flextok_jax.weights import saving
-from tests.evals.test_evals import make_params, tiny_config
 from tests.support.commands import ROOT, environment, fails, run
+from tests.support.tiny import make_params, tiny_config
 
 FEATURES = np.random.default_rng(5).normal(size=(16 * 16 * 3, 6)).astype(np.float32)
 

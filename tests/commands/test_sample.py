@@ -16,8 +16,8 @@ from flextok_jax.evals import plots
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.ar import ARStage
 from flextok_jax.weights import fingerprint, saving
-from tests.commands.test_commands import fails, read_folder, run
-from tests.evals.test_evals import make_params, tiny_config
+from tests.support.commands import fails, read_folder, run
+from tests.support.tiny import make_params, tiny_config
 
 NUM_CODES = 8 * 5 * 5
 

@@ -22,8 +22,8 @@ from flextok_jax.stages import make_stage
 from flextok_jax.stages.ar import ARStage
 from flextok_jax.weights import fingerprint, saving
 from tests.commands.test_sample import generator_config
-from tests.evals.test_evals import make_params, tiny_config
 from tests.support.commands import fails, run
+from tests.support.tiny import make_params, tiny_config
 
 RNG = np.random.default_rng(0)
 MESH = sharding.make_mesh()

@@ -18,7 +18,7 @@ from flextok_jax.data.shards import tokens as shards
 from flextok_jax.data.shards import writer as shard_writer
 from flextok_jax.data.sources import registry as sources
 from flextok_jax.data.sources.synthetic import CLASS_NAMES, Synthetic
-from tests.commands.test_commands import config_file, fails, run
+from tests.support.commands import config_file, fails, run
 
 OFF = dict(tfds=dict(weight=0.0))
 

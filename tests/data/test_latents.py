@@ -17,8 +17,8 @@ from flextok_jax.stages import make_stage
 from flextok_jax.stages.vae import make_vae
 from flextok_jax.weights import loading, saving
 from flextok_jax.weights.vae_fingerprint import vae_fingerprint
-from tests.commands.test_commands import config_file, fails, run
-from tests.evals.test_evals import make_params, tiny_config
+from tests.support.commands import config_file, fails, run
+from tests.support.tiny import make_params, tiny_config
 from tests.support.token_shards import SIZE, make_pictures
 
 VAE = dict(

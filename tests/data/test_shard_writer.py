@@ -19,8 +19,8 @@ from flextok_jax.inference import adaptive
 from flextok_jax.stages import make_stage
 from flextok_jax.weights import loading, saving
 from flextok_jax.weights.fingerprint import fingerprint
-from tests.commands.test_commands import config_file, fails, run
-from tests.evals.test_evals import make_params, tiny_config
+from tests.support.commands import config_file, fails, run
+from tests.support.tiny import make_params, tiny_config
 from tests.support.token_shards import IDS, SIZE, TOKENS, config, encode, make_pictures, records, write, write_folder
 
 

@@ -19,10 +19,10 @@ from flextok_jax.stages import make_stage
 from flextok_jax.stages.vae import make_vae
 from flextok_jax.training import inputs, teacher
 from flextok_jax.weights import loading, saving
-from tests.commands.test_commands import config_file, fails, run
 from tests.data.test_latents import VAE, config
-from tests.evals.test_evals import make_params
 from tests.support import vit_reference
+from tests.support.commands import config_file, fails, run
+from tests.support.tiny import make_params
 from tests.support.token_shards import SIZE, make_pictures
 
 FEATURES, GRID, IMAGES, COPIES = 32, 4, 23, 2

@@ -2,7 +2,6 @@
 
 import json
 
-from flax.core import meta
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,34 +10,12 @@ import pytest
 import skimage.data
 import skimage.metrics
 
-from flextok_jax import config as common
 from flextok_jax.core import files
 from flextok_jax.core import images as images_lib
 from flextok_jax.evals import plots, reconstruction
 from flextok_jax.evals.metrics import image as metrics
 from flextok_jax.stages import make_stage
-
-
-def tiny_config(**overrides):
-  """A pixel-space tokenizer of 4 registers for 16 px images."""
-  part = dict(width=32, depth=1, head_dim=16, patch_size=4)
-  settings = dict(
-    image_size=16,
-    dtype="float32",
-    vae=dict(kind="pixels", scaling_factor=1.0),
-    encoder=part,
-    decoder=part,
-    tokens=dict(num_registers=4, levels=(8, 5, 5)),
-    sampler=dict(num_steps=2, guidance="none"),
-  )
-  return common.derive(**{**settings, **overrides})
-
-
-def make_params(stage):
-  """Random parameters of a stage, of standard deviation 0.2."""
-  rng = np.random.default_rng(0)
-  params, frozen = meta.unbox(jax.eval_shape(stage.init, jax.random.key(0)))
-  return jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), {**params, **frozen})
+from tests.support.tiny import make_params, tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 from experiments import benchmark_features
 from flextok_jax.models.perception.inception import FIDInception, resize_images
 from flextok_jax.weights.perception import inception as inception_files
-from tests.commands.test_commands import fails, run
 from tests.support import torch_inception
+from tests.support.commands import fails, run
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ import subprocess
 import sys
 
 from absl import flags
+import numpy as np
+from PIL import Image
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,3 +51,14 @@ def shell(*args, timeout=None):
     command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=timeout
   )
   return done.returncode, done.stdout, done.stderr
+
+
+def config_file(path: Path, **overrides) -> Path:
+  """Writes a config file for --config, of tests.support.tiny.tiny_config(**overrides), and returns its path."""
+  path.write_text(f"from tests.support.tiny import tiny_config\nget_config = lambda: tiny_config(**{overrides!r})\n")
+  return path
+
+
+def read_folder(folder: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Returns the images in a folder, int [h, w, 3], by file name."""
+  return {path.name: np.asarray(Image.open(path)).astype(int) for path in Path(folder).iterdir()}

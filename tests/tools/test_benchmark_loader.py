@@ -9,8 +9,8 @@ import pytest
 
 from flextok_jax import benchmark_loader
 from flextok_jax.data import transforms
-from tests.commands.test_commands import config_file, fails, run
 from tests.conftest import ROOT
+from tests.support.commands import config_file, fails, run
 
 
 def test_rows_table_and_lines(tmp_path, capsys, monkeypatch):

@@ -17,9 +17,9 @@ from flextok_jax.data.text import make_tokenizer
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.training import inputs
-from tests.commands.test_commands import run as run_command
 from tests.models import test_text
 from tests.support import token_shards
+from tests.support.commands import run as run_command
 from tests.support.token_shards import IDS, TOKENS
 
 

@@ -8,7 +8,7 @@ import pytest
 from flextok_jax.stages import make_stage
 from flextok_jax.weights import loading, saving
 from flextok_jax.weights.fingerprint import fingerprint
-from tests.evals.test_evals import make_params, tiny_config
+from tests.support.tiny import make_params, tiny_config
 
 TINY_VAE = dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_groups=4)
 
