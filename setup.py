@@ -50,7 +50,11 @@ setup(
     # Evaluation needs nothing beyond the above; these are for convert_torch and benchmark_features alone.
     "eval": ["pytorch-fid>=0.3", "torch>=2.4"],
     # tensorflow and tensorboard are for TensorBoard files; commands run without them.
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
     "test": [
+      "mkdocs>=1.6,<2",  # the tests build the documentation
+      "mkdocs-material>=9.6",
+      "mkdocstrings[python]>=0.30",
       "packaging",
       "pytest>=8",
       "pytest-xdist>=3.6",
