@@ -11,37 +11,7 @@ from flextok_jax.core import images as images_lib
 from flextok_jax.evals import reconstruction
 from flextok_jax.evals.metrics.measures import Measure
 from flextok_jax.ops import nested
-from flextok_jax.parallel import sharding
-
-
-class Batched:
-  """A function (params, *arrays [b, ...]) -> tree of arrays [b, ...], of numpy arrays of any length.
-
-  Args:
-    function: what jax can trace; a row of its result depends on the same row of its arguments alone.
-    params: its first argument, a tree of arrays.
-    batch_size: rows at once, lowered to as many as there are, rounded up to a multiple of the devices.
-    mesh: the devices.
-  """
-
-  def __init__(self, function: Callable, params: Any, batch_size: int, mesh: jax.sharding.Mesh):
-    self._function = jax.jit(function, out_shardings=sharding.replicated(mesh))
-    self._params = sharding.place(params, sharding.replicated(mesh))
-    self._placed = sharding.batch_sharding(mesh)
-    self._batch_size, self._devices = batch_size, mesh.size
-
-  def __call__(self, *arrays: np.ndarray) -> Any:
-    """Returns the function of all rows, as numpy arrays; the last batch is padded by its last row."""
-    count, parts = len(arrays[0]), []
-    size = -(-min(self._batch_size, count) // self._devices) * self._devices
-    for start in range(0, count, size):
-      found = self._function(self._params, *(self._place(x[start : start + size], size) for x in arrays))
-      parts.append(jax.tree.map(lambda x: np.asarray(x)[: count - start], found))  # noqa: B023 called at once
-    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
-
-  def _place(self, rows: np.ndarray, size: int) -> jax.Array:
-    padding = ((0, size - len(rows)), *((0, 0),) * (rows.ndim - 1))
-    return sharding.place(np.pad(rows, padding, mode="edge"), self._placed)
+from flextok_jax.parallel.batching import Batched
 
 
 def make_decode(
