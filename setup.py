@@ -55,6 +55,8 @@ setup(
       "mkdocs>=1.6,<2",  # the tests build the documentation
       "mkdocs-material>=9.6",
       "mkdocstrings[python]>=0.30",
+      "import-linter>=2.1",
+      "mypy>=1.15",
       "packaging",
       "pytest>=8",
       "pytest-xdist>=3.6",

@@ -1,10 +1,12 @@
 """FlexTok in JAX: images as 1 to 256 ordered discrete tokens, coarse to fine (arXiv 2502.13967)."""
 
+from typing import Any
+
 __version__ = "0.1.0"
 __all__ = ["ARGenerator", "FlexTok", "__version__", "load", "load_ar"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
   # Imported at the first use: commands set up jax before it starts.
   if name in ("FlexTok", "load"):
     from flextok_jax.inference import tokenizer as api

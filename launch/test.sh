@@ -1,9 +1,18 @@
 #!/usr/bin/env bash
-# Lints and tests in the repository's own environment: launch/test.sh [pytest's arguments].
+# Checks and tests in the repository's own environment:
+#
+#   bash launch/test.sh                        formatting, lint, types, layers, then the whole test suite
+#   bash launch/test.sh tests/ops/test_fsq.py  these tests alone; arguments are pytest's
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-python -m ruff check .
-# Two processes, a file of tests in one of them: most of the time goes into compiling, which takes one core.
-python -m pytest -q -n 2 --dist loadfile tests "$@"
+if (($#)); then
+  exec python -m pytest "$@"
+fi
+ruff format --check .
+ruff check .
+mypy
+lint-imports
+# Two processes, each test file in one of them: most of the time is compilation, which uses one core.
+python -m pytest -n 2 --dist loadfile
