@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "flextok_jax" / "__init__.py").read_text(), re.MULTILINE)
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 
 setup(
   name="flextok-jax",
@@ -49,12 +50,10 @@ setup(
     "cuda": ["jax[cuda12]"],
     # Evaluation needs nothing beyond the above; these are for convert_torch and benchmark_features alone.
     "eval": ["pytorch-fid>=0.3", "torch>=2.4"],
+    "docs": DOCS,
     # tensorflow and tensorboard are for TensorBoard files; commands run without them.
-    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
     "test": [
-      "mkdocs>=1.6,<2",  # the tests build the documentation
-      "mkdocs-material>=9.6",
-      "mkdocstrings[python]>=0.30",
+      *DOCS,  # the tests build the documentation
       "import-linter>=2.1",
       "mypy>=1.15",
       "packaging",
