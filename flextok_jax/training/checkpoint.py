@@ -17,8 +17,10 @@ import orbax.checkpoint as ocp
 
 from flextok_jax.config import flatten, read_config
 from flextok_jax.core import files
+from flextok_jax.core.errors import first_line
 from flextok_jax.parallel import processes
 from flextok_jax.training.state import TrainState
+from flextok_jax.weights import orbax
 
 # Fields that a resumed run may change; all others make another run of it.
 _FREE = ("train.", "eval.", "sampler.", "mesh.", "remat", "profile_steps", "init_from")
@@ -26,7 +28,6 @@ _FREE_DATA = ("data.num_threads", "data.num_workers", "data.prefetch", "data.max
 FREE_AR = ("ar.loss_chunk", "ar.guidance_scale", "ar.temperature", "ar.top_k", "ar.top_p")
 # Sections that are without effect where a weight is 0, as it is in configs from before there was one.
 _OFF = {"repa.": "repa.weight", **dict.fromkeys(("discriminator.", "optim.discriminator."), "discriminator.weight")}
-_MEASURED = "measured"  # item of a checkpoint: what was measured of the averaged weights
 
 
 def check_workdir(workdir: str, config: ConfigDict):
@@ -94,21 +95,6 @@ def _items(state: TrainState) -> dict:
   return {k: v for k, v in vars(state).items() if k != "step" and v}  # orbax stores no empty tree
 
 
-def _check_complete(restored):
-  """Raises ValueError where an array was not in the checkpoint: orbax leaves it abstract if a part was asked for."""
-  for path, x in jax.tree_util.tree_leaves_with_path(restored):
-    if isinstance(x, jax.ShapeDtypeStruct):
-      raise ValueError(f"no array {jax.tree_util.keystr(path)}")
-
-
-def _restore_part(abstract) -> ocp.args.CheckpointArgs:
-  """Asks for the arrays of an abstract tree, which may be a part of what was stored; None: for JSON."""
-  if abstract is None:
-    return ocp.args.JsonRestore()
-  args = ocp.checkpoint_utils.construct_restore_args(abstract)
-  return ocp.args.PyTreeRestore(abstract, restore_args=args, partial_restore=True)
-
-
 class Checkpoints:
   """The checkpoints of a workdir: asynchronous, atomic; the newest few are kept, and the multiples of keep_period.
 
@@ -121,7 +107,8 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, keep_period=keep_period or None, cleanup_tmp_directories=own
     )
-    self._manager = ocp.CheckpointManager(os.path.abspath(os.path.join(workdir, "checkpoints")), options=options)
+    self._workdir = workdir
+    self._manager = ocp.CheckpointManager(orbax.directory(workdir), options=options)
     self._begun = None  # step of the last one that was begun
 
   def latest_step(self) -> int | None:
@@ -140,7 +127,7 @@ class Checkpoints:
       return
     args = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
     if measured:
-      args[_MEASURED] = ocp.args.JsonSave(dict(measured))
+      args[orbax.MEASURED] = ocp.args.JsonSave(dict(measured))
     with self._failures_named():
       self._manager.wait_until_finished()  # of the one before
       self._begun = step
@@ -152,52 +139,14 @@ class Checkpoints:
     Newer ones are renamed to STEP.unreadable, so that the run can write these steps again.
 
     Raises:
+      FileNotFoundError: there is no checkpoint.
       ValueError: when none can be read; then nothing is renamed.
     """
-    step, restored, unreadable = self._newest(_items(state))
+    step, restored, unreadable = orbax.restore_newest(self._workdir, _items(state))
     if unreadable:
       processes.by_first(lambda: [self._set_aside(step) for step in unreadable])
       self._manager.reload()
     return state.replace(step=jnp.int32(step), **restored)
-
-  def restore_average(self, params: dict, frozen: dict, measured: bool = False) -> tuple[dict, dict[str, float]]:
-    """Returns the newest readable averaged parameters joined with the frozen ones, as abstract trees of both ask for.
-
-    Top-level parts that they do not ask for are left unread. With them comes what was measured of them, where that is
-    asked for, else {}.
-
-    Raises:
-      ValueError: when none can be read.
-    """
-    items = {k: v for k, v in dict(ema=params, frozen=frozen).items() if v} | ({_MEASURED: None} if measured else {})
-    _, restored, _ = self._newest(items, asking=_restore_part)
-    told = restored.pop(_MEASURED, {})
-    return {k: v for part in restored.values() for k, v in part.items()}, told
-
-  def _newest(self, items: dict, asking=ocp.args.StandardRestore) -> tuple[int, dict, list[int]]:
-    """Returns step and items of the newest checkpoint that all processes can read, and the steps after it."""
-    process = jax.process_index()
-    # Each process reads on its own: where one meets a damaged file, orbax would let the others wait for it.
-    alone = ocp.options.MultiprocessingOptions(process, {process}, f"reader_{process}")
-    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
-    unreadable, reason = [], ""
-    with ocp.CheckpointManager(self._manager.directory, options=options) as reader:
-      for step in sorted(reader.all_steps(), reverse=True):
-        problem, restored = "", None
-        try:
-          restored = reader.restore(step, args=ocp.args.Composite(**{k: asking(v) for k, v in items.items()}))
-          restored = {k: restored[k] for k in items}
-          _check_complete(restored)
-        except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
-          problem = f"{type(e).__name__}: {_first_line(e)}"
-        if processes.all_agree(not problem):
-          return step, restored, unreadable
-        problem = problem or "in another process"
-        reason = reason or f"checkpoint {self._folder(step)} cannot be read ({problem})"
-        if processes.is_first():
-          logging.warning("checkpoint %s cannot be read (%s): trying the one before", self._folder(step), problem)
-        unreadable.append(step)
-    raise ValueError(f"{reason}, nor any before it: mend it, or start anew with another --workdir")
 
   def _set_aside(self, step: int):
     aside = self._folder(step) + ".unreadable"
@@ -213,7 +162,7 @@ class Checkpoints:
       yield
     except Exception as e:  # orbax and tensorstore raise many kinds for a full disk
       raise OSError(
-        f"checkpoint {self._folder(self._begun)} cannot be written ({type(e).__name__}: {_first_line(e)}); older "
+        f"checkpoint {self._folder(self._begun)} cannot be written ({type(e).__name__}: {first_line(e)}); older "
         "ones are untouched: make room, and rerun the same command"
       ) from e
 
@@ -221,10 +170,6 @@ class Checkpoints:
     """Waits for what is being saved; OSError as save."""
     with self._failures_named():
       self._manager.close()
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def check_params(params: dict, expected: dict, origin: str):

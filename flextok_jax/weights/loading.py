@@ -23,8 +23,7 @@ from flextok_jax.core.tensor_file import TensorFile, named
 from flextok_jax.ops import posemb
 from flextok_jax.parallel import sharding
 from flextok_jax.stages.tokenizer import make_model
-from flextok_jax.training import checkpoint
-from flextok_jax.weights import names
+from flextok_jax.weights import names, orbax
 from flextok_jax.weights.official import diffusers as diffusers_config
 from flextok_jax.weights.official import tokenizer as official_config
 
@@ -79,11 +78,8 @@ def load_config(source: str | os.PathLike) -> ConfigDict:
   """Returns the config of what load takes, without reading the arrays of our own formats; raises as load does."""
   source = os.fspath(source)
   if os.path.isdir(os.path.join(source, "checkpoints")):
-    config, checkpoints = read_config(source), checkpoint.Checkpoints(source)
-    try:
-      return with_fields(config, checkpoints.restore_average({}, {}, _is_measured(config))[1])
-    finally:
-      checkpoints.close()
+    config = read_config(source)
+    return with_fields(config, orbax.restore_average(source, {}, {}, _is_measured(config))[1])
   path = os.path.join(source, WEIGHTS) if os.path.isdir(source) else source
   if is_ours(path):
     return parse_config(TensorFile(path).metadata[CONFIG_KEY], path)
@@ -157,8 +153,6 @@ def _load_folder(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
 
 def _load_workdir(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
   config = options.config(read_config(folder))
-  if not os.path.isdir(os.path.join(folder, "checkpoints")):
-    raise FileNotFoundError(f"workdir {folder} has no checkpoint yet")
   trained, frozen, shardings = _abstract(config, folder, options.mesh)
   typed = lambda tree: unflatten_dict(
     {
@@ -166,14 +160,8 @@ def _load_workdir(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
       for path, x in flatten_dict(tree).items()
     }
   )
-  checkpoints = checkpoint.Checkpoints(folder)
-  try:
-    if checkpoints.latest_step() is None:
-      raise FileNotFoundError(f"workdir {folder} has no checkpoint yet")
-    params, measured = checkpoints.restore_average(typed(trained), typed(frozen), _is_measured(config))
-    return with_fields(config, measured), params
-  finally:
-    checkpoints.close()
+  params, measured = orbax.restore_average(folder, typed(trained), typed(frozen), _is_measured(config))
+  return with_fields(config, measured), params
 
 
 def _load_file(path: str, options: _Options) -> tuple[ConfigDict, dict]:

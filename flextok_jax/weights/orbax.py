@@ -1,0 +1,105 @@
+"""Reading the orbax checkpoints of a run: the newest that is readable, and its averaged parameters."""
+
+from collections.abc import Callable, Mapping
+import os
+from typing import Any
+
+from absl import logging
+import jax
+import orbax.checkpoint as ocp
+
+from flextok_jax.core.errors import first_line
+from flextok_jax.parallel import processes
+
+MEASURED = "measured"  # JSON item of a checkpoint: config fields measured on the averaged weights, {dotted name: value}
+
+
+def directory(workdir: str | os.PathLike) -> str:
+  """Returns the folder of a workdir's checkpoints."""
+  return os.path.abspath(os.path.join(workdir, "checkpoints"))
+
+
+def restore_newest(
+  workdir: str | os.PathLike, items: Mapping[str, Any], restore_args: Callable = ocp.args.StandardRestore
+) -> tuple[int, dict[str, Any], list[int]]:
+  """Restores the newest checkpoint that every process can read. All processes call it together; nothing is written.
+
+  Args:
+    workdir: of the run.
+    items: {name of an item: abstract tree with the shapes, dtypes and shardings to restore to}.
+    restore_args: from an item's abstract tree to orbax's arguments.
+
+  Returns:
+    (step, {name: restored tree}, newer steps that cannot be read).
+
+  Raises:
+    FileNotFoundError: the workdir has no checkpoint yet.
+    ValueError: no checkpoint can be read.
+  """
+  process = jax.process_index()
+  # Each process reads on its own: if one meets a damaged file, orbax would leave the others waiting for it.
+  alone = ocp.options.MultiprocessingOptions(process, {process}, f"reader_{process}")
+  options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+  unreadable, reason = [], ""
+  if not os.path.isdir(directory(workdir)):
+    raise FileNotFoundError(f"workdir {workdir} has no checkpoint yet")
+  with ocp.CheckpointManager(directory(workdir), options=options) as reader:
+    for step in sorted(reader.all_steps(), reverse=True):
+      folder, problem, restored = os.path.join(directory(workdir), str(step)), "", {}
+      try:
+        composite = reader.restore(step, args=ocp.args.Composite(**{k: restore_args(v) for k, v in items.items()}))
+        restored = {name: composite[name] for name in items}
+        _check_complete(restored)
+      except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
+        problem = f"{type(e).__name__}: {first_line(e)}"
+      if processes.all_agree(not problem):
+        return step, restored, unreadable
+      problem = problem or "in another process"
+      reason = reason or f"checkpoint {folder} cannot be read ({problem})"
+      if processes.is_first():
+        logging.warning("checkpoint %s cannot be read (%s): trying the one before", folder, problem)
+      unreadable.append(step)
+  if not unreadable:
+    raise FileNotFoundError(f"workdir {workdir} has no checkpoint yet")
+  raise ValueError(f"{reason}, nor any before it: repair it, or start a new run in another workdir")
+
+
+def restore_average(
+  workdir: str | os.PathLike, params: dict, frozen: dict, measured: bool = False
+) -> tuple[dict, dict[str, float]]:
+  """Restores the newest readable averaged parameters of a run.
+
+  Args:
+    workdir: of the run.
+    params: abstract tree of the trained parameters; top-level parts that it lacks are not read.
+    frozen: abstract tree of the frozen parameters, likewise.
+    measured: whether the checkpoint holds measured config fields (item MEASURED).
+
+  Returns:
+    (params joined with frozen, measured config fields by dotted name).
+
+  Raises:
+    FileNotFoundError: the workdir has no checkpoint yet.
+    ValueError: no checkpoint can be read.
+  """
+  items: dict[str, Any] = {name: tree for name, tree in dict(ema=params, frozen=frozen).items() if tree}
+  if measured:
+    items[MEASURED] = None
+  _, restored, _ = restore_newest(workdir, items, _restore_part)
+  fields = restored.pop(MEASURED, {})
+  return {name: tree for part in restored.values() for name, tree in part.items()}, fields
+
+
+def _restore_part(abstract: dict | None) -> ocp.args.CheckpointArgs:
+  """Returns arguments that restore an abstract tree, which may be a part of the stored one; None: a JSON item."""
+  if abstract is None:
+    return ocp.args.JsonRestore()
+  args = ocp.checkpoint_utils.construct_restore_args(abstract)
+  return ocp.args.PyTreeRestore(abstract, restore_args=args, partial_restore=True)
+
+
+def _check_complete(restored: dict):
+  """Raises ValueError if an array was not in the checkpoint: a partial restore leaves it abstract."""
+  for path, x in jax.tree_util.tree_leaves_with_path(restored):
+    if isinstance(x, jax.ShapeDtypeStruct):
+      raise ValueError(f"no array {jax.tree_util.keystr(path)}")
