@@ -11,16 +11,17 @@ from pathlib import Path
 
 from absl import flags
 
-from flextok_jax import cli, detokenize
+from flextok_jax import cli
+from flextok_jax.config import with_fields
 from flextok_jax.core import files
 from flextok_jax.data import pipeline
 from flextok_jax.evals import figures
 from flextok_jax.evals.metrics import measures
 from flextok_jax.evals.studies import halting
+from flextok_jax.inference import decoding
 from flextok_jax.ops import distances, guidance
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
-from flextok_jax.tokenize import tokenize
 from flextok_jax.weights import loading
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A tokenizer: file, folder or hub repository.")
@@ -42,12 +43,14 @@ def main():
   config, params = loading.load(CHECKPOINT.value)
   if config.stage != "tokenizer" or "synthetic" not in config.get("data", {}).get("sources", {}):
     raise ValueError(f"{CHECKPOINT.value} must be a tokenizer of ours, whose config names the synthetic source")
-  config = detokenize.with_sampler(config, DECODER_STEPS.value, DECODER_GUIDANCE.value, None)
+  with cli.renamed(**cli.DECODER_FLAGS):
+    sampler = decoding.override_sampler(config.sampler, DECODER_STEPS.value, DECODER_GUIDANCE.value, None)
+  config = with_fields(config, {f"sampler.{name}": value for name, value in sampler.items()})
   scenes = pipeline.eval_set(config.data, "synthetic", image_size=config.image_size, num_images=NUM_IMAGES.value)
   num_objects = scenes["num_objects"]
   mesh, measure = sharding.make_mesh(), measures.make([METRIC.value])[METRIC.value]
   lengths_fn = halting.make_lengths(config, params, METRIC.value, measure, SEED.value, BATCH_SIZE.value, mesh)
-  ids = tokenize(make_stage(config).predict_fns["tokenize"], params, scenes["image"], BATCH_SIZE.value)
+  ids = decoding.tokenize(make_stage(config).predict_fns["tokenize"], params, scenes["image"], BATCH_SIZE.value)
   lengths, gaps = lengths_fn(scenes["image"], ids, QUALITY.value)
 
   rows = halting.by_objects(num_objects, lengths)

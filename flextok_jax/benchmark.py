@@ -33,7 +33,7 @@ from ml_collections import ConfigDict, config_flags
 
 from flextok_jax import cli
 from flextok_jax.core import files, timing
-from flextok_jax.evals import reconstruction
+from flextok_jax.inference import decoding
 from flextok_jax.tools.benchmark import generator as benchmark_ar
 from flextok_jax.tools.benchmark import repa as benchmark_repa
 from flextok_jax.tools.benchmark.jobs import PATHS, Compute, Row
@@ -145,9 +145,9 @@ def token_counts(requested: Iterable[str], config: ConfigDict) -> tuple[int, ...
     return ()
   counts = cli.numbers("num_tokens", requested)
   if config.stage == "ar":
-    return reconstruction.token_counts(counts or [config.ar.num_tokens], config.ar.num_tokens)
+    return decoding.token_counts(counts or [config.ar.num_tokens], config.ar.num_tokens)
   total = config.tokens.num_registers
-  return reconstruction.token_counts(counts or [k for k in (1, 8, 32) if k < total] + [total], total)
+  return decoding.token_counts(counts or [k for k in (1, 8, 32) if k < total] + [total], total)
 
 
 def _choices(flag: str, items: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,15 +1,18 @@
 """What every command shares: one clear line for bad input instead of a traceback, and a cache of compiled programs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
 import functools
 import json
 import os
+import re
 import sys
 from typing import Any
 
 from absl import app, flags, logging
 import jax
 
+from flextok_jax.ops import guidance
 from flextok_jax.parallel import processes
 
 _EXPECTED = (ValueError, OSError)
@@ -17,8 +20,24 @@ _EXPECTED = (ValueError, OSError)
 
 def _fail(error: Exception, line: str = ""):
   logging.vlog(1, "traceback", exc_info=error)  # shown with --verbosity=1
-  print("error:", " ".join((line or str(error)).split()), file=sys.stderr, flush=True)
+  message = " ".join((line or with_flags(str(error), {name: name for name in flags.FLAGS})).split())
+  print("error:", message, file=sys.stderr, flush=True)
   sys.exit(1)
+
+
+def with_flags(message: str, names: Mapping[str, str]) -> str:
+  """Writes --flag=value for each argument=value in a message: names maps arguments to flags."""
+  pattern = rf"(?<![\w.'-])({'|'.join(map(re.escape, names))})="
+  return re.sub(pattern, lambda found: f"--{names[found[1]]}=", message)
+
+
+@contextlib.contextmanager
+def renamed(**names: str) -> Iterator[None]:
+  """Puts flags in place of arguments in the message of a ValueError: renamed(num_steps="decoder_steps")."""
+  try:
+    yield
+  except ValueError as e:
+    raise ValueError(with_flags(str(e), names)) from e
 
 
 def _parse(argv: list[str], arguments: Sequence[str]) -> list[str]:
@@ -100,3 +119,54 @@ def numbers(flag: str, items: Iterable[str], kind: type = int) -> list:
       what = "whole numbers" if kind is int else "numbers"
       raise ValueError(f"--{flag} takes {what} separated by commas, got {item!r}") from None
   return found
+
+
+DECODER_FLAGS = {"num_steps": "decoder_steps", "guidance": "decoder_guidance", "guidance_scale": "decoder_scale"}
+
+
+def define_draw_flags(values: flags.FlagValues):
+  """Defines what commands that draw samples have in common: the tokenizer, conditions, choices of tokens, decoder."""
+  string = functools.partial(flags.DEFINE_string, flag_values=values)
+  integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+  real = functools.partial(flags.DEFINE_float, flag_values=values)
+  string("tokenizer", None, "The tokenizer that the generator was trained with: file, folder or hub repository.")
+  define_setting_flag(values)
+  flags.DEFINE_list("classes", [], "Class numbers, or 'all'.", flag_values=values)
+  string("prompts_file", None, "Text file with one prompt per line.")
+  real("guidance_scale", None, "Classifier-free guidance of the generator; 1: off; default: the checkpoint's.")
+  real("temperature", None, "Logits are divided by it; default: the checkpoint's.", 0.0)
+  integer("top_k", None, "Draw from the k most likely tokens; 0: off; default: the checkpoint's.", 0)
+  real(
+    "top_p",
+    None,
+    "Draw from the most likely tokens of this total probability; 0: off; default: the checkpoint's.",
+    0.0,
+    1.0,
+  )
+  flags.DEFINE_bool("greedy", False, "Take the most likely token.", flag_values=values)
+  integer("decoder_steps", None, "Euler steps of the tokenizer's decoder; default: the tokenizer's.", 1)
+  flags.DEFINE_enum("decoder_guidance", None, guidance.MODES, "Default: the tokenizer's.", flag_values=values)
+  real("decoder_scale", None, "Guidance scale of the decoder; 1: off; default: the tokenizer's.")
+
+
+def define_setting_flag(values: flags.FlagValues):
+  """Defines --setting."""
+  flags.DEFINE_multi_string(
+    "setting", [], "name=value, a setting of flextok_jax.load_ar for the released format.", flag_values=values
+  )
+
+
+def choice_flags(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns the flags that say how tokens are chosen, by name."""
+  return {name: values[name].value for name in ("guidance_scale", "temperature", "top_k", "top_p", "greedy")}
+
+
+def decoder_flags(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns the flags of the decoder's sampler by the names of its settings; errors: renamed(**DECODER_FLAGS)."""
+  return {name: values[flag].value for name, flag in DECODER_FLAGS.items()}
+
+
+def print_progress(what: str, done: int, total: int, batch_size: int):
+  """Prints a line after about every tenth of the batches, and after the last."""
+  if done == total or done % (batch_size * max(1, total // batch_size // 10)) == 0:
+    print(f"{what}: {done} of {total}", flush=True)

@@ -14,11 +14,13 @@ from absl import flags
 import jax
 import numpy as np
 
-from flextok_jax import cli, sample
+from flextok_jax import cli
 from flextok_jax.data import pipeline
 from flextok_jax.evals import generation, progress, reconstruction
 from flextok_jax.evals.metrics import reference
+from flextok_jax.inference import decoding
 from flextok_jax.inference import generator as generators
+from flextok_jax.inference import prompts as prompts_lib
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.weights.perception import networks
@@ -29,7 +31,7 @@ _BATCH_SIZE = 64
 
 def define_flags(values: flags.FlagValues):
   """Defines the flags that are of samples alone."""
-  sample.define_draw_flags(values)
+  cli.define_draw_flags(values)
   flags.DEFINE_string(
     "reference",
     None,
@@ -61,15 +63,17 @@ def evaluate(values: flags.FlagValues, out: Path) -> tuple[reconstruction.Report
     raise ValueError(f"--metrics={needed[0]} needs --reference: a .npz of statistics or images, or a data source")
   if values.prompts_file and values.classes:
     raise ValueError("--classes and --prompts_file are both given: give one of them")
-  prompts = sample.read_prompts(values.prompts_file) if values.prompts_file else []
+  prompts = prompts_lib.read_prompts(values.prompts_file) if values.prompts_file else []
   mesh, source = sharding.make_mesh(), values.checkpoint or values.workdir
   gen = generators.load_ar(source, mesh=mesh, **cli.parse_settings(values.setting))
   if gen.num_classes and not values.classes:
     values.classes = ["all"]
-  conditions = sample.read_conditions(values.classes, prompts, gen, values.checkpoint)
-  choices = sample.read_choices(values, gen, conditions != [None])
-  config, params = sample.load_tokenizer(values, gen)
-  counts = reconstruction.token_counts(cli.numbers("num_tokens", values.num_tokens), gen.num_tokens)
+  conditions = prompts_lib.read_conditions(values.classes, prompts, gen, values.checkpoint)
+  choices = prompts_lib.sampling_choices(gen, conditions != [None], **cli.choice_flags(values))
+  with cli.renamed(**cli.DECODER_FLAGS):
+    tokenizer = prompts_lib.load_tokenizer(values.tokenizer, gen, **cli.decoder_flags(values))
+  config, params = tokenizer.config, tokenizer.params
+  counts = decoding.token_counts(cli.numbers("num_tokens", values.num_tokens), gen.num_tokens)
   nets, facts = _networks(names, values.weights, conditions)
   size = -(-(values.batch_size or _BATCH_SIZE) // mesh.size) * mesh.size
   compared = None
@@ -85,7 +89,7 @@ def evaluate(values: flags.FlagValues, out: Path) -> tuple[reconstruction.Report
       reference.save(values.save_reference, compared)
 
   seed = values.seed or 0
-  decode = reconstruction.decoder_by_image(make_stage(config).predict_fns["detokenize"], seed)
+  decode = decoding.decoder_by_image(make_stage(config).predict_fns["detokenize"], seed)
 
   fold = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
 

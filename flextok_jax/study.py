@@ -22,7 +22,7 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from flextok_jax import cli, detokenize, evaluate, evaluate_samples, sample
+from flextok_jax import cli, evaluate, evaluate_samples
 from flextok_jax.data import pipeline
 from flextok_jax.evals import batches, progress, reconstruction, report
 from flextok_jax.evals import generation as generation_metrics
@@ -31,7 +31,10 @@ from flextok_jax.evals.studies import halting
 from flextok_jax.evals.studies import sampling as sampling_study
 from flextok_jax.evals.studies import tokens as tokens_study
 from flextok_jax.evals.studies import variation as variation_study
+from flextok_jax.inference import decoding
 from flextok_jax.inference import generator as generation
+from flextok_jax.inference import prompts as prompts_lib
+from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.ops import guidance
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
@@ -122,8 +125,10 @@ class Models:
     config = evaluate.apply_flags(config.copy_and_resolve_references(), values)
     if values.grid_images is not None:
       config.eval.grid_images = values.grid_images
-    self.config = detokenize.with_sampler(config, values.decoder_steps, values.decoder_guidance, values.decoder_scale)
-    self.counts = reconstruction.token_counts(config.eval.num_tokens, config.tokens.num_registers)
+    with cli.renamed(**cli.DECODER_FLAGS):
+      config.sampler.update(decoding.override_sampler(config.sampler, **cli.decoder_flags(values)))
+    self.config = config
+    self.counts = decoding.token_counts(config.eval.num_tokens, config.tokens.num_registers)
     self.extent = {"num_images": config.eval.num_images, "grid_images": config.eval.grid_images}
     self.mesh = sharding.make_mesh()
     self.params = sharding.place(params, sharding.replicated(self.mesh))
@@ -233,10 +238,10 @@ def sampling(values: flags.FlagValues, models: Models, parts: report.Parts) -> r
   """Samples of a generator."""
   c = models.config
   gen = generation.load_ar(values.generator, mesh=models.mesh, **cli.parse_settings(values.setting))
-  sample.check_tokenizer(c, models.params, gen, f"--checkpoint={values.checkpoint}")
-  prompts = sample.read_prompts(values.prompts_file) if values.prompts_file else []
+  prompts_lib.check_tokenizer(FlexTok(models.params, c), gen, f"--checkpoint={values.checkpoint}")
+  prompts = prompts_lib.read_prompts(values.prompts_file) if values.prompts_file else []
   classes = values.classes or (["all"] if gen.num_classes else [])
-  conditions = sample.read_conditions(classes, prompts, gen, values.generator)
+  conditions = prompts_lib.read_conditions(classes, prompts, gen, values.generator)
   swept, decoders = dict(_SWEPT), dict(_DECODERS)
   if conditions == [None]:
     _leave_out(values, swept, "guidance_scales", "a generator without --classes or --prompts_file")
@@ -251,11 +256,20 @@ def sampling(values: flags.FlagValues, models: Models, parts: report.Parts) -> r
     own, {name: cli.numbers(flag, values[flag].value, kind) for flag, (name, kind) in decoders.items()}, "decoder "
   )
   for sampler in settings.values():
-    detokenize.with_sampler(c, sampler["num_steps"], None, sampler.get("guidance_scale"))
+    decoding.override_sampler(c.sampler, sampler["num_steps"], None, sampler.get("guidance_scale"))
   each = [condition for condition in conditions for _ in range(values.num_samples)]
 
   def draw(choice):
-    sequences, log_probs = sample.draw(gen, each, None, c.seed, c.eval.batch_size, num_tokens=gen.num_tokens, **choice)
+    sequences, log_probs = prompts_lib.draw(
+      gen,
+      each,
+      None,
+      c.seed,
+      c.eval.batch_size,
+      progress=functools.partial(cli.print_progress, "samples drawn", batch_size=c.eval.batch_size),
+      num_tokens=gen.num_tokens,
+      **choice,
+    )
     ids = np.zeros((len(each), gen.num_tokens), np.int32)
     for row, sequence in zip(ids, sequences):
       row[: len(sequence)] = sequence

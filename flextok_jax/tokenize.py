@@ -15,8 +15,6 @@ features of the teacher of config.repa for its REPA beside them, image files for
 """
 
 import functools
-import io
-import json
 from pathlib import Path
 
 from absl import flags
@@ -26,14 +24,14 @@ from jax.sharding import AxisType
 from ml_collections import config_flags
 import numpy as np
 
-from flextok_jax import cli, detokenize
-from flextok_jax.core import files
+from flextok_jax import cli
+from flextok_jax.config import with_fields
 from flextok_jax.core.images import to_float
 from flextok_jax.data import transforms
 from flextok_jax.data.shards import contents as shard_contents
 from flextok_jax.data.shards import latents as latent_shards
 from flextok_jax.data.shards import writer as shard_writer
-from flextok_jax.evals import reconstruction
+from flextok_jax.inference import decoding, token_files
 from flextok_jax.ops import fsq, guidance, nested
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage, repa
@@ -124,12 +122,11 @@ def tokenize_files(values: flags.FlagValues):
     if values[name].present:
       raise ValueError(f"--{name} has no meaning for --images: it is for shards, of the sources of --config")
   out = Path(values.out)
-  if out.suffix not in (".json", ".npz"):
-    raise ValueError(f"--out={out} must end in .json or .npz")
+  token_files.check_suffix("out", out)
   config, params, tokenize_fn, num_tokens = _load(values)
   images, names = transforms.load_images(values.images, config.image_size)
-  token_ids = tokenize(tokenize_fn, params, images, values.batch_size)[:, :num_tokens]
-  write_tokens(out, config.image_size, names, token_ids)
+  token_ids = decoding.tokenize(tokenize_fn, params, images, values.batch_size)[:, :num_tokens]
+  token_files.write_tokens(out, config.image_size, names, token_ids)
   print(f"wrote {out}: {len(names)} images of {config.image_size} px, {num_tokens} tokens each")
 
 
@@ -176,7 +173,9 @@ def _tokens(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents
   if values.quality is not None:
     from flextok_jax.inference import adaptive  # late: only lengths need it
 
-    config = detokenize.with_sampler(config, values.decoder_steps, values.decoder_guidance, None)
+    with cli.renamed(**cli.DECODER_FLAGS):
+      sampler = decoding.override_sampler(config.sampler, values.decoder_steps, values.decoder_guidance, None)
+    config = with_fields(config, {f"sampler.{name}": value for name, value in sampler.items()})
     lengths_fn = adaptive.make_lengths_fn(config, params, values.quality, values.metric)
     tokenizer["sampler"] = config.sampler.to_dict()
   for name in _OF_LENGTHS:
@@ -254,46 +253,9 @@ def _load(values: flags.FlagValues):
   if "tokenize" not in predict_fns:
     raise ValueError(f"{values.checkpoint} is a model of stage {config.stage!r}, which has no tokens")
   registers = config.tokens.num_registers
-  (num_tokens,) = reconstruction.token_counts(
-    (registers if values.num_tokens is None else values.num_tokens,), registers
-  )
+  (num_tokens,) = decoding.token_counts((registers if values.num_tokens is None else values.num_tokens,), registers)
   slots = nested.slots(num_tokens - 1, registers)
   return config, params, functools.partial(predict_fns["tokenize"], num_tokens=slots), num_tokens
-
-
-def tokenize(tokenize_fn, params, images: np.ndarray, batch_size: int) -> np.ndarray:
-  """Tokenizes images uint8 [n, h, w, 3] batch by batch, the last one padded: int32 [n, k]."""
-  tokenize_fn = jax.jit(tokenize_fn)
-  batch_size = min(batch_size, len(images))
-  ids = []
-  for start in range(0, len(images), batch_size):
-    rows = images[start : start + batch_size]
-    padding = batch_size - len(rows)
-    batch = np.pad(rows, ((0, padding), (0, 0), (0, 0), (0, 0)), mode="edge")
-    ids.append(np.asarray(tokenize_fn(params, batch))[: len(rows)])
-  return np.concatenate(ids)
-
-
-def write_tokens(path: Path, image_size: int, names: list[str], token_ids: np.ndarray):
-  """Writes a token file, whole or not at all: token_ids int32 [n, k], a name an entry."""
-  if path.suffix == ".npz":
-    buffer = io.BytesIO()
-    np.savez(
-      buffer,
-      image_size=image_size,
-      num_tokens=token_ids.shape[1],
-      names=np.asarray(names, np.str_),
-      token_ids=token_ids.astype(np.int32),
-    )
-    files.write_file(path, buffer.getvalue())
-    return
-  fields = {
-    "image_size": image_size,
-    "num_tokens": token_ids.shape[1],
-    "names": list(names),
-    "token_ids": token_ids.tolist(),
-  }
-  files.write_file(path, (json.dumps(fields) + "\n").encode())
 
 
 if __name__ == "__main__":

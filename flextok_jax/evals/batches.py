@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.core import images as images_lib
-from flextok_jax.evals import reconstruction
 from flextok_jax.evals.metrics.measures import Measure
+from flextok_jax.inference import decoding
 from flextok_jax.ops import nested
 from flextok_jax.parallel.batching import Batched
 
@@ -28,7 +28,7 @@ def make_decode(
     `length` ids and starts from the noise of its number, that of the image of this number in an evaluation of the seed.
     ValueError where one is not finite.
   """
-  by_image = reconstruction.decoder_by_image(detokenize, seed)
+  by_image = decoding.decoder_by_image(detokenize, seed)
 
   def restore(params, ids, keep_k, noise):
     images = images_lib.round_to_8bit(by_image(params, ids, keep_k, noise))

@@ -6,8 +6,9 @@ from typing import Any
 from flextok_jax.data import pipeline
 from flextok_jax.data.shards import tokens as shards
 from flextok_jax.evals.latents import ScalingFactor
-from flextok_jax.evals.reconstruction import Reconstruction, token_counts
+from flextok_jax.evals.reconstruction import Reconstruction
 from flextok_jax.evals.token_loss import TokenLoss
+from flextok_jax.inference.decoding import token_counts
 from flextok_jax.parallel import sharding
 
 

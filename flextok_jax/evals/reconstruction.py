@@ -17,6 +17,7 @@ from flextok_jax.evals.metrics import frechet as statistics
 from flextok_jax.evals.metrics import image as metrics
 from flextok_jax.evals.metrics import measures as measures_lib
 from flextok_jax.evals.progress import Progress
+from flextok_jax.inference.decoding import decoder_by_image, token_counts
 from flextok_jax.ops import nested
 from flextok_jax.parallel.sharding import place
 
@@ -91,43 +92,6 @@ def curves_png(sets: Mapping[str, Mapping[str, Any]]) -> bytes:
       line = figures.Line(counts, points)
       panels.setdefault(measures_lib.UNITS.get(metric, metric), {})[name] = line
   return figures.curves(panels, "tokens", sorted(ticks))
-
-
-def token_counts(requested: Sequence[int], num_registers: int) -> tuple[int, ...]:
-  """Returns the token counts to report, ascending; () asks for the powers of two up to num_registers, and itself.
-
-  Raises:
-    ValueError: a count outside 1..num_registers.
-  """
-  if not requested:
-    return nested.lengths(num_registers)
-  for count in requested:
-    if not 1 <= count <= num_registers:
-      raise ValueError(f"num_tokens {count} is out of range: this model takes 1 to {num_registers} tokens")
-  return tuple(sorted(set(requested)))
-
-
-def decoder_by_image(detokenize: Callable, seed: int) -> Callable:
-  """Gives every image its own noise: the same whatever its neighbours, the batch size and the number of tokens.
-
-  Args:
-    detokenize: of a stage's predict_fns.
-    seed: of the noise.
-
-  Returns:
-    (params, ids [b, num_registers], keep_k [b], index [b]) -> images [b, h, w, 3]; index numbers the noises.
-
-  Raises:
-    ValueError: a seed that does not fit 32 bits.
-  """
-  if not 0 <= seed < 2**32:
-    raise ValueError(f"seed {seed} is out of range: 0 to {2**32 - 1}")
-
-  def decode(params, ids, keep_k, index):
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
-    return detokenize(params, ids, keep_k, keys)
-
-  return decode
 
 
 class Reconstruction:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.core.images import to_float
-from flextok_jax.evals import reconstruction
+from flextok_jax.inference import decoding
 from flextok_jax.ops import distances, nested
 from flextok_jax.stages import make_stage
 
@@ -160,7 +160,7 @@ def make_search(
   predict_fns = make_stage(config).predict_fns
   if "detokenize" not in predict_fns:
     raise ValueError(f"this is a model of stage {config.stage!r}, which has no tokens to choose from")
-  by_image = reconstruction.decoder_by_image(predict_fns["detokenize"], seed)
+  by_image = decoding.decoder_by_image(predict_fns["detokenize"], seed)
   num_registers = config.tokens.num_registers
 
   @jax.jit

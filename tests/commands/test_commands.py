@@ -8,6 +8,7 @@ import pytest
 import skimage.data
 
 from flextok_jax import detokenize, evaluate, tokenize
+from flextok_jax.inference import token_files
 from flextok_jax.stages import make_stage
 from flextok_jax.weights import saving
 from tests.support.commands import config_file, fails, read_folder, run, shell
@@ -152,24 +153,24 @@ def test_sampler_flags_and_seed_take_effect(model, tokens, decoded, tmp_path, ar
 )
 def test_bad_token_files(pattern, fields, tmp_path):
   with pytest.raises(ValueError, match=pattern):
-    detokenize.read_tokens(write(tmp_path / "t.json", **fields), 16, 4, NUM_CODES)
+    token_files.read_tokens(write(tmp_path / "t.json", **fields), 16, 4, NUM_CODES)
 
 
 def test_damaged_token_files(model, tokens, tmp_path):
   def read(path):
-    return detokenize.read_tokens(path, 16, 4, NUM_CODES)
+    return token_files.read_tokens(path, 16, 4, NUM_CODES)
 
   bad = tmp_path / "t.json"
   for content in (b"", b"{", b"\xff\xfe", tokens.read_bytes()[:-20], b"[" * 100_000):
     bad.write_bytes(content)
-    with pytest.raises(ValueError, match="not a whole .json token file"):
+    with pytest.raises(ValueError, match="not a complete .json token file"):
       read(bad)
   bad.write_text("[[1, 2]]")
   with pytest.raises(ValueError, match="must hold an object"):
     read(bad)
 
   archive = tmp_path / "t.npz"
-  tokenize.write_tokens(archive, 16, ["a", "b"], np.array([[1, 2], [3, 4]]))
+  token_files.write_tokens(archive, 16, ["a", "b"], np.array([[1, 2], [3, 4]]))
   assert read(archive) == (["a", "b"], [[1, 2], [3, 4]])
   whole = archive.read_bytes()
   rng = np.random.default_rng(0)
@@ -184,7 +185,7 @@ def test_damaged_token_files(model, tokens, tmp_path):
     except ValueError as e:
       assert len(str(e).splitlines()) == 1
   np.savez(archive, token_ids=np.array([[1], [2, 3]], object))
-  with pytest.raises(ValueError, match="not a whole .npz token file"):
+  with pytest.raises(ValueError, match="not a complete .npz token file"):
     read(archive)
 
 
@@ -193,8 +194,8 @@ def test_detokenize_refuses_bad_input(model, vae, tokens, tmp_path):
   fails("--tokens is missing", detokenize, given[0], given[2])
   fails("no token file at .*absent.json", detokenize, given[0], "--tokens=absent.json", given[2])
   fails("must end in .json or .npz", detokenize, given[0], "--tokens=tokens.txt", given[2])
-  fails("num_tokens 0 is out of range", detokenize, *given, "--num_tokens=0")
-  fails("num_tokens 5 is out of range", detokenize, *given, "--num_tokens=5")
+  fails("num_tokens=0 is out of range", detokenize, *given, "--num_tokens=0")
+  fails("num_tokens=5 is out of range", detokenize, *given, "--num_tokens=5")
   short = write(tmp_path / "short.json", token_ids=[[1, 2], [3]])
   fails(
     r"num_tokens=2, but token_ids\[1\] has only 1",
@@ -204,12 +205,12 @@ def test_detokenize_refuses_bad_input(model, vae, tokens, tmp_path):
     given[2],
     "--num_tokens=2",
   )
-  fails("--num_steps=0", detokenize, *given, "--num_steps=0")
+  fails("num_steps=0", detokenize, *given, "--num_steps=0")
   fails("unknown guidance .strong.: one of apg, cfg, none", detokenize, *given, "--guidance=strong")
-  fails("--guidance_scale=nan must be finite", detokenize, *given, "--guidance=cfg", "--guidance_scale=nan")
-  fails("--guidance_scale has no effect", detokenize, *given, "--guidance=none", "--guidance_scale=2")
+  fails("guidance_scale=nan must be finite", detokenize, *given, "--guidance=cfg", "--guidance_scale=nan")
+  fails("guidance_scale=2.0 has no effect", detokenize, *given, "--guidance=none", "--guidance_scale=2")
   fails("--batch_size=0", detokenize, *given, "--batch_size=0")
-  fails("seed -1 is out of range", detokenize, *given, "--seed=-1")
+  fails("seed=-1 is out of range", detokenize, *given, "--seed=-1")
   fails("stage 'vae', which has no tokens", detokenize, f"--checkpoint={vae}", *given[1:])
   fails("is a file", detokenize, *given[:2], f"--out={short}")
   fails("absent", detokenize, "--checkpoint=absent", *given[1:])
@@ -224,8 +225,8 @@ def test_tokenize_refuses_bad_input(model, vae, pictures, tmp_path):
   fails("empty", tokenize, given[0], f"--images={tmp_path / 'empty'}", given[2])
   (tmp_path / "broken.png").write_bytes(b"not a picture")
   fails("broken.png", tokenize, given[0], f"--images={tmp_path / 'broken.png'}", given[2])
-  fails("num_tokens 0 is out of range: this model takes 1 to 4", tokenize, *given, "--num_tokens=0")
-  fails("num_tokens 5 is out of range", tokenize, *given, "--num_tokens=5")
+  fails("num_tokens=0 is out of range: this model takes 1 to 4", tokenize, *given, "--num_tokens=0")
+  fails("num_tokens=5 is out of range", tokenize, *given, "--num_tokens=5")
   fails("must end in .json or .npz", tokenize, *given[:2], "--out=tokens.txt")
   fails("--batch_size=0", tokenize, *given, "--batch_size=0")
   fails("stage 'vae', which has no tokens", tokenize, f"--checkpoint={vae}", *given[1:])
@@ -282,8 +283,8 @@ def test_evaluate_refuses_bad_input(model, vae, pictures, tmp_path):
   fails("give --workdir or --checkpoint", evaluate, given[1])
   fails("give --out or --workdir", evaluate, given[0])
   fails("absent", evaluate, "--checkpoint=absent", given[1])
-  fails("num_tokens 0 is out of range: this model takes 1 to 4", evaluate, *given, "--num_tokens=0,1")
-  fails("num_tokens 5 is out of range", evaluate, *given, "--num_tokens=5")
+  fails("num_tokens=0 is out of range: this model takes 1 to 4", evaluate, *given, "--num_tokens=0,1")
+  fails("num_tokens=5 is out of range", evaluate, *given, "--num_tokens=5")
   fails("whole numbers separated by commas, got 'x'", evaluate, *given, "--num_tokens=1,x")
   fails("unknown data source 'mars'", evaluate, *given, "--sources=mars")
   fails("eval.num_images must be at least 1, got 0", evaluate, *given, "--num_images=0")
@@ -295,7 +296,7 @@ def test_evaluate_refuses_bad_input(model, vae, pictures, tmp_path):
 @pytest.mark.parametrize(
   "args, pattern",
   [
-    (("evaluate", "--num_tokens=0"), "num_tokens 0 is out of range: this model takes 1 to 4"),
+    (("evaluate", "--num_tokens=0"), "--num_tokens=0 is out of range: this model takes 1 to 4"),
     (("tokenize", "--images=absent.png", "--out=x.json"), "absent.png"),
     (("detokenize", "--tokens=absent.json", "--num_steps=many"), "num_steps"),
   ],

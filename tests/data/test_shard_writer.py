@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from flextok_jax import detokenize, tokenize
+from flextok_jax import tokenize
+from flextok_jax.config import with_fields
 from flextok_jax.data import pipeline, transforms
 from flextok_jax.data.shards import tokens as shards
 from flextok_jax.data.shards import writer as shard_writer
@@ -245,7 +246,7 @@ def test_the_command_writes_what_tokenizing_files_gives(pictures, tmp_path, caps
   read, meta = records(tmp_path / "tokens", "validation"), shards.Shards(str(tmp_path / "tokens"), "validation").meta
   images = transforms.load_images(str(pictures.parent / "validation"), SIZE)[0][:5]
   used, params = loading.load(checkpoint)
-  used = detokenize.with_sampler(used, 3, "none", None)
+  used = with_fields(used, {"sampler.num_steps": 3, "sampler.guidance": "none"})
   lengths_fn = adaptive.make_lengths_fn(used, params, 0.3, "mse")
   ids = np.array([r["ids"] for r in read])
   assert ids.shape == (5, 3) and (meta["quality"], meta["metric"]) == (0.3, "mse")

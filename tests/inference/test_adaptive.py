@@ -373,7 +373,7 @@ def test_bad_ways_to_decode(model, images, noise):
     model.tokenize(images, quality=0.1, noise=noise[:, :8, :8], **QUIET)
   with refused(r"do not come out of jax.jit"):
     jax.jit(lambda x: model.tokenize(x, quality=0.1, **QUIET))(images)
-  with refused(r"seed -1 is out of range"):
+  with refused(r"seed=-1 is out of range"):
     adaptive.make_lengths_fn(model.config, model.params, 0.1, seed=-1)
   vae = dict(vae=dict(kind="autoencoder_kl", block_out_channels=(8, 8), norm_groups=2), stage="vae")
   with refused(r"stage 'vae', which has no tokens"):

@@ -173,7 +173,7 @@ def test_generator(tmp_path, capsys):
   printed = capsys.readouterr().out
   assert "ar k=40, plain: " in printed and " from 30 to 40); each reads " in printed
   fails("no job 'tokenize' with stage 'ar', only ar, train", benchmark, given, "--jobs=tokenize")
-  fails("num_tokens 41 is out of range: this model takes 1 to 40", benchmark, given, "--num_tokens=41")
+  fails("num_tokens=41 is out of range: this model takes 1 to 40", benchmark, given, "--num_tokens=41")
 
 
 @pytest.mark.parametrize("condition", ["class", "text"])
@@ -221,8 +221,8 @@ def test_bad_input_is_refused(tmp_path):
   fails("--jobs: unknown 'dance', one of tokenize, detokenize, vae, ar, train", benchmark, given, "--jobs=train,dance")
   fails("--paths: unknown 'slow', one of plain, fast", benchmark, given, "--paths=slow")
   fails("--paths is empty", benchmark, given, "--paths=")
-  fails("num_tokens 33 is out of range: this model takes 1 to 32", benchmark, given, "--num_tokens=1,33")
-  fails("num_tokens 0 is out of range", benchmark, given, "--num_tokens=0")
+  fails("num_tokens=33 is out of range: this model takes 1 to 32", benchmark, given, "--num_tokens=1,33")
+  fails("num_tokens=0 is out of range", benchmark, given, "--num_tokens=0")
   fails("--num_tokens takes whole numbers separated by commas, got 'many'", benchmark, given, "--num_tokens=many")
   fails("--repeats=0 must be at least 1", benchmark, given, "--repeats=0")
   fails("--batch_size=-1 must be at least 1", benchmark, given, "--batch_size=-1")

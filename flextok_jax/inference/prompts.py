@@ -1,0 +1,171 @@
+"""Conditions and choices of sampling: what the commands that draw from a generator share."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import FrozenConfigDict
+import numpy as np
+
+from flextok_jax.config import with_fields
+from flextok_jax.inference import decoding
+from flextok_jax.inference.generator import ARGenerator
+from flextok_jax.inference.tokenizer import FlexTok
+from flextok_jax.weights import fingerprint, loading
+
+Condition = int | str | None  # a class, a prompt, or unconditional
+
+
+def read_prompts(path: str) -> list[str]:
+  """Reads a text file with one prompt per line.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: not UTF-8, or an empty line between prompts.
+  """
+  try:
+    prompts = [line.strip() for line in Path(path).read_text("utf-8").rstrip().splitlines()] or [""]
+  except UnicodeDecodeError:
+    raise ValueError(f"prompts_file={path} is not a UTF-8 text file") from None
+  check_prompts("prompts_file", prompts)
+  return prompts
+
+
+def check_prompts(name: str, prompts: Sequence[str]):
+  """Raises ValueError, naming the argument `name`, if a prompt is empty."""
+  if "" in prompts:
+    raise ValueError(f"prompt {prompts.index('') + 1} of {name} is empty: leave it out")
+
+
+def read_conditions(
+  classes: Sequence[str], prompts: Sequence[str], gen: ARGenerator, generator: str
+) -> list[Condition]:
+  """Returns classes, prompts, or [None].
+
+  Args:
+    classes: numbers as text, or ["all"].
+    prompts: texts.
+    gen: the generator.
+    generator: its name, for messages.
+
+  Raises:
+    ValueError: this generator does not take such conditions.
+  """
+  kind = gen.config.ar.condition
+  if (prompts and kind != "text") or (classes and kind != "class"):
+    takes = {"class": "classes", "text": "prompts"}.get(kind, "neither classes nor prompts")
+    raise ValueError(f"{generator} is a model of condition {kind!r}: it takes {takes}")
+  if classes == ["all"]:
+    return list(range(gen.num_classes))
+  for item in classes:
+    if not item.isdecimal() or int(item) >= gen.num_classes:
+      raise ValueError(f"class {item} is out of range: classes are 0 to {gen.num_classes - 1}, or 'all'")
+  return [int(item) for item in classes] or list(prompts) or [None]
+
+
+def sampling_choices(
+  gen: ARGenerator,
+  conditioned: bool,
+  *,
+  greedy: bool = False,
+  guidance_scale: float | None = None,
+  temperature: float | None = None,
+  top_k: int | None = None,
+  top_p: float | None = None,
+) -> dict[str, Any]:
+  """Returns the arguments of gen.generate that say how tokens are chosen; None means the checkpoint's own.
+
+  Args:
+    conditioned: whether the samples have a class or a prompt; without, there is no guidance.
+
+  Raises:
+    ValueError: an argument that has no effect.
+  """
+  ways = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+  for name, value in ways.items():
+    if greedy and value is not None:
+      raise ValueError(f"{name}={value} has no effect when greedy: give one of them")
+  if guidance_scale not in (None, 1) and not conditioned:
+    raise ValueError(f"guidance_scale={guidance_scale} has no effect without classes or prompts")
+  given = {"guidance_scale": guidance_scale if conditioned else 1.0, **ways}
+  return {name: gen.config.ar[name] if value is None else value for name, value in given.items()} | {"greedy": greedy}
+
+
+def check_tokenizer(tokenizer: FlexTok, gen: ARGenerator, name: str):
+  """Raises ValueError, calling the model `name`, unless it is the tokenizer whose ids a generator draws."""
+  codes, registers = tokenizer.num_codes, tokenizer.num_registers
+  remedy = "give the tokenizer whose ids it was trained on"
+  if gen.num_ids != codes or gen.num_tokens > registers:
+    raise ValueError(
+      f"the generator draws up to {gen.num_tokens} tokens of {gen.num_ids} ids, {name} takes"
+      f" {registers} of {codes}: {remedy}"
+    )
+  trained = gen.config.ar.tokenizer
+  if trained and trained != (given := fingerprint.fingerprint(tokenizer.config, tokenizer.params)):
+    raise ValueError(f"the generator was trained on ids of the tokenizer {trained}, but {name} is {given}: {remedy}")
+
+
+def load_tokenizer(
+  path: str,
+  gen: ARGenerator,
+  *,
+  num_steps: int | None = None,
+  guidance: str | None = None,
+  guidance_scale: float | None = None,
+) -> FlexTok:
+  """Loads the tokenizer of a generator; its config has the sampler settings that are given here, else its own.
+
+  Raises:
+    FileNotFoundError, ValueError: as flextok_jax.load, another tokenizer than the generator's, or bad settings.
+  """
+  config, params = loading.load(path)
+  if config.stage != "tokenizer":
+    raise ValueError(f"tokenizer={path} is a model of stage {config.stage!r}, which has no tokens")
+  check_tokenizer(FlexTok(params, FrozenConfigDict(config)), gen, f"tokenizer={path}")
+  sampler = decoding.override_sampler(config.sampler, num_steps, guidance, guidance_scale)
+  return FlexTok(params, FrozenConfigDict(with_fields(config, {f"sampler.{k}": v for k, v in sampler.items()})))
+
+
+def draw(
+  gen: ARGenerator,
+  conditions: Sequence[Condition],
+  prefix: np.ndarray | None,
+  seed: int,
+  batch_size: int,
+  *,
+  progress: Callable[[int, int], None] | None = None,
+  **choices,
+) -> tuple[list[np.ndarray], np.ndarray]:
+  """Draws one sequence per condition (all classes, all prompts, or all None), sample i by fold_in(key(seed), i).
+
+  Args:
+    prefix: int32 [n, k] or None.
+    progress: called after each batch with the number of samples drawn and of all.
+    **choices: of gen.generate.
+
+  Returns:
+    (n sequences int32, cut where they end; log-probabilities float32 [n], summed over the drawn tokens).
+
+  Raises:
+    ValueError: a choice out of range, or log-probabilities that are not finite.
+  """
+  count = len(conditions)
+  batch_size = min(batch_size, count)
+  sequences, sums = [], []
+  for start in range(0, count, batch_size):
+    rows = np.minimum(np.arange(start, start + batch_size), count - 1)
+    given = [conditions[i] for i in rows]
+    condition = {} if given[0] is None else {"prompts" if isinstance(given[0], str) else "labels": given}
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
+    ids, log_probs = gen.generate(
+      keys, **condition, prefix=None if prefix is None else prefix[rows], return_log_probs=True, **choices
+    )
+    sequences += gen.trim(ids)[: count - start]
+    sums.append(np.asarray(log_probs)[: count - start].sum(1))
+    if progress is not None:
+      progress(len(sequences), count)
+  sums = np.concatenate(sums)
+  if not np.isfinite(sums).all():
+    raise ValueError("the generator's log-probabilities are not finite: these weights diverged")
+  return sequences, sums
