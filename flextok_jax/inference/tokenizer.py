@@ -19,7 +19,6 @@ from flextok_jax.data import transforms
 from flextok_jax.inference import adaptive
 from flextok_jax.models.tokenizer import flextok
 from flextok_jax.ops import distances, fsq, nested
-from flextok_jax.ops import guidance as guidance_lib
 from flextok_jax.stages.tokenizer import make_model
 from flextok_jax.stages.vae import make_vae
 from flextok_jax.weights import loading, saving
@@ -137,7 +136,7 @@ class FlexTok:
     if quality is None:
       return tokenize()
     adaptive.check_quality(quality)
-    settings = _sampler_settings(num_steps, guidance, guidance_scale, guidance_interval)
+    sampler = self._sampler(num_steps, guidance, guidance_scale, guidance_interval)
     metric = distances.resolve(metric)
     if noise is None:
       side, (batch, height, width, _) = _network(self.config).downscale, images.shape
@@ -147,7 +146,7 @@ class FlexTok:
     ids = tokenize()
     if isinstance(ids, jax.core.Tracer):
       raise ValueError("sequences of different lengths do not come out of jax.jit: call tokenize(quality=...) outside")
-    lengths = np.asarray(_lengths(self, images, ids, noise, np.float32(quality), metric, *settings))
+    lengths = np.asarray(_lengths(self, images, ids, noise, np.float32(quality), metric, sampler))
     return [row[:length] for row, length in zip(np.asarray(ids), lengths)]
 
   def detokenize(
@@ -177,8 +176,8 @@ class FlexTok:
       images float32 [b, h, w, 3], about [-1, 1] and not clipped.
     """
     ids, keep_k = self._ids(ids, keep_k)
-    settings = _sampler_settings(num_steps, guidance, guidance_scale, guidance_interval)
-    return _detokenize(self, ids, keep_k, self._noise(key, noise, len(ids)), *settings)
+    sampler = self._sampler(num_steps, guidance, guidance_scale, guidance_interval)
+    return _detokenize(self, ids, keep_k, self._noise(key, noise, len(ids)), sampler)
 
   def encode_latents(self, images: Images, key: jax.Array | None = None) -> jax.Array:
     """images, as for tokenize, to scaled latents float32 [b, h, w, c]; with a key a sample of the posterior."""
@@ -299,6 +298,20 @@ class FlexTok:
     total = self.num_registers
     return nested.slots(count, total) if self.config.fast else total
 
+  def _sampler(self, num_steps, guidance, guidance_scale, guidance_interval) -> flextok.Sampler:
+    """Checks the settings of detokenize and returns them with the guidance_scale of each step."""
+    apg = {k: v for k, v in self.config.sampler.items() if k.startswith("apg_")}
+    sampler = flextok.Sampler(num_steps, guidance or "none", 1.0, guidance_interval, **apg)
+    if callable(guidance_scale):
+      guidance_scale = np.asarray([guidance_scale(i / num_steps) for i in range(num_steps, 0, -1)], np.float32)
+    if not isinstance(guidance_scale, jax.core.Tracer):
+      if np.shape(guidance_scale) not in ((), (num_steps,)) or not np.isfinite(guidance_scale).all():
+        raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number or a function of t that gives one")
+      if np.all(np.asarray(guidance_scale) == 1):
+        sampler = dataclasses.replace(sampler, guidance="none")
+    scales = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), (num_steps,))
+    return dataclasses.replace(sampler, guidance_scale=scales)
+
   def _noise(self, key, noise, batch: int) -> jax.Array:
     if noise is not None:
       self._check_noised("noise", noise, batch)
@@ -332,24 +345,6 @@ def _per_sample(name: str, value, batch: int, dtype) -> np.ndarray | jax.Array:
   if array.shape not in ((), (batch,)) or not np.can_cast(array.dtype, dtype, "same_kind"):
     raise ValueError(f"{name} must be one {np.dtype(dtype).name}, or one for each of {batch} samples, got {value!r}")
   return (jnp if isinstance(value, jax.core.Tracer) else np).broadcast_to(array.astype(dtype), (batch,))
-
-
-def _sampler_settings(num_steps, guidance, guidance_scale, guidance_interval) -> tuple:
-  """Checks the settings of detokenize and returns (scales [num_steps], num_steps, mode, interval)."""
-  if not isinstance(num_steps, int) or num_steps < 1:
-    raise ValueError(f"num_steps={num_steps!r} must be a whole number of at least 1")
-  mode = "none" if guidance is None else guidance
-  guidance_lib.check_mode(mode)
-  if callable(guidance_scale):
-    guidance_scale = np.asarray([guidance_scale(i / num_steps) for i in range(num_steps, 0, -1)], np.float32)
-  if not isinstance(guidance_scale, jax.core.Tracer):
-    if np.shape(guidance_scale) not in ((), (num_steps,)) or not np.isfinite(guidance_scale).all():
-      raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number or a function of t that gives one")
-    if np.all(np.asarray(guidance_scale) == 1):
-      mode = "none"
-  interval = tuple(map(float, guidance_interval))
-  guidance_lib.guided_steps(num_steps, interval)  # checks it
-  return jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), (num_steps,)), num_steps, mode, interval
 
 
 @functools.lru_cache(maxsize=32)
@@ -387,30 +382,19 @@ def _velocity(model: FlexTok, x_t, t, ids, keep_k, drop_condition) -> jax.Array:
   return _apply(model, "velocity", x_t, t, codes, keep_k, drop_condition)
 
 
-@functools.partial(jax.jit, static_argnames=("num_steps", "mode", "interval"))
-def _detokenize(model: FlexTok, ids, keep_k, noise, scales, num_steps: int, mode: str, interval) -> jax.Array:
-  settings = {k: v for k, v in model.config.sampler.items() if k.startswith("apg_")}
-  settings |= {"guidance_interval": interval, "fast": model.config.fast}
+@jax.jit
+def _detokenize(model: FlexTok, ids, keep_k, noise, sampler: flextok.Sampler) -> jax.Array:
   precision = "highest" if model.config.dtype == "float32" else None
   with jax.default_matmul_precision(precision):
-    latents = flextok.sample_latents(
-      _network(model.config),
-      model.params,
-      ids,
-      keep_k,
-      noise,
-      num_steps=num_steps,
-      mode=mode,
-      guidance_scale=scales,
-      **settings,
-    )
+    network = _network(model.config)
+    latents = flextok.sample_latents(network, model.params, ids, keep_k, noise, sampler, model.config.fast)
   return _apply(model, "decode_latents", latents)
 
 
-@functools.partial(jax.jit, static_argnames=("metric", "num_steps", "mode", "interval"))
-def _lengths(model: FlexTok, images, ids, noise, quality, metric, scales, num_steps: int, mode: str, interval):
+@functools.partial(jax.jit, static_argnames="metric")
+def _lengths(model: FlexTok, images, ids, noise, quality, metric, sampler: flextok.Sampler):
   def decode(ids, keep_k):
     ids = adaptive.pad_to_slots(ids, model.num_registers)
-    return jnp.clip(_detokenize(model, ids, keep_k, noise, scales, num_steps, mode, interval), -1, 1)
+    return jnp.clip(_detokenize(model, ids, keep_k, noise, sampler), -1, 1)
 
   return adaptive.shortest_length(decode, metric, images, ids, quality)

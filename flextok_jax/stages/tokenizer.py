@@ -11,10 +11,10 @@ from flextok_jax.config import at_least_one, float_dtype, share
 from flextok_jax.models import layers
 from flextok_jax.models.tokenizer.decoder import NULL_CONDITIONS, Decoder
 from flextok_jax.models.tokenizer.encoder import Encoder
-from flextok_jax.models.tokenizer.flextok import FlexTok, sample_latents
+from flextok_jax.models.tokenizer.flextok import FlexTok, Sampler, sample_latents
 from flextok_jax.models.transformer import MODULATIONS, PatchTransformer, mlp_hidden, remat_name
 from flextok_jax.models.vae.autoencoder import sample_posterior
-from flextok_jax.ops import flow, fsq, guidance, nested, posemb
+from flextok_jax.ops import flow, fsq, nested, posemb
 from flextok_jax.ops import repa as repa_ops
 from flextok_jax.stages import repa
 from flextok_jax.stages.stage import Stage
@@ -121,7 +121,6 @@ class TokenizerStage(Stage):
     at_least_one(config, "sampler.num_steps")
     nested.check_mode(config.tokens.nested_dropout, config.tokens.num_registers)
     _check_flow(config)
-    guidance.check_mode(config.sampler.guidance)
     self.image_size = config.image_size
     self.sample_posterior = config.vae.sample_posterior and self.model.vae is not None
     self.fast = config.fast
@@ -132,9 +131,7 @@ class TokenizerStage(Stage):
     self.flow = config.flow
     self.projector = repa.make_projector(config, self.model.decoder)
     self.repa, self.repa_grid = repa.section(config), repa.decoder_grid(config)
-    s = config.sampler
-    self.sampler = dict(s, mode=s.guidance, fast=self.fast)
-    del self.sampler["guidance"]
+    self.sampler = Sampler(**config.sampler)
 
   def init(self, key):
     images = jnp.zeros((1, self.image_size, self.image_size, 3))
@@ -280,7 +277,7 @@ class TokenizerStage(Stage):
     def detokenize(params, token_ids, keep_k, keys):
       shape = self.model.latent_shape(self.image_size)
       noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-      latents = sample_latents(self.model, params, token_ids, keep_k, noise, **self.sampler)
+      latents = sample_latents(self.model, params, token_ids, keep_k, noise, self.sampler, self.fast)
       return jnp.clip(self.model.apply({"params": params}, latents, method="decode_latents"), -1, 1)
 
     return {"tokenize": tokenize, "detokenize": detokenize}

@@ -4,6 +4,8 @@ Single calls agree to 1e-5 of the largest value and 25 guided steps to 1e-4 (mea
 of the largest entry of the leaf.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
@@ -14,12 +16,13 @@ import pytest
 
 from flextok_jax import config as common
 from flextok_jax.inference import tokenizer as api
-from flextok_jax.models.tokenizer.flextok import sample_latents
+from flextok_jax.models.tokenizer.flextok import Sampler, sample_latents
 from flextok_jax.ops import guidance, nested
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.tokenizer import make_model
 from flextok_jax.weights import loading
 
+SAMPLER = Sampler(**common.get_config().sampler)
 KEEP = np.array([1, 2, 7, 32, 255, 256])
 
 
@@ -113,8 +116,8 @@ def test_modulations_known_beforehand(case):
 def test_25_steps(case, mode, scale, interval, slots):
   """8 slots run both halves in one call, more in two; 256 mixes all of KEEP in one batch."""
   keep_k = np.minimum(KEEP, slots - (slots < 256))
-  settings = dict(mode=mode, guidance_scale=scale, guidance_interval=interval)
-  sample = lambda fast: lambda ids: sample_latents(case.model, case.params, ids, keep_k, case.x, fast=fast, **settings)
+  sampler = dataclasses.replace(SAMPLER, guidance=mode, guidance_scale=scale, guidance_interval=interval)
+  sample = lambda fast: lambda ids: sample_latents(case.model, case.params, ids, keep_k, case.x, sampler, fast)
   run = lambda fast, ids: jax.jit(sample(fast))(ids)
   near(run(True, case.ids[:, :slots]), run(False, case.ids), 1e-4)
 
@@ -131,11 +134,12 @@ def test_the_interval_of_guidance():
 def test_no_unconditional_pass_at_scale_one(case):
   """The compiled program of scale 1 does what that without guidance does; on the plain path guidance doubles it."""
 
-  def flops(**kwargs):
-    fn = lambda ids: sample_latents(case.model, case.params, ids, KEEP, case.x, num_steps=1, **kwargs)
+  def flops(fast=True, **settings):
+    sampler = dataclasses.replace(SAMPLER, num_steps=1, **settings)
+    fn = lambda ids: sample_latents(case.model, case.params, ids, KEEP, case.x, sampler, fast)
     return jax.jit(fn).lower(case.ids).compile().cost_analysis()["flops"]
 
-  plain = flops(mode="none")
+  plain = flops(guidance="none")
   assert flops(guidance_scale=1.0) == plain and flops(guidance_scale=2.0) > plain
   assert flops(guidance_scale=2.0, fast=False) > 1.9 * flops(guidance_scale=1.0, fast=False)
   assert flops(guidance_scale=2.0, guidance_interval=(0.0, 0.0)) == plain

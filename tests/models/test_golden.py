@@ -14,8 +14,9 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file
 
+from flextok_jax import config as common
 from flextok_jax.models.tokenizer.decoder import TimeEmbedding
-from flextok_jax.models.tokenizer.flextok import sample_latents
+from flextok_jax.models.tokenizer.flextok import Sampler, sample_latents
 from flextok_jax.ops import flow, fsq, guidance, nested, posemb
 from flextok_jax.stages.tokenizer import make_model
 from flextok_jax.weights import loading, saving
@@ -29,10 +30,10 @@ FIXED_TABLES = {  # stored by official checkpoints, computed by us
 }
 LEVELS = {"888555": (8, 8, 8, 5, 5, 5), "865": (8, 6, 5), "75555": (7, 5, 5, 5, 5), "88865": (8, 8, 8, 6, 5)}
 SAMPLERS = {  # steps and guidance as recorded in flextok_tiny_meta.json
-  "cfg": dict(num_steps=25, mode="cfg", guidance_scale=3.0),
-  "apg": dict(num_steps=25, mode="apg", guidance_scale=7.5),
-  "apg_full": dict(num_steps=25, mode="apg", guidance_scale=7.5),
-  "noguid": dict(num_steps=4, mode="apg", guidance_scale=1.0),
+  "cfg": dict(num_steps=25, guidance="cfg", guidance_scale=3.0),
+  "apg": dict(num_steps=25, guidance="apg", guidance_scale=7.5),
+  "apg_full": dict(num_steps=25, guidance="apg", guidance_scale=7.5),
+  "noguid": dict(num_steps=4, guidance="apg", guidance_scale=1.0),
 }
 
 
@@ -177,9 +178,9 @@ def test_sampling(model, params, decode, golden, name, monkeypatch):
       return euler_steps(until, noise, num_steps, span, carry, inputs)
 
     monkeypatch.setattr(flow, "euler_steps", stopped)
-    return sample_latents(
-      model, params, golden["tokens"], golden[f"sample_{name}_keep"], golden["sample_init_noise"], **settings
-    )
+    sampler = Sampler(**common.get_config().sampler.to_dict() | settings)
+    keep_k = golden[f"sample_{name}_keep"]
+    return sample_latents(model, params, golden["tokens"], keep_k, golden["sample_init_noise"], sampler)
 
   after = [int(k.rpartition("after")[2]) for k in golden if k.startswith(f"sample_{name}_latent_after")]
   assert after

@@ -11,7 +11,7 @@ import pytest
 
 from flextok_jax import config as common
 from flextok_jax.models.tokenizer.encoder import causal_last_mask
-from flextok_jax.models.tokenizer.flextok import sample_latents
+from flextok_jax.models.tokenizer.flextok import Sampler, sample_latents
 from flextok_jax.models.transformer import BlockChoices, Transformer
 from flextok_jax.ops import fsq
 from flextok_jax.stages import make_stage
@@ -186,18 +186,24 @@ def test_no_unconditional_pass_without_guidance(tiny, mode, scale, batch):
 
   fields = {k: getattr(tiny.model, k) for k in ("encoder", "decoder", "levels", "vae", "scaling_factor")}
   spy = Spy(**fields)
-  sample = lambda **kwargs: sample_latents(
-    spy, tiny.params, tiny.ids, tiny.keep_k, jnp.asarray(tiny.latents), num_steps=2, **kwargs
+  settings = common.get_config().sampler.to_dict() | {"num_steps": 2}
+  sample = lambda mode, scale: sample_latents(
+    spy,
+    tiny.params,
+    tiny.ids,
+    tiny.keep_k,
+    jnp.asarray(tiny.latents),
+    Sampler(**settings | {"guidance": mode, "guidance_scale": scale}),
   )
-  out = sample(mode=mode, guidance_scale=scale)
+  out = sample(mode, scale)
   assert set(seen) == {batch}
   if batch == 3:
-    np.testing.assert_array_equal(out, sample(mode="none", guidance_scale=1.0))
+    np.testing.assert_array_equal(out, sample("none", 1.0))
 
 
 def test_unknown_guidance(tiny):
   with pytest.raises(ValueError, match="'cgf'.*apg, cfg, none"):
-    sample_latents(tiny.model, tiny.params, tiny.ids, tiny.keep_k, tiny.latents, mode="cgf")
+    Sampler(**common.get_config().sampler.to_dict() | {"guidance": "cgf"})
 
 
 # Options of the network.
@@ -222,9 +228,9 @@ def test_remat_saves_memory_and_changes_no_gradient():
       np.testing.assert_allclose(other, grad, rtol=1e-4, atol=1e-5 * np.abs(grad).max())
 
 
-def test_remat_of_older_weights_and_of_no_such_name():
+def test_remat_names():
   make = lambda remat: make_model(ConfigDict(config_of(PIXELS).to_dict() | dict(remat=remat)))
-  assert make(False) == make("none") and make(True) == make("full") and make("dots").encoder.remat == "dots"
+  assert [make(name).encoder.remat for name in ("none", "dots", "full")] == ["none", "dots", "full"]
   with pytest.raises(ValueError, match="unknown remat 'all': one of none, dots, full") as error:
     make("all")
   assert "\n" not in str(error.value)

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from flextok_jax import config as common
-from flextok_jax.models.tokenizer.flextok import sample_latents
+from flextok_jax.models.tokenizer.flextok import Sampler, sample_latents
 from flextok_jax.ops import flow, fsq, guidance, nested, posemb
 from flextok_jax.stages.tokenizer import make_model
 from tests.conftest import SHARED
@@ -140,11 +140,9 @@ def test_velocity(case, null):
 
 @pytest.mark.parametrize("mode, scale", [("none", 1.0), ("cfg", 3.0), ("apg", 7.5)])
 def test_sampler(case, mode, scale):
-  run = jax.jit(
-    lambda noise: sample_latents(
-      case.model, case.params, case.ids, case.keep_k, noise, num_steps=4, mode=mode, guidance_scale=scale
-    )
-  )
+  settings = common.get_config().sampler.to_dict() | {"num_steps": 4, "guidance": mode, "guidance_scale": scale}
+  sampler = Sampler(**settings)
+  run = jax.jit(lambda noise: sample_latents(case.model, case.params, case.ids, case.keep_k, noise, sampler))
   expected = reference.sample(case.w, case.noise, case.codes, case.keep_k, 4, mode, scale, case.head_dim)
   gap(run(case.noise), expected[-1], 5e-4)
 

@@ -1,6 +1,9 @@
 """The one place that joins VAE, encoder, FSQ and flow decoder."""
 
 from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -90,44 +93,82 @@ class FlexTok(nn.Module):
     return self.decode_latents(v)
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["guidance_scale"],
+  meta_fields=["num_steps", "guidance", "guidance_interval", "apg_momentum", "apg_eta", "apg_threshold"],
+)
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """Settings of sample_latents; `Sampler(**config.sampler)` are those of a config, which explains each.
+
+  A pytree whose only leaf is guidance_scale: an argument of jax.jit, it needs no new program for another scale.
+  Hashable where the scale is a number.
+
+  Attributes:
+    num_steps: Euler steps.
+    guidance: "apg", "cfg" or "none".
+    guidance_scale: a number, or one for each step [num_steps]. At the number 1 there is no unconditional pass.
+    guidance_interval: times t at which guidance is applied; the other steps have no unconditional pass.
+    apg_momentum: see guidance.apg, as for apg_eta and apg_threshold.
+
+  Raises:
+    ValueError: naming the value that is not possible.
+  """
+
+  num_steps: int
+  guidance: str
+  guidance_scale: float | jax.Array
+  guidance_interval: tuple[float, float]
+  apg_momentum: float
+  apg_eta: float
+  apg_threshold: float
+
+  def __post_init__(self):
+    if not isinstance(self.num_steps, int) or self.num_steps < 1:
+      raise ValueError(f"num_steps={self.num_steps!r} must be a whole number of at least 1")
+    guidance.check_mode(self.guidance)
+    object.__setattr__(self, "guidance_interval", tuple(map(float, self.guidance_interval)))
+    guidance.guided_steps(self.num_steps, self.guidance_interval)
+
+  @property
+  def guided_steps(self) -> tuple[int, int]:
+    """(first, end) of the steps that need an unconditional pass."""
+    scale = self.guidance_scale
+    if self.guidance == "none" or (isinstance(scale, int | float) and scale == 1):
+      return 0, 0
+    return guidance.guided_steps(self.num_steps, self.guidance_interval)
+
+
 def sample_latents(
   model: FlexTok,
-  params,
+  params: Any,
   token_ids: jax.Array,
   keep_k: jax.Array,
   noise: jax.Array,
-  *,
-  num_steps: int = 25,
-  mode: str = "apg",
-  guidance_scale: float | jax.Array = 7.5,
-  guidance_interval: tuple[float, float] = (0.0, 1.0),
-  apg_momentum: float = -0.5,
-  apg_eta: float = 0.0,
-  apg_threshold: float = 2.5,
+  sampler: Sampler,
   fast: bool = True,
 ) -> jax.Array:
   """Decodes token ids to latents by guided Euler steps of the flow; to be jitted by the caller.
 
-  The fast path computes the modulation of all steps at once and merges masked registers, as far as token_ids has fewer
-  slots than the model registers, and all registers of the unconditional half; the plain one says the same slowly.
+  The fast path computes the modulations of all steps at once. It merges masked registers if token_ids has fewer columns
+  than the model has registers, and all registers of the unconditional half.
 
   Args:
-    token_ids: int [b, slots]; those at or past keep_k have no influence. Fewer slots than num_registers must be more
-      than the kept ones (nested.slots).
+    model: with encoder and decoder.
+    params: of the model.
+    token_ids: int [b, n]; those at or past keep_k have no effect. If n < num_registers, n must exceed keep_k (see
+      nested.slots).
     keep_k: int [b].
     noise: starting latents [b, h, w, c].
-    mode: "apg", "cfg" or "none".
-    guidance_scale: a number, or one for every step [num_steps]. Without guidance, or at the number 1, there is no
-      unconditional pass.
-    guidance_interval: times t in which guidance is applied; outside there is no unconditional pass either.
-    fast: False for the plain path.
+    sampler: steps and guidance.
+    fast: False for the slow reference implementation.
 
   Returns:
     latents [b, h, w, c] float32.
   """
-  guidance.check_mode(mode)
-  guided = mode != "none" and not (isinstance(guidance_scale, int | float) and guidance_scale == 1)
-  first, end = guidance.guided_steps(num_steps, guidance_interval) if guided else (0, 0)
+  num_steps = sampler.num_steps
+  first, end = sampler.guided_steps
   batch, slots = token_ids.shape
   if not fast:
     slots = model.num_registers
@@ -152,15 +193,15 @@ def sample_latents(
     else:
       v_c = velocity(x, t, codes, keep_k, keep, modulations)
       v_u = velocity(x, t, codes[:, :1], keep_k, drop, modulations)  # one null token counts for all
-    if mode == "cfg":
+    if sampler.guidance == "cfg":
       return guidance.cfg(v_c, v_u, scale), running
-    return guidance.apg(v_c, v_u, scale, running, apg_momentum, apg_eta, apg_threshold)
+    return guidance.apg(v_c, v_u, scale, running, sampler.apg_momentum, sampler.apg_eta, sampler.apg_threshold)
 
   modulations = None
   if fast:  # [num_steps, ..., 1, d] for a batch of one, which all samples share
     blocks, head = model.apply({"params": params}, flow.step_times(num_steps), method="modulations")
     modulations = (blocks.swapaxes(0, 1)[:, :, None], head if head is None else head[:, None])
-  inputs = (jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), (num_steps,)), modulations)
+  inputs = (jnp.broadcast_to(jnp.asarray(sampler.guidance_scale, jnp.float32), (num_steps,)), modulations)
   x, running = noise, jnp.zeros_like(noise)
   for velocity_fn, span in ((plain_fn, (0, first)), (guided_fn, (first, end)), (plain_fn, (end, num_steps))):
     if span[0] < span[1]:

@@ -213,7 +213,7 @@ class Benchmark:
       slots = flops.decoded(self.config, num_tokens, fast)
 
       def fn(params, ids, keep_k, noise):
-        z = sample_latents(stage.model, params, ids[:, :slots], keep_k, noise, **stage.sampler)
+        z = sample_latents(stage.model, params, ids[:, :slots], keep_k, noise, stage.sampler, fast)
         return z if self.latents else stage.model.apply({"params": params}, z, method="decode_latents")
 
       count = flops.sampler(self.config, num_tokens, self.batch_size, fast)
