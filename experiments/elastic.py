@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from safetensors.numpy import load_file
 
-from tests.parallel.test_distributed import losses, trained
+from tests.parallel.test_processes import losses, trained
 from tests.support import tiny_run
 from tests.support.commands import environment
 

@@ -95,7 +95,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()):
 
   def call(argv):
     _keep_compiled()
-    with processes.failing_at_once():
+    with processes.exit_on_failure():
       try:
         processes.initialize()
         main(*argv[1:])

@@ -96,7 +96,7 @@ def main(values: flags.FlagValues):
     report, conditions, kept = evaluate_samples.evaluate(values, out)
   else:
     report, conditions, kept = _evaluate(values, out)
-  if not processes.is_first():
+  if not processes.is_process_0():
     return
   paths = report.write(out, conditions)
   with open(out / "eval.jsonl", "a") as f:

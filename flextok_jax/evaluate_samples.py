@@ -85,7 +85,7 @@ def evaluate(values: flags.FlagValues, out: Path) -> tuple[reconstruction.Report
     for metric, layer in (("gfid", "pool"), ("sfid", "spatial"), ("fid_infinity", "pool")):
       if metric in names and layer not in compared.gaussians:
         raise ValueError(f"--metrics={metric}: {values.reference} has no statistics of these features")
-    if values.save_reference and processes.is_first():
+    if values.save_reference and processes.is_process_0():
       reference.save(values.save_reference, compared)
 
   seed = values.seed or 0

@@ -49,7 +49,7 @@ def train(config, workdir: str):
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.data.global_batch, config.optim.accumulate_steps, mesh)
   for line in optim.check(config):
-    processes.say(f"warning: {line}")
+    processes.log_on_process_0(f"warning: {line}")
   profile = goodput.Profile(config.profile_steps, os.path.join(workdir, "profile"))
   mfu = goodput.make_mfu(config, mesh.devices.flatten())
   stage = stages.make_stage(config)
@@ -83,7 +83,7 @@ def train(config, workdir: str):
     else:
       shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), unbox(boxed), shardings)
       state = checkpoints.restore(shapes)
-      processes.say(f"resuming from step {int(state.step)} of {workdir}")
+      processes.log_on_process_0(f"resuming from step {int(state.step)} of {workdir}")
     inputs.check_latents(config, state.frozen)
     update = jax.jit(
       make_update(stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=config.optim.ema_decay),
@@ -94,10 +94,10 @@ def train(config, workdir: str):
     first, last = int(state.step), config.train.num_steps
     local = inputs.train_batches(config, first, mesh)
     batches = map(prepare, sharding.device_batches(local, sharding.batch_sharding(mesh)))
-    processes.by_first(lambda: checkpoint.claim_workdir(workdir, config))
-    writer = metrics_lib.Writer(workdir, config.train.tensorboard) if processes.is_first() else _NoWriter()
+    processes.run_on_process_0(lambda: checkpoint.claim_workdir(workdir, config))
+    writer = metrics_lib.Writer(workdir, config.train.tensorboard) if processes.is_process_0() else _NoWriter()
     count = sum(x.size for x in jax.tree.leaves(state.params))
-    processes.say(
+    processes.log_on_process_0(
       f"stage {config.stage}: {count / 1e6:.1f}M trained parameters, {mesh.size} devices, steps {first}..{last}"
     )
 
@@ -132,7 +132,7 @@ def train(config, workdir: str):
             measured = measure(state.joined(average=True))
             checkpoints.save(state, measured)
         if stop:
-          processes.say(f"stopped by a signal at step {step}; rerun the same command to go on")
+          processes.log_on_process_0(f"stopped by a signal at step {step}; rerun the same command to go on")
           return
         if step % config.train.eval_every == 0 and step < last:
           begun = time.monotonic()
@@ -142,18 +142,18 @@ def train(config, workdir: str):
       # The weights come last: where those of this step are missing, an earlier run was stopped before its end.
       path = os.path.join(workdir, "weights.safetensors")
       if first >= last and _step_of(path) == first:
-        processes.say(f"nothing to do: {workdir} is at step {first} of train.num_steps={last}")
+        processes.log_on_process_0(f"nothing to do: {workdir} is at step {first} of train.num_steps={last}")
         return
       _evaluate(evaluator, state, int(state.step), workdir, writer)
       extra = {_STEP: str(int(state.step))}
       if measured is None:  # else it is that of the last step, saved just now
         measured = measure(state.joined(average=True))
       told = "".join(f"; {name}={value:.5g} was measured" for name, value in measured.items())
-      weights = processes.fetched({k: v for k, v in state.joined(average=True).items() if k in parts})
-      if processes.is_first():
+      weights = processes.gather_on_process_0({k: v for k, v in state.joined(average=True).items() if k in parts})
+      if processes.is_process_0():
         full = with_fields(config, measured)
         saving.save_weights(path, full, weights, config.train.export_dtype, extra=extra)
-      processes.say(f"averaged weights ({config.train.export_dtype}): {path}{told}")
+      processes.log_on_process_0(f"averaged weights ({config.train.export_dtype}): {path}{told}")
 
 
 class _NoWriter:
@@ -203,7 +203,7 @@ def _check(scalars: dict, images: int, config, checkpoints):
 def _evaluate(evaluator, state, step: int, workdir: str, writer):
   """Writes the report on the averaged parameters, numbers and pictures, under workdir/eval/STEP."""
   report = evaluator.run(state.joined(average=True))
-  if not processes.is_first():
+  if not processes.is_process_0():
     return
   out = os.path.join(workdir, "eval", f"{step:08d}")
   report.write(out)

@@ -93,7 +93,7 @@ class Generation:
     first, arrays = self._progress.load(SET)
     seen = tally.Tally(grid_images, arrays)
     writers = {}
-    if self._samples is not None and processes.is_first():
+    if self._samples is not None and processes.is_process_0():
       shape = (num_images, self._image_size, self._image_size, 3)
       paths = {column: self._samples / f"samples_{column}.npz" for column in self._columns}
       left = {column: path for column, path in paths.items() if first < num_images or not path.exists()}
@@ -109,7 +109,7 @@ class Generation:
     for writer in writers.values():
       writer.finish()
     by_tokens, intervals = {}, {}
-    for column in map(str, self._columns) if processes.is_first() else ():
+    for column in map(str, self._columns) if processes.is_process_0() else ():
       by_tokens[column], intervals[column] = self._scores(seen, column)
     scored = {"num_images": num_images, "by_tokens": by_tokens, "intervals": intervals}
     return Report({"seed": seed, "num_tokens": list(self._columns), "sets": {SET: scored}}, {SET: seen.pictures()})

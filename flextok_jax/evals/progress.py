@@ -52,12 +52,12 @@ class Progress:
     if self._folder is None:
       return 0, {}
     done, arrays = 0, {}
-    if processes.is_first():
+    if processes.is_process_0():
       done, arrays = self._read(part)
     if jax.process_count() > 1:
       done = int(multihost_utils.broadcast_one_to_all(np.int32(done)))
     if done:
-      processes.say(f"{part}: going on after {done} images, by {self._path(part)}")
+      processes.log_on_process_0(f"{part}: going on after {done} images, by {self._path(part)}")
     return done, arrays
 
   def after_batch(self, part: str, done: int, total: int, arrays: Any):
@@ -65,17 +65,17 @@ class Progress:
     if self._folder is None:
       return
     self._batches += 1
-    if processes.is_first() and (self._batches % self._every == 0 or done == total):
+    if processes.is_process_0() and (self._batches % self._every == 0 or done == total):
       content = io.BytesIO()
       np.savez(content, **arrays(), **{_SETTINGS: np.array(self._settings), "done": np.array(done)})
       files.write_file(self._path(part), content.getvalue())
     if done * _LINES // total > self._told.get(part, 0):
       self._told[part] = done * _LINES // total
-      processes.say(f"{part}: {done} of {total} images")
+      processes.log_on_process_0(f"{part}: {done} of {total} images")
 
   def clear(self):
     """Removes the files: everything is in the report."""
-    if self._folder is not None and processes.is_first():
+    if self._folder is not None and processes.is_process_0():
       for path in self._folder.glob("*.npz"):
         path.unlink()
       if self._folder.is_dir():

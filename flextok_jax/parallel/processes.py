@@ -1,15 +1,15 @@
-"""Several processes that run one program on all their devices: how they find each other, agree and stop.
+"""Runs of several processes: how they join, agree and stop.
 
-Every process runs the same command. Who they are comes from the environment:
+All processes run the same command on their own devices. The environment says which processes belong to a run:
 
-- JAX_COORDINATOR_ADDRESS=HOST:PORT (a free port where process 0 runs), JAX_NUM_PROCESSES and JAX_PROCESS_ID: whoever
-  starts the processes says it, as launch/local.sh does, or a pod of Kubernetes. JAX_NUM_PROCESSES=1: there is but one,
-  whatever follows.
+- JAX_COORDINATOR_ADDRESS=HOST:PORT (a free port on the host of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, set by
+  whatever starts the processes, such as launch/local.sh or a Kubernetes pod. JAX_NUM_PROCESSES=1 means a single process,
+  whatever else is set.
 - Slurm: the tasks of srun.
 - TPU VMs: all hosts of the slice or slices.
 
-The workdir must be the same folder in all of them: process 0 alone writes, but for checkpoints, where each writes what
-its devices hold.
+The workdir must be the same folder in all processes. Only process 0 writes to it, except for checkpoints, of which each
+process writes the shards on its devices.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,22 +27,22 @@ import numpy as np
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def initialize():
-  """Joins the other processes of this run, if there are any; to be called before jax touches a device.
+def initialize() -> None:
+  """Connects to the other processes of this run, if there are any; call it before JAX initialises its devices.
 
   Raises:
-    ValueError: for an environment that says it half.
-    OSError: when the others cannot be reached.
+    ValueError: only some of the variables are set, or they contradict each other.
+    OSError: the other processes cannot be reached.
   """
-  told = {name: os.environ[name] for name in _EXPLICIT if os.environ.get(name)}
-  if told.get("JAX_NUM_PROCESSES") == "1":
+  given = {name: os.environ[name] for name in _EXPLICIT if os.environ.get(name)}
+  if given.get("JAX_NUM_PROCESSES") == "1":
     return
   arguments = {}
-  if told:
-    address, count, index = (told.get(name, "") for name in _EXPLICIT)
+  if given:
+    address, count, index = (given.get(name, "") for name in _EXPLICIT)
     if ":" not in address or not count.isdecimal() or not index.isdecimal() or int(index) >= int(count):
       raise ValueError(
-        f"{', '.join(f'{k}={v}' for k, v in told.items())}: a process of several needs JAX_COORDINATOR_ADDRESS="
+        f"{', '.join(f'{k}={v}' for k, v in given.items())}: a process of several needs JAX_COORDINATOR_ADDRESS="
         "HOST:PORT, JAX_NUM_PROCESSES=N and JAX_PROCESS_ID from 0 to N - 1"
       )
     arguments = dict(
@@ -53,30 +53,31 @@ def initialize():
     )
   elif not _in_slurm_step() and not _on_tpu_vm():
     return
-  jax.config.update("jax_cpu_collectives_implementation", "gloo")  # without effect on other devices
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")  # no effect on other devices
   try:
     jax.distributed.initialize(**arguments)
-  except (RuntimeError, ValueError, OSError) as e:  # whatever the network and its libraries say
+  except (RuntimeError, ValueError, OSError) as e:  # the network libraries raise several types
     raise OSError(f"cannot join the other processes ({e}); JAX_NUM_PROCESSES=1 runs this one alone") from e
 
 
 def _in_slurm_step() -> bool:
-  """Whether srun started this process beside others; what runs in an allocation without srun is alone."""
+  """Returns whether srun started several tasks; a process started without srun in an allocation is alone."""
   return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
 def _on_tpu_vm() -> bool:
-  """Whether there are TPU chips here that jax is going to use."""
-  from jax._src import cloud_tpu_init  # the one place where jax says so before it starts the chips
+  """Returns whether this host has TPU chips that JAX will use."""
+  from jax._src import cloud_tpu_init  # JAX offers no public check before the chips are initialised
 
   return cloud_tpu_init.running_in_cloud_tpu_vm and "tpu" in (jax.config.jax_platforms or "tpu")
 
 
 @contextlib.contextmanager
-def failing_at_once() -> Iterator[None]:
-  """Ends this process when the body fails, without the farewell in which jax would wait for the others.
+def exit_on_failure() -> Iterator[None]:
+  """Exits this process immediately if the body fails, skipping JAX's shutdown barrier.
 
-  They are waiting for this one, and are stopped when it is gone. A single process fails as any other.
+  At the barrier JAX would wait for the other processes, which wait for this one; they are stopped once it has exited.
+  In a run of a single process the exception propagates as usual.
   """
   try:
     yield
@@ -91,58 +92,66 @@ def failing_at_once() -> Iterator[None]:
     os._exit(code if isinstance(code, int) else 1)
 
 
-def is_first() -> bool:
-  """Whether this is the process that writes and prints."""
+def is_process_0() -> bool:
+  """Returns whether this is process 0, which alone writes files and prints."""
   return jax.process_index() == 0
 
 
-def say(text: str):
-  """Prints a line, once a run."""
-  if is_first():
+def log_on_process_0(text: str) -> None:
+  """Prints a line on process 0 only."""
+  if is_process_0():
     print(text, flush=True)
 
 
-def all_agree(here: bool) -> bool:
-  """Whether it is so in every process; all have to ask."""
+def true_on_all_processes(condition: bool) -> bool:
+  """Returns whether the condition holds in every process; all processes must call it."""
   if jax.process_count() == 1:
-    return here
-  return bool(np.all(multihost_utils.process_allgather(np.bool_(here))))
+    return condition
+  return bool(np.all(multihost_utils.process_allgather(np.bool_(condition))))
 
 
-def by_first(act: Callable[[], Any]):
-  """Calls act in process 0; what it raises (ValueError, OSError) ends the other processes as well."""
+def run_on_process_0(function: Callable[[], Any]) -> None:
+  """Calls the function on process 0 only; all processes must call this.
+
+  Raises:
+    ValueError, OSError: what the function raised on process 0; on the other processes a ValueError.
+  """
   error = None
-  if is_first():
+  if is_process_0():
     try:
-      act()
+      function()
     except (ValueError, OSError) as e:
       error = e
-  agreed = all_agree(error is None)
+  succeeded = true_on_all_processes(error is None)
   if error is not None:
     raise error
-  if not agreed:
-    raise ValueError("stopped: process 0 says why")
+  if not succeeded:
+    raise ValueError("stopped: see the error message of process 0")
 
 
-def fetched(tree) -> Any:
-  """Returns a tree of global arrays as what process 0 can read, one array after another; others get None of each."""
+def gather_on_process_0(tree: Any) -> Any:
+  """Returns a tree of global arrays as arrays that process 0 can read; on the other processes each leaf is None.
+
+  One array is gathered at a time: for that moment every device holds the whole of it.
+  """
   if jax.process_count() == 1:
     return tree
 
-  def fetch(x):
-    x = multihost_utils.process_allgather(x, tiled=True)  # what is split is whole on every device for a moment
-    return x if is_first() else None
+  def gather(x):
+    x = multihost_utils.process_allgather(x, tiled=True)
+    return x if is_process_0() else None
 
-  return jax.tree.map(fetch, tree)
+  return jax.tree.map(gather, tree)
 
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[int], bool]]:
-  """Makes SIGTERM a question to ask after every step; afterwards all is as before.
+  """Replaces the handler of SIGTERM: a preempted run can save before it exits. Restores the old handler afterwards.
 
-  Yields a function of the step's number. Where several processes ask, each after every step, all get the answer that it
-  is time after the same step, at most a few seconds after the signal came to any of them: jax watches for it in the
-  background, and agrees on the step over the network of its coordinator, without the devices.
+  Yields:
+    A function of the step number that returns whether SIGTERM was received. With several processes all must call it
+    after every step. All get True after the same step, at most a few seconds after any of them received the signal: JAX
+    agrees on the step over the network of its coordinator, without the devices.
   """
   if jax.process_count() > 1:
     yield multihost_utils.reached_preemption_sync_point

@@ -70,7 +70,7 @@ def locked(workdir: str) -> Iterator[None]:
     ValueError: when another run is at work there.
   """
   with contextlib.ExitStack() as stack:
-    processes.by_first(lambda: _lock(workdir, stack))
+    processes.run_on_process_0(lambda: _lock(workdir, stack))
     yield
 
 
@@ -144,7 +144,7 @@ class Checkpoints:
     """
     step, restored, unreadable = orbax.restore_newest(self._workdir, _items(state))
     if unreadable:
-      processes.by_first(lambda: [self._set_aside(step) for step in unreadable])
+      processes.run_on_process_0(lambda: [self._set_aside(step) for step in unreadable])
       self._manager.reload()
     return state.replace(step=jnp.int32(step), **restored)
 

@@ -52,11 +52,11 @@ def restore_newest(
         _check_complete(restored)
       except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
         problem = f"{type(e).__name__}: {first_line(e)}"
-      if processes.all_agree(not problem):
+      if processes.true_on_all_processes(not problem):
         return step, restored, unreadable
       problem = problem or "in another process"
       reason = reason or f"checkpoint {folder} cannot be read ({problem})"
-      if processes.is_first():
+      if processes.is_process_0():
         logging.warning("checkpoint %s cannot be read (%s): trying the one before", folder, problem)
       unreadable.append(step)
   if not unreadable:

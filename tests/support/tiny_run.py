@@ -103,7 +103,7 @@ def main(text: str):
   for run in json.loads(text):
     if "checkpoint" in run:
       report = evaluate.evaluate(*loading.load(run["checkpoint"], mesh=sharding.make_mesh()))
-      processes.say(json.dumps({"evaluated": report.scores["loss"]}))
+      processes.log_on_process_0(json.dumps({"evaluated": report.scores["loss"]}))
       continue
     with disturbed(**run["moment"]) if run.get("moment") else contextlib.nullcontext():
       train.train(config_of(run["shards"], run.get("mesh"), **run.get("train", {})), run["workdir"])

@@ -226,5 +226,7 @@ def test_what_the_first_process_meets_is_raised():
     raise OSError("no")
 
   with pytest.raises(OSError, match="no"):
-    processes.by_first(act)
-  assert processes.is_first() and processes.all_agree(True) and not processes.all_agree(False)
+    processes.run_on_process_0(act)
+  assert (
+    processes.is_process_0() and processes.true_on_all_processes(True) and not processes.true_on_all_processes(False)
+  )
