@@ -2,7 +2,7 @@
 # Trains on the GPUs of one or more nodes under Slurm; from the repository's folder, which all nodes must see:
 #   bash launch/slurm.sh install      # once, where there is a network; a job does it otherwise
 #   sbatch [--nodes=4 --gpus-per-node=8 --time=… …] launch/slurm.sh --config=configs/X.py --workdir=DIR
-# What stands here is overridden by sbatch's own options; launch/README.md tells more.
+# sbatch's own options override these; see docs/launchers.md.
 #
 #SBATCH --job-name=flextok
 #SBATCH --nodes=2

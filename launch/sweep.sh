@@ -7,7 +7,7 @@
 # One after another on this machine; the same command goes on where it was. A run that fails is told of, the others are
 # trained, and the exit code is 1. --launcher hands each run to a cluster instead: its words, with the run's name in place
 # of {name} (lower case, hyphens), before the run's flags. --dry_run (or -n) prints the commands and runs none.
-# docs/sweeps.md tells more.
+# See docs/sweeps.md.
 set -euo pipefail
 
 fail() {

@@ -8,7 +8,7 @@
 #   watch     queue, setup and run, again after every preemption
 #   delete    delete the TPU; its name must stand on the command line
 #
-# launch/README.md tells more. Every command may be repeated; --dry_run prints the calls of gcloud and makes none.
+# See docs/launchers.md. Every command may be repeated; --dry_run prints the calls of gcloud and makes none.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=${here%/*}

@@ -659,7 +659,7 @@ def test_gke_marks_what_to_edit():
 
 
 def test_help_and_readme_tell_every_command(bare):
-  text = (LAUNCH / "README.md").read_text()
+  text = (ROOT / "docs" / "launchers.md").read_text()
   commands = re.findall(r"^([a-z]+)\(\)", (LAUNCH / "tpu.sh").read_text(), re.MULTILINE)
   told = re.findall(r"^\| `(\w+)[ `]", text, re.MULTILINE)
   assert set(told) == {"create", "queue", "setup", "run", "watch", "logs", "status", "stop", "ssh", "delete"}
