@@ -37,9 +37,7 @@ from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage, repa
 from flextok_jax.stages.vae import make_vae
 from flextok_jax.training import teacher
-from flextok_jax.weights import loading
-from flextok_jax.weights.fingerprint import fingerprint
-from flextok_jax.weights.vae_fingerprint import vae_fingerprint
+from flextok_jax.weights import fingerprints, loading
 
 WHAT = ("tokens", "latents", "dino", "images")
 _OF_LENGTHS = ("metric", "decoder_steps", "decoder_guidance")  # flags that need --quality
@@ -162,7 +160,7 @@ def _batch_size(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> int:
 def _tokens(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents.Tokens:
   config, params, tokenize_fn, num_tokens = _load(values)
   tokenizer = {
-    "fingerprint": fingerprint(config, params),
+    "fingerprint": fingerprints.tokenizer(config, params),
     "dtype": config.dtype,
     "image_size": config.image_size,
     "num_ids": fsq.num_codes(config.tokens.levels),
@@ -201,7 +199,7 @@ def _latents(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_content
       "write: give a VAE, or a tokenizer that has one"
     )
   facts = {
-    "fingerprint": vae_fingerprint(config, params),
+    "fingerprint": fingerprints.vae(config, params),
     "compute_dtype": config.vae.dtype,
     "image_size": config.image_size,
     "dtype": values.dtype,
@@ -226,7 +224,7 @@ def _features(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_conten
   sizes, params = teacher.read(config)
   grid = repa.teacher_grid(config)
   facts = {
-    "fingerprint": teacher.fingerprint(sizes, params),
+    "fingerprint": fingerprints.teacher(sizes, params),
     "teacher": config.repa.teacher,
     "compute_dtype": config.repa.dtype,
     "image_size": config.image_size,

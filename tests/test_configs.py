@@ -24,7 +24,7 @@ from flextok_jax.data import pipeline
 from flextok_jax.evals import reconstruction
 from flextok_jax.stages import repa
 from flextok_jax.training import checkpoint, optim
-from flextok_jax.weights import fingerprint, loading
+from flextok_jax.weights import fingerprints, loading
 from tests.conftest import ROOT
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
@@ -219,7 +219,7 @@ def test_the_shipped_models(asset):
   expected = parse(asset.replace("_stop", ":stop"))
   if config.stage == "ar":  # which tokenizer's ids it draws, and what they mean, came with the shards
     tokenizer = loading.load(str(ASSETS / "shapes.safetensors"))
-    assert config.ar.tokenizer == fingerprint.fingerprint(*tokenizer)
+    assert config.ar.tokenizer == fingerprints.tokenizer(*tokenizer)
     expected.ar.tokenizer = config.ar.tokenizer
   evaluate.check_same_model(expected, config)
   assert flat(config).keys() <= flat(expected).keys()  # fields are added, not renamed

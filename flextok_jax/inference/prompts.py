@@ -12,7 +12,7 @@ from flextok_jax.config import with_fields
 from flextok_jax.inference import decoding
 from flextok_jax.inference.generator import ARGenerator
 from flextok_jax.inference.tokenizer import FlexTok
-from flextok_jax.weights import fingerprint, loading
+from flextok_jax.weights import fingerprints, loading
 
 Condition = int | str | None  # a class, a prompt, or unconditional
 
@@ -102,7 +102,7 @@ def check_tokenizer(tokenizer: FlexTok, gen: ARGenerator, name: str):
       f" {registers} of {codes}: {remedy}"
     )
   trained = gen.config.ar.tokenizer
-  if trained and trained != (given := fingerprint.fingerprint(tokenizer.config, tokenizer.params)):
+  if trained and trained != (given := fingerprints.tokenizer(tokenizer.config, tokenizer.params)):
     raise ValueError(f"the generator was trained on ids of the tokenizer {trained}, but {name} is {given}: {remedy}")
 
 

@@ -15,8 +15,7 @@ from flextok_jax.data.shards import tokens as shards
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
 from flextok_jax.training import teacher as teacher_lib
-from flextok_jax.weights import loading
-from flextok_jax.weights.vae_fingerprint import vae_fingerprint
+from flextok_jax.weights import fingerprints, loading
 
 
 def with_tokenizer(config: ConfigDict) -> ConfigDict:
@@ -66,7 +65,7 @@ def check_latents(config: ConfigDict, frozen: dict):
   """
   if config.stage == "tokenizer" and config.data.latents:
     meta = latent_shards.open_shards(config, "train").meta
-    latent_shards.check_shards(meta, config, vae_fingerprint(config, frozen))
+    latent_shards.check_shards(meta, config, fingerprints.vae(config, frozen))
 
 
 def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) -> Iterator[dict]:

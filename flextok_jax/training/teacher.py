@@ -1,11 +1,8 @@
 """The frozen teacher of REPA, a DINOv2: features of the patches of images, and which teacher made them."""
 
 from collections.abc import Callable, Mapping
-import hashlib
-import json
 import os
 
-from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -17,6 +14,7 @@ from flextok_jax.data.shards import features as teacher_shards
 from flextok_jax.models.perception.vit import ViT, preprocess
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
+from flextok_jax.weights import fingerprints
 from flextok_jax.weights.perception.vit import load_vit
 
 _HELP = (
@@ -43,16 +41,6 @@ def read(config: ConfigDict) -> tuple[dict, dict]:
       f"{sizes['width']}: pass --config.repa.features={sizes['width']}"
     )
   return sizes, params
-
-
-def fingerprint(sizes: Mapping, params: Mapping) -> str:
-  """Returns the fingerprint of a teacher, 16 hex digits of a SHA-256 of its sizes and of its arrays in bfloat16."""
-  digest = hashlib.sha256(json.dumps(dict(sizes), sort_keys=True).encode())
-  for path, array in sorted(flatten_dict(params, sep="/").items()):
-    array = np.ascontiguousarray(np.asarray(array).astype(jnp.bfloat16))
-    digest.update(f"\n{path} {list(array.shape)}\n".encode())
-    digest.update(array.view(np.uint16).astype("<u2").tobytes())
-  return digest.hexdigest()[:16]
 
 
 def make_features_fn(
@@ -102,7 +90,7 @@ def _check_shards(config: ConfigDict):
   there = teacher_shards.Shards(config.data.teacher).meta["fingerprint"]
   if not os.path.exists(config.repa.teacher):  # its features are all that training needs of it
     return
-  here = fingerprint(*read(config))
+  here = fingerprints.teacher(*read(config))
   if here != there:
     raise ValueError(
       f"the teacher shards are of teacher {there}, but {config.repa.teacher} is {here}: write features "

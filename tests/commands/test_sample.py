@@ -15,7 +15,7 @@ from flextok_jax.data import transforms
 from flextok_jax.evals import plots
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.ar import ARStage
-from flextok_jax.weights import fingerprint, saving
+from flextok_jax.weights import fingerprints, saving
 from tests.support.commands import fails, read_folder, run
 from tests.support.tiny import make_params, tiny_config
 
@@ -40,7 +40,7 @@ def models(tmp_path_factory):
   params = make_params(make_stage(config))
   saving.save_weights(folder / "tokenizer", config, params)
   generators = {
-    "class": dict(condition="class", tokenizer=fingerprint.fingerprint(config, params)),
+    "class": dict(condition="class", tokenizer=fingerprints.tokenizer(config, params)),
     "text": dict(condition="text", stop=True, bias=True),
     "none": dict(condition="none"),
     "foreign": dict(condition="none", tokenizer="0123456789abcdef"),

@@ -20,7 +20,7 @@ from flextok_jax.evals.studies import halting, sampling, variation
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.ar import ARStage
-from flextok_jax.weights import fingerprint, saving
+from flextok_jax.weights import fingerprints, saving
 from tests.commands.test_sample import generator_config
 from tests.support.commands import fails, run
 from tests.support.tiny import make_params, tiny_config
@@ -45,7 +45,7 @@ def models(tmp_path_factory):
   params = make_params(make_stage(config))
   saving.save_weights(folder / "tokenizer", config, params)
   for name in ("class", "none"):
-    ar = generator_config(condition=name, tokenizer=fingerprint.fingerprint(config, params))
+    ar = generator_config(condition=name, tokenizer=fingerprints.tokenizer(config, params))
     saving.save_weights(folder / name, ar, make_params(ARStage(ar)))
   return {path.name: path for path in folder.iterdir()}
 

@@ -15,8 +15,7 @@ from flextok_jax.data.shards import split_images
 from flextok_jax.data.shards import writer as shard_writer
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.vae import make_vae
-from flextok_jax.weights import loading, saving
-from flextok_jax.weights.vae_fingerprint import vae_fingerprint
+from flextok_jax.weights import fingerprints, loading, saving
 from tests.support.commands import config_file, fails, run
 from tests.support.tiny import make_params, tiny_config
 from tests.support.token_shards import SIZE, make_pictures
@@ -89,7 +88,7 @@ def test_records_are_the_moments_of_crops_as_in_training(tokenizer, crops, writt
   read, (elements, moments) = latent_shards.Shards(str(written[dtype])), crops
   assert len(read) == read.meta["num_records"] == 3 * 23 and read.meta["copies"] == 3
   assert (read.meta["dtype"], read.meta["shape"], read.meta["image_size"]) == (dtype, SHAPE, SIZE)
-  assert read.meta["fingerprint"] == vae_fingerprint(*loading.load(tokenizer))
+  assert read.meta["fingerprint"] == fingerprints.vae(*loading.load(tokenizer))
   for i in range(69):
     record, element = read[i], elements[i // 3]
     assert record["moments"].dtype == jnp.dtype(dtype) and list(record["moments"].shape) == SHAPE
@@ -145,16 +144,16 @@ def test_the_loss_is_that_of_the_images(tokenizer, crops, data, written, sample,
 
 
 def test_the_fingerprint_is_of_the_encoder(tokenizer, vae):
-  (cfg, params), own = loading.load(tokenizer), vae_fingerprint(*loading.load(vae))
-  assert vae_fingerprint(cfg, params) == own and len(own) == 16
+  (cfg, params), own = loading.load(tokenizer), fingerprints.vae(*loading.load(vae))
+  assert fingerprints.vae(cfg, params) == own and len(own) == 16
   changed = lambda part: {"vae": params["vae"] | {part: jax.tree.map(lambda x: x * 1.02, params["vae"][part])}}
   for part, same in (("encoder", False), ("quant_conv", False), ("decoder", True), ("post_quant_conv", True)):
-    assert (vae_fingerprint(cfg, changed(part)) == own) == same
-  assert vae_fingerprint(config(vae=VAE | dict(scaling_factor=2.0, sample_posterior=False)), params) == own
-  assert vae_fingerprint(config(vae=VAE | dict(norm_groups=2)), params) != own
+    assert (fingerprints.vae(cfg, changed(part)) == own) == same
+  assert fingerprints.vae(config(vae=VAE | dict(scaling_factor=2.0, sample_posterior=False)), params) == own
+  assert fingerprints.vae(config(vae=VAE | dict(norm_groups=2)), params) != own
   mesh = jax.make_mesh((8,), ("data",))
   split = jax.device_put(params["vae"], jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-  assert vae_fingerprint(cfg, {"vae": split}) == own
+  assert fingerprints.vae(cfg, {"vae": split}) == own
 
 
 @pytest.mark.parametrize(
@@ -179,7 +178,7 @@ def test_latents_that_do_not_suit_are_refused(data, written, pattern, fingerprin
 
 def test_latents_of_their_vae_suit(vae, data, written):
   records = latent_shards.open_shards(train_config(data, written), "train")
-  latent_shards.check_shards(records.meta, train_config(data, written), vae_fingerprint(*loading.load(vae)))
+  latent_shards.check_shards(records.meta, train_config(data, written), fingerprints.vae(*loading.load(vae)))
 
 
 def test_a_run_trains_on_them_and_on_those_of_its_own_vae_alone(tokenizer, data, written, tmp_path):

@@ -18,8 +18,7 @@ from flextok_jax.data.shards import writer as shard_writer
 from flextok_jax.data.sources import registry as sources_lib
 from flextok_jax.inference import adaptive
 from flextok_jax.stages import make_stage
-from flextok_jax.weights import loading, saving
-from flextok_jax.weights.fingerprint import fingerprint
+from flextok_jax.weights import fingerprints, loading, saving
 from tests.support.commands import config_file, fails, run
 from tests.support.tiny import make_params, tiny_config
 from tests.support.token_shards import IDS, SIZE, TOKENS, config, encode, make_pictures, records, write, write_folder
@@ -229,7 +228,7 @@ def test_the_command_writes_what_tokenizing_files_gives(pictures, tmp_path, caps
   expected = json.loads((tmp_path / "tokens.json").read_text())["token_ids"]
   read, meta = records(tmp_path / "tokens"), shards.Shards(str(tmp_path / "tokens")).meta
   assert [r["ids"] for r in read] == expected and {r["length"] for r in read} == {TOKENS}
-  assert meta["fingerprint"] == fingerprint(*loading.load(checkpoint))
+  assert meta["fingerprint"] == fingerprints.tokenizer(*loading.load(checkpoint))
   assert (meta["quality"], meta["metric"]) == (None, None)
 
   run(

@@ -18,7 +18,7 @@ from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.vae import make_vae
 from flextok_jax.training import inputs, teacher
-from flextok_jax.weights import loading, saving
+from flextok_jax.weights import fingerprints, loading, saving
 from tests.data.test_latents import VAE, config
 from tests.support import vit_reference
 from tests.support.commands import config_file, fails, run
@@ -83,7 +83,7 @@ def test_records_are_features_of_the_crops_of_the_latents(root, crops):
   latents, read = latent_shards.Shards(str(root / "latents")), teacher_shards.Shards(str(root / "dino"))
   assert len(read) == len(latents) == IMAGES * COPIES and len(read.meta["shard_records"]) == 3
   assert (read.meta["shape"], read.meta["dtype"], read.meta["image_size"]) == ([GRID**2, FEATURES], "float16", SIZE)
-  assert read.meta["fingerprint"] == teacher.fingerprint(*teacher.read(train_config(root)))
+  assert read.meta["fingerprint"] == fingerprints.teacher(*teacher.read(train_config(root)))
   assert (read.meta["copies"], read.meta["crop"], read.meta["flip"]) == (COPIES, "random", True)
   cfg, params = loading.load(root / "weights.safetensors")
   moments = np.concatenate(make_vae(cfg).apply({"params": params["vae"]}, to_float(images), method="encode"), -1)

@@ -26,7 +26,7 @@ from flextok_jax.tools.benchmark import repa as benchmark_repa
 from flextok_jax.tools.compile import jobs as compile_jobs
 from flextok_jax.training import inputs, mup, optim, teacher
 from flextok_jax.training.state import init_state, make_update
-from flextok_jax.weights import loading
+from flextok_jax.weights import fingerprints, loading
 from tests.support import vit_reference
 from tests.test_configs import parse
 from tests.tools.test_flops import equations, product
@@ -333,9 +333,9 @@ def test_the_teacher_sees_the_clean_image_at_the_grid_of_the_decoder(dinov2):
   config.repa.grid = 0
   rough = np.float32(inputs.make_prepare(config, mesh, train=True)(batch)["teacher"])
   assert np.abs(rough - want).mean() < 0.03 * np.std(want)
-  assert teacher.fingerprint(sizes, params) == teacher.fingerprint(*teacher.read(config))
+  assert fingerprints.teacher(sizes, params) == fingerprints.teacher(*teacher.read(config))
   other = jax.tree.map(lambda x: 1.02 * x, params)
-  assert teacher.fingerprint(sizes, other) != teacher.fingerprint(sizes, params)
+  assert fingerprints.teacher(sizes, other) != fingerprints.teacher(sizes, params)
 
 
 def test_a_run_resumes_and_leaves_a_model_without_projector(dinov2, tmp_path):

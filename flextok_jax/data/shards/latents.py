@@ -41,7 +41,7 @@ def check_shards(meta: dict, config: ConfigDict, fingerprint: str | None = None)
   """Checks that latents suit config, of stage "tokenizer", and are of its VAE.
 
   Args:
-    fingerprint: of the VAE at hand (weights/vae_fingerprint.py); None: not at hand yet.
+    fingerprint: of the VAE at hand (weights/fingerprints.py); None: not at hand yet.
 
   Raises:
     ValueError: naming the field, both values and the remedy.

@@ -1,15 +1,18 @@
-"""The fingerprint tells tokenizers apart by what decides token ids, and by nothing else."""
+"""A tokenizer's fingerprint depends on everything that affects token ids, and on nothing else."""
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import flextok_jax
 from flextok_jax.stages import make_stage
-from flextok_jax.weights import loading, saving
-from flextok_jax.weights.fingerprint import fingerprint
+from flextok_jax.weights import fingerprints, loading, saving
 from tests.support.tiny import make_params, tiny_config
 
+ASSETS = Path(flextok_jax.__file__).parent / "assets"
 TINY_VAE = dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_groups=4)
 
 
@@ -29,22 +32,28 @@ def changed(params, *path):
   return {**params, path[0]: changed(params[path[0]], *path[1:])}
 
 
-def test_fingerprint_is_that_of_shards_written_long_ago(model):
+@pytest.mark.parametrize("name, expected", [("quickstart", "11986cdb48825796"), ("shapes", "aaf43dd63e212e92")])
+def test_fingerprints_of_shipped_tokenizers(name, expected):
+  """Generators and token shards store them: a change here would separate them from their tokenizer."""
+  assert fingerprints.tokenizer(*loading.load(ASSETS / f"{name}.safetensors")) == expected
+
+
+def test_fingerprint_of_existing_token_shards(model):
   cfg, params = model
   simple = jax.tree.map(lambda x: (np.arange(x.size, dtype=np.float32) % 97 - 48).reshape(x.shape) / 16, params)
-  assert fingerprint(cfg, simple) == "d7813e334da4eaa9"
+  assert fingerprints.tokenizer(cfg, simple) == "d7813e334da4eaa9"
 
 
 def test_fingerprint_is_the_same_in_all_types_and_files(model, tmp_path):
   cfg, params = model
-  expected = fingerprint(cfg, params)
-  assert fingerprint(cfg, jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)) == expected
+  expected = fingerprints.tokenizer(cfg, params)
+  assert fingerprints.tokenizer(cfg, jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)) == expected
   saving.save_weights(tmp_path / "w.safetensors", cfg, params, "bfloat16")
   for dtype in ("float32", "bfloat16"):
-    assert fingerprint(*loading.load(tmp_path / "w.safetensors", param_dtype=dtype, dtype=dtype)) == expected
+    assert fingerprints.tokenizer(*loading.load(tmp_path / "w.safetensors", param_dtype=dtype, dtype=dtype)) == expected
   saving.save_official(tmp_path / "official.safetensors", cfg, params)  # tells no image size; the settings otherwise
   loaded = loading.load(tmp_path / "official.safetensors", vae_norm_num_groups=4, image_size=16)
-  assert fingerprint(*loaded) == expected
+  assert fingerprints.tokenizer(*loaded) == expected
 
 
 @pytest.mark.parametrize(
@@ -58,7 +67,7 @@ def test_fingerprint_is_the_same_in_all_types_and_files(model, tmp_path):
   ids="/".join,
 )
 def test_fingerprint_changes_with_what_encodes(model, path):
-  assert fingerprint(model[0], changed(model[1], *path)) != fingerprint(*model)
+  assert fingerprints.tokenizer(model[0], changed(model[1], *path)) != fingerprints.tokenizer(*model)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +86,7 @@ def test_fingerprint_changes_with_settings_of_encoding(model, overrides):
   cfg = tiny_config(**{**dict(vae=TINY_VAE), **{k: v for k, v in overrides.items() if "." not in k}})
   with cfg.unlocked():
     cfg.update_from_flattened_dict({k: v for k, v in overrides.items() if "." in k})
-  assert fingerprint(cfg, model[1]) != fingerprint(*model)
+  assert fingerprints.tokenizer(cfg, model[1]) != fingerprints.tokenizer(*model)
 
 
 def test_decoders_and_ways_to_compute_have_no_influence(model):
@@ -87,6 +96,6 @@ def test_decoders_and_ways_to_compute_have_no_influence(model):
   with with_settings.unlocked():
     with_settings.update(dict(dtype="bfloat16", attention="xla", remat="full", sampler=dict(num_steps=9)))
     with_settings.decoder.update(activation="relu")
-  assert fingerprint(with_settings, other) == fingerprint(cfg, params)
+  assert fingerprints.tokenizer(with_settings, other) == fingerprints.tokenizer(cfg, params)
   with pytest.raises(ValueError, match="stage 'vae' has no tokens"):
-    fingerprint(tiny_config(stage="vae"), params)
+    fingerprints.tokenizer(tiny_config(stage="vae"), params)

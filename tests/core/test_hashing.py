@@ -1,0 +1,39 @@
+"""hash_tree depends on settings, paths, shapes and rounded values."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from flextok_jax.core.hashing import hash_tree
+from flextok_jax.parallel import sharding
+
+ARRAYS = {"a": {"kernel": np.arange(64, dtype=np.float32).reshape(8, 8)}, "b": np.ones(3, np.float32)}
+
+
+def test_the_value_is_fixed():
+  assert hash_tree({"width": 4}, ARRAYS) == "529db49329355d22"
+
+
+def test_types_boxes_placement_and_order_have_no_effect():
+  expected = hash_tree({"x": 1, "y": 2}, ARRAYS)
+  assert hash_tree({"y": 2, "x": 1}, dict(reversed(ARRAYS.items()))) == expected
+  assert hash_tree({"x": 1, "y": 2}, jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), ARRAYS)) == expected
+  mesh = sharding.make_mesh()
+  split = jax.device_put(ARRAYS["a"]["kernel"], jax.sharding.NamedSharding(mesh, P("data")))
+  boxed = nn.LogicallyPartitioned(jnp.asarray(ARRAYS["b"]), ("width",))
+  assert hash_tree({"x": 1, "y": 2}, {"a": {"kernel": split}, "b": boxed}) == expected
+
+
+def test_settings_paths_shapes_and_values_count():
+  kernel, b = ARRAYS["a"]["kernel"], ARRAYS["b"]
+  others = [
+    ({"x": 2}, ARRAYS),
+    ({"x": 1}, {"c": ARRAYS["a"], "b": b}),
+    ({"x": 1}, {"a": {"kernel": kernel.reshape(4, 16)}, "b": b}),
+    ({"x": 1}, {"a": {"kernel": kernel.T}, "b": b}),
+    ({"x": 1}, {"a": ARRAYS["a"], "b": b * 1.01}),
+    ({"x": 1}, {"a": ARRAYS["a"]}),
+  ]
+  assert len({hash_tree(*other) for other in [({"x": 1}, ARRAYS), *others]}) == len(others) + 1
