@@ -72,7 +72,8 @@ def train(config, workdir: str):
       # Before anything is compiled.
       given = _read_init(config.init_from, [k for k in boxed.frozen if k in parts], mesh)
       networks = {
-        k: jax.tree.map(sharding.place, tree, shardings.frozen[k]) for k, tree in stage.auxiliary_files().items()
+        k: jax.tree.map(sharding.place, tree, shardings.frozen[k])
+        for k, tree in inputs.read_networks(config, stage).items()
       }
       with spent.spending("compile"):
         state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)), out_shardings=shardings)(init_key)

@@ -23,8 +23,9 @@ class Stage:
     del key
     return {}, {}
 
-  def auxiliary_files(self) -> dict:
-    """Returns the frozen parts of init_auxiliary, which a new run reads from files; a resumed one has them already."""
+  @property
+  def pretrained_networks(self) -> Mapping[str, str]:
+    """Frozen parts of init_auxiliary whose weights a new run reads from files: {part: network}, as "lpips_vgg"."""
     return {}
 
   def loss_fn(self, params: Params, batch: Mapping, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:

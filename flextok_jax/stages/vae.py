@@ -91,22 +91,9 @@ class VAEStage(Stage):
       frozen["lpips"] = self.lpips.init(key, self._images(), self._images())["params"]
     return params, frozen
 
-  def auxiliary_files(self) -> dict:
-    """Returns {"lpips": its weights} where its loss has a weight, else {}.
-
-    Raises:
-      FileNotFoundError, ValueError: they are not in the folder vae_loss.lpips; the line says what to put there.
-    """
-    if not self.lpips:
-      return {}
-    from flextok_jax.weights.perception import networks  # late: training alone needs them
-
-    folder, name = self.loss_weights.lpips, f"lpips_{_LPIPS_NET}"
-    path = networks.path_in(folder, name) if folder else None
-    if path is None:
-      where = f"{folder} has no {name}: put there" if folder else f"give vae_loss.lpips=DIR, a folder with {name}:"
-      raise ValueError(f"vae_loss.lpips_weight={self.lpips_weight:g} needs LPIPS; {where} {networks.SOURCES[name]}")
-    return {"lpips": networks.read_lpips(path, folder, _LPIPS_NET)}
+  @property
+  def pretrained_networks(self) -> dict[str, str]:
+    return {"lpips": f"lpips_{_LPIPS_NET}"} if self.lpips else {}
 
   def _images(self):
     return jnp.zeros((1, self.image_size, self.image_size, 3))

@@ -14,8 +14,10 @@ from flextok_jax.data.shards import latents as latent_shards
 from flextok_jax.data.shards import tokens as shards
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
+from flextok_jax.stages.stage import Stage
 from flextok_jax.training import teacher as teacher_lib
 from flextok_jax.weights import fingerprints, loading
+from flextok_jax.weights.perception import networks
 
 
 def with_tokenizer(config: ConfigDict) -> ConfigDict:
@@ -66,6 +68,23 @@ def check_latents(config: ConfigDict, frozen: dict):
   if config.stage == "tokenizer" and config.data.latents:
     meta = latent_shards.open_shards(config, "train").meta
     latent_shards.check_shards(meta, config, fingerprints.vae(config, frozen))
+
+
+def read_networks(config: ConfigDict, stage: Stage) -> dict:
+  """Returns the weights of stage.pretrained_networks, {part: parameters}; their folder is vae_loss.lpips.
+
+  Raises:
+    FileNotFoundError, ValueError: a network is missing or damaged; the message says what to put there.
+  """
+  params, folder = {}, config.vae_loss.lpips
+  for part, name in stage.pretrained_networks.items():
+    path = networks.path_in(folder, name) if folder else None
+    if path is None:
+      where = f"{folder} has no {name}: put there" if folder else f"give vae_loss.lpips=DIR, a folder with {name}:"
+      weight = f"vae_loss.lpips_weight={config.vae_loss.lpips_weight:g}"
+      raise ValueError(f"{weight} needs LPIPS; {where} {networks.SOURCES[name]}")
+    params[part] = networks.read_lpips(path, folder, name.removeprefix("lpips_"))
+  return params
 
 
 def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) -> Iterator[dict]:

@@ -168,8 +168,9 @@ def lpips_config(folder, **overrides):
 
 
 def test_perceptual_loss_is_lpips_and_its_gradient_takes_part(networks):
-  stage = make_stage(lpips_config(networks, discriminator=dict(start_step=START)))
-  params = {**params_of(stage), **stage.auxiliary_files()}
+  config = lpips_config(networks, discriminator=dict(start_step=START))
+  stage = make_stage(config)
+  params = {**params_of(stage), **inputs.read_networks(config, stage)}
   batch = batch_of(size=16)
   (loss, told), grads = jax.jit(jax.value_and_grad(stage.loss_fn, has_aux=True))(params, batch, KEY, START)
   expected, plain, weight = jax.jit(lambda *args: plain_step(stage, *args))(params, batch, KEY)
@@ -188,20 +189,21 @@ def test_a_run_with_lpips_keeps_its_weights_out_of_the_autoencoder(networks, tmp
   config = lpips_config(networks, train=dict(num_steps=1, checkpoint_every=1))
   train.train(config, str(tmp_path / "run"))
   frozen = read_checkpoint(tmp_path / "run", 1, "frozen")
-  jax.tree.map(np.testing.assert_array_equal, frozen, make_stage(config).auxiliary_files())
+  jax.tree.map(np.testing.assert_array_equal, frozen, inputs.read_networks(config, make_stage(config)))
   assert set(loading.load(str(tmp_path / "run"))[1]) == {"vae"}
   assert read_metrics(tmp_path / "run")[0][0]["lpips"] > 0
 
 
 def test_lpips_without_its_weights_is_one_line(networks, tmp_path):
+  read_networks = lambda config: inputs.read_networks(config, make_stage(config))
   with pytest.raises(ValueError, match=r"lpips_weight=0.7 needs LPIPS; give vae_loss.lpips=DIR, a .*vgg16-397923af"):
     train.train(lpips_config(""), str(tmp_path / "run"))
   with pytest.raises(ValueError, match="has no lpips_vgg: put there the state_dict of"):
-    make_stage(lpips_config(tmp_path)).auxiliary_files()
+    read_networks(lpips_config(tmp_path))
   save_file({"features.0.weight": np.zeros((64, 3, 3, 3), np.float32)}, tmp_path / "lpips_vgg.safetensors")
   with pytest.raises(ValueError, match="lpips_vgg.safetensors lacks the tensor"):
-    make_stage(lpips_config(tmp_path)).auxiliary_files()
-  assert make_stage(config_of()).auxiliary_files() == {}
+    read_networks(lpips_config(tmp_path))
+  assert read_networks(config_of()) == {}
 
 
 def test_a_benchmark_has_all_parts(networks):
