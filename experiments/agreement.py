@@ -1,12 +1,14 @@
-"""Does the generator draw what it was asked for? Agreement of its images with their class or caption.
+"""Do generators draw what they are asked for? Measures how often images agree with their class or caption.
 
-python -m experiments.agreement --generators=FILE,FILE --tokenizer=FILE [--num_images=256] [--guidance_scale=2] [--out=DIR]
+python -m experiments.agreement --generators=FILE,FILE --tokenizer=FILE [--num_images=256]
+    [--guidance_scale=2] [--out=DIR]
 
-A small convolutional network learns, on plain scenes of the `synthetic` source alone, the shape and the colour of the
-largest object, the colour of the background and the number of objects. It then looks at generated images (classes: as
-many of each; captions: those of held-out scenes), at held-out scenes, and at their reconstructions by the tokenizer,
-which no generator on its tokens can be expected to surpass. For generators that stop by themselves: the rank
-correlation of their length and the number of objects in the caption.
+A small convolutional network is trained only on plain scenes of the `synthetic` source. It learns the shape and the
+colour of the largest object, the colour of the background, and the number of objects. It then classifies generated
+images (for classes, equally many of each; for captions, those of held-out scenes), held-out scenes, and
+reconstructions of these by the tokenizer, which are an upper bound for any generator on its tokens. For generators
+that stop by themselves it also reports the rank correlation of their length with the number of objects in the
+caption.
 """
 
 import json
@@ -28,15 +30,6 @@ from flextok_jax.core import images as images_lib
 from flextok_jax.data import transforms
 from flextok_jax.data.sources import synthetic
 
-GENERATORS = flags.DEFINE_list("generators", [], "Anything that load_ar takes.")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "The tokenizer whose tokens they draw.")
-NUM_IMAGES = flags.DEFINE_integer("num_images", 256, "Images of each kind.")
-GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Of the generators; default: their configs'.")
-TOP_P = flags.DEFINE_float("top_p", None, "Of the generators; default: their configs'.")
-STEPS = flags.DEFINE_integer("steps", 1000, "Of the network's training.")
-SEED = flags.DEFINE_integer("seed", 0, "Of everything.")
-OUT = flags.DEFINE_string("out", None, "Folder for agreement.json; default: none.")
-
 COLORS = synthetic.COLOR_NAMES
 HEADS = {
   "shape": len(synthetic.CLASS_NAMES),
@@ -47,8 +40,20 @@ HEADS = {
 _COLOR = "|".join(COLORS)
 
 
+def define_flags(values: flags.FlagValues = flags.FLAGS):
+  """Defines the command's flags."""
+  flags.DEFINE_list("generators", [], "Generators: anything that load_ar takes.", flag_values=values)
+  flags.DEFINE_string("tokenizer", None, "The tokenizer whose tokens they draw.", flag_values=values)
+  flags.DEFINE_integer("num_images", 256, "Images of each kind.", flag_values=values)
+  flags.DEFINE_float("guidance_scale", None, "Of the generators; default: from their configs.", flag_values=values)
+  flags.DEFINE_float("top_p", None, "Of the generators; default: from their configs.", flag_values=values)
+  flags.DEFINE_integer("steps", 1000, "Training steps of the network.", flag_values=values)
+  flags.DEFINE_integer("seed", 0, "Seed of the network, the samples and the decoder's noise.", flag_values=values)
+  flags.DEFINE_string("out", None, "Folder for agreement.json; default: none.", flag_values=values)
+
+
 class Network(nn.Module):
-  """Four convolutions with stride 2 and a linear layer for each question."""
+  """Convolutions, four of them with stride 2, and a linear layer for each question."""
 
   @nn.compact
   def __call__(self, x):
@@ -60,7 +65,7 @@ class Network(nn.Module):
 
 
 def answers(record: dict) -> dict[str, int]:
-  """What a scene's record says."""
+  """Returns the answers in the record of a scene."""
   color = re.match(rf"\S+ ({_COLOR}) ", record["caption"])[1]
   background = re.search(rf"on a plain ({_COLOR}) background", record["caption"])[1]
   return {
@@ -72,7 +77,7 @@ def answers(record: dict) -> dict[str, int]:
 
 
 def scenes(split: str, start: int, count: int, size: int) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
-  """Images uint8 [n, s, s, 3] of a split, their answers [n], their captions."""
+  """Returns images uint8 [n, s, s, 3] of a split, their answers [n], their captions."""
   source = synthetic.Synthetic(split, 2 * size, "plain")
   records = [source[i] for i in range(start, start + count)]
   images = np.stack([transforms.center_crop(r["image"], size) for r in records])
@@ -81,7 +86,7 @@ def scenes(split: str, start: int, count: int, size: int) -> tuple[np.ndarray, d
 
 
 def learn(size: int, steps: int, seed: int, batch: int = 128):
-  """Trains the network; returns a function of images uint8 [n, s, s, 3] to answers [n]."""
+  """Trains the network; returns a function from images uint8 [n, s, s, 3] to answers [n]."""
   network = Network()
   params = network.init(jax.random.key(seed), jnp.zeros((1, size, size, 3)))
   optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, steps), weight_decay=1e-3)
@@ -119,56 +124,50 @@ def learn(size: int, steps: int, seed: int, batch: int = 128):
 
 
 def decode(tokenizer, ids: list, seed: int, batch: int = 64) -> np.ndarray:
-  """Images uint8 of sequences of ids, by the tokenizer's own sampler."""
-  s, images = tokenizer.config.sampler, []
+  """Decodes sequences of ids to images uint8 [n, s, s, 3]."""
+  images = []
   for i in range(0, len(ids), batch):
-    x = tokenizer.detokenize(
-      list(ids[i : i + batch]),
-      key=jax.random.fold_in(jax.random.key(seed), i),
-      num_steps=s.num_steps,
-      guidance=s.guidance,
-      guidance_scale=s.guidance_scale,
-    )
+    x = tokenizer.detokenize(list(ids[i : i + batch]), key=jax.random.fold_in(jax.random.key(seed), i))
     images.append(np.asarray((images_lib.round_to_8bit(x) * 255).round(), np.uint8))
   return np.concatenate(images)
 
 
 def generate(gen, seed: int, labels: np.ndarray, captions: list[str], **change) -> tuple[dict, list]:
-  """Returns (settings, sequences of ids) for the classes, or for a text-conditional generator the captions."""
+  """Returns (settings, sequences of ids), for the classes or, with a text-conditional generator, the captions."""
   ar = gen.config.ar
   settings = {name: ar[name] for name in ("guidance_scale", "temperature", "top_k", "top_p")} | change
   asked = {"labels": labels} if ar.condition == "class" else {"prompts": captions}
   return settings, gen.trim(gen.generate(jax.random.key(seed), **asked, **settings))
 
 
-def main():
-  if not GENERATORS.value or not TOKENIZER.value:
+def main(values: flags.FlagValues):
+  """Measures what the flags ask for."""
+  if not values.generators or not values.tokenizer:
     raise ValueError("give --generators=FILES and --tokenizer=FILE")
-  tokenizer = flextok_jax.load(TOKENIZER.value)
-  generators = {name: flextok_jax.load_ar(name) for name in GENERATORS.value}
-  count, seed = NUM_IMAGES.value, SEED.value
-  flags_given = {"guidance_scale": GUIDANCE_SCALE.value, "top_p": TOP_P.value}
-  given = {name: value for name, value in flags_given.items() if value is not None}
+  tokenizer = flextok_jax.load(values.tokenizer)
+  generators = {name: flextok_jax.load_ar(name) for name in values.generators}
+  count, seed = values.num_images, values.seed
+  given = {name: values[name].value for name in ("guidance_scale", "top_p") if values[name].value is not None}
   images, said, captions = scenes("validation", 0, count, tokenizer.image_size)
   shapes = [synthetic.CLASS_NAMES.index(name) for name in synthetic.PLAIN_SHAPES]
   labels = np.resize(shapes, count)
-  answer = learn(tokenizer.image_size, STEPS.value, seed)
+  answer = learn(tokenizer.image_size, values.steps, seed)
 
-  def share(pictures, wanted):
+  def agreement(pictures, expected):
     found = answer(pictures)
-    return {k: float((found[k] == v).mean()) for k, v in wanted.items()}
+    return {k: float((found[k] == v).mean()) for k, v in expected.items()}
 
   ids = np.concatenate([tokenizer.tokenize(images[i : i + 64]) for i in range(0, count, 64)])
   report = {
     "num_images": count,
-    "held-out scenes": share(images, said),
-    "their reconstructions": share(decode(tokenizer, ids, seed), said),
+    "held-out scenes": agreement(images, said),
+    "their reconstructions": agreement(decode(tokenizer, ids, seed), said),
   }
   for name, gen in generators.items():
-    asked = {"shape": labels} if gen.config.ar.condition == "class" else said
+    expected = {"shape": labels} if gen.config.ar.condition == "class" else said
     for title, change in (("with guidance", given), ("without", given | {"guidance_scale": 1.0})):
       settings, sequences = generate(gen, seed, labels, captions, **change)
-      results = share(decode(tokenizer, sequences, seed), asked)
+      results = agreement(decode(tokenizer, sequences, seed), expected)
       if gen.stop_id is not None:
         lengths = [len(sequence) for sequence in sequences]
         rho = scipy.stats.spearmanr(lengths, said["objects"])[0]
@@ -176,9 +175,10 @@ def main():
       report[f"{name}, {title}"] = settings | results
   text = json.dumps(report, indent=1)
   print(text)
-  if OUT.value:
-    files.write_file(Path(OUT.value) / "agreement.json", (text + "\n").encode())
+  if values.out:
+    files.write_file(Path(values.out) / "agreement.json", (text + "\n").encode())
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  define_flags()
+  cli.run(lambda: main(flags.FLAGS))

@@ -1,16 +1,16 @@
-"""Measures how fast features of images come from the FID's InceptionV3, beside pytorch-fid's in the same run.
+"""How fast are FID's Inception features? Images per second in jax, and in pytorch-fid where it is installed.
 
 python -m experiments.benchmark_features [--batch=8] [--size=256] [--rounds=5] [--out=FILE.jsonl]
 
-All networks have the same random weights and see the same images. Each round computes a batch in every way, and their
-order turns from round to round, so that whatever else the machine does meets all:
+All networks have the same random weights and process the same images. Each round computes a batch in every way, in
+alternating order, so that other work on the machine affects all ways alike:
 
 - jax: models/perception/inception.py;
 - pytorch: pytorch-fid's network as that program runs it;
-- channels_last: the same with its memory in the order that suits PyTorch's convolutions best.
+- channels_last: the same with the memory layout that suits PyTorch's convolutions best.
 
-Prints a table, and how far the features are apart; --out gets a JSON line for each way. Where PyTorch or pytorch-fid is
-not installed, only the first way is measured, and a line says so.
+Prints a table with the largest difference of the features; --out receives a JSON line for each way. If PyTorch or
+pytorch-fid is not installed, only the first way is measured, and a line says so.
 """
 
 from collections.abc import Callable
@@ -29,18 +29,18 @@ from flextok_jax.core import files, timing
 from flextok_jax.models.perception.inception import FIDInception
 from flextok_jax.weights.perception import inception as inception_files
 
-_FLAGS = {"batch": (8, "Images at once."), "size": (256, "Pixels a side."), "rounds": (5, "Timed rounds.")}
+_FLAGS = {"batch": (8, "Images per batch."), "size": (256, "Pixels per side."), "rounds": (5, "Timed rounds.")}
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
   for name, (default, text) in _FLAGS.items():
     flags.DEFINE_integer(name, default, text, flag_values=values)
-  flags.DEFINE_string("out", None, "File for the JSON lines, written anew.", flag_values=values)
+  flags.DEFINE_string("out", None, "File for the JSON lines; overwritten.", flag_values=values)
 
 
 def main(values: flags.FlagValues):
-  """Measures what the flags ask for."""
+  """Measures with the settings of the flags."""
   for name in _FLAGS:
     if values[name].value < 1:
       raise ValueError(f"--{name}={values[name].value} must be at least 1")
@@ -52,13 +52,13 @@ def main(values: flags.FlagValues):
   except ImportError as e:
     print(f"no comparison with PyTorch ({e}): pip install torch torchvision pytorch-fid")
   rows = measure(ways, values.batch, values.rounds)
-  print(format_report(rows, f"{values.batch} images of {values.size} px at once on {jax.devices()[0].device_kind}"))
+  print(format_report(rows, f"{values.batch} images of {values.size} px per batch on {jax.devices()[0].device_kind}"))
   if values.out:
     files.write_file(Path(values.out), "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def random_tensors(seed: int) -> dict[str, np.ndarray]:
-  """Returns weights in the official names with which no map vanishes or explodes; the same for the same seed."""
+  """Returns weights under their official names, scaled so that no feature map vanishes or explodes."""
   rng, tensors = np.random.default_rng(seed), {}
   normal = lambda deviation, shape: (deviation * rng.standard_normal(shape, np.float32)).astype(np.float32)
   for path, shape in inception_files.parameter_shapes().items():
@@ -87,10 +87,10 @@ def jax_features(tensors: dict[str, np.ndarray], images: np.ndarray) -> Callable
 
 
 def pytorch_features(tensors: dict[str, np.ndarray], images: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
-  """Returns the same for each way of PyTorch's.
+  """Returns the same for each way of running PyTorch.
 
   Raises:
-    ImportError: something needed is not installed.
+    ImportError: PyTorch or pytorch-fid is not installed.
   """
   from pytorch_fid import inception
   import torch
@@ -110,12 +110,12 @@ def pytorch_features(tensors: dict[str, np.ndarray], images: np.ndarray) -> dict
 
 
 def measure(ways: dict[str, Callable[[], np.ndarray]], batch: int, rounds: int) -> list[dict]:
-  """Returns a row for each way: {"way", "images_per_second": [a round], "cpu_ms", "gap"}.
+  """Returns a row for each way: {"way", "images_per_second": one per round, "cpu_ms", "gap"}.
 
-  cpu_ms is the processor time of an image in milliseconds, which other programs change little; gap the largest
-  difference of a feature from that of the first way.
+  cpu_ms is the processor time per image in milliseconds, which other programs hardly affect; gap is the largest
+  difference between a feature and that of the first way.
   """
-  features = {way: run() for way, run in ways.items()}  # compiles, and is not timed
+  features = {way: run() for way, run in ways.items()}  # compiles; not timed
   rates, cpu = {way: [] for way in ways}, {way: [] for way in ways}
   for index in range(rounds):
     for way in list(ways)[:: -1 if index % 2 else 1]:
@@ -136,8 +136,8 @@ def measure(ways: dict[str, Callable[[], np.ndarray]], batch: int, rounds: int) 
 
 
 def format_report(rows: list[dict], title: str) -> str:
-  """Returns a table of the ways, medians and ranges over the rounds."""
-  lines = [title, f"{'':14}{'images/s':>10}{'(min .. max)':>18}{'jax over it':>13}{'CPU ms an image':>17}{'gap':>10}"]
+  """Returns a table of the ways with medians and ranges over the rounds."""
+  lines = [title, f"{'':14}{'images/s':>10}{'(min .. max)':>18}{'jax over it':>13}{'CPU ms per image':>17}{'gap':>10}"]
   for row in rows:
     value, least, most = (timing.digits(f(row["images_per_second"])) for f in (statistics.median, min, max))
     ratio = statistics.median(a / b for a, b in zip(rows[0]["images_per_second"], row["images_per_second"]))

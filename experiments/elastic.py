@@ -1,9 +1,11 @@
-"""Kills a tiny run at random moments and shows that nothing is lost: python -m experiments.elastic [KILLS] [--elastic].
+"""Does a run that is killed at random moments lose anything? Kills a tiny run and compares it with an undisturbed one.
 
-SIGKILL, by default twenty times: during a step, during the saving of a checkpoint, during an evaluation, each up to
-half a second after it began. After every kill all checkpoints are read. In the end the weights are, bit for bit, those
-of a run that nothing disturbed, and so is the loss of every step. With --elastic every start has another mesh, of 8, 4,
-2 devices or 1: then they are the same to what rounding becomes. Takes about ten seconds a kill on a quiet core.
+python -m experiments.elastic [KILLS] [--elastic] [--seed=0]
+
+Sends SIGKILL, by default twenty times: during a step, while a checkpoint is saved, during an evaluation, each up to
+half a second after it began. After every kill all checkpoints are read. At the end the weights and the loss of every
+step are bit-identical to those of a run without interruption. With --elastic every start has another mesh, of 8, 4, 2
+devices or 1; then they are equal up to rounding. Takes about ten seconds per kill on an idle core.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from tests.support.commands import environment
 MESHES = [(8, dict(data=-1)), (8, dict(data=1, fsdp=-1)), (4, dict(fsdp=2, tensor=2)), (2, dict(tensor=2)), (1, {})]
 
 
-def start(shards, workdir, cache, num_steps, devices=1, mesh=None, moment=None):
+def start_run(shards, workdir, cache, num_steps, devices=1, mesh=None, moment=None):
   train = dict(num_steps=num_steps, keep_checkpoints=4)
   run = dict(shards=str(shards), workdir=str(workdir), mesh=mesh, moment=moment, train=train)
   env = environment(devices, JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
@@ -34,7 +36,7 @@ def start(shards, workdir, cache, num_steps, devices=1, mesh=None, moment=None):
 
 
 def read_checkpoints(workdir) -> list[int]:
-  """Reads all arrays of all checkpoints; raises what orbax does for one that is not whole."""
+  """Reads all arrays of all checkpoints and returns their steps; raises orbax's error if one is incomplete."""
   folders = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
   for folder in folders:
     for item in ("params", "ema", "opt_state"):
@@ -45,25 +47,25 @@ def read_checkpoints(workdir) -> list[int]:
 
 def main(kills: int, seed: int, elastic: bool):
   draw, num_steps = random.Random(seed), 10 * kills + 10
-  place = lambda: draw.choice(MESHES) if elastic else ()
+  draw_mesh = lambda: draw.choice(MESHES) if elastic else ()
   with tempfile.TemporaryDirectory() as root:
     root = Path(root)
     shards, cache, whole, workdir = tiny_run.write_shards(root), root / "cache", root / "whole", root / "killed"
-    done = start(shards, whole, cache, num_steps)
+    done = start_run(shards, whole, cache, num_steps)
     assert done.returncode == 0, done.stderr
-    reached, kinds = 0, {"step": 1, "save": 2, "evaluate": 3}  # and how often they are
+    reached, kinds = 0, {"step": 1, "save": 2, "evaluate": 3}  # each occurs every so many steps
     for kill in range(kills):
       kind = list(kinds)[kill % len(kinds)]
       step = reached + draw.randint(1, 8)
       step += -step % kinds[kind]
       moment = dict(kind=kind, step=step, delay=draw.choice((0, draw.uniform(0, 0.5))))
-      done = start(shards, workdir, cache, num_steps, *place(), moment=moment)
+      done = start_run(shards, workdir, cache, num_steps, *draw_mesh(), moment=moment)
       assert done.returncode == -9, (moment, done.returncode, done.stdout[-500:], done.stderr)
       steps = read_checkpoints(workdir)
       print(f"kill {kill + 1}: {moment}, readable checkpoints: {steps}", flush=True)
       assert not steps or steps[-1] >= reached
       reached = steps[-1] if steps else 0
-    done = start(shards, workdir, cache, num_steps, *place())
+    done = start_run(shards, workdir, cache, num_steps, *draw_mesh())
     assert done.returncode == 0, done.stderr
     assert all(path.name.isdigit() for path in (workdir / "checkpoints").iterdir())
     expected, actual = losses(whole), losses(workdir)
@@ -72,13 +74,13 @@ def main(kills: int, seed: int, elastic: bool):
     weights, others = (load_file(path / "weights.safetensors") for path in (whole, workdir))
     assert weights.keys() == others.keys()
     apart = max(float(np.abs(weights[name] - others[name]).max() / np.abs(weights[name]).max()) for name in weights)
-    print(f"{kills} kills, {num_steps} steps: losses apart by {gap:.1e}, weights by {apart:.1e} of the largest")
+    print(f"{kills} kills, {num_steps} steps: losses differ by {gap:.1e}, weights by {apart:.1e} of the largest")
     most = 1e-3 if elastic else 0
     assert gap <= most and apart <= most
 
 
 if __name__ == "__main__":
-  parser = argparse.ArgumentParser()
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("kills", type=int, nargs="?", default=20)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--elastic", action="store_true")

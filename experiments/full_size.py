@@ -1,8 +1,9 @@
-"""Peak host memory of loading a full-size official file of random weights, over the size of what is loaded.
+"""How much host memory does loading a full-size official file need? Peak memory over the size of what is loaded.
 
-python -m experiments.full_size --config=configs/flextok_d18_d28_in1k.py --file=/scratch/random.safetensors [--dtype=bfloat16]
+python -m experiments.full_size --config=flextok:d18_d28_in1k --file=/scratch/random.safetensors [--dtype=bfloat16]
 
-Writes the float32 file (10 GB for d18-d28) where there is none, and loads it in a process of its own.
+Writes a float32 file of random weights (10 GB for d18-d28) if it does not exist, and loads it in a process of its
+own.
 """
 
 import json
@@ -21,21 +22,24 @@ from flextok_jax.core import tensor_file
 from flextok_jax.weights import loading, names
 from flextok_jax.weights.official import tokenizer as official_config
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A tokenizer's config.")
-FILE = flags.DEFINE_string("file", None, "The official file; written where there is none.")
-DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Type to load it in.")
-
 LOAD = """
 import json, sys
 import jax
 import flextok_jax
-from flextok_jax.checkpoints import loading  # what is imported is no part of the load
+from flextok_jax.weights import loading  # imported first, so that imports do not count
 memory = lambda key: next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
 before = memory("VmRSS")
 model = flextok_jax.load(sys.argv[1], dtype=sys.argv[2])
 size = sum(x.nbytes for x in jax.tree.leaves(model.params))
 print(json.dumps(dict(before=before, peak=memory("VmHWM"), size=size)))
 """
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS):
+  """Defines the command's flags."""
+  config_flags.DEFINE_config_file("config", None, "A tokenizer's config.", flag_values=values)
+  flags.DEFINE_string("file", None, "The official file; written if it does not exist.", flag_values=values)
+  flags.DEFINE_string("dtype", "bfloat16", "Type to load it in.", flag_values=values)
 
 
 def write(path: str, config):
@@ -53,21 +57,23 @@ def write(path: str, config):
   tensor_file.write(path, tensors, {k: str(v) for k, v in official_config.to_official(config).items()})
 
 
-def main():
-  if CONFIG.value is None or not FILE.value:
-    raise ValueError("give --config=configs/X.py and --file=PATH")
-  if not os.path.exists(FILE.value):
+def main(values: flags.FlagValues):
+  """Writes the file if it does not exist, loads it and prints the peak."""
+  if values.config is None or not values.file:
+    raise ValueError("give --config=NAME and --file=PATH")
+  if not os.path.exists(values.file):
     begun = time.monotonic()
-    write(FILE.value, CONFIG.value)
-    print(f"wrote {FILE.value}: {os.path.getsize(FILE.value) / 1e9:.2f} GB in {time.monotonic() - begun:.0f} s")
+    write(values.file, values.config)
+    print(f"wrote {values.file}: {os.path.getsize(values.file) / 1e9:.2f} GB in {time.monotonic() - begun:.0f} s")
   begun = time.monotonic()
-  command = [sys.executable, "-c", LOAD, FILE.value, DTYPE.value]
+  command = [sys.executable, "-c", LOAD, values.file, values.dtype]
   env = {**os.environ, "JAX_PLATFORMS": "cpu"}
   result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout)
-  print(f"loaded in {DTYPE.value}: {result['size'] / 1e9:.3f} GB in {time.monotonic() - begun:.0f} s, with imports")
+  print(f"loaded in {values.dtype}: {result['size'] / 1e9:.3f} GB in {time.monotonic() - begun:.0f} s, with imports")
   for name, peak in (("peak", result["peak"]), ("peak above the imports", result["peak"] - result["before"])):
     print(f"{name}: {peak / 1e9:.3f} GB, {peak / result['size']:.3f} of the size")
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  define_flags()
+  cli.run(lambda: main(flags.FLAGS))

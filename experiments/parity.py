@@ -1,8 +1,8 @@
-"""Prints how far the loaded golden model is from the reference implementation's numbers, in float32 and in bfloat16.
+"""How far is the loaded golden model from the reference implementation's numbers, in float32 and in bfloat16?
 
 JAX_PLATFORMS=cpu python -m experiments.parity
 
-Needs the golden set beside the repository. Its weights are random: nothing in it averages out as in a trained model.
+Needs the golden files in ../shared/golden. Their weights are random: errors do not average out as in a trained model.
 """
 
 import jax
@@ -10,13 +10,14 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import flextok_jax
+from flextok_jax import cli
 from tests.conftest import SHARED
 
 SAMPLES = {"cfg": dict(guidance="cfg", guidance_scale=3.0), "apg": {}, "apg_full": {}}
 
 
 def measure(dtype: str) -> dict[str, str]:
-  """Returns {quantity: gap} of the model loaded in dtype."""
+  """Returns {quantity: gap} for the model loaded in dtype."""
   arrays = load_file(SHARED / "golden" / "flextok_tiny_io.safetensors")
   golden = {k: np.moveaxis(v, -3, -1) if v.ndim >= 4 else v for k, v in arrays.items()}
   path = SHARED / "golden" / "flextok_tiny.safetensors"
@@ -47,8 +48,9 @@ def measure(dtype: str) -> dict[str, str]:
 
 
 def main():
+  """Prints a table of the gaps."""
   if SHARED is None:
-    raise SystemExit("no ../shared/golden beside the repository: nothing to compare with")
+    raise FileNotFoundError("../shared/golden does not exist beside the repository: nothing to compare with")
   columns = {dtype: measure(dtype) for dtype in ("float32", "bfloat16")}
   print(f"{jax.default_backend()}, jax {jax.__version__}")
   print(f"{'':<44}{'float32':>20}{'bfloat16':>20}")
@@ -57,4 +59,4 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  cli.run(main)

@@ -1,10 +1,10 @@
-"""Does REPA shorten training, in kind? A small teacher of one's own, three small tokenizers, and what they learn when.
+"""Does REPA shorten training? A small self-trained teacher, three small tokenizers, and what they learn by which step.
 
 python -m experiments.repa_experiment teacher DIR   trains a small ViT without labels, writes DIR/own and DIR/random
-python -m experiments.repa_experiment train DIR     trains a tokenizer without REPA, with the own and with the random teacher
+python -m experiments.repa_experiment train DIR     trains tokenizers without REPA, with DIR/own and with DIR/random
 python -m experiments.repa_experiment plot DIR      draws docs/images/repa.png and prints a table
 
-docs/repa.md says what came out.
+docs/repa.md has the results.
 """
 
 import functools
@@ -37,12 +37,12 @@ SIZES = dict(
 )
 RUNS = {"without": None, "own teacher": "own", "random teacher": "random"}
 STEPS, MEASURED = 240, (40, 80, 120, 160, 200, 240)
-PROBES = {"shapes": 6, "emoji": 13}  # classes: the largest of flat shapes on plain ground; what an emoji shows
-COUNT = 600  # images of a probe, a third of which is for the test
+PROBES = {"shapes": 6, "emoji": 13}  # classes: the shape of the largest object on a plain background; the emoji's group
+COUNT = 600  # images of a probe, a third of them for testing
 
 
 def config_of(folder=None, teacher=None, steps=STEPS):
-  """The quickstart's tokenizer."""
+  """Returns the config of the quickstart's tokenizer, with REPA if a teacher is given."""
   c = quickstart.get_config()
   c.update(fast=False, optim=dict(warmup_steps=30, ema_decay=0.95), train=dict(num_steps=steps))  # compiles sooner
   if teacher:
@@ -50,11 +50,11 @@ def config_of(folder=None, teacher=None, steps=STEPS):
   return c
 
 
-# The teacher: SimCLR (Chen et al. 2020), two crops of an image against those of all others in the batch.
+# The teacher: SimCLR (Chen et al. 2020), which contrasts two crops of an image with those of all others in the batch.
 
 
 def crops(key, images):
-  """Random crops of 40 to 100 percent of the area, mirrored, of other colours: [b, s, s, 3] in [0, 1] -> normalised."""
+  """Random crops of 40% to 100% of the area, flips, colour changes: [b, s, s, 3] in [0, 1] -> normalised."""
 
   def one(key, image):
     keys = jax.random.split(key, 5)
@@ -84,7 +84,7 @@ def train_teacher(folder: Path, steps: int = 250, size: int = 64, temperature: f
     both = jnp.concatenate([crops(k, images / 255.0) for k in jax.random.split(key)])
 
     def loss_fn(params):
-      x = vit.apply({"params": params["vit"]}, both)["patches"].mean(1)  # so that it is the patches that learn
+      x = vit.apply({"params": params["vit"]}, both)["patches"].mean(1)  # the mean, so that the patches learn
       x = jax.nn.gelu(x @ params["head"][0]) @ params["head"][1]
       x = x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-6)
       logits = x @ x.T / temperature - 1e9 * jnp.eye(2 * size)
@@ -101,14 +101,14 @@ def train_teacher(folder: Path, steps: int = 250, size: int = 64, temperature: f
     images = next(batches)["image"].astype(np.float32)
     params, state, loss = update(params, state, images, jax.random.fold_in(key, step))
     if step % 25 == 0:
-      print(f"teacher, step {step}: loss {loss:.3f}, {(time.time() - begun) / step:.2f} s a step", flush=True)
+      print(f"teacher, step {step}: loss {loss:.3f}, {(time.time() - begun) / step:.2f} s per step", flush=True)
   write(folder / "own", params["vit"])
   for name in ("own", "random"):
-    print(f"{name}: probes of the patches' mean {vit_probe(vit_files.load_vit(folder / name)[1])}", flush=True)
+    print(f"{name}: probes of the mean patch {vit_probe(vit_files.load_vit(folder / name)[1])}", flush=True)
 
 
 def write(folder: Path, params):
-  """Writes a ViT as transformers keeps a DINOv2."""
+  """Writes a ViT in the format of a DINOv2 in transformers."""
   folder.mkdir(parents=True, exist_ok=True)
   flat = {path: np.asarray(x, np.float32) for path, x in flatten_dict(params, sep="/").items()}
   found = {}
@@ -132,12 +132,12 @@ def write(folder: Path, params):
   (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
-# What was learned.
+# What the tokenizers learned.
 
 
 @functools.cache
 def probe_sets():
-  """{name: (images uint8 [n, s, s, 3], labels [n])}; emoji are those of the training split, unlabelled there."""
+  """Returns {name: (images uint8 [n, s, s, 3], labels [n])}; emoji are from the training split, which has no labels."""
   data = config_of().data
   data.sources.synthetic.style = "plain"
   shapes = pipeline.eval_set(data, "synthetic", image_size=SIZE, num_images=COUNT)
@@ -150,7 +150,7 @@ def probe_sets():
 
 
 def ridge(features: np.ndarray, labels: np.ndarray, strength: float = 30.0) -> float:
-  """Accuracy on the last third of a ridge regression to the classes, fitted on the rest."""
+  """Returns the accuracy, on the last third, of a ridge regression to the classes that is fitted on the rest."""
   cut = 2 * len(labels) // 3
   x = features.astype(np.float64)
   x = (x - x[:cut].mean(0)) / (x[:cut].std(0) + 1e-6)
@@ -180,7 +180,7 @@ def vit_probe(params) -> str:
 
 
 def make_measure(config):
-  """Returns a function of params: flow loss of held-out images, and accuracies of two probes."""
+  """Returns a function of params that measures the flow loss of held-out images and the accuracies of the probes."""
   config = config.copy_and_resolve_references()
   config.repa.weight = 0.0
   stage = make_stage(config)
@@ -201,7 +201,7 @@ def make_measure(config):
     z = apply(latents, method="encode_registers").reshape(len(images), -1)
     noise, t = jax.random.normal(jax.random.key(3), latents.shape), jnp.full(len(images), 0.3)
     x_t = 0.7 * latents + 0.3 * noise
-    codes, none = jnp.zeros((len(images), 1, 6)), jnp.ones(len(images), bool)  # the patches alone, no condition
+    codes, none = jnp.zeros((len(images), 1, 6)), jnp.ones(len(images), bool)  # only patches, no condition
     taps = [
       apply(x_t, t, codes, jnp.ones(len(images), int), none, None, block, method="velocity")[1].mean(1)
       for block in (1, 2)
@@ -283,9 +283,13 @@ def plot(folder: Path):
 
 
 def main(what: str, folder: str):
+  """Runs one part of the experiment."""
+  parts = {"teacher": train_teacher, "train": train, "plot": plot}
+  if what not in parts:
+    raise ValueError(f"unknown part {what!r}: one of {', '.join(parts)}")
   path = Path(folder)
   path.mkdir(parents=True, exist_ok=True)
-  {"teacher": train_teacher, "train": train, "plot": plot}[what](path)
+  parts[what](path)
 
 
 if __name__ == "__main__":

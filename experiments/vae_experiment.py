@@ -1,24 +1,26 @@
-"""What a discriminator changes in the small VAE of configs/photos_vae.py: the table and the picture of docs/vae.md.
+"""What does a discriminator change in the small VAE of configs/photos_vae.py? The table and the picture of docs/vae.md.
 
-python -m experiments.vae_experiment DIR NAME,NAME,... [PICTURE.png]
+python -m experiments.vae_experiment DIR NAME,NAME,... PICTURE.png
 
-DIR has the workdir of each run. Of every one the 256 held-out crops of photographs are reconstructed, as 8-bit
-pictures, and measured, also against the first run: PSNR and SSIM; "perceptual" (ops/distances.py); "texture", which
-does not ask where a detail is; and the share of the original's contrast that is left at each scale, the finest first.
+DIR holds the workdir of each run. For each run, 256 held-out crops of photographs are reconstructed as 8-bit images
+and measured, also relative to the first run: PSNR and SSIM; "perceptual" (ops/distances.py); "texture", which ignores
+where a detail is; and the fraction of the original's contrast that remains at each scale, the finest first.
 
-Texture of an image: of the "perceptual" features of structure, unit vectors at every pixel, the mean over pixels of
-their products with each other, at every scale (a Gram matrix, Gatys et al. 2015). Its distance is the root of the sum
-of squared differences over scales and products; its Fréchet distance is that of Gaussians of the 256 images' mean
-squares of features (the diagonals), as an FID without a network.
+The texture of an image is a Gram matrix for each scale (Gatys et al. 2015): the mean over pixels of the products of
+the "perceptual" features of structure, which are unit vectors at every pixel. The distance of two textures is the
+root of the sum of squared differences over scales and products. The Fréchet distance of textures is that of Gaussians
+of the 256 images' mean squares of features (the diagonals), like an FID without a network.
 """
 
-import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import flextok_jax
+from flextok_jax import cli
+from flextok_jax.core import files
 from flextok_jax.core import images as images_lib
 from flextok_jax.data import pipeline
 from flextok_jax.evals import plots, tally
@@ -28,7 +30,7 @@ from flextok_jax.ops import distances
 
 
 def scales(images):
-  """Luminance and opponent colours [b, h, w, 3] at every scale of "perceptual", of images in [-1, 1]."""
+  """Yields luminance and opponent colours [b, h, w, 3] of images in [-1, 1] at every scale of "perceptual"."""
   x = distances._opponent(images)
   yield x
   while min(x.shape[1:3]) >= 2 * distances.MIN_SIDE:
@@ -37,8 +39,8 @@ def scales(images):
 
 
 @jax.jit
-def look(images):
-  """Images [b, h, w, 3] in [0, 1] to Gram matrices by scale [b, s, 16, 16], and contrasts [b, s]."""
+def measure_texture(images):
+  """Returns Gram matrices [b, s, 16, 16] and contrasts [b, s] by scale, of images [b, h, w, 3] in [0, 1]."""
   grams, contrasts = [], []
   for x in scales(2 * images - 1):
     features = distances._features(x)[1]
@@ -49,19 +51,20 @@ def look(images):
 
 
 def gaussian(grams):
-  """Mean and covariance over images of the diagonals."""
+  """Returns mean and covariance, over images, of the diagonals."""
   features = np.diagonal(np.asarray(grams, np.float64), axis1=2, axis2=3).reshape(len(grams), -1)
   return features.mean(0), np.cov(features, rowvar=False)
 
 
-def main(folder: str, names: str, picture: str = ""):
+def main(folder: str, names: str, picture: str):
+  """Prints the measurements and draws the picture."""
   rows, columns = {}, {}
   for name in names.split(","):
     model = flextok_jax.load(f"{folder}/{name}/weights.safetensors")
     images = pipeline.eval_set(model.config.data, "photos", image_size=model.image_size, num_images=256)["image"]
     originals = images / np.float32(255)
     restored = images_lib.round_to_8bit(np.clip(model.decode_latents(model.encode_latents(images)), -1, 1))
-    (grams, contrasts), (found, left) = look(originals), look(restored)
+    (grams, contrasts), (found, left) = measure_texture(originals), measure_texture(restored)
     rows[name] = {
       "PSNR": metrics.psnr(originals, restored),
       "SSIM": metrics.ssim(originals, restored),
@@ -69,7 +72,7 @@ def main(folder: str, names: str, picture: str = ""):
       "texture": jnp.square(grams - found).sum((1, 2, 3)) ** 0.5,
     }
     first = next(iter(rows.values()))
-    for metric, values in rows[name].items():  # mean, and that of the difference to the first run, image by image
+    for metric, values in rows[name].items():  # mean, and interval of the difference from the first run
       low, high = tally.means_and_intervals({metric: np.asarray(values - first[metric])})[1][metric]
       print(f"{name}: {metric} {values.mean():.4f}, difference {low:.4f} to {high:.4f} (95%)", flush=True)
     print(
@@ -80,10 +83,8 @@ def main(folder: str, names: str, picture: str = ""):
     chosen = np.arange(0, 256, 256 // 8)[:8] + np.arange(8) % 4  # two of each photograph
     columns.setdefault("original", images[chosen])
     columns[name] = np.asarray(restored[chosen] * 255).round().astype(np.uint8)
-  if picture:
-    with open(picture, "wb") as f:
-      f.write(plots.to_png(plots.grid(list(columns.values()), list(columns))))
+  files.write_file(Path(picture), plots.to_png(plots.grid(list(columns.values()), list(columns))))
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  cli.run(main, ["DIR", "NAMES", "PICTURE"])
