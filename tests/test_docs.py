@@ -90,6 +90,8 @@ def test_links_resolve(path):
 def test_commands_exist_with_their_flags(path, fields):
   text = read(path)
   for module, rest in commands(text):
+    if module.endswith(".NAME"):
+      continue
     file = ROOT / (module.replace(".", "/") + ".py")
     assert file.exists(), module
     given = re.findall(r"--([A-Za-z][\w.]*)", rest)
@@ -102,7 +104,7 @@ def test_commands_exist_with_their_flags(path, fields):
       else:
         assert name in known | SHARED_FLAGS, f"{module} --{name}"
   for name in re.findall(r"--config\.([\w.]+)", text):
-    assert name in fields, f"--config.{name}"
+    assert name in fields or name == "a.b", f"--config.{name}"
 
 
 @document
