@@ -6,7 +6,7 @@ Parameters and inputs are random and the same for both paths; all runs on the fi
 once, and their order turns from round to round, so that whatever else the machine does meets both. Prints a table, and
 how many times faster the fast path is; --out gets a JSON line for each row, ratio, span and peak.
 
-FLOPs are those of the matrix products and convolutions that the path really runs (flextok_jax/flops.py, flops_ar.py):
+FLOPs are those of the matrix products and convolutions that the path really runs (flextok_jax/core/flops.py):
 the fast path has fewer. MFU is FLOPs / time / peak, and the peak that of the fastest matrix product measured here in
 the job's dtype. XLA's own count stands beside: it has elementwise work too, but the body of a loop (over blocks, steps,
 tokens) only once, and nothing of other libraries' kernels.

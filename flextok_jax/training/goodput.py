@@ -6,11 +6,14 @@ import os
 import time
 from typing import Any
 
+from flax.core.meta import unbox
 import jax
 from ml_collections import ConfigDict
 
-from flextok_jax import flops, flops_ar
-from flextok_jax.core import accelerators
+from flextok_jax.core import accelerators, flops
+from flextok_jax.stages import make_stage
+from flextok_jax.training import inputs, optim
+from flextok_jax.training.state import init_state, make_update
 
 KINDS = ("step", "data", "save", "evaluate", "compile", "other")
 
@@ -67,23 +70,23 @@ def line(scalars: Mapping[str, float]) -> str:
 
 
 def update_flops(config: ConfigDict) -> int:
-  """Returns the matrix FLOPs of an update over the global batch, those of the frozen VAE's encoder with them.
+  """Returns the FLOPs of an update over the global batch (core/flops.py), including the frozen VAE's encoder.
 
-  What runs apart from the update does not count: the encoder of texts, the teacher of REPA.
+  Not included is what runs outside of the update: the encoder of texts and REPA's teacher.
   """
-  batch, parts = config.data.global_batch, config.optim.accumulate_steps
-  if config.stage == "ar":
-    return flops_ar.ar_train(config, batch)
-  if config.stage == "vae":
-    return flops.train_vae(config, batch)
-  encoded = 0 if config.vae.kind == "pixels" or config.data.latents else flops.vae_encode(config, batch)
-  return parts * flops.train(config, batch // parts, config.fast) + encoded
+  config = config.copy_and_resolve_references()
+  config.attention = "xla"  # other implementations compute the same in kernels that cannot be counted
+  stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, config.train.num_steps)
+  key = jax.eval_shape(jax.random.key, 0)
+  state = unbox(jax.eval_shape(lambda key: init_state(stage, optimizer, key), key))
+  update = make_update(stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=config.optim.ema_decay)
+  return flops.count(update, state, inputs.abstract_batch(config, stage), key)
 
 
 def make_mfu(config: ConfigDict, devices: Sequence[jax.Device]) -> Callable[[float], dict[str, float]]:
-  """Returns images a second -> {"mfu": the share of the devices' peak}, or {} where no peak is known (a CPU's).
+  """Returns a function of images per second: {"mfu": share of the devices' peak}, or {} if no peak is known (CPU).
 
-  What config.remat computes again does not count.
+  Operations that config.remat recomputes are not counted.
   """
   device = accelerators.known(devices[0])
   if device is None:

@@ -109,6 +109,40 @@ def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) 
   return ({name: np.concatenate([row[name] for row in rows]) for name in rows[0]} for rows in zip(*parts))
 
 
+def abstract_batch(config: ConfigDict, stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns shapes and dtypes of a global batch as the update receives it: that of train_batches after make_prepare."""
+  size, image_size = config.data.global_batch, config.image_size
+  shape = lambda dtype, *dims: jax.ShapeDtypeStruct((size, *dims), jnp.dtype(dtype))
+  batch = {"label": shape("int32"), "unreadable": shape("int32")}
+  if config.stage == "ar":
+    return batch | {
+      "token_ids": shape("int32", config.ar.num_tokens),
+      "length": shape("int32"),
+      **abstract_text(config, size),
+    }
+  if config.stage == "tokenizer" and config.data.latents:  # moments of the VAE, in float16 or bfloat16
+    *sides, channels = stage.model.latent_shape(image_size)
+    batch["latents"] = shape("bfloat16", *sides, 2 * channels)
+  else:
+    batch["image"] = shape("uint8", image_size, image_size, 3)
+  if repa.section(config) is not None:  # computed by the teacher, or read from shards
+    teacher_lib.check_source(config)
+    dtype = "float16" if config.data.teacher else config.repa.dtype
+    batch["teacher"] = shape(dtype, repa.teacher_grid(config) ** 2, config.repa.features)
+  return batch
+
+
+def abstract_text(config: ConfigDict, count: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns shapes and dtypes of the texts in a batch of `count` rows, {} if the generator reads no text."""
+  if config.stage != "ar" or config.ar.condition != "text":
+    return {}
+  text, lengths = config.text, jax.ShapeDtypeStruct((count,), jnp.int32)
+  if text.encoder == "bytes":
+    return {"text_ids": jax.ShapeDtypeStruct((count, text.max_length), jnp.int32), "text_lengths": lengths}
+  features = jax.ShapeDtypeStruct((count, text.max_length, text.features), jnp.dtype(config.dtype))
+  return {"text_features": features, "text_lengths": lengths}
+
+
 def make_prepare(config: ConfigDict, mesh: jax.sharding.Mesh, train: bool = False) -> Callable[[dict], dict]:
   """Returns a function of a batch on the devices that replaces text ids by the features of a frozen T5.
 

@@ -16,7 +16,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from flextok_jax import config as common
-from flextok_jax import evaluate, flops, train
+from flextok_jax import evaluate, train
+from flextok_jax.core.flops import count
 from flextok_jax.models.tokenizer.repa import Projector
 from flextok_jax.models.transformer import Block
 from flextok_jax.ops import repa as ops
@@ -27,9 +28,9 @@ from flextok_jax.tools.compile import jobs as compile_jobs
 from flextok_jax.training import inputs, mup, optim, teacher
 from flextok_jax.training.state import init_state, make_update
 from flextok_jax.weights import fingerprints, loading
+from tests.support import analytic_flops as flops
 from tests.support import vit_reference
 from tests.test_configs import parse
-from tests.tools.test_flops import equations, product
 
 WIDTH, FEATURES, GRID = 32, 32, 4
 REPA = dict(weight=0.5, block=1, hidden=24, features=FEATURES, dtype="float32")
@@ -260,9 +261,7 @@ def test_flops_of_the_projector():
       jax.eval_shape(stage.init, jax.random.key(0))[0] | jax.eval_shape(stage.init_auxiliary, jax.random.key(0))[0]
     )
     loss = lambda p, stage=stage: stage.latents_loss(p, latents, jax.random.key(3), wanted)[0]
-    traced = jax.jit(jax.grad(loss)).trace(params)
-    found = sum(product(eqn) * times for eqn, times in equations(traced.jaxpr.jaxpr, iter(())))
-    assert flops.train(config, 16, False) == pytest.approx(found, rel=2e-5)
+    assert flops.train(config, 16, False) == pytest.approx(count(jax.grad(loss), params), rel=2e-5)
   assert flops.projector(config_of()) == 2 * 16 * (WIDTH * 24 + 24 * 24 + 24 * FEATURES)
 
 
@@ -273,6 +272,7 @@ def test_flops_of_the_teacher(width, gflop):
   tokens, d = 257, width
   blocks = sizes["depth"] * (12 * d**2 * 2 * tokens + 4 * tokens**2 * d)
   assert flops.vit(sizes, 16) == blocks + 2 * 256 * 588 * d
+  assert benchmark_repa.teacher_flops(sizes, 16, 1) == flops.vit(sizes, 16)
   assert flops.vit(sizes, 16) / 1e9 == pytest.approx(gflop, rel=0.01)
 
 
@@ -372,7 +372,7 @@ def test_compiled_ahead_of_time_without_a_teachers_files():
     job = compile_jobs.make_job(config, "train", sharding.make_mesh(), 2, None)
     shape = job.args[1]["teacher"]
     assert (shape.shape, shape.dtype) == ((16, GRID**2, FEATURES), dtype)
-    assert job.flops >= flops.train(config, 16, True)
+    assert job.flops == pytest.approx(flops.train(config, 16, True), rel=2e-5)
     assert job.lower().out_info is not None
 
 

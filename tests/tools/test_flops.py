@@ -1,23 +1,24 @@
-"""Analytic FLOPs against the products in the very programs that the benchmark runs, and those against XLA's count."""
+"""FLOPs counted in the programs that the benchmark runs, against formulas and against XLA's count."""
 
 import functools
-import math
 
 import flax
 from flax.core.meta import unbox
 import jax
-from jax.extend import core
 import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
 import numpy as np
 import pytest
 
 from flextok_jax import config as common
-from flextok_jax import flops, flops_ar
+from flextok_jax.core.flops import count as count_of
+from flextok_jax.core.flops import count_jaxpr, equations
 from flextok_jax.models.ar.sampling import PLAIN_CHUNK
 from flextok_jax.stages import make_stage
 from flextok_jax.tools.benchmark import generator as benchmark_ar
 from flextok_jax.tools.benchmark import jobs as benchmark_jobs
+from tests.support import analytic_flops as flops
+from tests.support import analytic_flops_ar as flops_ar
 
 BATCH = 4
 
@@ -50,36 +51,6 @@ def generator(**overrides):
   return config
 
 
-def equations(jaxpr, trips):
-  """Yields (equation, how often it runs); `trips` are those of the while loops, in their order."""
-  for eqn in jaxpr.eqns:
-    yield eqn, 1
-    times = {"scan": lambda eqn=eqn: eqn.params["length"], "while": lambda: next(trips)}
-    times = times.get(eqn.primitive.name, lambda: 1)()
-    for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, core.Jaxpr)):
-      if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
-        inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
-        yield from ((e, n * times) for e, n in equations(inner, trips))
-
-
-def product(eqn):
-  """FLOPs of a matrix product or convolution, 0 of everything else."""
-  p, (result,) = eqn.params, eqn.outvars[:1] or (None,)
-  if eqn.primitive.name == "dot_general":
-    contracted = p["dimension_numbers"][0][0]
-    return 2 * result.aval.size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-  if eqn.primitive.name != "conv_general_dilated":
-    return 0
-  axes, (image, kernel) = p["dimension_numbers"], (x.aval.shape for x in eqn.invars)
-  count = 2 * math.prod(result.aval.shape[axis] for axis in axes.out_spec[:2]) * kernel[axes.rhs_spec[1]]
-  for i, (stride, (low, _)) in enumerate(zip(p["window_strides"], p["padding"]), 2):
-    length, taps, outputs = image[axes.lhs_spec[i]], kernel[axes.rhs_spec[i]], result.aval.shape[axes.out_spec[i]]
-    places = [o * stride + t * p["rhs_dilation"][i - 2] - low for o in range(outputs) for t in range(taps)]
-    gap = p["lhs_dilation"][i - 2]
-    count *= sum(place % gap == 0 and 0 <= place // gap < length for place in places)
-  return count
-
-
 @functools.cache
 def shapes(config):
   """Of the parameters, trained and frozen."""
@@ -110,13 +81,34 @@ def programs(config, job, num_tokens, paths, latents):
   return {path: (jax.jit(fn).trace(*args), count) for path, (fn, count) in made.items()}
 
 
+def formula(config, job, num_tokens, path, latents):
+  """FLOPs of a job by the formulas of tests/support."""
+  fast, parts = path == "fast", config.optim.accumulate_steps
+  vae = not latents and config.vae.kind != "pixels"
+  encode, decode = (f(config, BATCH) if vae else 0 for f in (flops.vae_encode, flops.vae_decode))
+  if job == "ar":
+    return flops_ar.ar_generate(config, num_tokens, BATCH, flops_ar.is_guided(config), fast)
+  if job == "tokenize":
+    return flops.tokenize(config, num_tokens, BATCH, fast) + encode
+  if job == "detokenize":
+    return flops.sampler(config, num_tokens, BATCH, fast) + decode
+  if job == "vae":
+    return flops.vae_encode(config, BATCH) + flops.vae_decode(config, BATCH)
+  if config.stage == "ar":
+    return flops_ar.ar_train(config, BATCH)
+  if config.stage == "vae":
+    return flops.train_vae(config, BATCH)
+  return parts * flops.train(config, BATCH // parts, fast) + encode
+
+
 def check(config, job, num_tokens=None, *, paths=benchmark_jobs.PATHS, latents=True, trips=()):
-  """Asserts that the program has as many FLOPs as we count, loops multiplied out; returns our counts."""
+  """Asserts that the program has as many FLOPs as the formulas say, loops multiplied out; returns the counts."""
   made = programs(config, job, num_tokens, paths, latents)
   for path, (traced, count) in made.items():
-    found = sum(product(eqn) * times for eqn, times in equations(traced.jaxpr.jaxpr, iter(trips)))
+    assert count == count_jaxpr(traced.jaxpr.jaxpr, trips)
     # The fast training step: what a learned vector gives to each of six codes.
-    assert count == pytest.approx(found, rel=3e-6), (job, num_tokens, path)
+    expected = formula(config, job, num_tokens, path, latents)
+    assert count == pytest.approx(expected, rel=3e-6), (job, num_tokens, path)
   return {path: count for path, (_, count) in made.items()}
 
 
@@ -153,9 +145,9 @@ def test_xla_counts_the_same(job, monkeypatch):
     config = generator(ar=dict(part, num_ids=64, num_tokens=8 if job == "ar" else 64, loss_chunk=64))
   elif job == "vae":
     config = small_config(vae=dict(block_out_channels=(64, 96)))
-  count_of = {"tokenize": 8, "detokenize": 8, "ar": 1}.get(job)
+  num_tokens = {"tokenize": 8, "detokenize": 8, "ar": 1}.get(job)
   paths = ("plain",) if "train" in job else benchmark_jobs.PATHS
-  for path, (traced, count) in programs(config, job.removesuffix("_ar"), count_of, paths, True).items():
+  for path, (traced, count) in programs(config, job.removesuffix("_ar"), num_tokens, paths, True).items():
     gap = traced.lower().compile().cost_analysis()["flops"] / count - 1
     assert -0.002 < gap < 0.03, (path, gap)
 
@@ -172,7 +164,7 @@ def test_what_the_vae_is_trained_by():
   trained, frozen = unbox(jax.eval_shape(stage.init_auxiliary, jax.random.key(0)))
   zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape), tree)
   lpips, params = ({"params": zeros(tree)} for tree in (frozen["lpips"], trained["discriminator"]))
-  found = lambda f, *args: sum(product(eqn) * n for eqn, n in equations(jax.make_jaxpr(f)(*args).jaxpr, iter(())))
+  found = count_of
   distance = lambda x: stage.lpips.apply(lpips, x, images).sum()
   assert flops.perceptual_loss(config) == found(jax.grad(distance), images)
   logits = lambda params, x: stage.discriminator.apply(params, x).sum()
@@ -261,7 +253,7 @@ def test_logits_of_all_positions_never_exist_at_once():
     jaxpr = jax.make_jaxpr(grad)(params, {"token_ids": whole, "length": rows, "label": rows}).jaxpr
     sizes = [
       x.aval.size
-      for eqn, _ in equations(jaxpr, iter(()))
+      for eqn, _ in equations(jaxpr)
       for x in eqn.outvars
       if 64_000 in np.shape(x.aval) and 768 not in np.shape(x.aval)
     ]

@@ -1,14 +1,15 @@
 """The generator's jobs: "ar", which draws tokens with guidance, and "train"."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 
+from flax.core.meta import unbox
+from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax import flops_ar
 from flextok_jax.core import timing
 from flextok_jax.models.ar import sampling as ar_sampling
 from flextok_jax.ops import attention
@@ -27,7 +28,7 @@ class Benchmark(benchmark_jobs.Benchmark):
   def __init__(self, config: ConfigDict, paths: tuple[str, ...], batch_size: int, latents: bool):
     super().__init__(config, paths, batch_size, latents)
     self.latents = True  # no VAE takes part
-    self.guided = flops_ar.is_guided(config)
+    self.guided = config.ar.condition != "none" and config.ar.guidance_scale != 1
     self.has_text = config.ar.condition == "text"
 
   def run(self, job: str, num_tokens: int | None, repeats: int, limit: float) -> list[benchmark_jobs.Row]:
@@ -35,7 +36,7 @@ class Benchmark(benchmark_jobs.Benchmark):
     rows = super().run(job, num_tokens, repeats, limit)
     if job == "train":
       return rows
-    read = flops_ar.token_bytes(self.config, num_tokens, self.batch_size, self.guided)
+    read = self.token_bytes(num_tokens)
     return [dataclasses.replace(row, token_bytes=read) if row.path == "fast" else row for row in rows]
 
   def _time(self, job, num_tokens, runs, args, repeats, limit):
@@ -50,6 +51,28 @@ class Benchmark(benchmark_jobs.Benchmark):
     # One token warms up: all 256 of the plain path take minutes on a CPU.
     warm_up = {path: functools.partial(fewer, path, 1) for path in runs}
     return timing.time_rounds({**runs, **shorter}, args, repeats, limit, warm_up=warm_up)
+
+  def _while_trips(self, path: str, num_tokens: int | None) -> Sequence[int]:
+    """Returns the trip counts of the loops over tokens, if no sample stops early: on the plain path one per length."""
+    if num_tokens is None:
+      return ()
+    if path == "fast":
+      return (num_tokens,)
+    chunk, total = ar_sampling.PLAIN_CHUNK, ar_sampling.slots(num_tokens, self.config.ar.num_tokens)
+    return [max(0, min(chunk, num_tokens - start)) for start in range(0, total, chunk)]
+
+  def token_bytes(self, num_tokens: int) -> int:
+    """Returns the bytes that a step of the fast path reads at least: matrices of blocks and readout, and the caches.
+
+    Caches are of all slots and of the text's tokens. Left out are norms, vectors, matrices that multiply the text alone,
+    and what is written (one position).
+    """
+    c, rows = self.config.ar, self.batch_size * (1 + self.guided)
+    named = flatten_dict(unbox(jax.eval_shape(self._stage("fast").init, self._key(0)))[0]["ar"])
+    matrices = sum(x.size for path, x in named.items() if path[-1] == "kernel" and "kv" not in path)
+    text = self.config.text.max_length if self.has_text else 0
+    caches = 2 * c.depth * rows * (ar_sampling.slots(num_tokens, c.num_tokens) + text) * c.width
+    return (matrices + caches) * jnp.dtype(self.config.dtype).itemsize
 
   def _dtype(self, job: str) -> str:
     return self.config.dtype
@@ -86,7 +109,7 @@ class Benchmark(benchmark_jobs.Benchmark):
     c, size, guided = self.config.ar, self.batch_size, self.guided
     text = self._text(size + guided)  # the last one in the place of the empty text
 
-    def make(stage, fast: bool) -> tuple[Callable, int]:
+    def make(stage, fast: bool) -> Callable:
       choices = ar_sampling.Choices(guided=guided, top_k=c.top_k, use_top_p=bool(c.top_p), fast=fast)
       slots = ar_sampling.slots(num_tokens, self.config.ar.num_tokens)
 
@@ -104,7 +127,7 @@ class Benchmark(benchmark_jobs.Benchmark):
         args = keys, labels, features, lengths, prefix, *scalars
         return ar_sampling.generate(stage.model, params, *args, slots=slots, choices=choices)
 
-      return fn, flops_ar.ar_generate(self.config, num_tokens, size, guided, fast)
+      return fn
 
     labels = self._labels()
     labels = jnp.concatenate([labels, jnp.full(size, -1, jnp.int32)]) if guided else labels
@@ -114,7 +137,7 @@ class Benchmark(benchmark_jobs.Benchmark):
 
   def _train(self):
     optimizer, c = self._optimizer(), self.config.ar
-    make = lambda stage, _: (self._update(stage, optimizer), flops_ar.ar_train(self.config, self.batch_size))
+    make = lambda stage, _: self._update(stage, optimizer)
     inputs = {
       "token_ids": self._random(13, c.num_ids, self.batch_size, c.num_tokens),
       "length": jnp.full(self.batch_size, c.num_tokens, jnp.int32),

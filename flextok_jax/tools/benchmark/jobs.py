@@ -1,6 +1,6 @@
 """The jobs of python -m flextok_jax.benchmark for tokenizers and VAEs; benchmark_ar.py has the generator's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import statistics
 import types
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import optax
 
-from flextok_jax import flops
-from flextok_jax.core import timing
+from flextok_jax.config import with_fields
+from flextok_jax.core import flops, timing
 from flextok_jax.models.tokenizer.flextok import sample_latents
-from flextok_jax.ops import attention, fsq
+from flextok_jax.ops import attention, fsq, nested
 from flextok_jax.stages import make_stage, repa
 from flextok_jax.training import optim
 from flextok_jax.training.state import init_state, make_update
@@ -96,7 +96,7 @@ class Benchmark:
     return self._dtype(job), "highest" if c.dtype == "float32" and job != "train" else None
 
   def prepare(self, job: str, num_tokens: int | None) -> tuple[tuple, dict[str, tuple[Callable, int]]]:
-    """Returns the arguments of a job, and by path the function to compile for them and its FLOPs.
+    """Returns the arguments of a job, and by path the function to compile for them and its FLOPs (core/flops.py).
 
     That of "train" is the update of a run, whose state may be donated.
     """
@@ -104,7 +104,18 @@ class Benchmark:
       self._kept.clear()  # room for the state
     args, make = getattr(self, f"_{job}")(*(() if num_tokens is None else (num_tokens,)))
     paths = self.paths if self._has_paths(job) else (ONLY,)
-    return args, {path: make(self._stage(path), path == "fast") for path in paths}
+    return args, {
+      path: (make(self._stage(path), path == "fast"), self._count(make, path, args, num_tokens)) for path in paths
+    }
+
+  def _count(self, make: Callable, path: str, args: tuple, num_tokens: int | None) -> int:
+    """Returns the FLOPs of a call, with the attention that can be counted."""
+    fn = make(self._stage(path, attention="xla"), path == "fast")
+    return flops.count(fn, *args, while_trips=self._while_trips(path, num_tokens))
+
+  def _while_trips(self, path: str, num_tokens: int | None) -> int | Sequence[int]:
+    """Returns the trip counts of the program's data-dependent loops, of which a tokenizer has none."""
+    return ()
 
   def run(self, job: str, num_tokens: int | None, repeats: int, limit: float) -> list[Row]:
     """Measures a job, a row a path, in `repeats` rounds or as many as begin within `limit` seconds."""
@@ -146,10 +157,9 @@ class Benchmark:
   def _has_paths(self, job: str) -> bool:
     return self.has_tokens and job != "vae"
 
-  def _stage(self, path: str):
-    config = self.config.copy_and_resolve_references()
-    config.fast = config.fast if path == ONLY else path == "fast"
-    return make_stage(config)
+  def _stage(self, path: str, **fields: str):
+    fast = self.config.fast if path == ONLY else path == "fast"
+    return make_stage(with_fields(self.config, {"fast": fast, **fields}))
 
   def _key(self, purpose: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
@@ -180,10 +190,6 @@ class Benchmark:
     """The VAE's part, where a job of images has one."""
     return () if self.latents or self.config.vae.kind == "pixels" else ("vae",)
 
-  def _vae_share(self, count: Callable[[ConfigDict, int], int]) -> int:
-    """FLOPs of that part."""
-    return count(self.config, self.batch_size) if self._with_vae else 0
-
   def _images(self) -> jax.Array:
     """uint8 [b, h, w, 3]."""
     side = self.config.image_size
@@ -196,28 +202,28 @@ class Benchmark:
 
   def _tokenize(self, num_tokens: int):
     def make(stage, fast: bool):
-      model, length = stage.model, flops.encoded(self.config, num_tokens, fast)
+      model, total = stage.model, self.config.tokens.num_registers
+      length = nested.slots(num_tokens - 1, total) if fast else total
 
       def fn(params, x):
         if not self.latents:
           return model.apply({"params": params}, x, length, method="tokenize")
         return fsq.codes_to_ids(model.apply({"params": params}, x, length, method="encode"), model.levels)
 
-      count = flops.tokenize(self.config, num_tokens, self.batch_size, fast)
-      return fn, count + self._vae_share(flops.vae_encode)
+      return fn
 
     return (self._params("encoder", *self._with_vae), self._noise() if self.latents else self._images()), make
 
   def _detokenize(self, num_tokens: int):
     def make(stage, fast: bool):
-      slots = flops.decoded(self.config, num_tokens, fast)
+      total = self.config.tokens.num_registers
+      slots = nested.slots(num_tokens, total) if fast else total
 
       def fn(params, ids, keep_k, noise):
         z = sample_latents(stage.model, params, ids[:, :slots], keep_k, noise, stage.sampler, fast)
         return z if self.latents else stage.model.apply({"params": params}, z, method="decode_latents")
 
-      count = flops.sampler(self.config, num_tokens, self.batch_size, fast)
-      return fn, count + self._vae_share(flops.vae_decode)
+      return fn
 
     tokens, size = self.config.tokens, self.batch_size
     ids = jax.random.randint(self._key(4), (size, tokens.num_registers), 0, fsq.num_codes(tokens.levels), jnp.int32)
@@ -232,23 +238,19 @@ class Benchmark:
         z = stage.model.apply({"params": params}, images, method="encode_latents")
         return stage.model.apply({"params": params}, z, method="decode_latents")
 
-      return fn, flops.vae_encode(self.config, self.batch_size) + flops.vae_decode(self.config, self.batch_size)
+      return fn
 
     return (self._params("vae"), self._images()), make
 
   def _train(self):
     c = self.config
-    parts, optimizer = c.optim.accumulate_steps, self._optimizer()
+    optimizer = self._optimizer()
 
-    def make(stage, fast: bool):
-      if not self.has_tokens:
-        count = flops.train_vae(c, self.batch_size)
-      else:
-        count = parts * flops.train(c, self.batch_size // parts, fast) + self._vae_share(flops.vae_encode)
+    def make(stage, _: bool):
       if self.latents:  # the update's images are latents
         loss = lambda params, batch, key, step: stage.latents_loss(params, batch["image"], key, batch.get("teacher"))
-        return self._update(types.SimpleNamespace(loss_fn=loss), optimizer), count
-      return self._update(stage, optimizer), count
+        return self._update(types.SimpleNamespace(loss_fn=loss), optimizer)
+      return self._update(stage, optimizer)
 
     trained, frozen = (("encoder", "decoder"), self._with_vae) if self.has_tokens else self._vae_parts
     inputs = {"image": self._noise() if self.latents else self._images()}

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax import flops
-from flextok_jax.core import timing
+from flextok_jax.core import flops, timing
 from flextok_jax.models.perception.vit import ViT
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
@@ -44,6 +43,14 @@ def teacher_sizes(width: int) -> dict:
   )
 
 
+def teacher_flops(sizes: dict, grid: int, batch_size: int) -> int:
+  """Returns the FLOPs of a teacher of these sizes for images of grid x grid patches."""
+  vit, side = ViT(**sizes, attention="xla"), grid * sizes["patch_size"]
+  images = jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.float32)
+  params = unbox(jax.eval_shape(vit.init, jax.random.key(0), images))
+  return flops.count(lambda params, images: vit.apply(params, images)["patches"], params, images)
+
+
 class Benchmark(benchmark_jobs.Benchmark):
   """The jobs of a tokenizer, "repa" with them."""
 
@@ -70,7 +77,7 @@ class Benchmark(benchmark_jobs.Benchmark):
     sizes = teacher_sizes(self.config.repa.features)
     features, images = self._features_fn(sizes), self._images()
     programs["teacher"] = programs["features"]
-    counts["teacher"] = counts["features"] + size * flops.vit(sizes, repa.teacher_grid(self.config))
+    counts["teacher"] = counts["features"] + teacher_flops(sizes, repa.teacher_grid(self.config), size)
 
     def step(way: str):
       own = "off" if way == "off" else "features"

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax import flops, flops_ar
+from flextok_jax.config import with_fields
+from flextok_jax.core import flops
 from flextok_jax.models.ar import sampling as ar_sampling
+from flextok_jax.ops import nested
 from flextok_jax.parallel import sharding
-from flextok_jax.stages import make_stage, repa
-from flextok_jax.training import goodput, optim, teacher
+from flextok_jax.stages import make_stage
+from flextok_jax.training import goodput, optim
+from flextok_jax.training import inputs as inputs_lib
 from flextok_jax.training.state import init_state, make_update
 
 STAGES = {"train": ("tokenizer", "vae", "ar"), "sample": ("tokenizer",), "ar": ("ar",)}  # job: stages that have it
@@ -31,9 +34,9 @@ class Job:
   donated: bool  # the first argument is overwritten
   precision: str | None  # of products that set none; None: jax's own
   batch: int  # images of a call
-  flops: int  # of a call on all devices: what runs (flops.py, flops_ar.py)
-  model_flops: int  # the same without what the backward pass of blocks computes again
-  loop_trips: int = 1  # of loops that end when data say so
+  flops: int  # per call on all devices (core/flops.py)
+  model_flops: int  # the same without what remat recomputes
+  loop_trips: int = 1  # trip count assumed for data-dependent loops
 
   def lower(self) -> jax.stages.Lowered:
     """Traces and lowers the program, for the devices of its arguments, as if they were the default ones.
@@ -94,16 +97,6 @@ def _shape(dtype, *shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _text(config: ConfigDict, count: int) -> dict:
-  """What a batch has of a text, as the update gets it (training/inputs.py); {} without text."""
-  if config.stage != "ar" or config.ar.condition != "text":
-    return {}
-  c, lengths = config.text, _shape(jnp.int32, count)
-  if c.encoder == "bytes":
-    return {"text_ids": _shape(jnp.int32, count, c.max_length), "text_lengths": lengths}
-  return {"text_features": _shape(jnp.dtype(config.dtype), count, c.max_length, c.features), "text_lengths": lengths}
-
-
 def _train(config: ConfigDict, mesh) -> Job:
   c, size = config, config.data.global_batch
   stage, optimizer = make_stage(c), optim.make_optimizer(c.optim, c.train.num_steps)
@@ -111,19 +104,10 @@ def _train(config: ConfigDict, mesh) -> Job:
   boxed = jax.eval_shape(lambda key: init_state(stage, optimizer, key), key)
   shardings = sharding.tree_shardings(boxed, mesh)
   state = _placed(unbox(boxed), shardings)
-  if c.stage == "ar":
-    batch = {"token_ids": _shape(jnp.int32, size, c.ar.num_tokens), "length": _shape(jnp.int32, size), **_text(c, size)}
-  elif c.stage == "tokenizer" and c.data.latents:  # the VAE's moments, in one of two types of 16 bits
-    *sides, channels = stage.model.latent_shape(c.image_size)
-    batch = {"latents": _shape(jnp.bfloat16, size, *sides, 2 * channels)}
-  else:
-    batch = {"image": _shape(jnp.uint8, size, c.image_size, c.image_size, 3)}
-  if repa.section(c) is not None:  # as the teacher gives its features, or as shards hold them
-    teacher.check_source(c)
-    dtype = jnp.dtype("float16" if c.data.teacher else c.repa.dtype)
-    batch["teacher"] = _shape(dtype, size, repa.teacher_grid(c) ** 2, c.repa.features)
-  batch |= {name: _shape(jnp.int32, size) for name in ("label", "unreadable")}
-  batch, key = _placed(batch, sharding.batch_sharding(mesh)), _placed(key, sharding.replicated(mesh))
+  batch, key = (
+    _placed(inputs_lib.abstract_batch(c, stage), sharding.batch_sharding(mesh)),
+    _placed(key, sharding.replicated(mesh)),
+  )
   return Job(
     fn=make_update(stage, optimizer, accumulate_steps=c.optim.accumulate_steps, decay=c.optim.ema_decay),
     args=(state, batch, key),
@@ -139,14 +123,8 @@ def _train(config: ConfigDict, mesh) -> Job:
     precision=None,
     batch=size,
     flops=goodput.update_flops(c),
-    model_flops=goodput.update_flops(_without_remat(c)),
+    model_flops=goodput.update_flops(with_fields(c, {"remat": "none"})),
   )
-
-
-def _without_remat(config: ConfigDict) -> ConfigDict:
-  config = config.copy_and_resolve_references()
-  config.remat = "none"
-  return config
 
 
 def _params(config: ConfigDict, stage, mesh):
@@ -172,11 +150,12 @@ def _precision(config: ConfigDict) -> str | None:
 
 def _sample(config: ConfigDict, mesh, num_tokens: int) -> Job:
   c, size = config, config.data.global_batch
-  stage, slots = make_stage(c), flops.decoded(c, num_tokens, c.fast)
+  stage, total = make_stage(c), c.tokens.num_registers
+  slots = nested.slots(num_tokens, total) if c.fast else total
   params, rows = _params(c, stage, mesh), sharding.batch_sharding(mesh)
   inputs = _placed((_shape(jnp.int32, size, slots), _shape(jnp.int32, size), _keys(size)), rows)
-  count = flops.sampler(c, num_tokens, size, c.fast)
-  count += flops.vae_decode(c, size) if c.vae.kind != "pixels" else 0
+  counted = make_stage(with_fields(c, {"attention": "xla"})).predict_fns["detokenize"]
+  count = flops.count(counted, params, *inputs)
   return Job(
     stage.predict_fns["detokenize"],
     (params, *inputs),
@@ -191,11 +170,11 @@ def _sample(config: ConfigDict, mesh, num_tokens: int) -> Job:
 
 
 def _ar(config: ConfigDict, mesh, num_tokens: int) -> Job:
-  c, size, guided = config, config.data.global_batch, flops_ar.is_guided(config)
-  stage = make_stage(c)
+  c, size, stage = config, config.data.global_batch, make_stage(config)
+  guided = c.ar.condition != "none" and c.ar.guidance_scale != 1
   params, rows = _params(c, stage, mesh), sharding.batch_sharding(mesh)
   twice = 2 * size if guided else size
-  text = _text(c, twice)
+  text = inputs_lib.abstract_text(c, twice)
   if "text_ids" in text:  # the generator gets features, of a text encoder that runs before it
     text["text_features"] = _shape(jnp.dtype(c.dtype), *text.pop("text_ids").shape, c.text.features)
   inputs = (
@@ -209,11 +188,12 @@ def _ar(config: ConfigDict, mesh, num_tokens: int) -> Job:
   inputs = _placed(inputs, rows), _placed(scalars, sharding.replicated(mesh))
   choices = ar_sampling.Choices(guided, False, c.ar.top_k, bool(c.ar.top_p), c.fast)
   slots = ar_sampling.slots(num_tokens, c.ar.num_tokens)
-  fn = functools.partial(ar_sampling.generate, stage.model, slots=slots, choices=choices)
-  count = flops_ar.ar_generate(c, num_tokens, size, guided, c.fast)
+  make = lambda stage: functools.partial(ar_sampling.generate, stage.model, slots=slots, choices=choices)
+  args = params, *inputs[0], *inputs[1]
+  count = flops.count(make(make_stage(with_fields(c, {"attention": "xla"}))), *args, while_trips=num_tokens)
   return Job(
-    fn,
-    (params, *inputs[0], *inputs[1]),
+    make(stage),
+    args,
     {"parameters": params, "batch": inputs},
     (rows, rows),
     False,

@@ -1,4 +1,4 @@
-"""Analytic FLOPs of every job: the matrix products and convolutions that the code runs, loops multiplied out.
+"""FLOPs of every job by formula: a second statement beside core/flops.py, which counts in traced programs.
 
 A product [m, k] x [k, n] counts 2 m k n; a convolution 2 for each pair of an output and an input that its kernel joins,
 products with padding left out. Left out too is all elementwise work (norms, activations, softmax, modulation, FSQ,

@@ -1,13 +1,13 @@
-"""Analytic FLOPs of the generator, counted as in flops.py, and the bytes that a token reads at least."""
+"""Analytic FLOPs of the generator, counted as in analytic_flops.py, and the bytes that a token reads at least."""
 
 from ml_collections import ConfigDict
 import numpy as np
 
-from flextok_jax import flops
-from flextok_jax.flops import linear
 from flextok_jax.models.ar.sampling import PLAIN_CHUNK, slots
 from flextok_jax.models.transformer import remat_name
 from flextok_jax.stages.ar import mlp_hidden
+from tests.support import analytic_flops as flops
+from tests.support.analytic_flops import linear
 
 
 def is_guided(config: ConfigDict) -> bool:
