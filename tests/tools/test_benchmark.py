@@ -30,7 +30,7 @@ NUMBERS = (
   "program_bytes",
 )
 CONFIG = """
-from configs import common
+from flextok_jax import config as common
 
 def get_config():
   part = dict(width=32, depth=1, head_dim=16)

@@ -144,9 +144,9 @@ def test_what_remat_computes_again_is_no_work_of_the_model():
   config = debug.get_config()
   config.remat = "full"
   job = compile_jobs.make_job(config, "train", mesh_of(data=8), 8, None)
-  assert job.flops == pytest.approx(flops.train(config, 64, True), rel=3e-6)
+  assert job.flops == pytest.approx(flops.train(config, 64, True), rel=5e-5)
   config.remat = "none"
-  assert job.model_flops == pytest.approx(flops.train(config, 64, True), rel=3e-6)
+  assert job.model_flops == pytest.approx(flops.train(config, 64, True), rel=5e-5)
   assert job.model_flops < job.flops
 
 

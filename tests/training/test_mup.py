@@ -129,7 +129,7 @@ def test_eps_means_the_same_at_all_widths():
 
 
 CONFIG = """
-from configs import common
+from flextok_jax import config as common
 
 def get_config():
   return common.derive(
@@ -186,6 +186,8 @@ def test_bad_input_is_one_line(config_file, tmp_path):
     ('stage="vae"', "stage 'vae' has no width: muP is of stages 'tokenizer' and 'ar'"),
     ('data=dict(latents="there")', "the check looks at images: it takes no config.data.latents=there"),
   ):
-    (tmp_path / "other.py").write_text(f"from configs import common\nget_config = lambda: common.derive({fields})\n")
+    (tmp_path / "other.py").write_text(
+      f"from flextok_jax import config as common\nget_config = lambda: common.derive({fields})\n"
+    )
     fails(words, mup_check, f"--config={tmp_path / 'other.py'}", out)
   assert not (tmp_path / "out").exists()

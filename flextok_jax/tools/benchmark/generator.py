@@ -64,7 +64,7 @@ class Benchmark(benchmark_jobs.Benchmark):
   def token_bytes(self, num_tokens: int) -> int:
     """Returns the bytes that a step of the fast path reads at least: matrices of blocks and readout, and the caches.
 
-    Caches are of all slots and of the text's tokens. Left out are norms, vectors, matrices that multiply the text alone,
+    Caches are of all slots and of the text's tokens. Left out are norms, vectors, matrices that multiply only the text
     and what is written (one position).
     """
     c, rows = self.config.ar, self.batch_size * (1 + self.guided)

@@ -25,7 +25,11 @@ _DINOV2 = {384: (12, False), 768: (12, False), 1024: (24, False), 1536: (40, Tru
 
 
 def teacher_sizes(width: int) -> dict:
-  """Returns the sizes of the DINOv2 of a width, as weights/perception/vit.py reads them; ValueError where there is none."""
+  """Returns the sizes of the DINOv2 of a width, as weights/perception/vit.py reads them.
+
+  Raises:
+    ValueError: no DINOv2 has this width.
+  """
   if width not in _DINOV2:
     raise ValueError(f"repa.features {width} is the width of no DINOv2: they have {', '.join(map(str, _DINOV2))}")
   depth, gated = _DINOV2[width]
