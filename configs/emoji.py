@@ -1,6 +1,13 @@
-"""A tiny tokenizer of emoji to generate on: configs/shapes.py, on the other source."""
+"""A tiny tokenizer of emoji: configs/shapes.py on another source, 2.5M parameters, CPU (emoji:coarse, as there).
 
-from configs import shapes
+  python -m flextok_jax.train --config=emoji --workdir=DIR --config.train.num_steps=2500 \
+      --config.init_from=flextok_jax/assets/shapes.safetensors --config.optim.learning_rate=2e-3 \
+      --config.flow.t_shift=8
+
+So run, for half an hour on two CPU cores: 18.7 dB at 16 tokens on held-out base glyphs (docs/generators.md).
+"""
+
+from flextok_jax.configs import shapes
 
 
 def get_config(arg: str = ""):

@@ -1,11 +1,16 @@
-"""A tiny generator of emoji on the tokens of configs/emoji.py: by 13 groups, or emoji_ar.py:text by names."""
+"""A tiny generator of emoji on the tokens of configs/emoji.py: by their 13 groups, or by their names (emoji_ar:text).
 
-from configs import shapes_ar
+1.1M to 1.5M parameters, CPU. SHARDS are token shards (docs/generators.md):
+
+  python -m flextok_jax.train --config=emoji_ar --workdir=DIR --config.data.tokens=SHARDS --config.train.num_steps=1200
+"""
+
+from flextok_jax import config as common
+from flextok_jax.configs import shapes_ar
 
 
 def get_config(arg: str = ""):
-  if arg not in ("", "text"):
-    raise ValueError(f"configs/emoji_ar.py takes no argument, or 'text', got {arg!r}")
+  common.check_argument("emoji_ar", arg, ("", "text"))
   c = shapes_ar.get_config(arg)
   c.update(ar=dict(num_classes=13))
   return c

@@ -1,15 +1,21 @@
-"""A tiny generator: plain scenes by the shape of their largest object, on the tokens of configs/shapes.py.
+"""A tiny generator of plain scenes, by the shape of their largest object, on the tokens of configs/shapes.py.
 
-shapes_ar.py:text is conditioned on captions, by a byte-level text encoder trained jointly; shapes_ar.py:stop also stops
-by itself, trained on shards with lengths (python -m flextok_jax.tokenize --quality).
+shapes_ar:text is conditioned on captions, by a byte-level text encoder trained jointly; shapes_ar:stop also ends its
+sequences itself, trained on shards with lengths (python -m flextok_jax.tokenize --quality). 1.1M to 1.5M parameters.
+
+  python -m flextok_jax.train --config=shapes_ar --workdir=DIR --config.data.tokens=SHARDS
+  python -m flextok_jax.train --config=shapes_ar:stop --workdir=DIR --config.data.tokens=SHARDS \
+      --config.train.num_steps=4500
+
+Run on two CPU cores in 9 minutes and in half an hour; both ship. 96% of the images by class and 88% of those by caption
+show the shape that was asked for (docs/generators.md).
 """
 
 from flextok_jax import config as common
 
 
 def get_config(arg: str = ""):
-  if arg not in ("", "text", "stop"):
-    raise ValueError(f"configs/shapes_ar.py takes no argument, 'text' or 'stop', got {arg!r}")
+  common.check_argument("shapes_ar", arg, ("", "text", "stop"))
   return common.derive(
     stage="ar",
     dtype="float32",  # CPUs gain nothing from bfloat16
@@ -19,7 +25,7 @@ def get_config(arg: str = ""):
       head_dim=32,
       num_ids=1000,
       num_tokens=16,
-      num_classes=16,  # of the source synthetic; plain scenes have 6 of them
+      num_classes=16,  # of the source synthetic; plain scenes use 6 of them
       stop=arg == "stop",
       condition="text" if arg else "class",
       guidance_scale=2.0,

@@ -14,7 +14,6 @@ import time
 
 from absl import flags
 from flax.traverse_util import flatten_dict
-from ml_collections import config_flags
 import numpy as np
 
 from flextok_jax import cli
@@ -37,7 +36,7 @@ print(json.dumps(dict(before=before, peak=memory("VmHWM"), size=size)))
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
-  config_flags.DEFINE_config_file("config", None, "A tokenizer's config.", flag_values=values)
+  cli.define_config_flag("A tokenizer's config.", values)
   flags.DEFINE_string("file", None, "The official file; written if it does not exist.", flag_values=values)
   flags.DEFINE_string("dtype", "bfloat16", "Type to load it in.", flag_values=values)
 

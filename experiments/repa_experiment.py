@@ -20,8 +20,8 @@ import numpy as np
 import optax
 from safetensors.numpy import save_file
 
-from configs import quickstart
 from flextok_jax import cli
+from flextok_jax.configs import quickstart
 from flextok_jax.data import pipeline, transforms
 from flextok_jax.data.sources import registry as sources
 from flextok_jax.models.perception.vit import IMAGENET, ViT

@@ -1,5 +1,8 @@
 """FlexTok in JAX: images as 1 to 256 ordered discrete tokens, coarse to fine (arXiv 2502.13967)."""
 
+import importlib.util
+from pathlib import Path
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
@@ -17,3 +20,18 @@ def __getattr__(name: str) -> Any:
 
     return getattr(generation, name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _add_configs() -> None:
+  """Makes configs/ of a source checkout importable as flextok_jax.configs, where an installed package has it."""
+  folder = Path(__file__).parents[1] / "configs"
+  if Path(__file__).with_name("configs").is_dir() or not folder.is_dir():
+    return
+  spec = importlib.util.spec_from_file_location(
+    f"{__name__}.configs", folder / "__init__.py", submodule_search_locations=[str(folder)]
+  )
+  assert spec is not None
+  sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+
+
+_add_configs()

@@ -1,6 +1,6 @@
 """Measures speed, memory and FLOPs of every job, the fast path beside the plain one in one process.
 
-python -m flextok_jax.benchmark --config=configs/X.py [--jobs=tokenize,train] [--num_tokens=1,8] [--out=FILE.jsonl]
+python -m flextok_jax.benchmark --config=NAME [--jobs=tokenize,train] [--num_tokens=1,8] [--out=FILE.jsonl]
 
 Parameters and inputs are random and the same for both paths; all runs on the first device. A round calls each path
 once, and their order turns from round to round, so that whatever else the machine does meets both. Prints a table, and
@@ -29,7 +29,7 @@ import statistics
 
 from absl import flags
 import jax
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from flextok_jax import cli
 from flextok_jax.core import files, timing
@@ -58,7 +58,7 @@ _TABLE = (
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
-  config_flags.DEFINE_config_file("config", None, "The model and its training.", flag_values=values)
+  cli.define_config_flag("The model and its training.", values)
   flags.DEFINE_list(
     "jobs", [], f"Of {', '.join(JOBS)}; default: all that the config has, but repa.", flag_values=values
   )
@@ -84,7 +84,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
 def main(values: flags.FlagValues):
   """Measures what the flags ask for."""
   if values.config is None:
-    raise ValueError("nothing to measure: give --config=configs/X.py")
+    raise ValueError("nothing to measure: give --config=NAME")
   for name, least in (("batch_size", 1), ("repeats", 1), ("seconds", 0)):
     if not values[name].value >= least:
       raise ValueError(f"--{name}={values[name].value} must be at least {least}")

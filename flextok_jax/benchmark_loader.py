@@ -27,7 +27,7 @@ import time
 from absl import flags
 from flax.core.meta import unbox
 import jax
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 
@@ -53,9 +53,7 @@ _FLAGS = {
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
-  config_flags.DEFINE_config_file(
-    "config", None, "Size, crops and batch of the images, and the model that trains.", flag_values=values
-  )
+  cli.define_config_flag("Size, crops and batch of the images, and the model that trains.", values)
   for name, (default, text) in _FLAGS.items():
     flags.DEFINE_integer(name, default, text, flag_values=values)
   flags.DEFINE_string("out", None, "File for the JSON lines, written anew.", flag_values=values)

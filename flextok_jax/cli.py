@@ -1,21 +1,54 @@
-"""What every command shares: one clear line for bad input instead of a traceback, and a cache of compiled programs."""
+"""What the commands share: flags, one line for bad input instead of a traceback, a cache of compiled programs.
 
+Also the console script: flextok-jax COMMAND [--flags] is python -m flextok_jax.COMMAND [--flags].
+"""
+
+import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import functools
 import json
 import os
+from pathlib import Path
 import re
+import runpy
 import sys
 from typing import Any
 
 from absl import app, flags, logging
 import jax
+from ml_collections import ConfigDict, config_flags
 
+from flextok_jax.config import load_config
 from flextok_jax.ops import guidance
 from flextok_jax.parallel import processes
 
+COMMANDS = (
+  *("train", "evaluate", "tokenize", "detokenize", "sample", "convert", "study", "sweep"),
+  *("compile", "benchmark", "benchmark_loader", "mup_check", "convert_torch"),
+)
 _EXPECTED = (ValueError, OSError)
+
+
+def main():
+  """Runs the console script flextok-jax."""
+  name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+  if name in COMMANDS:
+    del sys.argv[1]
+    runpy.run_module(f"flextok_jax.{name}", run_name="__main__", alter_sys=True)
+  elif name in ("-h", "--help", "help"):
+    print("flextok-jax COMMAND [--flags]; flextok-jax COMMAND --help describes the flags.\n")
+    for command in COMMANDS:
+      print(f"  {command:17} {_summary(command)}")
+  else:
+    print(f"error: unknown command {name!r}: one of {', '.join(COMMANDS)}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _summary(command: str) -> str:
+  """Returns the first line of a command's docstring, without importing the command."""
+  text = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{command}.py").read_text())) or ""
+  return text.partition("\n")[0]
 
 
 def _fail(error: Exception, line: str = ""):
@@ -40,18 +73,35 @@ def renamed(**names: str) -> Iterator[None]:
     raise ValueError(with_flags(str(e), names)) from e
 
 
+class _ConfigParser(flags.ArgumentParser):
+  """Parses --config: the name of a shipped config or the path of a file, see load_config."""
+
+  def parse(self, argument: str) -> ConfigDict:
+    return load_config(argument)
+
+
+def define_config_flag(help_text: str, values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None):
+  """Defines --config and the --config.FIELD that argv (default: sys.argv) has; returns the holder of the config."""
+  holder = config_flags.DEFINE_config_file("config", None, help_text, flag_values=values, sys_argv=argv)
+  values["config"].parser = _ConfigParser()
+  return holder
+
+
+def config_spec(values: flags.FlagValues) -> str:
+  """Returns what --config was given: NAME, NAME:ARGUMENT, PATH.py or PATH.py:ARGUMENT."""
+  return config_flags.get_config_filename(values["config"])
+
+
 def _parse(argv: list[str], arguments: Sequence[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
-    if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-      flags.FLAGS.config.keys()  # a missing file shows itself at the first access
   except (AttributeError, KeyError) as e:
     overrides = [arg for arg in argv if arg.startswith("--config.")]
-    _fail(e, f"unknown config key among {' '.join(overrides)} ({e}): all keys stand in flextok_jax/config.py")
+    _fail(e, f"unknown config key among {' '.join(overrides)} ({e}): flextok_jax/config.py lists all keys")
   except Exception as e:  # whatever is wrong with a config file
     _fail(e)
   if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # orbax tells a story at every checkpoint
+    logging.set_verbosity(logging.WARNING)  # orbax logs every checkpoint
   given = rest[1:]
   if len(given) > len(arguments):
     _fail(ValueError(f"unexpected argument {given[len(arguments)]!r}: options are given as --name=value"))

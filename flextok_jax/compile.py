@@ -1,7 +1,7 @@
 """Compiles a job for TPUs that need not be there, and tells what it will take of them.
 
-python -m flextok_jax.compile --config=configs/X.py --topology=v5e:16x16 --job=train [--per_device_batch=N] [--out=DIR]
-python -m flextok_jax.compile --config=configs/X.py --topology=v5e:16x16 --job=train --search
+python -m flextok_jax.compile --config=NAME --topology=v5e:16x16 --job=train [--per_device_batch=N] [--out=DIR]
+python -m flextok_jax.compile --config=NAME --topology=v5e:16x16 --job=train --search
 python -m flextok_jax.compile --table=DIR
 
 Jobs: "train", the update of python -m flextok_jax.train; "sample", token ids to images with the guidance and steps of
@@ -22,7 +22,7 @@ import time
 from absl import flags
 import jax
 from jax.experimental import topologies
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from flextok_jax import cli
 from flextok_jax.core import accelerators, files
@@ -44,7 +44,7 @@ _ENVIRONMENT = {
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
-  config_flags.DEFINE_config_file("config", None, "The model, its training and config.mesh.", flag_values=values)
+  cli.define_config_flag("The model, its training and config.mesh.", values)
   flags.DEFINE_string(
     "topology", None, "TPUs by generation and shape: v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x2.", flag_values=values
   )
@@ -67,10 +67,10 @@ def main(values: flags.FlagValues):
     print(compile_report.markdown(read_reports(Path(values.table))))
     return
   if values.config is None or not values.topology:
-    raise ValueError("give --config=configs/X.py and --topology=v5e:16x16 (or v5p:4x4x4, v6e:16x16, tpu7x:2x2x2)")
+    raise ValueError("give --config=NAME and --topology=v5e:16x16 (or v5p:4x4x4, v6e:16x16, tpu7x:2x2x2)")
   if values.job not in STAGES:
     raise ValueError(f"unknown --job={values.job}: one of {', '.join(STAGES)}")
-  config, name = values.config, Path(config_flags.get_config_filename(values["config"])).stem
+  config, name = values.config, cli.config_spec(values).replace(".py", "").rpartition("/")[2]
   devices = describe(values.topology)
 
   def run(config: ConfigDict, batch: int | None) -> compile_report.Report:
@@ -90,7 +90,8 @@ def main(values: flags.FlagValues):
   best = reports[0]
   print(compile_report.format_report(best))
   if values.out:
-    path = Path(values.out) / f"{name}.{values.job}.{re.sub(r'[^a-z0-9]+', '_', values.topology)}.json"
+    parts = (re.sub(r"[^\w-]+", "_", part) for part in (name, values.job, values.topology))
+    path = Path(values.out) / f"{'.'.join(parts)}.json"
     rows = [report.to_json() for report in reports]
     files.write_file(path, (json.dumps({**rows[0], "tried": rows[1:]}, indent=1) + "\n").encode())
     print(f"wrote {path}")

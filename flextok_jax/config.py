@@ -5,9 +5,15 @@ arXiv 2604.12887; [LDM] latent diffusion, Rombach et al. 2022, and its code; [ta
 [ours] no public record, our choice with the reason beside it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+import importlib
+import importlib.util
+import inspect
 import json
 import os
+from pathlib import Path
+import pkgutil
+from types import ModuleType
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -242,7 +248,7 @@ def get_config() -> ConfigDict:
   c.optim.ema_decay = 0.9999  # per step; evaluation and release use the average
   # Of the discriminator, by Adam; warm-up and end of the schedule are those above, in proportion.
   c.optim.discriminator = ConfigDict()
-  c.optim.discriminator.learning_rate = 1e-4  # peak [ours: that of configs/vae_c16.py; LDM has one for both]
+  c.optim.discriminator.learning_rate = 1e-4  # peak [ours: that of configs/vae.py; LDM has one for both networks]
   c.optim.discriminator.b1 = 0.5  # [LDM]
   c.optim.discriminator.b2 = 0.9  # [LDM]
   c.optim.discriminator.eps = 1e-8
@@ -345,8 +351,8 @@ def _tuples(value):
   return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def at_least_one(config: ConfigDict, *names: str):
-  """Raises ValueError for the first dotted field that is not a whole number of at least 1."""
+def check_at_least_one(config: ConfigDict, *names: str):
+  """Raises ValueError for the first dotted field that is not an integer of at least 1."""
   for name in names:
     value = config
     for part in name.split("."):
@@ -355,15 +361,15 @@ def at_least_one(config: ConfigDict, *names: str):
       raise ValueError(f"{name} must be at least 1, got {value!r}")
 
 
-def share(name: str, value: float) -> float:
-  """Returns the value of field `name`; ValueError if it is no number from 0 to 1."""
-  if not 0 <= value <= 1:  # nan neither
+def check_fraction(name: str, value: float) -> float:
+  """Returns the value of field `name`; raises ValueError unless it is in [0, 1]."""
+  if not 0 <= value <= 1:  # also refuses nan
     raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
   return value
 
 
 def float_dtype(name: str, value: str) -> jnp.dtype:
-  """Returns the floating-point type that field `name` names; ValueError if there is none."""
+  """Returns the floating-point dtype that field `name` names; raises ValueError for any other value."""
   try:
     dtype = jnp.dtype(value)
   except TypeError:
@@ -371,3 +377,78 @@ def float_dtype(name: str, value: str) -> jnp.dtype:
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f"{name} must be a floating-point type like 'bfloat16' or 'float32', got {value!r}")
   return dtype
+
+
+# Config files.
+
+
+def load_config(spec: str) -> ConfigDict:
+  """Returns the config that --config=SPEC names, locked.
+
+  Args:
+    spec: NAME or NAME:ARGUMENT of a shipped config ("flextok:d12_d12_in1k"), or PATH.py or PATH.py:ARGUMENT of a file
+      with get_config.
+
+  Raises:
+    FileNotFoundError: no such config.
+    ValueError: the file cannot be executed, has no get_config, or does not take the argument.
+  """
+  config = call(spec, "get_config")
+  if not isinstance(config, ConfigDict):
+    raise ValueError(f"get_config() of {spec} must return a ConfigDict, got {config!r:.80}")
+  return config.lock()
+
+
+def call(spec: str, function: str) -> Any:
+  """Calls a function of the config file that a spec names (load_config) with the argument of the spec.
+
+  Raises:
+    FileNotFoundError, ValueError: see load_config; errors inside the function are raised as ValueError.
+  """
+  name, *argument = spec.split(":", 1)
+  found = getattr(_import(name), function, None)
+  if found is None:
+    raise ValueError(f"{name} has no {function}()")
+  try:
+    inspect.signature(found).bind(*argument)
+  except TypeError:
+    given = f"no argument, got {argument[0]!r}" if argument else "an argument: NAME:ARGUMENT"
+    raise ValueError(f"config {name} takes {given}") from None
+  try:
+    return found(*argument)
+  except ValueError:
+    raise
+  except Exception as e:  # whatever is wrong with it
+    raise ValueError(f"{function}({', '.join(map(repr, argument))}) of {name}: {type(e).__name__}: {e}") from e
+
+
+def check_argument(name: str, value: str, choices: Iterable[str]):
+  """Raises ValueError, listing the choices, unless the argument of config `name` is one of them; "" is no argument."""
+  choices = list(choices)
+  if value not in choices:
+    optional = "no argument or " if "" in choices else ""
+    listed = ", ".join(filter(None, choices))
+    raise ValueError(f"config {name} takes {optional}one of {listed}, as {name}:{choices[-1]}; got {value!r}")
+
+
+def _import(name: str) -> ModuleType:
+  """Imports a config file by the name of a shipped one or by its path."""
+  shipped = importlib.import_module("flextok_jax.configs")
+  names = sorted(module.name for module in pkgutil.iter_modules(shipped.__path__))
+  path = Path(name)
+  if path.suffix != ".py":
+    if name not in names:
+      raise FileNotFoundError(f"no config {name!r}: one of {', '.join(names)}, or the path of a file ending in .py")
+  elif not path.is_file():
+    raise FileNotFoundError(f"the config file {name} does not exist")
+  elif path.resolve().parent == Path(shipped.__path__[0]).resolve():
+    name = path.stem
+  try:
+    if name in names:
+      return importlib.import_module(f"flextok_jax.configs.{name}")
+    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+  except Exception as e:  # whatever is wrong with the file
+    raise ValueError(f"config file {name}: {type(e).__name__}: {e}") from e
+  return module

@@ -1,6 +1,6 @@
 """Measures reconstructions of held-out images at every token count and draws them.
 
-python -m flextok_jax.evaluate --workdir=DIR [--config=configs/X.py] [--checkpoint=PATH] [--num_tokens=1,2,4]
+python -m flextok_jax.evaluate --workdir=DIR [--config=NAME] [--checkpoint=PATH] [--num_tokens=1,2,4]
     [--metrics=psnr,ssim,mae,lpips_alex,lpips_vgg,dreamsim,dinov2,rfid --weights=DIR]
 
 Of a generator, its loss; with --tokenizer and --metrics its samples, see flextok_jax/evaluate_samples.py.
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from flextok_jax import cli, evaluate_samples
-from flextok_jax.config import at_least_one
+from flextok_jax.config import check_at_least_one
 from flextok_jax.evals import generation, progress, reconstruction, token_loss
 from flextok_jax.evals.make import make_evaluator
 from flextok_jax.evals.metrics import measures
@@ -47,9 +47,7 @@ TRAINING_FIELDS = (
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
-  config_flags.DEFINE_config_file(
-    "config", None, "Settings of data, eval and sampler; default: the checkpoint's own.", flag_values=values
-  )
+  cli.define_config_flag("Settings of data, eval and sampler; default: the checkpoint's own.", values)
   flags.DEFINE_string(
     "workdir", None, "The run's directory: its newest checkpoint, and DIR/eval for results.", flag_values=values
   )
@@ -114,7 +112,7 @@ def _evaluate(values: flags.FlagValues, out: Path):
   if values.config is not None:
     config = with_settings(config, values.config)
   if "eval" not in config:
-    raise ValueError(f"{source} carries no settings of data and evaluation: give --config=configs/X.py as well")
+    raise ValueError(f"{source} carries no settings of data and evaluation: give --config=NAME as well")
   config = apply_flags(config.copy_and_resolve_references(), values)
   settings = {"weights": progress.identity(params), "networks": values.weights, "config": config.to_dict()}
   kept = progress.Progress(out / "so_far", settings | {"metrics": values.metrics}, values.keep_every)
@@ -187,7 +185,7 @@ def evaluate(
   Raises:
     ValueError: a setting out of range, before anything is read or compiled.
   """
-  at_least_one(config, "eval.num_images", "eval.batch_size", "eval.grid_images")
+  check_at_least_one(config, "eval.num_images", "eval.batch_size", "eval.grid_images")
   options = {}
   if config.stage != "ar":
     pairs = [name for name in metrics if name != RFID]

@@ -1,6 +1,6 @@
 """Checks by its coordinates that muP serves a config: how large activations are, and their changes, at several widths.
 
-python -m flextok_jax.mup_check --config=configs/X.py --widths=64,128,256 --steps=5 --out=DIR
+python -m flextok_jax.mup_check --config=NAME --widths=64,128,256 --steps=5 --out=DIR
 
 Trains the very update for a few steps at each width of encoder and decoder (or of the generator), with muP relative to
 the smallest width and without, and each time looks at the same batch: the mean absolute value of what layers put out,
@@ -23,11 +23,11 @@ import flax
 from flax.core.meta import unbox
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 import numpy as np
 
 from flextok_jax import cli, stages
-from flextok_jax.config import at_least_one
+from flextok_jax.config import check_at_least_one
 from flextok_jax.core import files
 from flextok_jax.parallel import sharding
 from flextok_jax.training import inputs, optim
@@ -51,7 +51,7 @@ _LAYERS = (
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
-  config_flags.DEFINE_config_file("config", None, "The model and its training.", flag_values=values)
+  cli.define_config_flag("The model and its training.", values)
   flags.DEFINE_list("widths", ["64", "128", "256"], "Widths, multiples of head_dim.", flag_values=values)
   flags.DEFINE_integer("steps", 5, "Updates at each width.", flag_values=values)
   flags.DEFINE_string("out", None, "Folder of coordinates.json and coordinates.png.", flag_values=values)
@@ -60,7 +60,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
 def main(values: flags.FlagValues):
   """Does what the flags ask for."""
   if values.config is None or values.out is None:
-    raise ValueError("give --config=configs/X.py and --out=DIR")
+    raise ValueError("give --config=NAME and --out=DIR")
   config, widths = values.config, _widths(values.widths)
   if values.steps < 1:
     raise ValueError(f"--steps={values.steps} must be at least 1")
@@ -68,7 +68,7 @@ def main(values: flags.FlagValues):
     raise ValueError(f"stage {config.stage!r} has no width: muP is of stages 'tokenizer' and 'ar'")
   if config.stage == "tokenizer" and config.data.latents:
     raise ValueError(f"the check looks at images: it takes no config.data.latents={config.data.latents}")
-  at_least_one(config, "data.global_batch")
+  check_at_least_one(config, "data.global_batch")
   rows = []
   for kind in KINDS:
     for width in widths:

@@ -19,12 +19,11 @@ from pathlib import Path
 
 from absl import flags
 import jax
-from ml_collections import config_flags
 import numpy as np
 
 from flextok_jax import cli, evaluate, evaluate_samples
 from flextok_jax.data import pipeline
-from flextok_jax.evals import batches, progress, reconstruction, report
+from flextok_jax.evals import batches, progress, report
 from flextok_jax.evals import generation as generation_metrics
 from flextok_jax.evals.metrics import measures, reference
 from flextok_jax.evals.studies import halting
@@ -74,9 +73,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   texts = functools.partial(flags.DEFINE_list, flag_values=values)
   texts("study", ["all"], f"Of {', '.join(STUDIES)}; or 'all', without sampling where there is no --generator.")
   string("checkpoint", None, "A tokenizer: file, folder or hub repository.")
-  config_flags.DEFINE_config_file(
-    "config", None, "Settings of data, eval and sampler; default: the checkpoint's own.", flag_values=values
-  )
+  cli.define_config_flag("Settings of data, eval and sampler; default: the checkpoint's own.", values)
   string("out", None, "Folder for the results.")
   texts("metrics", ["psnr", "ssim", "mae", "perceptual"], f"Of {', '.join(measures.NAMES)}; of tokens rfid too.")
   string("weights", None, "Folder with the weights of the metrics' networks.")
@@ -121,7 +118,7 @@ class Models:
     if values.config is not None:
       config = evaluate.with_settings(config, values.config)
     if "eval" not in config:
-      raise ValueError(f"{values.checkpoint} carries no settings of data and evaluation: give --config=configs/X.py")
+      raise ValueError(f"{values.checkpoint} carries no settings of data and evaluation: give --config=NAME")
     config = evaluate.apply_flags(config.copy_and_resolve_references(), values)
     if values.grid_images is not None:
       config.eval.grid_images = values.grid_images

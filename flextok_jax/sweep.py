@@ -1,6 +1,6 @@
 """Runs that differ in a few fields: those that a config's sweep lists, and one table that compares what came of them.
 
-python -m flextok_jax.sweep --config=configs/X.py --list [--only=a,b] [--config.a.b=v]
+python -m flextok_jax.sweep --config=NAME --list [--only=a,b] [--config.a.b=v]
 python -m flextok_jax.sweep --dir=DIR [--only=a,b] [--metrics=psnr] [--out=DIR]
 
 A config file lists its sweep beside get_config: get_sweep(), with the argument of get_config if that has one, returns
@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 import json
 from pathlib import Path
 import re
-import runpy
 import shlex
 import statistics
 from typing import Any
@@ -26,7 +25,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from flextok_jax import cli
-from flextok_jax.config import read_config
+from flextok_jax.config import call, read_config
 from flextok_jax.core import files
 from flextok_jax.evals import figures, report
 from flextok_jax.evals.metrics import measures
@@ -36,7 +35,7 @@ _POINTS = 40  # of a curve over steps at most
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
-  config_flags.DEFINE_config_file("config", None, "Experiment with a get_sweep().", flag_values=values)
+  cli.define_config_flag("Experiment with a get_sweep().", values)
   flags.DEFINE_bool("list", False, "Print the runs of --config's sweep.", flag_values=values)
   flags.DEFINE_list("only", [], "Names of runs, in this order; default: all.", flag_values=values)
   flags.DEFINE_string("dir", None, "Folder of the runs' workdirs, to be compared.", flag_values=values)
@@ -48,15 +47,15 @@ def main(values: flags.FlagValues):
   """Does what the flags ask for."""
   if values.list:
     if values.config is None:
-      raise ValueError("--list is missing --config=configs/X.py")
-    sweep = read_sweep(config_flags.get_config_filename(values["config"]))
+      raise ValueError("--list is missing --config=NAME")
+    sweep = read_sweep(cli.config_spec(values))
     given = config_flags.get_override_values(values["config"])
     lines = {name: flags_of(name, fields, values.config, given) for name, fields in sweep.items()}
     for name in _chosen(lines, values.only, "the sweep"):
       print(shlex.join([name, *lines[name]]))
     return
   if not values.dir:
-    raise ValueError("give --dir=DIR, or --config=configs/X.py --list")
+    raise ValueError("give --dir=DIR, or --config=NAME --list")
   runs = read_runs(Path(values.dir), values.only)
   found = scored(runs)
   there = list(dict.fromkeys(metric for _, metric in found))
@@ -79,29 +78,24 @@ def _chosen(there: Mapping[str, Any], only: Sequence[str], where: str) -> list[s
 
 
 def read_sweep(config: str) -> dict[str, dict[str, Any]]:
-  """Returns {name of a run: {dotted field: value}} of the config file PATH or PATH:ARGUMENT.
+  """Returns {name of a run: {dotted field: value}} of a config: NAME, NAME:ARGUMENT, PATH.py or PATH.py:ARGUMENT.
 
   Raises:
     ValueError: no sweep there, one that fails, no runs in it, or names that cannot name a folder each.
   """
-  path, *argument = config.split(":", 1)
-  get_sweep = runpy.run_path(path).get("get_sweep")
-  if get_sweep is None:
-    raise ValueError(f"{path} has no get_sweep(), which returns {{name of a run: {{dotted field: value}}}}")
-  try:
-    sweep = get_sweep(*argument)
-  except Exception as e:  # whatever is wrong with it
-    raise ValueError(f"get_sweep({', '.join(map(repr, argument))}) of {path}: {type(e).__name__}: {e}") from e
+  sweep = call(config, "get_sweep")
   if not isinstance(sweep, Mapping) or not sweep or not all(isinstance(v, Mapping) for v in sweep.values()):
-    raise ValueError(f"get_sweep() of {path} must return {{name of a run: {{dotted field: value}}}}, got {sweep!r:.80}")
+    raise ValueError(
+      f"get_sweep() of {config} must return {{name of a run: {{dotted field: value}}}}, got {sweep!r:.80}"
+    )
   labels = {}
   for name in sweep:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][-\w.+=]*", name, re.ASCII):
-      raise ValueError(f"{name!r} in the sweep of {path} cannot name a folder: letters, digits and _ - . + = alone")
+      raise ValueError(f"{name!r} in the sweep of {config} cannot name a folder: letters, digits and _ - . + = alone")
     label = re.sub("[^a-z0-9]+", "-", name.lower())  # as of jobs and TPUs: launch/sweep.sh
     if label in labels:
       raise ValueError(
-        f"{labels[label]!r} and {name!r} in the sweep of {path} are one name to some file systems, and to clusters"
+        f"{labels[label]!r} and {name!r} in the sweep of {config} are one name to some file systems, and to clusters"
       )
     labels[label] = name
   return {name: dict(fields) for name, fields in sweep.items()}

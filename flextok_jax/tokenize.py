@@ -21,7 +21,6 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
-from ml_collections import config_flags
 import numpy as np
 
 from flextok_jax import cli
@@ -60,9 +59,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_string("out", None, "File to write, .json or .npz; with --config a folder.", flag_values=values)
   flags.DEFINE_integer("num_tokens", None, "Tokens to write an image; default: all.", flag_values=values)
   flags.DEFINE_integer("batch_size", 32, "Images at once.", flag_values=values)
-  config_flags.DEFINE_config_file(
-    "config", None, "For shards: a file whose data and seed say what to read.", flag_values=values
-  )
+  cli.define_config_flag("For shards: a file whose data and seed say what to read.", values)
   flags.DEFINE_enum("what", "tokens", WHAT, "With --config: what the shards hold.", flag_values=values)
   flags.DEFINE_enum("split", "train", ("train", "validation"), "With --config: of the sources.", flag_values=values)
   flags.DEFINE_integer("num_images", None, "With --config: images; default: all of one source.", flag_values=values)

@@ -1,4 +1,4 @@
-"""Trains any stage: python -m flextok_jax.train --config=configs/X.py --workdir=DIR [--config.a.b=v].
+"""Trains any stage: python -m flextok_jax.train --config=NAME --workdir=DIR [--config.a.b=v].
 
 Rerunning the same command resumes from the newest checkpoint, bit for bit where the devices compute so.
 """
@@ -11,11 +11,10 @@ import time
 from absl import flags
 from flax.core.meta import unbox
 import jax
-from ml_collections import config_flags
 import safetensors
 
 from flextok_jax import cli, stages
-from flextok_jax.config import at_least_one, float_dtype, with_fields
+from flextok_jax.config import check_at_least_one, float_dtype, with_fields
 from flextok_jax.evals.make import make_evaluator, make_measure
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.training import checkpoint, goodput, inputs, optim
@@ -23,7 +22,7 @@ from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training.state import init_state, make_update
 from flextok_jax.weights import loading, saving
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file with get_config().", lock_config=True)
+CONFIG = cli.define_config_flag("Experiment: NAME[:ARGUMENT] of a config, or PATH.py[:ARGUMENT].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and pictures; made if missing.")
 
 _STEP = "flextok_jax.step"  # metadata entry of weights.safetensors: the step whose average it holds
@@ -42,8 +41,8 @@ def train(config, workdir: str):
   """
   spent = goodput.Goodput()
   every = ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints", "num_steps")
-  at_least_one(config, "optim.accumulate_steps", "eval.num_images", "eval.batch_size", "eval.grid_images")
-  at_least_one(config, *(f"train.{name}" for name in every))
+  check_at_least_one(config, "optim.accumulate_steps", "eval.num_images", "eval.batch_size", "eval.grid_images")
+  check_at_least_one(config, *(f"train.{name}" for name in every))
   float_dtype("train.export_dtype", config.train.export_dtype)
   config = inputs.with_vae(inputs.with_tokenizer(config), workdir)
   mesh = sharding.make_mesh(config.mesh)
@@ -222,7 +221,7 @@ def _line(step: int, last: int, s: dict) -> str:
 
 def main():
   if CONFIG.value is None or not WORKDIR.value:
-    raise ValueError("give --config=configs/X.py and --workdir=DIR")
+    raise ValueError("give --config=NAME and --workdir=DIR")
   train(CONFIG.value, WORKDIR.value)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on the GPUs of one or more nodes under Slurm; from the repository's folder, which all nodes must see:
 #   bash launch/slurm.sh install      # once, where there is a network; a job does it otherwise
-#   sbatch [--nodes=4 --gpus-per-node=8 --time=… …] launch/slurm.sh --config=configs/X.py --workdir=DIR
+#   sbatch [--nodes=4 --gpus-per-node=8 --time=… …] launch/slurm.sh --config=NAME --workdir=DIR
 # sbatch's own options override these; see docs/launchers.md.
 #
 #SBATCH --job-name=flextok
@@ -27,7 +27,7 @@ fail() {
 # sbatch runs a copy of this file: the repository is where it was called.
 repo=${SLURM_SUBMIT_DIR:-$PWD}
 [[ -r $repo/launch/env.sh ]] || fail "$repo is not the repository: call sbatch in its folder"
-(($#)) || fail "nothing to run: sbatch launch/slurm.sh --config=configs/X.py --workdir=DIR"
+(($#)) || fail "nothing to run: sbatch launch/slurm.sh --config=NAME --workdir=DIR"
 [[ $1 == install || -n ${SLURM_JOB_ID:-} ]] || fail "this is a job: sbatch launch/slurm.sh $*"
 
 # The environment of launch/env.sh and CUDA's packages, in the same pinned versions; one job at a time installs.

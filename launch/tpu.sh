@@ -89,7 +89,7 @@ check_settings() {
   $name_given || [[ $command != delete ]] || misuse "delete wants the name on the command line: --name=$name"
   case $command in
     run | watch)
-      ((${#arguments[@]})) || misuse "nothing to run: give -- --config=configs/X.py --workdir=DIR" ;;
+      ((${#arguments[@]})) || misuse "nothing to run: give -- --config=NAME --workdir=DIR" ;;
     ssh) ;;
     *) ((${#arguments[@]} == 0)) || misuse "$command takes no arguments behind --: ${arguments[0]}" ;;
   esac

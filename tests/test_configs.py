@@ -1,81 +1,60 @@
-"""Every experiment file, what it builds (shapes alone), the set of packages, and the shipped model."""
+"""Every config and what it builds (shapes only), config files, the set of packages, and the shipped models."""
 
 import ast
 import importlib.metadata
+import re
 import runpy
 import sys
 
-from absl import flags
 from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
-from ml_collections import config_flags
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 import pytest
 import setuptools
 
-from configs import quickstart
 import flextok_jax
 from flextok_jax import config as common
 from flextok_jax import evaluate, stages
+from flextok_jax.configs import quickstart
 from flextok_jax.data import pipeline
 from flextok_jax.evals import reconstruction
 from flextok_jax.stages import repa
 from flextok_jax.training import checkpoint, optim
 from flextok_jax.weights import fingerprints, loading
 from tests.conftest import ROOT
+from tests.support.configs import SPECS, parse
 
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
 SIZES = {  # millions of parameters with the VAE, as published; those count the fixed position tables too
-  "flextok_d12_d12_in1k": 341.7,
-  "flextok_d18_d18_in1k": 949.7,
-  "flextok_d18_d28_in1k": 2540.9,
-  "flextok_d18_d28_dfn": 2540.9,
-  "vae_c4": 83.8,
-  "vae_c8": 83.8,
-  "vae_c16": 83.8,
+  "flextok:d12_d12_in1k": 341.7,
+  "flextok:d18_d18_in1k": 949.7,
+  "flextok:d18_d28_in1k": 2540.9,
+  "flextok:d18_d28_dfn": 2540.9,
+  "vae:c4": 83.8,
+  "vae:c8": 83.8,
+  "vae:c16": 83.8,
 }
 AR_SIZES = {  # millions of parameters in the blocks, as published
-  "ar_49m": 49,
-  "ar_85m": 85,
-  "ar_201m": 201,
-  "ar_393m": 393,
-  "ar_679m": 679,
-  "ar_1b3": 1327,
-  "ar_113m": 113,
-  "ar_382m": 382,
-  "ar_1b": 1152,
-  "ar_3b": 3058,
+  "ar:49m": 49,
+  "ar:85m": 85,
+  "ar:201m": 201,
+  "ar:393m": 393,
+  "ar:679m": 679,
+  "ar:1b3": 1327,
+  "ar:113m": 113,
+  "ar:382m": 382,
+  "ar:1b": 1152,
+  "ar:3b": 3058,
 }
+SMALL = {"ablation_nested", "debug", "emoji", "emoji_ar", "loader", "photos_vae", "quickstart", "shapes", "shapes_ar"}
 ASSETS = ROOT / "flextok_jax" / "assets"
 
 
-@pytest.fixture(
-  params=[
-    *EXPERIMENTS,
-    "quickstart:coarse",
-    "quickstart:scratch",
-    "shapes:coarse",
-    "shapes_ar:text",
-    "shapes_ar:stop",
-    "emoji:coarse",
-    "emoji_ar:text",
-  ]
-)
+@pytest.fixture(params=SPECS)
 def name(request):
   return request.param
-
-
-def parse(name, *args):
-  """Returns the config that --config=configs/name.py and more arguments give."""
-  values = flags.FlagValues()
-  file, _, arg = name.partition(":")
-  argv = ["test", f"--config={ROOT}/configs/{file}.py{':' if arg else ''}{arg}", *args]
-  holder = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
-  values(argv)
-  return holder.value
 
 
 def flat(config):
@@ -91,9 +70,9 @@ def count(params):
   return sum(x.size for x in jax.tree.leaves(params))
 
 
-def test_the_experiments_are_all_here():
-  small = {"quickstart", "debug", "shapes", "shapes_ar", "emoji", "emoji_ar", "photos_vae"}
-  assert set(SIZES) | set(AR_SIZES) | small <= set(EXPERIMENTS)
+def test_all_configs_are_here():
+  assert set(SIZES) | set(AR_SIZES) | SMALL <= set(SPECS)
+  assert {"quickstart:scratch", "shapes_ar:stop"} < set(SPECS)
 
 
 def test_has_the_fields_of_common_and_is_locked(name):
@@ -177,9 +156,9 @@ def test_published_sizes_of_generators(name):
 
 @pytest.mark.parametrize("channels", [4, 8, 16])
 def test_a_trained_vae_fits_the_tokenizer_over_it(channels, tmp_path):
-  """The arrays that vae_cN trains are those that a tokenizer with N latent channels starts from."""
-  vae = joined_shapes(parse(f"vae_c{channels}"))
-  tokenizer = joined_shapes(parse("flextok_d12_d12_in1k", f"--config.vae.latent_channels={channels}"))
+  """The arrays that vae:cN trains are those that a tokenizer with N latent channels starts from."""
+  vae = joined_shapes(parse(f"vae:c{channels}"))
+  tokenizer = joined_shapes(parse("flextok:d12_d12_in1k", f"--config.vae.latent_channels={channels}"))
   checkpoint.check_params(vae, {"vae": tokenizer["vae"]}, "the VAE")
 
 
@@ -190,7 +169,7 @@ def test_a_frozen_vae_computes_in_float32_and_a_trained_one_in_bfloat16(name):
 
 
 def test_the_folder_of_dfn_must_be_given():
-  c = parse("flextok_d18_d28_dfn")
+  c = parse("flextok:d18_d28_dfn")
   for read in (
     lambda: pipeline.eval_set(c.data, "folder", image_size=256, num_images=1),
     lambda: pipeline.train_batches(c.data, image_size=256, seed=0),
@@ -205,8 +184,56 @@ def test_quickstart_variants_are_one_model_and_scratch_runs_on_any_machine():
     evaluate.check_same_model(variant, whole)
   assert flat(whole) == flat(quickstart.get_config(""))
   assert scratch.data.sources.emoji.weight == 0 and "emoji" not in scratch.eval.sources  # its font may be missing
-  with pytest.raises(ValueError, match="takes no argument, .* got 'scrach'"):
+  with pytest.raises(ValueError, match="config quickstart takes no argument or one of coarse, scratch.*got 'scrach'"):
     quickstart.get_config("scrach")
+
+
+# Config files.
+
+
+@pytest.mark.parametrize("file", ["flextok", "vae", "ar"])
+def test_a_family_lists_its_members(file):
+  members = [name.partition(":")[2] for name in (*SIZES, *AR_SIZES) if name.startswith(file + ":")]
+  for spec in (file, f"{file}:none"):
+    with pytest.raises(ValueError, match=f"config {file} takes one of .*; got '{spec.partition(':')[2]}'") as error:
+      common.load_config(spec)
+    assert all(re.search(rf"\b{member}\b", str(error.value)) for member in members)
+
+
+def test_names_and_paths_from_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert flat(common.load_config("shapes:coarse")) == flat(common.load_config(f"{ROOT}/configs/shapes.py:coarse"))
+  (tmp_path / "debug.py").write_text(
+    "from flextok_jax.configs import debug\n\n\ndef get_config(seed='1'):\n  c = debug.get_config()\n"
+    "  c.seed = int(seed)\n  return c\n"
+  )
+  assert [common.load_config(spec).seed for spec in ("debug", "debug.py", "./debug.py:7")] == [0, 1, 7]
+  assert parse("debug.py:7", "--config.image_size=32").image_size == 32
+
+
+@pytest.mark.parametrize(
+  "text, spec, error, pattern",
+  [
+    ("", "file", FileNotFoundError, "no config 'file': one of .*debug, .*flextok, .*or the path of a file"),
+    ("", "none.py", FileNotFoundError, "the config file none.py does not exist"),
+    ("", "file.py", ValueError, "file.py has no get_config()"),
+    ("def get_config(:", "file.py", ValueError, "config file file.py: SyntaxError: .*"),
+    ("import nothing_such", "file.py", ValueError, "config file file.py: ModuleNotFoundError: .*nothing_such"),
+    ("get_config = lambda: 1 / 0", "file.py", ValueError, "get_config.. of file.py: ZeroDivisionError"),
+    ("get_config = lambda: {}", "file.py", ValueError, "get_config.. of file.py must return a ConfigDict, got {}"),
+    ("get_config = lambda: 0", "file.py:x", ValueError, "config file.py takes no argument, got 'x'"),
+    ("get_config = lambda arg: 0", "file.py", ValueError, "config file.py takes an argument"),
+    ("", "debug:x", ValueError, "config debug takes no argument, got 'x'"),
+  ],
+)
+def test_config_files_that_do_not_work(text, spec, error, pattern, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "file.py").write_text(text)
+  with pytest.raises(error, match=pattern):
+    common.load_config(spec)
+
+
+# What ships.
 
 
 @pytest.mark.parametrize("asset", ["quickstart", "shapes", "shapes_ar", "shapes_ar_stop"])

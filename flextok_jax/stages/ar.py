@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax.config import at_least_one, float_dtype
+from flextok_jax.config import check_at_least_one, float_dtype
 from flextok_jax.models.ar import generator as ar
 from flextok_jax.models.ar import text as text_models
 from flextok_jax.models.transformer import remat_name
@@ -31,7 +31,7 @@ def make_generator(config: ConfigDict) -> ar.Generator:
   """
   float_dtype("dtype", config.dtype)
   sizes = ("width", "depth", "head_dim", "num_ids", "num_tokens", "ffn_multiple_of", "loss_chunk")
-  at_least_one(config, *(f"ar.{name}" for name in sizes))
+  check_at_least_one(config, *(f"ar.{name}" for name in sizes))
   c = config.ar
   known = dict(
     condition=ar.CONDITIONS, norm=tuple(ar.NORMS), qk_norm=(*ar.NORMS, "none"), ffn=ar.FFNS, pos_embed=ar.POS_EMBEDS
@@ -46,7 +46,7 @@ def make_generator(config: ConfigDict) -> ar.Generator:
   if not 0 < c.mlp_ratio < math.inf or mlp_hidden(c) < 1:
     raise ValueError(f"ar.mlp_ratio must be a number above 0 that leaves a hidden width, got {c.mlp_ratio!r}")
   if c.condition == "class":
-    at_least_one(config, "ar.num_classes")
+    check_at_least_one(config, "ar.num_classes")
   if config.attention not in attention.IMPLEMENTATIONS:
     raise ValueError(f"unknown attention {config.attention!r}: one of {', '.join(attention.IMPLEMENTATIONS)}")
   dtype = jnp.dtype(config.dtype)
@@ -79,7 +79,7 @@ def make_generator(config: ConfigDict) -> ar.Generator:
   )
   if not text:
     return ar.Generator(transformer)
-  at_least_one(config, "text.max_length", "text.features", "text.mlp_hidden")
+  check_at_least_one(config, "text.max_length", "text.features", "text.mlp_hidden")
   if config.text.encoder not in text_models.ENCODERS:
     raise ValueError(f"unknown text.encoder {config.text.encoder!r}: one of {', '.join(text_models.ENCODERS)}")
   encoder = None

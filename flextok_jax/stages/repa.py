@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax.config import at_least_one, float_dtype
+from flextok_jax.config import check_at_least_one, float_dtype
 from flextok_jax.models.tokenizer.decoder import Decoder
 from flextok_jax.models.tokenizer.repa import Projector
 
@@ -41,7 +41,7 @@ def make_projector(config: ConfigDict, decoder: Decoder) -> Projector | None:
     return None
   if not 0 < repa.weight < float("inf"):
     raise ValueError(f"repa.weight must be a number of at least 0, got {repa.weight!r}")
-  at_least_one(config, "repa.block", "repa.hidden", "repa.features")
+  check_at_least_one(config, "repa.block", "repa.hidden", "repa.features")
   float_dtype("repa.dtype", repa.dtype)
   if repa.block > decoder.depth:
     raise ValueError(f"repa.block {repa.block} is none of the decoder's {decoder.depth} blocks, counted from 1")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax.config import at_least_one, float_dtype, share
+from flextok_jax.config import check_at_least_one, check_fraction, float_dtype
 from flextok_jax.models import layers
 from flextok_jax.models.tokenizer.decoder import NULL_CONDITIONS, Decoder
 from flextok_jax.models.tokenizer.encoder import Encoder
@@ -37,9 +37,9 @@ def make_model(config: ConfigDict) -> FlexTok:
     ValueError: naming the value, when there is no such choice or sizes do not fit together.
   """
   float_dtype("dtype", config.dtype)
-  at_least_one(config, "image_size", "tokens.num_registers")
+  check_at_least_one(config, "image_size", "tokens.num_registers")
   for part in ("encoder", "decoder"):
-    at_least_one(config, *(f"{part}.{name}" for name in ("width", "depth", "head_dim", "patch_size")))
+    check_at_least_one(config, *(f"{part}.{name}" for name in ("width", "depth", "head_dim", "patch_size")))
   if config.vae.kind not in ("autoencoder_kl", "pixels"):
     raise ValueError(f"unknown vae.kind {config.vae.kind!r}: 'autoencoder_kl' or 'pixels'")
   levels = tuple(config.tokens.levels)
@@ -118,7 +118,7 @@ class TokenizerStage(Stage):
 
   def __init__(self, config: ConfigDict):
     self.model = make_model(config)
-    at_least_one(config, "sampler.num_steps")
+    check_at_least_one(config, "sampler.num_steps")
     nested.check_mode(config.tokens.nested_dropout, config.tokens.num_registers)
     _check_flow(config)
     self.image_size = config.image_size
@@ -127,7 +127,7 @@ class TokenizerStage(Stage):
     self.tokens = config.tokens
     self.bucket_rows = config.tokens.bucket_rows
     of_samples = ("null_prob", "quantization_dropout", "corruption")  # shares
-    _, self.unquantized, self.corruption = (share(f"tokens.{k}", self.tokens[k]) for k in of_samples)
+    _, self.unquantized, self.corruption = (check_fraction(f"tokens.{k}", self.tokens[k]) for k in of_samples)
     self.flow = config.flow
     self.projector = repa.make_projector(config, self.model.decoder)
     self.repa, self.repa_grid = repa.section(config), repa.decoder_grid(config)

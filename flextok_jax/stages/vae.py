@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax.config import at_least_one, float_dtype
+from flextok_jax.config import check_at_least_one, float_dtype
 from flextok_jax.core.images import to_float
 from flextok_jax.models.perception.lpips import LPIPS
 from flextok_jax.models.vae.autoencoder import AutoencoderKL, kl_divergence, last_conv, sample_posterior
@@ -49,7 +49,7 @@ def make_discriminator(config: ConfigDict) -> PatchDiscriminator | None:
     raise ValueError(f"discriminator.weight must be a number of at least 0, got {c['weight']!r}")
   if not c["weight"]:
     return None
-  at_least_one(config, "discriminator.channels", "discriminator.num_layers")
+  check_at_least_one(config, "discriminator.channels", "discriminator.num_layers")
   if not isinstance(c.start_step, int) or c.start_step < 0:
     raise ValueError(f"discriminator.start_step must be a number of steps of at least 0, got {c.start_step!r}")
   if patches_of(config.image_size, c.num_layers) < 1:

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from configs import debug
 from flextok_jax import train
+from flextok_jax.configs import debug
 from flextok_jax.training import checkpoint
 from tests.support.commands import shell
 
@@ -160,8 +160,8 @@ DEBUG = "--config=configs/debug.py"
     ("config.image_size|invalid literal|abc", [DEBUG, "--config.image_size=abc"]),
     ("unexpected argument 'configs/debug.py'", ["configs/debug.py"]),
     ("Unknown command line flag 'work_dir'", [DEBUG, "--work_dir=x"]),
-    ("give --config=configs/X.py and --workdir=DIR", []),
-    ("give --config=configs/X.py and --workdir=DIR", [DEBUG, "--workdir="]),
+    ("give --config=NAME and --workdir=DIR", []),
+    ("give --config=NAME and --workdir=DIR", [DEBUG, "--workdir="]),
   ],
 )
 def test_command_lines(pattern, args, tmp_path):

@@ -18,6 +18,8 @@ import time
 import pytest
 import yaml
 
+from flextok_jax.config import load_config
+
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 TRAIN = ["--config=configs/debug.py", "--workdir=/mnt/it's here", "--config.x='a b'", '--config.y=("c", $HOME)', ""]
@@ -39,7 +41,7 @@ class Sandbox:
     bin_dir = folder / "bin"
     bin_dir.mkdir()
     (folder / "home").mkdir()
-    script = ROOT / "tests" / "launch_stand_ins.py"
+    script = ROOT / "tests" / "support" / "launch_stand_ins.py"
     for name in ("gcloud", "uv", "train", "srun", "scontrol"):
       file = bin_dir / name
       file.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {script} {name} {folder} "$@"\n')
@@ -636,7 +638,8 @@ def test_gke_runs_the_same_command():
   (container,) = pod["containers"]
   assert container["command"] == ["bash", "launch/preemptible.sh", "python", "-m", "flextok_jax.train"]
   config = container["args"][0].removeprefix("--config=")
-  assert (ROOT / config).is_file() and container["args"][1].startswith(container["volumeMounts"][0]["mountPath"], 10)
+  assert load_config(config).stage == "tokenizer"
+  assert container["args"][1].startswith(container["volumeMounts"][0]["mountPath"], 10)
   # as many pods as the slice has hosts, each with all chips of its host
   topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
   chips = math.prod(map(int, topology.split("x")))

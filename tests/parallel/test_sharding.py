@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import numpy as np
 import pytest
 
-from configs import ar, debug, flextok_d12_d12_in1k
+from flextok_jax.configs import ar, debug, flextok
 from flextok_jax.data import pipeline
 from flextok_jax.inference import generator as generation
 from flextok_jax.inference import tokenizer as api
@@ -142,7 +142,7 @@ def test_batches_lie_on_data_and_fsdp():
 # Parameters.
 
 FULL = {  # and their optimisers
-  "d12_d12": (flextok_d12_d12_in1k.get_config, "muon"),  # with a VAE
+  "d12_d12": (functools.partial(flextok.get_config, "d12_d12_in1k"), "muon"),  # with a VAE
   "ar_85m": (functools.partial(ar.get_config, "85m"), "adamw"),
   "ar_3b": (functools.partial(ar.get_config, "3b"), "muon"),
 }

@@ -29,7 +29,7 @@ from flextok_jax.training.state import init_state, make_update
 from flextok_jax.weights import fingerprints, loading
 from tests.support import analytic_flops as flops
 from tests.support import vit_reference
-from tests.test_configs import parse
+from tests.support.configs import parse
 
 WIDTH, FEATURES, GRID = 32, 32, 4
 REPA = dict(weight=0.5, block=1, hidden=24, features=FEATURES, dtype="float32")
@@ -395,12 +395,12 @@ def test_the_benchmarks_job(monkeypatch):
 
 
 def test_the_papers_configs_have_it():
-  for name in ("flextok_d12_d12_in1k", "flextok_d18_d18_in1k", "flextok_d18_d28_in1k", "flextok_d18_d28_dfn"):
-    c = parse(name)
+  for model in ("d12_d12_in1k", "d18_d18_in1k", "d18_d28_in1k", "d18_d28_dfn"):
+    c = parse(f"flextok:{model}")
     assert (c.repa.weight, c.repa.block, c.repa.features, repa.teacher_grid(c)) == (1.0, 1, 1024, 16)
   share = 3 * flops.projector(c) / flops.train(c, 1024, True) * 1024
   assert share < 0.02
-  c = parse("flextok_d12_d12_in1k")
+  c = parse("flextok:d12_d12_in1k")
   assert 3 * flops.projector(c) / flops.train(c, 1024, True) * 1024 < 0.05
 
 

@@ -18,8 +18,8 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from configs import debug
 import flextok_jax
+from flextok_jax.configs import debug
 from flextok_jax.ops import flow, fsq, nested
 from flextok_jax.stages import make_stage
 from flextok_jax.training import optim

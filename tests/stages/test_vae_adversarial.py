@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import debug
+from flextok_jax.configs import debug
 from flextok_jax.models.perception.lpips import LPIPS
 from flextok_jax.models.vae.autoencoder import kl_divergence, sample_posterior
 from flextok_jax.models.vae.discriminator import PatchDiscriminator, patches_of

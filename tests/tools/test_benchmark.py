@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import debug
 from flextok_jax import benchmark
+from flextok_jax.configs import debug
 from flextok_jax.core import timing
 from flextok_jax.tools.benchmark import generator as benchmark_ar
 from flextok_jax.tools.benchmark import jobs as benchmark_jobs
@@ -217,7 +217,7 @@ def test_rounds_and_peak():
 
 def test_bad_input_is_refused(tmp_path):
   given = f"--config={config_file(tmp_path)}"
-  fails("give --config=configs/X.py", benchmark)
+  fails("give --config=NAME", benchmark)
   fails("--jobs: unknown 'dance', one of tokenize, detokenize, vae, ar, train", benchmark, given, "--jobs=train,dance")
   fails("--paths: unknown 'slow', one of plain, fast", benchmark, given, "--paths=slow")
   fails("--paths is empty", benchmark, given, "--paths=")

@@ -13,9 +13,9 @@ import jax
 from jax.experimental import topologies
 import pytest
 
-from configs import debug
 from flextok_jax import compile
 from flextok_jax import config as common
+from flextok_jax.configs import debug
 from flextok_jax.core import accelerators
 from flextok_jax.parallel import sharding
 from flextok_jax.tools.compile import jobs as compile_jobs

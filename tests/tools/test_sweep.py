@@ -8,22 +8,21 @@ import signal
 import subprocess
 import sys
 
-from absl import flags
-from ml_collections import config_flags
 import numpy as np
 from PIL import Image
 import pytest
 
-from configs import ablation_nested, debug
 from flextok_jax import sweep
+from flextok_jax.configs import ablation_nested, debug
 from flextok_jax.ops import nested
 from tests.launch import test_launch
 from tests.launch.test_launch import bare, box, made, repo, wait_until  # noqa: F401 fixtures
 from tests.support import commands
 from tests.support.commands import ROOT, fails, run
+from tests.support.configs import parse
 
 CONFIG = """
-from configs import debug
+from flextok_jax.configs import debug
 
 def get_config(arg=""):
   c = debug.get_config()
@@ -50,14 +49,6 @@ def listed(capsys, *args):
   return {line[0]: line[1:] for line in lines}
 
 
-def parsed(config, *args):
-  """The config as the train command gets it."""
-  values, argv = flags.FlagValues(), ["train", f"--config={config}", *args]
-  holder = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
-  values(argv)
-  return holder.value
-
-
 # The list.
 
 
@@ -74,9 +65,9 @@ def test_every_value_reaches_the_config_of_its_run(tmp_path, capsys):
   found = listed(capsys, f"--config={config}:x")
   assert list(found) == list(runs)
   for name, fields in runs.items():
-    expected = parsed(config)
+    expected = parse(config)
     expected.update_from_flattened_dict(fields)
-    assert parsed(config, *found[name]) == expected, name
+    assert parse(config, *found[name]) == expected, name
   assert list(listed(capsys, f"--config={config}", "--only=one,same")) == ["one", "same"]
 
 
@@ -86,10 +77,10 @@ def test_the_argument_of_the_config_is_that_of_its_sweep(tmp_path, capsys):
 
 
 def test_the_ablation_has_every_mode(capsys):
-  found = listed(capsys, f"--config={ROOT}/configs/ablation_nested.py")
+  found = listed(capsys, "--config=ablation_nested")
   assert list(found) == list(ablation_nested.get_sweep()) == list(nested.MODES)
   for mode, words in found.items():
-    assert parsed(f"{ROOT}/configs/ablation_nested.py", *words).tokens.nested_dropout == mode
+    assert parse("ablation_nested", *words).tokens.nested_dropout == mode
 
 
 @pytest.mark.parametrize(
@@ -121,7 +112,7 @@ def test_a_sweep_that_cannot_be_is_one_line(words, runs, tmp_path, monkeypatch):
 
 
 def test_bad_flags_are_one_line(tmp_path):
-  fails("configs/debug.py has no get_sweep()", sweep, "--list", f"--config={ROOT}/configs/debug.py")
+  fails("debug has no get_sweep()", sweep, "--list", "--config=debug")
   fails("--list is missing --config", sweep, "--list")
   fails("give --dir=DIR, or", sweep)
   fails(

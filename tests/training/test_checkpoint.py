@@ -16,9 +16,9 @@ import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from configs import debug
 from flextok_jax import train
 from flextok_jax.config import read_config
+from flextok_jax.configs import debug
 from flextok_jax.core import tensor_file
 from flextok_jax.stages import make_stage
 from flextok_jax.training import checkpoint

@@ -12,7 +12,7 @@ from flextok_jax.core import accelerators
 from flextok_jax.training import goodput
 from tests.support import analytic_flops as flops
 from tests.support import analytic_flops_ar as flops_ar
-from tests.test_configs import parse
+from tests.support.configs import parse
 from tests.training.test_update import config_of
 
 

@@ -16,7 +16,7 @@ from flextok_jax.stages import make_stage
 from flextok_jax.training import mup, optim
 from tests.support import token_shards
 from tests.support.commands import fails, run
-from tests.test_configs import EXPERIMENTS, parse
+from tests.support.configs import SPECS, parse
 from tests.training.test_update import config_of
 
 WIDE = {"embed", "mlp", "heads", "head_dim", "modulation", "embed_out"}  # axes that grow with the width
@@ -39,9 +39,8 @@ def structure(name):
 
 
 def test_every_parameter_of_every_config_has_the_group_that_its_axes_say():
-  names = [*EXPERIMENTS, "shapes_ar:text", "shapes_ar:stop", "quickstart:scratch"]
   found = set()
-  for name in {structure(name): name for name in names}.values():
+  for name in {structure(name): name for name in SPECS}.values():
     for path, box in boxed_params(name).items():
       axes, where = [axis for axis in box.names if axis != "layers"], f"{name}: {'/'.join(path)}"
       group = mup.group(path)
@@ -176,8 +175,8 @@ def test_activations_change_alike_at_all_widths_under_mup_alone(config_file, tmp
 
 def test_bad_input_is_one_line(config_file, tmp_path):
   given, out = f"--config={config_file}", f"--out={tmp_path / 'out'}"
-  fails("give --config=configs/X.py and --out=DIR", mup_check, given)
-  fails("give --config=configs/X.py and --out=DIR", mup_check, out)
+  fails("give --config=NAME and --out=DIR", mup_check, given)
+  fails("give --config=NAME and --out=DIR", mup_check, out)
   for widths in ("64", "64,64", "64,wide", "0,64", "64,-128", ""):
     fails(f"--widths={widths} must be two or more widths, like 64,128,256", mup_check, given, out, f"--widths={widths}")
   fails("ar.width 24 is not a multiple of ar.head_dim 16", mup_check, given, out, "--widths=24,32")

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import debug
+from flextok_jax.configs import debug
 from flextok_jax.data import pipeline
 from flextok_jax.ops import nested
 from flextok_jax.parallel import sharding

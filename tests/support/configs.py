@@ -1,0 +1,30 @@
+"""Configs as commands get them."""
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from flextok_jax import cli
+from flextok_jax.configs import ar, flextok, vae
+from tests.support.commands import ROOT
+
+FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+_ARGUMENTS = {
+  "ar": [*ar.CLASS, *ar.TEXT],
+  "emoji": ["", "coarse"],
+  "emoji_ar": ["", "text"],
+  "flextok": list(flextok.MODELS),
+  "photos_vae": ["", "next"],
+  "quickstart": ["", "coarse", "scratch"],
+  "shapes": ["", "coarse"],
+  "shapes_ar": ["", "text", "stop"],
+  "vae": list(vae.CHANNELS),
+}
+SPECS = [f"{file}:{arg}".rstrip(":") for file in FILES for arg in _ARGUMENTS.get(file, [""])]  # all that are shipped
+
+
+def parse(spec: str, *args: str) -> ConfigDict:
+  """Returns the config that --config=SPEC and more arguments give."""
+  values, argv = flags.FlagValues(), ["test", f"--config={spec}", *args]
+  holder = cli.define_config_flag("", values, argv)
+  values(argv)
+  return holder.value
