@@ -23,6 +23,7 @@ from flextok_jax.inference import decoding
 from flextok_jax.ops import distances, guidance
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
+from flextok_jax.training import inputs
 from flextok_jax.weights import loading
 
 
@@ -54,7 +55,8 @@ def main(values: flags.FlagValues):
   with cli.renamed(**cli.DECODER_FLAGS):
     sampler = decoding.override_sampler(config.sampler, values.decoder_steps, values.decoder_guidance, None)
   config = with_fields(config, {f"sampler.{name}": value for name, value in sampler.items()})
-  scenes = pipeline.eval_set(config.data, "synthetic", image_size=config.image_size, num_images=values.num_images)
+  size = dict(image_size=config.image_size, num_images=values.num_images)
+  scenes = pipeline.eval_set(inputs.image_data(config), "synthetic", **size)
   num_objects = scenes["num_objects"]
   mesh, measure = sharding.make_mesh(), measures.make([values.metric])[values.metric]
   lengths_fn = halting.make_lengths(config, params, values.metric, measure, values.seed, values.batch_size, mesh)

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from flextok_jax import cli
 from flextok_jax.configs import quickstart
 from flextok_jax.data import pipeline, transforms
-from flextok_jax.data.sources import registry as sources
+from flextok_jax.data.sources.base import read
 from flextok_jax.models.perception.vit import IMAGENET, ViT
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
@@ -94,9 +94,8 @@ def train_teacher(folder: Path, steps: int = 250, size: int = 64, temperature: f
     changes, state = optimizer.update(grads, state, params)
     return optax.apply_updates(params, changes), state, loss
 
-  data = config_of().data
-  data.global_batch = size
-  batches, state, begun = pipeline.train_batches(data, image_size=SIZE, seed=1), optimizer.init(params), time.time()
+  batches = pipeline.train_batches(inputs.image_data(config_of()), global_batch=size, image_size=SIZE, seed=1)
+  state, begun = optimizer.init(params), time.time()
   for step in range(1, steps + 1):
     images = next(batches)["image"].astype(np.float32)
     params, state, loss = update(params, state, images, jax.random.fold_in(key, step))
@@ -138,12 +137,13 @@ def write(folder: Path, params):
 @functools.cache
 def probe_sets():
   """Returns {name: (images uint8 [n, s, s, 3], labels [n])}; emoji are from the training split, which has no labels."""
-  data = config_of().data
-  data.sources.synthetic.style = "plain"
+  config = config_of()
+  config.data.sources.synthetic.style = "plain"
+  data = inputs.image_data(config)
   shapes = pipeline.eval_set(data, "synthetic", image_size=SIZE, num_images=COUNT)
-  source = sources.make_source("emoji", data.sources.emoji, "train")
+  source = data.open_source("emoji", "train")
   crop = lambda image: transforms.center_crop(image, SIZE)
-  drawn = [sources.read(source, int(i), crop)[0] for i in np.random.default_rng(0).integers(0, 10**6, COUNT)]
+  drawn = [read(source, int(i), crop)[0] for i in np.random.default_rng(0).integers(0, 10**6, COUNT)]
   classes = np.unique(shapes["label"], return_inverse=True)[1]
   emoji = np.stack([record["image"] for record in drawn]), np.array([record["label"] for record in drawn])
   return {"shapes": (shapes["image"], classes), "emoji": emoji}
@@ -185,7 +185,7 @@ def make_measure(config):
   config.repa.weight = 0.0
   stage = make_stage(config)
   sets = {
-    name: pipeline.eval_set(config.data, name, image_size=SIZE, num_images=192)["image"][:192]
+    name: pipeline.eval_set(inputs.image_data(config), name, image_size=SIZE, num_images=192)["image"][:192]
     for name in ("synthetic", "emoji")
   }
   loss_fn = jax.jit(

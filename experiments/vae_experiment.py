@@ -27,6 +27,7 @@ from flextok_jax.evals import plots, tally
 from flextok_jax.evals.metrics import frechet as statistics
 from flextok_jax.evals.metrics import image as metrics
 from flextok_jax.ops import distances
+from flextok_jax.training import inputs
 
 
 def scales(images):
@@ -61,7 +62,9 @@ def main(folder: str, names: str, picture: str):
   rows, columns = {}, {}
   for name in names.split(","):
     model = flextok_jax.load(f"{folder}/{name}/weights.safetensors")
-    images = pipeline.eval_set(model.config.data, "photos", image_size=model.image_size, num_images=256)["image"]
+    images = pipeline.eval_set(inputs.image_data(model.config), "photos", image_size=model.image_size, num_images=256)[
+      "image"
+    ]
     originals = images / np.float32(255)
     restored = images_lib.round_to_8bit(np.clip(model.decode_latents(model.encode_latents(images)), -1, 1))
     (grams, contrasts), (found, left) = measure_texture(originals), measure_texture(restored)

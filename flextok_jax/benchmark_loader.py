@@ -16,6 +16,7 @@ counted. Prints a table; --out gets a JSON line for each way and one for trainin
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -36,7 +37,7 @@ from flextok_jax.core import files, timing
 from flextok_jax.data import pipeline, transforms
 from flextok_jax.data.sources import photos
 from flextok_jax.stages import make_stage
-from flextok_jax.training import optim
+from flextok_jax.training import inputs, optim
 from flextok_jax.training.state import init_state, make_update
 
 WAYS = ("plain", "threads", "workers")
@@ -161,9 +162,11 @@ def _time_pipeline(config: ConfigDict, way: str, parallel: int, images: int) -> 
 @contextlib.contextmanager
 def _reading(config: ConfigDict, way: str, parallel: int) -> Iterator[Iterator[dict]]:
   """Yields the batches; afterwards nothing reads any more."""
-  data = config.data.copy_and_resolve_references()
-  data.num_threads, data.num_workers = (parallel, 0) if way == "threads" else (1, parallel)
-  batches = pipeline.train_batches(data, image_size=config.image_size, seed=config.seed)
+  threads, workers = (parallel, 0) if way == "threads" else (1, parallel)
+  loading = pipeline.Loading(threads, workers, config.data.prefetch)
+  data = dataclasses.replace(inputs.image_data(config), loading=loading)
+  size = dict(global_batch=config.data.global_batch, image_size=config.image_size)
+  batches = pipeline.train_batches(data, **size, seed=config.seed)
   try:
     yield batches
   finally:

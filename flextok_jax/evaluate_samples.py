@@ -23,6 +23,7 @@ from flextok_jax.inference import generator as generators
 from flextok_jax.inference import prompts as prompts_lib
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages import make_stage
+from flextok_jax.training import inputs
 from flextok_jax.weights.perception import networks
 
 _NUM_IMAGES = 50_000  # that the field reports
@@ -173,7 +174,7 @@ def load_reference(
   if name.endswith(".npz"):
     return reference.load(name, look, batch_size, images)
   most = num_images or np.iinfo(np.int32).max
-  held_out = pipeline.EvalImages(config.data, name, image_size=config.image_size, num_images=most)
+  held_out = pipeline.EvalImages(inputs.image_data(config), name, image_size=config.image_size, num_images=most)
   batches = (held_out[start : start + batch_size] for start in range(0, len(held_out), batch_size))
   found = reference.look_at(batches, look)
   return found if images else dataclasses.replace(found, pools=None)

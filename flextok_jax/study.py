@@ -37,6 +37,7 @@ from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.ops import guidance
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
+from flextok_jax.training import inputs
 from flextok_jax.weights import loading
 from flextok_jax.weights.perception import networks
 
@@ -137,7 +138,7 @@ class Models:
     """Evaluation sets by name, as of pipeline.eval_set."""
     c = self.config
     return {
-      name: pipeline.eval_set(c.data, name, image_size=c.image_size, num_images=c.eval.num_images)
+      name: pipeline.eval_set(inputs.image_data(c), name, image_size=c.image_size, num_images=c.eval.num_images)
       for name in c.eval.sources
     }
 

@@ -27,15 +27,18 @@ from flextok_jax import cli
 from flextok_jax.config import with_fields
 from flextok_jax.core.images import to_float
 from flextok_jax.data import transforms
-from flextok_jax.data.shards import contents as shard_contents
-from flextok_jax.data.shards import latents as latent_shards
+from flextok_jax.data.shards import files as shard_files
 from flextok_jax.data.shards import writer as shard_writer
+from flextok_jax.data.shards.features import FeatureShards
+from flextok_jax.data.shards.images import ImageRecords
+from flextok_jax.data.shards.latents import DTYPES, LatentShards
+from flextok_jax.data.shards.tokens import TokenRecords
 from flextok_jax.inference import decoding, token_files
 from flextok_jax.ops import fsq, guidance, nested
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage, repa
 from flextok_jax.stages.vae import make_vae
-from flextok_jax.training import teacher
+from flextok_jax.training import inputs, teacher
 from flextok_jax.weights import fingerprints, loading
 
 WHAT = ("tokens", "latents", "dino", "images")
@@ -94,7 +97,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     flag_values=values,
   )
   # float16 has 11 bits of mantissa to bfloat16's 8, and latents are far from its largest value, 65504.
-  flags.DEFINE_enum("dtype", "float16", latent_shards.DTYPES, "Of latents and features.", flag_values=values)
+  flags.DEFINE_enum("dtype", "float16", DTYPES, "Of latents and features.", flag_values=values)
 
 
 def main(values: flags.FlagValues):
@@ -135,11 +138,13 @@ def write_shards(values: flags.FlagValues):
   if Path(values.out).is_file():
     raise ValueError(f"--out={values.out} is a file: shards need a folder")
   mesh = jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,), devices=jax.local_devices())
-  make = {"tokens": _tokens, "latents": _latents, "dino": _features, "images": _pictures}[values.what]
+  make = {"tokens": _tokens, "latents": _latents, "dino": _features, "images": _images}[values.what]
   shard_writer.write_shards(
     values.out,
-    values.config,
     make(values, mesh),
+    inputs.image_data(values.config),
+    seed=values.config.seed,
+    max_unreadable=values.config.data.max_unreadable,
     split=values.split,
     num_images=values.num_images,
     copies=values.copies,
@@ -154,7 +159,7 @@ def _batch_size(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> int:
   return -(-values.batch_size // mesh.size) * mesh.size
 
 
-def _tokens(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents.Tokens:
+def _tokens(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> TokenRecords:
   config, params, tokenize_fn, num_tokens = _load(values)
   tokenizer = {
     "fingerprint": fingerprints.tokenizer(config, params),
@@ -179,16 +184,14 @@ def _tokens(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents
   tokenize_fn = jax.jit(tokenize_fn)
 
   def encode(images):
-    images = jax.device_put(images, sharding.batch_sharding(mesh))
     ids = tokenize_fn(params, images)[:, :num_tokens]
     return ids, lengths_fn and lengths_fn(images, ids)
 
-  return shard_contents.Tokens(
-    encode, tokenizer, _batch_size(values, mesh), values.quality, lengths_fn and values.metric
-  )
+  metric = None if lengths_fn is None else values.metric
+  return TokenRecords(encode, tokenizer, _batch_size(values, mesh), values.quality, metric, mesh)
 
 
-def _latents(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents.Latents:
+def _latents(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_files.ArrayRecords:
   config, params = loading.load(values.checkpoint)
   if "vae" not in params:
     raise ValueError(
@@ -209,14 +212,12 @@ def _latents(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_content
     moments = jnp.concatenate(vae.apply({"params": params}, to_float(images), method="encode"), axis=-1)
     return moments.astype(values.dtype)
 
-  def encode(images):
-    return moments(params, jax.device_put(images, sharding.batch_sharding(mesh)))
-
   facts["shape"] = list(jax.eval_shape(moments, params, np.zeros((1, *[config.image_size] * 2, 3), np.uint8)).shape[1:])
-  return shard_contents.Latents(encode, facts, _batch_size(values, mesh))
+  encode = functools.partial(moments, params)
+  return shard_files.ArrayRecords(LatentShards, encode, facts, _batch_size(values, mesh), mesh)
 
 
-def _features(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents.Features:
+def _features(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_files.ArrayRecords:
   config = values.config
   sizes, params = teacher.read(config)
   grid = repa.teacher_grid(config)
@@ -231,14 +232,12 @@ def _features(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_conten
   features = teacher.make_features_fn(config, sizes, params, mesh)
   del params
 
-  def encode(images):
-    return features(jax.device_put(images, sharding.batch_sharding(mesh))).astype(values.dtype)
-
-  return shard_contents.Features(encode, facts, _batch_size(values, mesh))
+  encode = lambda images: features(images).astype(values.dtype)
+  return shard_files.ArrayRecords(FeatureShards, encode, facts, _batch_size(values, mesh), mesh)
 
 
-def _pictures(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> shard_contents.Pictures:
-  return shard_contents.Pictures(_batch_size(values, mesh))
+def _images(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> ImageRecords:
+  return ImageRecords(_batch_size(values, mesh))
 
 
 def _load(values: flags.FlagValues):

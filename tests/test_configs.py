@@ -22,7 +22,7 @@ from flextok_jax.configs import quickstart
 from flextok_jax.data import pipeline
 from flextok_jax.evals import reconstruction
 from flextok_jax.stages import repa
-from flextok_jax.training import checkpoint, optim
+from flextok_jax.training import checkpoint, inputs, optim
 from flextok_jax.weights import fingerprints, loading
 from tests.conftest import ROOT
 from tests.support.configs import SPECS, parse
@@ -169,12 +169,12 @@ def test_a_frozen_vae_computes_in_float32_and_a_trained_one_in_bfloat16(name):
 
 
 def test_the_folder_of_dfn_must_be_given():
-  c = parse("flextok:d18_d28_dfn")
+  data = inputs.image_data(parse("flextok:d18_d28_dfn"))
   for read in (
-    lambda: pipeline.eval_set(c.data, "folder", image_size=256, num_images=1),
-    lambda: pipeline.train_batches(c.data, image_size=256, seed=0),
+    lambda: pipeline.eval_set(data, "folder", image_size=256, num_images=1),
+    lambda: pipeline.train_batches(data, global_batch=8, image_size=256, seed=0),
   ):
-    with pytest.raises(ValueError, match="pass --config.data.sources.folder.path=DIR"):
+    with pytest.raises(ValueError, match="set data.sources.folder.path to a folder"):
       read()
 
 

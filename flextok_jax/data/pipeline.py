@@ -1,12 +1,15 @@
-"""Batches of a weighted mixture of sources, by grain.
+"""Batches of a weighted mixture of image sources, read by grain.
 
-Row r of the global batch of step s is element s * global_batch + r of one endless sequence that depends on the seed
-alone: which source (a fixed interleaving by weight), which of its records (a fresh shuffle each epoch), which
+Row r of the global batch of step s is element s * global_batch + r of one endless sequence, which depends on the seed
+alone: which source (a fixed interleaving by weight), which of its records (a new shuffle every epoch), which
 augmentation (a generator keyed by the element's index). Processes, threads and workers only decide who computes an
-element, and a restart begins at the element it needs.
+element, and a restart continues at the element it needs.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
+import dataclasses
+from typing import Any
 import zlib
 
 from absl import flags
@@ -14,26 +17,97 @@ import grain
 import numpy as np
 
 from flextok_jax.data import transforms
-from flextok_jax.data.sources import registry as sources_lib
+from flextok_jax.data.sources import base, registry
 
-EVAL_SHUFFLE_SEED = 0  # order of the validation split
+EVAL_SHUFFLE_SEED = 0  # of the order of the validation split
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading:
+  """How a process reads ahead; does not affect the batches.
+
+  Attributes:
+    num_threads: threads that read, per process or worker.
+    num_workers: worker processes per process; 0: threads only.
+    prefetch: batches that are ready in advance.
+  """
+
+  num_threads: int
+  num_workers: int
+  prefetch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageData:
+  """Which images to read, and how to crop them; the fields are those of config.data.
+
+  Attributes:
+    sources: {kind of source: {"weight": share of the images, and the arguments of its class (data/sources)}}; sources
+      of weight 0 are not read in training.
+    crop: "random" (random resized crop) or "center"; sources of composed pictures are never cropped.
+    crop_min_area: smallest share of the area of a random crop.
+    flip: whether half of the images are mirrored, if the source allows it.
+    reduce_jpeg: whether a JPEG is decoded at 1/2, 1/4 or 1/8 if its crop needs no more pixels.
+    loading: threads and workers.
+
+  Raises:
+    ValueError: an unknown source or crop, or a number out of range.
+  """
+
+  sources: Mapping[str, Mapping[str, Any]]
+  crop: str
+  crop_min_area: float
+  flip: bool
+  reduce_jpeg: bool
+  loading: Loading
+
+  def __post_init__(self):
+    if self.crop not in ("random", "center"):
+      raise ValueError(f"unknown crop {self.crop!r}: use 'random' or 'center'")
+    if not 0.0 < self.crop_min_area <= 1.0:
+      raise ValueError(f"crop_min_area={self.crop_min_area} must be in (0, 1]")
+    for kind, settings in self.sources.items():
+      registry.check_kind(kind)
+      if not settings["weight"] >= 0.0:
+        raise ValueError(f"the weight of source {kind!r} must be at least 0, got {settings['weight']}")
+
+  def open(self, split: str) -> dict[str, base.Source]:
+    """Returns {kind: source} of the sources with a weight above 0, sorted by kind; ValueError if there is none."""
+    kinds = sorted(kind for kind, settings in self.sources.items() if settings["weight"])
+    if not kinds:
+      raise ValueError("no data source has a weight above 0: set one, such as data.sources.synthetic.weight=1")
+    return {kind: self.open_source(kind, split) for kind in kinds}
+
+  def open_source(self, kind: str, split: str) -> base.Source:
+    """Returns a source, whatever its weight."""
+    if kind not in self.sources:
+      registry.check_kind(kind)
+      raise ValueError(f"data source {kind!r} has no settings")
+    settings = {name: value for name, value in self.sources[kind].items() if name != "weight"}
+    return registry.make_source(kind, split, **settings)
+
+  def mix(self, parts: Mapping[str, grain.MapDataset]) -> grain.MapDataset:
+    """Interleaves endless data sets, {kind of source: data set}, by the weights of their sources."""
+    weights = [self.sources[kind]["weight"] for kind in parts]
+    return next(iter(parts.values())) if len(parts) == 1 else grain.MapDataset.mix([*parts.values()], weights=weights)
 
 
 class Augment:
-  """(picture or open file, generator) -> uint8 [size, size, 3]: the crop and the flip that config.data allows a source.
+  """The random crop and flip of a source: (picture or open file, generator) -> uint8 [size, size, 3].
 
-  `varies` says whether two draws can differ.
+  Attributes:
+    varies: whether two draws can differ.
   """
 
-  def __init__(self, data_cfg, source, image_size: int):
+  def __init__(self, data: ImageData, source: base.Source, image_size: int):
     self._size = image_size
-    self._reduce = data_cfg.reduce_jpeg
-    self._random_crop = data_cfg.crop == "random" and not source.framed
-    self._min_area = data_cfg.crop_min_area
-    self._flip = data_cfg.flip and source.flip
+    self._reduce = data.reduce_jpeg
+    self._random_crop = data.crop == "random" and not source.framed
+    self._min_area = data.crop_min_area
+    self._flip = data.flip and source.flip
     self.varies = self._random_crop or self._flip
 
-  def __call__(self, image, rng: np.random.Generator) -> np.ndarray:
+  def __call__(self, image: Any, rng: np.random.Generator) -> np.ndarray:
     if self._random_crop:
       image = transforms.random_resized_crop(image, self._size, rng, self._min_area, self._reduce)
     else:
@@ -41,23 +115,23 @@ class Augment:
     return transforms.flip(image) if self._flip and rng.random() < 0.5 else image
 
 
-class _Prepare(grain.transforms.RandomMap):
-  """Index of a record, generator -> row of the batch, of the next record that can be read.
+class _PrepareRow(grain.transforms.RandomMap):
+  """(index of a record, generator) -> row of the batch, from the first readable record at or after the index.
 
-  A file is decoded here, where its crop is known.
+  Files are decoded here, where the crop is known.
   """
 
-  def __init__(self, source, augment: Augment):
+  def __init__(self, source: base.Source, augment: Augment):
     self._source, self._augment = source, augment
 
   def random_map(self, index: int, rng: np.random.Generator) -> dict:
-    first = rng.bit_generator.state
+    start = rng.bit_generator.state
 
     def crop(image) -> np.ndarray:
-      rng.bit_generator.state = first  # an unreadable file before it has drawn from the generator
+      rng.bit_generator.state = start  # an unreadable file before this one has used the generator
       return self._augment(image, rng)
 
-    record, skipped = sources_lib.read(self._source, int(index), crop)
+    record, skipped = base.read(self._source, int(index), crop)
     return {
       "image": record["image"],
       "label": np.int32(record["label"]),
@@ -67,9 +141,9 @@ class _Prepare(grain.transforms.RandomMap):
 
 
 class _LocalRows:
-  """The rows of one process in the order of steps, as a random-access view of the endless sequence of elements."""
+  """The rows of one process in the order of steps, a random-access view of the endless sequence of elements."""
 
-  def __init__(self, elements, global_batch: int, local_batch: int, first_row: int, start_step: int):
+  def __init__(self, elements: Sequence, global_batch: int, local_batch: int, first_row: int, start_step: int):
     self._elements = elements
     self._global_batch = global_batch
     self._local_batch = local_batch
@@ -84,120 +158,116 @@ class _LocalRows:
     return self._elements[(self._start_step + step) * self._global_batch + self._first_row + row]
 
 
-def _check(data_cfg):
-  if data_cfg.crop not in ("random", "center"):
-    raise ValueError(f"unknown config.data.crop {data_cfg.crop!r}: use 'random' or 'center'")
-  if not 0.0 < data_cfg.crop_min_area <= 1.0:
-    raise ValueError(f"config.data.crop_min_area must lie in (0, 1], got {data_cfg.crop_min_area}")
-  for name in data_cfg.sources:
-    if name not in sources_lib.NAMES:
-      raise ValueError(f"unknown data source {name!r}: use one of {', '.join(sources_lib.NAMES)}")
-    if not data_cfg.sources[name].weight >= 0.0:
-      raise ValueError(f"config.data.sources.{name}.weight must be >= 0, got {data_cfg.sources[name].weight}")
-  if not any(data_cfg.sources[name].weight for name in data_cfg.sources):
-    raise ValueError(
-      "no data source has a weight above 0: set one, for example --config.data.sources.synthetic.weight=1"
-    )
-
-
-def open_sources(data_cfg, split: str) -> dict:
-  """Returns {name: source} of those with a weight above 0, by name; ValueError for settings that make no sense."""
-  _check(data_cfg)
-  names = sorted(name for name in data_cfg.sources if data_cfg.sources[name].weight)
-  return {name: sources_lib.make_source(name, data_cfg.sources[name], split) for name in names}
-
-
 def seeds(seed: int, name: str) -> tuple[int, int]:
-  """Returns the seeds of the shuffle and of the augmentation of what is called `name`."""
-  return tuple(int(s) for s in np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(2))
-
-
-def mix(data_cfg, parts: dict) -> grain.MapDataset:
-  """Interleaves endless data sets, {name of a source: data set}, by the weights of their sources."""
-  datasets, weights = list(parts.values()), [data_cfg.sources[name].weight for name in parts]
-  return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights=weights)
-
-
-def _elements(data_cfg, image_size: int, seed: int):
-  """The endless sequence of rows."""
-  parts = {}
-  for name, source in open_sources(data_cfg, "train").items():
-    shuffle_seed, augment_seed = seeds(seed, name)
-    part = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat()
-    parts[name] = part.random_map(_Prepare(source, Augment(data_cfg, source, image_size)), seed=augment_seed)
-  return mix(data_cfg, parts)
+  """Returns the seeds of the shuffle and of the augmentation of a named sequence."""
+  shuffle_seed, augment_seed = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(2)
+  return int(shuffle_seed), int(augment_seed)
 
 
 def train_batches(
-  data_cfg, *, image_size: int, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
-):
+  data: ImageData,
+  *,
+  global_batch: int,
+  image_size: int,
+  seed: int,
+  start_step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
   """Returns an endless iterator over this process's rows of the global batches of steps start_step, start_step + 1, ...
 
-  Rows are a contiguous block of b = global_batch / process_count. A batch: image uint8 [b, s, s, 3]; label,
-  num_objects, unreadable (records passed over to get the row) int32 [b].
+  The rows are a contiguous block of b = global_batch / process_count rows of the global batch. A batch has image uint8
+  [b, image_size, image_size, 3]; label, num_objects and unreadable (records skipped to get the row) int32 [b].
+
+  Raises:
+    FileNotFoundError, ValueError: a source cannot be opened, or global_batch is not divisible by process_count.
   """
-  elements = _elements(data_cfg, image_size, seed)
-  return local_batches(elements, data_cfg, start_step, process_index, process_count)
-
-
-def local_batches(elements, data_cfg, start_step: int, process_index: int, process_count: int, **options):
-  """train_batches of any endless sequence of elements, dicts of arrays; options are those of stream."""
-  size = data_cfg.global_batch
-  if size < 1 or size % process_count:
-    raise ValueError(f"config.data.global_batch={size} is not divisible by {process_count} processes")
-  local = size // process_count
-  return stream(_LocalRows(elements, size, local, process_index * local, start_step), local, data_cfg, **options)
-
-
-def stream(rows, size: int, data_cfg, *, drop_remainder: bool = True, batch_fn=None, by_batch: bool = False):
-  """Returns an iterator over a random-access sequence in batches, read ahead by config.data's threads or workers.
-
-  Args:
-    batch_fn: joins a list of `size` rows, by default into arrays.
-    by_batch: a thread makes a whole batch, not a row: for rows so cheap that handing them over would cost the most.
-  """
-  rows = grain.MapDataset.source(rows)
-  batching = dict(drop_remainder=drop_remainder, batch_fn=batch_fn)
-  if not data_cfg.num_workers and by_batch:
-    ready = max(data_cfg.prefetch, 1)
-    options = grain.ReadOptions(num_threads=min(data_cfg.num_threads, ready), prefetch_buffer_size=ready)
-    return iter(rows.batch(size, **batching).to_iter_dataset(options))
-  if not data_cfg.num_workers:
-    ready = max(data_cfg.prefetch * size, 1)
-    options = grain.ReadOptions(num_threads=data_cfg.num_threads, prefetch_buffer_size=ready)
-    return iter(rows.to_iter_dataset(options).batch(size, **batching))
-  if not flags.FLAGS.is_parsed():  # grain hands its flags to the workers; outside absl's app.run they have defaults
-    flags.FLAGS.mark_as_parsed()
-  # Workers take whole batches in turn: a batch is the unit that they interleave.
-  options = grain.ReadOptions(num_threads=data_cfg.num_threads, prefetch_buffer_size=max(data_cfg.num_threads, 1))
-  batches = rows.batch(size, **batching).to_iter_dataset(options)
-  return iter(
-    batches.mp_prefetch(
-      grain.MultiprocessingOptions(
-        num_workers=data_cfg.num_workers, per_worker_buffer_size=max(data_cfg.prefetch // data_cfg.num_workers, 1)
-      )
-    )
+  parts = {}
+  for kind, source in data.open("train").items():
+    shuffle_seed, augment_seed = seeds(seed, kind)
+    part = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat()
+    parts[kind] = part.random_map(_PrepareRow(source, Augment(data, source, image_size)), seed=augment_seed)
+  return local_batches(
+    data.mix(parts),
+    data.loading,
+    global_batch=global_batch,
+    start_step=start_step,
+    process_index=process_index,
+    process_count=process_count,
   )
 
 
-class EvalImages:
-  """The first num_images records of a source's validation split under a fixed shuffle, centre-cropped.
+def local_batches(
+  elements: Sequence,
+  loading: Loading,
+  *,
+  global_batch: int,
+  start_step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+  by_batch: bool = False,
+) -> Iterator[dict[str, np.ndarray]]:
+  """As train_batches, for any endless sequence of elements (dicts of arrays); by_batch as in read_ahead."""
+  if global_batch < 1 or global_batch % process_count:
+    raise ValueError(f"global_batch={global_batch} is not divisible by {process_count} processes")
+  local = global_batch // process_count
+  rows = _LocalRows(elements, global_batch, local, process_index * local, start_step)
+  return read_ahead(rows, local, loading, by_batch=by_batch)
 
-  Fewer if the split is smaller. A slice reads its records, by config.data's threads: uint8 [n, s, s, 3]. shape is that
-  of all images.
+
+def read_ahead(
+  rows: Sequence,
+  batch_size: int,
+  loading: Loading,
+  *,
+  drop_remainder: bool = True,
+  batch_fn: Callable[[list], Any] | None = None,
+  by_batch: bool = False,
+) -> Iterator:
+  """Returns an iterator over a random-access sequence in batches, which threads or workers read ahead.
+
+  Args:
+    batch_fn: joins a list of batch_size rows; None: stacks them into arrays.
+    by_batch: each thread makes a whole batch, not a row: for rows that cost less to make than to hand over.
+  """
+  batching = dict(batch_size=batch_size, drop_remainder=drop_remainder, batch_fn=batch_fn)
+  dataset = grain.MapDataset.source(rows)
+  if loading.num_workers:
+    if not flags.FLAGS.is_parsed():  # grain passes the flags to its workers; outside of absl's app.run use the defaults
+      flags.FLAGS.mark_as_parsed()
+    # Workers take whole batches in turn: the batch is the unit of interleaving.
+    options = grain.ReadOptions(num_threads=loading.num_threads, prefetch_buffer_size=max(loading.num_threads, 1))
+    workers = grain.MultiprocessingOptions(
+      num_workers=loading.num_workers, per_worker_buffer_size=max(loading.prefetch // loading.num_workers, 1)
+    )
+    return iter(dataset.batch(**batching).to_iter_dataset(options).mp_prefetch(workers))
+  if by_batch:
+    ready = max(loading.prefetch, 1)
+    options = grain.ReadOptions(num_threads=min(loading.num_threads, ready), prefetch_buffer_size=ready)
+    return iter(dataset.batch(**batching).to_iter_dataset(options))
+  ready = max(loading.prefetch * batch_size, 1)
+  options = grain.ReadOptions(num_threads=loading.num_threads, prefetch_buffer_size=ready)
+  return iter(dataset.to_iter_dataset(options).batch(**batching))
+
+
+class EvalImages:
+  """The first num_images centre crops of a source's validation split in a fixed shuffled order; fewer if it is smaller.
+
+  Slicing reads the images, uint8 [n, image_size, image_size, 3], with data.loading's threads.
+
+  Attributes:
+    shape: of all images.
 
   Raises:
-    ValueError: an unknown source, or num_images below 1.
+    FileNotFoundError, ValueError: the source cannot be opened, or num_images is below 1.
   """
 
-  def __init__(self, data_cfg, name: str, *, image_size: int, num_images: int):
-    if name not in data_cfg.sources:
-      raise ValueError(f"unknown data source {name!r}: use one of {', '.join(sources_lib.NAMES)}")
+  def __init__(self, data: ImageData, kind: str, *, image_size: int, num_images: int):
     if num_images < 1:
-      raise ValueError(f"an evaluation set needs at least one image, got {num_images}")
-    self._source = sources_lib.make_source(name, data_cfg.sources[name], "validation")
+      raise ValueError(f"an evaluation set needs at least one image, got num_images={num_images}")
+    self._source = data.open_source(kind, "validation")
     self._order = grain.MapDataset.range(len(self._source)).shuffle(seed=EVAL_SHUFFLE_SEED)
-    self._threads = max(data_cfg.num_threads, 1)
+    self._threads = max(data.loading.num_threads, 1)
     self.shape = (min(num_images, len(self._source)), image_size, image_size, 3)
 
   def __len__(self) -> int:
@@ -206,17 +276,17 @@ class EvalImages:
   def __getitem__(self, rows: slice) -> np.ndarray:
     return np.stack([record["image"] for record in self.records(rows)])
 
-  def records(self, rows: slice) -> list[dict]:
-    """Returns the records of a slice, see data/sources/registry.py."""
+  def records(self, rows: slice) -> list[base.Record]:
+    """Returns the records of a slice."""
     crop = lambda image: transforms.center_crop(image, self.shape[1])
-    read = lambda i: sources_lib.read(self._source, int(self._order[i]), crop)[0]
+    read = lambda i: base.read(self._source, int(self._order[i]), crop)[0]
     with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
       return list(pool.map(read, range(*rows.indices(len(self)))))
 
 
-def eval_set(data_cfg, name: str, *, image_size: int, num_images: int) -> dict:
-  """Returns all of EvalImages: image uint8 [n, s, s, 3], label and num_objects int32 [n], caption list of str."""
-  records = EvalImages(data_cfg, name, image_size=image_size, num_images=num_images).records(slice(None))
+def eval_set(data: ImageData, kind: str, *, image_size: int, num_images: int) -> dict:
+  """Returns all of EvalImages: image uint8 [n, h, w, 3], label and num_objects int32 [n], caption a list of str."""
+  records = EvalImages(data, kind, image_size=image_size, num_images=num_images).records(slice(None))
   return {
     "image": np.stack([r["image"] for r in records]),
     "label": np.array([r["label"] for r in records], np.int32),

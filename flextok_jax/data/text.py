@@ -1,45 +1,48 @@
 """Captions to token ids: tokenizer(captions: list of str) -> (ids int32 [n, max_length], lengths int32 [n]).
 
-Every caption ends with an end token, the empty one is that alone; a longer one is cut before it. Behind it is padding,
-zeros.
+Every caption ends with an end token, before which long captions are cut; the empty caption is the end token alone. The
+rest of a row is zeros.
 """
 
 from collections.abc import Sequence
 import os
+from typing import Any
 
 import numpy as np
 
 from flextok_jax.core import hub
 
-FILES = ("tokenizer.json", "spiece.model")  # of a T5, the better one first
+FILES = ("tokenizer.json", "spiece.model")  # of a T5, the preferred one first
 _END = 256  # of bytes
 _T5_END = 1
 
 
-def make_tokenizer(cfg_text):
-  """Returns the tokenizer of config.text; its vocab_size is the number of ids it knows.
+def make_tokenizer(encoder: str, max_length: int, path: str = "") -> "ByteTokenizer | T5Tokenizer":
+  """Returns a tokenizer; its vocab_size is the number of ids.
+
+  Args:
+    encoder: "t5" or "bytes".
+    max_length: ids per caption at most, with the end token.
+    path: of "t5": a folder with one of FILES, or a repository on Hugging Face.
 
   Raises:
-    FileNotFoundError: the T5 tokenizer's files are not there, or the package that reads them.
-    ValueError: an unknown encoder, a bad length, or a damaged or foreign file.
+    FileNotFoundError: the files of the T5 tokenizer, or the package that reads them, are missing.
+    ValueError: an unknown encoder, max_length below 1, or a file that is damaged or of another tokenizer.
   """
-  if not isinstance(cfg_text.max_length, int) or cfg_text.max_length < 1:
-    raise ValueError(f"config.text.max_length must be at least 1, got {cfg_text.max_length!r}")
-  if cfg_text.encoder == "bytes":
-    return ByteTokenizer(cfg_text.max_length)
-  if cfg_text.encoder == "t5":
-    path = _find(
-      cfg_text.path,
-      FILES,
-      f"give config.text.path a folder with {' or '.join(FILES)} or a repository on "
-      "Hugging Face, such as google/flan-t5-xl",
+  if not isinstance(max_length, int) or max_length < 1:
+    raise ValueError(f"max_length={max_length!r} of captions must be at least 1")
+  if encoder == "bytes":
+    return ByteTokenizer(max_length)
+  if encoder == "t5":
+    remedy = (
+      f"set text.path to a folder with {' or '.join(FILES)} or a Hugging Face repository, such as google/flan-t5-xl"
     )
-    return T5Tokenizer(path, cfg_text.max_length)
-  raise ValueError(f"unknown config.text.encoder {cfg_text.encoder!r}: use 't5' or 'bytes'")
+    return T5Tokenizer(_find(path, FILES, remedy), max_length)
+  raise ValueError(f"unknown text encoder {encoder!r}: use 't5' or 'bytes'")
 
 
 class ByteTokenizer:
-  """The bytes of UTF-8, and 256 at the end. A caption is cut between characters, not within one."""
+  """The bytes of UTF-8; 256 is the end token. Captions are cut between characters."""
 
   vocab_size = _END + 1
 
@@ -51,20 +54,20 @@ class ByteTokenizer:
     for caption in captions:
       data = caption.encode(errors="replace")  # lone surrogates
       rows.append(list(data[: self._max_length - 1].decode(errors="ignore").encode()))
-    return _pack(rows, _END, self._max_length)
+    return _pad(rows, _END, self._max_length)
 
 
 class T5Tokenizer:
-  """T5's tokens, from tokenizer.json (by tokenizers) or spiece.model (by sentencepiece); </s> is 1, padding 0."""
+  """T5's tokens, from tokenizer.json (package tokenizers) or spiece.model (sentencepiece); </s> is 1, padding 0."""
 
   def __init__(self, path: str, max_length: int):
     self._max_length = max_length
     self._fast = os.path.basename(path) == FILES[0]
-    read = _read_tokenizers(path, "</s>", "<pad>") if self._fast else _read_sentencepiece(path)
-    self._model, self.vocab_size, end, padding = read
+    loaded = _load_tokenizers(path, "</s>", "<pad>") if self._fast else _load_sentencepiece(path)
+    self._model, self.vocab_size, end, padding = loaded
     if (end, padding) != (_T5_END, 0):
       raise ValueError(
-        f"{path} is not the tokenizer of a T5: there </s> is {_T5_END} and <pad> 0, here {end} and {padding}"
+        f"{path} is not the tokenizer of a T5, whose </s> is {_T5_END} and <pad> 0: here they are {end} and {padding}"
       )
 
   def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -72,30 +75,27 @@ class T5Tokenizer:
       rows = [e.ids for e in self._model.encode_batch(list(captions), add_special_tokens=False)]
     else:
       rows = self._model.encode(list(captions), out_type=int)
-    return _pack(rows, _T5_END, self._max_length)
+    return _pad(rows, _T5_END, self._max_length)
 
 
 class CLIPTokenizer:
-  """CLIP's tokens, from the tokenizer.json of a folder or a repository of the hub; a caption has a start, too."""
+  """CLIP's tokens, from tokenizer.json in a folder or a Hugging Face repository; captions also have a start token."""
 
   def __init__(self, source: str, max_length: int = 77):
-    path = _find(
-      source,
-      FILES[:1],
-      f"give a folder with {FILES[0]} or a repository on Hugging Face, such as openai/clip-vit-base-patch32",
-    )
+    remedy = f"give a folder with {FILES[0]} or a Hugging Face repository, such as openai/clip-vit-base-patch32"
+    path = _find(source, FILES[:1], remedy)
     self._max_length = max_length
-    self._model, self.vocab_size, self._end, self._start = _read_tokenizers(path, "<|endoftext|>", "<|startoftext|>")
+    self._model, self.vocab_size, self._end, self._start = _load_tokenizers(path, "<|endoftext|>", "<|startoftext|>")
     if None in (self._end, self._start):
-      raise ValueError(f"{path} is not the tokenizer of a CLIP: it lacks <|startoftext|> or <|endoftext|>")
+      raise ValueError(f"{path} is not the tokenizer of a CLIP: it has no <|startoftext|> or no <|endoftext|>")
 
   def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     rows = [[self._start, *e.ids] for e in self._model.encode_batch(list(captions), add_special_tokens=False)]
-    return _pack(rows, self._end, self._max_length)
+    return _pad(rows, self._end, self._max_length)
 
 
-def _pack(rows: Sequence[list[int]], end: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-  """Cuts rows of ids to max_length - 1, ends and pads them."""
+def _pad(rows: Sequence[list[int]], end: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+  """Cuts rows of ids to max_length - 1, appends the end token, and pads with zeros."""
   ids = np.zeros((len(rows), max_length), np.int32)
   lengths = np.zeros(len(rows), np.int32)
   for i, row in enumerate(rows):
@@ -106,34 +106,34 @@ def _pack(rows: Sequence[list[int]], end: int, max_length: int) -> tuple[np.ndar
 
 
 def _find(source: str, files: Sequence[str], remedy: str) -> str:
-  """Returns the path of the tokenizer's file in a folder or a repository of the hub."""
+  """Returns the path of a tokenizer's file in a folder or a Hugging Face repository."""
   needed = " or ".join(files)
   if os.path.isdir(source):
     for name in files:
       if os.path.isfile(os.path.join(source, name)):
         return os.path.join(source, name)
-    raise FileNotFoundError(f"folder {source} holds no tokenizer: {needed} is needed")
+    raise FileNotFoundError(f"folder {source} has no tokenizer: {needed} is needed")
   if hub.is_repository(source):
     return hub.fetch_file(source, *files, needed=needed)
   raise FileNotFoundError(f"no such folder: {source!r}; {remedy}")
 
 
-def _read_tokenizers(path: str, *tokens: str) -> tuple:
-  """Returns (model, number of ids, id of each of the tokens or None)."""
+def _load_tokenizers(path: str, *tokens: str) -> tuple[Any, ...]:
+  """Returns (model, number of ids, id or None of each of the tokens)."""
   try:
-    import tokenizers  # late, as sentencepiece below: few need them
+    import tokenizers  # late, as sentencepiece below: optional dependencies
   except ImportError:
     raise _missing(path, "tokenizers") from None
   try:
     model = tokenizers.Tokenizer.from_file(path)
-  except Exception as e:  # it raises nothing more special
-    raise ValueError(f"{path} is not a whole tokenizer of the tokenizers package ({_first_line(e)})") from None
-  model.no_truncation()  # as ours cuts and pads
+  except Exception as e:  # it raises nothing more specific
+    raise ValueError(f"{path} is not a complete tokenizer of the tokenizers package ({_first_line(e)})") from None
+  model.no_truncation()  # _pad cuts and pads
   model.no_padding()
   return model, model.get_vocab_size(), *map(model.token_to_id, tokens)
 
 
-def _read_sentencepiece(path: str) -> tuple:
+def _load_sentencepiece(path: str) -> tuple[Any, ...]:
   """Returns (model, number of ids, id of </s>, id of <pad>)."""
   try:
     import sentencepiece
@@ -144,7 +144,7 @@ def _read_sentencepiece(path: str) -> tuple:
     with open(path, "rb") as f:
       model.LoadFromSerializedProto(f.read())
   except (OSError, RuntimeError) as e:
-    raise ValueError(f"{path} is not a whole sentencepiece model ({_first_line(e)})") from None
+    raise ValueError(f"{path} is not a complete sentencepiece model ({_first_line(e)})") from None
   return model, model.get_piece_size(), model.eos_id(), model.pad_id()
 
 

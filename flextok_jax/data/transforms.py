@@ -192,7 +192,7 @@ def list_images(folder: str) -> list[str]:
     folders[:] = sorted(f for f in folders if not f.startswith("."))
     found += [os.path.join(root, f) for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
   if not found:
-    raise ValueError(f"the image folder {folder} holds no jpg, jpeg, png or webp file")
+    raise ValueError(f"the image folder {folder} has no jpg, jpeg, png or webp file")
   return sorted(found, key=lambda path: os.path.relpath(path, folder).split(os.sep))
 
 

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 from flextok_jax.data import pipeline
-from flextok_jax.data.shards import tokens as shards
+from flextok_jax.data.shards import tokens
 from flextok_jax.evals.latents import ScalingFactor
 from flextok_jax.evals.reconstruction import Reconstruction
 from flextok_jax.evals.token_loss import TokenLoss
 from flextok_jax.inference.decoding import token_counts
 from flextok_jax.parallel import sharding
+from flextok_jax.training import inputs
 
 
 def make_measure(config, stage, mesh, evaluator: Reconstruction | TokenLoss) -> Callable[[Any], dict[str, float]]:
@@ -42,14 +43,14 @@ def make_evaluator(
   c = config.eval
   placed = sharding.batch_sharding(mesh)
   if config.stage == "ar":
-    arrays = shards.eval_arrays(config, c.num_images)
+    arrays = tokens.eval_arrays(*inputs.open_tokens(config, "validation"), c.num_images)
     return TokenLoss(stage.predict_fns["token_losses"], arrays, c.batch_size, placed, prepare)
   counts = () if config.stage == "vae" else token_counts(c.num_tokens, config.tokens.num_registers)
-  size = dict(image_size=config.image_size, num_images=c.num_images)
+  data, size = inputs.image_data(config), dict(image_size=config.image_size, num_images=c.num_images)
   images = (
-    (lambda name: pipeline.EvalImages(config.data, name, **size))
+    (lambda name: pipeline.EvalImages(data, name, **size))
     if once
-    else (lambda name: pipeline.eval_set(config.data, name, **size)["image"])
+    else (lambda name: pipeline.eval_set(data, name, **size)["image"])
   )
   sets = {name: images(name) for name in c.sources}
   return Reconstruction(stage.predict_fns, sets, counts, c.batch_size, config.seed, c.grid_images, placed, **options)

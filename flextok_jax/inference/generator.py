@@ -347,7 +347,7 @@ def _network(config: FrozenConfigDict):
 def _tokenizer(text: FrozenConfigDict):
   from flextok_jax.data.text import make_tokenizer  # late: few models take text
 
-  return make_tokenizer(text)
+  return make_tokenizer(text.encoder, text.max_length, text.path)
 
 
 @functools.lru_cache(maxsize=1)

@@ -10,14 +10,44 @@ import numpy as np
 
 from flextok_jax.config import read_config, with_fields
 from flextok_jax.data import pipeline
-from flextok_jax.data.shards import latents as latent_shards
-from flextok_jax.data.shards import tokens as shards
+from flextok_jax.data.shards import features, latents, tokens
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
 from flextok_jax.stages.stage import Stage
 from flextok_jax.training import teacher as teacher_lib
 from flextok_jax.weights import fingerprints, loading
 from flextok_jax.weights.perception import networks
+
+
+def image_data(config: ConfigDict) -> pipeline.ImageData:
+  """Returns the choices of config.data about images; ValueError for a value out of range."""
+  data = config.data
+  return pipeline.ImageData(
+    sources=data.sources.to_dict(),
+    crop=data.crop,
+    crop_min_area=data.crop_min_area,
+    flip=data.flip,
+    reduce_jpeg=data.reduce_jpeg,
+    loading=pipeline.Loading(data.num_threads, data.num_workers, data.prefetch),
+  )
+
+
+def open_tokens(config: ConfigDict, split: str) -> tuple[tokens.TokenShards, tokens.TokenFormat]:
+  """Returns the shards of config.data.tokens, and the format in which stage "ar" reads them.
+
+  Raises:
+    FileNotFoundError, ValueError: the shards are missing, damaged or of another format.
+  """
+  ar, text = config.ar, config.text
+  token_format = tokens.TokenFormat(
+    num_ids=ar.num_ids,
+    num_tokens=ar.num_tokens,
+    stop=ar.stop,
+    num_classes=ar.num_classes if ar.condition == "class" else None,
+    tokenizer=ar.tokenizer,
+    captions=(text.encoder, text.max_length, text.path) if ar.condition == "text" else None,
+  )
+  return tokens.open_tokens(config.data.tokens, split, token_format), token_format
 
 
 def with_tokenizer(config: ConfigDict) -> ConfigDict:
@@ -31,7 +61,7 @@ def with_tokenizer(config: ConfigDict) -> ConfigDict:
   if config.stage != "ar":
     return config
   config = config.copy_and_resolve_references()
-  config.ar.tokenizer = shards.open_shards(config, "train").meta["fingerprint"]
+  config.ar.tokenizer = open_tokens(config, "train")[0].meta["fingerprint"]
   return config
 
 
@@ -66,8 +96,14 @@ def check_latents(config: ConfigDict, frozen: dict):
     FileNotFoundError, ValueError: no shards there, or such as do not suit the config or are of another VAE.
   """
   if config.stage == "tokenizer" and config.data.latents:
-    meta = latent_shards.open_shards(config, "train").meta
-    latent_shards.check_shards(meta, config, fingerprints.vae(config, frozen))
+    _open_latents(config, fingerprints.vae(config, frozen))
+
+
+def _open_latents(config: ConfigDict, fingerprint: str | None = None) -> latents.LatentShards:
+  if config.vae.kind == "pixels":
+    raise ValueError("vae.kind 'pixels' needs no latent shards, as its latents are the images: set data.latents=''")
+  sizes = dict(image_size=config.image_size, latent_channels=config.vae.latent_channels)
+  return latents.open_latents(config.data.latents, **sizes, fingerprint=fingerprint)
 
 
 def read_networks(config: ConfigDict, stage: Stage) -> dict:
@@ -95,13 +131,25 @@ def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) 
   blocks, count = sharding.process_blocks(mesh)
 
   def block(index: int) -> Iterator[dict]:
-    where = dict(start_step=start_step, process_index=index, process_count=count)
+    data = image_data(config)
+    batches = dict(
+      global_batch=config.data.global_batch,
+      seed=config.seed,
+      start_step=start_step,
+      process_index=index,
+      process_count=count,
+    )
     if config.stage == "ar":
-      return shards.train_batches(config, **where)
+      drop_condition = config.ar.drop_condition
+      return tokens.train_batches(*open_tokens(config, "train"), data.loading, drop_condition=drop_condition, **batches)
     if config.stage == "tokenizer" and config.data.latents:
-      grid = repa.teacher_grid(config) if repa.section(config) is not None else 0
-      return latent_shards.train_batches(config, **where, teacher_grid=grid)
-    return pipeline.train_batches(config.data, image_size=config.image_size, seed=config.seed, **where)
+      records = _open_latents(config)
+      if repa.section(config) is not None:
+        teacher = features.FeatureShards(config.data.teacher)
+        size = dict(grid=repa.teacher_grid(config), width=config.repa.features)
+        records = features.LatentsWithFeatures(records, teacher, **size)
+      return latents.train_batches(records, data.loading, **batches)
+    return pipeline.train_batches(data, image_size=config.image_size, **batches)
 
   parts = [block(index) for index in blocks]
   if len(parts) == 1:

@@ -10,7 +10,7 @@ import numpy as np
 
 from flextok_jax.config import float_dtype
 from flextok_jax.core.images import to_float
-from flextok_jax.data.shards import features as teacher_shards
+from flextok_jax.data.shards.features import FeatureShards
 from flextok_jax.models.perception.vit import ViT, preprocess
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
@@ -87,7 +87,7 @@ def make_teach(config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable[[dict], 
 
 def _check_shards(config: ConfigDict):
   """Raises ValueError where the features in config.data.teacher are of another teacher than the one that is here."""
-  there = teacher_shards.Shards(config.data.teacher).meta["fingerprint"]
+  there = FeatureShards(config.data.teacher).meta["fingerprint"]
   if not os.path.exists(config.repa.teacher):  # its features are all that training needs of it
     return
   here = fingerprints.teacher(*read(config))

@@ -98,7 +98,7 @@ def refused(pattern, workdir, **overrides):
     # Weights to start from (others: test_checkpoint.py).
     ("setup.py is not a whole safetensors file", dict(init_from=str(ROOT / "setup.py"))),
     # No data.
-    ("pass --config.data.sources.folder.path", dict(data=sources(folder=dict(weight=1.0)))),
+    ("set data.sources.folder.path", dict(data=sources(folder=dict(weight=1.0)))),
     ("no data source has a weight above 0", dict(data=sources())),
   ],
 )
@@ -118,10 +118,10 @@ def test_folders(held_out, tmp_path):
   folder = lambda path: dict(data=sources(folder=dict(weight=1.0, path=str(path))), eval=evaluation)
   workdir = tmp_path / "new"
   refused(f"folder {tmp_path}/absent does not exist", workdir, **folder(tmp_path / "absent"))
-  refused(f"folder {tmp_path}/empty holds no jpg", workdir, **folder(tmp_path / "empty"))
+  refused(f"folder {tmp_path}/empty has no jpg", workdir, **folder(tmp_path / "empty"))
   refused("notes.txt is a file, not a folder", workdir, **folder(tmp_path / "empty" / "class" / "notes.txt"))
   if held_out:
-    refused("images in a row are unreadable", workdir, **folder(tmp_path / "broken"))
+    refused("consecutive images are unreadable", workdir, **folder(tmp_path / "broken"))
 
 
 def test_workdir_of_another_config_or_no_folder(tmp_path):

@@ -20,6 +20,7 @@ from flextok_jax.evals.studies import halting, sampling, variation
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.ar import ARStage
+from flextok_jax.training import inputs
 from flextok_jax.weights import fingerprints, saving
 from tests.commands.test_sample import generator_config
 from tests.support.commands import fails, run
@@ -171,7 +172,7 @@ def test_quality_and_variation_are_those_of_the_decoder(models, out):
   """By the API: the reconstruction from noise 0, and three decodes of image 1 from noises 3, 4, 5."""
   model = load(models["tokenizer"])
   config = model.config
-  images = pipeline.eval_set(config.data, "synthetic", image_size=16, num_images=5)["image"]
+  images = pipeline.eval_set(inputs.image_data(config), "synthetic", image_size=16, num_images=5)["image"]
   ids = np.asarray(model.tokenize(images))
 
   def decode(row, count, number):

@@ -150,10 +150,10 @@ def test_tokenizer(tmp_path):
 
 
 def test_tokenizer_errors(tmp_path):
-  with pytest.raises(FileNotFoundError, match="holds no tokenizer: tokenizer.json is needed"):
+  with pytest.raises(FileNotFoundError, match="has no tokenizer: tokenizer.json is needed"):
     CLIPTokenizer(str(tmp_path))
   with pytest.raises(FileNotFoundError, match="no such folder: .*none'; give a folder with tokenizer.json or"):
     CLIPTokenizer(str(tmp_path / "none"))
   clip_tokenizer(tmp_path, "<s>")
-  with pytest.raises(ValueError, match="not the tokenizer of a CLIP: it lacks"):
+  with pytest.raises(ValueError, match="not the tokenizer of a CLIP: it has no"):
     CLIPTokenizer(str(tmp_path))

@@ -1,9 +1,7 @@
-"""Captions: the T5 encoder against its definition in plain numpy, its files, the byte encoder, the tokenizers."""
+"""Captions: the T5 encoder against its definition in plain numpy, its files, the byte encoder."""
 
-import io
 import json
 import math
-import pickle
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ from flextok_jax.models.ar.text import ByteEncoder, make_text_encoder
 from flextok_jax.models.perception.t5 import Block, T5Encoder, relative_buckets
 from flextok_jax.parallel.sharding import make_mesh
 from flextok_jax.weights.perception import t5 as t5_files
+from tests.support.caption_tokenizers import word_level
 
 CONFIG = dict(
   model_type="t5",
@@ -214,7 +213,7 @@ def test_a_repository_of_the_hub(tmp_path, monkeypatch):
   (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
   assert t5_files.load_t5("some/t5", "float32")[0]["d_model"] == 12
   word_level(snapshot)
-  assert text_data.make_tokenizer(text("t5", path="some/t5"))(["red"])[1].tolist() == [2]
+  assert text_data.make_tokenizer("t5", 10, "some/t5")(["red"])[1].tolist() == [2]
 
 
 Q = "encoder.block.1.layer.0.SelfAttention.q.weight"
@@ -296,10 +295,6 @@ def test_missing_files_and_tensors(tmp_path):
 # The byte encoder.
 
 
-def text(encoder, **kwargs):
-  return derive(text=dict(encoder=encoder, max_length=10) | kwargs).text
-
-
 def test_byte_encoder():
   c = dict(encoder="bytes", max_length=14, features=16, depth=3, head_dim=8)
   encoder = make_text_encoder(derive(stage="ar", dtype="float32", text=c))
@@ -334,102 +329,3 @@ def test_make_text_encoder(folder):
   ):
     with pytest.raises(ValueError, match=words):
       make_text_encoder(derive(text=kwargs), given)
-
-
-# Tokenizers.
-
-WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "cube", "ball", "and")
-
-
-def word_level(folder, words=WORDS):
-  """Writes a tokenizer.json that ends, cuts and pads texts in a manner of its own."""
-  tokenizers = pytest.importorskip("tokenizers")
-  model = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-  model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  if "</s>" in words:
-    model.post_processor = tokenizers.processors.TemplateProcessing(
-      single="$A </s>", special_tokens=[("</s>", words.index("</s>"))]
-    )
-  model.enable_truncation(4)
-  model.enable_padding(length=30, pad_id=8)
-  model.save(str(folder / "tokenizer.json"))
-
-
-def sentence_pieces(folder, **kwargs):
-  """Writes a spiece.model."""
-  sentencepiece = pytest.importorskip("sentencepiece")
-  model = io.BytesIO()
-  known = dict(
-    vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, num_threads=1
-  )
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(["a red cube and a blue ball", "two red balls", "blue cubes and red ones"] * 5),
-    model_writer=model,
-    **(known | kwargs),
-  )
-  (folder / "spiece.model").write_bytes(model.getvalue())
-  return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-
-
-def test_bytes():
-  tokenizer = text_data.make_tokenizer(text("bytes"))
-  captions = ["", "cat", "é" * 4, "é" * 5, "x" * 9, "x" * 99, "\ud800"]
-  ids, lengths = tokenizer(captions)
-  assert ids.shape == (7, 10) and ids.dtype == lengths.dtype == np.int32 and tokenizer.vocab_size == 257
-  assert lengths.tolist() == [1, 4, 9, 9, 10, 10, 2]
-  for row, length, caption in zip(ids, lengths, captions[:-1]):
-    assert row[length - 1] == 256 and not row[length:].any()
-    assert caption.startswith(bytes(row[: length - 1].tolist()).decode())  # a character is never cut in two
-  assert tokenizer([])[0].shape == (0, 10)
-  np.testing.assert_array_equal(pickle.loads(pickle.dumps(tokenizer))(captions)[0], ids)
-
-
-def test_tokenizer_json(tmp_path):
-  word_level(tmp_path)
-  sentence_pieces(tmp_path)  # the other one is not looked at
-  tokenizer = text_data.make_tokenizer(text("t5", path=str(tmp_path)))
-  ids, lengths = tokenizer(["", "a red cube", "a green ball", "red and " * 20])
-  assert tokenizer.vocab_size == len(WORDS) and ids.dtype == lengths.dtype == np.int32
-  assert lengths.tolist() == [1, 4, 4, 10]
-  assert ids[0].tolist() == [1] + [0] * 9
-  assert ids[1].tolist() == [3, 4, 6, 1] + [0] * 6
-  assert ids[2].tolist() == [3, 2, 7, 1] + [0] * 6
-  assert ids[3].tolist() == [4, 8] * 4 + [4, 1]
-  np.testing.assert_array_equal(pickle.loads(pickle.dumps(tokenizer))(["a red cube"])[0][0], ids[1])
-
-
-def test_spiece_model(tmp_path):
-  model = sentence_pieces(tmp_path)
-  tokenizer = text_data.make_tokenizer(text("t5", path=str(tmp_path)))
-  captions = ["", "a red cube", "blue " * 20]
-  ids, lengths = tokenizer(captions)
-  assert tokenizer.vocab_size == model.get_piece_size() and lengths[0] == 1 and lengths[2] == 10
-  for row, length, caption in zip(ids, lengths, captions):
-    assert row[length - 1] == 1 and not row[length:].any()
-    decoded = model.decode(row[: length - 1].tolist())
-    assert caption.startswith(decoded) if length == 10 else decoded == caption
-
-
-def test_tokenizer_errors(tmp_path, monkeypatch):
-  make = lambda path=tmp_path, **kwargs: text_data.make_tokenizer(text("t5", path=str(path), **kwargs))
-  with pytest.raises(FileNotFoundError, match="tokenizer.json or spiece.model is needed"):
-    make()
-  with pytest.raises(FileNotFoundError, match="no such folder: .*/none'; give config.text.path"):
-    make(tmp_path / "none")
-  for name in ("spiece.model", "tokenizer.json"):
-    (tmp_path / name).write_text("{}")
-    with pytest.raises(ValueError, match=f"{name} is not a whole") as error:
-      make()
-    assert "\n" not in str(error.value)
-  word_level(tmp_path, ("<unk>", "a", "red"))
-  with pytest.raises(ValueError, match="not the tokenizer of a T5: there </s> is 1 and <pad> 0, here None and None"):
-    make()
-  monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-  with pytest.raises(FileNotFoundError, match="tokenizer.json cannot be read without tokenizers: pip install"):
-    make()
-  for kwargs, words in (
-    (dict(encoder="clip"), "unknown config.text.encoder 'clip'"),
-    (dict(encoder="bytes", max_length=0), "max_length must be at least 1, got 0"),
-  ):
-    with pytest.raises(ValueError, match=words):
-      text_data.make_tokenizer(text(**kwargs))

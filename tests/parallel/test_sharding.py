@@ -21,8 +21,8 @@ from flextok_jax.inference import generator as generation
 from flextok_jax.inference import tokenizer as api
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
+from flextok_jax.training import inputs, optim
 from flextok_jax.training import metrics as metrics_lib
-from flextok_jax.training import optim
 from flextok_jax.training.state import init_state, make_update
 
 STEPS = 20
@@ -235,7 +235,8 @@ def ar_config():
 
 def batches_of(config):
   if config.stage == "tokenizer":
-    batches = pipeline.train_batches(config.data, image_size=config.image_size, seed=0)
+    sizes = dict(global_batch=config.data.global_batch, image_size=config.image_size)
+    batches = pipeline.train_batches(inputs.image_data(config), **sizes, seed=0)
     return [next(batches) for _ in range(STEPS)]
   rng, rows = np.random.default_rng(0), config.data.global_batch
   draw = lambda high, *shape: rng.integers(0, high, (rows, *shape), dtype=np.int32)

@@ -1,4 +1,4 @@
-"""A tokenizer small enough for tests: its config, and random parameters of any stage."""
+"""Tokenizers small enough for tests: their configs, and random parameters of any stage."""
 
 from flax.core import meta
 import jax
@@ -21,6 +21,22 @@ def tiny_config(**overrides) -> ConfigDict:
     sampler=dict(num_steps=2, guidance="none"),
   )
   return derive(**{**settings, **overrides})
+
+
+VAE = dict(
+  kind="autoencoder_kl",
+  latent_channels=4,
+  block_out_channels=(8, 8),
+  layers_per_block=1,
+  norm_groups=4,
+  scaling_factor=0.5,
+)
+
+
+def latent_config(**overrides) -> ConfigDict:
+  """A tokenizer over a VAE of 8 x 8 x 4 latents, of 16 px images."""
+  part = dict(width=32, depth=1, head_dim=16, patch_size=2)
+  return tiny_config(**(dict(vae=VAE, encoder=part, decoder=part) | overrides))
 
 
 def make_params(stage) -> dict:

@@ -22,7 +22,7 @@ from flextok_jax.config import read_config
 from flextok_jax.core import hub
 from flextok_jax.data import pipeline
 from flextok_jax.stages import make_stage
-from flextok_jax.training import goodput, inputs, optim
+from flextok_jax.training import goodput, optim
 from flextok_jax.weights import loading, saving
 from tests.support.commands import environment
 from tests.training.test_update import assert_trees_equal, config_of
@@ -293,12 +293,14 @@ def test_autoencoder_then_tokenizer_over_it(tmp_path, capsys):
 def poisoned_batches(monkeypatch, bad_step):
   """From here on, images are no numbers at one step."""
 
+  make = pipeline.train_batches
+
   def batches(*args, start_step=0, **kwargs):
-    for i, batch in enumerate(pipeline.train_batches(*args, start_step=start_step, **kwargs), start_step + 1):
+    for i, batch in enumerate(make(*args, start_step=start_step, **kwargs), start_step + 1):
       images = batch["image"].astype(np.float32) / 127.5 - 1
       yield {**batch, "image": images * (np.nan if i == bad_step else 1)}
 
-  monkeypatch.setattr(inputs, "pipeline", types.SimpleNamespace(train_batches=batches))
+  monkeypatch.setattr(pipeline, "train_batches", batches)
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):

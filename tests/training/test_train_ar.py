@@ -19,6 +19,7 @@ from flextok_jax.stages import make_stage
 from flextok_jax.training import inputs
 from tests.models import test_text
 from tests.support import token_shards
+from tests.support.caption_tokenizers import word_level
 from tests.support.commands import run as run_command
 from tests.support.token_shards import IDS, TOKENS
 
@@ -155,7 +156,7 @@ def test_bad_settings_are_one_line(written, tmp_path, settings, pattern):
 def test_t5_features_come_from_outside_of_the_state(written, tmp_path):
   """A frozen T5 turns text ids into features on the devices; the state does not hold it, a generator loads it alone."""
   folder = test_text.write(tmp_path / "t5", test_text.tensors())
-  test_text.word_level(folder)
+  word_level(folder)
   config = config_of(written, ar=dict(condition="text"))
   config.text.update(dict(encoder="t5", path=str(folder), features=test_text.CONFIG["d_model"]))
   mesh = sharding.make_mesh(config.mesh)
@@ -174,7 +175,7 @@ def test_t5_features_come_from_outside_of_the_state(written, tmp_path):
   rows = {
     tuple(ids): features for ids, features in zip(np.asarray(batch["text_ids"]).tolist(), prepared["text_features"])
   }
-  tokenizer = make_tokenizer(config.text)
+  tokenizer = make_tokenizer(config.text.encoder, config.text.max_length, config.text.path)
   for caption in ("a", "b", "c"):
     ids, lengths = tokenizer([caption])
     if tuple(ids[0].tolist()) in rows:

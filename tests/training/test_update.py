@@ -14,8 +14,8 @@ from flextok_jax.ops import nested
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.stage import Stage
+from flextok_jax.training import inputs, optim
 from flextok_jax.training import metrics as metrics_lib
-from flextok_jax.training import optim
 from flextok_jax.training.state import ema_decay, init_state, make_update
 
 
@@ -178,7 +178,7 @@ def test_loss_falls_on_a_few_pictures():
   stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, 300)
   state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)))(jax.random.key(0))
   update = jax.jit(make_update(stage, optimizer, accumulate_steps=1, decay=0.9), donate_argnums=0)
-  images = pipeline.eval_set(config.data, "synthetic", image_size=16, num_images=16)["image"]
+  images = pipeline.eval_set(inputs.image_data(config), "synthetic", image_size=16, num_images=16)["image"]
   losses = []
   for _ in range(300):
     state, metrics = update(state, {"image": images, "unreadable": np.zeros(16, np.int32)}, jax.random.key(1))
@@ -192,9 +192,10 @@ def test_loss_falls_on_a_few_pictures():
 
 def test_batches_reach_the_devices_whole_and_in_order():
   """The global arrays are the rows of one process, or of two together, whatever is prefetched."""
-  data = config_of().data
-  whole = pipeline.train_batches(data, image_size=16, seed=0)
-  halves = [pipeline.train_batches(data, image_size=16, seed=0, process_index=i, process_count=2) for i in (0, 1)]
+  config = config_of()
+  given = dict(data=inputs.image_data(config), global_batch=config.data.global_batch, image_size=16, seed=0)
+  whole = pipeline.train_batches(**given)
+  halves = [pipeline.train_batches(**given, process_index=i, process_count=2) for i in (0, 1)]
   placed = sharding.device_batches(whole, sharding.batch_sharding(sharding.make_mesh()))
   for _ in range(3):
     batch, parts = next(placed), [next(half) for half in halves]

@@ -61,7 +61,7 @@ def run(tmp_path_factory):
 
 def eval_images(config):
   size = dict(image_size=config.image_size, num_images=config.eval.num_images)
-  return pipeline.eval_set(config.data, "synthetic", **size)["image"]
+  return pipeline.eval_set(inputs.image_data(config), "synthetic", **size)["image"]
 
 
 def test_a_run_trains_both_and_leaves_the_autoencoder(run):

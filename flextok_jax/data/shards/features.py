@@ -1,82 +1,71 @@
-"""Teacher shards: what python -m flextok_jax.tokenize --what=dino writes, for REPA beside latent shards.
+"""Teacher shards: features of a teacher's patches, for REPA in training on latent shards of the same crops."""
 
-The shards of data/shards/files.py. A record is the MessagePack array [features (little endian, as bytes), label,
-num_objects, captions]; the copies of an image stand together. The features are those of the teacher's patches, row by
-row. Shards of one config and as many copies have record i of the same crop, whatever they hold.
-"""
+from typing import Any
 
-from ml_collections import ConfigDict
+from flextok_jax.data.shards.files import ArrayShards
+from flextok_jax.data.shards.latents import LatentShards
 
-from flextok_jax.data.shards import files as shard_files
-
-WHAT = "dino"
 _SAME = ("image_size", "num_records", "num_images", "copies", "seed", "sources", "crop", "crop_min_area", "flip")
-_AGAIN = "write both (python -m flextok_jax.tokenize --what=latents and --what=dino) with one --config and --copies"
+_REMEDY = (
+  "write both (python -m flextok_jax.tokenize --what=latents and --what=dino) with the same --config and --copies"
+)
 
 
-def pack(record: dict) -> bytes:
-  """Returns the bytes of a record: {"features" [n, d], "label", "num_objects": int, "captions": list of str}."""
-  return shard_files.pack_array(record["features"], record)
+class FeatureShards(ArrayShards):
+  """Features of patches: shards[i] -> {"features" [n, d], "label", "num_objects": int, "captions": list of str}.
 
-
-class Shards(shard_files.ArrayShards):
-  """The records of a split at random access: shards[i] -> what pack takes.
+  Patches are in row-major order. Shards written with the same settings and copies have the same crops in the same
+  order, whatever they contain.
 
   Attributes:
-    meta: meta.json as a dict. fingerprint: of the teacher; dtype: of the features; shape: theirs, [n, d]; image_size;
-      num_records; copies: records an image; class_names: list or None.
-
-  Raises:
-    FileNotFoundError, ValueError: as ShardFiles.
+    meta: see ArrayShards; also the name of the teacher.
   """
 
-  WHAT, NAME, KIND = WHAT, "features", "teacher"
+  WHAT, ARRAY = "dino", "features"
+  FIELDS = (*ArrayShards.FIELDS, "teacher")
 
 
-class Beside:
-  """The records of latent shards, each with the teacher's features of the same crop as "teacher" [n, d].
+class LatentsWithFeatures:
+  """The records of latent shards, each with the teacher's features of the same crop as "teacher" [grid * grid, width].
 
   Args:
-    latents: latent_shards.Shards.
-    teacher: Shards.
-    config: of stage "tokenizer".
-    grid: patches a side that the run wants.
+    grid: patches per side that the run expects.
+    width: of the features that the run expects.
 
   Raises:
-    ValueError: the two are not of the same crops, or the features do not suit the config; when reading a record, it is
-      not of the same image in both.
+    ValueError: the shards are not of the same crops, or the features have another size; when reading a record, its
+      label or captions differ.
   """
 
-  def __init__(self, latents: shard_files.ShardFiles, teacher: Shards, config: ConfigDict, grid: int):
-    self._latents, self._teacher = latents, teacher
+  def __init__(self, latents: LatentShards, features: FeatureShards, *, grid: int, width: int):
+    self._latents, self._features = latents, features
     for name in _SAME:
-      one, other = latents.meta.get(name), teacher.meta.get(name)
-      if one != other and None not in (one, other):  # shards from before a field was written do not tell
+      if latents.meta[name] != features.meta[name]:
         raise ValueError(
-          f"the teacher's features in config.data.teacher are not of the images of config.data.latents: "
-          f"{name} is {other!r} there and {one!r} in the latents; {_AGAIN}"
+          f"the teacher's features (data.teacher) are not of the images of the latents (data.latents): {name} is "
+          f"{features.meta[name]!r} in the features and {latents.meta[name]!r} in the latents; {_REMEDY}"
         )
-    count, width = teacher.meta["shape"]
-    if width != config.repa.features:
+    found_count, found_width = features.meta["shape"]
+    if found_width != width:
       raise ValueError(
-        f"the teacher shards have features of width {width}, but config.repa.features is "
-        f"{config.repa.features}: give --config.repa.features={width}, or write others"
+        f"the teacher shards have features of width {found_width}, but repa.features is {width}: set "
+        f"repa.features={found_width}, or write new shards"
       )
-    if count != grid**2:
+    if found_count != grid**2:
       raise ValueError(
-        f"the teacher shards have {count} patches an image, but this run wants {grid} x {grid}: give "
-        f"--config.repa.grid={round(count**0.5)}, or write others"
+        f"the teacher shards have {found_count} patches per image, but this run expects {grid} x {grid}: set "
+        f"repa.grid={round(found_count**0.5)}, or write new shards"
       )
 
   def __len__(self) -> int:
     return len(self._latents)
 
-  def __getitem__(self, index: int) -> dict:
-    record, other = self._latents[index], self._teacher[index]
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    record, other = self._latents[index], self._features[index]
     for name in ("label", "num_objects", "captions"):
       if record[name] != other[name]:
         raise ValueError(
-          f"record {index} has {name} {record[name]!r} in {self._latents} and {other[name]!r} in "
-          f"{self._teacher}, so it is not of one image; {_AGAIN}"
+          f"record {index} has {name} {record[name]!r} in {self._latents} and {other[name]!r} in {self._features}, so "
+          f"the shards are not of the same images; {_REMEDY}"
         )
     return {**record, "teacher": other["features"]}

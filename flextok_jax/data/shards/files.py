@@ -1,56 +1,65 @@
-"""Shards: records at random access, in folders that python -m flextok_jax.tokenize --config=… writes.
+"""The format of shards: folders of records at random access that python -m flextok_jax.tokenize --config=... writes.
 
-A folder DIR/<split>/ holds ArrayRecord files and meta.json, which says what they are. What a record holds is a matter
-of its kind: token ids (shards.py), latents of a VAE (latent_shards.py), features of a teacher (teacher_shards.py) or
-image files (image_shards.py). data/shards/writer.py writes them.
+A folder DIR/<split>/ has ArrayRecord files and meta.json, which describes them. The kinds of records are token ids
+(tokens.py), latents of a VAE (latents.py), features of a teacher (features.py) and image files (images.py). A subclass
+of Shards reads a kind, and a subclass of Records makes its records from images, for writer.py.
 """
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
+import itertools
 import json
+import os
 from pathlib import Path
+from typing import Any, ClassVar
 
 import grain
+import jax
 import jax.numpy as jnp
 import msgpack
 import numpy as np
 
+from flextok_jax.data.sources.base import Source
+from flextok_jax.parallel import batching
+
 FORMAT = 1
 META = "meta.json"
-_RERUN = "rerun python -m flextok_jax.tokenize with the settings that wrote this folder, which writes what is missing"
+_RERUN = "rerun python -m flextok_jax.tokenize with the settings that wrote this folder; it writes only what is missing"
 
 
 def shard_name(what: str, index: int, count: int) -> str:
+  """Returns the file name of a shard."""
   return f"{what}-{index:05d}-of-{count:05d}.array_record"
 
 
-def pack(content: list, record: dict) -> bytes:
-  """Returns the bytes of a record: the MessagePack array of its content and its label, num_objects and captions."""
+def pack(content: list, record: Mapping[str, Any]) -> bytes:
+  """Returns a record as bytes: the MessagePack array [*content, label, num_objects, captions]."""
   facts = int(record["label"]), int(record["num_objects"]), list(record["captions"])
   return msgpack.packb([*content, *facts], unicode_errors="replace")  # lone surrogates
 
 
-def pack_array(array: np.ndarray, record: dict) -> bytes:
-  """Returns the bytes of a record whose content is an array, little endian: see ArrayShards."""
-  array = np.asarray(array)
-  return pack([array.astype(array.dtype.newbyteorder("<")).tobytes()], record)
-
-
-def unpack(data: bytes, kind: str) -> tuple[list, dict]:
-  """Returns (content, {"label", "num_objects": int, "captions": list of str}) of pack; ValueError for other bytes."""
+def unpack(data: bytes, what: str) -> tuple[list, dict[str, Any]]:
+  """Returns (content, {"label", "num_objects": int, "captions": list of str}); ValueError for bytes not from pack."""
   try:
     *content, label, num_objects, captions = msgpack.unpackb(data)
-    return content, {
-      "label": int(label),
-      "num_objects": int(num_objects),
-      "captions": [str(caption) for caption in captions],
-    }
+    facts = dict(label=int(label), num_objects=int(num_objects), captions=[str(caption) for caption in captions])
+    return content, facts
   except (ValueError, TypeError, msgpack.UnpackException) as e:
-    raise ValueError(f"no {kind} record: {e}") from None
+    raise ValueError(f"not a record of {what}: {e}") from None
+
+
+def unpack_bytes(data: bytes, what: str) -> tuple[bytes, dict[str, Any]]:
+  """As unpack, for a content of a single string of bytes."""
+  content, facts = unpack(data, what)
+  if len(content) != 1 or not isinstance(content[0], bytes):
+    raise ValueError(f"not a record of {what}")
+  return content[0], facts
 
 
 @dataclasses.dataclass(frozen=True)
-class _File:
-  """What array_record asks of a file whose number of records is known."""
+class _FileInstruction:
+  """A whole file with a known number of records, in array_record's protocol."""
 
   filename: str
   examples_in_shard: int
@@ -61,34 +70,33 @@ class _File:
     return self.examples_in_shard
 
 
-class ShardFiles:
-  """The records of a split at random access: len(shards), and shards[i] -> what the kind's parse returns.
+class Shards:
+  """The records of a split at random access: len(shards), shards[i] -> dict.
 
-  A subclass has WHAT, the name of its kind in the plural, FIELDS, what meta.json must say of it beyond what it says of
-  all, and parse(bytes) -> dict, which raises ValueError for what is no such record.
+  A subclass has WHAT, the name of its kind in the plural; FIELDS, the fields of meta.json of this kind; and parse.
 
   Attributes:
-    meta: meta.json as a dict. Of every kind it has num_records; copies: records an image; class_names: list or None.
+    meta: meta.json as a dict. All kinds have num_records; copies: records per image; class_names: list or None.
 
   Raises:
-    FileNotFoundError, ValueError: naming what is missing or damaged; when reading a record, ValueError.
+    FileNotFoundError, ValueError: a file is missing or damaged; ValueError when reading a damaged record.
   """
 
-  WHAT = ""
-  FIELDS = ()
+  WHAT: ClassVar[str] = ""
+  FIELDS: ClassVar[tuple[str, ...]] = ()
   _COMMON = ("num_records", "copies", "class_names", "shard_records", "shard_bytes")
 
-  def __init__(self, folder: str, split: str = "train"):
+  def __init__(self, folder: str | os.PathLike, split: str = "train"):
     self._folder = Path(folder) / split
     self._name = f"{self.WHAT.removesuffix('s')} shards"
-    if not folder or not self._folder.is_dir():
-      there = sorted(p.parent.name for p in Path(folder).glob(f"*/{META}")) if folder else []
-      found = f"it has {', '.join(there)}" if there else "no split at all is there"
+    if not os.fspath(folder) or not self._folder.is_dir():
+      splits = sorted(p.parent.name for p in Path(folder).glob(f"*/{META}")) if os.fspath(folder) else []
+      found = f"it has {', '.join(splits)}" if splits else "it has no split"
       what = "" if self.WHAT == "tokens" else f" --what={self.WHAT}"
       checkpoint = "" if self.WHAT in ("images", "dino") else " --checkpoint=PATH"
       raise FileNotFoundError(
-        f"no {self._name} of split {split!r} in {folder!r} ({found}): write them with python -m flextok_jax.tokenize"
-        f"{what} --config=FILE{checkpoint} --out={folder or 'DIR'} --split={split}"
+        f"no {self._name} of split {split!r} in {os.fspath(folder)!r} ({found}): write them with "
+        f"python -m flextok_jax.tokenize{what} --config=FILE{checkpoint} --out={folder or 'DIR'} --split={split}"
       )
     self.meta = self._read_meta()
     counts, sizes = self.meta["shard_records"], self.meta["shard_bytes"]
@@ -98,13 +106,20 @@ class ShardFiles:
         raise FileNotFoundError(f"{path} is missing: {_RERUN}")
       if path.stat().st_size != size:
         raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {size}: delete it and {_RERUN}")
-    self._records = grain.sources.ArrayRecordDataSource([_File(str(p), n) for p, n in zip(self._paths, counts)])
+    files = [_FileInstruction(str(path), count) for path, count in zip(self._paths, counts)]
+    self._records = grain.sources.ArrayRecordDataSource(files)
     self._ends = np.cumsum(counts)
 
-  def parse(self, data: bytes) -> dict:
+  @classmethod
+  def pack(cls, record: Mapping[str, Any]) -> bytes:
+    """Returns a record as bytes, the inverse of parse."""
     raise NotImplementedError
 
-  def _read_meta(self) -> dict:
+  def parse(self, data: bytes) -> dict[str, Any]:
+    """Returns the record of its bytes; ValueError for other bytes."""
+    raise NotImplementedError
+
+  def _read_meta(self) -> dict[str, Any]:
     path = self._folder / META
     if not path.is_file():
       raise FileNotFoundError(f"{path} is missing, so these {self._name} are not complete: {_RERUN}")
@@ -112,30 +127,29 @@ class ShardFiles:
       meta = json.loads(path.read_text())
       if meta["format"] != FORMAT:
         raise ValueError(f"its format is {meta['format']!r}, this program reads {FORMAT}")
-      meta.setdefault("what", "tokens")  # the first kind that there was
       if meta["what"] != self.WHAT:
         raise ValueError(f"it describes {meta['what']!r}")
       missing = [name for name in (*self._COMMON, *self.FIELDS) if name not in meta]
       if missing:
         raise ValueError(f"it has no {missing[0]!r}")
       if not len(meta["shard_records"]) == len(meta["shard_bytes"]) > 0:
-        raise ValueError("its numbers of records and of bytes do not match")
+        raise ValueError("shard_records and shard_bytes differ in length")
       if not sum(meta["shard_records"]) == meta["num_records"] > 0:
-        raise ValueError(f"its num_records {meta['num_records']!r} is not that of its shards")
+        raise ValueError(f"num_records {meta['num_records']!r} is not the sum of shard_records")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-      raise ValueError(f"{path} is no description of {self._name} ({e}): delete it and {_RERUN}") from None
+      raise ValueError(f"{path} does not describe {self._name} ({e}): delete it and {_RERUN}") from None
     return meta
 
   def __len__(self) -> int:
     return len(self._records)
 
-  def __getitem__(self, index: int) -> dict:
+  def __getitem__(self, index: int) -> dict[str, Any]:
     index = int(index)
     if not 0 <= index < len(self):
       raise IndexError(f"record {index} of {len(self)}")
     try:
       return self.parse(self._records[index])
-    except (ValueError, RuntimeError) as e:  # RuntimeError: array_record's of every kind of damage
+    except (ValueError, RuntimeError) as e:  # array_record raises RuntimeError for any damage
       path = self._paths[int(np.searchsorted(self._ends, index, side="right"))]
       reason = " ".join(str(e).split())
       raise ValueError(f"{path}: record {index} cannot be read ({reason}): delete the file and {_RERUN}") from e
@@ -144,19 +158,111 @@ class ShardFiles:
     return f"{type(self).__name__}({self._folder})"
 
 
-class ArrayShards(ShardFiles):
-  """Records of an array each, all of one shape and type: shards[i] -> {NAME: array, and the facts of unpack}.
+class ArrayShards(Shards):
+  """Records of one array each, all of the same shape and dtype: shards[i] -> {ARRAY: array, label, ...}.
 
-  A subclass has NAME, and KIND, what a record is called. meta.json has the array's dtype and shape, and also the
-  fingerprint of the model that made it and the image_size.
+  A record is the MessagePack array [array (little endian, as bytes), label, num_objects, captions]. A subclass has
+  ARRAY, the array's name. meta.json also has the array's dtype and shape, the fingerprint of the model that computed
+  it, and image_size.
   """
 
-  NAME = KIND = ""
-  FIELDS = ("fingerprint", "dtype", "shape", "image_size")
+  ARRAY: ClassVar[str] = ""
+  FIELDS = ("fingerprint", "image_size", "shape", "dtype")
 
-  def parse(self, data: bytes) -> dict:
-    content, facts = unpack(data, self.KIND)
-    if len(content) != 1 or not isinstance(content[0], bytes):
-      raise ValueError(f"no {self.KIND} record")
-    array = np.frombuffer(content[0], jnp.dtype(self.meta["dtype"]))
-    return {self.NAME: array.reshape(self.meta["shape"]), **facts}
+  @classmethod
+  def pack(cls, record: Mapping[str, Any]) -> bytes:
+    array = np.asarray(record[cls.ARRAY])
+    return pack([array.astype(array.dtype.newbyteorder("<")).tobytes()], record)
+
+  def parse(self, data: bytes) -> dict[str, Any]:
+    content, facts = unpack_bytes(data, self.WHAT)
+    array = np.frombuffer(content, jnp.dtype(self.meta["dtype"]))
+    return {self.ARRAY: array.reshape(self.meta["shape"]), **facts}
+
+
+class Records:
+  """Makes the records of one kind of shards from images, for writer.write_shards.
+
+  Attributes:
+    shards: the reader of these records.
+    image_size: height and width of the crops to encode, pixels; None: image files as they are stored.
+    batch_size: images per batch.
+  """
+
+  shards: ClassVar[type[Shards]]
+  image_size: int | None
+  batch_size: int
+
+  def settings(self, sources: Mapping[str, Source]) -> dict[str, Any]:
+    """Returns everything but the images that affects the records, with all of shards.FIELDS, as JSON values."""
+    raise NotImplementedError
+
+  def records(self, elements: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+    """Yields the records, in order, of readable elements of split_images.SplitImages."""
+    raise NotImplementedError
+
+
+class EncodedRecords(Records):
+  """Records of crops that a model encodes.
+
+  Args:
+    encode: images uint8 [batch_size, image_size, image_size, 3] -> tree of arrays [batch_size, ...], see `rows`.
+    settings: see Records.settings; has image_size.
+    mesh: devices that the images of a batch are split over; None: `encode` gets numpy arrays.
+  """
+
+  def __init__(
+    self, encode: Callable, settings: Mapping[str, Any], batch_size: int, mesh: jax.sharding.Mesh | None = None
+  ):
+    self.image_size, self.batch_size = settings["image_size"], batch_size
+    self._encode, self._settings, self._mesh = encode, dict(settings), mesh
+
+  def settings(self, sources: Mapping[str, Source]) -> dict[str, Any]:
+    return self._settings
+
+  def records(self, elements: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+    crops = ((crop, element) for element in elements for crop in element["crops"])
+    waiting: deque[list[dict]] = deque()  # elements of the batches that are being encoded
+
+    def batches() -> Iterator[np.ndarray]:
+      while batch := list(itertools.islice(crops, self.batch_size)):
+        waiting.append([element for _, element in batch])
+        yield np.stack([crop for crop, _ in batch])
+
+    for encoded in batching.map_batches(self._encode, batches(), self.batch_size, self._mesh):
+      yield from self.rows(waiting.popleft(), encoded)
+
+  def rows(self, elements: list[dict[str, Any]], encoded: Any) -> Iterator[bytes]:
+    """Yields the records of elements; encoded is the result of `encode` for their crops, numpy arrays [n, ...]."""
+    raise NotImplementedError
+
+
+class ArrayRecords(EncodedRecords):
+  """Records of ArrayShards: `encode` returns one array [batch_size, *shape].
+
+  Args:
+    shards: the kind of shards.
+    settings: has "shape" and "dtype" of the array, and all other of shards.FIELDS.
+  """
+
+  def __init__(
+    self,
+    shards: type[ArrayShards],
+    encode: Callable,
+    settings: Mapping[str, Any],
+    batch_size: int,
+    mesh: jax.sharding.Mesh | None = None,
+  ):
+    super().__init__(encode, settings, batch_size, mesh)
+    self.shards = shards
+
+  def rows(self, elements: list[dict[str, Any]], encoded: np.ndarray) -> Iterator[bytes]:
+    name, shape, dtype = self.shards.ARRAY, list(encoded.shape[1:]), str(encoded.dtype)
+    if shape != self._settings["shape"] or dtype != self._settings["dtype"]:
+      raise ValueError(f"{name} are {dtype} {shape}, not {self._settings['dtype']} {self._settings['shape']}")
+    if not np.isfinite(encoded.astype(jnp.float32)).all():
+      raise ValueError(
+        f"some {name} are not finite in {dtype}: use dtype bfloat16, or check the model that computes them"
+      )
+    for row, element in zip(encoded, elements):
+      yield self.shards.pack({**element, name: row})

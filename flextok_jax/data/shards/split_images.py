@@ -1,102 +1,111 @@
-"""The images of a split in a fixed order, as shards hold them."""
+"""The images of a split in a fixed order, as shards store them."""
 
 import sys
+from typing import Any
 
 import grain
-from ml_collections import ConfigDict
 import numpy as np
 
 from flextok_jax.data import pipeline, transforms
-from flextok_jax.data.shards import images as image_shards
-from flextok_jax.data.sources import draws
-from flextok_jax.data.sources import registry as sources_lib
+from flextok_jax.data.shards.images import file_bytes
+from flextok_jax.data.sources import base
 
 
-class Images:
-  """The images of a split in a fixed order: len(images), and images[i] as a dict.
+class SplitImages:
+  """The images of a split in a fixed order: len(images), images[i] -> dict.
 
-  One source: its records in order. Several: their mixture by weight, as in training. An element has "crops" uint8
-  [copies, s, s, 3], the first the centre crop and the others drawn as in training, each by (seed, i, copy) alone, or
-  without an image_size "data", the bytes of an image file as it is stored; and label, num_objects, captions. An element
-  that cannot be read has "unreadable", which says why, instead.
+  One source: its records in order. Several sources: their mixture by weight, as in training. An element has label,
+  num_objects and captions, and "crops" uint8 [copies, image_size, image_size, 3]: the centre crop, then crops drawn as
+  in training, each from (seed, i, copy) alone. Without an image_size it has "data", the bytes of an image file, instead
+  of crops. An element that cannot be read has only "unreadable", the reason.
+
+  Args:
+    image_size: height and width of the crops, pixels; None: image files as they are stored.
+    num_images: None: all of a single source that is not endless.
+    copies: crops per image.
 
   Attributes:
-    class_names: of the labels, or () where they have no names. In a mixture the classes of all sources follow one
-      another, and labels without names become -1.
-    sizes: {name of a source: number of its records}.
-    sources: {name: source}.
+    class_names: of the labels, () if they have no names. In a mixture, labels number the classes of all sources one
+      after another, and labels without names become -1.
+    sizes: {kind of source: number of its records}.
+    sources: {kind of source: source}.
 
   Raises:
-    ValueError: settings that make no sense.
+    FileNotFoundError, ValueError: a source cannot be opened, or an argument is out of range.
   """
 
-  def __init__(self, config: ConfigDict, split: str, image_size: int | None, num_images: int | None, copies: int):
-    data = config.data
-    self.sources = pipeline.open_sources(data, split)
-    self._seed, self._size, self._copies = config.seed, image_size, copies
+  def __init__(
+    self,
+    data: pipeline.ImageData,
+    split: str,
+    *,
+    seed: int,
+    image_size: int | None,
+    num_images: int | None = None,
+    copies: int = 1,
+  ):
+    self.sources = data.open(split)
+    self.sizes = {kind: len(source) for kind, source in self.sources.items()}
+    self._seed, self._size, self._copies = seed, image_size, copies
     self._augment = {}
     if image_size is not None:
-      self._augment = {name: pipeline.Augment(data, source, image_size) for name, source in self.sources.items()}
-    self.sizes = {name: len(source) for name, source in self.sources.items()}
+      self._augment = {kind: pipeline.Augment(data, source, image_size) for kind, source in self.sources.items()}
     if copies > 1 and not any(augment.varies for augment in self._augment.values()):
       raise ValueError(
-        f"--copies={copies} would be equal, as nothing augments {', '.join(self.sizes)} here: give "
-        "--copies=1, or see config.data.crop and config.data.flip"
+        f"copies={copies} would be equal, because nothing augments {', '.join(self.sizes)}: use copies=1, or see crop "
+        "and flip"
       )
-    endless = [name for name, size in self.sizes.items() if size >= draws.LENGTH]
-    if num_images is None and (endless or len(self.sizes) > 1):
-      what = f"source {endless[0]!r}" if endless else f"a mixture ({', '.join(self.sizes)})"
-      raise ValueError(f"{what} has no end: give --num_images=N")
-    size = sum(self.sizes.values())
-    if num_images is not None and not 1 <= num_images <= (size if len(self.sizes) == 1 else sys.maxsize):
-      raise ValueError(f"--num_images={num_images} is out of range: {', '.join(self.sizes)} has 1 to {size} images")
-    self._len = size if num_images is None else num_images
+    self._len = self._count(num_images)
     self._first_label, self.class_names = {}, ()
-    for name, source in self.sources.items():
-      self._first_label[name] = len(self.class_names)
-      self.class_names += _class_names(source)
-    self._order = pipeline.mix(
-      data,
+    for kind, source in self.sources.items():
+      self._first_label[kind] = len(self.class_names)
+      self.class_names += tuple(source.class_names)
+    self._order = data.mix(
       {
-        name: grain.MapDataset.range(size)
-        .shuffle(seed=pipeline.seeds(config.seed, name)[0])
+        kind: grain.MapDataset.range(size)
+        .shuffle(seed=pipeline.seeds(seed, kind)[0])
         .repeat()
-        .map(lambda index, name=name: (name, index))
-        for name, size in self.sizes.items()
-      },
+        .map(lambda index, kind=kind: (kind, index))
+        for kind, size in self.sizes.items()
+      }
     )
+
+  def _count(self, num_images: int | None) -> int:
+    single, size = len(self.sizes) == 1, sum(self.sizes.values())
+    endless = [kind for kind, size in self.sizes.items() if size >= base.ENDLESS]
+    if num_images is None:
+      if endless or not single:
+        what = f"source {endless[0]!r}" if endless else f"a mixture ({', '.join(self.sizes)})"
+        raise ValueError(f"{what} is endless: set num_images")
+      return size
+    if not 1 <= num_images <= (size if single else sys.maxsize):
+      raise ValueError(f"num_images={num_images} is out of range: {', '.join(self.sizes)} has 1 to {size} images")
+    return num_images
 
   def __len__(self) -> int:
     return self._len
 
-  def __getitem__(self, i: int) -> dict:
-    name, index = self._order[i] if len(self.sources) > 1 else (*self.sources, i)
-    decode = image_shards.file_bytes if self._size is None else transforms.to_rgb
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    kind, index = self._order[i] if len(self.sources) > 1 else (*self.sources, i)
+    decode = file_bytes if self._size is None else transforms.to_rgb
     try:
-      record = sources_lib.view(self.sources[name], int(index), decode)
-    except sources_lib.UnreadableRecord as error:
+      record = base.view(self.sources[kind], int(index), decode)
+    except base.UnreadableRecord as error:
       return {"unreadable": str(error)}
-    captions = [caption for caption in record.get("captions") or (record["caption"],) if caption]
+    captions = record.get("captions") or (record["caption"],)
     facts = {
-      "label": self._label(name, int(record["label"])),
-      "captions": captions,
+      "label": self._label(kind, int(record["label"])),
+      "captions": [caption for caption in captions if caption],
       "num_objects": int(record["num_objects"]),
     }
     if self._size is None:
       return {"data": record["image"], **facts}
-    picture, augment = record["image"], self._augment[name]
+    picture, augment = record["image"], self._augment[kind]
     crops = [transforms.center_crop(picture, self._size)]
     crops += [augment(picture, np.random.default_rng([self._seed, i, copy])) for copy in range(1, self._copies)]
     return {"crops": np.stack(crops), **facts}
 
-  def _label(self, name: str, label: int) -> int:
+  def _label(self, kind: str, label: int) -> int:
     if len(self.sources) == 1:
       return label
-    known = 0 <= label < len(_class_names(self.sources[name]))
-    return self._first_label[name] + label if known else -1
-
-
-def _class_names(source) -> tuple[str, ...]:
-  """Of the source, or of the module that draws it."""
-  module = sys.modules[type(source).__module__]
-  return tuple(getattr(source, "class_names", None) or getattr(module, "CLASS_NAMES", ()))
+    return self._first_label[kind] + label if 0 <= label < len(self.sources[kind].class_names) else -1

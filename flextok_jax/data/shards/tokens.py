@@ -1,192 +1,246 @@
-"""Token shards: what python -m flextok_jax.tokenize --config=… writes and stage "ar" trains on.
+"""Token shards: token ids of images, on which stage "ar" trains.
 
-The shards of data/shards/files.py. A record is the MessagePack array [ids (uint16, little endian, as bytes), length,
-label, num_objects, captions]; the copies of an image stand together.
+A record is the MessagePack array [ids (uint16, little endian, as bytes), length, label, num_objects, captions]; the
+copies of an image are consecutive records.
 """
 
-import functools
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import os
+from typing import Any
 
 import grain
-from ml_collections import ConfigDict
+import jax
 import numpy as np
 
 from flextok_jax.data import pipeline
-from flextok_jax.data.shards import files as shard_files
+from flextok_jax.data.shards import files
 
 MAX_IDS = 2**16  # a token id takes two bytes
-WHAT = "tokens"
-shard_name = functools.partial(shard_files.shard_name, WHAT)
 
 
-def pack(record: dict) -> bytes:
-  """Returns the bytes of a record: {"ids" int [n], "length", "label", "num_objects": int, "captions": list of str}."""
-  return shard_files.pack([np.asarray(record["ids"]).astype("<u2").tobytes(), int(record["length"])], record)
+class TokenShards(files.Shards):
+  """Token ids: shards[i] -> {"ids" uint16 [n], "length", "label", "num_objects": int, "captions": list of str}.
+
+  Attributes:
+    meta: see files.Shards; also fingerprint: of the tokenizer; image_size; num_ids: vocabulary size; num_tokens: ids
+      per record; quality, metric: of adaptive lengths, or None.
+  """
+
+  WHAT = "tokens"
+  FIELDS = ("fingerprint", "image_size", "num_ids", "num_tokens", "quality", "metric")
+
+  @classmethod
+  def pack(cls, record: Mapping[str, Any]) -> bytes:
+    return files.pack([np.asarray(record["ids"]).astype("<u2").tobytes(), int(record["length"])], record)
+
+  def parse(self, data: bytes) -> dict[str, Any]:
+    record = unpack(data)
+    if len(record["ids"]) != self.meta["num_tokens"] or record["ids"].max() >= self.meta["num_ids"]:
+      raise ValueError(f"its ids do not match {files.META}")
+    return record
 
 
-def unpack(data: bytes) -> dict:
-  """Returns the record of pack, ids as uint16 [n]; ValueError for other bytes."""
-  content, facts = shard_files.unpack(data, "token")
+def unpack(data: bytes) -> dict[str, Any]:
+  """Returns the record of TokenShards.pack; ValueError for other bytes."""
+  content, facts = files.unpack(data, "tokens")
   try:
     ids, length = content
     return {"ids": np.frombuffer(ids, "<u2").astype(np.uint16), "length": int(length), **facts}
   except (ValueError, TypeError) as e:
-    raise ValueError(f"no token record: {e}") from None
+    raise ValueError(f"not a record of tokens: {e}") from None
 
 
-class Shards(shard_files.ShardFiles):
-  """The records of a split at random access: len(shards), and shards[i] -> what unpack returns.
-
-  Attributes:
-    meta: meta.json as a dict. fingerprint: of the tokenizer; num_ids: size of its vocabulary; num_tokens: ids a record;
-      num_records; copies: records an image; class_names: list or None; quality, metric: of adaptive lengths, or None.
-
-  Raises:
-    FileNotFoundError, ValueError: as ShardFiles.
-  """
-
-  WHAT = WHAT
-  FIELDS = ("fingerprint", "num_ids", "num_tokens", "quality", "metric")
-
-  def parse(self, data: bytes) -> dict:
-    record = unpack(data)
-    if len(record["ids"]) != self.meta["num_tokens"] or record["ids"].max() >= self.meta["num_ids"]:
-      raise ValueError(f"its ids do not fit {shard_files.META}")
-    return record
-
-
-def check_shards(meta: dict, config: ConfigDict, fingerprint: str | None = None):
-  """Checks that shards suit config.ar, and that they are of its tokenizer.
-
-  Shards of more tokens than config.ar.num_tokens are fine: the first ones of an image are a description of it, too.
+class TokenRecords(files.EncodedRecords):
+  """Records of TokenShards: `encode` returns (ids int [b, num_tokens], lengths int [b] or None: all tokens).
 
   Args:
-    fingerprint: of a tokenizer at hand, which must be theirs as well.
+    tokenizer: settings of the tokenizer that affect the ids, with fingerprint, image_size, num_ids and num_tokens.
+    quality, metric: the threshold and the distance that select the lengths; None: `encode` returns no lengths.
+  """
+
+  shards = TokenShards
+
+  def __init__(
+    self,
+    encode: Callable,
+    tokenizer: Mapping[str, Any],
+    batch_size: int,
+    quality: float | None = None,
+    metric: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+  ):
+    super().__init__(encode, {**tokenizer, "quality": quality, "metric": metric}, batch_size, mesh)
+    if tokenizer["num_ids"] > MAX_IDS:
+      raise ValueError(f"token shards store ids below {MAX_IDS}, but this tokenizer has {tokenizer['num_ids']}")
+    self._num_tokens, self._num_ids = tokenizer["num_tokens"], tokenizer["num_ids"]
+
+  def rows(self, elements: list[dict[str, Any]], encoded: Any) -> Iterator[bytes]:
+    ids, lengths = encoded
+    lengths = np.full(len(ids), self._num_tokens) if lengths is None else lengths
+    if ids.shape[1] != self._num_tokens or ids.min() < 0 or ids.max() >= self._num_ids:
+      raise ValueError(
+        f"the tokenizer returned ids from {ids.min()} to {ids.max()} of shape {list(ids.shape)}: they must be from 0 "
+        f"to {self._num_ids - 1}, {self._num_tokens} per image"
+      )
+    if lengths.min() < 1 or lengths.max() > self._num_tokens:
+      raise ValueError(f"the lengths from {lengths.min()} to {lengths.max()} must be from 1 to {self._num_tokens}")
+    for row, length, element in zip(ids, lengths, elements):
+      yield TokenShards.pack({**element, "ids": row, "length": length})
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFormat:
+  """The sequences that a generator trains on.
+
+  Attributes:
+    num_ids: vocabulary size.
+    num_tokens: ids per sequence; shards may have more, because the first tokens of an image also describe it.
+    stop: whether a sequence ends at its stored length; False: it has num_tokens ids.
+    num_classes: number of labels; None: labels are not used.
+    tokenizer: expected fingerprint of the tokenizer; "": any.
+    captions: (encoder, max_length, path) of text.make_tokenizer; None: captions are not used.
+  """
+
+  num_ids: int
+  num_tokens: int
+  stop: bool
+  num_classes: int | None
+  tokenizer: str = ""
+  captions: tuple[str, int, str] | None = None
+
+  def check(self, meta: Mapping[str, Any]):
+    """Raises ValueError if shards with this meta.json do not have such sequences."""
+    if self.tokenizer and self.tokenizer != meta["fingerprint"]:
+      raise ValueError(
+        f"the token shards are of tokenizer {meta['fingerprint']}, but ar.tokenizer is {self.tokenizer}: write shards "
+        "with that tokenizer (python -m flextok_jax.tokenize --config), or use the one that wrote these"
+      )
+    if meta["num_ids"] != self.num_ids:
+      raise ValueError(
+        f"the token shards have {meta['num_ids']} ids, but ar.num_ids is {self.num_ids}: set "
+        f"ar.num_ids={meta['num_ids']}"
+      )
+    if meta["num_tokens"] < self.num_tokens:
+      raise ValueError(
+        f"the token shards have {meta['num_tokens']} tokens per image, but ar.num_tokens is {self.num_tokens}: set "
+        f"ar.num_tokens={meta['num_tokens']} or less"
+      )
+    if self.stop and meta["quality"] is None:
+      raise ValueError(
+        "ar.stop needs the lengths of the sequences, which these token shards lack: write shards with "
+        "python -m flextok_jax.tokenize --quality=..., or set ar.stop=False"
+      )
+    classes = len(meta["class_names"] or ())
+    if self.num_classes is not None and classes > self.num_classes:
+      raise ValueError(
+        f"the token shards have {classes} classes, but ar.num_classes is {self.num_classes}: set "
+        f"ar.num_classes={classes}"
+      )
+
+  def row(self, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns token_ids int32 [num_tokens], 0 past the length; length int32; label int32."""
+    if self.num_classes is not None and record["label"] >= self.num_classes:
+      raise ValueError(
+        f"a record of the token shards has label {record['label']}, but ar.num_classes is {self.num_classes}: increase "
+        "ar.num_classes"
+      )
+    length = min(record["length"], self.num_tokens) if self.stop else self.num_tokens
+    token_ids = record["ids"][: self.num_tokens].astype(np.int32)
+    token_ids[length:] = 0
+    return {"token_ids": token_ids, "length": np.int32(length), "label": np.int32(record["label"])}
+
+
+def open_tokens(folder: str | os.PathLike, split: str, token_format: TokenFormat) -> TokenShards:
+  """Returns the token shards in a folder.
 
   Raises:
-    ValueError: naming the field, both values and the remedy.
+    FileNotFoundError, ValueError: the shards are missing, damaged or of another format.
   """
-  ar, here = config.ar, meta["fingerprint"]
-  for what, wanted in (("config.ar.tokenizer", ar.tokenizer), ("the tokenizer at hand", fingerprint)):
-    if wanted and wanted != here:
-      raise ValueError(
-        f"the token shards are of tokenizer {here}, but {what} is {wanted}: write shards with that "
-        "tokenizer (python -m flextok_jax.tokenize --config), or use the one that wrote these"
-      )
-  if meta["num_ids"] != ar.num_ids:
+  if not folder:
     raise ValueError(
-      f"the token shards have {meta['num_ids']} ids, but config.ar.num_ids is {ar.num_ids}: "
-      f"give --config.ar.num_ids={meta['num_ids']}"
+      "stage 'ar' trains on token shards: set data.tokens to a folder that python -m flextok_jax.tokenize --config=... "
+      "wrote"
     )
-  if meta["num_tokens"] < ar.num_tokens:
-    raise ValueError(
-      f"the token shards have {meta['num_tokens']} tokens an image, but config.ar.num_tokens is "
-      f"{ar.num_tokens}: give --config.ar.num_tokens={meta['num_tokens']} or less"
-    )
-  if ar.stop and meta["quality"] is None:
-    raise ValueError(
-      "config.ar.stop needs the lengths of the sequences, which these token shards lack: write shards "
-      "with python -m flextok_jax.tokenize --quality=…, or give --config.ar.stop=False"
-    )
-  classes = len(meta["class_names"] or ())
-  if ar.condition == "class" and classes > ar.num_classes:
-    raise ValueError(
-      f"the token shards have {classes} classes, but config.ar.num_classes is {ar.num_classes}: "
-      f"give --config.ar.num_classes={classes}"
-    )
+  shards = TokenShards(folder, split)
+  token_format.check(shards.meta)
+  return shards
 
 
-def open_shards(config: ConfigDict, split: str) -> Shards:
-  """Returns the shards of config.data.tokens; FileNotFoundError or ValueError as Shards and check_shards."""
-  if not config.data.tokens:
-    raise ValueError(
-      "stage 'ar' trains on token shards: give --config.data.tokens=DIR, a folder that "
-      "python -m flextok_jax.tokenize --config wrote"
-    )
-  records = Shards(config.data.tokens, split)
-  check_shards(records.meta, config)
-  return records
+class _CaptionRow:
+  """Caption -> {"text_ids" int32 [max_length], "text_lengths" int32}; {} if captions are not used."""
 
-
-class _Row:
-  """(record, caption) -> row of the batch."""
-
-  def __init__(self, config: ConfigDict):
-    self._ar = config.ar
-    self._tokenizer = None
-    if config.ar.condition == "text":
+  def __init__(self, token_format: TokenFormat):
+    self._tokenize = None
+    if token_format.captions is not None:
       from flextok_jax.data import text  # late: only this condition needs it
 
-      self._tokenizer = text.make_tokenizer(config.text)
+      self._tokenize = text.make_tokenizer(*token_format.captions)
 
-  def __call__(self, record: dict, caption: str) -> dict:
-    count = self._ar.num_tokens
-    if self._ar.condition == "class" and record["label"] >= self._ar.num_classes:
-      raise ValueError(
-        f"a record of the token shards has label {record['label']}, but config.ar.num_classes is "
-        f"{self._ar.num_classes}: raise --config.ar.num_classes"
-      )
-    row = {
-      "token_ids": record["ids"][:count].astype(np.int32),
-      "length": np.int32(min(record["length"], count) if self._ar.stop else count),
-      "label": np.int32(record["label"]),
-    }
-    row["token_ids"][row["length"] :] = 0
-    if self._tokenizer is not None:
-      ids, lengths = self._tokenizer([caption])
-      row |= {"text_ids": ids[0], "text_lengths": lengths[0]}
-    return row
+  def __call__(self, caption: str) -> dict[str, np.ndarray]:
+    if self._tokenize is None:
+      return {}
+    ids, lengths = self._tokenize([caption])
+    return {"text_ids": ids[0], "text_lengths": lengths[0]}
 
 
 class _RandomRow(grain.transforms.RandomMap):
-  """A record and one of its captions -> row of the batch; some rows lose their condition, for guidance."""
+  """Record -> row of the batch with one of its captions; some rows lose their condition, for guidance."""
 
-  def __init__(self, config: ConfigDict):
-    self._row = _Row(config)
-    self._drop = config.ar.drop_condition
+  def __init__(self, token_format: TokenFormat, drop_condition: float):
+    self._format, self._caption_row, self._drop = token_format, _CaptionRow(token_format), drop_condition
 
-  def random_map(self, record: dict, rng: np.random.Generator) -> dict:
+  def random_map(self, record: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
     captions = record["captions"] or [""]
     caption = captions[rng.integers(len(captions))]
     if rng.random() < self._drop:
       record, caption = {**record, "label": -1}, ""
-    return {**self._row(record, caption), "unreadable": np.int32(0)}
+    return {**self._format.row(record), **self._caption_row(caption), "unreadable": np.int32(0)}
 
 
-def train_batches(config: ConfigDict, *, start_step: int = 0, process_index: int = 0, process_count: int = 1):
-  """Returns an endless iterator over this process's rows of the global batches of config.data.tokens.
+def train_batches(
+  records: TokenShards,
+  token_format: TokenFormat,
+  loading: pipeline.Loading,
+  *,
+  seed: int,
+  drop_condition: float,
+  **batching: int,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Returns an endless iterator over this process's rows of the global batches of tokens.
 
-  As pipeline.train_batches, a pure function of (config.seed, step): every epoch is a fresh shuffle of all records. A
-  batch of b = global_batch / process_count rows, int32: token_ids [b, ar.num_tokens], 0 past length [b]; label [b], -1
-  where unknown; with condition "text" text_ids [b, text.max_length] and text_lengths [b], of one of the captions;
-  unreadable [b], which is 0. A share ar.drop_condition of the rows has label -1 and the empty caption.
+  As pipeline.train_batches, a pure function of (seed, step): every epoch is a new shuffle of all records. A batch of
+  b = global_batch / process_count rows has int32 arrays: token_ids [b, num_tokens], 0 past length [b]; label [b], -1 if
+  unknown; unreadable [b], always 0; if captions are used, text_ids [b, max_length] and text_lengths [b] of one of the
+  captions.
 
-  Raises:
-    FileNotFoundError, ValueError: no shards there, damaged ones, or such as do not suit the config.
+  Args:
+    drop_condition: share of the rows that get label -1 and the empty caption.
+    **batching: global_batch, start_step, process_index, process_count of pipeline.local_batches.
   """
-  records = open_shards(config, "train")
-  shuffle_seed, caption_seed = pipeline.seeds(config.seed, "tokens")
+  shuffle_seed, caption_seed = pipeline.seeds(seed, "tokens")
   elements = grain.MapDataset.source(records).shuffle(seed=shuffle_seed).repeat()
-  elements = elements.random_map(_RandomRow(config), seed=caption_seed)
-  return pipeline.local_batches(elements, config.data, start_step, process_index, process_count, by_batch=True)
+  elements = elements.random_map(_RandomRow(token_format, drop_condition), seed=caption_seed)
+  return pipeline.local_batches(elements, loading, by_batch=True, **batching)
 
 
-def eval_arrays(config: ConfigDict, num_records: int, split: str = "validation") -> dict:
-  """Returns the first num_records images of a split under a fixed shuffle, of each its copy 0; fewer if it is smaller.
+def eval_arrays(records: TokenShards, token_format: TokenFormat, num_records: int) -> dict[str, Any]:
+  """Returns copy 0 of the first num_records images in a fixed shuffled order; fewer if the shards have fewer images.
 
-  The arrays are those of a batch of train_batches without "unreadable", and num_objects int32 [n]; captions is a list
-  of the first caption of each ("" where there is none), which is the one that text_ids holds.
+  The arrays are those of a batch of train_batches without "unreadable", and num_objects int32 [n]. captions is a list
+  of the first caption of each image ("" if it has none), which text_ids are of.
   """
   if num_records < 1:
-    raise ValueError(f"an evaluation needs at least one record, got {num_records}")
-  records, row = open_shards(config, split), _Row(config)
+    raise ValueError(f"an evaluation needs at least one record, got num_records={num_records}")
   copies = records.meta["copies"]
   images = len(records) // copies
   order = grain.MapDataset.range(images).shuffle(seed=pipeline.EVAL_SHUFFLE_SEED)
   chosen = [records[order[i] * copies] for i in range(min(num_records, images))]
   captions = [(record["captions"] or [""])[0] for record in chosen]
-  rows = [row(record, caption) for record, caption in zip(chosen, captions)]
+  caption_row = _CaptionRow(token_format)
+  rows = [token_format.row(record) | caption_row(caption) for record, caption in zip(chosen, captions)]
   return {
-    **{name: np.stack([r[name] for r in rows]) for name in rows[0]},
+    **{name: np.stack([row[name] for row in rows]) for name in rows[0]},
     "captions": captions,
     "num_objects": np.array([record["num_objects"] for record in chosen], np.int32),
   }

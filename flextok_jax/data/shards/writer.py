@@ -1,139 +1,129 @@
-"""Writes shards (data/shards/files.py), so that a run that was killed goes on without a lost or a doubled record.
+"""Writes shards (files.py) so that a killed run continues without losing or repeating a record.
 
-Shard s holds the images [s n / S, (s + 1) n / S) of one fixed sequence, and belongs to process s % process_count. It
-gets its name when it is whole, so the folder itself says what is left to do. plan.json, written first, holds all that
-the records depend on.
+Shard s has the images [s n / S, (s + 1) n / S) of one fixed sequence (split_images.py) and belongs to process
+s % process_count. A file gets its final name when it is complete, so the folder itself shows what is left to do.
+plan.json, written first, has all settings that affect the records.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
 import itertools
 import json
 import os
 from pathlib import Path
 import time
+from typing import Any
 
 from absl import logging
 from array_record.python import array_record_module
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 import numpy as np
 
 from flextok_jax.core import files
 from flextok_jax.data import pipeline
-from flextok_jax.data.shards import contents as shard_contents
-from flextok_jax.data.shards import files as shard_files
-from flextok_jax.data.shards.split_images import Images
-from flextok_jax.data.sources import registry as sources_lib
+from flextok_jax.data.shards.files import FORMAT, META, Records, shard_name
+from flextok_jax.data.shards.split_images import SplitImages
+from flextok_jax.data.sources.base import MAX_RUN
 
 PLAN = "plan.json"
-RECORDS = 4096  # of a shard by default,
-MOST_SHARDS = 512  # unless these are more shards: a reader keeps all files open
-_OPTIONS = "group_size:1,uncompressed"  # random access to single records, which are as good as random bytes
+RECORDS = 4096  # records per shard by default,
+MAX_SHARDS = 512  # unless that makes more shards than this: a reader keeps all files open
+_OPTIONS = "group_size:1,uncompressed"  # random access to single records, which do not compress
 _REPORT_SECONDS = 10.0
-_CROPS = ("crop", "crop_min_area", "flip")  # of config.data: what decides crops beside the sources
-
-
-def write(
-  folder: str | os.PathLike,
-  config: ConfigDict,
-  encode: Callable,
-  tokenizer: dict,
-  *,
-  batch_size: int = 32,
-  quality: float | None = None,
-  metric: str | None = None,
-  **options,
-):
-  """Writes token shards: write_shards of shard_contents.Tokens."""
-  content = shard_contents.Tokens(encode, tokenizer, batch_size, quality, metric)
-  return write_shards(folder, config, content, **options)
+_CROPS = ("crop", "crop_min_area", "flip")  # fields of ImageData that affect crops
 
 
 def write_shards(
   folder: str | os.PathLike,
-  config: ConfigDict,
-  content,
+  records: Records,
+  data: pipeline.ImageData,
   *,
+  seed: int,
+  max_unreadable: float,
   split: str = "train",
   num_images: int | None = None,
   copies: int = 1,
   num_shards: int | None = None,
   process_index: int = 0,
   process_count: int = 1,
-):
-  """Writes this process's shards of DIR/<split>/, those that are not there yet; the last to finish writes meta.json.
+) -> dict[str, Any] | None:
+  """Writes this process's missing shards of FOLDER/<split>/; the process that finishes last writes meta.json.
 
   Args:
-    folder: DIR.
-    config: its seed and its data say what is written.
-    content: of data/shards/contents.py.
-    num_images: default: all of a single source that has an end.
-    copies: crops of each image, the first the centre crop; 1 of image files.
-    num_shards: default: one for RECORDS records or so.
+    records: makes the records from images.
+    data: the images.
+    seed: of their order and crops.
+    max_unreadable: share of unreadable images above which writing stops.
+    num_images: None: all images of a single source that is not endless.
+    copies: crops per image, the first the centre crop; 1 for image files.
+    num_shards: None: as many as planned before, else about one per RECORDS records.
 
   Returns:
     meta.json as a dict, or None while shards of other processes are missing.
 
   Raises:
-    ValueError: bad settings, other settings than those that the folder was begun with, too many unreadable images, or
-      a folder that cannot be written.
+    FileNotFoundError, ValueError: an argument is out of range or differs from the folder's plan, too many images are
+      unreadable, or the folder cannot be written.
   """
-  for name, value in (("copies", copies), ("shards", num_shards), ("batch_size", content.batch_size)):
+  for name, value in (("copies", copies), ("num_shards", num_shards), ("batch_size", records.batch_size)):
     if value is not None and value < 1:
-      raise ValueError(f"--{name}={value} must be at least 1")
+      raise ValueError(f"{name}={value} must be at least 1")
   folder = Path(folder) / split
-  images = Images(config, split, content.image_size, num_images, copies)
-  facts = {**content.plan, **content.describe(images)}
+  images = SplitImages(data, split, seed=seed, image_size=records.image_size, num_images=num_images, copies=copies)
+  settings = records.settings(images.sources)
   if num_shards is None:
-    num_shards = _planned_shards(folder) or _default_shards(len(images), copies, process_count)
+    planned = (_read_plan(folder) or {}).get("shards")
+    num_shards = planned or min(max(_default_shards(len(images) * copies), process_count), len(images))
   if num_shards > len(images):
-    raise ValueError(f"--shards={num_shards} is more than the {len(images)} images")
-  data = config.data
+    raise ValueError(f"num_shards={num_shards} is more than the {len(images)} images")
+  what = records.shards.WHAT
   plan = {
-    "format": shard_files.FORMAT,
-    "what": content.what,
-    **facts,
+    "format": FORMAT,
+    "what": what,
+    **settings,
     "split": split,
     "num_images": len(images),
     "copies": copies,
     "shards": num_shards,
-    "seed": config.seed,
+    "seed": seed,
     "sizes": images.sizes,
-    "sources": {name: data.sources[name].to_dict() for name in images.sizes},
+    "sources": {kind: dict(data.sources[kind]) for kind in images.sizes},
   }
-  if content.image_size is not None:
-    plan |= {key: data[key] for key in _CROPS}
+  if records.image_size is not None:
+    plan |= {name: getattr(data, name) for name in _CROPS}
   _claim(folder, plan)
 
+  # Which shards of this process are missing.
   bounds = [len(images) * s // num_shards for s in range(num_shards + 1)]
-  paths = [folder / shard_files.shard_name(content.what, s, num_shards) for s in range(num_shards)]
+  sizes = [end - start for start, end in itertools.pairwise(bounds)]
+  paths = [folder / shard_name(what, s, num_shards) for s in range(num_shards)]
   own = range(process_index, num_shards, process_count)
-  planned = {s: bounds[s + 1] - bounds[s] for s in range(num_shards)}
-  tally = _Tally(sum(planned[s] for s in own), data.max_unreadable)
-  todo = []
+  tally = _Tally(sum(sizes[s] for s in own), max_unreadable)
+  missing = []
   for s in own:
     found = _count(paths[s])
-    if 0 < found <= planned[s] * copies and found % copies == 0:
-      tally.skip(planned[s], planned[s] - found // copies)
+    if 0 < found <= sizes[s] * copies and found % copies == 0:
+      tally.skip(sizes[s], sizes[s] - found // copies)
     else:
-      todo.append(s)
-  if len(todo) < len(own):
-    print(f"{len(own) - len(todo)} of {len(own)} shards are there already", flush=True)
-  rows = _Todo(images, [(s, bounds[s], bounds[s + 1]) for s in todo])
-  ready = pipeline.stream(rows, max(content.batch_size // copies, 1), data, drop_remainder=False, batch_fn=list)
-  ready = itertools.chain.from_iterable(ready)
-  for s, elements in itertools.groupby(ready, key=lambda element: element["shard"]):
-    _write_shard(paths[s], content.records(tally.readable(elements)))
-  return _finish(folder, plan, content, images, paths, tally)
+      missing.append(s)
+  if len(missing) < len(own):
+    print(f"{len(own) - len(missing)} of {len(own)} shards exist already", flush=True)
+
+  # Read, encode and write them.
+  rows = _MissingImages(images, [(s, bounds[s], bounds[s + 1]) for s in missing])
+  batch_size = max(records.batch_size // copies, 1)
+  batches = pipeline.read_ahead(rows, batch_size, data.loading, drop_remainder=False, batch_fn=list)
+  elements = itertools.chain.from_iterable(batches)
+  for s, group in itertools.groupby(elements, key=lambda element: element["shard"]):
+    _write_shard(paths[s], records.records(tally.readable(group)))
+  return _finish(folder, plan, records, images, paths, tally)
 
 
-def _default_shards(num_images: int, copies: int, process_count: int) -> int:
-  number = min(-(-num_images * copies // RECORDS), MOST_SHARDS)
-  return min(max(number, process_count), num_images)
+def _default_shards(num_records: int) -> int:
+  return min(-(-num_records // RECORDS), MAX_SHARDS)
 
 
-def _read_plan(folder: Path) -> dict | None:
+def _read_plan(folder: Path) -> dict[str, Any] | None:
   path = folder / PLAN
   if not path.is_file():
     return None
@@ -143,125 +133,129 @@ def _read_plan(folder: Path) -> dict | None:
       raise ValueError(f"shards is {plan['shards']!r}")
     return plan
   except (ValueError, TypeError, KeyError, RecursionError) as e:
-    raise ValueError(f"{path} cannot be read ({e}): use another --out, or delete {folder}") from None
+    raise ValueError(f"{path} cannot be read ({e}): use another folder, or delete {folder}") from None
 
 
-def _planned_shards(folder: Path) -> int | None:
-  return (_read_plan(folder) or {}).get("shards")
-
-
-def _claim(folder: Path, plan: dict):
-  """Makes the folder that of a plan; ValueError where it is another's, naming the first field that differs."""
-  begun = any(folder.glob("*.array_record"))  # before the plan, which another process may be writing
+def _claim(folder: Path, plan: dict[str, Any]):
+  """Writes the plan, or checks that the folder has the same plan; ValueError names the first field that differs."""
+  begun = any(folder.glob("*.array_record"))  # before reading the plan, which another process may be writing
   old = _read_plan(folder)
   if old is None:
     if begun:
-      raise ValueError(f"{folder} has shards but no {PLAN}, which says what they are: use another --out")
+      raise ValueError(f"{folder} has shards but no {PLAN}, which describes them: use another folder")
     files.write_file(folder / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
     return
-  old = {"what": "tokens", **old}  # the first kind that there was
   old, new = (flatten_dict(json.loads(json.dumps(p)), sep=".") for p in (old, plan))
   for name in [*new, *(old.keys() - new.keys())]:
     if old.get(name) != new.get(name):
       raise ValueError(
-        f"{folder} was begun with other settings: {name} is {old.get(name)!r} there and "
-        f"{new.get(name)!r} here; use another --out, or those settings"
+        f"{folder} was begun with other settings: {name} is {old.get(name)!r} there and {new.get(name)!r} here; use "
+        "another folder, or the same settings"
       )
 
 
-class _Todo:
-  """The images of the shards left to do as one random-access sequence, each element with the number of its shard."""
+class _MissingImages:
+  """The images of the missing shards as one random-access sequence; each element also has the number of its shard."""
 
-  def __init__(self, images: Images, ranges: list[tuple[int, int, int]]):
-    self._images, self._ranges = images, ranges
+  def __init__(self, images: SplitImages, ranges: list[tuple[int, int, int]]):
+    self._images, self._ranges = images, ranges  # (shard, first image, end)
     self._ends = np.cumsum([end - first for _, first, end in ranges])
 
   def __len__(self) -> int:
     return int(self._ends[-1]) if self._ranges else 0
 
-  def __getitem__(self, index: int) -> dict:
+  def __getitem__(self, index: int) -> dict[str, Any]:
     place = int(np.searchsorted(self._ends, index, side="right"))
     shard, _, end = self._ranges[place]
     return {"shard": shard, **self._images[end - int(self._ends[place]) + int(index)]}
 
 
 class _Tally:
-  """Counts images, names the unreadable ones in the log, and reports progress."""
+  """Counts images, logs the unreadable ones, and prints progress."""
 
   def __init__(self, planned: int, max_unreadable: float):
-    self._planned, self._most = planned, max_unreadable
+    self._planned, self._max_unreadable = planned, max_unreadable
     self._skipped = self._run = self.unreadable = self.images = 0
-    self._begun = self._told = time.monotonic()
+    self._start = self._last_report = time.monotonic()
 
   def skip(self, images: int, unreadable: int):
-    """Counts a shard that was there already."""
+    """Counts a shard that exists already."""
     self._skipped += images
     self.unreadable += unreadable
 
-  def readable(self, elements: Iterable[dict]) -> Iterator[dict]:
-    """Passes over what cannot be read.
+  def readable(self, elements: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the readable elements.
 
     Raises:
-      ValueError: a larger share than config.data.max_unreadable, or a long run, cannot be read.
+      ValueError: a share above max_unreadable, or MAX_RUN consecutive images, are unreadable.
     """
     for element in elements:
       self.images += 1
-      self._run = self._run + 1 if "unreadable" in element else 0
       if "unreadable" in element:
-        self.unreadable += 1
-        logging.warning("Unreadable image passed over: %s", element["unreadable"])
-        if self.unreadable > self._most * self._planned:
-          raise ValueError(
-            f"{self.unreadable} of {self._planned} images are unreadable, a larger share than "
-            f"config.data.max_unreadable={self._most}; the last one is {element['unreadable']}"
-          )
-        if self._run >= sources_lib.MAX_RUN:
-          raise ValueError(f"{self._run} images in a row are unreadable, the last one is {element['unreadable']}")
+        self._count_unreadable(element["unreadable"])
       else:
+        self._run = 0
         yield element
-      if time.monotonic() - self._told > _REPORT_SECONDS:
-        self._told = time.monotonic()
-        left = (self._planned - self._skipped - self.images) / self.rate()
-        print(
-          f"{self._skipped + self.images}/{self._planned} images  {self.rate():.1f} images/s  "
-          f"ETA {int(left) // 3600}h{int(left) // 60 % 60:02d}m{int(left) % 60:02d}s",
-          flush=True,
-        )
+      if time.monotonic() - self._last_report > _REPORT_SECONDS:
+        self._report()
+
+  def _count_unreadable(self, reason: str):
+    self._run += 1
+    self.unreadable += 1
+    logging.warning("Skipped unreadable image %s", reason)
+    if self.unreadable > self._max_unreadable * self._planned:
+      raise ValueError(
+        f"{self.unreadable} of {self._planned} images are unreadable, more than the share "
+        f"max_unreadable={self._max_unreadable}; the last one is {reason}"
+      )
+    if self._run >= MAX_RUN:
+      raise ValueError(f"{self._run} consecutive images are unreadable, the last one is {reason}")
+
+  def _report(self):
+    self._last_report = time.monotonic()
+    done = self._skipped + self.images
+    left = int((self._planned - done) / self.rate())
+    print(
+      f"{done}/{self._planned} images  {self.rate():.1f} images/s  "
+      f"ETA {left // 3600}h{left // 60 % 60:02d}m{left % 60:02d}s",
+      flush=True,
+    )
 
   def rate(self) -> float:
-    """Images a second."""
-    return self.images / max(time.monotonic() - self._begun, 1e-9)
+    """Returns images per second."""
+    return self.images / max(time.monotonic() - self._start, 1e-9)
 
 
 def _write_shard(path: Path, records: Iterable[bytes]):
-  """Writes an ArrayRecord file under another name, and renames it when it is whole and on the disk."""
-  temporary = path.with_name(f".{path.name}.tmp")  # without a process id: the rerun after a kill writes over it
+  """Writes an ArrayRecord file under a temporary name, and renames it when it is complete and on disk."""
+  temporary = path.with_name(f".{path.name}.tmp")  # without a process id, so that a rerun after a kill overwrites it
   count = 0
-  with _named(path):
+  with _naming(path):
     writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
   for record in records:
-    with _named(path):
+    with _naming(path):
       writer.write(record)
     count += 1
-  with _named(path):
+  with _naming(path):
     writer.close()
     with open(temporary, "rb+") as f:
       os.fsync(f.fileno())
     if _count(temporary) != count:
-      raise OSError("it lacks records")
+      raise OSError("records are missing")
     os.replace(temporary, path)
 
 
 @contextlib.contextmanager
-def _named(path: Path):
+def _naming(path: Path):
+  """Turns errors of writing a file into a ValueError that names it."""
   try:
     yield
-  except (RuntimeError, OSError) as e:  # RuntimeError: array_record's of every kind
+  except (RuntimeError, OSError) as e:  # array_record raises RuntimeError for everything
     raise ValueError(f"cannot write {path}: {' '.join(str(e).split())}") from e
 
 
 def _count(path: Path) -> int:
-  """The number of records of an ArrayRecord file, 0 of one that is missing or was cut short."""
+  """Returns the number of records of an ArrayRecord file; 0 if it is missing or truncated."""
   if not path.is_file():
     return 0
   try:
@@ -273,30 +267,31 @@ def _count(path: Path) -> int:
   return count
 
 
-def _finish(folder: Path, plan: dict, content, images: Images, paths: list[Path], tally: _Tally) -> dict | None:
-  missing = sum(not path.is_file() for path in paths)
+def _finish(
+  folder: Path, plan: dict[str, Any], records: Records, images: SplitImages, paths: list[Path], tally: _Tally
+) -> dict[str, Any] | None:
+  """Writes meta.json if all shards exist, and returns it."""
   if tally.images:
     print(
       f"wrote {tally.images} images x {plan['copies']}, {tally.rate():.1f} images/s; unreadable: {tally.unreadable}",
       flush=True,
     )
+  missing = sum(not path.is_file() for path in paths)
   if missing:
     print(
-      f"{missing} shards are still missing: the process that writes the last of them writes {shard_files.META}; "
-      "rerun what was stopped",
+      f"{missing} shards are still missing: the process that finishes last writes {META}; rerun processes that stopped",
       flush=True,
     )
     return None
   counts = [_count(path) for path in paths]
-  meta = {key: plan[key] for key in ("format", "what", *content.meta, "num_images", "copies", "seed", "sources")}
-  meta |= {key: plan[key] for key in _CROPS if key in plan}
-  meta |= {
+  fields = ("format", "what", *records.shards.FIELDS, "num_images", "copies", "seed", "sources", *_CROPS)
+  meta = {name: plan[name] for name in fields if name in plan} | {
     "num_records": sum(counts),
     "class_names": list(images.class_names) or None,
     "shard_records": counts,
     "shard_bytes": [path.stat().st_size for path in paths],
   }
-  files.write_file(folder / shard_files.META, (json.dumps(meta, indent=1) + "\n").encode())
+  files.write_file(folder / META, (json.dumps(meta, indent=1) + "\n").encode())
   model = f", fingerprint {plan['fingerprint']}" if "fingerprint" in plan else ""
-  print(f"{folder}: {meta['num_records']} records in {len(paths)} shards of {content.what}{model}", flush=True)
+  print(f"{folder}: {meta['num_records']} records in {len(paths)} shards of {plan['what']}{model}", flush=True)
   return meta

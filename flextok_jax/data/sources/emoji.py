@@ -1,13 +1,12 @@
 """The colour glyphs of the Noto Color Emoji font as an image source.
 
-The font's CBDT table holds one PNG of 136x128 px a glyph; the character map and the ligatures (GSUB) say which code
-points each glyph stands for, and Unicode's names of those make the caption. Glyphs that differ in skin tone, gender,
-hair or direction only share a base (`base_key`), as do all clock faces, all keycaps and all letters of flags; the split
-into train and validation is by base. Glyphs are transparent: each draw puts one on a background of its own.
+The CBDT table of the font holds one PNG of 136x128 px per glyph. The character map and the ligatures (GSUB) map glyphs
+to code points, whose Unicode names make the caption. Glyphs that differ only in skin tone, gender, hair or direction
+share a base (`base_key`), as do all clock faces, all keycaps and all letters of flags; the split into train and
+validation is by base. Glyphs are transparent: each draw composites one onto a random background.
 """
 
 import functools
-import hashlib
 import io
 import os
 import unicodedata
@@ -15,7 +14,7 @@ import unicodedata
 import numpy as np
 from PIL import Image
 
-from flextok_jax.data.sources import draws
+from flextok_jax.data.sources.base import ENDLESS, Record, generator, held_out
 
 FONT_PATHS = (
   "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",  # Debian, Ubuntu
@@ -39,8 +38,8 @@ CLASS_NAMES = (
   "flag",
 )
 VALIDATION_PERCENT = 8  # of the base glyphs
-CANVAS = 128  # pixels a side of a drawn record
-CASTS = 2  # fixed draws of each held-out base
+CANVAS = 128  # height and width of a drawn record, pixels
+CASTS = 2  # fixed draws per held-out base
 
 _JOINER, _VARIATION, _KEYCAP = 0x200D, 0xFE0F, 0x20E3
 _GENDERS = {0x2640: "woman", 0x2642: "man"}
@@ -48,7 +47,7 @@ _TONES = {0x1F3FB: "light", 0x1F3FC: "medium-light", 0x1F3FD: "medium", 0x1F3FE:
 _HAIR = {0x1F9B0: "red hair", 0x1F9B1: "curly hair", 0x1F9B2: "bald", 0x1F9B3: "white hair"}
 _BLACK_FLAG, _RIGHTWARDS = 0x1F3F4, 0x27A1
 _CLOCKS = range(0x1F550, 0x1F568)  # clock faces differ by a thin hand
-# Code points drawn as variations of one figure: man, woman, person; boy, girl, child; and so on.
+# Variations of one figure: man, woman, person; boy, girl, child; and so on.
 _SAME_FIGURE = {
   0x1F468: 0x1F9D1,
   0x1F469: 0x1F9D1,
@@ -69,7 +68,7 @@ _SAME_FIGURE = {
   0x1F46C: 0x1F46D,
 }
 _PEOPLE = {0x1F9D1, 0x1F9D2}
-# Sequences whose picture is that of a single code point, by their base code points.
+# Base code points of sequences that have the same picture as a single code point.
 _SAME_PICTURE = {
   (0x1F91D, 0x1F9D1): (0x1F46D,),  # people holding hands
   (0x2764, 0x1F9D1): (0x1F491,),
@@ -78,7 +77,7 @@ _SAME_PICTURE = {
   (0x1FAF1, 0x1FAF2): (0x1F91D,),  # handshake of two tones
   (0x1F384, 0x1F9D1): (0x1F385,),  # Mx Claus
 }
-# Names newer than Python 3.11's Unicode 14.
+# Names that are not in Unicode 14, the version of Python 3.11.
 _NEW_NAMES = {
   0x1F6DC: "wireless",
   0x1FA75: "light blue heart",
@@ -101,8 +100,8 @@ _NEW_NAMES = {
   0x1FAF7: "leftwards pushing hand",
   0x1FAF8: "rightwards pushing hand",
 }
-# Groups by code-point ranges (inclusive), the first that holds the code point: Unicode's own grouping, made coarser.
-# What is in none is a symbol.
+# Code-point ranges (inclusive) of each group, a coarser version of Unicode's own grouping. The first group that
+# contains a code point counts; code points in no group are symbols.
 _GROUPS = (
   ("heart", "2763-2764 1F493-1F49F 1F5A4 1F90D-1F90E 1F9E1 1FA75-1FA77 1F48C"),
   (
@@ -179,9 +178,9 @@ def _is_indicator(code: int) -> bool:
 
 
 def base_key(codes: tuple[int, ...]) -> tuple[int, ...]:
-  """The code points that say what is drawn, sorted, figures made neutral.
+  """Returns the sorted code points of what is drawn, with neutral figures.
 
-  Joiners, skin tones, gender, hair and direction are left out.
+  Joiners, skin tones, gender, hair and direction are dropped.
   """
   if _KEYCAP in codes or all(0x23 <= c <= 0x39 for c in codes):
     return (_KEYCAP,)
@@ -193,13 +192,12 @@ def base_key(codes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def is_validation(codes: tuple[int, ...]) -> bool:
-  """True for about VALIDATION_PERCENT percent of the base keys, by a stable hash."""
-  digest = hashlib.sha256(" ".join(f"{c:X}" for c in base_key(codes)).encode()).digest()
-  return int.from_bytes(digest[:4], "big") % 100 < VALIDATION_PERCENT
+  """Returns whether a glyph is in the validation split: true for about VALIDATION_PERCENT percent of the base keys."""
+  return held_out(" ".join(f"{c:X}" for c in base_key(codes)), VALIDATION_PERCENT)
 
 
 def group_of(codes: tuple[int, ...]) -> int:
-  """Index into CLASS_NAMES."""
+  """Returns the class of a glyph, an index into CLASS_NAMES."""
   if _KEYCAP in codes:
     return CLASS_NAMES.index("symbol")
   table = _group_table()
@@ -214,7 +212,7 @@ def _name(code: int) -> str:
 
 
 def caption_of(codes: tuple[int, ...]) -> str:
-  """Joined Unicode names, variations after a colon: 'waving hand sign: medium skin tone', 'flag: jp'."""
+  """Returns joined Unicode names, variations after a colon: 'waving hand sign: medium skin tone', 'flag: jp'."""
   if all(map(_is_indicator, codes)) and len(codes) == 2:
     return "flag: " + "".join(chr(c - 0x1F1E6 + ord("a")) for c in codes)
   if _BLACK_FLAG in codes and any(map(_is_tag, codes)):
@@ -235,19 +233,19 @@ def caption_of(codes: tuple[int, ...]) -> str:
 
 
 def find_font(path: str) -> str:
-  """Returns path, or the system's NotoColorEmoji.ttf where path is empty."""
+  """Returns path, or the path of the system's NotoColorEmoji.ttf if path is empty."""
   for candidate in (path,) if path else FONT_PATHS:
     if os.path.isfile(candidate):
       return candidate
   missing = f"the emoji font {path} does not exist" if path else "NotoColorEmoji.ttf was not found on this system"
   raise FileNotFoundError(
-    f"{missing}: install Debian's fonts-noto-color-emoji, or pass --config.data.sources.emoji.path=FILE"
+    f"{missing}: install Debian's fonts-noto-color-emoji, or set data.sources.emoji.path to the font file"
   )
 
 
 def read_glyphs(path: str) -> list[tuple[tuple[int, ...], bytes]]:
-  """Reads (code points, PNG bytes) of every bitmap of a CBDT font, in the font's order."""
-  from fontTools.ttLib import TTFont, TTLibError  # late: only this source needs it
+  """Returns (code points, PNG bytes) of every bitmap of a CBDT font, in the order of the font."""
+  from fontTools.ttLib import TTFont, TTLibError  # late: an optional dependency of this source
 
   try:
     font = TTFont(path, lazy=True)
@@ -256,10 +254,10 @@ def read_glyphs(path: str) -> list[tuple[tuple[int, ...], bytes]]:
     raise ValueError(f"{path} is not a font file: {error}") from error
   if not {"CBDT", "CBLC", "cmap", "GSUB"} <= tables:
     raise ValueError(
-      f"{path} holds no colour bitmaps (tables CBDT, CBLC, cmap and GSUB): give the CBDT build of Noto Color Emoji"
+      f"{path} has no colour bitmaps (tables CBDT, CBLC, cmap and GSUB): use the CBDT build of Noto Color Emoji"
     )
   codes = {glyph: (code,) for code, glyph in sorted(font.getBestCmap().items(), reverse=True)}
-  # Old private codes of flags and keycaps: their sequences say more.
+  # Flags and keycaps also have old private code points; their sequences are more specific.
   private = {glyph for glyph, (code,) in codes.items() if code >= 0xF0000}
   ligatures = []
   for lookup in font["GSUB"].table.LookupList.Lookup:
@@ -272,7 +270,7 @@ def read_glyphs(path: str) -> list[tuple[tuple[int, ...], bytes]]:
           for ligature in group
         ]
   grew = True
-  while grew:  # a ligature may build on another
+  while grew:  # a ligature may contain another
     grew = False
     for parts, glyph in ligatures:
       if (glyph not in codes or glyph in private) and all(p in codes for p in parts):
@@ -284,14 +282,19 @@ def read_glyphs(path: str) -> list[tuple[tuple[int, ...], bytes]]:
 
 
 class Emoji:
-  """Glyphs on backgrounds, as records of CANVAS x CANVAS pixels.
+  """Glyphs on backgrounds, records of CANVAS x CANVAS pixels.
 
-  train: endless; index i draws a base (by the square root of its number of glyphs), one of its glyphs, a background,
-  a size and a place. validation: CASTS fixed draws of every held-out base.
+  train: endless; index i draws a base (weighted by the square root of its number of glyphs), one of its glyphs, a
+  background, a size and a position. validation: CASTS fixed draws per held-out base.
+
+  Args:
+    split: "train" or "validation".
+    path: the font file; "": see find_font.
   """
 
   framed = True  # placed and scaled here: the pipeline resizes without cropping
   flip = False  # letters, arrows and flags have a left and a right
+  class_names = CLASS_NAMES
 
   def __init__(self, split: str, path: str = ""):
     self._split = split
@@ -301,20 +304,20 @@ class Emoji:
       if is_validation(codes) == (split == "validation"):
         bases.setdefault(base_key(codes), []).append((codes, png))
     if not bases:
-      raise ValueError(f"{path} holds no bitmap of a known code point for the {split} split")
+      raise ValueError(f"{path} has no bitmap of a known code point for the {split} split")
     self._bases = list(bases.values())
     share = np.sqrt([len(b) for b in self._bases])
     self._cumulative = np.cumsum(share) / share.sum()
 
   def __len__(self) -> int:
-    return draws.LENGTH if self._split == "train" else CASTS * len(self._bases)
+    return ENDLESS if self._split == "train" else CASTS * len(self._bases)
 
   def code_points(self) -> list[tuple[int, ...]]:
-    """Code points of every glyph of this split."""
+    """Returns the code points of every glyph of this split."""
     return [codes for base in self._bases for codes, _ in base]
 
-  def __getitem__(self, index: int) -> dict:
-    rng = draws.generator(self._split, index)
+  def __getitem__(self, index: int) -> Record:
+    rng = generator(self._split, index)
     draw, pick = rng.random(2)
     if self._split == "train":
       base = self._bases[min(int(np.searchsorted(self._cumulative, draw)), len(self._bases) - 1)]
@@ -332,12 +335,12 @@ def _ramps(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def place(glyph: Image.Image, rng: np.random.Generator) -> np.ndarray:
-  """Composites an RGBA glyph, scaled by 0.6 to 1 and shifted, on a plain or gradient background.
+  """Returns an RGBA glyph, scaled by 0.6 to 1, at a random position on a plain or gradient background.
 
-  Returns uint8 [CANVAS, CANVAS, 3].
+  The result is uint8 [CANVAS, CANVAS, 3].
   """
   first = rng.uniform(0.0, 255.0, 3).astype(np.float32)
-  if rng.random() < 0.35:  # towards white, gray or black: saturated colours alone are rare on pages
+  if rng.random() < 0.35:  # towards white, gray or black: most pages are not saturated
     first += (rng.choice((255.0, 128.0, 20.0)) - first) * np.float32(rng.uniform(0.6, 1.0))
   second = np.clip(first + rng.normal(0.0, 70.0, 3), 0.0, 255.0).astype(np.float32)
   kind = rng.random()

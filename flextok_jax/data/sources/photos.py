@@ -1,7 +1,4 @@
-"""Crops of the photographs that the scikit-image and scikit-learn wheels ship.
-
-Files are read by path: nothing is ever downloaded.
-"""
+"""Crops of the photographs in the scikit-image and scikit-learn wheels; nothing is downloaded."""
 
 import functools
 import importlib.util
@@ -11,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from flextok_jax.data import transforms
-from flextok_jax.data.sources import draws
+from flextok_jax.data.sources.base import ENDLESS, Record, generator
 
-# (package, file, caption). Drawings, scans of text and charts of these packages are left out.
+# (package, file, caption). Drawings, scanned text and charts in these packages are excluded.
 TRAIN = (
   ("skimage", "astronaut.png", "an astronaut in an orange suit before a flag"),
   ("skimage", "brick.png", "a brick wall"),
@@ -37,15 +34,15 @@ VALIDATION = (
   ("skimage", "rocket.jpg", "a rocket on its launch pad"),
   ("sklearn", "flower.jpg", "a red dahlia"),
 )
-# The two everyday scenes in colour without a stereo twin come up twice as often as the rest.
+# The two everyday scenes in colour without a stereo twin are drawn twice as often as the others.
 _OFTEN = ("astronaut.png", "china.jpg")
 _FOLDERS = {"skimage": "data", "sklearn": os.path.join("datasets", "images")}
 _WHEELS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
-CROPS = 64  # fixed crops of each photograph in the validation split
+CROPS = 64  # fixed crops per photograph in the validation split
 
 
 def photo_path(package: str, file: str) -> str:
-  """Path of a file inside an installed package, found without importing it."""
+  """Returns the path of a file in an installed package, without importing the package."""
   spec = importlib.util.find_spec(package)
   folder = os.path.join(os.path.dirname(spec.origin), _FOLDERS[package]) if spec and spec.origin else ""
   path = os.path.join(folder, file)
@@ -63,12 +60,17 @@ def _pixels(path: str) -> Image.Image:
 class Photos:
   """Square crops; the side is drawn log-uniformly from min_crop pixels to the photograph's shorter side.
 
-  train: endless, index i draws photograph and crop. validation: CROPS fixed crops of each held-out photograph.
-  label: index into TRAIN + VALIDATION.
+  train: endless; index i draws a photograph and a crop. validation: CROPS fixed crops per held-out photograph. The
+  label is an index into TRAIN + VALIDATION.
+
+  Args:
+    split: "train" or "validation".
+    min_crop: smallest side of a crop, pixels.
   """
 
   framed = True  # cropped here
   flip = True
+  class_names = ()
 
   def __init__(self, split: str, min_crop: int):
     if min_crop < 8:
@@ -84,10 +86,10 @@ class Photos:
       self._photos += [p for p in self._photos if os.path.basename(p[0]) in _OFTEN]
 
   def __len__(self) -> int:
-    return draws.LENGTH if self._split == "train" else CROPS * len(self._photos)
+    return ENDLESS if self._split == "train" else CROPS * len(self._photos)
 
-  def __getitem__(self, index: int) -> dict:
-    rng = draws.generator(self._split, index)
+  def __getitem__(self, index: int) -> Record:
+    rng = generator(self._split, index)
     path, label, caption = self._photos[index % len(self._photos)]
     photo = _pixels(path)
     short = min(photo.size)

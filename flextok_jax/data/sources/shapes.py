@@ -1,10 +1,10 @@
-"""Outlines of the shapes of procedural scenes, as signed distance functions (synthetic.py)."""
+"""Signed distance functions of the shapes in procedural scenes (synthetic.py)."""
 
 import numpy as np
 
 
 def polygon(x, y, sides):
-  """Regular polygon of circumradius 1, a corner at the top."""
+  """A regular polygon of circumradius 1 with a corner at the top."""
   step = 2.0 * np.pi / sides
   a = np.arctan2(x, -y)
   a -= step * np.floor(a / step) + 0.5 * step

@@ -1,17 +1,17 @@
 """Procedural scenes: an endless source with class labels, captions and a known number of objects.
 
-A scene is a background (plain, gradient, glow, two halves, landscape, room, stripes, checks, clouds, rays) and one to
-six objects, the first one the largest. Every object is a signed distance function, so that edges are anti-aliased at
-any size; it has a colour, a texture, a shading and often a shadow. Scene i of a split depends on (split, i) alone.
+A scene has a background (plain, gradient, glow, two halves, landscape, room, stripes, checks, clouds, rays) and one to
+six objects, the first of which is the largest. Every object is a signed distance function, so edges are anti-aliased at
+any size; it has a colour, a texture, shading and often a shadow. Scene i of a split depends on (split, i) alone.
 
-Scenes of the style "plain" have the same captions and classes, but only a few flat upright shapes in a few colours,
-each always the same, on a plain background; the first one fills four cells of a 4 x 4 grid, each other one a cell: for
-models so small that textures and poses are beyond them.
+Scenes of the style "plain" have the same kind of captions and classes, but only a few flat upright shapes in a few
+fixed colours on a plain background. The first object fills four cells of a 4 x 4 grid, every other object one cell.
+They are for models too small to learn textures and poses.
 """
 
 import numpy as np
 
-from flextok_jax.data.sources import draws
+from flextok_jax.data.sources.base import ENDLESS, Record, generator
 from flextok_jax.data.sources.shapes import SHAPES
 
 # The class of a scene is the shape of its first, largest object.
@@ -62,29 +62,30 @@ _GROUNDS = ("green", "brown", "beige", "white", "gray", "teal", "orange", "blue"
 
 
 class Synthetic:
-  """Random-access scenes of render_size x render_size pixels."""
+  """Scenes of render_size x render_size pixels in one of STYLES; both splits are endless."""
 
   framed = True  # composed here: the pipeline resizes without cropping, so num_objects stays true
   flip = True
+  class_names = CLASS_NAMES
 
   def __init__(self, split: str, render_size: int, style: str = "scenes"):
     if render_size < 8:
       raise ValueError(f"synthetic scenes need render_size >= 8 pixels, got {render_size}")
     if style not in STYLES:
-      raise ValueError(f"unknown style of synthetic scenes {style!r}: one of {', '.join(STYLES)}")
+      raise ValueError(f"unknown style {style!r} of synthetic scenes: use one of {', '.join(STYLES)}")
     self._split = split
     self._size = render_size
     self._style = style
 
   def __len__(self) -> int:
-    return draws.LENGTH
+    return ENDLESS
 
-  def __getitem__(self, index: int) -> dict:
-    return draw_scene(draws.generator(self._split, index), self._size, self._style)
+  def __getitem__(self, index: int) -> Record:
+    return draw_scene(generator(self._split, index), self._size, self._style)
 
 
-def draw_scene(rng: np.random.Generator, size: int, style: str = "scenes") -> dict:
-  """Draws one scene; returns a record whose image is uint8 [size, size, 3]."""
+def draw_scene(rng: np.random.Generator, size: int, style: str = "scenes") -> Record:
+  """Returns the record of a random scene; the image is uint8 [size, size, 3]."""
   if style == "plain":
     color = _pick(rng, PLAIN_COLORS)
     canvas, background = np.repeat(np.repeat(_exact_color(color), size, 1), size, 2), f"a plain {color} background"
@@ -100,7 +101,7 @@ def draw_scene(rng: np.random.Generator, size: int, style: str = "scenes") -> di
     kinds, placed = _layout(rng, used)
     for kind, cx, cy, radius in placed:
       _draw_object(rng, canvas, kind, cx * size, cy * size, radius * size, light)
-    canvas *= 1.0 + rng.uniform(-0.12, 0.12) * x + rng.uniform(-0.12, 0.12) * y  # uneven light over the scene
+    canvas *= 1.0 + rng.uniform(-0.12, 0.12) * x + rng.uniform(-0.12, 0.12) * y  # uneven lighting
   image = np.clip(canvas, 0.0, 1.0).transpose(1, 2, 0) * 255.0 + 0.5
   return {
     "image": image.astype(np.uint8),
@@ -114,7 +115,7 @@ _GRIDS = {}
 
 
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Pixel centres y [size, 1] and x [1, size] in (-1, 1)."""
+  """Returns the pixel centres y [size, 1] and x [1, size] in (-1, 1)."""
   if size not in _GRIDS:
     line = (np.arange(size, dtype=np.float32) + 0.5) * (2.0 / size) - 1.0
     _GRIDS[size] = (line[:, None], line[None, :])
@@ -122,12 +123,12 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _exact_color(name: str) -> np.ndarray:
-  """The named colour itself, [3, 1, 1]."""
+  """Returns the named colour, [3, 1, 1]."""
   return _PALETTE[COLOR_NAMES.index(name)][:, None, None]
 
 
 def _color(rng: np.random.Generator, name: str) -> np.ndarray:
-  """A shade near the named colour, [3, 1, 1]."""
+  """Returns a random shade of the named colour, [3, 1, 1]."""
   shade = _PALETTE[COLOR_NAMES.index(name)] * rng.uniform(0.82, 1.1) + rng.uniform(-0.05, 0.05, 3)
   return np.clip(shade, 0.02, 1.0).astype(np.float32)[:, None, None]
 
@@ -142,7 +143,7 @@ def _lerp(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 
 def _clouds(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, terms: int = 5) -> np.ndarray:
-  """Smooth noise in about [0, 1] from a few plane waves, the longer the stronger."""
+  """Returns smooth noise in [0, 1], a sum of plane waves with amplitudes proportional to their wavelengths."""
   frequency = rng.uniform(1.0, 7.0, terms)
   angle, phase = rng.uniform(0.0, 2.0 * np.pi, (2, terms))
   warp = 0.5 * np.sin(2.0 * y + phase[0])
@@ -153,7 +154,7 @@ def _clouds(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, terms: int =
 
 
 def _background(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, str, set]:
-  """Returns the canvas [3, size, size] in [0, 1], its words, and the names of its colours."""
+  """Returns the canvas [3, size, size] in [0, 1], its description, and the names of its colours."""
   size = x.shape[1]
   soft = size / 2.0  # (-1, 1) units to pixels: coverage = clip(0.5 + distance * soft)
   kind = rng.choice(10, p=(0.10, 0.16, 0.10, 0.06, 0.22, 0.08, 0.08, 0.07, 0.09, 0.04))
@@ -211,7 +212,7 @@ def _background(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> tuple
 def _landscape(
   rng: np.random.Generator, x: np.ndarray, y: np.ndarray, sky: np.ndarray, ground: np.ndarray
 ) -> np.ndarray:
-  """A sky gradient, sometimes with clouds, above one to three ridges of hills."""
+  """Returns a sky gradient, sometimes with clouds, above one to three ridges of hills."""
   soft = x.shape[1] / 2.0
   haze = np.clip(sky + rng.uniform(-0.3, 0.4), 0.0, 1.0)
   canvas = _lerp(sky, haze, np.clip(0.5 + 0.6 * y, 0.0, 1.0) * np.ones_like(x))
@@ -232,7 +233,7 @@ def _landscape(
 
 
 def _light(rng: np.random.Generator) -> np.ndarray:
-  """Unit vector to the light: from above, left or right, towards the viewer (y points down)."""
+  """Returns the unit vector towards the light, which is above, left or right, on the viewer's side (y points down)."""
   v = np.array((rng.uniform(-0.8, 0.8), rng.uniform(-0.9, -0.2), rng.uniform(0.5, 0.9)))
   return (v / np.linalg.norm(v)).astype(np.float32)
 
@@ -246,14 +247,14 @@ def _kind(rng: np.random.Generator, shapes: tuple, used: set) -> tuple[str, str]
 
 
 def _next_kind(rng: np.random.Generator, kinds: list, shapes: tuple, used: set) -> tuple[str, str]:
-  """Returns the kind (shape, colour) of another object, one of at most three; a new one is added to kinds."""
+  """Returns the kind (shape, colour) of another object; adds a new kind to `kinds`, which has at most three."""
   if len(kinds) == 1 or (len(kinds) < 3 and rng.random() < 0.5):
     kinds.append(_kind(rng, shapes, used))
   return kinds[rng.integers(len(kinds))]
 
 
 def _cells(rng: np.random.Generator, used: set) -> tuple[list, list]:
-  """As _layout, in cells."""
+  """As _layout, with the objects in cells of a 4 x 4 grid."""
   kinds = [_kind(rng, PLAIN_SHAPES, used)]
   count, (row, col) = _count(rng), rng.integers(3, size=2)
   placed = [(kinds[0], (col + 1) / 4, (row + 1) / 4, 0.23)]
@@ -266,7 +267,7 @@ def _cells(rng: np.random.Generator, used: set) -> tuple[list, list]:
 def _layout(rng: np.random.Generator, used: set) -> tuple[list, list]:
   """Returns the kinds (shape, colour) and the objects (kind, x, y, radius), in units of the canvas side.
 
-  `used` are colours that are taken.
+  No object has one of the `used` colours.
   """
   kinds = [_kind(rng, CLASS_NAMES, used)]
   count = _count(rng)
@@ -281,7 +282,7 @@ def _layout(rng: np.random.Generator, used: set) -> tuple[list, list]:
     best = int(rng.integers(12)) if rng.random() < 0.3 else int(np.argmax(room))
     if room[best] < 0.06:
       best = int(np.argmax(room))
-    if room[best] < 0.05:  # no space that leaves it visible
+    if room[best] < 0.05:  # no position leaves it visible
       continue
     radius = min(rng.uniform(0.07, 0.19), room[best] * 1.05, big)
     placed.append((kind, *spots[best], radius))
@@ -289,7 +290,7 @@ def _layout(rng: np.random.Generator, used: set) -> tuple[list, list]:
 
 
 def _caption(placed: list, background: str) -> str:
-  """'a red ball, two blue stars and a green ring on a gradient from pink to white'."""
+  """Returns a caption: 'a red ball, two blue stars and a green ring on a gradient from pink to white'."""
   counts = {}
   for kind, *_ in placed:
     counts[kind] = counts.get(kind, 0) + 1
@@ -300,11 +301,11 @@ def _caption(placed: list, background: str) -> str:
     else:
       parts.append(f"{NUMBERS[count]} {color} {shape}{'es' if shape.endswith('s') else 's'}")
   things = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-  return f"{things} on {background}".replace("a orange", "an orange")  # the one colour that starts with a vowel
+  return f"{things} on {background}".replace("a orange", "an orange")  # the only colour that starts with a vowel
 
 
-_UPRIGHT = {"ball", "cube", "cylinder"}  # solids stand; flat shapes turn freely
-_LEANING = {"heart", "triangle", "star"}  # most often near upright, as they are drawn
+_UPRIGHT = {"ball", "cube", "cylinder"}  # solids stay upright; flat shapes have any angle
+_LEANING = {"heart", "triangle", "star"}  # mostly near upright, as people draw them
 
 
 def _angle(rng, shape):
@@ -314,7 +315,7 @@ def _angle(rng, shape):
 
 
 def _frame(canvas: np.ndarray, cx: float, cy: float, radius: float, angle: float = 0.0, soft: float = 0.0) -> tuple:
-  """The part of canvas [3, size, size] around an object, soft pixels wider, and the object's own x and y there."""
+  """Returns the part of canvas [3, size, size] around an object, with a margin of `soft` pixels, and local x and y."""
   size, reach = canvas.shape[1], radius * 1.1 + 2.0 + soft
   c, s = np.float32(np.cos(angle) / radius), np.float32(np.sin(angle) / radius)
   x0, x1 = max(int(cx - reach), 0), min(int(cx + reach) + 1, size)
@@ -353,7 +354,7 @@ def _draw_object(
 
 
 def _texture(rng, first, x, y, radius):
-  """The object's own colours: mostly plain, else with a second shade as gradient, stripes, checks, dots or clouds."""
+  """Returns the object's colours: mostly plain, else a gradient, stripes, checks, dots or clouds of two shades."""
   kind = rng.choice(6, p=(0.50, 0.16, 0.12, 0.08, 0.08, 0.06))
   if kind == 0:
     return first
@@ -374,7 +375,7 @@ def _texture(rng, first, x, y, radius):
 
 
 def _shade(rng, shape, x, y, distance, light, angle):
-  """Brightness over the object, about 1: Lambert's law on solids, a plane or a bevel on flat shapes."""
+  """Returns the brightness over the object, about 1: Lambert's law on solids, a plane or a bevel on flat shapes."""
   if shape == "ball":
     z = np.sqrt(np.clip(1.0 - (x * x + y * y) / 0.9025, 0.0, 1.0))
     return 0.38 + 0.85 * np.clip((x * light[0] + y * light[1]) / 0.95 + z * light[2], 0.0, 1.0)
@@ -390,7 +391,7 @@ def _shade(rng, shape, x, y, distance, light, angle):
   style = rng.random()
   if style < 0.4:
     return np.float32(1.0)
-  if style < 0.75:  # a plane tilted to the light; the light turns back into the object's own frame
+  if style < 0.75:  # a plane tilted to the light, which is rotated into the object's frame
     lx = light[0] * np.cos(angle) + light[1] * np.sin(angle)
     ly = light[1] * np.cos(angle) - light[0] * np.sin(angle)
     return 1.0 + 0.32 * (np.float32(lx) * x + np.float32(ly) * y)

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from flextok_jax.config import derive
-from flextok_jax.data.shards import tokens as shards
-from flextok_jax.data.shards import writer as shard_writer
+from flextok_jax.data.shards import tokens, writer
+from flextok_jax.data.shards.files import shard_name
+from flextok_jax.training import inputs
 from tests.support.token_shards import IDS, TOKENS, config, make_pictures, records, write
+
+pack = tokens.TokenShards.pack
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +35,14 @@ def ar_config(out, **overrides):
 
 
 def steps(cfg, count, **kwargs):
-  batches = shards.train_batches(cfg, **kwargs)
+  data = inputs.image_data(cfg)
+  options = dict(seed=cfg.seed, drop_condition=cfg.ar.drop_condition, global_batch=cfg.data.global_batch) | kwargs
+  batches = tokens.train_batches(*inputs.open_tokens(cfg, "train"), data.loading, **options)
   return [next(batches) for _ in range(count)]
+
+
+def eval_arrays(cfg, count, split="train"):
+  return tokens.eval_arrays(*inputs.open_tokens(cfg, split), count)
 
 
 def equal(a, b):
@@ -75,7 +84,7 @@ def test_batches_depend_on_seed_and_step_alone(written):
   for data in (dict(num_threads=0), dict(num_workers=2)):
     assert all(equal(a, b) for a, b in zip(steps(ar_config(written, data=data), 3), reference))
   with pytest.raises(ValueError, match="global_batch=6 is not divisible by 4 processes"):
-    shards.train_batches(ar_config(written), process_count=4)
+    steps(ar_config(written), 1, process_count=4)
 
 
 def test_every_epoch_visits_every_record(written):
@@ -87,13 +96,15 @@ def test_every_epoch_visits_every_record(written):
 
 def test_text_is_drawn_among_the_captions(tmp_path):
   captions = ["x", "long", "longer still"]
-  path = tmp_path / "train" / shards.shard_name(0, 1)
+  path = tmp_path / "train" / shard_name("tokens", 0, 1)
   path.parent.mkdir()
   texts = [dict(ids=[i], length=1, label=-1, num_objects=i, captions=captions if i else []) for i in range(3)]
-  shard_writer._write_shard(path, map(shards.pack, texts))
+  writer._write_shard(path, map(pack, texts))
   meta = dict(
     format=1,
+    what="tokens",
     fingerprint="f",
+    image_size=16,
     num_ids=IDS,
     num_tokens=1,
     num_records=3,
@@ -114,60 +125,58 @@ def test_text_is_drawn_among_the_captions(tmp_path):
   }
   assert drawn == {(0, ""), *((i, caption) for i in (1, 2) for caption in captions)}
   assert equal(steps(cfg, 1, start_step=3)[0], batches[3]) and batches[0]["text_ids"].shape == (6, 20)
-  arrays = shards.eval_arrays(cfg, 9, "train")
+  arrays = eval_arrays(cfg, 9)
   assert sorted(zip(arrays["num_objects"], arrays["captions"])) == [(0, ""), (1, "x"), (2, "x")]
   assert arrays["text_lengths"].tolist() == [len(c) + 1 for c in arrays["captions"]]
 
 
 def test_eval_arrays_are_images_in_a_fixed_order(written):
-  few, more = (shards.eval_arrays(ar_config(written), n, "train") for n in (5, 99))
+  few, more = (eval_arrays(ar_config(written), n) for n in (5, 99))
   first_copies = sorted(tuple(r["ids"]) for r in records(written)[::3])
   assert sorted(map(tuple, more["token_ids"].tolist())) == first_copies
   assert len(few["captions"]) == 5 and all(np.array_equal(few[k], more[k][:5]) for k in few)
   assert few["captions"] == ["abc"[label] for label in few["label"]] and len(set(few["captions"])) > 1
-  assert shards.eval_arrays(ar_config(written), 99)["label"].shape == (7,)
-  with pytest.raises(ValueError, match="at least one record, got 0"):
-    shards.eval_arrays(ar_config(written), 0)
+  assert eval_arrays(ar_config(written), 99, "validation")["label"].shape == (7,)
+  with pytest.raises(ValueError, match="at least one record, got num_records=0"):
+    eval_arrays(ar_config(written), 0)
 
 
 @pytest.mark.parametrize(
   "pattern, ar, lacks",
   [
-    ("of tokenizer 0123456789abcdef, but config.ar.tokenizer is beef: write shards", dict(tokenizer="beef"), {}),
-    ("have 200 ids, but config.ar.num_ids is 64000: give --config.ar.num_ids=200", dict(num_ids=64_000), {}),
-    ("have 4 tokens an image, but config.ar.num_tokens is 5", dict(num_tokens=5), {}),
-    ("have 3 classes, but config.ar.num_classes is 2", dict(num_classes=2), {}),
+    ("of tokenizer 0123456789abcdef, but ar.tokenizer is beef: write shards", dict(tokenizer="beef"), {}),
+    ("have 200 ids, but ar.num_ids is 64000: set ar.num_ids=200", dict(num_ids=64_000), {}),
+    ("have 4 tokens per image, but ar.num_tokens is 5", dict(num_tokens=5), {}),
+    ("have 3 classes, but ar.num_classes is 2", dict(num_classes=2), {}),
     ("stop needs the lengths of the sequences, which .* lack", dict(stop=True), dict(quality=None)),
   ],
   ids=["tokenizer", "num_ids", "num_tokens", "classes", "stop"],
 )
 def test_shards_that_do_not_suit_are_refused(written, pattern, ar, lacks):
-  meta = shards.Shards(str(written)).meta
+  meta = tokens.TokenShards(written).meta
+  known = dict(num_ids=IDS, num_tokens=TOKENS, stop=False, num_classes=3)
   with pytest.raises(ValueError, match=pattern) as caught:
-    shards.check_shards({**meta, **lacks}, ar_config(written, ar=ar))
+    tokens.TokenFormat(**known | ar).check({**meta, **lacks})
   assert "\n" not in str(caught.value)
 
 
-def test_shards_of_another_tokenizer_at_hand_are_refused(written):
-  meta = shards.Shards(str(written)).meta
-  shards.check_shards(meta, ar_config(written, ar=dict(tokenizer="0123456789abcdef")), "0123456789abcdef")
-  shards.check_shards(meta, ar_config(written, ar=dict(num_classes=1, condition="none")))
-  with pytest.raises(ValueError, match="tokenizer 0123456789abcdef, but the tokenizer at hand is cafe"):
-    shards.check_shards(meta, ar_config(written), "cafe")
+def test_shards_of_the_expected_tokenizer_are_accepted(written):
+  inputs.open_tokens(ar_config(written, ar=dict(tokenizer="0123456789abcdef")), "train")
+  inputs.open_tokens(ar_config(written, ar=dict(num_classes=1, condition="none")), "train")
 
 
 def test_labels_beyond_the_classes_are_refused(pictures, tmp_path):
   write(tmp_path, config(pictures))
   path = tmp_path / "train" / "meta.json"
   path.write_text(json.dumps({**json.loads(path.read_text()), "class_names": None}))
-  with pytest.raises(ValueError, match="label 2, but config.ar.num_classes is 2"):
+  with pytest.raises(ValueError, match="label 2, but ar.num_classes is 2"):
     steps(ar_config(tmp_path, ar=dict(num_classes=2)), 5)
 
 
 def test_damaged_folders_are_one_line(pictures, tmp_path):
   write(tmp_path / "x", config(pictures), num_shards=2)
   folder = tmp_path / "x" / "train"
-  meta, shard = folder / "meta.json", folder / shards.shard_name(1, 2)
+  meta, shard = folder / "meta.json", folder / shard_name("tokens", 1, 2)
   whole, text = shard.read_bytes(), meta.read_text()
 
   def refused(pattern, folder=tmp_path / "x", split="train", error=ValueError):
@@ -177,12 +186,12 @@ def test_damaged_folders_are_one_line(pictures, tmp_path):
 
   refused(r"no token shards of split 'train' in '.*absent'", tmp_path / "absent", error=FileNotFoundError)
   refused(r"of split 'validation' .*it has train", split="validation", error=FileNotFoundError)
-  with pytest.raises(ValueError, match="give --config.data.tokens=DIR"):
-    shards.train_batches(ar_config(""))
+  with pytest.raises(ValueError, match="set data.tokens to a folder"):
+    steps(ar_config(""), 1)
   other = text.replace('"num_records": 23', '"num_records": 2')
   for content in ("", "{", "[]", '{"format": 2}', '{"format": 1}', other):
     meta.write_text(content)
-    refused("meta.json is no description of token shards .* delete it and rerun")
+    refused("meta.json does not describe token shards .* delete it and rerun")
   meta.write_text(text)
   shard.write_bytes(whole[:-70_000])
   refused(f"00001-of-00002.array_record has {len(whole) - 70_000} bytes instead of {len(whole)}: delete it and rerun")
@@ -199,16 +208,16 @@ def test_damaged_folders_are_one_line(pictures, tmp_path):
 
 @pytest.mark.parametrize(
   "data",
-  [b"", b"\x00", b"\xc1", shards.pack(dict(ids=[1], length=1, label=0, num_objects=0, captions=["a"]))[:-1]],
+  [b"", b"\x00", b"\xc1", pack(dict(ids=[1], length=1, label=0, num_objects=0, captions=["a"]))[:-1]],
   ids=["empty", "number", "reserved", "cut"],
 )
 def test_foreign_records(data):
-  with pytest.raises(ValueError, match="no token record"):
-    shards.unpack(data)
+  with pytest.raises(ValueError, match="not a record of tokens"):
+    tokens.unpack(data)
 
 
 def test_any_text_can_be_stored():
   record = dict(ids=[0, 65_535], length=2, label=-1, num_objects=-1, captions=["\ud800 café", ""])
-  read = shards.unpack(shards.pack(record))
+  read = tokens.unpack(pack(record))
   assert read.pop("ids").tolist() == [0, 65_535]
   assert read == dict(length=2, label=-1, num_objects=-1, captions=["? café", ""])

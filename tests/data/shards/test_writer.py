@@ -1,26 +1,18 @@
 """Token shards are written once, whatever happens on the way."""
 
-import json
 import os
-from pathlib import Path
 import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
-from flextok_jax import tokenize
-from flextok_jax.config import with_fields
 from flextok_jax.data import pipeline, transforms
-from flextok_jax.data.shards import tokens as shards
-from flextok_jax.data.shards import writer as shard_writer
-from flextok_jax.data.sources import registry as sources_lib
-from flextok_jax.inference import adaptive
-from flextok_jax.stages import make_stage
-from flextok_jax.weights import fingerprints, loading, saving
-from tests.support.commands import config_file, fails, run
-from tests.support.tiny import make_params, tiny_config
+from flextok_jax.data.shards.files import shard_name
+from flextok_jax.data.shards.tokens import TokenShards
+from flextok_jax.data.sources.folder import Folder
+from flextok_jax.training.inputs import image_data
+from tests.support.commands import ROOT
 from tests.support.token_shards import IDS, SIZE, TOKENS, config, encode, make_pictures, records, write, write_folder
 
 
@@ -39,8 +31,8 @@ def written(pictures, tmp_path_factory):
 
 
 def test_records_are_those_of_the_source(pictures, written):
-  source = sources_lib.make_source("folder", config(pictures).data.sources.folder, "train")
-  read, meta = records(written), shards.Shards(str(written)).meta
+  source = Folder("train", str(pictures), str(pictures.parent / "validation"))
+  read, meta = records(written), TokenShards(str(written)).meta
   assert len(read) == meta["num_records"] == 3 * 23 and meta["class_names"] == ["a", "b", "c"]
   assert (meta["fingerprint"], meta["num_ids"], meta["num_tokens"]) == ("0123456789abcdef", IDS, TOKENS)
   assert (meta["quality"], meta["metric"], meta["copies"]) == (0.1, "mse", 3)
@@ -74,15 +66,15 @@ def test_processes_write_what_one_process_writes(pictures, written, tmp_path):
   kwargs = dict(copies=3, process_count=2)
   assert write(tmp_path, config(pictures), process_index=1, **kwargs) is None
   with pytest.raises(FileNotFoundError, match=r"meta.json is missing, so .* not complete: rerun"):
-    shards.Shards(str(tmp_path))
+    TokenShards(str(tmp_path))
   meta = write(tmp_path, config(pictures), process_index=0, **kwargs)
-  assert meta == shards.Shards(str(written)).meta and records(tmp_path) == records(written)
+  assert meta == TokenShards(str(written)).meta and records(tmp_path) == records(written)
 
 
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tests import token_shards as t
+from tests.support import token_shards as t
 left = [int(sys.argv[3])]
 def encode(images):
   left[0] -= 1
@@ -96,17 +88,17 @@ t.write(sys.argv[1], t.config(Path(sys.argv[2])), encode, copies=3)
 def test_a_killed_run_goes_on(pictures, written, tmp_path):
   args = [sys.executable, "-c", _KILLED, str(tmp_path), str(pictures), "14"]  # of 24 batches: amid the third shard
   env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-  done = subprocess.run(args, cwd=Path(__file__).parents[2], env=env, capture_output=True, check=False)
+  done = subprocess.run(args, cwd=ROOT, env=env, capture_output=True, check=False)
   assert done.returncode == -signal.SIGKILL, done.stderr.decode()
   there = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "train").glob("*.array_record")}
-  assert sorted(there) == [shards.shard_name(s, 4) for s in range(2)]
+  assert sorted(there) == [shard_name("tokens", s, 4) for s in range(2)]
   calls = []
   write(tmp_path, config(pictures), lambda images: calls.append(1) or encode(images), copies=3)
   assert len(calls) == 12 and records(tmp_path) == records(written)
   assert not any(p.name.endswith(".tmp") for p in (tmp_path / "train").iterdir())
   assert all((tmp_path / "train" / name).stat().st_mtime_ns == time for name, time in there.items())
   # A shard that was cut short later is written again, and nothing else.
-  damaged = tmp_path / "train" / shards.shard_name(3, 4)
+  damaged = tmp_path / "train" / shard_name("tokens", 3, 4)
   damaged.write_bytes(damaged.read_bytes()[:-1])
   calls.clear()
   write(tmp_path, config(pictures), lambda images: calls.append(1) or encode(images), copies=3)
@@ -129,7 +121,7 @@ def test_a_killed_run_goes_on(pictures, written, tmp_path):
 def test_other_settings_are_refused(pictures, written, pattern, kwargs, data):
   if "sources" in data:
     data = dict(sources=dict(folder=config(pictures).data.sources.folder.to_dict() | data["sources"]["folder"]))
-  with pytest.raises(ValueError, match=rf"begun with other settings: {pattern}; use another --out") as caught:
+  with pytest.raises(ValueError, match=rf"begun with other settings: {pattern}; use another folder") as caught:
     write(written, config(pictures, **data), **(dict(copies=3) | kwargs))
   assert "\n" not in str(caught.value)
 
@@ -144,17 +136,17 @@ def test_rerunning_a_whole_folder_does_nothing(pictures, written):
 @pytest.mark.parametrize(
   "pattern, kwargs, data",
   [
-    ("--copies=0 must be at least 1", dict(copies=0), {}),
-    ("--shards=24 is more than the 23 images", dict(num_shards=24), {}),
-    ("--num_images=24 is out of range: folder has 1 to 23", dict(num_images=24), {}),
-    ("--num_images=0 is out of range", dict(num_images=0), {}),
+    ("copies=0 must be at least 1", dict(copies=0), {}),
+    ("num_shards=24 is more than the 23 images", dict(num_shards=24), {}),
+    ("num_images=24 is out of range: folder has 1 to 23", dict(num_images=24), {}),
+    ("num_images=0 is out of range", dict(num_images=0), {}),
     (
-      "source 'synthetic' has no end: give --num_images=N",
+      "source 'synthetic' is endless: set num_images",
       {},
       dict(sources=dict(synthetic=dict(weight=1.0, render_size=16), folder=dict(weight=0.0))),
     ),
-    ("--copies=2 would be equal, as nothing augments folder", dict(copies=2), dict(crop="center", flip=False)),
-    ("config.data.crop 'middle'", {}, dict(crop="middle")),
+    ("copies=2 would be equal, because nothing augments folder", dict(copies=2), dict(crop="center", flip=False)),
+    ("unknown crop 'middle'", {}, dict(crop="middle")),
   ],
   ids=["copies", "shards", "more", "none", "endless", "equal", "crop"],
 )
@@ -182,10 +174,10 @@ def test_mixtures_mix_as_in_training_and_number_their_classes_on(pictures, tmp_p
     photos=dict(weight=0.25),
     synthetic=dict(weight=0.5, render_size=16),
   )
-  cfg = config(pictures, sources=sources, crop="center", flip=False, global_batch=40)
+  cfg = config(pictures, sources=sources, crop="center", flip=False)
   meta = write(tmp_path, cfg, num_images=40)
   read = records(tmp_path)
-  batch = next(pipeline.train_batches(cfg.data, image_size=SIZE, seed=0))
+  batch = next(pipeline.train_batches(image_data(cfg), global_batch=40, image_size=SIZE, seed=0))
   assert [r["ids"] for r in read] == encode(batch["image"])[0].tolist()
   assert [r["num_objects"] for r in read] == batch["num_objects"].tolist()
   names = meta["class_names"]
@@ -195,67 +187,5 @@ def test_mixtures_mix_as_in_training_and_number_their_classes_on(pictures, tmp_p
       assert record["label"] == 3 + label and names[record["label"]] in record["captions"][0]
     else:  # the photographs have no classes
       assert record["label"] == (-1 if len(record["captions"][0]) > 1 else "abc".index(record["captions"][0]))
-  with pytest.raises(ValueError, match=r"a mixture|has no end: give --num_images"):
+  with pytest.raises(ValueError, match="source 'photos' is endless: set num_images"):
     write(tmp_path / "all", cfg)
-
-
-def test_copies_are_never_flipped_where_that_would_be_untrue(pictures, monkeypatch):
-  half = np.zeros((20, 20, 3), np.uint8)
-  half[:, :10] = 255
-
-  class Letters(list):
-    framed, flip, class_names = True, False, ()
-
-  letters = Letters([{"image": half, "label": 0, "caption": "L", "num_objects": 1}])
-  monkeypatch.setattr(sources_lib, "make_source", lambda *args: letters)
-  with pytest.raises(ValueError, match="nothing augments folder"):
-    shard_writer.Images(config(pictures), "train", SIZE, None, 2)
-  Letters.flip = True
-  crops = shard_writer.Images(config(pictures), "train", SIZE, None, 9)[0]["crops"]
-  assert {crop[0, 0, 0] for crop in crops} == {0, 255} and crops[0][0, 0, 0] == 255
-
-
-def test_the_command_writes_what_tokenizing_files_gives(pictures, tmp_path, capsys):
-  cfg = tiny_config()
-  checkpoint = tmp_path / "weights.safetensors"
-  saving.save_weights(checkpoint, cfg, make_params(make_stage(cfg)))
-  folder = dict(weight=1.0, path=str(pictures), val_path=str(pictures.parent / "validation"))
-  file = config_file(tmp_path / "data.py", data=dict(sources=dict(tfds=dict(weight=0.0), folder=folder)))
-  given = (f"--checkpoint={checkpoint}", f"--config={file}", f"--out={tmp_path / 'tokens'}")
-  run(tokenize, *given, "--shards=2", "--batch_size=8")
-  assert "23 records in 2 shards" in capsys.readouterr().out
-  run(tokenize, given[0], f"--images={pictures}", f"--out={tmp_path / 'tokens.json'}")
-  expected = json.loads((tmp_path / "tokens.json").read_text())["token_ids"]
-  read, meta = records(tmp_path / "tokens"), shards.Shards(str(tmp_path / "tokens")).meta
-  assert [r["ids"] for r in read] == expected and {r["length"] for r in read} == {TOKENS}
-  assert meta["fingerprint"] == fingerprints.tokenizer(*loading.load(checkpoint))
-  assert (meta["quality"], meta["metric"]) == (None, None)
-
-  run(
-    tokenize,
-    *given,
-    "--split=validation",
-    "--num_images=5",
-    "--quality=0.3",
-    "--num_tokens=3",
-    "--batch_size=8",
-    "--decoder_steps=3",
-    "--decoder_guidance=none",
-  )
-  read, meta = records(tmp_path / "tokens", "validation"), shards.Shards(str(tmp_path / "tokens"), "validation").meta
-  images = transforms.load_images(str(pictures.parent / "validation"), SIZE)[0][:5]
-  used, params = loading.load(checkpoint)
-  used = with_fields(used, {"sampler.num_steps": 3, "sampler.guidance": "none"})
-  lengths_fn = adaptive.make_lengths_fn(used, params, 0.3, "mse")
-  ids = np.array([r["ids"] for r in read])
-  assert ids.shape == (5, 3) and (meta["quality"], meta["metric"]) == (0.3, "mse")
-  assert [r["length"] for r in read] == np.asarray(lengths_fn(images, ids)).tolist()
-
-  fails("--config, for shards", tokenize, *given[::2])
-  fails("two ways to name images", tokenize, *given, f"--images={pictures}")
-  fails(
-    "--copies has no meaning for --images", tokenize, given[0], f"--images={pictures}", "--out=x.json", "--copies=2"
-  )
-  fails("--metric needs --quality", tokenize, *given, "--metric=mse")
-  fails("--decoder_steps needs --quality", tokenize, *given, "--decoder_steps=1")
-  fails("is a file: shards need a folder", tokenize, *given[:2], f"--out={checkpoint}")

@@ -1,6 +1,5 @@
 """Image files in ArrayRecord files: written by the command, they are a source like the folder that they came from."""
 
-import io
 import json
 import pickle
 
@@ -11,14 +10,17 @@ import pytest
 from flextok_jax import tokenize
 from flextok_jax.config import derive
 from flextok_jax.data import pipeline
-from flextok_jax.data.shards import contents as shard_contents
 from flextok_jax.data.shards import files as shard_files
-from flextok_jax.data.shards import images as image_shards
-from flextok_jax.data.shards import tokens as shards
-from flextok_jax.data.shards import writer as shard_writer
-from flextok_jax.data.sources import registry as sources
+from flextok_jax.data.shards import writer
+from flextok_jax.data.shards.images import ImageRecords, ImageShards
+from flextok_jax.data.shards.tokens import TokenShards
+from flextok_jax.data.sources import base
+from flextok_jax.data.sources.arrayrecord import ArrayRecord
+from flextok_jax.data.sources.folder import Folder
 from flextok_jax.data.sources.synthetic import CLASS_NAMES, Synthetic
-from tests.support.commands import config_file, fails, run
+from flextok_jax.training.inputs import image_data
+from tests.support.commands import config_file, run
+from tests.support.token_shards import write_records
 
 OFF = dict(tfds=dict(weight=0.0))
 
@@ -47,7 +49,7 @@ def folder_sources(pictures):
 
 
 def config(sources, **data):
-  return derive(data=dict(global_batch=6, num_threads=2, prefetch=1, sources=sources) | data)
+  return derive(data=dict(num_threads=2, prefetch=1, sources=sources) | data)
 
 
 def written_sources(out):
@@ -65,11 +67,11 @@ def written(pictures, tmp_path_factory):
 
 
 def write(out, cfg, **options):
-  return shard_writer.write_shards(out, cfg, shard_contents.Pictures(4), **options)
+  return write_records(out, ImageRecords(4), cfg, **options)
 
 
 def source_of(out, split="train"):
-  return sources.make_source("arrayrecord", config(written_sources(out)).data.sources.arrayrecord, split)
+  return ArrayRecord(split, str(out))
 
 
 def same(a, b):
@@ -80,7 +82,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("split, count", [("train", 11), ("validation", 4)])
 def test_the_source_is_that_of_the_folder(pictures, written, split, count):
-  folder = sources.make_source("folder", config(folder_sources(pictures)).data.sources.folder, split)
+  folder = Folder(split, str(pictures), str(pictures.parent / "validation"))
   source = source_of(written, split)
   assert len(source) == len(folder) == count and source.class_names == folder.class_names == ("owl", "tree_frog")
   assert all(same(source[i], folder[i]) for i in range(count))
@@ -93,7 +95,8 @@ def test_the_source_is_that_of_the_folder(pictures, written, split, count):
 def test_batches_depend_on_seed_and_step_alone(written):
   def steps(count, process=(0, 1), start=0, **data):
     batches = pipeline.train_batches(
-      config(written_sources(written), **data).data,
+      image_data(config(written_sources(written), **data)),
+      global_batch=6,
       image_size=16,
       seed=0,
       start_step=start,
@@ -111,7 +114,7 @@ def test_batches_depend_on_seed_and_step_alone(written):
   parts = [steps(2, (p, 2)) for p in range(2)]
   for step in range(2):
     assert equal({k: np.concatenate([part[step][k] for part in parts]) for k in reference[0]}, reference[step])
-  held_out = pipeline.eval_set(config(written_sources(written)).data, "arrayrecord", image_size=16, num_images=9)
+  held_out = pipeline.eval_set(image_data(config(written_sources(written))), "arrayrecord", image_size=16, num_images=9)
   assert held_out["image"].shape == (4, 16, 16, 3)
 
 
@@ -122,7 +125,7 @@ def test_processes_and_reruns_write_the_same_files(pictures, written, tmp_path):
   with pytest.raises(FileNotFoundError, match=r"meta.json is missing, so these image shards are not complete: rerun"):
     source_of(tmp_path)
   meta = write(tmp_path, cfg, num_shards=3, process_index=0, process_count=2)
-  assert files(tmp_path) == files(written) and meta == image_shards.Shards(str(written)).meta
+  assert files(tmp_path) == files(written) and meta == ImageShards(written).meta
   damaged = tmp_path / "train" / "images-00001-of-00003.array_record"
   damaged.write_bytes(damaged.read_bytes()[:-1])
   with pytest.raises(ValueError, match="delete it and rerun"):
@@ -138,14 +141,16 @@ def test_drawn_pictures_are_stored_without_loss(tmp_path):
   write(tmp_path, config(drawn), num_images=7, num_shards=2)
   source, scenes = source_of(tmp_path), Synthetic("train", 16)
   assert (source.framed, source.flip) == (scenes.framed, scenes.flip) == (True, True)
-  assert all(same(source[i], sources.read(scenes, i)[0]) for i in range(7))
+  assert all(same(source[i], base.read(scenes, i)[0]) for i in range(7))
   assert source.class_names == CLASS_NAMES
-  assert not pipeline.Augment(config(drawn, flip=False).data, source, 16).varies  # composed: never cropped
+  assert not pipeline.Augment(image_data(config(drawn, flip=False)), source, 16).varies  # composed: never cropped
 
 
 def test_sources_that_may_be_cropped_do_not_mix_with_those_that_may_not(pictures, tmp_path):
   mixed = folder_sources(pictures) | dict(photos=dict(weight=1.0))
-  with pytest.raises(ValueError, match="folder and photos do not mix in image shards.*: write them apart"):
+  with pytest.raises(
+    ValueError, match="folder and photos do not mix in image shards.*: write them to separate folders"
+  ):
     write(tmp_path / "out", config(mixed), num_images=4)
   assert not (tmp_path / "out").exists()
 
@@ -161,9 +166,9 @@ def test_unreadable_files_are_passed_over_and_damaged_records_too(tmp_path):
   assert meta["num_records"] == 10
   # What goes bad afterwards: the bytes of a picture, and of the file that holds it.
   path = tmp_path / "out" / "train" / "images-00000-of-00001.array_record"
-  records = [image_shards.Shards(str(tmp_path / "out"))[i] for i in range(10)]
+  records = [ImageShards(tmp_path / "out")[i] for i in range(10)]
   records[3]["data"] = b"bad" * 20
-  shard_writer._write_shard(path, map(image_shards.pack, records))
+  writer._write_shard(path, map(ImageShards.pack, records))
   bent = bytearray(path.read_bytes())
   place = bent.index(records[8]["data"])
   bent[place + 20] ^= 0xFF
@@ -172,12 +177,11 @@ def test_unreadable_files_are_passed_over_and_damaged_records_too(tmp_path):
   (path.parent / "meta.json").write_text(json.dumps({**json.loads(text), "shard_bytes": [path.stat().st_size]}))
   source = source_of(tmp_path / "out")
   for index, words in ((3, r"Shards\(.*\) \[3\]: cannot identify"), (8, "record 8 cannot be read .* delete the file")):
-    with pytest.raises(sources.UnreadableRecord, match=words) as caught:
+    with pytest.raises(base.UnreadableRecord, match=words) as caught:
       source[index]
     assert "\n" not in str(caught.value)
-  batch = next(
-    pipeline.train_batches(config(written_sources(tmp_path / "out"), global_batch=10).data, image_size=8, seed=0)
-  )
+  data = image_data(config(written_sources(tmp_path / "out")))
+  batch = next(pipeline.train_batches(data, global_batch=10, image_size=8, seed=0))
   assert batch["unreadable"].sum() == 2
 
 
@@ -187,37 +191,13 @@ def test_folders_that_do_not_fit_are_one_line(written, tmp_path):
       call()
     assert "\n" not in str(caught.value)
 
-  refused("arrayrecord.path=DIR", lambda: source_of(""))
+  refused("set data.sources.arrayrecord.path", lambda: source_of(""))
   refused(
     r"no image shards of split 'train' in .*: write them with python -m flextok_jax.tokenize --what=images "
     r"--config=FILE --out=\S*absent --split=train",
     lambda: source_of(tmp_path / "absent"),
     FileNotFoundError,
   )
-  refused("meta.json is no description of token shards .it describes 'images'.", lambda: shards.Shards(str(written)))
-  with pytest.raises(ValueError, match="no image record"):
-    image_shards.Shards(str(written)).parse(shard_files.pack([1], dict(label=0, num_objects=0, captions=[])))
-
-
-def test_flags_of_other_kinds_are_refused(pictures, tmp_path):
-  file = config_file(tmp_path / "data.py", data=dict(sources=folder_sources(pictures)))
-  given = ("--what=images", f"--config={file}", f"--out={tmp_path / 'out'}")
-  for flag in ("--copies=2", "--num_tokens=1", "--quality=0.1", "--dtype=bfloat16", "--checkpoint=x"):
-    fails(f"{flag.split('=')[0]} has no meaning for --what=images", tokenize, *given, flag)
-  fails("--dtype has no meaning for --what=tokens", tokenize, *given[1:], "--checkpoint=x", "--dtype=float16")
-  fails("--what has no meaning for --images", tokenize, "--what=images", "--images=x", "--out=y.json")
-  fails("--checkpoint is missing", tokenize, "--what=latents", *given[1:])
-  assert not (tmp_path / "out").exists()
-
-
-def test_file_bytes():
-  picture = Image.new("RGB", (3, 2), (1, 2, 3))
-  file = io.BytesIO()
-  picture.save(file, "JPEG")
-  file.seek(0)
-  assert image_shards.file_bytes(file) == file.getvalue()
-  for drawn in (picture, np.asarray(picture)):
-    stored = Image.open(io.BytesIO(image_shards.file_bytes(drawn)))
-    assert stored.format == "PNG" and np.array_equal(np.asarray(stored), np.asarray(picture))
-  with pytest.raises(OSError, match="cannot identify"):
-    image_shards.file_bytes(io.BytesIO(b"none"))
+  refused("meta.json does not describe token shards .it describes 'images'.", lambda: TokenShards(written))
+  with pytest.raises(ValueError, match="not a record of images"):
+    ImageShards(written).parse(shard_files.pack([1], dict(label=0, num_objects=0, captions=[])))

@@ -10,7 +10,9 @@ import pytest
 
 from flextok_jax.config import derive
 from flextok_jax.data import pipeline
-from flextok_jax.data.sources import registry as sources
+from flextok_jax.data.sources import base
+from flextok_jax.data.sources.tfds import Tfds
+from flextok_jax.training.inputs import image_data
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -64,19 +66,20 @@ def data_dir(tmp_path_factory):
   return root
 
 
-def cfg(data_dir, **kwargs):
-  known = dict(name="tiny_pictures", data_dir=data_dir, val_split="test", image_key="picture", label_key="kind")
-  return derive(data=dict(global_batch=4, num_threads=2, sources=dict(tfds=known | kwargs))).data
+def settings(data_dir, **kwargs):
+  """Arguments of Tfds."""
+  known = dict(name="tiny_pictures", data_dir=data_dir, train_split="train", val_split="test")
+  return known | dict(image_key="picture", label_key="kind") | kwargs
 
 
 def test_records(data_dir):
-  source = sources.make_source("tfds", cfg(data_dir).sources.tfds, "train")
+  source = Tfds("train", **settings(data_dir))
   assert len(source) == 8 and source.class_names == ("dark_one", "bright")
   seen, broken = {}, []
   for i in range(8):
     try:
       record = source[i]
-    except sources.UnreadableRecord as error:
+    except base.UnreadableRecord as error:
       broken.append(error)
       continue
     value = np.asarray(record["image"])
@@ -89,21 +92,21 @@ def test_records(data_dir):
 
 
 def test_batches_and_evaluation_set(data_dir):
-  data = cfg(data_dir)
-  batches = pipeline.train_batches(data, image_size=8, seed=0)
+  data = image_data(derive(data=dict(num_threads=2, sources=dict(tfds=settings(data_dir)))))
+  batches = pipeline.train_batches(data, global_batch=4, image_size=8, seed=0)
   epoch = [next(batches) for _ in range(2)]
   assert sum(b["unreadable"].sum() for b in epoch) == 1
   held_out = pipeline.eval_set(data, "tfds", image_size=8, num_images=10)
   assert held_out["image"].shape == (3, 8, 8, 3)
   assert sorted(held_out["image"][:, 0, 0, 0]) == [0, 20, 40]
-  no_label = sources.make_source("tfds", cfg(data_dir, label_key="").sources.tfds, "validation")
+  no_label = Tfds("validation", **settings(data_dir, label_key=""))
   assert no_label[0]["label"] == -1 and no_label[0]["caption"] == ""
-  sliced = sources.make_source("tfds", cfg(data_dir, train_split="train[:75%]").sources.tfds, "train")
+  sliced = Tfds("train", **settings(data_dir, train_split="train[:75%]"))
   assert len(sliced) == 6
 
 
 def test_captions(data_dir):
-  make = lambda key: sources.make_source("tfds", cfg(data_dir, caption_key=key).sources.tfds, "validation")
+  make = lambda key: Tfds("validation", **settings(data_dir, caption_key=key))
   source = make("note")
   assert sorted(source[i]["captions"] for i in range(3)) == [(f"number {i}",) for i in range(3)]
   source = make("captions/text")
@@ -112,10 +115,10 @@ def test_captions(data_dir):
   assert record["caption"] == "0 ö 1" and record["captions"] == ("0 ö 1",) and record["label"] == 0
   for number, words in ((0, "no caption"), (2, "utf-8")):
     where = rf"tiny_pictures test \[{at[number]}\], captions/text: "
-    with pytest.raises(sources.UnreadableRecord, match=f"{where}.*{words}"):
+    with pytest.raises(base.UnreadableRecord, match=f"{where}.*{words}"):
       source[at[number]]
-  train = sources.make_source("tfds", cfg(data_dir, caption_key="captions/text").sources.tfds, "train")
-  read = [sources.read(train, i)[0]["captions"] for i in range(8)]
+  train = Tfds("train", **settings(data_dir, caption_key="captions/text"))
+  read = [base.read(train, i)[0]["captions"] for i in range(8)]
   assert ("0 ö 7", "1 ö 7", "2 ö 7") in read and ("0 ö 6", "1 ö 6") in read
 
 
@@ -137,7 +140,7 @@ def test_captions(data_dir):
 )
 def test_errors_are_one_clear_line(data_dir, kwargs, words):
   with pytest.raises(ValueError, match=words) as caught:
-    sources.make_source("tfds", cfg(data_dir, **kwargs).sources.tfds, "train")
+    Tfds("train", **settings(data_dir, **kwargs))
   assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
@@ -149,8 +152,8 @@ from importlib import machinery
 find = machinery.PathFinder.find_spec
 machinery.PathFinder.find_spec = classmethod(
     lambda cls, name, path=None, target=None: None if name.split(".")[0] == "tensorflow" else find(name, path, target))
-from flextok_jax.data import sources
-source = sources.Tfds("test", "tiny_pictures", sys.argv[1], "picture", "kind")
+from flextok_jax.data.sources.tfds import Tfds
+source = Tfds("validation", "tiny_pictures", sys.argv[1], "train", "test", "picture", "kind")
 assert source[1]["image"].size == (24, 20) and "tensorflow" not in sys.modules
 """
   subprocess.run([sys.executable, "-c", program, data_dir], check=True, timeout=120)

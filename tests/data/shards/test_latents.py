@@ -1,4 +1,4 @@
-"""Latents in shards: what the VAE makes of the images, for training without its encoder, and only with its own."""
+"""Latent shards: moments of the images, for training without the encoder of the VAE that wrote them."""
 
 import json
 
@@ -9,32 +9,22 @@ import pytest
 
 from flextok_jax import tokenize, train
 from flextok_jax.core.images import to_float
-from flextok_jax.data.shards import contents as shard_contents
-from flextok_jax.data.shards import latents as latent_shards
-from flextok_jax.data.shards import split_images
-from flextok_jax.data.shards import writer as shard_writer
+from flextok_jax.data.shards import latents
+from flextok_jax.data.shards.files import ArrayRecords
+from flextok_jax.data.shards.latents import LatentShards
+from flextok_jax.data.shards.split_images import SplitImages
+from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.vae import make_vae
+from flextok_jax.training import inputs
+from flextok_jax.training.inputs import image_data
 from flextok_jax.weights import fingerprints, loading, saving
 from tests.support.commands import config_file, fails, run
-from tests.support.tiny import make_params, tiny_config
-from tests.support.token_shards import SIZE, make_pictures
+from tests.support.tiny import VAE, make_params, tiny_config
+from tests.support.tiny import latent_config as config
+from tests.support.token_shards import SIZE, make_pictures, write_records
 
-VAE = dict(
-  kind="autoencoder_kl",
-  latent_channels=4,
-  block_out_channels=(8, 8),
-  layers_per_block=1,
-  norm_groups=4,
-  scaling_factor=0.5,
-)
-PART = dict(width=32, depth=1, head_dim=16, patch_size=2)
 SHAPE = [SIZE // 2, SIZE // 2, 8]
-
-
-def config(**overrides):
-  """A tokenizer over a VAE of 8 x 8 x 4 latents, of 16 px images."""
-  return tiny_config(**(dict(vae=VAE, encoder=PART, decoder=PART) | overrides))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +56,7 @@ def written(tokenizer, data, tmp_path_factory):
   given = "--what=latents", f"--checkpoint={tokenizer}", f"--config={config_file(out / 'data.py', data=data)}"
   run(tokenize, *given, f"--out={out / 'float16'}", "--copies=3", "--shards=2", "--batch_size=8")
   run(tokenize, *given, f"--out={out / 'bfloat16'}", "--copies=3", "--dtype=bfloat16", "--batch_size=16")
-  return {dtype: out / dtype for dtype in latent_shards.DTYPES}
+  return {dtype: out / dtype for dtype in latents.DTYPES}
 
 
 def train_config(data, written, dtype="float16", **overrides):
@@ -75,17 +65,17 @@ def train_config(data, written, dtype="float16", **overrides):
 
 @pytest.fixture(scope="module")
 def crops(tokenizer, data):
-  """(elements of split_images.Images, the moments of all their crops in float32)."""
+  """(elements of SplitImages, the moments of all their crops in float32)."""
   cfg, params = loading.load(tokenizer)
-  images = split_images.Images(config(data=data), "train", SIZE, None, 3)
+  images = SplitImages(image_data(config(data=data)), "train", seed=0, image_size=SIZE, copies=3)
   elements = [images[i] for i in range(23)]
   encode = jax.jit(lambda x: make_vae(cfg).apply({"params": params["vae"]}, to_float(x), method="encode"))
   return elements, np.concatenate(encode(np.concatenate([element["crops"] for element in elements])), -1)
 
 
-@pytest.mark.parametrize("dtype", latent_shards.DTYPES)
+@pytest.mark.parametrize("dtype", latents.DTYPES)
 def test_records_are_the_moments_of_crops_as_in_training(tokenizer, crops, written, dtype):
-  read, (elements, moments) = latent_shards.Shards(str(written[dtype])), crops
+  read, (elements, moments) = LatentShards(written[dtype]), crops
   assert len(read) == read.meta["num_records"] == 3 * 23 and read.meta["copies"] == 3
   assert (read.meta["dtype"], read.meta["shape"], read.meta["image_size"]) == (dtype, SHAPE, SIZE)
   assert read.meta["fingerprint"] == fingerprints.vae(*loading.load(tokenizer))
@@ -98,12 +88,13 @@ def test_records_are_the_moments_of_crops_as_in_training(tokenizer, crops, writt
     assert (record["label"], record["captions"]) == (element["label"], element["captions"])
 
 
-@pytest.mark.parametrize("dtype", latent_shards.DTYPES)
+@pytest.mark.parametrize("dtype", latents.DTYPES)
 def test_batches_depend_on_seed_and_step_alone(data, written, dtype):
   cfg = train_config(data, written, dtype)
 
   def steps(count, cfg=cfg, **kwargs):
-    batches = latent_shards.train_batches(cfg, **kwargs)
+    loading, options = image_data(cfg).loading, dict(seed=cfg.seed, global_batch=cfg.data.global_batch) | kwargs
+    batches = latents.train_batches(LatentShards(cfg.data.latents), loading, **options)
     return [next(batches) for _ in range(count)]
 
   def equal(a, b):
@@ -122,7 +113,7 @@ def test_batches_depend_on_seed_and_step_alone(data, written, dtype):
   assert not equal(steps(1, train_config(data, written, dtype, seed=1))[0], reference[0])
   if dtype == "bfloat16":  # which numpy itself does not know
     assert equal(steps(1, train_config(data | dict(num_workers=1), written, dtype))[0], reference[0])
-  records = latent_shards.Shards(str(written[dtype]))
+  records = LatentShards(written[dtype])
   epoch = steps(1, train_config(data | dict(global_batch=69), written, dtype))[0]
   assert sorted(x.tobytes() for x in epoch["latents"]) == sorted(records[i]["moments"].tobytes() for i in range(69))
 
@@ -132,7 +123,7 @@ def test_the_loss_is_that_of_the_images(tokenizer, crops, data, written, sample,
   """To the rounding of the stored type; with the posterior sampled, too, as its noise is the same."""
   cfg = train_config(data, written, dtype, vae=VAE | dict(sample_posterior=sample), fast=False)  # compiles sooner
   stage, params = make_stage(cfg), loading.load(tokenizer)[1]
-  records = latent_shards.Shards(str(written[dtype]))
+  records = LatentShards(written[dtype])
   batches = {
     "image": np.concatenate([crops[0][i]["crops"] for i in (3, 8)]),
     "latents": np.stack([records[3 * i + copy]["moments"] for i in (3, 8) for copy in range(3)]),
@@ -159,10 +150,10 @@ def test_the_fingerprint_is_of_the_encoder(tokenizer, vae):
 @pytest.mark.parametrize(
   "pattern, fingerprint, overrides",
   [
-    ("of VAE ([0-9a-f]{16}), but the VAE at hand is cafe: write latents with that one", "cafe", {}),
-    ("images of 16 px, but config.image_size is 32: give --config.image_size=16", None, dict(image_size=32)),
-    ("have 4 channels, but config.vae.latent_channels is 8", None, dict(vae=VAE | dict(latent_channels=8))),
-    ("of no use with vae.kind 'pixels'", None, dict(vae=dict(kind="pixels"))),
+    ("of VAE ([0-9a-f]{16}), but this VAE is cafe: write latents with that VAE", "cafe", {}),
+    ("images of 16 px, but image_size is 32: set image_size=16", None, dict(image_size=32)),
+    ("have 4 channels, but vae.latent_channels is 8", None, dict(vae=VAE | dict(latent_channels=8))),
+    ("vae.kind 'pixels' needs no latent shards", None, dict(vae=dict(kind="pixels"))),
   ],
   ids=["vae", "size", "channels", "pixels"],
 )
@@ -170,15 +161,14 @@ def test_latents_that_do_not_suit_are_refused(data, written, pattern, fingerprin
   cfg = train_config(data, written, **overrides)
   with pytest.raises(ValueError, match=pattern) as caught:
     if fingerprint is None:
-      latent_shards.train_batches(cfg)
+      inputs.train_batches(cfg, 0, sharding.make_mesh(devices=jax.devices()[:1]))
     else:
-      latent_shards.check_shards(latent_shards.Shards(str(written["float16"])).meta, cfg, fingerprint)
+      latents.open_latents(written["float16"], image_size=SIZE, latent_channels=4, fingerprint=fingerprint)
   assert "\n" not in str(caught.value)
 
 
 def test_latents_of_their_vae_suit(vae, data, written):
-  records = latent_shards.open_shards(train_config(data, written), "train")
-  latent_shards.check_shards(records.meta, train_config(data, written), fingerprints.vae(*loading.load(vae)))
+  inputs.check_latents(train_config(data, written), loading.load(vae)[1])
 
 
 def test_a_run_trains_on_them_and_on_those_of_its_own_vae_alone(tokenizer, data, written, tmp_path):
@@ -193,7 +183,7 @@ def test_a_run_trains_on_them_and_on_those_of_its_own_vae_alone(tokenizer, data,
   params["vae"] = jax.tree.map(lambda x: x + 1, params["vae"])
   saving.save_weights(str(tmp_path / "other.safetensors"), config(), params)
   other = train_config(data, written, init_from=str(tmp_path / "other.safetensors"), **settings)
-  with pytest.raises(ValueError, match="the latent shards are of VAE .*, but the VAE at hand is"):
+  with pytest.raises(ValueError, match="the latent shards are of VAE .*, but this VAE is"):
     train.train(other, str(tmp_path / "other"))
   assert not (tmp_path / "other" / "config.json").exists()
 
@@ -208,11 +198,11 @@ def test_bad_input_is_one_line(vae, data, tmp_path):
   fails("pixels.safetensors is a model of stage 'tokenizer' without a VAE", tokenize, *given, f"--checkpoint={pixels}")
   facts = dict(fingerprint="f", compute_dtype="float32", image_size=SIZE, dtype="float16", shape=[1])
   for value, pattern in (
-    (np.float16(np.inf), "float16 cannot hold: give --dtype=bfloat16"),
-    (np.float32(0), r"gave float32 \[1\], not float16 \[1\]"),
+    (np.float16(np.inf), "moments are not finite in float16: use dtype bfloat16"),
+    (np.float32(0), r"moments are float32 \[1\], not float16 \[1\]"),
   ):
-    content = shard_contents.Latents(lambda images, value=value: np.full((len(images), 1), value), facts, 4)
+    kind = ArrayRecords(LatentShards, lambda images, value=value: np.full((len(images), 1), value), facts, 4)
     with pytest.raises(ValueError, match=pattern):
-      shard_writer.write_shards(tmp_path / "out", config(data=data), content)
+      write_records(tmp_path / "out", kind, config(data=data))
   with pytest.raises(FileNotFoundError, match=r"no latent shards of split 'train'.*tokenize --what=latents"):
-    latent_shards.Shards(str(tmp_path / "absent"))
+    LatentShards(tmp_path / "absent")

@@ -10,19 +10,19 @@ import pytest
 
 from flextok_jax import tokenize, train
 from flextok_jax.core.images import to_float
-from flextok_jax.data.shards import features as teacher_shards
-from flextok_jax.data.shards import files as shard_files
-from flextok_jax.data.shards import latents as latent_shards
-from flextok_jax.data.shards import split_images
+from flextok_jax.data.shards.features import FeatureShards, LatentsWithFeatures
+from flextok_jax.data.shards.files import META
+from flextok_jax.data.shards.latents import LatentShards, train_batches
+from flextok_jax.data.shards.split_images import SplitImages
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.vae import make_vae
 from flextok_jax.training import inputs, teacher
 from flextok_jax.weights import fingerprints, loading, saving
-from tests.data.test_latents import VAE, config
 from tests.support import vit_reference
 from tests.support.commands import config_file, fails, run
-from tests.support.tiny import make_params
+from tests.support.tiny import VAE, make_params
+from tests.support.tiny import latent_config as config
 from tests.support.token_shards import SIZE, make_pictures
 
 FEATURES, GRID, IMAGES, COPIES = 32, 4, 23, 2
@@ -70,7 +70,7 @@ def train_config(root, data=(), repa=(), **overrides):
 @pytest.fixture(scope="module")
 def crops(root):
   """uint8 [46, 16, 16, 3] in the order of the records, and the teacher's features of them."""
-  images = split_images.Images(config(data=data_of(root)), "train", SIZE, None, COPIES)
+  images = SplitImages(inputs.image_data(config(data=data_of(root))), "train", seed=0, image_size=SIZE, copies=COPIES)
   crops = np.concatenate([images[i]["crops"] for i in range(IMAGES)])
   cfg = train_config(root)
   features = teacher.make_features_fn(cfg, *teacher.read(cfg), sharding.make_mesh(devices=jax.devices()[:1]))
@@ -80,7 +80,7 @@ def crops(root):
 def test_records_are_features_of_the_crops_of_the_latents(root, crops):
   """Record by record, though files and batches are others."""
   images, want = crops
-  latents, read = latent_shards.Shards(str(root / "latents")), teacher_shards.Shards(str(root / "dino"))
+  latents, read = LatentShards(root / "latents"), FeatureShards(root / "dino")
   assert len(read) == len(latents) == IMAGES * COPIES and len(read.meta["shard_records"]) == 3
   assert (read.meta["shape"], read.meta["dtype"], read.meta["image_size"]) == ([GRID**2, FEATURES], "float16", SIZE)
   assert read.meta["fingerprint"] == fingerprints.teacher(*teacher.read(train_config(root)))
@@ -96,7 +96,7 @@ def test_records_are_features_of_the_crops_of_the_latents(root, crops):
 
 
 def test_batches_have_both_of_each_row_and_depend_on_seed_and_step_alone(root):
-  latents, read = latent_shards.Shards(str(root / "latents")), teacher_shards.Shards(str(root / "dino"))
+  latents, read = LatentShards(root / "latents"), FeatureShards(root / "dino")
   place = {latents[i]["moments"].tobytes(): i for i in range(len(latents))}
   cfg, mesh = train_config(root), sharding.make_mesh(devices=jax.devices()[:1])
   batches = inputs.train_batches(cfg, 0, mesh)
@@ -109,8 +109,10 @@ def test_batches_have_both_of_each_row_and_depend_on_seed_and_step_alone(root):
     for row, features in zip(batch["latents"], batch["teacher"]):
       np.testing.assert_array_equal(features, read[place[row.tobytes()]]["features"])
   again = next(inputs.train_batches(cfg, 2, mesh))
-  where = dict(start_step=2, process_count=2, teacher_grid=GRID)
-  halves = [next(latent_shards.train_batches(cfg, process_index=i, **where)) for i in range(2)]
+  records = LatentsWithFeatures(latents, read, grid=GRID, width=FEATURES)
+  options = dict(seed=0, global_batch=8, start_step=2, process_count=2)
+  loading = inputs.image_data(cfg).loading
+  halves = [next(train_batches(records, loading, process_index=i, **options)) for i in range(2)]
   for name, x in whole[2].items():
     np.testing.assert_array_equal(again[name], x)
     np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), x)
@@ -124,7 +126,7 @@ def test_the_loss_is_that_of_features_in_the_step(root, crops):
   cfg = train_config(root, dict(latents="", teacher=""), vae=VAE | dict(sample_posterior=False), fast=False)
   stage, params = make_stage(cfg), loading.load(root / "weights.safetensors")[1]
   params |= unbox(jax.jit(stage.init_auxiliary)(jax.random.key(1))[0])
-  read, batch = teacher_shards.Shards(str(root / "dino")), {"image": crops[0][:8]}
+  read, batch = FeatureShards(root / "dino"), {"image": crops[0][:8]}
   in_step = inputs.make_prepare(cfg, sharding.make_mesh(devices=jax.devices()[:1]), train=True)(batch)
   stored = batch | {"teacher": np.stack([read[i]["features"] for i in range(8)])}
   loss_fn = jax.jit(lambda batch: stage.loss_fn(params, batch, jax.random.key(0), 0))
@@ -154,13 +156,8 @@ def refused(words, call):
 def test_features_that_do_not_suit_are_refused(root, tmp_path):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   batches = lambda **fields: inputs.train_batches(train_config(root, **fields), 0, mesh)
-  refused(
-    "features of width 32, but config.repa.features is 8: give --config.repa.features=32",
-    lambda: batches(repa=dict(features=8)),
-  )
-  refused(
-    "have 16 patches an image, but this run wants 5 x 5: give --config.repa.grid=4", lambda: batches(repa=dict(grid=5))
-  )
+  refused("features of width 32, but repa.features is 8: set repa.features=32", lambda: batches(repa=dict(features=8)))
+  refused("have 16 patches per image, but this run expects 5 x 5: set repa.grid=4", lambda: batches(repa=dict(grid=5)))
   refused(
     "the teacher shards are of teacher [0-9a-f]{16}, but .*other is [0-9a-f]{16}",
     lambda: inputs.make_prepare(train_config(root, repa=dict(teacher=str(root / "other"))), mesh, train=True),
@@ -171,18 +168,18 @@ def test_features_that_do_not_suit_are_refused(root, tmp_path):
   for name, value in (("copies", 1), ("seed", 3), ("num_images", 24)):
     out = tmp_path / name
     shutil.copytree(root / "dino", out)
-    meta = json.loads((out / "train" / shard_files.META).read_text()) | {name: value}
-    (out / "train" / shard_files.META).write_text(json.dumps(meta))
+    meta = json.loads((out / "train" / META).read_text()) | {name: value}
+    (out / "train" / META).write_text(json.dumps(meta))
     refused(
-      f"are not of the images of config.data.latents: {name} is .*with one --config and --copies",
+      f"are not of the images of the latents .*: {name} is .*with the same --config and --copies",
       lambda out=out: batches(data=dict(teacher=str(out))),
     )
-  records, other = latent_shards.Shards(str(root / "latents")), teacher_shards.Shards(str(root / "dino"))
-  pair = teacher_shards.Beside(records, other, train_config(root), GRID)
+  records, other = LatentShards(root / "latents"), FeatureShards(root / "dino")
+  pair = LatentsWithFeatures(records, other, grid=GRID, width=FEATURES)
   assert len(pair) == IMAGES * COPIES and pair[5]["teacher"].shape == (GRID**2, FEATURES)
   parse = other.parse
   other.parse = lambda data: parse(data) | {"label": 77}
-  refused(r"record 5 has label \d in .* and 77 in .*, so it is not of one image", lambda: pair[5])
+  refused(r"record 5 has label \d in .* and 77 in .*, so the shards are not of the same images", lambda: pair[5])
 
 
 def test_bad_input_is_one_line(root, tmp_path):
@@ -193,4 +190,4 @@ def test_bad_input_is_one_line(root, tmp_path):
   missing = config_file(tmp_path / "missing.py", data=data_of(root), **settings(root, teacher=str(tmp_path / "none")))
   fails("REPA needs its teacher", tokenize, "--what=dino", f"--config={missing}", f"--out={tmp_path / 'out'}")
   with pytest.raises(FileNotFoundError, match=r"no dino shards of split 'train'.*tokenize --what=dino --config=FILE"):
-    teacher_shards.Shards(str(tmp_path / "absent"))
+    FeatureShards(tmp_path / "absent")

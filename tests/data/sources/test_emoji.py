@@ -1,0 +1,91 @@
+"""Emoji: splits that do not overlap, captions, draws, and errors of fonts."""
+
+import numpy as np
+import pytest
+
+from flextok_jax.data.sources import emoji
+from tests.support.pictures import same_record
+
+
+def font_path() -> str:
+  try:
+    return emoji.find_font("")
+  except FileNotFoundError:
+    pytest.skip("NotoColorEmoji.ttf is not installed")
+
+
+def test_base_key_joins_variations():
+  wave, tone = 0x1F44B, 0x1F3FD
+  assert emoji.base_key((wave,)) == emoji.base_key((wave, tone))
+  runner = emoji.base_key((0x1F3C3,))
+  for codes in ((0x1F3C3, 0x200D, 0x2640), (0x2642, 0x200D, 0x1F3C3, 0x1F3FF), (0x27A1, 0x200D, 0x1F3C3)):
+    assert emoji.base_key(codes) == runner
+  doctor = {emoji.base_key((0x2695, 0x200D, who, 0x1F3FB)) for who in (0x1F468, 0x1F469, 0x1F9D1)}
+  assert len(doctor) == 1 and doctor != {emoji.base_key((0x1F468,))}
+  couple = emoji.base_key((0x1F469, 0x200D, 0x2764, 0x200D, 0x1F468))
+  assert couple == emoji.base_key((0x1F491,))
+  assert emoji.base_key((0x1F355,)) != emoji.base_key((0x1F354,))
+
+
+def test_split_is_by_base_and_stable():
+  codes = [(c,) for c in range(0x1F300, 0x1F700) if c not in emoji._TONES]
+  held_out = [c for c in codes if emoji.is_validation(c)]
+  assert 0.04 < len(held_out) / len(codes) < 0.12
+  for base in codes:
+    assert {emoji.is_validation((*base, tone)) for tone in emoji._TONES} == {emoji.is_validation(base)}
+  # Fixed for good: the reports of trained models depend on it.
+  assert emoji.is_validation((0x1F680,)) and not emoji.is_validation((0x1F600,))
+
+
+def test_captions():
+  assert emoji.caption_of((0x1F44B, 0x1F3FD)) == "waving hand sign: medium skin tone"
+  assert emoji.caption_of((0x1F1EF, 0x1F1F5)) == "flag: jp"
+  assert emoji.caption_of((0x2642, 0x200D, 0x1F3C3)) == "runner: man"
+  assert emoji.caption_of((0x1F3A8, 0x200D, 0x1F468)) == "man, artist palette"
+  assert emoji.caption_of((0x33, 0x20E3)) == "keycap: digit three"
+  assert emoji.CLASS_NAMES[emoji.group_of((0x1F436,))] == "animal"
+  assert emoji.CLASS_NAMES[emoji.group_of((0x1F355,))] == "food"
+  assert emoji.CLASS_NAMES[emoji.group_of((0x1F1EF, 0x1F1F5))] == "flag"
+
+
+def test_no_leak_between_the_splits_of_the_font():
+  path = font_path()
+  train, validation = emoji.Emoji("train", path), emoji.Emoji("validation", path)
+  assert len(train.code_points()) + len(validation.code_points()) == len(emoji.read_glyphs(path)) > 3000
+  bases = [{emoji.base_key(c) for c in s.code_points()} for s in (train, validation)]
+  assert not bases[0] & bases[1] and len(bases[1]) > 100
+  tones = set(emoji._TONES)
+  plain = [{tuple(sorted(set(c) - tones)) for c in s.code_points() if len(c) > 1} for s in (train, validation)]
+  plain[1] |= {c for c in validation.code_points() if len(c) == 1}
+  assert not plain[0] & plain[1]
+
+
+def test_draws():
+  source = emoji.Emoji("train", font_path())
+  again = emoji.Emoji("train", font_path())
+  records = [source[i] for i in range(40)]
+  assert all(same_record(r, again[i]) for i, r in enumerate(records))
+  corners = np.stack([r["image"][0, 0] for r in records]).astype(float)
+  assert (corners.std(0) > 30).all()  # backgrounds differ
+  assert len({r["caption"] for r in records}) > 25
+  validation = emoji.Emoji("validation", font_path())
+  held_out = {emoji.caption_of(c) for c in validation.code_points()}
+  assert {validation[i]["caption"] for i in range(len(validation))} <= held_out
+
+
+def test_missing_and_bad_fonts(tmp_path, monkeypatch):
+  with pytest.raises(FileNotFoundError, match="fonts-noto-color-emoji"):
+    emoji.Emoji("train", str(tmp_path / "none.ttf"))
+  monkeypatch.setattr(emoji, "FONT_PATHS", ())
+  with pytest.raises(FileNotFoundError, match="set data.sources.emoji.path to the font file"):
+    emoji.Emoji("train", "")
+  (tmp_path / "text.ttf").write_text("not a font")
+  with pytest.raises(ValueError, match="not a font file"):
+    emoji.Emoji("train", str(tmp_path / "text.ttf"))
+
+
+def test_font_without_bitmaps():
+  matplotlib = pytest.importorskip("matplotlib")
+  outline = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+  with pytest.raises(ValueError, match="has no colour bitmaps"):
+    emoji.Emoji("train", outline)
