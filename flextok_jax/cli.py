@@ -20,6 +20,7 @@ import jax
 from ml_collections import ConfigDict, config_flags
 
 from flextok_jax.config import load_config
+from flextok_jax.core.extras import MissingPackageError
 from flextok_jax.ops import guidance
 from flextok_jax.parallel import processes
 
@@ -27,7 +28,7 @@ COMMANDS = (
   *("train", "evaluate", "tokenize", "detokenize", "sample", "convert", "study", "sweep"),
   *("compile", "benchmark", "benchmark_loader", "mup_check", "convert_torch"),
 )
-_EXPECTED = (ValueError, OSError)
+_EXPECTED = (ValueError, OSError, MissingPackageError)
 
 
 def main():

@@ -7,7 +7,6 @@ arXiv 2604.12887; [LDM] latent diffusion, Rombach et al. 2022, and its code; [ta
 
 from collections.abc import Iterable, Mapping
 import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -446,9 +445,9 @@ def _import(name: str) -> ModuleType:
   try:
     if name in names:
       return importlib.import_module(f"flextok_jax.configs.{name}")
-    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = ModuleType(path.stem)
+    module.__file__ = str(path)
+    exec(compile(path.read_bytes(), path, "exec"), vars(module))
   except Exception as e:  # whatever is wrong with the file
     raise ValueError(f"config file {name}: {type(e).__name__}: {e}") from e
   return module

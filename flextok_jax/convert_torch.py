@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flextok_jax import cli
-from flextok_jax.core import tensor_file
+from flextok_jax.core import extras, tensor_file
 
 
 def main(source: str, target: str):
@@ -46,14 +46,12 @@ def load(path: str) -> Any:
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: no PyTorch, or a file that is damaged or holds anything else.
+    MissingPackageError: PyTorch is not installed.
+    ValueError: a file that is damaged or holds anything else.
   """
   if not os.path.isfile(path):
     raise FileNotFoundError(f"no such file: {path}")
-  try:
-    import torch
-  except ImportError as e:
-    raise ValueError(f"PyTorch is needed to read {path} ({e}): pip install torch") from None
+  torch = extras.require("torch", "eval", path)
   try:
     return torch.load(path, map_location="cpu", weights_only=True)
   except Exception as e:  # whatever a damaged or foreign file makes of PyTorch

@@ -33,14 +33,9 @@ def fetch_file(repository: str, *names: str, needed: str) -> str:
   Raises:
     FileNotFoundError: none can be had, with what to download and where to put it.
   """
-  try:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import EntryNotFoundError
-  except ImportError:
-    raise FileNotFoundError(
-      f"{repository} is no file or folder here, and without huggingface_hub it cannot be downloaded: "
-      f"pip install huggingface_hub, or give a folder with {needed}"
-    ) from None
+  from huggingface_hub import hf_hub_download  # late: slow to import
+  from huggingface_hub.utils import EntryNotFoundError
+
   try:
     for name in names[:-1]:
       try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flextok_jax.core import hub
+from flextok_jax.core import extras, hub
 
 FILES = ("tokenizer.json", "spiece.model")  # of a T5, the preferred one first
 _END = 256  # of bytes
@@ -120,10 +120,7 @@ def _find(source: str, files: Sequence[str], remedy: str) -> str:
 
 def _load_tokenizers(path: str, *tokens: str) -> tuple[Any, ...]:
   """Returns (model, number of ids, id or None of each of the tokens)."""
-  try:
-    import tokenizers  # late, as sentencepiece below: optional dependencies
-  except ImportError:
-    raise _missing(path, "tokenizers") from None
+  tokenizers = extras.require("tokenizers", "text", path)
   try:
     model = tokenizers.Tokenizer.from_file(path)
   except Exception as e:  # it raises nothing more specific
@@ -135,10 +132,7 @@ def _load_tokenizers(path: str, *tokens: str) -> tuple[Any, ...]:
 
 def _load_sentencepiece(path: str) -> tuple[Any, ...]:
   """Returns (model, number of ids, id of </s>, id of <pad>)."""
-  try:
-    import sentencepiece
-  except ImportError:
-    raise _missing(path, "sentencepiece") from None
+  sentencepiece = extras.require("sentencepiece", "text", path)
   model = sentencepiece.SentencePieceProcessor()
   try:
     with open(path, "rb") as f:
@@ -146,10 +140,6 @@ def _load_sentencepiece(path: str) -> tuple[Any, ...]:
   except (OSError, RuntimeError) as e:
     raise ValueError(f"{path} is not a complete sentencepiece model ({_first_line(e)})") from None
   return model, model.get_piece_size(), model.eos_id(), model.pad_id()
-
-
-def _missing(path: str, package: str) -> FileNotFoundError:
-  return FileNotFoundError(f"{path} cannot be read without {package}: pip install {package}")
 
 
 def _first_line(error: Exception) -> str:

@@ -63,7 +63,7 @@ def test_tokenizer_errors(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match="not the tokenizer of a T5, whose </s> is 1 and <pad> 0: here .* None and None"):
     make()
   monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-  with pytest.raises(FileNotFoundError, match="tokenizer.json cannot be read without tokenizers: pip install"):
+  with pytest.raises(ImportError, match=r"tokenizer.json needs tokenizers: pip install 'flextok-jax\[text\]'"):
     make()
   for args, words in ((("clip", 10), "unknown text encoder 'clip'"), (("bytes", 0), "max_length=0 .* at least 1")):
     with pytest.raises(ValueError, match=words):

@@ -14,6 +14,7 @@ import unicodedata
 import numpy as np
 from PIL import Image
 
+from flextok_jax.core import extras
 from flextok_jax.data.sources.base import ENDLESS, Record, generator, held_out
 
 FONT_PATHS = (
@@ -245,12 +246,12 @@ def find_font(path: str) -> str:
 
 def read_glyphs(path: str) -> list[tuple[tuple[int, ...], bytes]]:
   """Returns (code points, PNG bytes) of every bitmap of a CBDT font, in the order of the font."""
-  from fontTools.ttLib import TTFont, TTLibError  # late: an optional dependency of this source
+  ttlib = extras.require("fontTools.ttLib", "toy", "the source emoji")
 
   try:
-    font = TTFont(path, lazy=True)
+    font = ttlib.TTFont(path, lazy=True)
     tables = set(font.keys())
-  except (TTLibError, OSError, ValueError) as error:
+  except (ttlib.TTLibError, OSError, ValueError) as error:
     raise ValueError(f"{path} is not a font file: {error}") from error
   if not {"CBDT", "CBLC", "cmap", "GSUB"} <= tables:
     raise ValueError(

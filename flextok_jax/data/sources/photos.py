@@ -7,6 +7,7 @@ import os
 import numpy as np
 from PIL import Image
 
+from flextok_jax.core import extras
 from flextok_jax.data import transforms
 from flextok_jax.data.sources.base import ENDLESS, Record, generator
 
@@ -37,7 +38,6 @@ VALIDATION = (
 # The two everyday scenes in colour without a stereo twin are drawn twice as often as the others.
 _OFTEN = ("astronaut.png", "china.jpg")
 _FOLDERS = {"skimage": "data", "sklearn": os.path.join("datasets", "images")}
-_WHEELS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 CROPS = 64  # fixed crops per photograph in the validation split
 
 
@@ -47,8 +47,7 @@ def photo_path(package: str, file: str) -> str:
   folder = os.path.join(os.path.dirname(spec.origin), _FOLDERS[package]) if spec and spec.origin else ""
   path = os.path.join(folder, file)
   if not folder or not os.path.isfile(path):
-    wheel = _WHEELS[package]
-    raise FileNotFoundError(f"the photograph {file} of {wheel} is not installed: pip install {wheel}")
+    raise extras.MissingPackageError(package, "toy", f"the photograph {file}")
   return path
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from flextok_jax.core import extras
 from flextok_jax.data import transforms
 from flextok_jax.data.sources.base import (
   Record,
@@ -51,9 +52,8 @@ class Tfds(StoredImages):
       raise ValueError(
         f"train_split and val_split of source 'tfds' are both {train_split!r}: validation must be held out"
       )
-    import tensorflow_datasets as tfds  # late: slow to import, and only this source needs it
-
     what = f"TFDS data set {name!r}"
+    tfds = extras.require("tensorflow_datasets", "tfds", what)  # late: slow to import
     folder = data_dir or tfds.core.constants.DATA_DIR
     prepare = f"tfds build {name}{f' --data_dir={data_dir}' if data_dir else ''} --file_format=array_record"
     try:

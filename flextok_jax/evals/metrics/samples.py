@@ -3,7 +3,8 @@
 import numpy as np
 import scipy.special
 import scipy.stats
-import sklearn.metrics
+
+from flextok_jax.core import extras
 
 
 def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
@@ -58,7 +59,7 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
   real_radius, fake_radius = _radii(real, k), _radii(fake, k)
   among_real, among_fake = [], np.zeros(len(real), bool)
   start = 0
-  for block in sklearn.metrics.pairwise_distances_chunked(fake, real):
+  for block in _distances(fake, real):
     end = start + len(block)
     among_real.append((block <= real_radius).any(1))
     among_fake |= (block <= fake_radius[start:end, None]).any(0)
@@ -138,9 +139,14 @@ def top1(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
   return logits.argmax(1) == labels
 
 
+def _distances(*arguments, **options):
+  metrics = extras.require("sklearn.metrics", "eval", "precision and recall")  # late: slow to import
+  return metrics.pairwise_distances_chunked(*arguments, **options)
+
+
 def _radii(features: np.ndarray, k: int) -> np.ndarray:
   """Returns each row's distance to the k-th nearest other row: [n]."""
-  blocks = sklearn.metrics.pairwise_distances_chunked(
+  blocks = _distances(
     features, reduce_func=lambda block, _: np.partition(block, k, axis=1)[:, k]
   )  # the nearest is the row itself
   return np.concatenate(list(blocks))
