@@ -13,13 +13,15 @@ import sys
 import time
 
 from absl import flags
-from flax.traverse_util import flatten_dict
 import numpy as np
 
 from flextok_jax import cli
 from flextok_jax.core import tensor_file
-from flextok_jax.weights import loading, names
-from flextok_jax.weights.official import tokenizer as official_config
+from flextok_jax.stages.tokenizer import make_model
+from flextok_jax.weights import loading
+from flextok_jax.weights.layout import shapes_of
+from flextok_jax.weights.official.tokenizer_names import DEFAULT_ROLES, entries, fixed_tables
+from flextok_jax.weights.official.writer import to_official
 
 LOAD = """
 import json, sys
@@ -43,17 +45,16 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
 
 def write(path: str, config):
   """Writes an official file of small random numbers, one tensor in memory at a time."""
-  shapes = {name: x.shape for name, x in flatten_dict(loading.abstract_params(config), sep="/").items()}
-  rng, roles = np.random.default_rng(0), official_config.DEFAULT_ROLES
+  shapes, rng = shapes_of(loading.abstract_params(config)), np.random.default_rng(0)
   make = lambda shape: lambda: (rng.random(shape, np.float32) - np.float32(0.5)) * np.float32(0.05)
   tensors = {
     name: (np.dtype(np.float32), entry.official_shape, make(entry.official_shape))
-    for entry in names.entries(shapes, roles)
+    for entry in entries(shapes, DEFAULT_ROLES)
     for name in entry.names
   }
-  for name, table in loading.fixed_tables(config, roles):
+  for name, table in fixed_tables(make_model(config), DEFAULT_ROLES).items():
     tensors[name] = table.dtype, table.shape, lambda table=table: table
-  tensor_file.write(path, tensors, {k: str(v) for k, v in official_config.to_official(config).items()})
+  tensor_file.write(path, tensors, {k: str(v) for k, v in to_official(config).items()})
 
 
 def main(values: flags.FlagValues):

@@ -18,7 +18,7 @@ import numpy as np
 from flextok_jax.models.ar import sampling as ar_sampling
 from flextok_jax.stages.ar import make_generator
 from flextok_jax.weights import loading, saving
-from flextok_jax.weights.official import generator as official_ar
+from flextok_jax.weights.official import generator as official_generator
 
 Array = jax.Array | np.ndarray
 
@@ -49,7 +49,7 @@ def load_ar(
     if config.stage != "ar":
       raise ValueError(f"{source} is a model of stage {config.stage!r}, not a generator: load it by flextok_jax.load")
   else:
-    config, params = official_ar.load(source, settings, dtype, mesh)
+    config, params = official_generator.load(source, settings, dtype, mesh)
   return ARGenerator(params, FrozenConfigDict(config))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import flextok_jax
 from flextok_jax import convert
-from tests.support.official_ar_files import tensors, write
+from tests.support.official_generator_files import tensors, write
 
 
 def run(source, target, *args):

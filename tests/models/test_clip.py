@@ -74,13 +74,13 @@ def text(change):
 
 
 BAD_CONFIGS = [  # (change, part of the error)
-  (dict(model_type="siglip"), "model_type is 'siglip', only 'clip' is read"),
+  (dict(model_type="siglip"), "model_type is 'siglip', only 'clip' is supported"),
   (dict(vision_config=[1]), "vision_config must be an object, got .1."),
   (dict(projection_dim=0), "projection_dim must be a whole number from 1"),
-  (dict(projection_dim=8), "has shape .*, not "),
-  (text(dict(hidden_act="swish")), "hidden_act 'swish' is not computed"),
+  (dict(projection_dim=8), "has shape .*, expected "),
+  (text(dict(hidden_act="swish")), "hidden_act 'swish' is not supported"),
   (text(dict(num_hidden_layers=4)), "lacks the tensor text_model.encoder.layers.3"),
-  (text(dict(vocab_size=61)), "token_embedding.weight has shape .60, 24., not .61, 24."),
+  (text(dict(vocab_size=61)), "token_embedding.weight has shape .60, 24., expected .61, 24."),
   (dict(text_config_dict=dict(hidden_size=24)), "has shape|lacks"),  # the defaults of all the others
 ]
 

@@ -96,11 +96,11 @@ def test_adapter_of_alpha_zero_would_be_another_network(folder, computed, images
 
 def test_bad_configurations(folder):
   for field, value, message in (
-    ("r", 8, r"lora_A.weight has shape \[4, 128\], not \[8, 128\]"),
+    ("r", 8, r"lora_A.weight has shape \[4, 128\], expected \[8, 128\]"),
     ("r", None, "r must be a whole number from 1 to 128, got None"),
     ("lora_alpha", -1, "lora_alpha must lie between 0 and 65536, got -1"),
-    ("use_dora", True, "use_dora True is not computed, only False is"),
-    ("bias", "all", "bias 'all' is not computed, only 'none' is"),
+    ("use_dora", True, "use_dora True is not supported, only False is"),
+    ("bias", "all", "bias 'all' is not supported, only 'none' is"),
   ):
     before = change(folder, **{field: value})
     with pytest.raises(ValueError, match=message) as caught:
@@ -117,13 +117,13 @@ def test_bad_weights(folder):
   for changed, message in (
     ({key: x for key, x in tensors.items() if key != name}, "lacks the tensor blocks.*lora_"),
     (tensors | {name.replace("qkv", "proj"): tensors[name]}, "has a tensor 'blocks.*attn.proj.*' that its config"),
-    (tensors | others, "tunes several networks: give the LoRA of a DreamSim of one branch"),
+    (tensors | others, "tunes several networks: give the LoRA of a DreamSim with one branch"),
   ):
     save_file(changed, path)
     with pytest.raises(ValueError, match=message):
       load_dreamsim(folder / BACKBONE, folder / LORA)
   path.unlink()
-  with pytest.raises(FileNotFoundError, match="no adapter_model.safetensors in .*: give a folder of peft's format"):
+  with pytest.raises(FileNotFoundError, match="no adapter_model.safetensors in .*: give a folder in peft's format"):
     load_dreamsim(folder / BACKBONE, folder / LORA)
 
 

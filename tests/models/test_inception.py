@@ -94,7 +94,7 @@ def test_a_file_of_weights(tensors, tmp_path):
   for change, words in (
     ({name: None}, f"lacks the tensor {name}"),
     ({"Mixed_9.conv.weight": tensors[name]}, "has a tensor 'Mixed_9.conv.weight'"),
-    ({name: tensors[name][1:]}, rf"{name} has shape \[383\], not \[384\]"),
+    ({name: tensors[name][1:]}, rf"{name} has shape \[383\], expected \[384\]"),
   ):
     changed = {k: v for k, v in {**tensors, **change}.items() if v is not None}
     with pytest.raises(ValueError, match=f"^weights.npz.*{words}"):

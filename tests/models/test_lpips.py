@@ -108,7 +108,7 @@ def test_bad_files(folder, net, tmp_path):
     load_lpips(backbone, tmp_path / "none.npz")
   other = next(name for name in lpips.NETS if name != net)
   save_file(lpips_reference.weights(other)[1], tmp_path / "other.safetensors")
-  with pytest.raises(ValueError, match="lin1.model.1.weight has shape .* not"):
+  with pytest.raises(ValueError, match="lin1.model.1.weight has shape .* expected"):
     load_lpips(backbone, tmp_path / "other.safetensors")
 
 

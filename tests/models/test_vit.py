@@ -147,15 +147,15 @@ QUERY = "encoder.layer.1.attention.attention.query.weight"
 BAD_CONFIGS = [  # (change, part of the error)
   (dict(model_type="beit"), "model_type is 'beit', only 'vit', 'dinov2' and"),
   (dict(hidden_size=33), "hidden_size=33 is not a multiple of num_attention_heads=2"),
-  (dict(hidden_size=64), "has shape .*, not "),
-  (dict(hidden_size=2**16, mlp_ratio=64), "has shape .*, not "),
+  (dict(hidden_size=64), "has shape .*, expected "),
+  (dict(hidden_size=2**16, mlp_ratio=64), "has shape .*, expected "),
   (dict(num_hidden_layers=10**9), "num_hidden_layers must be a whole number from 1 to 1000, got 1000000000"),
   (dict(num_hidden_layers=3), "lacks the tensor encoder.layer.2"),
   (dict(num_hidden_layers=1), "has a tensor 'encoder.layer.1"),
   (dict(image_size=[126, 126]), "image_size must be a whole number"),
   (dict(image_size=7), "image_size=7 is less than patch_size=14"),
   (dict(num_channels=1), "num_channels must be 3, got 1"),
-  (dict(hidden_act="swish"), "hidden_act 'swish' is not computed, only 'gelu'"),
+  (dict(hidden_act="swish"), "hidden_act 'swish' is not supported, only 'gelu'"),
   (dict(layer_norm_eps=0), "layer_norm_eps must lie between 0 and 1, got 0"),
   (dict(mlp_ratio="4"), "mlp_ratio must lie between 0 and 64, got '4'"),
 ]
@@ -180,7 +180,7 @@ def test_missing_and_foreign_files(tmp_path):
   for change, words in (
     ({"patch_embed.proj.weight": np.zeros(3, np.float32)}, "has no patch_embed.proj.weight with 4 axes: not a"),
     ({"patch_embed.proj.weight": np.zeros((100, 3, 16, 16), np.float32)}, "width 100, 2 blocks and 7 x 7 positions"),
-    ({"pos_embed": np.zeros((1, 49, 128), np.float32)}, r"pos_embed has shape \[1, 49, 128\], not \[1, 37, 128\]"),
+    ({"pos_embed": np.zeros((1, 49, 128), np.float32)}, r"pos_embed has shape \[1, 49, 128\], expected \[1, 37, 128\]"),
     ({"head.weight": np.zeros(3, np.float32)}, "has a tensor 'head.weight' that"),
   ):
     save_file(found | change, path)

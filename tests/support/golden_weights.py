@@ -3,8 +3,7 @@
 from flax.traverse_util import flatten_dict
 import numpy as np
 
-from flextok_jax.weights import names
-from flextok_jax.weights.official import tokenizer as official_config
+from flextok_jax.weights.official.tokenizer_names import DEFAULT_ROLES, entries
 
 
 def to_official(params: dict) -> dict[str, np.ndarray]:
@@ -13,6 +12,6 @@ def to_official(params: dict) -> dict[str, np.ndarray]:
   shapes = {path: np.shape(x) for path, x in flat.items()}
   return {
     name: np.ascontiguousarray(entry.to_official(np.asarray(flat[entry.path]), i))
-    for entry in names.entries(shapes, official_config.DEFAULT_ROLES)
+    for entry in entries(shapes, DEFAULT_ROLES)
     for i, name in enumerate(entry.names)
   }

@@ -5,7 +5,8 @@ import functools
 
 import pytest
 
-from flextok_jax.weights.official.tokenizer import from_official, to_official
+from flextok_jax.weights.official.tokenizer import from_official
+from flextok_jax.weights.official.writer import to_official
 
 HALF = dict(
   depth=2,

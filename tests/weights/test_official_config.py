@@ -8,15 +8,11 @@ import re
 from ml_collections import ConfigDict
 import pytest
 
-from flextok_jax.weights.official.tokenizer import (
-  DEFAULT_ROLES,
-  from_diffusers,
-  from_official,
-  parse_json,
-  parse_literals,
-  to_diffusers,
-  to_official,
-)
+from flextok_jax.core.literals import parse_json, parse_literals
+from flextok_jax.weights.official.diffusers import from_diffusers, to_diffusers
+from flextok_jax.weights.official.tokenizer import from_official
+from flextok_jax.weights.official.tokenizer_names import DEFAULT_ROLES
+from flextok_jax.weights.official.writer import to_official
 from tests.support.official_configs import (
   CODE,
   DEEP,

@@ -6,7 +6,9 @@ import random
 
 import pytest
 
-from flextok_jax.weights.official.tokenizer import from_official, parse_json, parse_literals, to_official
+from flextok_jax.core.literals import parse_json, parse_literals
+from flextok_jax.weights.official.tokenizer import from_official
+from flextok_jax.weights.official.writer import to_official
 from tests.support.official_configs import CODE, DEEP, DELETE, OURS, D, E, metadata_of, official, ours, refused
 
 NORM = {"_target_": "flextok.model.layers.norm.Fp32LayerNorm", "_partial_": True, "elementwise_affine": False}

@@ -1,7 +1,7 @@
 """Configuration files of official generators.
 
-The authors' config.yaml describes a model as nested constructor calls (hydra's convention, read in
-official_ar_modules.py); a file of flat settings does as well. Nothing in a file is imported or called.
+The authors' config.yaml describes a model as nested constructor calls (hydra's convention, see generator_modules.py);
+a file of flat settings is read too. Nothing in a file is imported or called.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,41 +12,41 @@ from typing import Any
 import yaml
 
 from flextok_jax.core.literals import MAX_TEXT, MAX_VALUES, parse_json, plain, quote
-from flextok_jax.weights.official import generator_modules as official_ar_modules
-from flextok_jax.weights.official.generator_facts import Facts, add_settings
+from flextok_jax.weights.official import generator_modules
+from flextok_jax.weights.official.generator_settings import Settings
 
 
-def add_file(facts: Facts, path: str):
-  """Adds what a configuration file says: the authors' nested calls, or flat settings; YAML or JSON by its name.
+def add_file(settings: Settings, path: str):
+  """Adds the settings in a configuration file: the authors' nested calls or flat settings, as YAML or JSON.
 
   Raises:
-    ValueError: it cannot be read, names what is not supported, or contradicts what was said before.
+    ValueError: it cannot be read, names what is not supported, or contradicts settings that were added before.
   """
   try:
     with open(path, encoding="utf-8") as f:
       text = f.read(MAX_TEXT + 1)
   except (OSError, UnicodeDecodeError) as e:
     raise ValueError(f"{path} cannot be read: {e}") from None
-  config = parse_json(text, path) if path.endswith(".json") else _parse_yaml(text, path)
+  document = parse_json(text, path) if path.endswith(".json") else _parse_yaml(text, path)
   try:
-    if "model" in config:
-      official_ar_modules.add_calls(facts, config, lambda entry: resolve(config, entry))
+    if "model" in document:
+      generator_modules.add_calls(settings, document, lambda entry: resolve(document, entry))
     else:
-      add_settings(facts, config, "the configuration")
+      settings.add_all(document, "the configuration")
   except ValueError as e:
-    raise ValueError(f"{path}: {e} (the weights file alone, with settings, is read without it)") from None
+    raise ValueError(f"{path}: {e} (the weights file alone, with settings, loads without it)") from None
 
 
 def _parse_yaml(text: str, path: str) -> dict[str, Any]:
   if len(text) > MAX_TEXT:
     raise ValueError(f"{path}: more than {MAX_TEXT} characters of YAML")
   try:
-    config = plain(yaml.safe_load(text), "")
+    document = plain(yaml.safe_load(text), "")
   except (yaml.YAMLError, RecursionError, ValueError) as e:
-    raise ValueError(f"{path}: no plain YAML ({' '.join(str(e).split())[:160]})") from None
-  if type(config) is not dict:
-    raise ValueError(f"{path}: a YAML mapping expected, got {quote(config)}")
-  return config
+    raise ValueError(f"{path}: not plain YAML ({' '.join(str(e).split())[:160]})") from None
+  if type(document) is not dict:
+    raise ValueError(f"{path}: expected a YAML mapping, got {quote(document)}")
+  return document
 
 
 # OmegaConf's interpolations: "${a.b}" is the entry a.b of the file, "${mul:3,4}" a product; the authors' framework
@@ -60,20 +60,20 @@ _FUNCTIONS: dict[str, Callable[..., float]] = {
   "div_int": lambda a, *x: int(a / math.prod(x)),
   "div_float": lambda a, *x: a / math.prod(x),
 }
-_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1, and so PyYAML, takes 1e-5 for text
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1, and so PyYAML, reads 1e-5 as text
 
 
-def resolve(config: Mapping[str, Any], entry: Any) -> Any:
-  """Returns an entry of a configuration with its interpolations resolved; one that is not understood stays as it is.
+def resolve(document: Mapping[str, Any], entry: Any) -> Any:
+  """Returns an entry of a document with its interpolations resolved; unknown ones are left as they are.
 
   Raises:
-    ValueError: interpolations in a circle, or that grow without bound.
+    ValueError: circular interpolations, or ones that grow without bound.
   """
   budget = iter(range(MAX_VALUES))
 
   def walk(value: Any) -> Any:
     if next(budget, None) is None:
-      raise ValueError(f"interpolations make more than {MAX_VALUES} values")
+      raise ValueError(f"interpolations expand to more than {MAX_VALUES} values")
     if type(value) is dict:
       return {k: walk(v) for k, v in value.items()}
     if type(value) is list:
@@ -84,7 +84,7 @@ def resolve(config: Mapping[str, Any], entry: Any) -> Any:
     if not found:
       return float(value) if _FLOAT.fullmatch(value) else value
     try:
-      inner = _evaluate(config, found[1])
+      inner = _evaluate(document, found[1])
       inner = inner if found[0] == value else f"{value[: found.start()]}{inner}{value[found.end() :]}"
     except (LookupError, TypeError, ValueError, ArithmeticError):
       return value
@@ -93,14 +93,14 @@ def resolve(config: Mapping[str, Any], entry: Any) -> Any:
   try:
     return walk(entry)
   except RecursionError:
-    raise ValueError("interpolations in a circle") from None
+    raise ValueError("circular interpolations") from None
 
 
-def _evaluate(config: Mapping[str, Any], expression: str) -> Any:
+def _evaluate(document: Mapping[str, Any], expression: str) -> Any:
   name, colon, arguments = expression.partition(":")
   if colon:
     return _FUNCTIONS[name](*(float(x) if "." in x else int(x) for x in arguments.split(",")))
-  value: Any = config
+  value: Any = document
   for part in name.split("."):
     value = value[part]
   return value

@@ -1,7 +1,7 @@
-"""The authors' configuration of a generator: nested constructor calls, read against a whitelist.
+"""The authors' configuration of a generator: nested constructor calls, checked against a whitelist.
 
-Of the classes that make a generator and its text encoder, the tables hold the arguments, their defaults and what our
-model can be told. Arguments without effect on inference are ignored by their names; everything else is refused.
+The tables hold the classes of a generator and its text encoder, with their arguments, defaults and supported values.
+Listed arguments without effect on inference are ignored; everything else is refused by name.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from flextok_jax.core.literals import quote
-from flextok_jax.weights.official.generator_facts import COUNT, DEPTH, POSITIONS, RATIO, Facts
+from flextok_jax.weights.official.generator_settings import COUNT, DEPTH, POSITIONS, RATIO, Settings
 from flextok_jax.weights.official.modules import (
   ENTRY,
   FLAG,
@@ -29,7 +29,7 @@ from flextok_jax.weights.official.modules import (
   read_activation,
 )
 
-# Of each class: argument -> (kind,) or, where it may be left out, (kind, the constructor's default).
+# Per class: argument -> (kind,), or (kind, the constructor's default) if it may be left out.
 _ANY = (Kind("anything", lambda v: True), None)  # without effect on inference
 _KEYS = dict.fromkeys(("read_key", "write_key"), _ANY)
 _OPTIONAL_ENTRY = (optional(ENTRY), None)
@@ -37,7 +37,7 @@ _ABSENT = (exactly(None), None)
 
 
 def _table(module: str, classes: Mapping[str, Arguments]) -> dict[str, Arguments]:
-  """Returns {_target_: arguments} of classes, by the module that defines them and the packages that may export them."""
+  """Returns {_target_: arguments} of classes in a module, also under the packages that may export them."""
   scopes = itertools.accumulate(module.split("."), lambda a, b: f"{a}.{b}")
   return {f"{scope}.{name}": arguments for scope in scopes for name, arguments in classes.items()}
 
@@ -92,7 +92,7 @@ _TEXT_TRUNK = _table(
       self_attn_target=(ENTRY,),
       cross_attn_target=(ENTRY,),
       encoder_output_key=(TEXT,),
-      self_attn_mask_read_key=(TEXT,),  # of the text's padding; without it the text trunk would look at padding
+      self_attn_mask_read_key=(TEXT,),  # mask of the text's padding, without which the trunk attends to it
     )
   },
 )
@@ -106,7 +106,7 @@ _ATTENTION = dict(
   qk_norm=_OPTIONAL_ENTRY,
   attn_drop=_ANY,
   proj_drop=_ANY,
-  use_bias=_ANY,  # the trunk's holds
+  use_bias=_ANY,  # the trunk's has effect
 )
 _CAUSAL = _ATTENTION | dict(is_causal=(exactly(True), False))
 _EFFICIENT = {"EfficientAttention": _CAUSAL | dict(rope_pos_embed=_ABSENT)}
@@ -193,7 +193,7 @@ _TEXT_MLP = _table(
   },
 )
 
-# Entries of the file's section `generation`, ours, what is supported.
+# (field of the file's section `generation`, our field, what is supported)
 _SAMPLING = (
   ("cfg_factor", "guidance_scale", number(0, 1e6)),
   ("temperature", "temperature", number(1e-6, 1e6)),
@@ -203,145 +203,146 @@ _SAMPLING = (
 _PATH = "model.meta_model"
 _GENERATOR = f"{_PATH}.models.ar_image_model"
 _TEXT = f"{_PATH}.models.text_encoder"
-_MODELS_READ = ("ar_image_model", "text_encoder", "image_tokenizer")  # the last for its name alone
+_MODEL_NAMES = ("ar_image_model", "text_encoder", "image_tokenizer")  # the last is ignored
 
 
-def add_calls(facts: Facts, config: Mapping[str, Any], resolve: Callable[[Any], Any]):
-  """Adds what model.meta_model says, and the defaults of sampling in `generation`.
+def add_calls(settings: Settings, document: Mapping[str, Any], resolve: Callable[[Any], Any]):
+  """Adds the settings in model.meta_model, and the defaults of sampling in `generation`.
 
-  Other sections are about training and have no effect; nor has a muP base width in `optim`, which the authors' loader
-  does not read either, as the released weights hold the multiplier.
+  Other sections concern training and are ignored, also a muP base width in `optim`: the authors' loader does not read
+  it either, as the multiplier is part of the released weights.
 
   Args:
-    facts: where to add it.
-    config: plain data, the whole file.
+    settings: where to add them.
+    document: plain data, the whole file.
     resolve: resolves interpolations in a part of it.
 
   Raises:
-    ValueError: naming what is not supported, or contradicts what was said before.
+    ValueError: naming what is not supported, or contradicts settings that were added before.
   """
-  calls = config["model"].get("meta_model") if type(config["model"]) is dict else None
+  calls = document["model"].get("meta_model") if type(document["model"]) is dict else None
   if type(calls) is not dict:
     raise ValueError(f"{_PATH} is missing")
   models = read(calls, _PATH, _MODELS)["models"]
   for name in models:
-    if name not in _MODELS_READ:
-      raise ValueError(f"{_PATH}.models has {quote(name)}: only {', '.join(_MODELS_READ)} are supported")
+    if name not in _MODEL_NAMES:
+      raise ValueError(f"{_PATH}.models has {quote(name)}: only {', '.join(_MODEL_NAMES)} are supported")
   if "ar_image_model" not in models:
     raise ValueError(f"{_GENERATOR} is missing")
-  text = _add_text_encoder(facts, resolve(models["text_encoder"])) if "text_encoder" in models else None
-  _add_generator(facts, resolve(models["ar_image_model"]), text)
-  generation = config.get("generation")
+  text = _add_text_encoder(settings, resolve(models["text_encoder"])) if "text_encoder" in models else None
+  _add_generator(settings, resolve(models["ar_image_model"]), text)
+  generation = document.get("generation")
   for name, ours, kind in _SAMPLING if type(generation) is dict else ():
     value = resolve(generation.get(name))
     if value is not None:
       if not kind.accepts(value):
         raise ValueError(f"generation.{name} must be {kind.supported}, got {quote(value)}")
-      facts.add(ours, value, f"generation.{name}")
+      settings.add(ours, value, f"generation.{name}")
 
 
-def _say(facts: Facts, name: str, module: Module, argument: str, value: Any = None):
-  facts.add(name, module[argument] if value is None else value, f"{module.path}.{argument}")
+def _add(settings: Settings, name: str, module: Module, argument: str, value: Any = None):
+  """Adds the setting that a module's argument stands for; its value is that of the argument by default."""
+  settings.add(name, module[argument] if value is None else value, f"{module.path}.{argument}")
 
 
 def _read_factory(module: Module, argument: str, table: Mapping[str, Arguments]) -> Module:
-  """Reads an argument that is a class: with some arguments already (_partial_), or as hydra looks it up by its path."""
+  """Reads an argument that is a class: bound to some arguments (_partial_), or looked up by its path."""
   entry = module[argument]
   if entry.get("_target_") in tuple(GETTERS) and "path" in entry:
     entry = {"_target_": entry["path"], "_partial_": True}
   return read(entry, f"{module.path}.{argument}", table, partial=True)
 
 
-def _add_text_encoder(facts: Facts, entry: Any) -> Module:
-  """Returns the call of the T5 in it."""
+def _add_text_encoder(settings: Settings, entry: Any) -> Module:
+  """Adds the settings in the text encoder; returns its T5."""
   encoder = read(entry, _TEXT, _TEXT_ENCODER)
   t5 = read(encoder["t5_embedder"], f"{_TEXT}.t5_embedder", _T5)
   mlp = read(encoder["mlp"], f"{_TEXT}.mlp", _TEXT_MLP)
   features, width = ("in_features", "out_features") if mlp.name == "MLP" else ("text_dim", "embed_dim")
-  _say(facts, "text_dim", mlp, features)
-  _say(facts, "dim", mlp, width)
+  _add(settings, "text_dim", mlp, features)
+  _add(settings, "dim", mlp, width)
   if mlp["act_layer"]:
     activation = read_activation(mlp["act_layer"], f"{mlp.path}.act_layer")
     mlp.check(activation == "gelu_tanh", "act_layer", "a GELU with approximate: tanh")
   if t5["encoder_seqlen_max"]:
-    _say(facts, "text_len", t5, "encoder_seqlen_max")
-  if "text_encoder" not in facts:  # settings may name another place
-    _say(facts, "text_encoder", t5, "hf_hub_path")
+    _add(settings, "text_len", t5, "encoder_seqlen_max")
+  if "text_encoder" not in settings:  # the user may have given another source
+    _add(settings, "text_encoder", t5, "hf_hub_path")
   return t5
 
 
-def _add_generator(facts: Facts, entry: Any, text: Module | None):
+def _add_generator(settings: Settings, entry: Any, text: Module | None):
   model = read(entry, _GENERATOR, _MODEL)
   if model["postprocessor"]:
     read(model["postprocessor"], f"{_GENERATOR}.postprocessor", _IDENTITY)
   inputs = read(model["preprocessor"], f"{_GENERATOR}.preprocessor", _PREPROCESSOR)
-  _say(facts, "vocab", inputs, "codebook_size")
-  _say(facts, "dim", inputs, "embed_dim")
-  _say(facts, "num_tokens", inputs, "token_grid_size", math.prod(inputs["token_grid_size"]))
-  _say(facts, "num_classes", inputs, "num_classes")
-  _say(facts, "pos_embed", inputs, "pos_embed_type")
+  _add(settings, "vocab", inputs, "codebook_size")
+  _add(settings, "dim", inputs, "embed_dim")
+  _add(settings, "num_tokens", inputs, "token_grid_size", math.prod(inputs["token_grid_size"]))
+  _add(settings, "num_classes", inputs, "num_classes")
+  _add(settings, "pos_embed", inputs, "pos_embed_type")
 
   trunk = read(model["trunk"], f"{_GENERATOR}.trunk", _TEXT_TRUNK if text else _CLASS_TRUNK)
   part = lambda argument, table: _read_factory(trunk, argument, table)
-  facts.add("cross", text is not None, f"{trunk.path}._target_")
-  _say(facts, "dim", trunk, "embed_dim")
-  _say(facts, "depth", trunk, "num_blocks")
-  _say(facts, "proj_bias", trunk, "use_bias")
-  _say(facts, "mlp_bias", trunk, "use_bias")
+  settings.add("cross", text is not None, f"{trunk.path}._target_")
+  _add(settings, "dim", trunk, "embed_dim")
+  _add(settings, "depth", trunk, "num_blocks")
+  _add(settings, "proj_bias", trunk, "use_bias")
+  _add(settings, "mlp_bias", trunk, "use_bias")
   if trunk["block"]:
     part("block", _TEXT_BLOCK if text else _CLASS_BLOCK)
   norm = part("norm_layer", _NORMS)
-  _say(facts, "norm", trunk, "norm_layer", _norm_kind(norm))
-  _say(facts, "norm_eps", norm, "eps", float(norm["eps"]))
-  _add_ffn(facts, trunk, part("ffn_target", _FFNS))
+  _add(settings, "norm", trunk, "norm_layer", _norm_kind(norm))
+  _add(settings, "norm_eps", norm, "eps", float(norm["eps"]))
+  _add_ffn(settings, trunk, part("ffn_target", _FFNS))
   if text:
-    _add_attention(facts, part("self_attn_target", _SELF_ATTENTION))
+    _add_attention(settings, part("self_attn_target", _SELF_ATTENTION))
     cross = part("cross_attn_target", _CROSS_ATTENTION)
-    _say(facts, "dim", cross, "encoder_dim")
-    _add_attention(facts, cross)
+    _add(settings, "dim", cross, "encoder_dim")
+    _add_attention(settings, cross)
     for argument, key in (
       ("encoder_output_key", "text_embeddings_write_key"),
       ("self_attn_mask_read_key", "text_embeddings_mask_write_key"),
     ):
       trunk.check(trunk[argument] == text[key], argument, f"{quote(text[key])}, which is {text.path}.{key}")
   else:
-    _add_attention(facts, part("attn_target", _CLASS_ATTENTION))
+    _add_attention(settings, part("attn_target", _CLASS_ATTENTION))
 
   head = read(model["head"], f"{_GENERATOR}.head", _HEAD)
-  _say(facts, "dim", head, "in_features")
-  _say(facts, "vocab", head, "out_features")
-  _say(facts, "head_layernorm", head, "use_layernorm")
-  _say(facts, "head_bias", head, "use_bias")
+  _add(settings, "dim", head, "in_features")
+  _add(settings, "vocab", head, "out_features")
+  _add(settings, "head_layernorm", head, "use_layernorm")
+  _add(settings, "head_bias", head, "use_bias")
 
 
-def _add_ffn(facts: Facts, trunk: Module, ffn: Module):
+def _add_ffn(settings: Settings, trunk: Module, ffn: Module):
   gated = ffn.name == "SwiGLUFFN"
-  _say(facts, "ffn", trunk, "ffn_target", "swiglu" if gated else "mlp_gelu")
+  _add(settings, "ffn", trunk, "ffn_target", "swiglu" if gated else "mlp_gelu")
   if gated:
-    _say(facts, "ffn_multiple_of", ffn, "multiple_of")
-  elif trunk.name == "Transformer" and trunk["act_layer"]:  # the text trunk has the exact GELU whatever it says
+    _add(settings, "ffn_multiple_of", ffn, "multiple_of")
+  elif trunk.name == "Transformer" and trunk["act_layer"]:  # the text trunk always uses the exact GELU
     activation = read_activation(trunk["act_layer"], f"{trunk.path}.act_layer")
     trunk.check(activation == "gelu", "act_layer", "the exact GELU")
   if trunk["mlp_hidden_dim"]:
-    _say(facts, "mlp_ratio", trunk, "mlp_hidden_dim", trunk["mlp_hidden_dim"] / trunk["embed_dim"])
+    _add(settings, "mlp_ratio", trunk, "mlp_hidden_dim", trunk["mlp_hidden_dim"] / trunk["embed_dim"])
   else:
-    _say(facts, "mlp_ratio", trunk, "mlp_ratio")
+    _add(settings, "mlp_ratio", trunk, "mlp_ratio")
 
 
-def _add_attention(facts: Facts, attention: Module):
+def _add_attention(settings: Settings, attention: Module):
   heads, width = attention["num_heads"], attention["dim"]
-  _say(facts, "dim", attention, "dim")
-  _say(facts, "qkv_bias", attention, "qkv_bias")
+  _add(settings, "dim", attention, "dim")
+  _add(settings, "qkv_bias", attention, "qkv_bias")
   attention.check(width % heads == 0, "num_heads", f"a divisor of dim, {width}")
-  _say(facts, "head_dim", attention, "num_heads", attention.arguments.get("head_dim") or width // heads)
+  _add(settings, "head_dim", attention, "num_heads", attention.arguments.get("head_dim") or width // heads)
   if attention.arguments.get("num_kv_heads"):
     attention.check(attention["num_kv_heads"] == heads, "num_kv_heads", f"num_heads, {heads}")
   if not attention["qk_norm"]:
-    _say(facts, "qk_norm", attention, "qk_norm", "none")
+    _add(settings, "qk_norm", attention, "qk_norm", "none")
     return
   norm = _read_factory(attention, "qk_norm", _NORMS)
-  _say(facts, "qk_norm", attention, "qk_norm", _norm_kind(norm))
-  _say(facts, "qk_norm_eps", norm, "eps", float(norm["eps"]))
+  _add(settings, "qk_norm", attention, "qk_norm", _norm_kind(norm))
+  _add(settings, "qk_norm_eps", norm, "eps", float(norm["eps"]))
 
 
 def _norm_kind(norm: Module) -> str:

@@ -1,19 +1,19 @@
-"""The configuration of official tokenizers to our settings and back.
+"""Reads the configuration of official tokenizers.
 
-An official file describes a model as nested constructor calls, whose modules are wired by keys. We read it
-against a whitelist of classes and arguments (official_modules.py), follow the wiring (official_wiring.py) and take from
-it what our models can be told; whatever they cannot be told is refused by name. Modules that share a key without
-renaming it (positions, nested dropout and null condition of the registers) run in the authors' order.
+An official file describes a model as nested constructor calls, whose modules exchange values under keys. It is checked
+against a whitelist of classes and arguments (modules.py) and the keys are followed (wiring.py). Options that our models
+support are converted; the others are refused by name. Modules that share a key without renaming it (positions, nested
+dropout and null condition of the registers) run in the authors' order.
 """
 
 from collections.abc import Mapping
 import math
 from typing import Any
 
-from flextok_jax.core.literals import parse_json, parse_literals, plain, quote
-from flextok_jax.weights.official.diffusers import from_diffusers, to_diffusers
+from flextok_jax.core.literals import plain, quote
 from flextok_jax.weights.official.halves import read_decoder, read_encoder
 from flextok_jax.weights.official.modules import DTYPES, MODULES, TARGETS, Module, read
+from flextok_jax.weights.official.tokenizer_names import DEFAULT_ROLES
 from flextok_jax.weights.official.wiring import (
   CODES,
   DECODER,
@@ -27,69 +27,39 @@ from flextok_jax.weights.official.wiring import (
   follow,
   read_half,
 )
-from flextok_jax.weights.official.writer import mup_base_width as base_width_of
-from flextok_jax.weights.official.writer import write
-
-__all__ = [
-  "DEFAULT_ROLES",
-  "from_diffusers",
-  "from_official",
-  "parse_json",
-  "parse_literals",
-  "to_diffusers",
-  "to_official",
-]
 
 MAX_IDS = 2**31 - 1
-
-# Our module -> the module's full name in the files we write, which is the prefix of its tensors.
-DEFAULT_ROLES = {
-  "encoder/patch_embed": "encoder.module_dict.enc_patch_emb",
-  "encoder/positions": "encoder.module_dict.enc_patches_posemb_module",
-  "encoder/registers": "encoder.module_dict.enc_register_module",
-  "encoder/transformer": "encoder.module_dict.enc_transformer",
-  "encoder/head": "encoder.module_dict.enc_to_latents",
-  "decoder/code_embed": "decoder.module_dict.dec_from_latents",
-  "decoder/register_positions": "decoder.module_dict.dec_registers_posemb_module",
-  "decoder/nested_dropout": "decoder.module_dict.dec_nested_dropout",
-  "decoder/null_condition": "decoder.module_dict.dec_latent_dropout",
-  "decoder/patch_embed": "decoder.module_dict.dec_noise_patch_emb",
-  "decoder/positions": "decoder.module_dict.dec_patches_posemb_module",
-  "decoder/time_embed": "decoder.module_dict.dec_time_embedder",
-  "decoder/transformer": "decoder.module_dict.dec_transformer",
-  "decoder/head": "decoder.module_dict.dec_to_patches",
-}
 SAMPLER = dict(  # of the authors' demonstrations; not in their files
   num_steps=25, guidance="apg", guidance_scale=7.5, apg_momentum=-0.5, apg_eta=0.0, apg_threshold=2.5
 )
 
 
-def from_official(config: Mapping[str, Any], mup_base_width: int | None = None) -> tuple[dict, dict[str, str]]:
-  """Reads an official tokenizer's configuration.
+def from_official(official: Mapping[str, Any], mup_base_width: int | None = None) -> tuple[dict, dict[str, str]]:
+  """Converts an official tokenizer's configuration.
 
   Args:
-    config: plain data: what parse_literals made of a file's metadata or parse_json of a hub repository's config.json,
-      with or without the outermost _target_, or that under the single key "config".
+    official: plain data: literals.parse_literals of a file's metadata or literals.parse_json of a hub repository's
+      config.json, with or without the outermost _target_, or that under the single key "config".
     mup_base_width: width at which a muP readout's multiplier is 1. Only for models with use_mup_readout, whose files
-      do not tell it.
+      do not store it.
 
   Returns:
-    settings: nested dict of the fields of flextok_jax/config.py that describe a model, and vae.hub_id (text or None). The
-      VAE's sizes are not in the file; image_size is 0 (the VAE's downscale decides it); vae.scaling_factor is None
-      where the file leaves it to the VAE; max_grid is in patches a side.
-    roles: our module -> full name of the official one, as DEFAULT_ROLES.
+    settings: nested dict of the fields of flextok_jax/config.py that describe a model, and vae.hub_id (text or None).
+      The VAE's sizes are not in the file; image_size is 0 (it depends on the VAE's downscaling); vae.scaling_factor is
+      None if the file leaves it to the VAE; max_grid is a side in patches.
+    roles: our module -> full name of the official one, as in DEFAULT_ROLES.
 
   Raises:
     ValueError: one line with the entry's path, its value and what is supported.
   """
   if mup_base_width is not None and (type(mup_base_width) is not int or mup_base_width < 1):
     raise ValueError(f"mup_base_width must be a whole number of at least 1, got {quote(mup_base_width)}")
-  config = plain(config, "")
-  if type(config) is dict and set(config) == {"config"}:
-    config = config["config"]
-  if type(config) is not dict:
-    raise ValueError(f"an official configuration must be a dictionary, got {quote(config)}")
-  top = read({"_target_": TARGETS["FlexTok"], **config}, "", {k: v for k, v in MODULES.items() if ".FlexTok" in k})
+  official = plain(official, "")
+  if type(official) is dict and set(official) == {"config"}:
+    official = official["config"]
+  if type(official) is not dict:
+    raise ValueError(f"an official configuration must be a dictionary, got {quote(official)}")
+  top = read({"_target_": TARGETS["FlexTok"], **official}, "", {k: v for k, v in MODULES.items() if ".FlexTok" in k})
   vae, fsq, noise, pipeline = (
     read(top[section], section, {TARGETS[name]: MODULES[TARGETS[name]]}, partial=name == "MinRFPipeline")
     for section, name in (
@@ -102,12 +72,12 @@ def from_official(config: Mapping[str, Any], mup_base_width: int | None = None) 
   encoder = read_half(top["encoder"], "encoder", ENCODER)
   decoder = read_half(top["decoder"], "decoder", DECODER)
   _check_wiring(vae, encoder, fsq, noise, pipeline, decoder)
-  # The VAE of a hub repository has the channels it has, whatever latent_channels says.
+  # latent_channels is ignored if the VAE comes from a hub repository.
   patches = encoder["patch_embed"]
   channels = patches["channels_in"] if vae["hf_hub_path"] else vae["latent_channels"]
   _check_channels(channels, encoder, fsq, pipeline, decoder)
 
-  registers, dropout, null = encoder["registers"], decoder["nested_dropout"], decoder["null_condition"]
+  registers = encoder["registers"]
   scaling_factor = vae["scaling_factor"]
   settings = dict(
     stage="tokenizer",
@@ -129,9 +99,9 @@ def from_official(config: Mapping[str, Any], mup_base_width: int | None = None) 
     tokens=dict(
       num_registers=registers["n_max"],
       levels=tuple(fsq["levels"]),
-      nested_dropout=dropout["size_sampling_mode"],
+      nested_dropout=decoder["nested_dropout"]["size_sampling_mode"],
       saturation_weight=0.0,
-      null_prob=float(null["dropout_prob"]),
+      null_prob=float(decoder["null_condition"]["dropout_prob"]),
     ),
     flow=dict(t_sampling=_t_sampling(noise), mode_scale=float(noise["mode_scale"]), t_shift=1.0),
     sampler=dict(SAMPLER),
@@ -139,29 +109,6 @@ def from_official(config: Mapping[str, Any], mup_base_width: int | None = None) 
   halves = dict(encoder=encoder, decoder=decoder)
   roles = {role: halves[role.split("/")[0]][role.split("/")[1]].path for role in DEFAULT_ROLES}
   return settings, roles
-
-
-def to_official(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Writes an official tokenizer's configuration, with the module names of DEFAULT_ROLES in the authors' order.
-
-  What concerns only training or sampling has no place there (flow.t_shift, tokens.saturation_weight, sampler, dtype).
-  Arguments at their constructor's default are left out, but for those that the authors write. A readout_multiplier
-  other than 1 becomes use_mup_readout=True, without the base width, which is readout_multiplier * width. The newest
-  official code refuses the classes of activations other than SiLU.
-
-  Args:
-    config: a ConfigDict (or nested dict) with the fields of flextok_jax/config.py. max_grid 0 becomes that of image_size.
-
-  Returns:
-    plain data that from_official reads as the same settings: the str() of each top-level value belongs in a safetensors
-    header; JSON, without the top-level _target_, in a hub repository.
-
-  Raises:
-    ValueError: what the format has no words for, naming the field; sizes that no model can have.
-  """
-  official = write(config)
-  from_official(official, mup_base_width=base_width_of(config))
-  return official
 
 
 def _check_wiring(vae: Module, encoder: dict, fsq: Module, noise: Module, pipeline: Module, decoder: dict[str, Module]):
@@ -180,7 +127,7 @@ def _check_wiring(vae: Module, encoder: dict, fsq: Module, noise: Module, pipeli
   same(vae, "vae_latents_read_key", pipeline["reconst_write_key"])
   same(noise, "clean_images_read_key", vae["vae_latents_write_key"])
   same(noise, "noised_images_write_key", pipeline["noised_images_read_key"])
-  if noise["sigmas_write_key"] != pipeline["timesteps_read_key"]:  # it writes the times under both keys
+  if noise["sigmas_write_key"] != pipeline["timesteps_read_key"]:  # the times are under both keys
     same(noise, "timesteps_write_key", pipeline["timesteps_read_key"])
 
 

@@ -1,4 +1,4 @@
-"""An official tokenizer's configuration from our settings, named and ordered as the authors' code does it."""
+"""Writes the configuration of an official tokenizer, with the names and order of the authors' code."""
 
 from collections.abc import Mapping
 import functools
@@ -7,6 +7,7 @@ from typing import Any
 
 from flextok_jax.core.literals import quote
 from flextok_jax.weights.official.modules import MODULES, TARGETS
+from flextok_jax.weights.official.tokenizer import from_official
 
 _ACTIVATIONS = {
   "silu": {"_target_": "torch.nn.SiLU", "_partial_": True},
@@ -22,8 +23,33 @@ _T_SAMPLING = {  # (ln, stratisfied)
 }
 
 
-def field(config: Mapping[str, Any], name: str) -> Any:
-  """Returns the field with a dotted name; ValueError if there is none."""
+def to_official(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns an official tokenizer's configuration, with the module names of DEFAULT_ROLES in the authors' order.
+
+  Fields that affect only training or sampling (flow.t_shift, tokens.saturation_weight, sampler, dtype) are left out.
+  Arguments at their constructor's default are left out unless the authors write them. A readout_multiplier other than 1
+  becomes use_mup_readout=True, without the base width, which is readout_multiplier * width. The newest official code
+  refuses the classes of activations other than SiLU.
+
+  Args:
+    config: a ConfigDict (or nested dict) of stage "tokenizer". max_grid 0 becomes that of image_size.
+
+  Returns:
+    plain data that from_official reads as the same settings: the str() of each top-level value belongs in a safetensors
+    header; JSON, without the top-level _target_, in a hub repository.
+
+  Raises:
+    ValueError: the format does not support a value, or no model can have it; the line names the field.
+  """
+  official = _flextok(config)
+  multipliers = {half: _field(config, f"{half}.readout_multiplier") for half in ("encoder", "decoder")}
+  widths = {half: _field(config, f"{half}.width") for half in multipliers}
+  from_official(official, mup_base_width=_mup_base_width(multipliers, widths))
+  return official
+
+
+def _field(config: Mapping[str, Any], name: str) -> Any:
+  """Returns the field with a dotted name; raises ValueError if there is none."""
   value = config
   for part in name.split("."):
     try:
@@ -33,38 +59,36 @@ def field(config: Mapping[str, Any], name: str) -> Any:
   return value
 
 
-def mup_base_width(config: Mapping[str, Any]) -> int | None:
-  """Returns the base width that both readout multipliers come from, or None where they are 1.
+def _mup_base_width(multipliers: Mapping[str, float], widths: Mapping[str, int]) -> int | None:
+  """Returns the base width of muP for the readout multipliers of both halves, or None if they are 1.
 
   Raises:
     ValueError: there is no such whole number.
   """
   bases = {}
-  for half in ("encoder", "decoder"):
-    multiplier, width = field(config, f"{half}.readout_multiplier"), field(config, f"{half}.width")
+  for half, multiplier in multipliers.items():
     if multiplier != 1:
-      base = round(multiplier * width)
-      if base < 1 or not math.isclose(base, multiplier * width, rel_tol=1e-6):
+      base = round(multiplier * widths[half])
+      if base < 1 or not math.isclose(base, multiplier * widths[half], rel_tol=1e-6):
         raise ValueError(
-          f"{half}.readout_multiplier must be a whole base width divided by width {width} to be written as an official "
-          f"configuration, got {multiplier}"
+          f"{half}.readout_multiplier must be a whole base width divided by width {widths[half]} to be written as an "
+          f"official configuration, got {multiplier}"
         )
       bases[half] = base
   if len(set(bases.values())) > 1:
     raise ValueError(
-      "encoder.readout_multiplier and decoder.readout_multiplier stand for different base widths of muP "
+      "encoder.readout_multiplier and decoder.readout_multiplier imply different base widths of muP "
       f"({bases['encoder']}, {bases['decoder']}); an official configuration has one"
     )
   return next(iter(bases.values()), None)
 
 
-def write(config: Mapping[str, Any]) -> dict[str, Any]:
-  """See official_config.to_official."""
-  get = functools.partial(field, config)
+def _flextok(config: Mapping[str, Any]) -> dict[str, Any]:
+  get = functools.partial(_field, config)
   for name, value in (("stage", "tokenizer"), ("vae.kind", "autoencoder_kl")):
     if get(name) != value:
       raise ValueError(f"{name} must be {value!r} to be written as an official configuration, got {get(name)!r}")
-  ln, stratified = _choose(config, "flow.t_sampling", _T_SAMPLING)
+  ln, stratified = _choose("flow.t_sampling", get("flow.t_sampling"), _T_SAMPLING)
   return _module(
     "FlexTok",
     vae=_module(
@@ -77,9 +101,11 @@ def write(config: Mapping[str, Any]) -> dict[str, Any]:
       scaling_factor=get("vae.scaling_factor"),
       sample_posterior=get("vae.sample_posterior"),
       frozen=True,
-      **_beyond(
+      **_non_default(
         "StableDiffusionVAE",
-        dtype_override=_choose(config, "vae.dtype", {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}),
+        dtype_override=_choose(
+          "vae.dtype", get("vae.dtype"), {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+        ),
       ),
     ),
     encoder=_module("SequentialModuleDictWrapper", module_dict=_encoder(config)),
@@ -119,14 +145,13 @@ def _module(name: str, **arguments: Any) -> dict[str, Any]:
   return {"_target_": TARGETS[name], **arguments}
 
 
-def _beyond(name: str, **arguments: Any) -> dict[str, Any]:
+def _non_default(name: str, **arguments: Any) -> dict[str, Any]:
   """Returns the arguments that differ from the constructor's defaults."""
   return {k: v for k, v in arguments.items() if v != MODULES[TARGETS[name]][k][1]}
 
 
-def _choose(config: Mapping[str, Any], name: str, choices: Mapping[str, Any]) -> Any:
-  """Returns what a field's value stands for."""
-  value = field(config, name)
+def _choose(name: str, value: Any, choices: Mapping[str, Any]) -> Any:
+  """Returns the choice that a field's value names."""
   if not isinstance(value, str) or value not in choices:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {quote(value)}")
   return choices[value]
@@ -137,87 +162,96 @@ def _per_sample(read_key: str, write_key: str, order: str) -> dict[str, Any]:
   return _module("PerSampleOp", read_key=read_key, write_key=write_key, per_sample_op=operation)
 
 
-def _patches(config: Mapping[str, Any], half: str, latents: str) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns the patch embedding and the positions of a half that reads `latents`."""
-  get = lambda name: field(config, f"{half}.{name}")
+def _shared(
+  config: Mapping[str, Any],
+  half: str,
+  latents_key: str,
+  registers_key: str,
+  packer: Mapping[str, Any],
+  transformer: Mapping[str, Any],
+) -> tuple[dict[str, Any], ...]:
+  """Returns the modules that encoder and decoder share: patch embedding, positions, packer, transformer, unpacker.
+
+  Args:
+    config: of the tokenizer.
+    half: "encoder" or "decoder".
+    latents_key: of the latents that become patches.
+    registers_key: of the registers that follow the patches.
+    packer: further arguments of the packer.
+    transformer: further arguments of the transformer.
+  """
+  get = lambda name: _field(config, f"{half}.{name}")
   prefix = half[:3]
   grid = get("max_grid")
   if not grid:
-    downscale = 2 ** (len(field(config, "vae.block_out_channels")) - 1)
-    grid = field(config, "image_size") // downscale // get("patch_size")
-  embed = _module(
-    "PatchEmbedder",
-    input_tensor_list_read_key=latents,
-    patches_list_write_key=f"{prefix}_patches",
-    n_patches_write_key=f"{prefix}_n_patches",
-    patch_sizes=[get("patch_size")] * 2,
-    channels_in=field(config, "vae.latent_channels"),
-    dim=get("width"),
-    flatten_patches=False,
-  )
-  positions = _module(
-    "PositionalEmbeddingAdder",
-    read_key=f"{prefix}_patches",
-    write_key=f"{prefix}_patches",
-    dim=get("width"),
-    max_sizes=[grid, grid],
-    posemb_type=get("posemb"),
-    posemb_scaling=get("posemb_scaling"),
-  )
-  return embed, positions
-
-
-def _trunk(
-  config: Mapping[str, Any], half: str, registers: str, packer: Mapping[str, Any], transformer: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-  """Returns packer, transformer and unpacker of a half, with further arguments of packer and transformer."""
-  get = lambda name: field(config, f"{half}.{name}")
-  prefix = half[:3]
-  packer = _module(
-    "BlockWiseSequencePacker",
-    input_list_read_keys=[f"{prefix}_patches", registers],
-    packed_seq_write_key=f"{prefix}_packed_seq",
-    block_mask_write_key=f"{prefix}_sa_block_mask",
-    inner_packed_shapes_write_key=f"{prefix}_ps_inner",
-    outer_packed_shapes_write_key=f"{prefix}_ps_outer",
-    pad_to_multiple=128,
-    **packer,
-  )
-  transformer = _module(
-    "FlexTransformer",
-    input_seq_read_key=f"{prefix}_packed_seq",
-    output_seq_write_key=f"{prefix}_packed_seq",
-    dim=get("width"),
-    depth=get("depth"),
-    head_dim=get("head_dim"),
-    block_mask_read_key=f"{prefix}_sa_block_mask",
-    **transformer,
-    **_beyond(
+    downscale = 2 ** (len(_field(config, "vae.block_out_channels")) - 1)
+    grid = _field(config, "image_size") // downscale // get("patch_size")
+  return (
+    _module(
+      "PatchEmbedder",
+      input_tensor_list_read_key=latents_key,
+      patches_list_write_key=f"{prefix}_patches",
+      n_patches_write_key=f"{prefix}_n_patches",
+      patch_sizes=[get("patch_size")] * 2,
+      channels_in=_field(config, "vae.latent_channels"),
+      dim=get("width"),
+      flatten_patches=False,
+    ),
+    _module(
+      "PositionalEmbeddingAdder",
+      read_key=f"{prefix}_patches",
+      write_key=f"{prefix}_patches",
+      dim=get("width"),
+      max_sizes=[grid, grid],
+      posemb_type=get("posemb"),
+      posemb_scaling=get("posemb_scaling"),
+    ),
+    _module(
+      "BlockWiseSequencePacker",
+      input_list_read_keys=[f"{prefix}_patches", registers_key],
+      packed_seq_write_key=f"{prefix}_packed_seq",
+      block_mask_write_key=f"{prefix}_sa_block_mask",
+      inner_packed_shapes_write_key=f"{prefix}_ps_inner",
+      outer_packed_shapes_write_key=f"{prefix}_ps_outer",
+      pad_to_multiple=128,
+      **packer,
+    ),
+    _module(
       "FlexTransformer",
-      mlp_ratio=get("mlp_ratio"),
-      qkv_bias=get("qkv_bias"),
-      proj_bias=get("out_bias"),
-      mlp_bias=get("mlp_bias"),
-      act_layer=_choose(config, f"{half}.activation", _ACTIVATIONS),
-      gated_mlp=get("gated_mlp"),
-      qk_norm=get("qk_norm"),
+      input_seq_read_key=f"{prefix}_packed_seq",
+      output_seq_write_key=f"{prefix}_packed_seq",
+      dim=get("width"),
+      depth=get("depth"),
+      head_dim=get("head_dim"),
+      block_mask_read_key=f"{prefix}_sa_block_mask",
+      **transformer,
+      **_non_default(
+        "FlexTransformer",
+        mlp_ratio=get("mlp_ratio"),
+        qkv_bias=get("qkv_bias"),
+        proj_bias=get("out_bias"),
+        mlp_bias=get("mlp_bias"),
+        act_layer=_choose(f"{half}.activation", get("activation"), _ACTIVATIONS),
+        gated_mlp=get("gated_mlp"),
+        qk_norm=get("qk_norm"),
+      ),
+    ),
+    _module(
+      "SequenceUnpacker",
+      packed_seq_read_key=f"{prefix}_packed_seq",
+      inner_seq_write_keys=[f"{prefix}_patches", f"{prefix}_registers"],
+      inner_packed_shapes_read_key=f"{prefix}_ps_inner",
+      outer_packed_shapes_read_key=f"{prefix}_ps_outer",
     ),
   )
-  unpacker = _module(
-    "SequenceUnpacker",
-    packed_seq_read_key=f"{prefix}_packed_seq",
-    inner_seq_write_keys=[f"{prefix}_patches", f"{prefix}_registers"],
-    inner_packed_shapes_read_key=f"{prefix}_ps_inner",
-    outer_packed_shapes_read_key=f"{prefix}_ps_outer",
-  )
-  return packer, transformer, unpacker
 
 
 def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
-  get = lambda name: field(config, f"encoder.{name}")
-  number = field(config, "tokens.num_registers")
-  embed, positions = _patches(config, "encoder", "vae_latents_channels_last")
-  packer, transformer, unpacker = _trunk(config, "encoder", "enc_registers", dict(mask_mode="causal_last"), {})
+  get = lambda name: _field(config, f"encoder.{name}")
+  number = _field(config, "tokens.num_registers")
+  embed, positions, packer, transformer, unpacker = _shared(
+    config, "encoder", "vae_latents_channels_last", "enc_registers", dict(mask_mode="causal_last"), {}
+  )
   return dict(
     enc_channels_to_last=_per_sample("vae_latents", "vae_latents_channels_last", "first_to_last"),
     enc_patch_emb=embed,
@@ -241,27 +275,29 @@ def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
       read_key="enc_registers",
       write_key="enc_latents",
       dim=get("width"),
-      dim_out=len(field(config, "tokens.levels")),
+      dim_out=len(_field(config, "tokens.levels")),
       use_mup_readout=get("readout_multiplier") != 1,
-      **_beyond("LinearHead", proj_bias=get("head_bias")),
+      **_non_default("LinearHead", proj_bias=get("head_bias")),
     ),
   )
 
 
 def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
-  get = lambda name: field(config, f"decoder.{name}")
+  get = lambda name: _field(config, f"decoder.{name}")
   width = get("width")
-  per_segment = _choose(config, "decoder.modulation", {"per_segment": True, "shared": False})
-  null = _choose(config, "decoder.null_condition", {"learned": False, "single": True, "zero": None})
+  per_segment = _choose("decoder.modulation", get("modulation"), {"per_segment": True, "shared": False})
+  single_null_token = _choose(
+    "decoder.null_condition", get("null_condition"), {"learned": False, "single": True, "zero": None}
+  )
   null_module = dict(
     read_write_key="dec_quants",
     eval_drop_flag_read_key="eval_dropout_mask",
-    dropout_prob=field(config, "tokens.null_prob"),
+    dropout_prob=_field(config, "tokens.null_prob"),
   )
-  embed, positions = _patches(config, "decoder", "vae_latents_noised_channels_last")
-  packer, transformer, unpacker = _trunk(
+  embed, positions, packer, transformer, unpacker = _shared(
     config,
     "decoder",
+    "vae_latents_noised_channels_last",
     "dec_quants",
     dict(mask_mode="full", emb_packing_fn_write_key="dec_emb_packing_fn", per_subseq_embs=per_segment),
     dict(
@@ -275,16 +311,16 @@ def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
       "LinearLayer",
       read_key="quants",
       write_key="dec_quants",
-      dim_in=len(field(config, "tokens.levels")),
+      dim_in=len(_field(config, "tokens.levels")),
       dim=width,
-      **_beyond("LinearLayer", proj_bias=get("code_bias")),
+      **_non_default("LinearLayer", proj_bias=get("code_bias")),
     ),
     dec_registers_posemb_module=_module(
       "PositionalEmbeddingAdder",
       read_key="dec_quants",
       write_key="dec_quants",
       dim=width,
-      max_sizes=[field(config, "tokens.num_registers")],
+      max_sizes=[_field(config, "tokens.num_registers")],
       posemb_type="learnable_sum",
       posemb_scaling="absolute",
     ),
@@ -294,11 +330,11 @@ def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
       dim=width,
       eval_keep_k_read_key="eval_keep_k",
       train_keep_k_write_key="train_keep_k",
-      size_sampling_mode=field(config, "tokens.nested_dropout"),
+      size_sampling_mode=_field(config, "tokens.nested_dropout"),
     ),
     dec_latent_dropout=_module("ZeroNullCond", **null_module)
-    if null is None
-    else _module("LearnedNullCond", **null_module, dim=width, replace_with_single_token=null),
+    if single_null_token is None
+    else _module("LearnedNullCond", **null_module, dim=width, replace_with_single_token=single_null_token),
     dec_noise_channels_to_last=_per_sample("vae_latents_noised", "vae_latents_noised_channels_last", "first_to_last"),
     dec_noise_patch_emb=embed,
     dec_patches_posemb_module=positions,
@@ -318,11 +354,11 @@ def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
       read_key="dec_patches",
       write_key="vae_latents_reconst_channels_last",
       dim=width,
-      channels_out=field(config, "vae.latent_channels"),
+      channels_out=_field(config, "vae.latent_channels"),
       patch_sizes=[get("patch_size")] * 2,
       use_mup_readout=get("readout_multiplier") != 1,
       **(dict(adaLN_emb_read_key="dec_temb") if get("head_modulation") else {}),
-      **_beyond("ToPatchesLinearHead", adaLN_bias=get("head_modulation_bias"), proj_bias=get("head_bias")),
+      **_non_default("ToPatchesLinearHead", adaLN_bias=get("head_modulation_bias"), proj_bias=get("head_bias")),
     ),
     dec_channels_to_first=_per_sample("vae_latents_reconst_channels_last", "vae_latents_reconst", "last_to_first"),
   )

@@ -1,1 +1,1 @@
-"""Weights of the networks of others."""
+"""Weights of perception networks: those of metrics, REPA's teacher and the text encoder."""

@@ -4,19 +4,16 @@ from collections.abc import Mapping
 import dataclasses
 import os
 
-from flax.core.meta import unbox
-from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 
 from flextok_jax.core import hub, literals
 from flextok_jax.models.perception.clip import CLIP
 from flextok_jax.weights.folder import Folder
-from flextok_jax.weights.names import Entry
-from flextok_jax.weights.perception import files as network_files
-from flextok_jax.weights.perception import vit
+from flextok_jax.weights.layout import Entry, Shape, shapes_of
+from flextok_jax.weights.perception import files, vit
 
-_TOWER = {  # what a config.json leaves out
+_TOWER = {  # defaults of config.json
   "num_hidden_layers": 12,
   "hidden_act": "quick_gelu",
   "layer_norm_eps": 1e-5,
@@ -36,7 +33,7 @@ _TEXT = _TOWER | {
   "max_position_embeddings": 77,
 }
 _BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")  # whole numbers
-_SINGLE = {  # ours: (Hugging Face's name, layout)
+_SINGLE = {  # our array: (Hugging Face's name, layout)
   "image_projection/kernel": ("visual_projection.weight", "i o -> o i"),
   "text_projection/kernel": ("text_projection.weight", "i o -> o i"),
   "text_tower/embedding": ("text_model.embeddings.token_embedding.weight", "v d -> v d"),
@@ -53,10 +50,10 @@ def load_clip(source: str | os.PathLike) -> tuple[dict, dict]:
     source: a folder in Hugging Face's format, or a repository of the hub, of a CLIPModel.
 
   Returns:
-    (sizes, params): the fields of models/perception/clip.py's CLIP, dtype and attention aside, and its parameters, float32.
+    (sizes, params): the fields of CLIP other than dtype and attention, and its float32 parameters.
 
   Raises:
-    FileNotFoundError: nothing there, or weights only in a format that we do not read.
+    FileNotFoundError: the source does not exist, or its weights only in a format that is not supported.
     ValueError: a damaged, foreign or unsupported file; the line names what is wrong.
   """
   folder = Folder(source, "CLIP model", "openai/clip-vit-base-patch32")
@@ -64,30 +61,29 @@ def load_clip(source: str | os.PathLike) -> tuple[dict, dict]:
   side = sizes["image"]["grid"] * sizes["image"]["patch_size"]
   inputs = jnp.zeros((1, side, side, 3)), jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
   abstract = jax.eval_shape(CLIP(**sizes).init, jax.random.key(0), *inputs)["params"]
-  shapes = {path: x.shape for path, x in flatten_dict(unbox(abstract), sep="/").items()}
-  tensors = folder.arrays(ignored=_BUFFERS)
-  return sizes, network_files.fill(folder.name, tensors, entries(shapes), ("logit_scale",))
+  tensors = folder.tensors(ignored=_BUFFERS)
+  return sizes, files.fill(folder.name, tensors, entries(shapes_of(abstract)), ("logit_scale",))
 
 
-def entries(shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
-  """Returns where the arrays of a CLIP, {path: shape}, stand among Hugging Face's tensors."""
+def entries(shapes: Mapping[str, Shape]) -> list[Entry]:
+  """Returns the entries of CLIP's parameters, {path: shape}, with Hugging Face's names."""
   inside = lambda tower: {path.removeprefix(tower): x for path, x in shapes.items() if path.startswith(tower)}
   found = [
     dataclasses.replace(e, path=f"image_tower/{e.path}")
     for e in vit.entries(inside("image_tower/"), "clip", "vision_model.")
   ]
   for path, shape in inside("text_tower/blocks/").items():
-    e = vit.block_entry(f"blocks/{path}", shape, vit.NAMES["clip"], "text_model.", False)
+    e = vit.vit_block_entry(f"blocks/{path}", shape, vit.NAMES["clip"], "text_model.", False)
     found.append(dataclasses.replace(e, path=f"text_tower/blocks/{path}"))
   return found + [Entry(path, shapes[path], (name,), layout) for path, (name, layout) in _SINGLE.items()]
 
 
 def _sizes(folder: Folder) -> dict:
   path = folder.find(hub.CONFIG)
-  config = folder.read_json(path)
-  if config.get("model_type") != "clip":
-    raise ValueError(f"{path}: model_type is {literals.quote(config.get('model_type'))}, only 'clip' is read")
-  image, text = _section(path, config, "vision_config", _IMAGE), _section(path, config, "text_config", _TEXT)
+  fields = folder.read_json(path)
+  if fields.get("model_type") != "clip":
+    raise ValueError(f"{path}: model_type is {literals.quote(fields.get('model_type'))}, only 'clip' is supported")
+  image, text = _section(path, fields, "vision_config", _IMAGE), _section(path, fields, "text_config", _TEXT)
   hidden = lambda section: dict(mlp_hidden=vit.whole(path, section, "intermediate_size", 2**20))
   return dict(
     image=dict(patch_bias=False, pre_norm=True)
@@ -100,13 +96,13 @@ def _sizes(folder: Folder) -> dict:
     )
     | vit.common_sizes(path, text)
     | hidden(text),
-    features=vit.whole(path, {"projection_dim": 512} | config, "projection_dim", 2**16),
+    features=vit.whole(path, {"projection_dim": 512} | fields, "projection_dim", 2**16),
   )
 
 
-def _section(path: str, config: Mapping, name: str, defaults: Mapping) -> dict:
-  """Returns a tower's part of a config.json; where it stands twice, as in old ones, transformers trusts the second."""
-  first, second = config.get(name) or {}, config.get(f"{name}_dict")
+def _section(path: str, fields: Mapping, name: str, defaults: Mapping) -> dict:
+  """Returns a tower's fields; of the two sections in an old config.json the second counts, as in transformers."""
+  first, second = fields.get(name) or {}, fields.get(f"{name}_dict")
   for part in (first, second or {}):
     if not isinstance(part, dict):
       raise ValueError(f"{path}: {name} must be an object, got {literals.quote(part)}")

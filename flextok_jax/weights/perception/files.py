@@ -1,4 +1,4 @@
-"""Weights of the networks that evaluation looks through: local .safetensors and .npz files; nothing is unpickled."""
+"""Weights of perception networks in local .safetensors and .npz files. Nothing is unpickled."""
 
 from collections.abc import Iterable, Mapping
 import os
@@ -8,11 +8,11 @@ from flax.traverse_util import unflatten_dict
 import numpy as np
 
 from flextok_jax.core import tensor_file
-from flextok_jax.weights.names import Entry
+from flextok_jax.weights.layout import Entry
 
 
 def read(path: str | os.PathLike, ignored: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-  """Returns the tensors of a file as float32, those aside whose names begin with one of `ignored`.
+  """Returns the tensors of a file as float32, without those whose names begin with one of `ignored`.
 
   Raises:
     FileNotFoundError: no such file.
@@ -26,7 +26,7 @@ def read(path: str | os.PathLike, ignored: tuple[str, ...] = ()) -> dict[str, np
     return {name: file.read(name).astype(np.float32) for name in file.shapes}
   if not path.endswith(".npz"):
     raise ValueError(
-      f"{path} is neither .safetensors nor .npz: write PyTorch's files anew by "
+      f"{path} is neither .safetensors nor .npz: convert PyTorch's files by "
       "python -m flextok_jax.convert_torch SOURCE TARGET.safetensors"
     )
   try:
@@ -43,26 +43,26 @@ def read(path: str | os.PathLike, ignored: tuple[str, ...] = ()) -> dict[str, np
 def fill(
   path: str | os.PathLike, tensors: Mapping[str, np.ndarray], entries: Iterable[Entry], allowed: Iterable[str] = ()
 ) -> dict:
-  """Returns the parameters that the entries describe, nested, float32.
+  """Makes the nested float32 parameters that the entries describe.
 
   Args:
     path: of the file, for errors.
-    tensors: by their official names.
-    entries: our arrays and where they stand among the tensors.
-    allowed: names of tensors that may be there without use.
+    tensors: {official name: tensor}.
+    entries: of the parameters.
+    allowed: names of tensors that are ignored.
 
   Raises:
     ValueError: a tensor is missing, left over or of another shape.
   """
-  entries = list(entries)
-  tensor_file.check_names(os.fspath(path), tensors, (name for e in entries for name in e.names), allowed)
-  flat = {}
-  for e in entries:
-    for i, name in enumerate(e.names):
+  path, entries = os.fspath(path), list(entries)
+  tensor_file.check_names(path, tensors, (name for e in entries for name in e.names), allowed)
+
+  def make(e: Entry) -> np.ndarray:
+    def read(name: str) -> np.ndarray:
       tensor = tensors[name]
-      if tensor.shape != e.official_shape:
-        raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, not {list(e.official_shape)}")
-      if i == 0:  # not before: a foreign configuration may ask for more memory than there is
-        flat[e.path] = np.empty(e.shape, np.float32)
-      e.from_official(tensor, flat[e.path], i)
-  return unflatten_dict(flat, sep="/")
+      e.check_shape(path, name, tensor.shape)
+      return tensor
+
+    return e.from_official(read, np.dtype(np.float32))
+
+  return unflatten_dict({e.path: make(e) for e in entries}, sep="/")

@@ -1,4 +1,4 @@
-"""Weights of the FID's InceptionV3 from local files, in the names of pytorch-fid and torch-fidelity."""
+"""Weights of the FID's InceptionV3 from local files with the names of pytorch-fid and torch-fidelity."""
 
 from collections.abc import Mapping
 import os
@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.models.perception import inception
-from flextok_jax.weights.names import Entry
-from flextok_jax.weights.perception import files as network_files
+from flextok_jax.weights.layout import Entry, shapes_of
+from flextok_jax.weights.perception import files
 
 _NORM = ("weight", "bias", "running_mean", "running_var")  # of a BatchNorm
 _EPSILON = 1e-3
 
 
 def load_inception(path: str | os.PathLike) -> dict:
-  """Loads the parameters of models/perception/inception.py's FIDInception, float32, BatchNorms folded into the convolutions.
+  """Loads the float32 parameters of FIDInception, with BatchNorms folded into the convolutions.
 
   Args:
     path: a .safetensors or .npz file with the tensors of pt_inception-2015-12-05-6726825d.pth (of pytorch-fid; the
-      same tensors as torch-fidelity's weights-inception-2015-12-05-6726825d.pth), written anew by
+      same tensors as torch-fidelity's weights-inception-2015-12-05-6726825d.pth), converted by
       python -m flextok_jax.convert_torch.
 
   Raises:
@@ -29,11 +29,11 @@ def load_inception(path: str | os.PathLike) -> dict:
     ValueError: a damaged or foreign file; the line names what is wrong.
   """
   counts = tuple(f"{name}.bn.num_batches_tracked" for name in _modules(parameter_shapes()).values())  # whole numbers
-  return from_official(path, network_files.read(path, counts))
+  return from_official(path, files.read(path, counts))
 
 
 def from_official(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> dict:
-  """Returns the same of tensors by their official names; `path` is for errors."""
+  """Returns the parameters made of {official name: tensor}; `path` is for errors."""
   shapes = parameter_shapes()
   modules = _modules(shapes)
   entries = [Entry("fc/kernel", shapes["fc/kernel"], ("fc.weight",), "i o -> o i")]
@@ -42,7 +42,7 @@ def from_official(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) ->
       Entry(f"{module}/kernel", shapes[f"{module}/kernel"], (f"{name}.conv.weight",), "h w i o -> o i h w")
     )
     entries += [Entry(f"{module}/{kind}", shapes[f"{module}/bias"], (f"{name}.bn.{kind}",), "o -> o") for kind in _NORM]
-  found = flatten_dict(network_files.fill(path, tensors, entries, allowed=["fc.bias"]), sep="/")
+  found = flatten_dict(files.fill(path, tensors, entries, allowed=["fc.bias"]), sep="/")
   params = {"fc/kernel": found["fc/kernel"]}
   for module in modules:
     weight, bias, mean, variance = (found[f"{module}/{kind}"].astype(np.float64) for kind in _NORM)
@@ -61,5 +61,4 @@ def _modules(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
 def parameter_shapes() -> dict[str, tuple[int, ...]]:
   """Returns {path: shape} of FIDInception's parameters."""
   image = jnp.zeros((1, inception.SIZE, inception.SIZE, 3))
-  params = jax.eval_shape(inception.FIDInception().init, jax.random.key(0), image)["params"]
-  return {path: x.shape for path, x in flatten_dict(params, sep="/").items()}
+  return shapes_of(jax.eval_shape(inception.FIDInception().init, jax.random.key(0), image)["params"])

@@ -1,8 +1,7 @@
-"""The networks that evaluation looks through, and where in a folder their weights are.
+"""The networks of metrics, from weights in one folder.
 
-Nothing is downloaded and nothing approximated: a metric whose network has no weights is refused, with the file to get.
-All networks take images [b, h, w, 3] in [0, 1], and are jax.tree_util.Partial: pytrees, to be given to compiled
-functions as arguments.
+Nothing is downloaded: a metric whose network has no weights raises an error that names the file to get. All networks
+take images [b, h, w, 3] in [0, 1] and are jax.tree_util.Partial: pytrees, which compiled functions take as arguments.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,43 +18,41 @@ from flextok_jax.models.perception import vit
 from flextok_jax.models.perception.dreamsim import DreamSim
 from flextok_jax.models.perception.inception import FIDInception
 from flextok_jax.models.perception.lpips import LPIPS
-from flextok_jax.weights.perception import clip as clip_files
-from flextok_jax.weights.perception import vit as vit_files
+from flextok_jax.weights.perception.clip import load_clip
 from flextok_jax.weights.perception.dreamsim import load_dreamsim
 from flextok_jax.weights.perception.inception import load_inception
 from flextok_jax.weights.perception.lpips import load_lpips
+from flextok_jax.weights.perception.vit import load_vit
 
-_CONVERT = "written anew by python -m flextok_jax.convert_torch SOURCE TARGET"
-# name in the weights' folder: what to put there. A name is of a .safetensors or .npz file, or of a folder.
+_CONVERT = "converted by python -m flextok_jax.convert_torch SOURCE TARGET"
+# Name in the weights' folder, of a .safetensors or .npz file or of a folder: what to put there.
 SOURCES = {
   "inception": f"pt_inception-2015-12-05-6726825d.pth of pytorch-fid's releases, {_CONVERT}",
   "lpips_alex": f"the state_dict of lpips.LPIPS(net='alex'), or torchvision's alexnet-owt-7be5be79.pth, {_CONVERT}, "
   "with the package's weights/v0.1/alex.pth as lpips_alex_heads beside it",
   "lpips_vgg": f"the state_dict of lpips.LPIPS(net='vgg'), or torchvision's vgg16-397923af.pth, {_CONVERT}, with the "
   "package's weights/v0.1/vgg.pth as lpips_vgg_heads beside it",
-  "dreamsim": "a folder of peft's format, the dino_vitb16_single_lora that the dreamsim package downloads, with "
+  "dreamsim": "a folder in peft's format, the dino_vitb16_single_lora that the dreamsim package downloads, with "
   "facebook/dino-vitb16 as dreamsim_backbone beside it",
-  "dinov2": "a folder of Hugging Face, as facebook/dinov2-base",
-  "clip": "a folder of Hugging Face with tokenizer.json, as openai/clip-vit-large-patch14",
-  "classifier": "a folder of Hugging Face, as facebook/dinov2-large-imagenet1k-1-layer",
+  "dinov2": "a Hugging Face folder such as facebook/dinov2-base",
+  "clip": "a Hugging Face folder with tokenizer.json, such as openai/clip-vit-large-patch14",
+  "classifier": "a Hugging Face folder such as facebook/dinov2-large-imagenet1k-1-layer",
 }
-_TEXTS = 256  # encoded at once
+_TEXTS = 256  # per batch
 _ENDINGS = (".safetensors", ".npz", "")
 
 
 def find(folder: str | None, name: str, metric: str) -> str:
-  """Returns the path of a network's weights.
+  """Returns the path of a network's weights in a folder.
 
   Raises:
-    ValueError: there are none; the line says what to get.
+    ValueError: they are missing; the line names the file to get.
   """
   if folder is None:
-    raise ValueError(f"--metrics={metric} needs --weights=DIR, a folder with {name}: {SOURCES[name]}")
+    raise ValueError(f"metric {metric} needs weights, a folder with {name}: {SOURCES[name]}")
   found = path_in(folder, name)
   if found is None:
-    raise ValueError(
-      f"--metrics={metric}: {folder} has no {name}.safetensors, .npz or folder: put there {SOURCES[name]}"
-    )
+    raise ValueError(f"metric {metric}: {folder} has no {name}.safetensors, .npz or folder: put there {SOURCES[name]}")
   return found
 
 
@@ -65,39 +62,39 @@ def inception(folder: str | None, metric: str) -> Partial:
 
 
 def lpips(folder: str | None, net: str) -> Partial:
-  """Returns (images, images) -> [b], of net "alex" or "vgg".
+  """Returns (images, images) -> [b], LPIPS with net "alex" or "vgg".
 
   Raises:
-    ValueError: the file is of another net.
+    ValueError: the file is for another net.
   """
   name = f"lpips_{net}"
   return _partial(LPIPS(net).apply, read_lpips(find(folder, name, name), folder, net))
 
 
 def read_lpips(path: str, folder: str, net: str) -> dict:
-  """Returns the parameters of LPIPS from the file at `path` in a folder, and its heads where they are apart.
+  """Returns the parameters of LPIPS from the file at `path`; heads in a file of their own come from the folder.
 
   Raises:
-    ValueError: the file is of another net than `net`.
+    ValueError: the file is for another net than `net`.
   """
-  there, params = load_lpips(path, path_in(folder, f"lpips_{net}_heads"))
-  if there != net:
-    raise ValueError(f"{path} has the weights of {there!r}, not of {net!r}")
+  found, params = load_lpips(path, path_in(folder, f"lpips_{net}_heads"))
+  if found != net:
+    raise ValueError(f"{path} has the weights of {found!r}, not of {net!r}")
   return params
 
 
 def dreamsim(folder: str | None) -> Partial:
-  """Returns (images, images) -> [b], DreamSim of one branch."""
+  """Returns (images, images) -> [b], DreamSim with one branch."""
   lora, backbone = find(folder, "dreamsim", "dreamsim"), path_in(folder, "dreamsim_backbone")
   if backbone is None:
-    raise ValueError(f"--metrics=dreamsim: {folder} has no dreamsim_backbone: put there {SOURCES['dreamsim']}")
+    raise ValueError(f"metric dreamsim: {folder} has no dreamsim_backbone: put there {SOURCES['dreamsim']}")
   sizes, params = load_dreamsim(backbone, lora)
   return _partial(DreamSim(vit.ViT(**sizes)).apply, params)
 
 
 def similarity(folder: str | None) -> Partial:
-  """Returns (images, images) -> [b], the cosine of their features by a DINOv2 (its class token)."""
-  sizes, params = vit_files.load_vit(find(folder, "dinov2", "dinov2"))
+  """Returns (images, images) -> [b], the cosine similarity of their DINOv2 class tokens."""
+  sizes, params = load_vit(find(folder, "dinov2", "dinov2"))
   apply = vit.ViT(**sizes).apply
 
   def cosine(variables, a, b):
@@ -109,13 +106,13 @@ def similarity(folder: str | None) -> Partial:
 
 
 def classifier(folder: str | None, metric: str) -> Partial:
-  """Returns images -> logits [b, classes] of a DINOv2 with a linear head.
+  """Returns images -> logits [b, classes], of a DINOv2 with a linear head.
 
   Raises:
     ValueError: the model has no head.
   """
   path = find(folder, "classifier", metric)
-  sizes, params = vit_files.load_vit(path)
+  sizes, params = load_vit(path)
   if not sizes.get("num_classes"):
     raise ValueError(f"{path} has no classifier: put there {SOURCES['classifier']}")
   apply = vit.ViT(**sizes).apply
@@ -123,9 +120,9 @@ def classifier(folder: str | None, metric: str) -> Partial:
 
 
 def clip(folder: str | None, metric: str) -> tuple[Partial, Callable[[Sequence[str]], np.ndarray]]:
-  """Returns images -> [b, d], and texts -> [n, d], all of length 1, by CLIP."""
+  """Returns images -> [b, d] and texts -> [n, d]: CLIP's features, of norm 1."""
   path = find(folder, "clip", metric)
-  sizes, params = clip_files.load_clip(path)
+  sizes, params = load_clip(path)
   tokenize = CLIPTokenizer(path, sizes["text"]["max_length"])
   model, size = clip_model.CLIP(**sizes), sizes["image"]["grid"] * sizes["image"]["patch_size"]
   images = _partial(
@@ -142,12 +139,13 @@ def clip(folder: str | None, metric: str) -> tuple[Partial, Callable[[Sequence[s
 
 
 def path_in(folder: str, name: str) -> str | None:
+  """Returns the path of the file or folder with a name in a folder, whatever its ending, or None."""
   candidates = (Path(folder) / f"{name}{ending}" for ending in _ENDINGS)
   return next((os.fspath(path) for path in candidates if path.exists()), None)
 
 
-def _partial(fn: Callable, params) -> Partial:
-  """fn({"params": params}, ...) with products in float32, whatever the accelerator's default."""
+def _partial(fn: Callable, params: dict) -> Partial:
+  """Returns fn({"params": params}, ...) with matmuls in float32, whatever the accelerator's default."""
 
   def highest(variables, *images):
     with jax.default_matmul_precision("highest"):

@@ -4,11 +4,8 @@ Only the encoder's tensors are read. Nothing that a file names is imported or ca
 """
 
 from collections.abc import Mapping
-import math
 import os
 
-from flax.core.meta import unbox
-from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +13,12 @@ import numpy as np
 from flextok_jax.config import float_dtype
 from flextok_jax.core import hub, literals, tensor_file
 from flextok_jax.models.perception.t5 import T5Encoder
-from flextok_jax.parallel import sharding
+from flextok_jax.weights import layout
 from flextok_jax.weights.folder import Folder
-from flextok_jax.weights.names import Entry
+from flextok_jax.weights.layout import Entry, Shape
 
-_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # two names of one tensor; files have either or both
-_LIMITS = {  # of the whole numbers in config.json: what a T5 can be, so that no file makes us work without end
+_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # names of the same tensor; files have either or both
+_LIMITS = {  # of the whole numbers in config.json, to bound our work on a file
   "vocab_size": 2**22,
   "d_model": 2**16,
   "d_kv": 2**12,
@@ -31,10 +28,10 @@ _LIMITS = {  # of the whole numbers in config.json: what a T5 can be, so that no
   "relative_attention_num_buckets": 2**12,
   "relative_attention_max_distance": 2**20,
 }
-_DEFAULTS = {"relative_attention_max_distance": 128}  # and "relu": where config.json is older than the field
+_DEFAULTS = {"relative_attention_max_distance": 128}  # of fields that an old config.json may lack
 _FEED_FORWARD = {"gated-gelu": True, "relu": False}
 _ACTIVATIONS = {True: "gelu_new", False: "relu"}
-_MODULES = {  # ours in a block: (official modules in it, layout, axis of the fused parts or -1)
+_MODULES = {  # our array in a block: (official modules in it, layout, axis of the fused parts or -1)
   "norm_1/scale": (("0.layer_norm",), "d -> d", -1),
   "qkv/kernel": (tuple(f"0.SelfAttention.{x}" for x in "qkv"), "d h e -> (h e) d", 1),
   "attention_out/kernel": (("0.SelfAttention.o",), "h e d -> d (h e)", -1),
@@ -53,10 +50,10 @@ def load_t5(source: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | Non
     mesh: devices to place the arrays on by their logical axes; None: the default device.
 
   Returns:
-    (sizes, params): the fields of models/perception/t5.py's T5Encoder, dtype aside, and its parameters.
+    (sizes, params): the fields of T5Encoder other than dtype, and its parameters.
 
   Raises:
-    FileNotFoundError: nothing there, or weights only in a format that we do not read.
+    FileNotFoundError: the source does not exist, or its weights only in a format that is not supported.
     ValueError: a damaged, foreign or unsupported file; the line names what is wrong.
   """
   dtype = np.dtype(float_dtype("dtype", dtype))
@@ -65,48 +62,28 @@ def load_t5(source: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | Non
   abstract = jax.eval_shape(
     T5Encoder(**sizes).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
   )["params"]
-  shapes = {path: x.shape for path, x in flatten_dict(unbox(abstract), sep="/").items()}
-  if mesh is None:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = dict.fromkeys(shapes, device)
-  else:
-    shardings = flatten_dict(sharding.tree_shardings(abstract, mesh), sep="/")
-
-  have, open_file = folder.tensors()
+  have = folder.tensors()
   embedding = next((name for name in _EMBEDDINGS if name in have), _EMBEDDINGS[0])
-  todo = entries(shapes, embedding)
-  wanted = {name for e in todo for name in e.names}
-  tensor_file.check_names(folder.name, wanted.intersection(have), wanted)
-  for e in todo:
+  found = entries(layout.shapes_of(abstract), embedding)
+  wanted = {name for e in found for name in e.names}
+  tensor_file.check_names(folder.name, wanted.intersection(have), wanted)  # a decoder is ignored
+  for e in found:
     for name in e.names:
-      file = open_file(name)
-      if file.shapes.get(name) != e.official_shape:
-        raise ValueError(
-          f"{file.path}: {name} has shape {list(file.shapes.get(name, ())) or 'none'}, the "
-          f"{hub.CONFIG} asks for {list(e.official_shape)}"
-        )
-  flat = {}
-  # The largest first: beside it stands a copy where jax makes one, and the others are not there yet.
-  for e in sorted(todo, key=lambda e: -math.prod(e.shape)):
-    array = tensor_file.empty(e.shape, dtype)
-    for i, name in enumerate(e.names):
-      e.from_official(open_file(name).read(name), array, i)
-    flat[e.path] = jax.block_until_ready(jax.device_put(array, shardings[e.path]))
-    del array
-  return sizes, unflatten_dict({path: flat[path] for path in shapes}, sep="/")
+      e.check_shape(folder.name, name, have.shape(name))
+  return sizes, layout.read_arrays(found, have.__getitem__, lambda path: dtype, layout.placements(abstract, mesh))
 
 
 def read_sizes(source: str | os.PathLike) -> dict:
-  """Returns the fields of models/perception/t5.py's T5Encoder, dtype aside, of a folder or repository; see load_t5."""
+  """Returns the fields of T5Encoder other than dtype. Arguments and errors are load_t5's."""
   return _sizes(_folder(source))
 
 
-def entries(shapes: Mapping[str, tuple[int, ...]], embedding: str = _EMBEDDINGS[0], prefix: str = "") -> list[Entry]:
-  """Returns where the arrays of a T5Encoder, {path: shape}, stand among Hugging Face's tensors.
+def entries(shapes: Mapping[str, Shape], embedding: str = _EMBEDDINGS[0]) -> list[Entry]:
+  """Returns the entries of a T5Encoder's parameters with Hugging Face's names.
 
   Args:
-    embedding: the name of the token embedding, which has two.
-    prefix: before all names, where the encoder is a part of something else.
+    shapes: {path: shape} of the parameters.
+    embedding: name of the token embedding in the file.
   """
   single = {
     "embedding": (embedding, "v d -> v d"),
@@ -116,14 +93,14 @@ def entries(shapes: Mapping[str, tuple[int, ...]], embedding: str = _EMBEDDINGS[
   found = []
   for path, shape in shapes.items():
     if path in single:
-      name, layout = single[path]
-      found.append(Entry(path, shape, (prefix + name,), layout))
+      name, pattern = single[path]
+      found.append(Entry(path, shape, (name,), pattern))
       continue
-    modules, layout, axis = _MODULES[path.removeprefix("blocks/")]
+    modules, pattern, axis = _MODULES[path.removeprefix("blocks/")]
     if axis >= 0 and shape[1 + axis] == 1:
       modules = ("1.DenseReluDense.wi",)  # of an MLP without gate
-    names = (f"{prefix}encoder.block.{i}.layer.{module}.weight" for i in range(shape[0]) for module in modules)
-    found.append(Entry(path, shape, tuple(names), layout, True, len(modules), axis))
+    modules = [f"layer.{module}" for module in modules]
+    found.append(layout.block_entry(path, shape, "encoder.block", modules, ".weight", pattern, axis))
   return found
 
 
@@ -133,13 +110,13 @@ def _folder(source: str | os.PathLike) -> Folder:
 
 def _sizes(folder: Folder) -> dict:
   path = folder.find(hub.CONFIG)
-  config = folder.read_json(path)
-  kind = config.get("model_type")
+  fields = folder.read_json(path)
+  kind = fields.get("model_type")
   if kind != "t5":
-    raise ValueError(f"{path}: model_type is {literals.quote(kind)}, only 't5' is read")
+    raise ValueError(f"{path}: model_type is {literals.quote(kind)}, only 't5' is supported")
   sizes = {}
   for name, limit in _LIMITS.items():
-    value = config.get(name, _DEFAULTS.get(name))
+    value = fields.get(name, _DEFAULTS.get(name))
     if type(value) is not int or not 1 <= value <= limit:
       raise ValueError(f"{path}: {name} must be a whole number from 1 to {limit}, got {literals.quote(value)}")
     sizes[name] = value
@@ -147,19 +124,19 @@ def _sizes(folder: Folder) -> dict:
   if buckets % 4 or distance <= buckets // 4:
     raise ValueError(
       f"{path}: relative_attention_num_buckets={buckets} and relative_attention_max_distance={distance} "
-      "are not computed: the buckets must be a multiple of 4, the distance more than a quarter of them"
+      "are not supported: the buckets must be a multiple of 4, the distance more than a quarter of them"
     )
-  epsilon = config.get("layer_norm_epsilon")
+  epsilon = fields.get("layer_norm_epsilon")
   if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
     raise ValueError(f"{path}: layer_norm_epsilon must lie between 0 and 1, got {literals.quote(epsilon)}")
-  feed_forward = config.get("feed_forward_proj", "relu")
+  feed_forward = fields.get("feed_forward_proj", "relu")
   if feed_forward not in list(_FEED_FORWARD):
     raise ValueError(
-      f"{path}: feed_forward_proj {literals.quote(feed_forward)} is not computed, only "
+      f"{path}: feed_forward_proj {literals.quote(feed_forward)} is not supported, only "
       f"{' and '.join(map(repr, _FEED_FORWARD))} are"
     )
   gated = _FEED_FORWARD[feed_forward]
   for name, known in (("dense_act_fn", _ACTIVATIONS[gated]), ("is_gated_act", gated), ("quantization_config", None)):
-    if config.get(name, known) != known:
-      raise ValueError(f"{path}: {name} {literals.quote(config[name])} is not computed")
+    if fields.get(name, known) != known:
+      raise ValueError(f"{path}: {name} {literals.quote(fields[name])} is not supported")
   return {**sizes, "layer_norm_epsilon": float(epsilon), "gated": gated}

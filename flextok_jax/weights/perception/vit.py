@@ -5,8 +5,6 @@ import math
 import os
 import re
 
-from flax.core.meta import unbox
-from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +12,10 @@ import numpy as np
 from flextok_jax.core import hub, literals
 from flextok_jax.models.perception.vit import ViT
 from flextok_jax.weights.folder import Folder
-from flextok_jax.weights.names import Entry
-from flextok_jax.weights.perception import files as network_files
+from flextok_jax.weights.layout import Entry, Shape, block_entry, shapes_of
+from flextok_jax.weights.perception import files
 
-_HEAD_DIM = 64  # of all that facebookresearch has released: files of theirs do not tell
+_HEAD_DIM = 64  # of all models that facebookresearch has released; the files do not store it
 ACTIVATIONS = {  # Hugging Face's names: ours
   "gelu": "gelu",
   "gelu_new": "gelu_tanh",
@@ -25,9 +23,9 @@ ACTIVATIONS = {  # Hugging Face's names: ours
   "quick_gelu": "quick_gelu",
   "relu": "relu",
 }
-_PREFIXES = ("vit.", "dinov2.", "dinov2_with_registers.")  # of a model within one with a head
-_POOLER = ("pooler.dense.weight", "pooler.dense.bias")  # behind the features: DINO has none, the files may
-_LAYOUTS = {  # of ours in a block, where the official tensor is not of the same shape
+_PREFIXES = ("vit.", "dinov2.", "dinov2_with_registers.")  # of the backbone in a model with a head
+_POOLER = ("pooler.dense.weight", "pooler.dense.bias")  # unused: DINO has no pooler, but files may
+_LAYOUTS = {  # of our arrays in a block if the official tensor has another shape
   "attention/qkv/kernel": "d n h e -> (n h e) d",
   "attention/qkv/bias": "n h e -> (n h e)",
   "attention/out/kernel": "h e d -> d (h e)",
@@ -35,9 +33,10 @@ _LAYOUTS = {  # of ours in a block, where the official tensor is not of the same
   "mlp/in/bias": "n f -> (n f)",
   "mlp/out/kernel": "f d -> d f",
 }
-_TABLES = {"cls": "d -> 1 1 d", "positions": "n d -> 1 n d", "registers": "n d -> 1 n d"}  # of a batch, but for CLIP
+# Official tables have a batch axis, except in CLIP.
+_TABLES = {"cls": "d -> 1 1 d", "positions": "n d -> 1 n d", "registers": "n d -> 1 n d"}
 _SPLIT = {"attention/qkv/kernel": ("d h e -> (h e) d", 1), "attention/qkv/bias": ("h e -> (h e)", 0)}
-# Ours: official modules. In blocks q, k and v may be one or three, and an MLP with a gate has names of its own.
+# Our module: official module. q, k and v are one or three modules, and an MLP with a gate has other names.
 _DINOV2 = {
   "cls": "embeddings.cls_token",
   "positions": "embeddings.position_embeddings",
@@ -104,60 +103,58 @@ NAMES = {
 
 
 def load_vit(source: str | os.PathLike) -> tuple[dict, dict]:
-  """Loads a vision transformer, which then interpolates its table of positions as the code that the names belong to.
+  """Loads a vision transformer.
 
-  At 224 pixels DINOv2's table of 518 is always interpolated, and transformers and the authors differ in how.
+  It interpolates its position table as the code does that the file's names belong to. DINOv2's table, for 518 pixels,
+  is always interpolated at 224 pixels, and transformers and the authors' code differ in how.
 
   Args:
-    source: a folder in Hugging Face's format, or a repository of the hub, of a ViT (DINO), a DINOv2 or one with
-      registers, with or without DINOv2's head; or a .safetensors or .npz file with the names of facebookresearch's dino
-      and dinov2.
+    source: a folder in Hugging Face's format, or a repository of the hub, of a ViT (DINO) or a DINOv2 with or without
+      registers and head; or a .safetensors or .npz file with the names of facebookresearch's dino and dinov2.
 
   Returns:
-    (sizes, params): the fields of models/perception/vit.py's ViT, dtype and attention aside, and its parameters, float32.
+    (sizes, params): the fields of ViT other than dtype and attention, and its float32 parameters.
 
   Raises:
-    FileNotFoundError: nothing there, or weights only in a format that we do not read.
+    FileNotFoundError: the source does not exist, or its weights only in a format that is not supported.
     ValueError: a damaged, foreign or unsupported file; the line names what is wrong.
   """
   path = os.fspath(source)
   if path.endswith((".safetensors", ".npz")):
-    tensors = network_files.read(path)
+    tensors = files.read(path)
     sizes = facebook_sizes(path, tensors)
-    return sizes, network_files.fill(path, tensors, entries(shapes(sizes), "facebook"), (NAMES["facebook"]["mask"],))
+    return sizes, files.fill(path, tensors, entries(shapes(sizes), "facebook"), (NAMES["facebook"]["mask"],))
   folder = Folder(source, "vision transformer", "facebook/dinov2-base")
-  tensors = folder.arrays()
-  config, sizes = _sizes(folder)
-  names = NAMES["vit" if config == "vit" else "dinov2"]
+  tensors = folder.tensors()
+  style, sizes = _sizes(folder)
+  names = NAMES[style]
   prefix = next((x for x in _PREFIXES if x + names["cls"] in tensors), "")
   head = names["head"] + ".weight"
-  if config != "vit" and head in tensors:
+  if style == "dinov2" and head in tensors:
     sizes["num_classes"] = len(tensors[head])
-  found = entries(shapes(sizes), "vit" if config == "vit" else "dinov2", prefix)
   allowed = {prefix + name for name in (names["mask"], *_POOLER)}
-  return sizes, network_files.fill(folder.name, tensors, found, allowed)
+  return sizes, files.fill(folder.name, tensors, entries(shapes(sizes), style, prefix), allowed)
 
 
-def shapes(sizes: Mapping) -> dict[str, tuple[int, ...]]:
+def shapes(sizes: Mapping) -> dict[str, Shape]:
   """Returns {path: shape} of the parameters of a ViT of these sizes."""
   side = sizes["grid"] * sizes["patch_size"]
-  abstract = jax.eval_shape(ViT(**sizes).init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
-  return {path: x.shape for path, x in flatten_dict(unbox(abstract), sep="/").items()}
+  return shapes_of(jax.eval_shape(ViT(**sizes).init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"])
 
 
-def entries(shapes: Mapping[str, tuple[int, ...]], style: str, prefix: str = "") -> list[Entry]:
-  """Returns where the arrays of a ViT stand among official tensors.
+def entries(shapes: Mapping[str, Shape], style: str, prefix: str = "") -> list[Entry]:
+  """Returns the entries of a ViT's parameters.
 
   Args:
-    shapes: {path: shape}.
+    shapes: {path: shape} of the parameters.
     style: a key of NAMES.
-    prefix: before all names but the head's, where the ViT is a part of something else.
+    prefix: of all names except the head's, if the ViT is a part of another model.
   """
   names, found = NAMES[style], []
   for path, shape in shapes.items():
     if path.startswith("blocks/"):
       gated = shapes["blocks/mlp/in/bias"][1] > 1
-      found.append(block_entry(path, shape, names, prefix, gated))
+      found.append(vit_block_entry(path, shape, names, prefix, gated))
       continue
     module, _, kind = path.rpartition("/")
     name = names[module or kind]
@@ -170,8 +167,8 @@ def entries(shapes: Mapping[str, tuple[int, ...]], style: str, prefix: str = "")
   return found
 
 
-def block_entry(path: str, shape: tuple[int, ...], names: Mapping, prefix: str, gated: bool) -> Entry:
-  """Returns the entry of an array "blocks/..." of models/perception/vit.py's blocks, whose official modules are `names`."""
+def vit_block_entry(path: str, shape: Shape, names: Mapping, prefix: str, gated: bool) -> Entry:
+  """Returns the entry of an array "blocks/..." of a ViT; `names` are the values of NAMES."""
   inner = path.removeprefix("blocks/")
   module, _, kind = inner.rpartition("/")
   modules = names[(module.replace("mlp/", "gated/") if gated else module) or kind]
@@ -181,12 +178,11 @@ def block_entry(path: str, shape: tuple[int, ...], names: Mapping, prefix: str, 
   elif len(modules) > 1:
     layout, axis = _SPLIT[inner]
   suffix = "" if not module else ".bias" if kind == "bias" else ".weight"
-  found = (f"{prefix}{names['blocks']}.{i}.{name}{suffix}" for i in range(shape[0]) for name in modules)
-  return Entry(path, shape, tuple(found), layout, True, len(modules), axis)
+  return block_entry(path, shape, prefix + names["blocks"], modules, suffix, layout, axis)
 
 
 def facebook_sizes(path: str, tensors: Mapping[str, np.ndarray]) -> dict:
-  """Reads the sizes of a ViT off tensors of facebookresearch's names; heads are of 64 features.
+  """Reads the sizes of a ViT from tensors with facebookresearch's names; heads have 64 features.
 
   Raises:
     ValueError: the tensors are not those of a ViT.
@@ -195,7 +191,7 @@ def facebook_sizes(path: str, tensors: Mapping[str, np.ndarray]) -> dict:
   def shape(name: str, rank: int) -> tuple[int, ...]:
     found = np.shape(tensors.get(name, ()))
     if len(found) != rank or 0 in found:
-      raise ValueError(f"{path} has no {name} with {rank} axes: not a vision transformer of facebookresearch's names")
+      raise ValueError(f"{path} has no {name} with {rank} axes: not a vision transformer with facebookresearch's names")
     return found
 
   width, _, patch, _ = shape("patch_embed.proj.weight", 4)
@@ -223,72 +219,72 @@ def facebook_sizes(path: str, tensors: Mapping[str, np.ndarray]) -> dict:
   )
 
 
-def whole(path: str, config: Mapping, name: str, limit: int) -> int:
-  """Returns a whole number of a config.json, from 1 to a limit: what it can be, so that no file makes us work on."""
-  value = config.get(name)
+def whole(path: str, fields: Mapping, name: str, limit: int) -> int:
+  """Returns a field of a config.json that must be a whole number from 1 to a limit, which bounds our work on a file."""
+  value = fields.get(name)
   if type(value) is not int or not 1 <= value <= limit:
     raise ValueError(f"{path}: {name} must be a whole number from 1 to {limit}, got {literals.quote(value)}")
   return value
 
 
-def common_sizes(path: str, config: Mapping) -> dict:
-  """Returns the fields that the config.json of a ViT and those of CLIP's two towers have in common.
+def common_sizes(path: str, fields: Mapping) -> dict:
+  """Reads the fields of a config.json that a ViT and CLIP's towers share.
 
   Returns:
     {"width", "depth", "head_dim", "activation", "norm_epsilon"}.
   """
-  width = whole(path, config, "hidden_size", 2**16)
-  heads = whole(path, config, "num_attention_heads", 2**12)
+  width = whole(path, fields, "hidden_size", 2**16)
+  heads = whole(path, fields, "num_attention_heads", 2**12)
   if width % heads:
     raise ValueError(f"{path}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
-  epsilon = config.get("layer_norm_eps")
+  epsilon = fields.get("layer_norm_eps")
   if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
     raise ValueError(f"{path}: layer_norm_eps must lie between 0 and 1, got {literals.quote(epsilon)}")
-  activation = config.get("hidden_act")
+  activation = fields.get("hidden_act")
   if activation not in list(ACTIVATIONS):
     raise ValueError(
-      f"{path}: hidden_act {literals.quote(activation)} is not computed, only {', '.join(map(repr, ACTIVATIONS))} are"
+      f"{path}: hidden_act {literals.quote(activation)} is not supported, only {', '.join(map(repr, ACTIVATIONS))} are"
     )
   return dict(
     width=width,
-    depth=whole(path, config, "num_hidden_layers", 1000),
+    depth=whole(path, fields, "num_hidden_layers", 1000),
     head_dim=width // heads,
     activation=ACTIVATIONS[activation],
     norm_epsilon=float(epsilon),
   )
 
 
-def patch_sizes(path: str, config: Mapping) -> dict:
-  """Returns {"patch_size", "grid"}."""
-  if config.get("num_channels", 3) != 3:
-    raise ValueError(f"{path}: num_channels must be 3, got {literals.quote(config['num_channels'])}")
-  patch = whole(path, config, "patch_size", 2**10)
-  side = whole(path, config, "image_size", 2**14)
+def patch_sizes(path: str, fields: Mapping) -> dict:
+  """Reads {"patch_size", "grid"} from the fields of a config.json."""
+  if fields.get("num_channels", 3) != 3:
+    raise ValueError(f"{path}: num_channels must be 3, got {literals.quote(fields['num_channels'])}")
+  patch = whole(path, fields, "patch_size", 2**10)
+  side = whole(path, fields, "image_size", 2**14)
   if side < patch:
     raise ValueError(f"{path}: image_size={side} is less than patch_size={patch}")
   return dict(patch_size=patch, grid=side // patch)
 
 
 def _sizes(folder: Folder) -> tuple[str, dict]:
-  """Returns (model_type, fields of the ViT)."""
+  """Returns (key of NAMES, fields of the ViT)."""
   path = folder.find(hub.CONFIG)
-  config = folder.read_json(path)
-  kind = config.get("model_type")
+  fields = folder.read_json(path)
+  kind = fields.get("model_type")
   if kind not in ("vit", "dinov2", "dinov2_with_registers"):
     raise ValueError(
-      f"{path}: model_type is {literals.quote(kind)}, only 'vit', 'dinov2' and 'dinov2_with_registers' are read"
+      f"{path}: model_type is {literals.quote(kind)}, only 'vit', 'dinov2' and 'dinov2_with_registers' are supported"
     )
-  sizes = patch_sizes(path, config) | common_sizes(path, config)
-  sizes["qkv_bias"] = bool(config.get("qkv_bias", True))
+  sizes = patch_sizes(path, fields) | common_sizes(path, fields)
+  sizes["qkv_bias"] = bool(fields.get("qkv_bias", True))
   if kind == "vit":
-    return kind, sizes | dict(mlp_hidden=whole(path, config, "intermediate_size", 2**20))
-  ratio = config.get("mlp_ratio", 4)
+    return "vit", sizes | dict(mlp_hidden=whole(path, fields, "intermediate_size", 2**20))
+  ratio = fields.get("mlp_ratio", 4)
   if type(ratio) not in (int, float) or not 0 < ratio <= 64:
     raise ValueError(f"{path}: mlp_ratio must lie between 0 and 64, got {literals.quote(ratio)}")
-  hidden, gated = int(sizes["width"] * ratio), bool(config.get("use_swiglu_ffn", False))
+  hidden, gated = int(sizes["width"] * ratio), bool(fields.get("use_swiglu_ffn", False))
   sizes |= dict(mlp_hidden=hidden, gated_mlp=gated, layer_scale=True)
   if gated:
     sizes |= dict(mlp_hidden=(int(hidden * 2 / 3) + 7) // 8 * 8, activation="silu")
   if kind == "dinov2_with_registers":
-    sizes |= dict(num_registers=whole(path, config, "num_register_tokens", 2**10), antialias=True)
-  return kind, sizes
+    sizes |= dict(num_registers=whole(path, fields, "num_register_tokens", 2**10), antialias=True)
+  return "dinov2", sizes

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from flextok_jax.weights.official import generator as official_ar
-from flextok_jax.weights.official import generator_config as official_ar_config
-from tests.support.official_ar_files import (
+from flextok_jax.weights.official import generator, generator_config
+from tests.support.official_generator_files import (
   CLASS_YAML,
   SETTINGS,
   assert_same,
@@ -23,7 +22,7 @@ def test_hub(tmp_path, monkeypatch):
   write(tmp_path / "model.safetensors", official)
   (tmp_path / "config.yaml").write_text(text_yaml())
   monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name: str(tmp_path / name))
-  config, loaded = official_ar.load("authors/generator", {})
+  config, loaded = generator.load("authors/generator", {})
   assert_same(loaded, params)
   assert config.text.max_length == 12
 
@@ -34,13 +33,13 @@ def test_configuration(name, tmp_path, monkeypatch):
   params, official = tensors("text")
   write(tmp_path / "model.safetensors", official)
   (tmp_path / name).write_text(text_yaml())
-  config, loaded = official_ar.load(tmp_path, {})
+  config, loaded = generator.load(tmp_path, {})
   assert_same(loaded, params)  # with the readout as it is: released weights hold the multiplier
   c = config.ar
   assert (c.norm_eps, c.mlp_ratio, c.ffn_multiple_of, c.head_dim) == (1e-6, 2.0, 1, 8)
   assert (c.guidance_scale, c.temperature, c.top_k, c.top_p) == (4.5, 0.9, 7, 0.5)
   assert (config.text.max_length, config.text.path) == (12, "google/flan-t5-base")
-  assert official_ar.load(tmp_path, dict(text_encoder="/here"))[0].text.path == "/here"
+  assert generator.load(tmp_path, dict(text_encoder="/here"))[0].text.path == "/here"
   assert not (tmp_path / "CANARY").exists()
 
 
@@ -49,7 +48,7 @@ def test_configuration_of_defaults(tmp_path):
   params, official = tensors("class")
   write(tmp_path / "model.safetensors", official)
   (tmp_path / "config.yaml").write_text(CLASS_YAML)
-  config, loaded = official_ar.load(tmp_path, {})
+  config, loaded = generator.load(tmp_path, {})
   assert_same(loaded, params)
   assert config.ar.norm_eps == 1e-6  # of their trunks' layer norm
   assert config.ar.ffn == "mlp_gelu"
@@ -64,7 +63,7 @@ def test_flat_configuration(content, name, tmp_path):
   params, official = tensors("class")
   write(tmp_path / "model.safetensors", official)
   (tmp_path / name).write_text(content)
-  assert_same(official_ar.load(tmp_path, {})[1], params)
+  assert_same(generator.load(tmp_path, {})[1], params)
   assert "dim is 32 in the settings, but 16 in the configuration" in error(tmp_path, dim=32)
 
 
@@ -89,7 +88,7 @@ GELU = "{_target_: torch.nn.GELU, _partial_: true, approximate: tanh}"
     (class_yaml("eps: 1e-5", "eps: 2"), "qk_norm.eps must be"),
     (class_yaml("models:", "models:\n      critic: {_target_: x}"), "has 'critic'"),
     (class_yaml("16\n", "${nowhere}\n"), "embed_dim must be a whole number in [1, 65536], got '${nowhere}'"),
-    (class_yaml("16\n", "${model.a}\n").replace("\nmodel:", "\nmodel:\n  a: ${model.a}"), "in a circle"),
+    (class_yaml("16\n", "${model.a}\n").replace("\nmodel:", "\nmodel:\n  a: ${model.a}"), "circular interpolations"),
     (text_yaml("EfficientAttention", "AttentionWithMask"), "AttentionWithMask"),
     (text_yaml("GeneralizedAttentionWithMask", "Other"), "only"),
     (text_yaml("self_attn_mask_read_key: text_mask", "self_attn_mask_read_key: other"), "must be 'text_mask'"),
@@ -97,10 +96,10 @@ GELU = "{_target_: torch.nn.GELU, _partial_: true, approximate: tanh}"
     (text_yaml("SwiGLUFFN", "GeGELU"), "ffn_target._target_ 'l3m.model.layers.ffn.GeGELU' is not supported"),
     (text_yaml("top_k: 7", "top_k: many"), "generation.top_k must be"),
     ("model: 3", "model.meta_model is missing"),
-    ("model: !!python/object/apply:os.system [touch CANARY]", "no plain YAML"),
-    ("- 1", "a YAML mapping expected"),
-    ("a: &a [*a]", "no plain YAML"),
-    ("a: [" * 3000, "no plain YAML"),
+    ("model: !!python/object/apply:os.system [touch CANARY]", "not plain YAML"),
+    ("- 1", "expected a YAML mapping"),
+    ("a: &a [*a]", "not plain YAML"),
+    ("a: [" * 3000, "not plain YAML"),
     ("widht: 3", "unknown name 'widht' in the configuration"),
   ],
   ids=[
@@ -145,5 +144,5 @@ def test_refused_configurations(content, named, tmp_path, monkeypatch):
 
 def test_interpolations():
   config = dict(a=dict(b=3, c="${a.b}", d="w${a.c}_${a.b}"), e="${mul:${a.b},${sum:1}}", f="${mul:2,${a.c}}", g="1e-5")
-  assert official_ar_config.resolve(config, config["a"]) == dict(b=3, c=3, d="w3_3")
-  assert official_ar_config.resolve(config, ["${f}", "${e}", "${g}", None]) == [6, "${mul:3,${sum:1}}", 1e-5, None]
+  assert generator_config.resolve(config, config["a"]) == dict(b=3, c=3, d="w3_3")
+  assert generator_config.resolve(config, ["${f}", "${e}", "${g}", None]) == [6, "${mul:3,${sum:1}}", 1e-5, None]

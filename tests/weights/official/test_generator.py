@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from flextok_jax import config as common
 from flextok_jax import stages
 from flextok_jax.parallel import sharding
-from flextok_jax.weights.official import generator as official_ar
-from tests.support.official_ar_files import (
+from flextok_jax.weights.official import generator
+from tests.support.official_generator_files import (
   BLOCK,
   CHOICES,
   MODEL,
@@ -33,7 +33,7 @@ def test_weights_tell_the_model(name, tmp_path):
   params, official = tensors(name)
   expected = tiny_config(name)
   path = write(tmp_path / "any.safetensors", official)
-  config, loaded = official_ar.load(path, CHOICES[name][1])
+  config, loaded = generator.load(path, CHOICES[name][1])
   assert_same(loaded, params)
   assert jax.tree.structure(loaded) == jax.tree.structure(abstract(config))
   made = {"guidance_scale", "mlp_ratio", "ffn_multiple_of"}
@@ -46,7 +46,7 @@ def test_weights_tell_the_model(name, tmp_path):
 
 
 def test_config_is_whole(tmp_path):
-  config, _ = official_ar.load(write(tmp_path / "m.safetensors", tensors("class")[1]), {})
+  config, _ = generator.load(write(tmp_path / "m.safetensors", tensors("class")[1]), {})
   base = common.get_config()
   for part in ("ar", "text"):
     assert list(config[part]) == list(base[part])
@@ -60,7 +60,7 @@ def test_types(stored, tmp_path):
   params, official = tensors("gated")
   path = write(tmp_path / "m.safetensors", official, stored)
   for dtype in (None, "bfloat16"):
-    config, loaded = official_ar.load(path, dict(head_dim=8), dtype)
+    config, loaded = generator.load(path, dict(head_dim=8), dtype)
     assert config.dtype == (dtype or "float32")
     assert config.ar.pos_embed == "sincos1d"  # also after rounding
     assert_same(loaded, jax.tree.map(lambda x, t=config.dtype: x.astype(stored).astype(t), params))
@@ -68,7 +68,7 @@ def test_types(stored, tmp_path):
 
 def test_mesh(tmp_path):
   mesh = sharding.make_mesh()
-  _, loaded = official_ar.load(write(tmp_path / "m.safetensors", tensors("text")[1]), {}, mesh=mesh)
+  _, loaded = generator.load(write(tmp_path / "m.safetensors", tensors("text")[1]), {}, mesh=mesh)
   assert_same(loaded, tensors("text")[0])
   assert all(x.sharding.mesh == mesh for x in jax.tree.leaves(loaded))
 
@@ -79,7 +79,7 @@ def test_biases_of_some_layers(tmp_path):
   few = {k: v for k, v in official.items() if not k.endswith((".qkv.bias", ".Wq.bias", ".Wk.bias", ".Wv.bias"))}
   few.pop(f"{MODEL}head.linear.bias")
   path = write(tmp_path / "m.safetensors", few)
-  config, loaded = official_ar.load(path, {})
+  config, loaded = generator.load(path, {})
   assert config.ar.bias
   blocks = loaded["ar"]["blocks"]
   for bias in (blocks["attention"]["qkv"], blocks["cross"]["q"], blocks["cross"]["kv"], loaded["ar"]["readout"]):
@@ -95,7 +95,7 @@ def test_biases_of_some_layers(tmp_path):
 def test_readout_multiplier_is_in_the_kernel(setting, tmp_path):
   params, official = tensors("gated")
   path = write(tmp_path / "m.safetensors", official)
-  config, loaded = official_ar.load(path, dict(head_dim=8, **setting))
+  config, loaded = generator.load(path, dict(head_dim=8, **setting))
   assert config.ar.readout_multiplier == 1
   np.testing.assert_allclose(loaded["ar"]["readout"]["kernel"], params["ar"]["readout"]["kernel"] / 4, rtol=1e-6)
   np.testing.assert_array_equal(loaded["ar"]["readout"]["bias"], params["ar"]["readout"]["bias"])
@@ -106,12 +106,12 @@ def test_readout_multiplier_is_in_the_kernel(setting, tmp_path):
 def test_kinds_of_positions(tmp_path):
   _, official = tensors("gated")
   path = write(tmp_path / "m.safetensors", official)
-  config, loaded = official_ar.load(path, dict(head_dim=8, pos_embed="absolute"))
+  config, loaded = generator.load(path, dict(head_dim=8, pos_embed="absolute"))
   assert config.ar.pos_embed == "absolute"
   np.testing.assert_array_equal(loaded["ar"]["positions"], sincos(8, 16))
   official[f"{MODEL}preprocessor.positional_embedding"][3, 5] += 0.1
   path = write(tmp_path / "m.safetensors", official)
-  assert official_ar.load(path, dict(head_dim=8))[0].ar.pos_embed == "absolute"
+  assert generator.load(path, dict(head_dim=8))[0].ar.pos_embed == "absolute"
   assert "differs by 0.1 from it" in error(path, head_dim=8, pos_embed="sincos1d")
 
 
@@ -119,7 +119,7 @@ def test_ignored_parts(tmp_path):
   params, official = tensors("text")
   for name in ("text_encoder.t5_embedder.model.shared.weight", "image_tokenizer.flextok_model.vae.x"):
     official[f"models.{name}"] = np.zeros((2, 2), np.int64)  # of any type
-  assert_same(official_ar.load(write(tmp_path / "m.safetensors", official), {})[1], params)
+  assert_same(generator.load(write(tmp_path / "m.safetensors", official), {})[1], params)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_ignored_parts(tmp_path):
 def test_settings_that_contradict_the_weights(wrong, tmp_path):
   params, official = tensors("class")
   path = write(tmp_path / "m.safetensors", official)
-  assert_same(official_ar.load(path, SETTINGS)[1], params)
+  assert_same(generator.load(path, SETTINGS)[1], params)
   text = error(path, **SETTINGS | wrong)
   name, value = next(iter(wrong.items()))
   assert "in the settings" in text and "in the weights" in text
@@ -163,7 +163,7 @@ def test_settings_that_contradict_the_weights(wrong, tmp_path):
 def test_settings_that_are_none(wrong, named, tmp_path):
   path = write(tmp_path / "m.safetensors", tensors("class")[1])
   with pytest.raises(ValueError, match="^" + named.replace("[", r"\[")):
-    official_ar.load(path, wrong)
+    generator.load(path, wrong)
 
 
 def drop(name):
@@ -192,7 +192,7 @@ def put(name, *shape):
     (put(f"{MODEL}preprocessor.positional_embedding", 8, 12), "positional_embedding has shape [8, 12]"),
     (put(f"{MODEL}preprocessor.embedding.weight", 16), "embedding.weight has shape [16], expected 2 axes"),
     (put(f"{MODEL}head.linear.weight", 21, 16), "vocab is 20 in the weights, but 21 in the weights' head.linear"),
-    (put(f"{BLOCK}mlp.fc1.weight", 30, 16), "blocks.1.mlp.fc1.weight has shape [64, 16], the other weights"),
+    (put(f"{BLOCK}mlp.fc1.weight", 30, 16), "blocks.1.mlp.fc1.weight has shape [64, 16], expected [30, 16]"),
   ],
   ids=[
     "foreign",
@@ -226,9 +226,9 @@ def test_head_size_that_nothing_tells(tmp_path):
 
 def test_nothing_there(tmp_path, monkeypatch):
   with pytest.raises(FileNotFoundError, match="no .safetensors file in it"):
-    official_ar.load(tmp_path, {})
+    generator.load(tmp_path, {})
   with pytest.raises(FileNotFoundError, match="no such generator"):
-    official_ar.load(tmp_path / "none.safetensors", {})
+    generator.load(tmp_path / "none.safetensors", {})
   for name in "ab":
     (tmp_path / f"{name}.safetensors").write_bytes(b"no")
   assert "several .safetensors files (a.safetensors, b.safetensors)" in error(tmp_path)
@@ -239,7 +239,7 @@ def test_nothing_there(tmp_path, monkeypatch):
 
   monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
   with pytest.raises(FileNotFoundError, match=r"no/such .*offline: config.yaml.*Download config.yaml and model"):
-    official_ar.load("no/such", {})
+    generator.load("no/such", {})
 
 
 def fields(settings):
@@ -268,8 +268,8 @@ def fields(settings):
 def test_golden_files(name, shared):
   path = shared / "golden_ar" / f"ar_{name}.safetensors"
   settings = json.loads((shared / "golden_ar" / f"ar_{name}_config.json").read_text())
-  config, params = official_ar.load(path, settings)
-  stripped, same = official_ar.load(path, {})
+  config, params = generator.load(path, settings)
+  stripped, same = generator.load(path, {})
   assert_same(params, same)
   for c in (config, stripped):
     assert {k: c.ar[k] for k in fields(settings)} == fields(settings)

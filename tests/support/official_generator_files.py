@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from flextok_jax import config as common
 from flextok_jax import stages
-from flextok_jax.weights.official import generator as official_ar
+from flextok_jax.weights.official import generator
 
 MODEL = "models.ar_image_model."
 BLOCK = f"{MODEL}trunk.blocks.0."
@@ -145,7 +145,7 @@ def assert_same(ours, theirs):
 
 def error(source, **settings):
   with pytest.raises(ValueError) as e:
-    official_ar.load(source, settings)
+    generator.load(source, settings)
   text = str(e.value)
   assert "\n" not in text and str(source) in text
   return text.replace(str(source), "")  # a temporary path may hold any word
