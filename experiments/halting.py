@@ -50,7 +50,7 @@ def main(values: flags.FlagValues):
   config, params = loading.load(values.checkpoint)
   if config.stage != "tokenizer" or not config.data.sources.synthetic.weight:
     raise ValueError(
-      f"{values.checkpoint} must be a tokenizer of this package that was trained on the synthetic source"
+      f"{values.checkpoint} must be a tokenizer that was trained on the synthetic source"
     )
   with cli.renamed(**cli.DECODER_FLAGS):
     sampler = decoding.override_sampler(config.sampler, values.decoder_steps, values.decoder_guidance, None)
