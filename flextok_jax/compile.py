@@ -164,7 +164,7 @@ def compile_job(
     "global_batch": job.batch,
     "num_tokens": num_tokens,
     "remat": config.remat,
-    "attention": attention.choose(config.attention, head_dim, config.dtype, devices[0]),
+    "attention": attention.choose_implementation(config.attention, head_dim, config.dtype, devices[0]),
   }
   if report := compile_report.too_large(settings, job, accelerator):
     return report

@@ -95,7 +95,7 @@ def main(values: flags.FlagValues):
   originals, names, prefix, kept = None, [None], None, values.prefix_tokens or 0
   if kept:
     originals, names = transforms.load_images(values.prefix_images, config.image_size)
-    function = functools.partial(predict_fns["tokenize"], num_tokens=nested.slots(kept - 1, registers))
+    function = functools.partial(predict_fns["tokenize"], num_tokens=nested.padded_length(kept - 1, registers))
     prefix = decoding.tokenize(function, params, originals, values.batch_size)[:, :kept]
     prefix, originals = (np.repeat(x, len(conditions) * values.num_samples, axis=0) for x in (prefix, originals))
   samples = [

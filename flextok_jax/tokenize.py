@@ -248,7 +248,7 @@ def _load(values: flags.FlagValues):
     raise ValueError(f"{values.checkpoint} is a model of stage {config.stage!r}, which has no tokens")
   registers = config.tokens.num_registers
   (num_tokens,) = decoding.token_counts((registers if values.num_tokens is None else values.num_tokens,), registers)
-  slots = nested.slots(num_tokens - 1, registers)
+  slots = nested.padded_length(num_tokens - 1, registers)
   return config, params, functools.partial(predict_fns["tokenize"], num_tokens=slots), num_tokens
 
 

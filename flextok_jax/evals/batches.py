@@ -37,7 +37,7 @@ def make_decode(
   batched = Batched(restore, params, batch_size, mesh)
 
   def decode(ids, lengths, noise):
-    slots = nested.slots(int(lengths.max()), num_registers)
+    slots = nested.padded_length(int(lengths.max()), num_registers)
     padded = np.zeros((len(ids), slots), np.int32)  # ids at or past the length have no influence
     padded[:, : ids.shape[1]] = ids[:, :slots]
     pictures, finite = batched(padded, lengths.astype(np.int32), noise.astype(np.int32))

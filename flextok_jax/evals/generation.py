@@ -75,8 +75,8 @@ class Generation:
 
     def picture(params, ids, rows, count):
       keep_k = jnp.clip((ids < num_ids).sum(1), 1, count)
-      ids = jnp.where(ids < num_ids, ids, 0)[:, : nested.slots(count, num_registers)]
-      ids = jnp.pad(ids, ((0, 0), (0, nested.slots(count, num_registers) - ids.shape[1])))
+      ids = jnp.where(ids < num_ids, ids, 0)[:, : nested.padded_length(count, num_registers)]
+      ids = jnp.pad(ids, ((0, 0), (0, nested.padded_length(count, num_registers) - ids.shape[1])))
       return images_lib.to_uint8(images_lib.round_to_8bit(decode(params, ids, keep_k, rows)))
 
     self._picture = jax.jit(picture, static_argnames="count", out_shardings=self._placed)

@@ -240,5 +240,5 @@ class Reconstruction:
     index = place(np.arange(start, start + self._batch_size, dtype=np.int32), self._sharding)
     total = ids.shape[1]
     for count in token_counts(self._num_tokens, total):
-      kept = ids[:, : nested.slots(count, total)]
+      kept = ids[:, : nested.padded_length(count, total)]
       yield str(count), self._decode(params, self._placed, batch, kept, np.int32(count), index)

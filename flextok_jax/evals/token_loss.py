@@ -28,7 +28,7 @@ class Report:
   def scalars(self) -> dict[str, float]:
     """Returns flat numbers for a metric writer: "eval/loss", and "eval/loss_<i>" of positions at powers of two."""
     places = self.scores["by_position"]
-    chosen = {f"eval/loss_{k}": places[k - 1]["loss"] for k in nested.lengths(len(places))}
+    chosen = {f"eval/loss_{k}": places[k - 1]["loss"] for k in nested.powers_of_two(len(places))}
     return {"eval/loss": self.scores["loss"]} | {name: loss for name, loss in chosen.items() if loss is not None}
 
   def table(self) -> str:
@@ -38,7 +38,7 @@ class Report:
       f"{self.scores['num_sequences']} sequences, loss {self.scores['loss']:.4f} nats a token",
       f"{'position':>8} {'loss':>8} {'tokens':>8}",
     ]
-    for k in nested.lengths(len(places)):
+    for k in nested.powers_of_two(len(places)):
       loss = "-" if places[k - 1]["loss"] is None else f"{places[k - 1]['loss']:.4f}"
       lines.append(f"{k:>8} {loss:>8} {places[k - 1]['count']:>8}")
     return "\n".join(lines)

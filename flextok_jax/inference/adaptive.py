@@ -107,7 +107,7 @@ def check_quality(quality: float):
 
 def pad_to_slots(ids: jax.Array, num_registers: int) -> jax.Array:
   """Pads ids [b, n] with zeros, which have no influence, to the slots in which all lengths up to n decode."""
-  return jnp.pad(ids, ((0, 0), (0, nested.slots(ids.shape[1], num_registers) - ids.shape[1])))
+  return jnp.pad(ids, ((0, 0), (0, nested.padded_length(ids.shape[1], num_registers) - ids.shape[1])))
 
 
 def shared_noise(seed: int, shape: tuple[int, ...]) -> jax.Array:

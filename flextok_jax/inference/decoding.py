@@ -20,7 +20,7 @@ def token_counts(requested: Sequence[int], num_registers: int) -> tuple[int, ...
     ValueError: a count outside 1..num_registers.
   """
   if not requested:
-    return nested.lengths(num_registers)
+    return nested.powers_of_two(num_registers)
   for count in requested:
     if not 1 <= count <= num_registers:
       raise ValueError(f"num_tokens={count} is out of range: this model takes 1 to {num_registers} tokens")
@@ -99,7 +99,7 @@ def detokenize(
   restore = jax.jit(lambda *args: images_lib.round_to_8bit(decode(*args)) * 255)
   count = len(sequences)
   keep_k = np.asarray([len(sequence) for sequence in sequences], np.int32)
-  slots = nested.slots(int(keep_k.max()), num_registers)
+  slots = nested.padded_length(int(keep_k.max()), num_registers)
   ids = np.zeros((count, slots), np.int32)  # ids at or past keep_k have no influence
   for row, sequence in zip(ids, sequences):
     row[: len(sequence)] = sequence
@@ -125,7 +125,7 @@ def decode_prefixes(
   """
   groups: dict[int, list[tuple[int, int]]] = {}
   for job in jobs:
-    groups.setdefault(nested.slots(job[1], num_registers), []).append(job)
+    groups.setdefault(nested.padded_length(job[1], num_registers), []).append(job)
   for group in groups.values():
     owners = jnp.asarray([i for i, _ in group])
     own_noise = lambda params, ids, keep_k, index, owners=owners: decode(params, ids, keep_k, owners[index])

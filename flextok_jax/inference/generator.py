@@ -175,10 +175,16 @@ class ARGenerator:
     if key is None:
       key = jax.random.key(0)
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    choices = ar_sampling.Choices(guided, greedy, int(top_k), bool(top_p), fast)
-    slots = ar_sampling.slots(num_tokens, self.num_tokens)
-    scalars = (np.int32(num_tokens), *map(np.float32, (guidance_scale, temperature, top_p)))
-    ids, log_probs = _generate(self, keys, labels, text, lengths, prefix, *scalars, slots=slots, choices=choices)
+    sampler = ar_sampling.TokenSampler(
+      guidance_scale=np.float32(guidance_scale) if guided else None,
+      temperature=np.float32(temperature),
+      top_p=np.float32(top_p) if top_p else None,
+      top_k=int(top_k),
+      greedy=greedy,
+    )
+    length = ar_sampling.padded_length(num_tokens, self.num_tokens)
+    condition = labels, text, lengths
+    ids, log_probs = _generate(self, keys, *condition, prefix, np.int32(num_tokens), sampler, length=length, fast=fast)
     ids, log_probs = ids[:, :num_tokens], log_probs[:, :num_tokens]
     return (ids, log_probs) if return_log_probs else ids
 
@@ -379,7 +385,7 @@ def _logits(gen: ARGenerator, ids, labels, text_embeddings, text_lengths) -> jax
     return _network(gen.config).apply({"params": gen.params}, ids, labels, text_embeddings, text_lengths)
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "choices"))
-def _generate(gen: ARGenerator, *args, slots: int, choices: ar_sampling.Choices) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("length", "fast"))
+def _generate(gen: ARGenerator, *args: Any, length: int, fast: bool) -> tuple[jax.Array, jax.Array]:
   with jax.default_matmul_precision(_precision(gen.config)):
-    return ar_sampling.generate(_network(gen.config), gen.params, *args, slots=slots, choices=choices)
+    return ar_sampling.generate(_network(gen.config), gen.params, *args, length=length, fast=fast)

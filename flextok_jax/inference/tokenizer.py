@@ -296,7 +296,7 @@ class FlexTok:
   def _length(self, count: int) -> int:
     """How many registers run where more than `count` are needed: one of a few sizes, so few programs are compiled."""
     total = self.num_registers
-    return nested.slots(count, total) if self.config.fast else total
+    return nested.padded_length(count, total) if self.config.fast else total
 
   def _sampler(self, num_steps, guidance, guidance_scale, guidance_interval) -> flextok.Sampler:
     """Checks the settings of detokenize and returns them with the guidance_scale of each step."""

@@ -1,4 +1,4 @@
-"""Attention of the tokenizer's transformers."""
+"""Multi-head attention: projections, norms of queries and keys, and caches, around ops/attention.py."""
 
 import flax.linen as nn
 import jax
@@ -6,6 +6,9 @@ import jax.numpy as jnp
 
 from flextok_jax.models import layers
 from flextok_jax.ops import attention, layout
+
+QK_NORMS = ("none", "unscaled", *layers.NORMS)
+KeysValues = tuple[jax.Array, jax.Array]
 
 
 class QKV(nn.Module):
@@ -17,17 +20,26 @@ class QKV(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, queries: tuple[int, int] | None = None) -> list[jax.Array]:
-    """x [b, l, d] -> q [b, length, h, e] of the positions queries = (start, length) or of all, k and v [b, l, h, e]."""
+    """Projects x [b, l, d].
+
+    Args:
+      x: [b, l, d].
+      queries: (start, length) of the positions that need queries; None: all.
+
+    Returns:
+      q [b, length, h, e], k and v [b, l, h, e].
+    """
     width = x.shape[-1]
     shape = (3, width // self.head_dim, self.head_dim)
     init = layers.xavier_uniform(width, ("embed", None, "heads", "head_dim"))
-    kernel = self.param("kernel", init, (width, *shape)).astype(self.dtype)
+    kernel = self.param("kernel", init, (width, *shape)).astype(self.dtype)  # [d, 3, h, e]
     bias = jnp.zeros(shape, self.dtype)
     if self.use_bias:
       bias = self.param("bias", layers.zeros(None, "heads", "head_dim"), shape).astype(self.dtype)
 
     def project(x, which):
-      y = jnp.tensordot(x.astype(self.dtype), kernel[:, which], 1)  # [b, l, n, h, e]
+      # [b, l, d] -> [b, l, n, h, e]
+      y = jnp.tensordot(x.astype(self.dtype), kernel[:, which], 1)
       y = y + bias[which] if self.use_bias else y
       return [layout.constrain(y[:, :, i], "batch", None, "heads", None) for i in range(y.shape[2])]
 
@@ -37,53 +49,131 @@ class QKV(nn.Module):
     return project(x[:, start : start + length], slice(0, 1)) + project(x, slice(1, 3))
 
 
-class Attention(nn.Module):
-  """Multi-head self-attention; logits scale by 8 / head_dim (muP), q and k are layer-normed per head if qk_norm."""
+class _Attention(nn.Module):
+  """What self-attention and cross-attention share: norms of queries and keys, the scale, the output projection."""
 
-  head_dim: int
-  qk_norm: bool = True
-  qkv_bias: bool = False
-  out_bias: bool = False
-  dtype: jnp.dtype = jnp.float32
-  implementation: str = "auto"
-  scale: float | None = None  # of the logits, where it is another
+  choices: layers.BlockChoices
 
-  @nn.compact
+  def _setup_shared(self) -> None:
+    c = self.choices
+    if c.qk_norm in layers.NORMS:
+      self.q_norm = layers.norm(c.qk_norm, c.qk_norm_eps, c.dtype, axis=None)
+      self.k_norm = layers.norm(c.qk_norm, c.qk_norm_eps, c.dtype, axis=None)
+    self.out = nn.DenseGeneral(
+      c.width,
+      axis=(-2, -1),
+      use_bias=c.out_bias,
+      dtype=c.dtype,
+      kernel_init=layers.xavier_uniform(c.width, ("heads", "head_dim", "embed")),
+      bias_init=layers.zeros("embed"),
+    )
+
+  def _norm_q(self, q: jax.Array) -> jax.Array:
+    """Normalises queries [b, l, h, e] per head."""
+    if self.choices.qk_norm == "none":
+      return q
+    return layers.layer_norm(q) if self.choices.qk_norm == "unscaled" else self.q_norm(q)
+
+  def _norm_k(self, k: jax.Array) -> jax.Array:
+    """Normalises keys [b, l, h, e] per head."""
+    if self.choices.qk_norm == "none":
+      return k
+    return layers.layer_norm(k) if self.choices.qk_norm == "unscaled" else self.k_norm(k)
+
+  def _attend(self, q, k, v, mask=None, key_bias=None) -> jax.Array:
+    """q [b, lq, h, e], k and v [b, lk, h, e] -> [b, lq, d]."""
+    c = self.choices
+    x = attention.attend(q, k, v, scale=c.logit_scale, mask=mask, key_bias=key_bias, implementation=c.attention)
+    return self.out(x)
+
+  def _attend_cached(self, q: jax.Array, cache: KeysValues, key_bias: jax.Array) -> jax.Array:
+    """As _attend for one query [b, 1, h, e] and a cache [b, h, n, e], in the layout of the cache -> [b, 1, d]."""
+    keys, values = cache
+    # [b, 1, h, e], [b, h, n, e] -> [b, h, 1, n]
+    logits = jnp.einsum("bqhe,bhke->bhqk", q, keys, preferred_element_type=jnp.float32)
+    logits = logits / (1 / self.choices.logit_scale)  # by sqrt(e): a product would round differently
+    weights = nn.softmax(logits + key_bias[:, None, None])
+    return self.out(jnp.einsum("bhqk,bhke->bqhe", weights.astype(q.dtype), values))
+
+
+class SelfAttention(_Attention):
+  """Self-attention over one sequence."""
+
+  def setup(self):
+    c = self.choices
+    self.qkv = QKV(c.head_dim, c.qkv_bias, c.dtype)
+    self._setup_shared()
+
   def __call__(
     self,
     x: jax.Array,
     mask: jax.Array | None = None,
     key_bias: jax.Array | None = None,
     queries: tuple[int, int] | None = None,
-  ) -> jax.Array:
-    """Lets positions of x see the others.
+  ) -> tuple[jax.Array, KeysValues]:
+    """Attends over all positions of x.
 
     Args:
       x: [b, l, d].
-      mask: boolean [l, l] (query, key), True where seen.
-      key_bias: float32 [b or 1, l], added to all logits of a key: UNSEEN hides it, log(n) makes it count n times.
-      queries: (start, length) of the positions that look, or None for all.
+      mask: boolean [l, l] (query, key), True where a query may attend to a key.
+      key_bias: float32 [b or 1, l], added to all logits of a key: attention.MASKED hides it, log(n) counts it n times.
+      queries: (start, length) of the positions that attend; None: all.
 
     Returns:
-      [b, length, d].
+      The output [b, length, d], and keys and values [b, l, h, e].
+
+    Raises:
+      ValueError: queries are not among the positions.
     """
-    width = x.shape[-1]
     if queries is not None:
       start, length = queries
       if start < 0 or length < 1 or start + length > x.shape[1]:
         raise ValueError(f"queries (start, length) = {queries} are not among the {x.shape[1]} positions")
       mask = None if mask is None else mask[start : start + length]
-    q, k, v = QKV(self.head_dim, self.qkv_bias, self.dtype, name="qkv")(x, queries)
-    if self.qk_norm:
-      q, k = layers.layer_norm(q), layers.layer_norm(k)
-    scale = 8 / self.head_dim if self.scale is None else self.scale
-    x = attention.attend(q, k, v, scale=scale, mask=mask, key_bias=key_bias, implementation=self.implementation)
-    return nn.DenseGeneral(
-      width,
-      axis=(-2, -1),
-      use_bias=self.out_bias,
-      dtype=self.dtype,
-      kernel_init=layers.xavier_uniform(width, ("heads", "head_dim", "embed")),
-      bias_init=layers.zeros("embed"),
-      name="out",
-    )(x)
+    q, k, v = self.qkv(x, queries)
+    q, k = self._norm_q(q), self._norm_k(k)
+    return self._attend(q, k, v, mask, key_bias), (k, v)
+
+  def step(self, x: jax.Array, cache: KeysValues, position: jax.Array) -> tuple[jax.Array, KeysValues]:
+    """As __call__ for x [b, 1, d] at `position`, after the positions before it in the cache [b, h, n, e]."""
+    q, k, v = self.qkv(x)
+    new = (self._norm_k(k), v)
+    cache = tuple(
+      jax.lax.dynamic_update_slice(old, x.swapaxes(1, 2).astype(old.dtype), (0, 0, position, 0))
+      for old, x in zip(cache, new)
+    )
+    visible = jnp.arange(cache[0].shape[2]) <= position
+    key_bias = jnp.where(visible, 0.0, attention.MASKED)[None]  # [1, n]
+    return self._attend_cached(self._norm_q(q), cache, key_bias), cache
+
+
+class CrossAttention(_Attention):
+  """Attention from one sequence to another."""
+
+  def setup(self):
+    c = self.choices
+    heads = c.width // c.head_dim
+    dense = lambda shape, axes: nn.DenseGeneral(
+      shape,
+      use_bias=c.qkv_bias,
+      dtype=c.dtype,
+      kernel_init=layers.xavier_uniform(c.width, ("embed", *axes)),
+      bias_init=layers.zeros(*axes),
+    )
+    self.q = dense((heads, c.head_dim), ("heads", "head_dim"))
+    self.kv = dense((2, heads, c.head_dim), (None, "heads", "head_dim"))
+    self._setup_shared()
+
+  def keys_values(self, context: jax.Array) -> KeysValues:
+    """context [b, t, d] -> keys and values [b, t, h, e]."""
+    kv = layout.constrain(self.kv(context), "batch", None, None, "heads", None)  # [b, t, 2, h, e]
+    return self._norm_k(kv[:, :, 0]), kv[:, :, 1]
+
+  def __call__(self, x: jax.Array, context: jax.Array, key_bias: jax.Array) -> jax.Array:
+    """x [b, n, d], context [b, t, d], key_bias float32 [b, t] -> [b, n, d]."""
+    q = layout.constrain(self.q(x), "batch", None, "heads", None)
+    return self._attend(self._norm_q(q), *self.keys_values(context), key_bias=key_bias)
+
+  def step(self, x: jax.Array, cache: KeysValues, key_bias: jax.Array) -> jax.Array:
+    """As __call__ for x [b, 1, d] with the cached keys and values [b, h, t, e] of the context."""
+    return self._attend_cached(self._norm_q(self.q(x)), cache, key_bias)

@@ -1,13 +1,19 @@
-"""Small pieces that every model shares."""
+"""Building blocks that all models share: the choices of a block, norms, MLP, initialisers, scanned stacks."""
 
+from collections.abc import Callable
+import dataclasses
 import functools
 import math
+from typing import Any
 
 from einops import rearrange
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flextok_jax.ops import layout
+
+NORMS = {"layernorm": 1e-5, "rmsnorm": 1e-6}  # norms with learned scales: default epsilon
 ACTIVATIONS = {
   "silu": nn.silu,
   "gelu": functools.partial(nn.gelu, approximate=False),
@@ -15,6 +21,98 @@ ACTIVATIONS = {
   "relu": nn.relu,
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
 }
+
+
+# What is saved of a block for its backward pass, besides its input; the rest is recomputed. "none": recompute nothing.
+# "dots": products with weights, but not norms, activations and the products between queries, keys and values. "full":
+# recompute everything. A training step of d12-d12 (batch 4, slow path, compiled for a CPU) has temporaries of 7.8, 2.1
+# and 0.8 GB.
+REMATS = {
+  "none": None,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockChoices:
+  """Sizes and options of the blocks of a stack; flextok_jax/config.py explains those that a config sets.
+
+  Attributes:
+    width: features of the stream.
+    head_dim: features of an attention head.
+    mlp_hidden: hidden units of the MLP.
+    logit_scale: factor of the products of queries and keys.
+    gated_mlp: see MLP.
+    activation: a key of ACTIVATIONS.
+    norm: a key of NORMS: the norms of the stream. Blocks modulated by adaLN use layer_norm instead.
+    norm_eps: their epsilon; 0: the default of NORMS.
+    qk_norm: norms of queries and keys, each head on its own: a key of NORMS, "unscaled" (layer_norm) or "none".
+    qk_norm_eps: as norm_eps.
+    qkv_bias: whether the projections to queries, keys and values have biases.
+    out_bias: whether the output projection of attention has one.
+    mlp_bias: whether the layers of the MLP have one.
+    layer_scale: whether what attention and MLP add to the stream is multiplied by learned factors (ViTs).
+    cross_attention: whether there is attention to a text (generators).
+    dtype: compute type.
+    attention: one of IMPLEMENTATIONS of ops/attention.py.
+  """
+
+  width: int
+  head_dim: int
+  mlp_hidden: int
+  logit_scale: float
+  gated_mlp: bool
+  activation: str
+  norm: str = "layernorm"
+  norm_eps: float = 0.0
+  qk_norm: str = "none"
+  qk_norm_eps: float = 0.0
+  qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  layer_scale: bool = False
+  cross_attention: bool = False
+  dtype: jnp.dtype = jnp.dtype("float32")
+  attention: str = "auto"
+
+
+def check_remat(remat: str) -> str:
+  """Returns `remat`; raises ValueError if it is not a key of REMATS."""
+  if remat not in REMATS:
+    raise ValueError(f"unknown remat {remat!r}: one of {', '.join(REMATS)}")
+  return remat
+
+
+def with_remat(block: type[nn.Module], remat: str) -> type[nn.Module]:
+  """Returns a block class that saves for its backward pass what REMATS[remat] says."""
+  policy = REMATS[remat]
+  return block if policy is None else nn.remat(block, prevent_cse=False, policy=policy)
+
+
+def scan_blocks(step: Callable, depth: int, block: nn.Module, carry: Any, inputs: Any, *shared: Any) -> Any:
+  """Runs a block `depth` times in one scan; each parameter gets a leading axis "layers".
+
+  Args:
+    step: (block, carry, inputs of this block, *shared) -> carry.
+    depth: number of blocks.
+    block: a module, one copy of whose parameters is made for each block.
+    carry: tree of arrays that the first block receives.
+    inputs: tree of arrays [depth, ...], one slice for each block.
+    shared: trees of arrays that all blocks receive.
+
+  Returns:
+    The carry after the last block.
+  """
+  scan = nn.scan(
+    lambda block, carry, inputs, *shared: (step(block, carry, inputs, *shared), None),
+    variable_axes={"params": 0, "intermediates": 0},
+    split_rngs={"params": True},
+    in_axes=(0, *(nn.broadcast for _ in shared)),
+    length=depth,
+    metadata_params={nn.PARTITION_NAME: "layers"},
+  )
+  return scan(block, carry, inputs, *shared)[0]
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-5) -> jax.Array:
@@ -25,8 +123,51 @@ def layer_norm(x: jax.Array, eps: float = 1e-5) -> jax.Array:
   return y.astype(x.dtype)
 
 
-def xavier_uniform(fan_out: int, axes: tuple[str | None, ...]):
-  """Xavier-uniform initialiser of kernels [fan_in, n * fan_out] that fuse n linear maps, with logical axis names."""
+def norm(kind: str, eps: float, dtype: jnp.dtype, name: str | None = None, axis: str | None = "embed") -> nn.Module:
+  """Returns a norm of the last axis with learned scales: statistics in float32, output in dtype.
+
+  Args:
+    kind: a key of NORMS.
+    eps: epsilon; 0: the default of NORMS.
+    dtype: of the output.
+    name: of the module.
+    axis: logical axis of the scales.
+  """
+  ones = nn.with_logical_partitioning(nn.initializers.ones, (axis,))
+  eps = eps or NORMS[kind]
+  if kind == "rmsnorm":
+    return nn.RMSNorm(eps, dtype=dtype, scale_init=ones, use_fast_variance=False, name=name)
+  return nn.LayerNorm(eps, dtype=dtype, scale_init=ones, bias_init=zeros(axis), use_fast_variance=False, name=name)
+
+
+class MLP(nn.Module):
+  """W2(act(W1 x) * W3 x), or without a gate W2(act(W1 x))."""
+
+  choices: BlockChoices
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x [b, l, d] -> [b, l, d]."""
+    c = self.choices
+    # [b, l, d] -> [b, l, n, hidden]: n = 2 with a gate, else 1
+    x = nn.DenseGeneral(
+      (2 if c.gated_mlp else 1, c.mlp_hidden),
+      use_bias=c.mlp_bias,
+      dtype=c.dtype,
+      kernel_init=xavier_uniform(c.mlp_hidden, ("embed", None, "mlp")),
+      bias_init=zeros(None, "mlp"),
+      name="in",
+    )(x)
+    x = layout.constrain(x, "batch", None, None, "mlp")
+    # [b, l, n, hidden] -> [b, l, hidden]
+    h = ACTIVATIONS[c.activation](x[..., 0, :])
+    if c.gated_mlp:
+      h = h * x[..., 1, :]
+    return dense(c.width, ("mlp", "embed"), "out", c.dtype, use_bias=c.mlp_bias)(h)
+
+
+def xavier_uniform(fan_out: int, axes: tuple[str | None, ...]) -> nn.initializers.Initializer:
+  """Returns a Xavier-uniform initialiser of kernels [fan_in, n * fan_out] of n fused linear maps, with axis names."""
 
   def init(key, shape, dtype=jnp.float32):
     limit = math.sqrt(6 / (shape[0] + fan_out))
@@ -35,18 +176,20 @@ def xavier_uniform(fan_out: int, axes: tuple[str | None, ...]):
   return nn.with_logical_partitioning(init, axes)
 
 
-def zeros(*axes: str | None):
+def zeros(*axes: str | None) -> nn.initializers.Initializer:
+  """Returns an initialiser of zeros with axis names."""
   return nn.with_logical_partitioning(nn.initializers.zeros, axes)
 
 
-def normal(stddev: float, *axes: str | None):
+def normal(stddev: float, *axes: str | None) -> nn.initializers.Initializer:
+  """Returns an initialiser from N(0, stddev^2) with axis names."""
   return nn.with_logical_partitioning(nn.initializers.normal(stddev), axes)
 
 
 def dense(
   features: int,
   axes: tuple[str | None, str | None],
-  name: str,
+  name: str | None,
   dtype: jnp.dtype,
   *,
   use_bias: bool = True,

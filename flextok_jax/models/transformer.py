@@ -1,7 +1,6 @@
-"""The pre-norm transformer of encoder and decoder: a scanned stack of blocks over one or more segments."""
+"""The pre-norm transformer of the tokenizer's encoder and decoder: a scanned stack over one or more segments."""
 
 from collections.abc import Callable
-import dataclasses
 import itertools
 
 from einops import rearrange
@@ -10,48 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.models import layers
-from flextok_jax.models.attention import Attention
+from flextok_jax.models.attention import SelfAttention
 from flextok_jax.ops import layout, posemb
 
 Segments = tuple[jax.Array, ...]  # parts [b, l_i, d] of one sequence
 MODULATIONS = ("per_segment", "shared")
-# What the backward pass finds ready of a block besides its input; the rest it computes again. "none": everything.
-# "dots": products with weights, but not norms, activations and the products between queries, keys and values. "full":
-# nothing. A training step of d12-d12 (batch 4, plain path, compiled for a CPU) has temporaries of 7.8, 2.1 and 0.8 GB.
-REMATS = {
-  "none": None,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockChoices:
-  """What all blocks of a stack have in common; flextok_jax/config.py explains the fields."""
-
-  head_dim: int
-  mlp_ratio: float
-  gated_mlp: bool
-  activation: str
-  qk_norm: bool
-  qkv_bias: bool
-  out_bias: bool
-  mlp_bias: bool
-  dtype: jnp.dtype
-  attention: str
-
-
-def remat_name(remat: str) -> str:
-  """Returns the name of a rematerialisation policy; ValueError if it is not one of REMATS."""
-  if remat not in REMATS:
-    raise ValueError(f"unknown remat {remat!r}: one of {', '.join(REMATS)}")
-  return remat
-
-
-def rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
-  """Returns the block, made to keep no more for its backward pass than REMATS[remat] says."""
-  policy = REMATS[remat]
-  return block if policy is None else nn.remat(block, prevent_cse=False, policy=policy)
 
 
 def mlp_hidden(width: int, ratio: float, gated: bool) -> int:
@@ -60,112 +22,73 @@ def mlp_hidden(width: int, ratio: float, gated: bool) -> int:
   return int(2 * hidden / 3) if gated else hidden
 
 
-class MLP(nn.Module):
-  """W2(act(W1 x) * W3 x), or without gate W2(act(W1 x))."""
-
-  hidden: int
-  gated: bool
-  activation: str
-  use_bias: bool
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    width = x.shape[-1]
-    x = nn.DenseGeneral(
-      (2 if self.gated else 1, self.hidden),
-      use_bias=self.use_bias,
-      dtype=self.dtype,
-      kernel_init=layers.xavier_uniform(self.hidden, ("embed", None, "mlp")),
-      bias_init=layers.zeros(None, "mlp"),
-      name="in",
-    )(x)  # [b, l, n, hidden]
-    x = layout.constrain(x, "batch", None, None, "mlp")
-    h = layers.ACTIVATIONS[self.activation](x[..., 0, :])
-    if self.gated:
-      h = h * x[..., 1, :]
-    return layers.dense(width, ("mlp", "embed"), "out", self.dtype, use_bias=self.use_bias)(h)
-
-
 def _residual(
   fn: Callable[[jax.Array], jax.Array],
   segments: Segments,
   modulation: list[tuple[jax.Array, jax.Array, jax.Array]] | None,
   output: int | None = None,
 ) -> Segments:
-  """x + gate * fn(LN(x) * (1 + scale) + shift), fn seeing all segments as one sequence.
+  """Returns x + gate * fn(LN(x) * (1 + scale) + shift); fn receives the segments as one sequence.
 
-  Each segment has its own (gate, shift, scale), each [b, 1, d] and broadcast: never expanded to every token. With
-  `output` fn answers for that segment alone, which is then all that is returned.
+  Args:
+    fn: [b, l, d] -> [b, l, d], or with `output` -> [b, l_output, d].
+    segments: [b, l_i, d] each.
+    modulation: (gate, shift, scale) of each segment, each [b, 1, d] and broadcast, never expanded to every token.
+    output: the only segment that fn computes, and that is returned; None: all.
   """
   h = [layers.layer_norm(x) for x in segments]
   if modulation is not None:
     h = [x * (1 + scale) + shift for x, (_, shift, scale) in zip(h, modulation)]
+  # [b, l_i, d] each -> [b, l, d]
   y = fn(jnp.concatenate(h, 1))
   if output is None:
-    y = jnp.split(y, list(itertools.accumulate(x.shape[1] for x in segments))[:-1], axis=1)
+    # [b, l, d] -> [b, l_i, d] each
+    updates = jnp.split(y, list(itertools.accumulate(x.shape[1] for x in segments))[:-1], axis=1)
   else:
-    y, segments = [y], segments[output : output + 1]
+    updates, segments = [y], segments[output : output + 1]
     modulation = modulation and modulation[output : output + 1]
   if modulation is not None:
-    y = [gate * x for x, (gate, _, _) in zip(y, modulation)]
-  return tuple(x + dx for x, dx in zip(segments, y))
+    updates = [gate * x for x, (gate, _, _) in zip(updates, modulation)]
+  return tuple(x + dx for x, dx in zip(segments, updates))
 
 
-class Block(nn.Module):
-  """Attention and MLP, adaLN-zero modulated (Peebles & Xie 2023) where a modulation is given."""
+class ModulatedBlock(nn.Module):
+  """Attention and MLP over segments, with adaLN-zero modulation (Peebles & Xie 2023) if one is given."""
 
-  choices: BlockChoices
-  output: int | None = None  # the only segment wanted, or all
+  choices: layers.BlockChoices
+  output: int | None = None  # the only segment to compute; None: all
 
   @nn.compact
   def __call__(
     self, segments: Segments, modulation: jax.Array | None, mask: jax.Array | None, key_bias: jax.Array | None
-  ) -> tuple[Segments, None]:
-    """See Transformer; modulation [b or 1, s * 6 * d] is of this block, the None is for the scan."""
-    c, output = self.choices, self.output
+  ) -> Segments:
+    """See Transformer; modulation [b or 1, s * 6 * d] is that of this block."""
+    output, queries = self.output, None
     segments = tuple(layout.constrain(x, "batch", None, None) for x in segments)
-    attn = mlp = None
+    attention_modulation = mlp_modulation = None
     if modulation is not None:
-      mod = rearrange(modulation, "b (s n d) -> s n b 1 d", n=6, d=segments[0].shape[-1])
-      mod = jnp.broadcast_to(mod, (len(segments), *mod.shape[1:]))  # one set may serve all segments
-      attn = [(gate, shift, scale) for gate, _, shift, scale, _, _ in mod]
-      mlp = [(gate, shift, scale) for _, gate, _, _, shift, scale in mod]
-    queries = None
+      # [b, s * 6 * d] -> [s, 6, b, 1, d]. The six are in the order of the released weights: gate of attention, gate of
+      # the MLP, shift and scale of attention, shift and scale of the MLP.
+      chunks = rearrange(modulation, "b (s n d) -> s n b 1 d", n=6, d=segments[0].shape[-1])
+      chunks = jnp.broadcast_to(chunks, (len(segments), *chunks.shape[1:]))  # one set may serve all segments
+      attention_modulation = [(gate, shift, scale) for gate, _, shift, scale, _, _ in chunks]
+      mlp_modulation = [(gate, shift, scale) for _, gate, _, _, shift, scale in chunks]
     if output is not None:
       queries = sum(x.shape[1] for x in segments[:output]), segments[output].shape[1]
-      mlp = mlp and mlp[output : output + 1]
-    attention = Attention(
-      c.head_dim, c.qk_norm, c.qkv_bias, c.out_bias, c.dtype, implementation=c.attention, name="attention"
-    )
-    segments = _residual(lambda x: attention(x, mask, key_bias, queries), segments, attn, output)
-    hidden = mlp_hidden(segments[0].shape[-1], c.mlp_ratio, c.gated_mlp)
-    fn = MLP(hidden, c.gated_mlp, c.activation, c.mlp_bias, c.dtype, name="mlp")
-    segments = _residual(fn, segments, mlp)
-    return segments, None
-
-
-class TappedBlock(Block):
-  """A Block in a stack, of one of which a copy of a segment is kept."""
-
-  kept: int = 0  # the segment
-
-  def __call__(
-    self, carry: tuple[Segments, jax.Array], layer: tuple[jax.Array | None, jax.Array], *args: jax.Array | None
-  ) -> tuple[tuple[Segments, jax.Array], None]:
-    """As Block of (segments, what was kept before) and of (modulation, whether to keep the output of this block)."""
-    (segments, before), (modulation, keep) = carry, layer
-    segments, _ = super().__call__(segments, modulation, *args)
-    return (segments, jnp.where(keep, segments[self.kept], before)), None
+      mlp_modulation = mlp_modulation and mlp_modulation[output : output + 1]
+    attention = SelfAttention(self.choices, name="attention")
+    attend = lambda x: attention(x, mask, key_bias, queries)[0]
+    segments = _residual(attend, segments, attention_modulation, output)
+    return _residual(layers.MLP(self.choices, name="mlp"), segments, mlp_modulation)
 
 
 class Transformer(nn.Module):
-  """`depth` blocks. All but the last are scanned, their parameters stacked along a leading "layers" axis."""
+  """`depth` blocks. All but the last run in a scan, their parameters stacked along a leading "layers" axis."""
 
   depth: int
-  choices: BlockChoices
-  output: int  # the segment to return: the last block has no queries of the others
-  remat: str = "none"  # a key of REMATS
+  choices: layers.BlockChoices
+  output: int  # the segment to return: the last block computes no other
+  remat: str = "none"  # a key of layers.REMATS
 
   @nn.compact
   def __call__(
@@ -174,68 +97,73 @@ class Transformer(nn.Module):
     modulation: jax.Array | None = None,
     mask: jax.Array | None = None,
     key_bias: jax.Array | None = None,
-    tap: int | None = None,
-  ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    feature_block: int | None = None,
+  ) -> tuple[jax.Array, jax.Array | None]:
     """Runs the blocks over the segments as one sequence of length l.
 
     Args:
       segments: [b, l_i, d] each.
-      modulation: [depth, b or 1, s * 6 * d] as of Modulation, or None for blocks without.
-      mask: boolean [l, l], see Attention.
-      key_bias: float32 [b, l], see Attention.
-      tap: a block, counted from 1.
+      modulation: [depth, b or 1, s * 6 * d], see AdaLN; None: blocks without modulation.
+      mask: boolean [l, l], see SelfAttention.
+      key_bias: float32 [b, l], see SelfAttention.
+      feature_block: number of a block, from 1, whose output is returned as well.
 
     Returns:
-      The segment `output` [b, l_i, d]; with a tap also that segment as it leaves the block `tap`.
+      The segment `output` [b, l_i, d] after the last block, and after the feature_block (None without one).
+
+    Raises:
+      ValueError: there is no such block.
     """
-    if tap is not None and not 1 <= tap <= self.depth:
-      raise ValueError(f"there is no block {tap}: they are 1 to {self.depth}")
-    block = rematerialised(Block, self.remat)
-    first, last = (None, None) if modulation is None else (modulation[:-1], modulation[-1])
-    kept = None
+    if feature_block is not None and not 1 <= feature_block <= self.depth:
+      raise ValueError(f"there is no block {feature_block}: they are 1 to {self.depth}")
+    block = layers.with_remat(ModulatedBlock, self.remat)
+    scanned, last = (None, None) if modulation is None else (modulation[:-1], modulation[-1])
+    features = None
     if self.depth > 1:
-      inner, options, carry = block, {}, segments
-      if tap is not None:
-        # Carried along rather than stacked over the blocks: one copy, whose gradient enters at its block alone.
-        inner, options = rematerialised(TappedBlock, self.remat), {"kept": self.output}
-        carry, first = (segments, jnp.zeros_like(segments[self.output])), (first, jnp.arange(self.depth - 1) == tap - 1)
-      stack = nn.scan(
-        inner,
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
-        length=self.depth - 1,
-        metadata_params={nn.PARTITION_NAME: "layers"},
+      # The features are carried, not stacked over the blocks: one copy, whose gradient enters at its block alone.
+      if feature_block is not None:
+        features = jnp.zeros_like(segments[self.output])
+
+      def step(block, carry, inputs, mask, key_bias):
+        (segments, features), (number, modulation) = carry, inputs
+        segments = block(segments, modulation, mask, key_bias)
+        if features is not None:
+          features = jnp.where(number == feature_block, segments[self.output], features)
+        return segments, features
+
+      inputs = jnp.arange(1, self.depth), scanned
+      blocks = block(self.choices, name="blocks")
+      segments, features = layers.scan_blocks(
+        step, self.depth - 1, blocks, (segments, features), inputs, mask, key_bias
       )
-      carry, _ = stack(self.choices, name="blocks", **options)(carry, first, mask, key_bias)
-      segments, kept = (carry, None) if tap is None else carry
-    (x,), _ = block(self.choices, self.output, name="last")(segments, last, mask, key_bias)
+    (x,) = block(self.choices, self.output, name="last")(segments, last, mask, key_bias)
     x = layout.constrain(x, "batch", None, None)
-    return x if tap is None else (x, x if tap == self.depth else kept)
+    return x, x if feature_block == self.depth else features
 
 
 class AdaLN(nn.Module):
-  """Modulations of all blocks and of the head: SiLU > Linear of the time embedding, starting at zero.
+  """Modulations of all blocks and of the head: SiLU > Linear of the time embedding, initialised at zero.
 
-  They depend on time alone, so a sampler computes them once for all its steps.
+  They depend on time alone, so a sampler computes them once for all steps.
   """
 
   depth: int
-  sets: int  # (gate, shift, scale) of attention and MLP: 2 for patches and registers apart, 1 for both alike
+  sets: int  # of (gate, shift, scale) of attention and MLP: 2 with one for each segment, 1 with one for both
   head: bool
   head_bias: bool
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, cond: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """cond [b, d] -> blocks [depth, b, sets * 6 * d], head [b, 2 * d] or None."""
+    """cond [b, d] -> blocks [depth, b, sets * 6 * d], head [b, 2 * d] (shift, scale) or None."""
     width = cond.shape[-1]
     features = self.sets * 6 * width
     cond = nn.silu(cond)
     kernel = self.param("kernel", layers.zeros("layers", "embed", "modulation"), (self.depth, width, features))
     bias = self.param("bias", layers.zeros("layers", "modulation"), (self.depth, features))
+    # [b, d], [depth, d, sets * 6 * d] -> [depth, b, sets * 6 * d]
     blocks = jnp.einsum("bd,ldf->lbf", cond, kernel.astype(self.dtype)) + bias.astype(self.dtype)[:, None]
-    blocks = layout.constrain(blocks, None, "batch", None)  # fetched once, not by every block
+    blocks = layout.constrain(blocks, None, "batch", None)  # gathered once, not by every block
     if not self.head:
       return blocks, None
     head = layers.dense(2 * width, ("embed", "modulation"), "head", self.dtype, use_bias=self.head_bias, zero=True)
@@ -243,9 +171,9 @@ class AdaLN(nn.Module):
 
 
 class PatchTransformer(nn.Module, kw_only=True):
-  """What encoder and decoder have in common: the sizes, and the choices that flextok_jax/config.py explains.
+  """Base of encoder and decoder: sizes and options, which flextok_jax/config.py explains.
 
-  max_grid must be a number here: that 0 means the grid of image_size is resolved where the modules are built.
+  max_grid must be above 0 here: where the modules are built, 0 is replaced by the grid of image_size.
   """
 
   width: int
@@ -269,8 +197,27 @@ class PatchTransformer(nn.Module, kw_only=True):
   remat: str = "none"
   attention: str = "auto"
 
+  @property
+  def choices(self) -> layers.BlockChoices:
+    """The choices of the blocks."""
+    return layers.BlockChoices(
+      width=self.width,
+      head_dim=self.head_dim,
+      mlp_hidden=mlp_hidden(self.width, self.mlp_ratio, self.gated_mlp),
+      logit_scale=8 / self.head_dim,  # muP
+      gated_mlp=self.gated_mlp,
+      activation=self.activation,
+      qk_norm="unscaled" if self.qk_norm else "none",
+      qkv_bias=self.qkv_bias,
+      out_bias=self.out_bias,
+      mlp_bias=self.mlp_bias,
+      dtype=self.dtype,
+      attention=self.attention,
+    )
+
   def embed_patches(self, x: jax.Array) -> jax.Array:
     """Embeds the patches of x and adds their positions: [b, h, w, c] -> [b, h/p * w/p, width]."""
+    # [b, h, w, c] -> [b, h/p, w/p, p * p * c]
     x = layers.patchify(x, self.patch_size)
     batch, height, width, _ = x.shape
     x = layers.dense(self.width, (None, "embed"), "patch_embed", self.dtype)(x)
@@ -280,7 +227,9 @@ class PatchTransformer(nn.Module, kw_only=True):
       init = layers.normal(0.02, None, "grid", "embed")
       axes = self.param("positions", init, (2, self.max_grid, self.width))
     product = self.posemb == "learnable_prod"
+    # [h/p, w/p, width]
     table = posemb.grid_table(axes, height, width, scaling=self.posemb_scaling, product=product)
+    # [b, h/p, w/p, width] -> [b, h/p * w/p, width]
     return (x + table.astype(self.dtype)).reshape(batch, height * width, self.width)
 
   def run_blocks(
@@ -290,13 +239,11 @@ class PatchTransformer(nn.Module, kw_only=True):
     modulation: jax.Array | None = None,
     mask: jax.Array | None = None,
     key_bias: jax.Array | None = None,
-    tap: int | None = None,
-  ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    feature_block: int | None = None,
+  ) -> tuple[jax.Array, jax.Array | None]:
     """See Transformer."""
-    fields = [field.name for field in dataclasses.fields(BlockChoices)]
-    choices = BlockChoices(**{name: getattr(self, name) for name in fields})
-    stack = Transformer(self.depth, choices, output, self.remat, name="transformer")
-    return stack(segments, modulation, mask, key_bias, tap)
+    stack = Transformer(self.depth, self.choices, output, self.remat, name="transformer")
+    return stack(segments, modulation, mask, key_bias, feature_block)
 
   def project(
     self,
@@ -306,10 +253,22 @@ class PatchTransformer(nn.Module, kw_only=True):
     dtype: jnp.dtype | None = None,
     precision: jax.lax.Precision | None = None,
   ) -> jax.Array:
-    """The head: LayerNorm, adaLN by modulation [b or 1, 2 * d] if given, projection: [b, l, d] -> [b, l, features]."""
+    """Applies the head: LayerNorm, adaLN if modulation [b or 1, 2 * d] is given, projection.
+
+    Args:
+      x: [b, l, d].
+      features: of the output.
+      modulation: shift and scale, [b or 1, 2 * d].
+      dtype: compute type; None: that of the module.
+      precision: of the projection.
+
+    Returns:
+      [b, l, features] of dtype.
+    """
     dtype = dtype or self.dtype
     x = layers.layer_norm(x.astype(dtype))
     if modulation is not None:
+      # [b, 2 * d] -> [b, 1, d] each; shift before scale, as in the released weights
       shift, scale = jnp.split(modulation[:, None], 2, -1)
       x = x * (1 + scale) + shift
     dense = layers.dense(

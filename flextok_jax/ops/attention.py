@@ -1,36 +1,35 @@
-"""Softmax attention: one function, with an implementation for every backend."""
+"""Softmax attention: one function with several implementations."""
 
 import jax
 import jax.numpy as jnp
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
-UNSEEN = float(jnp.finfo(jnp.float32).min) / 2  # key bias of a key that nobody sees: its weight is exactly 0
+MASKED = float(jnp.finfo(jnp.float32).min) / 2  # key bias of a hidden key: its weight is exactly 0
 
-_CUDNN_FEATURES = 128  # of a head, at most: Ampere's limit (later GPUs take 256)
+_CUDNN_FEATURES = 128  # largest head: the limit of Ampere (later GPUs take 256)
 _PALLAS_FEATURES = 128
-_BIAS_FEATURES = 3  # bfloat16 numbers that hold the 24 bits of a float32
+_BIAS_FEATURES = 3  # bfloat16 numbers whose sum has the 24 bits of a float32
 
 
-def choose(
+def choose_implementation(
   implementation: str, head_dim: int, dtype: jnp.dtype, device: jax.Device | None = None, masked: bool = False
 ) -> str:
   """Returns the name of the implementation that runs: "xla", "cudnn" or "pallas".
 
-  "auto" is "cudnn" where that can run and there is no mask (cuDNN takes a mask as a bias, whose gradient it may refuse
-  to give), and "xla" everywhere else, on TPUs too. There XLA sends the float32 logits of a
-  forward pass through HBM once each way, 8 bytes for each: from 64 keys of a bfloat16 head of 64 on that is more than
-  q, k, v and the output. "pallas" keeps them in VMEM, 0.3 MB a head at length 272, 1 MB at 512. For a v5e, 32 samples
-  and 12 heads of 64 the compiler reckons with these millions of cycles for a layer's attention and its projections,
-  forward (forward and gradient): at length 272 XLA 1.7 (6.1), pallas 1.5 (3.7); at 512 XLA 3.2 (12.4), pallas 2.3
-  (5.6). That is no measurement: the kernel has run in Pallas's interpreter only, never on a TPU, so it is for those who
-  ask for it.
+  "auto" is "cudnn" if it can run and there is no mask (cuDNN takes a mask as a bias and may refuse to compute its
+  gradient), else "xla", also on TPUs. There XLA writes the float32 logits of a forward pass to HBM and reads them back,
+  8 bytes per logit: from 64 keys on, for bfloat16 heads of 64, that is more than q, k, v and the output. "pallas" keeps
+  them in VMEM: 0.3 MB per head at length 272, 1 MB at 512. For a v5e, 32 samples and 12 heads of 64, the compiler
+  estimates these millions of cycles for the attention and projections of a layer, forward (forward and gradient): at
+  length 272 XLA 1.7 (6.1), pallas 1.5 (3.7); at 512 XLA 3.2 (12.4), pallas 2.3 (5.6). These are not measurements: the
+  kernel has only run in the interpreter of Pallas, never on a TPU, so "auto" does not choose it.
 
   Args:
     implementation: one of IMPLEMENTATIONS.
-    head_dim: features of a head.
+    head_dim: features per head.
     dtype: of queries, keys and values.
-    device: where the attention runs; None: the default device.
-    masked: whether there is a mask of queries and keys.
+    device: that runs the attention; None: the default device.
+    masked: whether there is a mask [lq, lk].
 
   Raises:
     ValueError: when the implementation is unknown or cannot run there.
@@ -52,7 +51,7 @@ def _default_device() -> jax.Device:
 
 
 def _obstacle(name: str, head_dim: int, dtype: jnp.dtype, device: jax.Device) -> str:
-  """Returns what keeps the implementation from running, "" if nothing does."""
+  """Returns why the implementation cannot run on the device, or ""."""
   dtype = jnp.dtype(dtype)
   if name == "cudnn":
     capability = str(getattr(device, "compute_capability", ""))  # "9.0"; "gfx90a" on AMD's
@@ -82,23 +81,23 @@ def attend(
   key_bias: jax.Array | None = None,
   implementation: str = "auto",
 ) -> jax.Array:
-  """softmax(scale q k^T + key_bias) v for each head, the softmax in float32; every query must see some key.
+  """softmax(scale q k^T + key_bias) v for each head, with the softmax in float32.
 
   Args:
     q: queries [b, lq, h, e].
     k: keys [b, lk, h, e].
     v: values [b, lk, h, e].
     scale: of the products of queries and keys.
-    mask: boolean [lq, lk], True where seen.
-    key_bias: float32 [b or 1, lk], added to all logits of a key: UNSEEN hides it, log(n) makes it count n times. No
-      gradient flows into it.
-    implementation: see choose.
+    mask: boolean [lq, lk], True where a query may attend to a key; each query needs at least one key.
+    key_bias: float32 [b or 1, lk], added to all logits of a key: MASKED hides it, log(n) counts it n times. It gets no
+      gradient.
+    implementation: see choose_implementation.
 
   Returns:
     [b, lq, h, e] of q's dtype.
 
   Raises:
-    ValueError: as choose; when mask or key_bias do not fit q and k.
+    ValueError: as choose_implementation; the shape of mask or key_bias does not match q and k.
   """
   batch, queries, _, head_dim = q.shape
   keys = k.shape[1]
@@ -108,33 +107,34 @@ def attend(
     if key_bias.shape not in ((batch, keys), (1, keys)):
       raise ValueError(f"the key bias must be [{batch}, {keys}] or [1, {keys}], got {list(key_bias.shape)}")
     key_bias = jax.lax.stop_gradient(key_bias.astype(jnp.float32))
-  name = choose(implementation, head_dim, q.dtype, masked=mask is not None)
+  name = choose_implementation(implementation, head_dim, q.dtype, masked=mask is not None)
   if name == "cudnn":
     return _cudnn(q, k, v, scale, mask, key_bias)
   if name == "pallas":
-    from flextok_jax.ops import attention_pallas  # Pallas takes a second to import, and only TPUs need it
+    from flextok_jax.ops import attention_pallas  # importing Pallas takes a second
 
     return attention_pallas.attend(q, k, v, scale, mask, key_bias)
   return _xla(q, k, v, scale, mask, key_bias)
 
 
 def _xla(q, k, v, scale, mask, key_bias):
-  bias = None if key_bias is None else key_bias[:, None, None]  # broadcast only where it is added
+  bias = None if key_bias is None else key_bias[:, None, None]  # [b or 1, 1, 1, lk]
   if mask is not None:
-    # On TPUs XLA joins the softmax to the product of q and k only if the bias differs from sample to sample, as for all
-    # it knows this one does: with the mask alone the logits would go through HBM twice as often.
+    # On TPUs XLA fuses the softmax with the product of q and k only if the bias may differ between samples, which the
+    # barrier makes it assume: with the mask alone, logits would pass through HBM twice as often.
     key_bias = jnp.zeros((1, k.shape[1])) if key_bias is None else key_bias
     key_bias = jax.lax.optimization_barrier(jnp.broadcast_to(key_bias, k.shape[:2]))
-    bias = key_bias[:, None, None] + jnp.where(mask, 0.0, UNSEEN)
+    bias = key_bias[:, None, None] + jnp.where(mask, 0.0, MASKED)
   return jax.nn.dot_product_attention(q, k, v, bias=bias, scale=scale, implementation="xla")
 
 
 def _cudnn(q, k, v, scale, mask, key_bias):
-  """Flash attention of cuDNN, which takes no key bias as such.
+  """Runs the flash attention of cuDNN, which has no key bias.
 
-  It would take a bias [1 or b, 1 or h, lq, lk] of q's dtype, but in bfloat16 log(255) is 0.3 % off, which is 1.6 % of
-  the weight; and it would spend time on that bias's gradient. So the bias travels in features of its own, and the mask,
-  whose 0 and -large are exact, as a bias. Gradients want even lengths, and a number of features divisible by 8.
+  It has a bias [1 or b, 1 or h, lq, lk] of the dtype of q, but in bfloat16 log(255) is 0.3 % off, which is 1.6 % of the
+  weight, and it would spend time on the gradient of that bias. So the key bias is added by additional features
+  (bias_features); the mask, whose 0 and -large are exact, is a bias. Gradients need even lengths, and a number of
+  features divisible by 8.
   """
   queries, keys, head_dim = q.shape[1], k.shape[1], q.shape[-1]
   if mask is not None:
@@ -144,7 +144,7 @@ def _cudnn(q, k, v, scale, mask, key_bias):
     key_bias = jnp.zeros((1, keys))
   q, k, v = _pad(q, 1, queries % 2), _pad(k, 1, keys % 2), _pad(v, 1, keys % 2)
   if key_bias is not None:
-    key_bias = jnp.pad(key_bias, ((0, 0), (0, keys % 2)), constant_values=UNSEEN)
+    key_bias = jnp.pad(key_bias, ((0, 0), (0, keys % 2)), constant_values=MASKED)
     q, k = bias_features(q, k, key_bias / scale)
   features = -(-q.shape[-1] // 8) * 8
   q, k, v = (_pad(x, 3, features - x.shape[-1]) for x in (q, k, v))
@@ -153,15 +153,15 @@ def _cudnn(q, k, v, scale, mask, key_bias):
 
 
 def padding_bias(lengths: jax.Array, size: int) -> jax.Array:
-  """lengths int [b] -> float32 [b, size] for attend's key_bias: 0 before the length, UNSEEN from there on."""
-  return jnp.where(jnp.arange(size) < lengths[:, None], 0.0, UNSEEN)
+  """lengths int [b] -> key_bias of attend, float32 [b, size]: 0 before the length, MASKED from there on."""
+  return jnp.where(jnp.arange(size) < lengths[:, None], 0.0, MASKED)
 
 
 def bias_features(q: jax.Array, k: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Widens q [b, lq, h, e] and k [b, lk, h, e] so that their product has bias [b or 1, lk] added: exact if in float32.
+  """Appends features to q [b, lq, h, e] and k [b, lk, h, e] that add bias [b or 1, lk] to their products.
 
-  A float32 is the sum of three bfloat16 numbers; each is a feature of k and meets a 1 in q. Products are accumulated in
-  float32, so only the size of a bias is limited: below -2^40 (float16: -2^15) it counts as that.
+  A float32 is the sum of three bfloat16 numbers: each is a feature of k and is multiplied by a 1 in q. Products are
+  accumulated in float32, so the bias is exact, except that it is clipped at -2^40 (float16: -2^15).
   """
   bias = jnp.maximum(bias, -(2.0**15) if q.dtype == jnp.float16 else -(2.0**40))
   parts = []

@@ -1,8 +1,8 @@
-"""Attention as one TPU kernel: the logits of a head and their gradients live and die in VMEM.
+"""Attention as one TPU kernel: the logits of a head and their gradients stay in VMEM.
 
-Sequences are short (MAX_LENGTH), so all keys fit at once: a plain softmax, and a gradient that needs q, k and v alone
-and computes the weights again. Everything is transposed, positions last, [lk, lq]: that is how XLA lays out what
-surrounds attention, and a sum over keys runs along sublanes.
+Sequences are short (MAX_LENGTH), so all keys fit at once: the softmax is the direct one, and the gradient recomputes
+the weights from q and k. Arrays are transposed, positions last, [lk, lq]: this is the layout that XLA uses around
+attention, and sums over keys run along sublanes.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-MAX_LENGTH = 896  # queries or keys: then the gradient's matrices fit in the 16 MB of VMEM that every TPU has
+MAX_LENGTH = 896  # queries or keys: the matrices of the gradient fit in 16 MB, the least VMEM of any TPU
 
 _MASKED = -(2.0**120)  # added to a logit; exact in bfloat16
 _INNER = (((1,), (0,)), ((), ()))  # x y
@@ -26,10 +26,10 @@ _LAST = (((1,), (1,)), ((), ()))  # x y^T
 def attend(
   q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: jax.Array | None, key_bias: jax.Array | None
 ) -> jax.Array:
-  """See ops/attention.py.
+  """See attend of ops/attention.py; scale, mask and key_bias as there.
 
   Raises:
-    ValueError: when there are more than MAX_LENGTH queries or keys.
+    ValueError: there are more than MAX_LENGTH queries or keys.
   """
   batch, queries, _, _ = q.shape
   keys = k.shape[1]
@@ -51,15 +51,15 @@ def _attend_fwd(q, k, v, bias, mask, scale):
   return _attend(q, k, v, bias, mask, scale), (q, k, v, bias, mask)
 
 
-def _attend_bwd(scale, kept, grad):
-  return *_per_device(functools.partial(_run, _backward_kernel, 3, scale), *kept, grad), None, None
+def _attend_bwd(scale, residuals, grad):
+  return *_per_device(functools.partial(_run, _backward_kernel, 3, scale), *residuals, grad), None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _run(kernel: Callable, outputs: int, scale: float, q, k, v, bias, mask, *grad) -> list[jax.Array]:
-  """Runs a kernel over samples and heads; its outputs are shaped as the first `outputs` of q, k, v."""
+  """Runs a kernel over samples and heads; its outputs have the shapes of the first `outputs` of q, k, v."""
   (batch, heads, head_dim, queries), keys = q.shape, k.shape[-1]
   of_query = pl.BlockSpec((None, None, head_dim, queries), lambda i, j: (i, j, 0, 0))
   of_key = pl.BlockSpec((None, None, head_dim, keys), lambda i, j: (i, j, 0, 0))
@@ -106,9 +106,9 @@ def _backward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, grad_ref, dq_ref, 
 
 
 def _per_device(run: Callable, *args: jax.Array | None) -> list[jax.Array]:
-  """Lets every device of the mesh run the kernel on its part of the batch, as XLA does not split a kernel by itself.
+  """Runs the kernel on every device of the mesh, each on its part of the batch: XLA does not partition kernels.
 
-  The mask alone, of 2 axes, has no batch. A batch that does not divide is computed whole by every device.
+  Only the mask, which has two axes, has no batch axis. If the batch is not divisible, every device computes all of it.
   """
   mesh = jax.typeof(args[0]).sharding.mesh
   axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != jax.sharding.AxisType.Manual)

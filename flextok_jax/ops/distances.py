@@ -1,7 +1,7 @@
-"""Distances between images, by which a prefix of tokens is good enough or not (flextok_jax/inference/adaptive.py).
+"""Distances between images, for finding the shortest prefix of tokens that suffices (inference/adaptive.py).
 
-All take two batches [b, h, w, 3] of float32 in [-1, 1] and return float32 [b], 0 for equal images and the same in both
-orders. They are plain elementwise float32 arithmetic (no matrix products), so accelerators keep their precision.
+All take two batches [b, h, w, 3] of float32 in [-1, 1] and return float32 [b]. They are symmetric, and 0 for equal
+images. They use elementwise float32 arithmetic only (no matrix products), so accelerators do not lower their precision.
 """
 
 from collections.abc import Callable
@@ -19,25 +19,25 @@ _SLOPE = tuple(w / 8 for w in (-1, -2, 0, 2, 1))
 _CURVE = tuple(w / 4 for w in (1, 0, -2, 0, 1))
 MIN_SIDE = 8  # pixels; the pyramid has no smaller scale, unless the image itself is smaller
 COLOR_FLOOR = 1.0  # the constant beside the colours: they count about linearly
-STRUCTURE_FLOOR = 0.2  # beside the filters: contrast well above it counts by its pattern, below it by its strength
+STRUCTURE_FLOOR = 0.2  # beside the filters: contrast well above it counts by its pattern, well below it by its strength
 
 
 def mse(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Mean squared error over pixels and channels; 4 times that of images in [0, 1]."""
+  """Returns the mean squared error over pixels and channels; 4 times that of images in [0, 1]."""
   return jnp.mean(jnp.square(a - b), axis=(1, 2, 3))
 
 
 def perceptual(a: jax.Array, b: jax.Array) -> jax.Array:
-  """A distance of the form of LPIPS over fixed filters. It is not LPIPS, nor comparable with its numbers.
+  """Returns a distance of the form of LPIPS over fixed filters; it is not LPIPS, and not comparable with it.
 
   As in LPIPS (Zhang et al. 2018), with weights of 1: features at several scales, normalised to unit length over
-  channels at every pixel; the squared difference, summed over channels, averaged over space, summed over scales. But no
-  network has learned the features. At every scale of a pyramid of 2x2 averages, down to MIN_SIDE pixels, they are the
-  luminance and two opponent colours, smoothed; and, normalised apart from these, the first and second derivatives of
-  the smoothed colours, which span those of all directions (Freeman and Adelson 1991). A constant channel beside either
-  has the part of a network's biases: without it, white would be normalised to grey, and faint grain to texture.
+  channels at every pixel; the squared difference, summed over channels, averaged over space, summed over scales. The
+  features are not learned: at every scale of a pyramid of 2x2 averages, down to MIN_SIDE pixels, they are the smoothed
+  luminance and two opponent colours and, normalised separately, the first and second derivatives of the smoothed
+  colours, which span those of all directions (Freeman and Adelson 1991). A constant channel in each of the two groups
+  acts like the biases of a network: without it, white would be normalised to grey, and faint grain to texture.
 
-  Each scale adds at most 4 + 4. Any size will do; images of 32 px have 3 scales, of 256 px 6.
+  Each scale adds at most 4 + 4. Images may have any size; at 32 px there are 3 scales, at 256 px 6.
   """
   a, b = _opponent(a), _opponent(b)
   total = _scale_distance(a, b)
@@ -51,10 +51,10 @@ DISTANCES = {"mse": mse, "perceptual": perceptual}
 
 
 def resolve(metric: str | Distance) -> Distance:
-  """Returns the distance of a name, or the function that is given.
+  """Returns the distance of a name in DISTANCES, or the given function.
 
   Raises:
-    ValueError: neither a name in DISTANCES nor a function.
+    ValueError: metric is neither.
   """
   if callable(metric):
     return metric
@@ -70,13 +70,13 @@ def _opponent(images: jax.Array) -> jax.Array:
 
 
 def _halve(x: jax.Array) -> jax.Array:
-  """Means of 2x2 pixels; an odd last row or column is left out."""
+  """Averages 2x2 pixels: [b, h, w, c] -> [b, h // 2, w // 2, c]; an odd last row or column is dropped."""
   height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
   return einops.reduce(x[:, :height, :width], "b (h i) (w j) c -> b h w c", "mean", i=2, j=2)
 
 
 def _scale_distance(a: jax.Array, b: jax.Array) -> jax.Array:
-  """The squared differences between the unit features of one scale: [b, h, w, 3] twice -> [b]."""
+  """Returns the distance at one scale: squared differences of unit features, [b, h, w, 3] twice -> [b]."""
   pairs = zip(_features(a), _features(b))
   return sum(jnp.mean(jnp.sum(jnp.square(x - y), axis=-1), axis=(1, 2)) for x, y in pairs)
 
@@ -88,7 +88,7 @@ def _features(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     _filter(slope, _SMOOTH, 1),
     _filter(smooth, _SLOPE, 1),
     _filter(curve, _SMOOTH, 1),
-    math.sqrt(2) * _filter(slope, _SLOPE, 1),  # twice in the matrix of second derivatives: no direction counts more
+    math.sqrt(2) * _filter(slope, _SLOPE, 1),  # twice in the Hessian: no direction counts more
     _filter(smooth, _CURVE, 1),
   ]
   color = _filter(smooth, _SMOOTH, 1)
@@ -96,7 +96,7 @@ def _features(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _filter(x: jax.Array, taps: tuple[float, ...], axis: int) -> jax.Array:
-  """Correlates x [b, h, w, c] with the taps along an axis; the border is repeated outwards."""
+  """Correlates x [b, h, w, c] with the taps along an axis; the border is replicated."""
   reach = len(taps) // 2
   padded = jnp.pad(x, [(reach, reach) if i == axis else (0, 0) for i in range(4)], mode="edge")
   views = (jax.lax.slice_in_dim(padded, i, i + x.shape[axis], axis=axis) for i in range(len(taps)))

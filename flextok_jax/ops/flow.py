@@ -12,14 +12,14 @@ T_SAMPLINGS = ("logit_normal", "stratified_logit_normal", "uniform", "mode")
 def t_from_draw(draw: jax.Array, mode: str, mode_scale: float) -> jax.Array:
   """Maps a draw [b] (normal for "logit_normal", else uniform in [0, 1)) to times [b] in [0, 1].
 
-  "logit_normal": sigmoid(n). "stratified_logit_normal": sample i takes the i-th of b equal quantiles of the same law.
+  "logit_normal": sigmoid(n). "stratified_logit_normal": the same distribution, sample i in the i-th of b equal strata.
   "mode": 1 - u - s (cos^2(pi u / 2) - 1 + u) with s = mode_scale (Esser et al. 2024, eq. 20).
   """
   if mode == "logit_normal":
     return jax.nn.sigmoid(draw)
   if mode == "stratified_logit_normal":
     quantile = (jnp.arange(draw.shape[0]) + draw) / draw.shape[0]
-    # The quantile may round to 0 or 1, whose normal deviate is infinite and whose sigmoid is still 0 or 1.
+    # A quantile that rounds to 0 or 1 has an infinite normal deviate, whose sigmoid is 0 or 1.
     return jax.nn.sigmoid(jnp.sqrt(2.0) * jax.lax.erf_inv(2 * quantile - 1))
   if mode == "uniform":
     return draw
@@ -29,7 +29,7 @@ def t_from_draw(draw: jax.Array, mode: str, mode_scale: float) -> jax.Array:
 
 
 def shift_t(t: jax.Array, shift: float) -> jax.Array:
-  """Moves times towards noise for shift > 1: shift t / (1 + (shift - 1) t) (Esser et al. 2024, eq. 23)."""
+  """Shifts times towards noise for shift > 1: shift t / (1 + (shift - 1) t) (Esser et al. 2024, eq. 23)."""
   return shift * t / (1 + (shift - 1) * t)
 
 

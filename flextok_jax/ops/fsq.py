@@ -1,7 +1,7 @@
 """Finite scalar quantisation (Mentzer et al. 2023, arXiv 2309.15505), computed in float32.
 
-A code is a vector of len(levels) scalars in [-1, 1], one of prod(levels) in all; its id counts with the first level
-fastest.
+A code is a vector of len(levels) scalars in [-1, 1]; there are prod(levels) codes. In the id of a code, the first
+scalar varies fastest.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-_EPS = 1e-3  # widens the bound a little so that the outermost level is reached
+_EPS = 1e-3  # widens the bound slightly, so that the outermost levels are reached
 
 
 def num_codes(levels: Sequence[int]) -> int:
@@ -27,7 +27,7 @@ def _basis(levels: Sequence[int]) -> jax.Array:
 
 
 def bound(z: jax.Array, levels: Sequence[int]) -> jax.Array:
-  """Squashes z [..., len(levels)] so that rounding gives `level` integers per channel."""
+  """Squashes z [..., len(levels)] so that rounding yields `level` different integers per channel."""
   half = (jnp.asarray(levels, jnp.float32) - 1) * (1 + _EPS) / 2
   offset = jnp.asarray([0.5 * (level % 2 == 0) for level in levels], jnp.float32)
   shift = jnp.arctanh(offset / half)
@@ -37,7 +37,7 @@ def bound(z: jax.Array, levels: Sequence[int]) -> jax.Array:
 def quantize(z: jax.Array, levels: Sequence[int], skip: jax.Array | None = None) -> jax.Array:
   """Rounds z [..., len(levels)] to codes in [-1, 1]; the gradient passes straight through the rounding.
 
-  Where `skip`, bool [...], nothing is rounded: what the bound gives passes, at most 2e-3 outside of [-1, 1].
+  Where `skip`, bool [...], is True, the bounded value is not rounded; it lies at most 2e-3 outside of [-1, 1].
   """
   bounded = bound(z, levels)
   rounding = jnp.round(bounded) - bounded
@@ -47,21 +47,21 @@ def quantize(z: jax.Array, levels: Sequence[int], skip: jax.Array | None = None)
 
 
 def saturation(z: jax.Array, keep_k: jax.Array) -> jax.Array:
-  """How far z [b, k, d] lies outside [-1, 1], squared, mean over the first keep_k [b]: there tanh is flat."""
+  """Returns how far z [b, k, d] lies outside of [-1, 1], where tanh is flat: mean square over the first keep_k, [b]."""
   outside = jnp.square(jax.nn.relu(jnp.abs(z.astype(jnp.float32)) - 1)).mean(2)
   kept = jnp.arange(z.shape[1]) < keep_k[:, None]
   return jnp.where(kept, outside, 0).sum(1) / keep_k
 
 
-def sample_corruption(key: jax.Array, shape: Sequence[int], levels: Sequence[int], share: float) -> jax.Array:
-  """Draws which tokens are replaced and by what, each on its own: int32 shape, a uniform id with `share`, else -1."""
+def sample_corruption(key: jax.Array, shape: Sequence[int], levels: Sequence[int], rate: float) -> jax.Array:
+  """Draws int32 ids of `shape`, independently: with probability `rate` a uniform id, else -1 (no corruption)."""
   which, what = jax.random.split(key)
   ids = jax.random.randint(what, shape, 0, num_codes(levels))
-  return jnp.where(jax.random.bernoulli(which, share, shape), ids, -1)
+  return jnp.where(jax.random.bernoulli(which, rate, shape), ids, -1)
 
 
 def corrupt(codes: jax.Array, ids: jax.Array, levels: Sequence[int]) -> jax.Array:
-  """Replaces codes [..., len(levels)] by those of ids [...] where these are not negative (see sample_corruption)."""
+  """Replaces codes [..., len(levels)] with those of ids [...] where ids are not negative (see sample_corruption)."""
   return jnp.where(ids[..., None] < 0, codes, ids_to_codes(ids, levels))
 
 

@@ -1,4 +1,4 @@
-"""Guidance of the conditional velocity v_c by the unconditional one v_u, both [b, ...], in float32."""
+"""Guidance: combines the conditional velocity v_c and the unconditional one v_u, both [b, ...] float32."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ MODES = ("apg", "cfg", "none")
 
 
 def check_mode(mode: str):
-  """Raises ValueError for a mode that is not one of MODES."""
+  """Raises ValueError if mode is not one of MODES."""
   if mode not in MODES:
     raise ValueError(f"unknown guidance {mode!r}: one of {', '.join(MODES)}")
 
@@ -16,7 +16,7 @@ def guided_steps(num_steps: int, interval: tuple[float, float]) -> tuple[int, in
   """Returns (first, end) of the steps i whose t = 1 - i / num_steps lies in interval (Kynkäänniemi et al. 2024).
 
   Raises:
-    ValueError: for an interval that is not within [0, 1].
+    ValueError: the interval is not within [0, 1].
   """
   low, high = interval
   if not 0 <= low <= high <= 1:
@@ -41,8 +41,17 @@ def apg(
 ) -> tuple[jax.Array, jax.Array]:
   """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416), per sample over all but the first axis.
 
-  The running sum of directions is clipped to the norm `threshold` (0: off), and of its part along v_c only eta stays.
-  Returns (guided velocity, new running sum), the latter unclipped; start it at zeros.
+  Args:
+    v_c: conditional velocity [b, ...].
+    v_u: unconditional velocity [b, ...].
+    scale: guidance scale.
+    running: running sum of directions [b, ...], zeros at first.
+    momentum: factor of the running sum.
+    eta: factor of the part of the direction parallel to v_c.
+    threshold: bound on the norm of the direction; 0: none.
+
+  Returns:
+    The guided velocity and the new running sum, which is not clipped.
   """
   axes = tuple(range(1, v_c.ndim))
   running = (v_c - v_u) + momentum * running

@@ -1,4 +1,4 @@
-"""Logical axes: names of the dimensions of arrays, and over which axes of the device mesh each of them is split."""
+"""Logical axes: names of array dimensions, and the axes of the device mesh over which each is sharded."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,9 +6,9 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Logical axis: mesh axes. Every other one ("layers", "head_dim", "conv_out", None, ...) is whole on every device. Rows
-# of the batch lie on "data" and "fsdp", what is large of the parameters on "fsdp" (sharding.py says how large), and
-# "tensor" has parts of what a block computes: heads, hidden units, words of the vocabulary.
+# Logical axis: mesh axes. All others ("layers", "head_dim", "conv_out", None, ...) are replicated. The batch is sharded
+# over "data" and "fsdp", large parameters over "fsdp" (parallel/sharding.py says how large), and the dimensions inside
+# a block over "tensor": heads, hidden units, the vocabulary.
 RULES = {
   "batch": ("data", "fsdp"),
   "embed": ("fsdp",),
@@ -24,12 +24,12 @@ RULES = {
 def split(names: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
   """Returns the mesh axes of each dimension of an array by RULES.
 
-  A mesh axis is passed over where the dimension does not divide by it, and where an earlier dimension has it already.
+  A mesh axis is skipped if the size of the dimension is not divisible by it, or if an earlier dimension uses it.
 
   Args:
     names: logical axes.
     shape: of the array.
-    sizes: of the mesh axes; those that are missing have size 1.
+    sizes: of the mesh axes; missing ones have size 1.
   """
   taken, parts = set(), []
   for name, length in zip(names, shape, strict=True):
@@ -44,10 +44,10 @@ def split(names: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str,
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Fixes how an intermediate result lies on the mesh, by the logical axes of its dimensions.
+  """Constrains the sharding of an intermediate result by the logical axes of its dimensions.
 
-  The mesh is that of the arrays that x was computed from. Where there is none, or outside of jit, or where nothing of x
-  divides, x comes back as it is. A named dimension that does not divide is left to the compiler.
+  The mesh is that of the arrays from which x was computed. Without a mesh, outside of jit, or if no dimension of x is
+  divisible, x is returned unchanged. The compiler chooses the sharding of named dimensions that are not divisible.
   """
   mesh = _mesh(x)
   parts = split(names, x.shape, mesh.shape) if mesh else []
@@ -59,7 +59,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def gather(x: jax.Array, *names: str | None) -> jax.Array:
-  """As constrain, but dimensions that no name divides are whole on every device: what is read often is fetched once."""
+  """As constrain, but all other dimensions are replicated, so that an array that is read often is gathered once."""
   mesh = _mesh(x)
   if not mesh:
     return x
@@ -68,7 +68,7 @@ def gather(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def _mesh(x: jax.Array) -> Mesh | AbstractMesh | None:
-  """Returns the mesh that x lies on, None outside of jit and where the compiler does not choose places."""
+  """Returns the mesh of x; None outside of jit, or if shardings are not chosen by the compiler."""
   mesh = jax.typeof(x).sharding.mesh
   if not isinstance(x, jax.core.Tracer) or any(kind != AxisType.Auto for kind in mesh.axis_types):
     return None

@@ -14,7 +14,7 @@ def sincos_axes(size: int, dim: int) -> np.ndarray:
   The angles are position * 10000^(-4j/dim). Computed on the host, as the table is a constant.
 
   Raises:
-    ValueError: when dim is not a multiple of 4.
+    ValueError: dim is not a multiple of 4.
   """
   if dim % 4:
     raise ValueError(f"a 2D sin-cos table needs a width that is a multiple of 4, got {dim}")
@@ -26,18 +26,18 @@ def sincos_axes(size: int, dim: int) -> np.ndarray:
 def grid_table(
   axes: jax.Array | np.ndarray, height: int, width: int, *, scaling: str = "absolute", product: bool = False
 ) -> jax.Array:
-  """Returns the table [height, width, dim] of the sums (or products) of a row's and a column's vector.
+  """Returns the table [height, width, dim] of sums (or products) of a row vector and a column vector.
 
   Args:
     axes: row table and column table [2, size, dim].
     height: rows of the grid.
     width: columns of the grid.
-    scaling: "absolute" crops the corner of the size x size table; "interpolate" resizes all of it bilinearly, its
-      corners staying corners. A sum or product of two axes is resized by resizing each axis.
-    product: multiplies the two vectors.
+    scaling: "absolute" crops a corner of the size x size table; "interpolate" resizes all of it bilinearly, with
+      aligned corners. A sum or product of two axes is resized by resizing each axis.
+    product: multiply the two vectors.
 
   Raises:
-    ValueError: when the grid is larger than the table that is to be cropped.
+    ValueError: the grid is larger than the table to crop.
   """
   size = axes.shape[1]
   if scaling == "absolute":
@@ -56,7 +56,7 @@ def grid_table(
 def resize_axis(table: jax.Array | np.ndarray, size: int) -> jax.Array | np.ndarray:
   """Linearly interpolates a table [n, dim] at size points from its first row to its last: [size, dim]."""
   last = len(table) - 1
-  place = np.arange(size) * last / max(size - 1, 1)  # a single point is the first row
+  place = np.arange(size) * last / max(size - 1, 1)  # one point: the first row
   low = place.astype(np.int32)
   part = (place - low)[:, None]
   return table[low] * (1 - part) + table[np.minimum(low + 1, last)] * part
@@ -65,15 +65,15 @@ def resize_axis(table: jax.Array | np.ndarray, size: int) -> jax.Array | np.ndar
 def resize_bicubic(
   table: jax.Array, height: int, width: int, *, antialias: bool = False, offset: float = 0.0
 ) -> jax.Array:
-  """Interpolates a table [n, m, dim] to [height, width, dim] as torch.nn.functional.interpolate(mode="bicubic") does.
+  """Interpolates a table [n, m, dim] to [height, width, dim], as torch.nn.functional.interpolate(mode="bicubic").
 
   Args:
     table: any floating-point type; computed in float32.
     height: rows of the result.
     width: its columns.
-    antialias: whether the kernel widens where the table shrinks.
-    offset: the factors are (height + offset) / n and (width + offset) / m: 0.1 is that of DINO's code. Without
-      antialias only.
+    antialias: whether to widen the kernel if the table shrinks.
+    offset: the factors are (height + offset) / n and (width + offset) / m; the code of DINO has 0.1. Ignored with
+      antialias.
 
   Returns:
     float32.
@@ -86,7 +86,7 @@ def resize_bicubic(
 
 
 def _cubic_weights(old: int, new: int, offset: float) -> np.ndarray:
-  """Returns float32 [new, old] of PyTorch's cubic convolution, a = -0.75 and the borders repeated."""
+  """Returns the float32 matrix [new, old] of the cubic convolution of PyTorch: a = -0.75, borders replicated."""
   a, weights = -0.75, np.zeros((new, old))
   place = (np.arange(new) + 0.5) * old / (new + offset) - 0.5
   for k in range(-1, 3):
@@ -103,14 +103,14 @@ def sincos_2d(height: int, width: int, dim: int) -> jax.Array:
   A smaller grid is the corner of a larger one.
 
   Raises:
-    ValueError: when dim is not a multiple of 4.
+    ValueError: dim is not a multiple of 4.
   """
   return grid_table(sincos_axes(max(height, width), dim), height, width)
 
 
 def timestep_features(t: jax.Array, dim: int = 256, max_period: float = 256.0, time_scale: float = 1000.0) -> jax.Array:
   """Returns [cos, sin] features [b, dim] of times t [b] in [0, 1]: frequencies time_scale * max_period^(-j/(dim/2))."""
-  # A constant, computed on the host: angles reach 1000, where another rounding of a frequency shows.
+  # A constant, computed on the host: angles reach 1000, where the rounding of a frequency matters.
   freqs = np.float32(time_scale * np.exp(-np.log(max_period) * np.arange(dim // 2) / (dim // 2)))
   angles = t.astype(jnp.float32)[:, None] * freqs
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)

@@ -12,14 +12,17 @@ def guide(conditional: jax.Array, unconditional: jax.Array, scale: float | jax.A
 def filter_logits(
   logits: jax.Array, temperature: float | jax.Array = 1.0, top_k: int = 0, top_p: float | jax.Array | None = None
 ) -> jax.Array:
-  """Returns float32 logits to sample from, -inf where a token is ruled out: temperature, then top-k, then top-p.
+  """Applies temperature, then top-k, then top-p.
 
   Args:
     logits: [..., v].
-    temperature: above 0; logits are divided by it.
-    top_k: keeps the k largest, with all that equal the k-th; 0 keeps all.
-    top_p: of what is left, drops the least likely tokens whose probabilities add up to at most 1 - top_p (nucleus
-      sampling, Holtzman et al. 2020), never the likeliest; None keeps all.
+    temperature: above 0; divides the logits.
+    top_k: keeps the k largest logits and all that equal the k-th; 0 keeps all.
+    top_p: of the remaining tokens, drops the least likely ones whose probabilities sum to at most 1 - top_p, but never
+      the most likely token (nucleus sampling, Holtzman et al. 2020); None keeps all.
+
+  Returns:
+    float32 [..., v], -inf for excluded tokens.
   """
   logits = logits.astype(jnp.float32) / temperature
   if 0 < top_k < logits.shape[-1]:
@@ -27,7 +30,7 @@ def filter_logits(
     logits = jnp.where(logits < least, -jnp.inf, logits)
   if top_p is not None:
     ascending = jnp.sort(logits, -1)
-    mass = jnp.cumsum(jax.nn.softmax(ascending, -1), -1)  # the small ones first, so that none is lost in rounding
+    mass = jnp.cumsum(jax.nn.softmax(ascending, -1), -1)  # ascending, so that small ones are not lost to rounding
     kept = (mass > 1 - top_p).at[..., -1].set(True)
     least = jnp.min(jnp.where(kept, ascending, jnp.inf), -1, keepdims=True)
     logits = jnp.where(logits < least, -jnp.inf, logits)
@@ -35,5 +38,5 @@ def filter_logits(
 
 
 def sample(keys: jax.Array, logits: jax.Array) -> jax.Array:
-  """Draws int32 [b] from softmax(logits [b, v]), row i by keys[i] alone."""
+  """Draws int32 [b] from softmax(logits [b, v]); row i depends on keys[i] alone."""
   return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

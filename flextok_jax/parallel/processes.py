@@ -3,8 +3,8 @@
 All processes run the same command on their own devices. The environment says which processes belong to a run:
 
 - JAX_COORDINATOR_ADDRESS=HOST:PORT (a free port on the host of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, set by
-  whatever starts the processes, such as launch/local.sh or a Kubernetes pod. JAX_NUM_PROCESSES=1 means a single process,
-  whatever else is set.
+  whatever starts the processes, such as launch/local.sh or a Kubernetes pod. JAX_NUM_PROCESSES=1 means a single
+  process, whatever else is set.
 - Slurm: the tasks of srun.
 - TPU VMs: all hosts of the slice or slices.
 

@@ -1,16 +1,19 @@
 """Stage 2: a generator of token ids, trained by next-token cross-entropy on token shards."""
 
+from collections.abc import Mapping
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from flextok_jax.config import check_at_least_one, float_dtype
+from flextok_jax.models import layers
 from flextok_jax.models.ar import generator as ar
-from flextok_jax.models.ar import text as text_models
-from flextok_jax.models.transformer import remat_name
+from flextok_jax.models.ar.text import ENCODERS, ByteEncoder
+from flextok_jax.models.perception.t5 import T5Encoder
 from flextok_jax.ops import attention, nested
 from flextok_jax.stages.stage import Stage
 
@@ -34,7 +37,11 @@ def make_generator(config: ConfigDict) -> ar.Generator:
   check_at_least_one(config, *(f"ar.{name}" for name in sizes))
   c = config.ar
   known = dict(
-    condition=ar.CONDITIONS, norm=tuple(ar.NORMS), qk_norm=(*ar.NORMS, "none"), ffn=ar.FFNS, pos_embed=ar.POS_EMBEDS
+    condition=ar.CONDITIONS,
+    norm=tuple(layers.NORMS),
+    qk_norm=(*layers.NORMS, "none"),
+    ffn=ar.FFNS,
+    pos_embed=ar.POS_EMBEDS,
   )
   for name, values in known.items():
     if c[name] not in values:
@@ -51,17 +58,22 @@ def make_generator(config: ConfigDict) -> ar.Generator:
     raise ValueError(f"unknown attention {config.attention!r}: one of {', '.join(attention.IMPLEMENTATIONS)}")
   dtype = jnp.dtype(config.dtype)
   text = c.condition == "text"
-  choices = ar.BlockChoices(
+  gated = c.ffn == "swiglu"
+  choices = layers.BlockChoices(
     width=c.width,
     head_dim=c.head_dim,
-    hidden=mlp_hidden(c),
-    gated=c.ffn == "swiglu",
+    mlp_hidden=mlp_hidden(c),
+    logit_scale=1 / math.sqrt(c.head_dim),
+    gated_mlp=gated,
+    activation="silu" if gated else "gelu",
     norm=c.norm,
     norm_eps=c.norm_eps,
     qk_norm=c.qk_norm,
     qk_norm_eps=c.qk_norm_eps,
-    bias=c.bias,
-    text=text,
+    qkv_bias=c.bias,
+    out_bias=c.bias,
+    mlp_bias=c.bias,
+    cross_attention=text,
     dtype=dtype,
     attention=config.attention,
   )
@@ -75,17 +87,45 @@ def make_generator(config: ConfigDict) -> ar.Generator:
     pos_embed=c.pos_embed,
     head_layernorm=c.head_layernorm,
     readout_multiplier=c.readout_multiplier,
-    remat=remat_name(config.remat),
+    readout_bias=c.bias,
+    remat=layers.check_remat(config.remat),
   )
   if not text:
     return ar.Generator(transformer)
   check_at_least_one(config, "text.max_length", "text.features", "text.mlp_hidden")
-  if config.text.encoder not in text_models.ENCODERS:
-    raise ValueError(f"unknown text.encoder {config.text.encoder!r}: one of {', '.join(text_models.ENCODERS)}")
-  encoder = None
-  if config.text.encoder == "bytes":
-    encoder = text_models.make_text_encoder(config)
+  if config.text.encoder not in ENCODERS:
+    raise ValueError(f"unknown text.encoder {config.text.encoder!r}: one of {', '.join(ENCODERS)}")
+  encoder = make_text_encoder(config) if config.text.encoder == "bytes" else None
   return ar.Generator(transformer, ar.TextMLP(config.text.mlp_hidden, c.width, dtype), encoder)
+
+
+def make_text_encoder(config: ConfigDict, sizes: Mapping | None = None) -> nn.Module:
+  """Builds the encoder of config.text: module(ids [b, t], lengths [b]) -> [b, t, text.features].
+
+  Args:
+    config: of stage "ar".
+    sizes: of a T5, which the config does not hold: as weights/perception/t5.py reads them.
+
+  Raises:
+    ValueError: an unknown encoder, or sizes that do not fit together.
+  """
+  c, dtype = config.text, jnp.dtype(config.dtype)
+  if c.encoder not in ENCODERS:
+    raise ValueError(f"unknown text.encoder {c.encoder!r}: use one of {', '.join(ENCODERS)}")
+  if c.encoder == "bytes":
+    if c.depth < 1:
+      raise ValueError(f"text.depth must be at least 1, got {c.depth}")
+    if c.head_dim < 1 or c.features < 1 or c.features % c.head_dim:
+      raise ValueError(f"text.features={c.features} is not a multiple of text.head_dim={c.head_dim}")
+    remat = layers.check_remat(config.remat)
+    return ByteEncoder(c.features, c.depth, c.head_dim, c.max_length, dtype, config.attention, remat)
+  if sizes is None:
+    raise ValueError("the sizes of the T5 encoder are needed: those of its config.json")
+  if sizes["d_model"] != c.features:
+    raise ValueError(
+      f"text.features={c.features}, but the T5 encoder {c.path} has {sizes['d_model']}: set text.features to that"
+    )
+  return T5Encoder(**sizes, dtype=dtype)
 
 
 class ARStage(Stage):
@@ -141,7 +181,7 @@ class ARStage(Stage):
     weights = counts * decay / decay.mean()
     metrics = {"loss": ((losses * counts).sum(), counts.sum())}
     low = 0
-    for high in nested.lengths(length):  # powers of two: the further, the more tokens share a number
+    for high in nested.powers_of_two(length):  # powers of two: the further, the more tokens share a number
       part = slice(low, high)
       metrics[f"loss_to_{high}"] = (losses * counts)[:, part].sum(), counts[:, part].sum()
       low = high

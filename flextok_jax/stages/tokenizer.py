@@ -1,8 +1,11 @@
 """Stage 1: encoder, FSQ and flow decoder over the latents of a frozen VAE."""
 
+from collections.abc import Callable
 import functools
 import math
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -12,7 +15,7 @@ from flextok_jax.models import layers
 from flextok_jax.models.tokenizer.decoder import NULL_CONDITIONS, Decoder
 from flextok_jax.models.tokenizer.encoder import Encoder
 from flextok_jax.models.tokenizer.flextok import FlexTok, Sampler, sample_latents
-from flextok_jax.models.transformer import MODULATIONS, PatchTransformer, mlp_hidden, remat_name
+from flextok_jax.models.transformer import MODULATIONS, PatchTransformer, mlp_hidden
 from flextok_jax.models.vae.autoencoder import sample_posterior
 from flextok_jax.ops import flow, fsq, nested, posemb
 from flextok_jax.ops import repa as repa_ops
@@ -61,7 +64,7 @@ def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, si
   part = module(
     num_registers=config.tokens.num_registers,
     dtype=jnp.dtype(config.dtype),
-    remat=remat_name(config.remat),
+    remat=layers.check_remat(config.remat),
     attention=config.attention,
     **config[name],
     **fields,
@@ -113,6 +116,36 @@ def bucket_rows(size: int, most: int) -> int:
   return max(rows for rows in range(1, min(size, most) + 1) if size % rows == 0)
 
 
+class Rows(flax.struct.PyTreeNode):
+  """Rows of a batch with their random draws: g groups of r rows, or in a bucket one axis [b] in place of [g, r]."""
+
+  latents: jax.Array  # [g, r, h, w, c]
+  t: jax.Array  # [g, r], times in [0, 1]
+  noise: jax.Array  # [g, r, h, w, c]
+  keep_k: jax.Array  # int [g, r]
+  drop: jax.Array  # bool [g, r], True: no condition
+  unquantized: jax.Array | None  # bool [g, r], True: not quantised; None: off
+  corruption: jax.Array | None  # int [g, r, num_registers], see fsq.sample_corruption; None: off
+  modulations: tuple[jax.Array, jax.Array | None]  # of the times: blocks [depth, g, r, f], head [g, r, 2 * width]
+
+  def bucket(self, first: int, end: int) -> "Rows":
+    """Returns the rows first .. end - 1 of all groups: [g, r, ...] -> [g * (end - first), ...]."""
+    cut = lambda x: _ungroup(x[:, first:end])
+    cut_modulation = lambda x: x[..., first:end, :].reshape(*x.shape[:-3], -1, x.shape[-1])
+    rows = jax.tree.map(cut, self.replace(modulations=None))
+    return rows.replace(modulations=jax.tree.map(cut_modulation, self.modulations))
+
+
+def _group(x: jax.Array, rows: int) -> jax.Array:
+  """[b, ...] -> [b / rows, rows, ...]."""
+  return jnp.asarray(x).reshape(-1, rows, *x.shape[1:])
+
+
+def _ungroup(x: jax.Array) -> jax.Array:
+  """[g, r, ...] -> [g * r, ...]."""
+  return x.reshape(-1, *x.shape[2:])
+
+
 class TokenizerStage(Stage):
   """Trains {"encoder", "decoder"} over a frozen {"vae"}; without a VAE nothing is frozen."""
 
@@ -125,9 +158,9 @@ class TokenizerStage(Stage):
     self.sample_posterior = config.vae.sample_posterior and self.model.vae is not None
     self.fast = config.fast
     self.tokens = config.tokens
-    self.bucket_rows = config.tokens.bucket_rows
-    of_samples = ("null_prob", "quantization_dropout", "corruption")  # shares
-    _, self.unquantized, self.corruption = (check_fraction(f"tokens.{k}", self.tokens[k]) for k in of_samples)
+    check_fraction("tokens.null_prob", self.tokens.null_prob)
+    self.quantization_dropout = check_fraction("tokens.quantization_dropout", self.tokens.quantization_dropout)
+    self.corruption_rate = check_fraction("tokens.corruption", self.tokens.corruption)
     self.flow = config.flow
     self.projector = repa.make_projector(config, self.model.decoder)
     self.repa, self.repa_grid = repa.section(config), repa.decoder_grid(config)
@@ -163,107 +196,127 @@ class TokenizerStage(Stage):
     return self.latents_loss(params, jax.lax.stop_gradient(latents), key, batch.get("teacher"))
 
   def latents_loss(self, params, latents, key, teacher=None):
-    """The loss of latents [b, h, w, c], with REPA also of the teacher's features [b, g * g, d].
+    """Returns the loss of latents and its metrics.
 
-    Rows are in groups, in each of which the numbers of kept registers are stratified (nested.sample_kept). So the row's
-    place bounds its number, and rows of like bounds form a bucket that runs on as few registers as it needs. All groups
-    have the same buckets: where devices hold whole groups, each runs the same program on its own rows.
+    Rows are in groups, in each of which the numbers of kept registers are stratified (nested.sample_keep_k). The place
+    of a row in its group bounds its number, so rows with similar bounds form a bucket that computes only as many
+    registers as it needs. All groups have the same buckets: if devices hold whole groups, each runs the same program on
+    its own rows.
+
+    Args:
+      params: of the model and of what the loss needs.
+      latents: [b, h, w, c].
+      key: of the random draws.
+      teacher: features [b, g * g, d] of a teacher for the same images; with REPA only.
+
+    Returns:
+      The loss [], and metrics {name: (sum, count)}.
     """
-    keys = dict(zip(("order", "t", "t_order", "noise", "kept"), jax.random.split(key, 5)))
     size, n = latents.shape[0], self.tokens.num_registers
-    rows = bucket_rows(size, self.bucket_rows)
-    by_group = lambda x: jnp.asarray(x).reshape(-1, rows, *x.shape[1:])
-    # Which image keeps how much is left to chance: rows are shuffled within the groups, times over the batch.
-    order = jax.random.permutation(keys["order"], rows)
-    latents = by_group(latents)[:, order]
-    t = flow.sample_t(keys["t"], size, self.flow.t_sampling, self.flow.mode_scale, self.flow.t_shift)
-    t = by_group(jax.random.permutation(keys["t_order"], t))
-    noise = jax.random.normal(keys["noise"], latents.shape)
-    law = (self.tokens.nested_dropout, self.tokens.null_prob)
-    keep_k, drop = nested.sample_kept(keys["kept"], size // rows, rows, n, *law)
-    disturb = self._sample_disturbance(key, keep_k.shape)
+    rows, order = self._draw_rows(params, latents, key)
 
-    if self.fast:
-      bounds = nested.row_bounds(law[0], n, law[1], rows)
-      buckets = _runs([nested.slots(k, n) if k else 0 for k in bounds])
-    else:
-      buckets = [(0, rows, n)]
-    # Much of the decoder's parameters, for one vector a row: read once for all buckets, and their gradient summed once.
-    modulations = self.model.apply({"params": params}, t.reshape(-1), method="modulations")
-    modulations = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], *t.shape, x.shape[-1]), modulations)
-    outcomes = []
-    for first, end, slots in buckets:
-      rows_of = lambda x: x[:, first:end].reshape(-1, *x.shape[2:])  # noqa: B023 called at once
-      cut = lambda x: x[..., first:end, :].reshape(*x.shape[:-3], -1, x.shape[-1])  # noqa: B023 called at once
-      parts = [rows_of(x) for x in (latents, t, noise, keep_k, drop)]
-      outcome = self._bucket_loss(params, slots, *parts, jax.tree.map(cut, modulations), jax.tree.map(rows_of, disturb))
-      outcomes.append([x.reshape(-1, end - first, *x.shape[1:]) for x in outcome])
-    joined = (jnp.concatenate(x, 1) for x in zip(*outcomes))
-    per_sample, saturation, *features = (x.reshape(-1, *x.shape[2:]) for x in joined)
-    keep_k, drop = keep_k.reshape(-1), drop.reshape(-1)
+    # Run the buckets and join their rows.
+    outputs = []
+    for first, end, length in self._buckets(rows.t.shape[1]):
+      output = self._bucket_loss(params, length, rows.bucket(first, end))
+      # [g * (end - first), ...] -> [g, end - first, ...]
+      outputs.append(jax.tree.map(lambda x, count=end - first: x.reshape(-1, count, *x.shape[1:]), output))
+    # [g, r_i, ...] each -> [b, ...]
+    join = lambda *parts: _ungroup(jnp.concatenate(parts, 1))
+    per_sample, saturation, features = jax.tree.map(join, *outputs)
+    keep_k, drop = _ungroup(rows.keep_k), _ungroup(rows.drop)
 
-    def where(mask):
+    # Metrics: the flow loss by number of kept registers.
+    def flow_loss_of(mask):
       return jnp.where(mask, per_sample, 0).sum(), mask.sum().astype(jnp.float32)
 
-    metrics = {"loss": where(jnp.ones(size, bool)), "loss_null": where(drop)}
+    metrics = {"loss": flow_loss_of(jnp.ones(size, bool)), "loss_null": flow_loss_of(drop)}
     low = 0
-    for high in nested.lengths(n):
-      metrics[f"loss_k{high}"] = where(~drop & (keep_k > low) & (keep_k <= high))
+    for high in nested.powers_of_two(n):
+      metrics[f"loss_k{high}"] = flow_loss_of(~drop & (keep_k > low) & (keep_k <= high))
       low = high
     metrics["saturation"] = saturation.sum(), jnp.float32(size)
+
+    # Loss.
     loss = per_sample + self.tokens.saturation_weight * saturation
     if self.projector is not None:
-      alignment = self._alignment(params, *features, by_group(teacher)[:, order])
+      alignment = self._alignment(params, features, _ungroup(_group(teacher, order.size)[:, order]))
       metrics["repa"] = alignment.sum(), jnp.float32(size)
       loss = loss + self.repa.weight * alignment
     return loss.mean(), metrics
 
-  def _alignment(self, params, features, teacher):
-    """REPA's loss of each row: features [b, n, width] of the decoder, the teacher's [..., g * g, d] of the same rows.
+  def _draw_rows(self, params, latents: jax.Array, key: jax.Array) -> tuple[Rows, jax.Array]:
+    """Returns latents [b, h, w, c] as rows with random draws, and the order of the latents within each group [r]."""
+    order_key, t_key, t_order_key, noise_key, keep_key = jax.random.split(key, 5)
+    size, n = latents.shape[0], self.tokens.num_registers
+    count = bucket_rows(size, self.tokens.bucket_rows)
+    # Shuffled, so that lengths are assigned at random: latents within their group, times over the whole batch.
+    order = jax.random.permutation(order_key, count)
+    latents = _group(latents, count)[:, order]
+    t = flow.sample_t(t_key, size, self.flow.t_sampling, self.flow.mode_scale, self.flow.t_shift)
+    t = _group(jax.random.permutation(t_order_key, t), count)
+    noise = jax.random.normal(noise_key, latents.shape)
+    keep_k, drop = nested.sample_keep_k(
+      keep_key, size // count, count, n, self.tokens.nested_dropout, self.tokens.null_prob
+    )
+    # Drawn for whole rows before they are cut into buckets, so that all ways to cut them draw the same. 5 and 6: keys
+    # besides the five above.
+    unquantized = corruption = None
+    if self.quantization_dropout:
+      unquantized = jax.random.bernoulli(jax.random.fold_in(key, 5), self.quantization_dropout, keep_k.shape)
+    if self.corruption_rate:
+      shape, corruption_key = (*keep_k.shape, n), jax.random.fold_in(key, 6)
+      corruption = fsq.sample_corruption(corruption_key, shape, self.model.levels, self.corruption_rate)
+    # Computed once for all buckets: most parameters of the decoder are read, and their gradient is summed, only once.
+    modulations = self.model.apply({"params": params}, t.reshape(-1), method="modulations")
+    # [..., b, f] -> [..., g, r, f]
+    modulations = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], *t.shape, x.shape[-1]), modulations)
+    return Rows(latents, t, noise, keep_k, drop, unquantized, corruption, modulations), order
 
-    One call for the rows of all buckets: the projector is read once, and its gradient summed once.
+  def _buckets(self, count: int) -> list[tuple[int, int, int]]:
+    """Returns the buckets of groups of `count` rows: (first row, end, registers to compute).
+
+    0 registers: no row of the bucket has a condition.
     """
-    teacher = teacher.reshape(-1, *teacher.shape[-2:])
-    teacher = repa_ops.resize_features(jax.lax.stop_gradient(teacher), self.repa_grid, self.repa_grid)
-    return repa_ops.alignment_loss(self.projector.apply({"params": params["repa"]}, features), teacher)
+    tokens, n = self.tokens, self.tokens.num_registers
+    if not self.fast:
+      return [(0, count, n)]
+    bounds = nested.row_bounds(tokens.nested_dropout, n, tokens.null_prob, count)
+    lengths = [nested.padded_length(bound, n) if bound else 0 for bound in bounds]
+    edges = [i for i in range(count + 1) if i in (0, count) or lengths[i] != lengths[i - 1]]
+    return [(first, end, lengths[first]) for first, end in zip(edges, edges[1:])]
 
-  def _sample_disturbance(self, key, shape):
-    """(whose quantisation is skipped, bool; ids for every register to corrupt by, see fsq) of rows [groups, rows].
-
-    None is what is off. Drawn for whole rows before they are cut into buckets, so that every cut has the same.
-    """
-    skip = ids = None
-    if self.unquantized:  # 5 and 6: keys beside the five of latents_loss, which stay as they are
-      skip = jax.random.bernoulli(jax.random.fold_in(key, 5), self.unquantized, shape)
-    if self.corruption:
-      shape = (*shape, self.tokens.num_registers)
-      ids = fsq.sample_corruption(jax.random.fold_in(key, 6), shape, self.model.levels, self.corruption)
-    return skip, ids
-
-  def _bucket_loss(self, params, slots: int, latents, t, noise, keep_k, drop, modulations, disturb):
-    """Runs the rows of a bucket on `slots` registers; 0: no row has a condition.
+  def _bucket_loss(self, params, length: int, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Computes the rows [b, ...] of a bucket on `length` registers; 0: no row has a condition.
 
     Returns:
-      (loss [b], saturation of the kept registers [b]); with REPA also the patches [b, n, width] after repa.block.
+      Flow loss [b]; saturation of the kept registers [b]; with REPA the patches [b, n, width] after block repa.block,
+      else None.
     """
-    apply = functools.partial(self.model.apply, {"params": params})
-    batch, levels = latents.shape[0], self.model.levels
-    if slots:
-      z = apply(latents, slots, method="encode_registers")
-      skip, ids = disturb
-      codes = fsq.quantize(z, levels, None if skip is None else skip[:, None])
-      if ids is not None:
-        codes = fsq.corrupt(codes, ids[:, :slots], levels)
-      saturation = jnp.where(drop, 0.0, fsq.saturation(z, keep_k))
+    apply: Callable[..., Any] = functools.partial(self.model.apply, {"params": params})
+    batch, levels = rows.latents.shape[0], self.model.levels
+    if length:
+      z = apply(rows.latents, length, method="encode_registers")
+      skip = None if rows.unquantized is None else rows.unquantized[:, None]
+      codes = fsq.quantize(z, levels, skip)  # [b, length, len(levels)]
+      if rows.corruption is not None:
+        codes = fsq.corrupt(codes, rows.corruption[:, :length], levels)
+      saturation = jnp.where(rows.drop, 0.0, fsq.saturation(z, rows.keep_k))
     else:
       codes, saturation = jnp.zeros((batch, 1, len(levels))), jnp.zeros(batch)
-    velocity = functools.partial(
-      apply, flow.add_noise(latents, noise, t), t, codes, keep_k, drop, modulations, method="velocity"
-    )
-    if self.projector is None:
-      return flow.flow_loss(velocity(), latents, noise), saturation
-    velocity, features = velocity(tap=self.repa.block)
-    return flow.flow_loss(velocity, latents, noise), saturation, features
+    x_t = flow.add_noise(rows.latents, rows.noise, rows.t)
+    block = None if self.projector is None else self.repa.block
+    inputs = x_t, rows.t, codes, rows.keep_k, rows.drop, rows.modulations, block
+    velocity, features = apply(*inputs, method="velocity_and_features")
+    return flow.flow_loss(velocity, rows.latents, rows.noise), saturation, features
+
+  def _alignment(self, params, features: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Returns the loss of REPA [b], from features of the decoder [b, n, width] and of the teacher [b, g * g, d].
+
+    Called once for the rows of all buckets: the projector is read, and its gradient summed, only once.
+    """
+    teacher = repa_ops.resize_features(jax.lax.stop_gradient(teacher), self.repa_grid, self.repa_grid)
+    return repa_ops.alignment_loss(self.projector.apply({"params": params["repa"]}, features), teacher)
 
   @property
   def predict_fns(self):
@@ -281,9 +334,3 @@ class TokenizerStage(Stage):
       return jnp.clip(self.model.apply({"params": params}, latents, method="decode_latents"), -1, 1)
 
     return {"tokenize": tokenize, "detokenize": detokenize}
-
-
-def _runs(slots: list[int]) -> list[tuple[int, int, int]]:
-  """Equal neighbours as (first, end, value)."""
-  edges = [i for i in range(len(slots) + 1) if i in (0, len(slots)) or slots[i] != slots[i - 1]]
-  return [(first, end, slots[first]) for first, end in zip(edges, edges[1:])]

@@ -13,6 +13,7 @@ from flextok_jax.data import pipeline
 from flextok_jax.data.shards import features, latents, tokens
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
+from flextok_jax.stages.ar import make_text_encoder
 from flextok_jax.stages.stage import Stage
 from flextok_jax.training import teacher as teacher_lib
 from flextok_jax.weights import fingerprints, loading
@@ -208,7 +209,6 @@ def make_prepare(config: ConfigDict, mesh: jax.sharding.Mesh, train: bool = Fals
     return teacher_lib.make_teach(config, mesh)
   if config.stage != "ar" or config.ar.condition != "text" or config.text.encoder != "t5":
     return lambda batch: batch
-  from flextok_jax.models.ar.text import make_text_encoder
   from flextok_jax.weights.perception.t5 import load_t5  # late: nothing else needs it
 
   sizes, params = load_t5(config.text.path, config.dtype, mesh)

@@ -71,7 +71,7 @@ def refused(pattern, workdir, **overrides):
     ("unknown stage 'tokeniser': one of tokenizer, vae", dict(stage="tokeniser")),
     ("stage 'vae' trains vae.kind 'autoencoder_kl', got 'pixels'", dict(stage="vae")),
     ("unknown vae.kind 'vqgan'", dict(vae=dict(kind="vqgan"))),
-    ("unknown tokens.nested_dropout 'pow3': one of uniform, pow2", dict(tokens=dict(nested_dropout="pow3"))),
+    ("unknown nested_dropout 'pow3': one of uniform, pow2", dict(tokens=dict(nested_dropout="pow3"))),
     ("'pow2' needs a power of two, got 6", dict(tokens=dict(num_registers=6))),
     ("unknown flow.t_sampling 'lognormal': one of logit_normal", dict(flow=dict(t_sampling="lognormal"))),
     ("unknown guidance 'cgf': one of apg, cfg, none", dict(sampler=dict(guidance="cgf"))),

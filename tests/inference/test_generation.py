@@ -125,7 +125,7 @@ def test_draws(name, given):
 
 
 def test_more_tokens_than_a_plain_chunk():
-  length = ar_sampling.PLAIN_CHUNK + 8
+  length = ar_sampling.SLOW_CHUNK + 8
   gen = numpy_ar.tiny_generator(condition="none", depth=1, num_tokens=length)
   prefix = np.arange(24)[None]
   (ids, log_probs), again = (sample(gen, prefix=prefix, fast=fast) for fast in (True, False))
@@ -270,8 +270,8 @@ def test_generation_ends_when_all_have_stopped(monkeypatch):
   def run(gen):
     keys, prefix = jax.random.split(KEY, 3), jnp.zeros((3, 0), jnp.int32)
     model = make_generator(gen.config)
-    arguments = keys, jnp.asarray(LABELS), None, None, prefix, 8, 1.0, 1.0, 0.0
-    return ar_sampling.generate(model, gen.params, *arguments, slots=8, choices=ar_sampling.Choices())[0]
+    arguments = keys, jnp.asarray(LABELS), None, None, prefix, 8
+    return ar_sampling.generate(model, gen.params, *arguments, ar_sampling.TokenSampler(), length=8)[0]
 
   for bias, steps in ((50.0, 2), (-50.0, 8)):
     calls.clear()

@@ -68,7 +68,7 @@ def near(actual, desired, relative):
 # Single calls.
 
 
-@pytest.mark.parametrize("slots", nested.slot_sizes(256)[:-1])
+@pytest.mark.parametrize("slots", nested.padded_lengths(256)[:-1])
 def test_merged_registers(case, slots):
   """All samples that fit into so many slots, in one batch, the last one without condition."""
   keep_k = np.minimum(KEEP, slots - 1)
@@ -214,6 +214,6 @@ def test_every_count_and_ragged_batches_compile_once_a_size():
     model.velocity(noise, 0.5, ids, keep_k=k)
   for k in (1, 3, 7, 100, 120, 256):
     model.detokenize([np.zeros(k, int), np.zeros(1 + k // 2, int)], noise=noise, num_steps=1, guidance_scale=1.0 + k)
-  sizes = len(nested.slot_sizes(256))
+  sizes = len(nested.padded_lengths(256))
   assert api._tokenize._cache_size() <= sizes and api._velocity._cache_size() <= sizes
-  assert api._detokenize._cache_size() == len({nested.slots(k, 256) for k in (1, 3, 7, 100, 120, 256)})
+  assert api._detokenize._cache_size() == len({nested.padded_length(k, 256) for k in (1, 3, 7, 100, 120, 256)})

@@ -280,7 +280,7 @@ def stats():
 
 
 def frequencies(num_registers, mode):
-  return {k: p for k, p in enumerate(nested.law(mode, num_registers), 1) if p}
+  return {k: p for k, p in enumerate(nested.length_distribution(mode, num_registers), 1) if p}
 
 
 def assert_alike(ours, recorded):
@@ -316,4 +316,4 @@ def test_nested_maximum_that_is_no_power_of_two(stats):
   recorded = {min(int(k), 200): p for k, p in stats["uniform_pow2_N200"].items()}
   assert_alike(frequencies(200, "uniform_pow2"), recorded)
   with pytest.raises(ValueError, match="200"):
-    nested.law("pow2", 200)
+    nested.length_distribution("pow2", 200)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from flextok_jax import config as common
+from flextok_jax.models.layers import BlockChoices
 from flextok_jax.models.tokenizer.encoder import causal_last_mask
 from flextok_jax.models.tokenizer.flextok import Sampler, sample_latents
-from flextok_jax.models.transformer import BlockChoices, Transformer
+from flextok_jax.models.transformer import Transformer
 from flextok_jax.ops import fsq
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.tokenizer import make_model
@@ -211,7 +212,16 @@ def test_unknown_guidance(tiny):
 
 def test_remat_saves_memory_and_changes_no_gradient():
   """Of five blocks; each name needs clearly less temporary memory than the one before."""
-  choices = BlockChoices(8, 4.0, True, "silu", True, False, False, False, jnp.dtype("float32"), "xla")
+  choices = BlockChoices(
+    width=16,
+    head_dim=8,
+    mlp_hidden=42,
+    logit_scale=1.0,
+    gated_mlp=True,
+    activation="silu",
+    qk_norm="unscaled",
+    attention="xla",
+  )
   x = np.random.default_rng(0).normal(size=(4, 32, 16)).astype(np.float32)
   params = Transformer(5, choices, 0).init(jax.random.key(0), (x,))
   memory, all_grads = [], []

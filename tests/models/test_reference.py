@@ -250,7 +250,7 @@ def test_guidance(momentum, eta, threshold):
 def test_kept_lengths_have_their_distribution(num_registers, mode):
   if mode == "pow2" and num_registers & (num_registers - 1):
     with pytest.raises(ValueError, match=str(num_registers)):
-      nested.law(mode, num_registers)
+      nested.length_distribution(mode, num_registers)
     return
   lengths = np.arange(1, num_registers + 1)
   if mode == "pow2":
@@ -260,7 +260,7 @@ def test_kept_lengths_have_their_distribution(num_registers, mode):
   if mode == "uniform_pow2":
     lengths = np.minimum(2 ** np.ceil(np.log2(lengths)).astype(int), num_registers)
   expected = [(lengths == k).mean() for k in range(1, num_registers + 1)]
-  np.testing.assert_allclose(nested.law(mode, num_registers), expected, atol=1e-12)
+  np.testing.assert_allclose(nested.length_distribution(mode, num_registers), expected, atol=1e-12)
 
 
 def test_masking():

@@ -11,9 +11,10 @@ from safetensors.numpy import save_file
 
 from flextok_jax.config import derive
 from flextok_jax.data import text as text_data
-from flextok_jax.models.ar.text import ByteEncoder, make_text_encoder
-from flextok_jax.models.perception.t5 import Block, T5Encoder, relative_buckets
+from flextok_jax.models.ar.text import ByteEncoder
+from flextok_jax.models.perception.t5 import T5Block, T5Encoder, relative_buckets
 from flextok_jax.parallel.sharding import make_mesh
+from flextok_jax.stages.ar import make_text_encoder
 from flextok_jax.weights.perception import t5 as t5_files
 from tests.support.caption_tokenizers import word_level
 
@@ -176,7 +177,7 @@ def test_bfloat16_keeps_the_stream_in_float32(folder):
   bias = jnp.asarray(rng.normal(size=(1, 2, 14, 14)), jnp.float32)
   first = jax.tree.map(lambda x: x[0], params["blocks"])
   want, got = (
-    Block(2, 4, 20, 1e-3, True, d).apply({"params": first}, x, bias, LENGTHS)[0] - x
+    T5Block(2, 4, 20, 1e-3, True, d).apply({"params": first}, x, bias, LENGTHS)[0] - x
     for d in (jnp.float32, jnp.bfloat16)
   )
   assert np.abs(kept(got) - kept(want)).mean() < 0.05 * kept(want).std()

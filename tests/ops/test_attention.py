@@ -2,17 +2,14 @@
 
 import types
 
-import flax.linen as nn
 import jax
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flextok_jax.models import layers
-from flextok_jax.models.attention import Attention
 from flextok_jax.ops import attention, attention_pallas
-from flextok_jax.ops.attention import UNSEEN, attend, choose
+from flextok_jax.ops.attention import MASKED, attend, choose_implementation
 
 CPU = types.SimpleNamespace(platform="cpu")
 TPU = types.SimpleNamespace(platform="tpu")
@@ -42,7 +39,7 @@ def example(seed, *, batch=2, queries=7, keys=7, heads=2, head_dim=16, mask=Fals
     options["mask"][:, 0] = True
   if bias:
     options["key_bias"] = rng.uniform(-1, 6, (bias, keys)).astype(np.float32)
-    options["key_bias"][:, 2] = UNSEEN
+    options["key_bias"][:, 2] = MASKED
   return (draw(queries), draw(keys), draw(keys)), options
 
 
@@ -87,7 +84,7 @@ def test_cudnn_inputs(case, monkeypatch):
 
   monkeypatch.setattr(attention, "_default_device", lambda: A100)
   monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
-  assert choose("auto", 16, jnp.bfloat16) == "cudnn"
+  assert choose_implementation("auto", 16, jnp.bfloat16) == "cudnn"
   run = lambda q, k, v: attend(q, k, v, **options, implementation="cudnn")
   np.testing.assert_allclose(run(*inputs), softmax_attention(*inputs, **options), atol=1e-5)
   assert np.isfinite(jax.grad(lambda q: run(q, *inputs[1:]).sum())(inputs[0]).astype(jnp.float32)).all()
@@ -96,7 +93,7 @@ def test_cudnn_inputs(case, monkeypatch):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_bias_features(dtype):
   """The product of the widened vectors has the bias added, exactly, where a bfloat16 bias would be 1.6 % off."""
-  bias = jnp.log(jnp.arange(1.0, 257.0))[None].at[0, 3].set(UNSEEN)
+  bias = jnp.log(jnp.arange(1.0, 257.0))[None].at[0, 3].set(MASKED)
   q, k = jnp.ones((2, 3, 1, 4), dtype), jnp.zeros((2, 256, 1, 4), dtype)
   wide_q, wide_k = jax.jit(attention.bias_features)(q, k, bias)
   assert wide_q.dtype == wide_k.dtype == dtype
@@ -115,7 +112,7 @@ def test_equal_keys_merge():
   long = attend(q, np.repeat(k, repeat, 1), np.repeat(v, repeat, 1), **options)
   bias = np.broadcast_to(np.log(repeat), (2, 6))
   np.testing.assert_allclose(attend(q, k, v, key_bias=bias, **options), long, atol=5e-6)
-  hidden = np.where(np.arange(6) == 4, UNSEEN, bias)
+  hidden = np.where(np.arange(6) == 4, MASKED, bias)
   keep = np.arange(6) != 4
   without = attend(q, k[:, keep], v[:, keep], key_bias=bias[:, keep], **options)
   np.testing.assert_allclose(attend(q, k, v, key_bias=hidden, **options), without, atol=1e-6)
@@ -144,9 +141,9 @@ def test_no_gradient_into_the_bias():
   ],
 )
 def test_choose(name, head_dim, dtype, device, chosen):
-  assert choose(name, head_dim, dtype, device) == chosen
+  assert choose_implementation(name, head_dim, dtype, device) == chosen
   if name == "auto":
-    assert choose(name, head_dim, dtype, device, masked=True) == "xla"
+    assert choose_implementation(name, head_dim, dtype, device, masked=True) == "xla"
 
 
 @pytest.mark.parametrize(
@@ -165,15 +162,15 @@ def test_choose(name, head_dim, dtype, device, chosen):
 )
 def test_what_cannot_run_is_refused(name, head_dim, dtype, device, why):
   with pytest.raises(ValueError, match=why):
-    choose(name, head_dim, dtype, device)
+    choose_implementation(name, head_dim, dtype, device)
 
 
 def test_the_default_device_decides():
-  assert choose("auto", 64, jnp.bfloat16) == "xla"
+  assert choose_implementation("auto", 64, jnp.bfloat16) == "xla"
   with jax.default_device("cpu"), pytest.raises(ValueError, match="not cpu"):
-    choose("cudnn", 64, jnp.bfloat16)
+    choose_implementation("cudnn", 64, jnp.bfloat16)
   with jax.default_device(jax.devices()[1]), pytest.raises(ValueError, match="not cpu"):
-    choose("pallas", 64, jnp.bfloat16)
+    choose_implementation("pallas", 64, jnp.bfloat16)
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -233,64 +230,3 @@ def test_pallas_is_for_short_sequences(monkeypatch):
   x = jnp.zeros((1, attention_pallas.MAX_LENGTH + 1, 1, 8))
   with pytest.raises(ValueError, match="at most 896 positions, not 897: use 'xla'"):
     attend(x, x, x, scale=1.0, implementation="pallas")
-
-
-# The module.
-
-
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biases"])
-def test_queries_are_a_slice(bias):
-  """Attention of some positions is that part of the attention of all, gradients too, with the same parameters."""
-  module = Attention(8, qkv_bias=bias, out_bias=bias)
-  x = jax.random.normal(jax.random.key(0), (2, 9, 16))
-  mask = np.tri(9, dtype=bool)
-  key_bias = jnp.log(jax.random.uniform(jax.random.key(1), (2, 9)))
-  variables = nn.unbox(module.init(jax.random.key(2), x))
-  some = nn.unbox(module.init(jax.random.key(2), x, queries=(2, 3)))
-  jax.tree.map(np.testing.assert_array_equal, variables, some)
-  variables = jax.tree.map(lambda p: p + 0.1, variables)  # so that biases are not zero
-
-  @jax.jit
-  def full(variables, x):
-    y = module.apply(variables, x, mask, key_bias)[:, 2:5]
-    return jnp.square(y).sum(), y
-
-  @jax.jit
-  def part(variables, x):
-    y = module.apply(variables, x, mask, key_bias, (2, 3))
-    return jnp.square(y).sum(), y
-
-  expected, expected_y = jax.grad(full, (0, 1), has_aux=True)(variables, x)
-  got, y = jax.grad(part, (0, 1), has_aux=True)(variables, x)
-  np.testing.assert_allclose(y, expected_y, atol=1e-6)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
-
-
-def test_parameters_are_those_of_a_dense_layer():
-  """Names, shapes, logical axes and initial numbers of one fused projection."""
-  x = jnp.zeros((1, 3, 16))
-
-  class Fused(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      axes = ("embed", None, "heads", "head_dim")
-      init = {"kernel_init": layers.xavier_uniform(16, axes), "bias_init": layers.zeros(*axes[1:])}
-      return nn.DenseGeneral((3, 2, 8), **init, name="qkv")(x)
-
-  expected = Fused().init(jax.random.key(3), x)["params"]["qkv"]
-  got = Attention(8, qkv_bias=True).init(jax.random.key(3), x)["params"]
-  assert set(got) == {"qkv", "out"}
-  assert nn.get_partition_spec(got["qkv"]) == nn.get_partition_spec(expected)
-  jax.tree.map(np.testing.assert_array_equal, nn.unbox(got["qkv"]), nn.unbox(expected))
-
-
-def test_bad_queries_are_refused():
-  module, x = Attention(8), jnp.zeros((1, 4, 16))
-  for queries in ((-1, 2), (0, 0), (2, 3)):
-    with pytest.raises(ValueError, match="not among the 4 positions"):
-      module.init(jax.random.key(0), x, queries=queries)
-
-
-def test_the_module_passes_its_implementation_on():
-  with pytest.raises(ValueError, match="attention 'cudnn' needs an NVIDIA GPU"):
-    Attention(8, implementation="cudnn").init(jax.random.key(0), jnp.zeros((1, 4, 16)))

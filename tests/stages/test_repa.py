@@ -1,4 +1,4 @@
-"""REPA: its loss against a plain statement, the tap, what its gradient reaches, runs with it, refusals."""
+"""REPA: its loss against a plain statement, features of a block, what its gradient reaches, runs with it, refusals."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from flextok_jax import config as common
 from flextok_jax import evaluate, train
 from flextok_jax.core.flops import count
 from flextok_jax.models.tokenizer.repa import Projector
-from flextok_jax.models.transformer import Block
+from flextok_jax.models.transformer import ModulatedBlock
 from flextok_jax.ops import repa as ops
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage, repa
@@ -115,11 +115,11 @@ def test_features_of_another_grid_are_resized_bilinearly():
   weights = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])  # centres of four pixels among those of two
   want = np.einsum("ai,bj,nijd->nabd", weights, weights, square).reshape(2, 16, 3)
   np.testing.assert_allclose(ops.resize_features(x, 4, 4), want, atol=1e-6)
-  with pytest.raises(ValueError, match="5 features are those of no square grid"):
+  with pytest.raises(ValueError, match="5 features do not form a square grid"):
     ops.resize_features(x[:, [0, 1, 2, 3, 0]], 4, 4)
 
 
-def test_the_tap_is_the_stream_after_each_block():
+def test_features_are_the_stream_after_each_block():
   """Against the blocks called one after another, outside of the scan."""
   stage = make_stage(config_of())
   params, rng = random_params(stage)["decoder"], np.random.default_rng(2)
@@ -135,22 +135,20 @@ def test_the_tap_is_the_stream_after_each_block():
     return result
 
   with nn.intercept_methods(watch):
-    plain = decoder.apply({"params": params}, *args)
+    plain, _ = decoder.apply({"params": params}, *args)
   segments, found = seen["segments"], []
-  choices = {name: getattr(decoder, name) for name in Block.__dataclass_fields__["choices"].type.__dataclass_fields__}
   for i in range(3):
     tree = params["transformer"]
     tree = tree["last"] if i == 2 else jax.tree.map(lambda x, i=i: x[i], tree["blocks"])
-    block = Block(Block.__dataclass_fields__["choices"].type(**choices))
-    segments, _ = block.apply({"params": tree}, segments, seen["modulation"][i], None, None)
+    segments = ModulatedBlock(decoder.choices).apply({"params": tree}, segments, seen["modulation"][i], None, None)
     found.append(segments[0])
-  for tap, want in enumerate(found, 1):
-    velocity, tapped = decoder.apply({"params": params}, *args, tap=tap)
-    np.testing.assert_allclose(tapped, want, rtol=1e-4, atol=1e-4)
+  for number, want in enumerate(found, 1):
+    velocity, features = decoder.apply({"params": params}, *args, feature_block=number)
+    np.testing.assert_allclose(features, want, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(velocity, plain, rtol=1e-4, atol=1e-4)
-  for tap in (0, 4):
-    with pytest.raises(ValueError, match=f"there is no block {tap}: they are 1 to 3"):
-      decoder.apply({"params": params}, *args, tap=tap)
+  for number in (0, 4):
+    with pytest.raises(ValueError, match=f"there is no block {number}: they are 1 to 3"):
+      decoder.apply({"params": params}, *args, feature_block=number)
 
 
 @pytest.mark.parametrize("grid", [GRID, 2])
@@ -160,10 +158,10 @@ def test_the_loss_of_every_row_is_that_of_its_own_features(grid, monkeypatch):
   params, (latents, wanted) = random_params(stage), inputs_of(grid=grid)
   rows, bucket_loss = [], stage._bucket_loss
 
-  def watch(params, slots, *args):
-    outcome = bucket_loss(params, slots, *args)
-    rows.extend(zip(args[0], *outcome))
-    return outcome
+  def watch(params, length, bucket):
+    output = bucket_loss(params, length, bucket)
+    rows.extend(zip(bucket.latents, *output))
+    return output
 
   monkeypatch.setattr(stage, "_bucket_loss", watch)
   with jax.disable_jit(False):
@@ -181,7 +179,7 @@ def test_the_loss_of_every_row_is_that_of_its_own_features(grid, monkeypatch):
 
 
 def test_fast_and_plain_path_and_every_remat_agree():
-  """Loss and all gradients, tapped after the second block."""
+  """Loss and all gradients, with the features of the second block."""
   latents, wanted = inputs_of()
   results = []
   for how in (dict(), dict(fast=False), dict(remat="full")):
@@ -199,7 +197,7 @@ def test_fast_and_plain_path_and_every_remat_agree():
 
 
 def test_what_the_gradient_of_the_alignment_reaches():
-  """Blocks up to the tapped one and what they read, the encoder through its registers too; nothing behind, exactly."""
+  """Blocks up to that of the features and what they read, the encoder too; nothing behind, exactly."""
   stage = make_stage(config_of())
   latents, wanted = inputs_of()
   loss = lambda p: stage.latents_loss(p, latents, jax.random.key(3), wanted)[1]["repa"][0]

@@ -236,7 +236,7 @@ def test_the_kept_lengths_of_a_step_have_the_law_of_the_mode(mode):
   """Stratified over 16 rows without null ones: every length as often as its law says, but for one in a group."""
   _, keep_k, *_ = observed(stage_of(nested_dropout=mode, null_prob=0.0))
   counts = np.bincount(keep_k, minlength=N + 1)[1:] / SIZE
-  np.testing.assert_allclose(counts, nested.law(mode, N), atol=5 * np.sqrt(0.25 / (SIZE / ROWS)) / ROWS)
+  np.testing.assert_allclose(counts, nested.length_distribution(mode, N), atol=5 * np.sqrt(0.25 / (SIZE / ROWS)) / ROWS)
   assert mode != "none" or (keep_k == N).all()
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from flextok_jax.models.perception import lpips
 from flextok_jax.models.tokenizer import flextok
-from flextok_jax.models.transformer import mlp_hidden, remat_name
+from flextok_jax.models.transformer import mlp_hidden
 from flextok_jax.ops import guidance, nested
 from flextok_jax.stages import repa
 from flextok_jax.stages.tokenizer import bucket_rows
@@ -111,13 +111,13 @@ def modulations(config: ConfigDict) -> int:
 def encoded(config: ConfigDict, num_tokens: int, fast: bool) -> int:
   """Registers that the encoder runs for num_tokens: all in the plain path."""
   total = config.tokens.num_registers
-  return nested.slots(num_tokens - 1, total) if fast else total
+  return nested.padded_length(num_tokens - 1, total) if fast else total
 
 
 def decoded(config: ConfigDict, num_tokens: int, fast: bool) -> int:
   """Registers that the decoder runs for num_tokens: all in the plain path."""
   total = config.tokens.num_registers
-  return nested.slots(num_tokens, total) if fast else total
+  return nested.padded_length(num_tokens, total) if fast else total
 
 
 def tokenize(config: ConfigDict, num_tokens: int, batch: int, fast: bool) -> int:
@@ -157,7 +157,7 @@ def train(config: ConfigDict, batch: int, fast: bool) -> int:
   slots = [total] * rows
   if fast:
     bounds = nested.row_bounds(tokens.nested_dropout, total, tokens.null_prob, rows)
-    slots = [nested.slots(bound, total) if bound else 0 for bound in map(int, bounds)]
+    slots = [nested.padded_length(bound, total) if bound else 0 for bound in map(int, bounds)]
   return batch // rows * sum(_train_row(config, n) for n in slots) + 3 * batch * projector(config)
 
 
@@ -183,7 +183,7 @@ def vit(sizes: Mapping, grid: int) -> int:
 
 def _train_row(config: ConfigDict, slots: int) -> int:
   """One image of the training batch; slots 0: without condition, one register in the decoder alone."""
-  sum_, remat = 0, remat_name(config.remat)
+  sum_, remat = 0, config.remat
   if slots:
     part, (count, size) = config.encoder, patches(config, config.encoder)
     sum_ += 3 * encoder(config, slots) - linear(count, size, part.width)

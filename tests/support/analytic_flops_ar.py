@@ -3,8 +3,7 @@
 from ml_collections import ConfigDict
 import numpy as np
 
-from flextok_jax.models.ar.sampling import PLAIN_CHUNK, slots
-from flextok_jax.models.transformer import remat_name
+from flextok_jax.models.ar.sampling import SLOW_CHUNK, padded_length
 from flextok_jax.stages.ar import mlp_hidden
 from tests.support import analytic_flops as flops
 from tests.support.analytic_flops import linear
@@ -67,17 +66,17 @@ def ar_generate(config: ConfigDict, num_tokens: int, batch: int, guided: bool, f
   """Draws num_tokens tokens a sample; where the text encoder is trained jointly, with the texts and an empty one.
 
   Fast: keys and values of the text once; then each step runs one position, which looks at all slots of the cache, and
-  one readout. Plain: each step projects the text anew and runs the whole prefix, its length rounded up to PLAIN_CHUNK,
+  one readout. Plain: each step projects the text anew and runs the whole prefix, its length rounded up to SLOW_CHUNK,
   and one readout. Guidance mixes what the readout reads: that of a sample, not of its two rows. No model is taken to
   stop by itself.
   """
-  c, text, total = config.ar, text_tokens(config), slots(num_tokens, config.ar.num_tokens)
+  c, text, total = config.ar, text_tokens(config), padded_length(num_tokens, config.ar.num_tokens)
   rows = batch * (2 if guided else 1)
   texts = (batch + (1 if guided else 0)) * encode_text(config)
   if fast:
     steps = project(config) + look_at(config) + num_tokens * c.depth * block(c, 1, total, text)
   else:
-    lengths = [min(-(-(i + 1) // PLAIN_CHUNK) * PLAIN_CHUNK, total) for i in range(num_tokens)]
+    lengths = [min(-(-(i + 1) // SLOW_CHUNK) * SLOW_CHUNK, total) for i in range(num_tokens)]
     steps = num_tokens * (project(config) + look_at(config)) + c.depth * sum(block(c, n, n, text) for n in lengths)
   return texts + rows * steps + batch * num_tokens * readout(config)
 
@@ -93,7 +92,7 @@ def ar_train(config: ConfigDict, batch: int) -> int:
   sum_ = 3 * (blocks + project(config) + encode_text(config)) + 4 * length * readout(config)
   if text and not encode_text(config):
     sum_ -= linear(text, config.text.features, config.text.mlp_hidden)
-  remat = remat_name(config.remat)
+  remat = config.remat
   if remat == "dots":
     sum_ += 2 * c.depth * linear(length, c.width, length + text)  # logits and weighted sums
   elif remat == "full":
@@ -113,5 +112,5 @@ def token_bytes(config: ConfigDict, num_tokens: int, batch: int, guided: bool) -
   matrices = (c.depth * block(c, 1, 0, 0) + readout(config)) // 2
   if text_tokens(config):
     matrices += 2 * c.depth * c.width**2  # cross-attention: query and output
-  caches = 2 * c.depth * rows * (slots(num_tokens, config.ar.num_tokens) + text_tokens(config)) * c.width
+  caches = 2 * c.depth * rows * (padded_length(num_tokens, config.ar.num_tokens) + text_tokens(config)) * c.width
   return (matrices + caches) * np.dtype(config.dtype).itemsize

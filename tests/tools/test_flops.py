@@ -13,7 +13,7 @@ import pytest
 from flextok_jax import config as common
 from flextok_jax.core.flops import count as count_of
 from flextok_jax.core.flops import count_jaxpr, equations
-from flextok_jax.models.ar.sampling import PLAIN_CHUNK
+from flextok_jax.models.ar.sampling import SLOW_CHUNK
 from flextok_jax.stages import make_stage
 from flextok_jax.tools.benchmark import generator as benchmark_ar
 from flextok_jax.tools.benchmark import jobs as benchmark_jobs
@@ -224,7 +224,7 @@ def test_generator(fields):
   config = generator(**fields)
   check(config, "train")
   check(config, "ar", 20, paths=("plain",), trips=(20,))
-  plain = check(config, "ar", 80, paths=("plain",), trips=(PLAIN_CHUNK, PLAIN_CHUNK, 80 - 2 * PLAIN_CHUNK))["plain"]
+  plain = check(config, "ar", 80, paths=("plain",), trips=(SLOW_CHUNK, SLOW_CHUNK, 80 - 2 * SLOW_CHUNK))["plain"]
   fast = check(config, "ar", 80, paths=("fast",), trips=(80,))["fast"]
   assert fast < plain / 15
   assert flops_ar.is_guided(config) == (config.ar.condition != "none" and config.ar.guidance_scale != 1)

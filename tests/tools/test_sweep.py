@@ -363,7 +363,7 @@ def test_a_sweep_from_training_to_the_table(tmp_path):
   }
   config = config_file(tmp_path, runs)
   code, out, err = script(config, tmp_path / "runs")
-  assert code == 1 and "error: unknown tokens.nested_dropout 'pow3'" in err and err.endswith("error: failed: bad\n")
+  assert code == 1 and "error: unknown nested_dropout 'pow3'" in err and err.endswith("error: failed: bad\n")
   text = (tmp_path / "runs" / "table.md").read_text()
   rows = rows_of(text, "Runs")
   assert rows["run"][:2] == ["tokens.nested_dropout", "steps"]

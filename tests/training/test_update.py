@@ -164,7 +164,7 @@ def test_buckets_share_out_the_loss(mode, registers):
   batch = {"image": np.random.default_rng(1).integers(0, 256, (64, 16, 16, 3), np.uint8)}
   loss, metrics = jax.jit(stage.loss_fn)(params, batch, jax.random.key(0), 0)
   (total, count), (saturation, _) = metrics.pop("loss"), metrics.pop("saturation")
-  assert set(metrics) == {"loss_null"} | {f"loss_k{k}" for k in nested.lengths(registers)}
+  assert set(metrics) == {"loss_null"} | {f"loss_k{k}" for k in nested.powers_of_two(registers)}
   assert count == 64 and sum(n for _, n in metrics.values()) == 64
   assert all(n > 0 for _, n in metrics.values()) and 8 < metrics["loss_null"][1] < 32
   np.testing.assert_allclose(sum(x for x, _ in metrics.values()), total, rtol=1e-5)

@@ -1,7 +1,6 @@
-"""The generator: a GPT over token ids, conditioned on a class or on a text (SPEC of the blocks: flextok_jax/config.py)."""
+"""The generator: a GPT over token ids, conditioned on a class or a text; flextok_jax/config.py explains its options."""
 
-import dataclasses
-import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -9,184 +8,66 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.models import layers
-from flextok_jax.models.attention import QKV
-from flextok_jax.models.transformer import MLP, rematerialised
+from flextok_jax.models.attention import CrossAttention, KeysValues, SelfAttention
 from flextok_jax.ops import attention, layout
 
-NORMS = {"layernorm": 1e-5, "rmsnorm": 1e-6}  # and their epsilon
 FFNS = ("swiglu", "mlp_gelu")
 POS_EMBEDS = ("absolute", "sincos1d")
 CONDITIONS = ("class", "text", "none")
-Cache = tuple[jax.Array, jax.Array]  # keys and values [b, h, n, e]
 
 
-def _norm(kind: str, eps: float, dtype: jnp.dtype, axis: str | None = "embed", name: str | None = None) -> nn.Module:
-  """Returns a norm of the last axis, its statistics in float32."""
-  ones = nn.with_logical_partitioning(nn.initializers.ones, (axis,))
-  eps = eps or NORMS[kind]
-  if kind == "rmsnorm":
-    return nn.RMSNorm(eps, dtype=dtype, scale_init=ones, use_fast_variance=False, name=name)
-  zeros = layers.zeros(axis)
-  return nn.LayerNorm(eps, dtype=dtype, scale_init=ones, bias_init=zeros, use_fast_variance=False, name=name)
+class CausalBlock(nn.Module):
+  """Pre-norm: causal self-attention, cross-attention to a text if the choices say so, MLP."""
 
-
-@dataclasses.dataclass(frozen=True)
-class BlockChoices:
-  """What all blocks have in common; flextok_jax/config.py explains the fields."""
-
-  width: int
-  head_dim: int
-  hidden: int
-  gated: bool
-  norm: str
-  norm_eps: float
-  qk_norm: str
-  qk_norm_eps: float
-  bias: bool
-  text: bool
-  dtype: jnp.dtype
-  attention: str
-
-
-class _Attention(nn.Module):
-  """What self-attention and cross-attention share: norms of queries and keys, the scale, the output projection."""
-
-  choices: BlockChoices
-
-  def _setup(self):
-    c = self.choices
-    if c.qk_norm != "none":
-      self.q_norm = _norm(c.qk_norm, c.qk_norm_eps, c.dtype, None)
-      self.k_norm = _norm(c.qk_norm, c.qk_norm_eps, c.dtype, None)
-    self.out = nn.DenseGeneral(
-      c.width,
-      axis=(-2, -1),
-      use_bias=c.bias,
-      dtype=c.dtype,
-      kernel_init=layers.xavier_uniform(c.width, ("heads", "head_dim", "embed")),
-      bias_init=layers.zeros("embed"),
-    )
-
-  def _norm_q(self, q: jax.Array) -> jax.Array:
-    return q if self.choices.qk_norm == "none" else self.q_norm(q)
-
-  def _norm_k(self, k: jax.Array) -> jax.Array:
-    return k if self.choices.qk_norm == "none" else self.k_norm(k)
-
-  def _attend(self, q, k, v, mask=None, key_bias=None) -> jax.Array:
-    """q, k, v [b, l, h, e] -> [b, lq, d]."""
-    c = self.choices
-    scale = 1 / math.sqrt(c.head_dim)
-    return self.out(attention.attend(q, k, v, scale=scale, mask=mask, key_bias=key_bias, implementation=c.attention))
-
-  def _look_up(self, q: jax.Array, cache: Cache, key_bias: jax.Array) -> jax.Array:
-    """The same for a single query [b, 1, h, e] and a cache, in the order in which the cache lies in memory."""
-    keys, values = cache
-    logits = jnp.einsum("bqhe,bhke->bhqk", q, keys, preferred_element_type=jnp.float32)
-    weights = nn.softmax(logits / math.sqrt(self.choices.head_dim) + key_bias[:, None, None])
-    return self.out(jnp.einsum("bhqk,bhke->bqhe", weights.astype(q.dtype), values))
-
-
-class SelfAttention(_Attention):
-  """Causal attention."""
+  choices: layers.BlockChoices
 
   def setup(self):
     c = self.choices
-    self.qkv = QKV(c.head_dim, c.bias, c.dtype)
-    self._setup()
-
-  def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """x [b, n, d] -> what attention adds [b, n, d], and keys and values [b, n, h, e]."""
-    q, k, v = self.qkv(x)
-    q, k = self._norm_q(q), self._norm_k(k)
-    return self._attend(q, k, v, mask=jnp.tri(x.shape[1], dtype=bool)), (k, v)
-
-  def step(self, x: jax.Array, cache: Cache, position: jax.Array) -> tuple[jax.Array, Cache]:
-    """The same for x [b, 1, d] at `position`, after what the cache holds before it."""
-    q, k, v = self.qkv(x)
-    new = (self._norm_k(k), v)
-    cache = tuple(
-      jax.lax.dynamic_update_slice(old, x.swapaxes(1, 2).astype(old.dtype), (0, 0, position, 0))
-      for old, x in zip(cache, new)
-    )
-    seen = jnp.arange(cache[0].shape[2]) <= position
-    return self._look_up(self._norm_q(q), cache, jnp.where(seen, 0.0, attention.UNSEEN)[None]), cache
-
-
-class CrossAttention(_Attention):
-  """Attention to the text, whose padding is hidden by key_bias [b, t]."""
-
-  def setup(self):
-    c = self.choices
-    heads = c.width // c.head_dim
-    dense = lambda shape, axes: nn.DenseGeneral(
-      shape,
-      use_bias=c.bias,
-      dtype=c.dtype,
-      kernel_init=layers.xavier_uniform(c.width, ("embed", *axes)),
-      bias_init=layers.zeros(*axes),
-    )
-    self.q = dense((heads, c.head_dim), ("heads", "head_dim"))
-    self.kv = dense((2, heads, c.head_dim), (None, "heads", "head_dim"))
-    self._setup()
-
-  def look_at(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """text [b, t, d] -> keys and values [b, t, h, e]."""
-    kv = layout.constrain(self.kv(text), "batch", None, None, "heads", None)
-    return self._norm_k(kv[:, :, 0]), kv[:, :, 1]
-
-  def __call__(self, x: jax.Array, text: jax.Array, key_bias: jax.Array) -> jax.Array:
-    """x [b, n, d], text [b, t, d] -> [b, n, d]."""
-    q = layout.constrain(self.q(x), "batch", None, "heads", None)
-    return self._attend(self._norm_q(q), *self.look_at(text), key_bias=key_bias)
-
-  def step(self, x: jax.Array, cache: Cache, key_bias: jax.Array) -> jax.Array:
-    """The same for x [b, 1, d] with the cached keys and values of the text."""
-    return self._look_up(self._norm_q(self.q(x)), cache, key_bias)
-
-
-class Block(nn.Module):
-  """Pre-norm: causal self-attention, cross-attention to the text where there is one, MLP."""
-
-  choices: BlockChoices
-
-  def setup(self):
-    c = self.choices
-    norm = lambda: _norm(c.norm, c.norm_eps, c.dtype)
+    norm = lambda: layers.norm(c.norm, c.norm_eps, c.dtype)
     self.norm_1, self.norm_2 = norm(), norm()
     self.attention = SelfAttention(c)
-    if c.text:
+    if c.cross_attention:
       self.cross = CrossAttention(c)
       self.norm_3 = norm()
-    self.mlp = MLP(c.hidden, c.gated, "silu" if c.gated else "gelu", c.bias, c.dtype)
+    self.mlp = layers.MLP(c)
 
   def _add_mlp(self, x: jax.Array) -> jax.Array:
-    norm = self.norm_3 if self.choices.text else self.norm_2
+    norm = self.norm_3 if self.choices.cross_attention else self.norm_2
     return x + self.mlp(norm(x))
 
-  def __call__(self, x: jax.Array, text: jax.Array | None, key_bias: jax.Array | None) -> tuple[jax.Array, None]:
-    """x [b, n, d], text [b, t, d] and key_bias [b, t] or None -> x; the None is for the scan."""
-    return self.fill(x, text, key_bias)[0], None
+  def __call__(self, x: jax.Array, text: jax.Array | None, key_bias: jax.Array | None) -> jax.Array:
+    """x [b, n, d], text [b, t, d] and key_bias float32 [b, t] or None -> [b, n, d]."""
+    return self.prefill(x, text, key_bias)[0]
 
-  def fill(self, x, text, key_bias) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The same, with the keys and values [b, n, h, e] of x."""
+  def prefill(self, x: jax.Array, text: jax.Array | None, key_bias: jax.Array | None) -> tuple[jax.Array, KeysValues]:
+    """Returns the output of __call__, and keys and values [b, n, h, e] of x."""
     x = layout.constrain(x, "batch", None, None)
-    y, kv = self.attention(self.norm_1(x))
+    y, keys_values = self.attention(self.norm_1(x), jnp.tri(x.shape[1], dtype=bool))
     x = x + y
-    if self.choices.text:
+    if self.choices.cross_attention:
       x = x + self.cross(self.norm_2(x), text, key_bias)
-    return self._add_mlp(x), kv
+    return self._add_mlp(x), keys_values
 
-  def look_at(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values [b, t, h, e] of the text."""
-    return self.cross.look_at(text)
+  def text_keys_values(self, text: jax.Array) -> KeysValues:
+    """text [b, t, d] -> keys and values [b, t, h, e]."""
+    return self.cross.keys_values(text)
 
-  def step(self, x, cache: Cache, text: Cache | None, key_bias, position) -> tuple[jax.Array, Cache]:
-    """x [b, 1, d] at `position` -> x and the longer cache."""
+  def step(
+    self, x: jax.Array, cache: KeysValues, text: KeysValues | None, key_bias: jax.Array | None, position: jax.Array
+  ) -> tuple[jax.Array, KeysValues]:
+    """As __call__ for x [b, 1, d] at `position`; returns the output [b, 1, d] and the cache with that position.
+
+    Args:
+      x: [b, 1, d].
+      cache: keys and values of the positions before, [b, h, n, e].
+      text: keys and values of the text [b, h, t, e], or None.
+      key_bias: float32 [b, t], or None.
+      position: int [].
+    """
     x = layout.constrain(x, "batch", None, None)
     y, cache = self.attention.step(self.norm_1(x), cache, position)
     x = x + y
-    if self.choices.text:
+    if self.choices.cross_attention:
       x = x + self.cross.step(self.norm_2(x), text, key_bias)
     return self._add_mlp(x), cache
 
@@ -194,29 +75,30 @@ class Block(nn.Module):
 def sincos_table(length: int, width: int) -> np.ndarray:
   """Returns the fixed table of positions [length, width] of the reference, float64.
 
-  Position 0 is zero and position i is i - 1 of a 2D sin-cos table whose other axis is always 0: its first half is
-  [0 ..., 1 ...].
+  Position 0 is zero. Position i > 0 is entry i - 1 of a 2D sin-cos table whose other coordinate is always 0: its
+  first half is [0 ..., 1 ...].
   """
   frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
   angles = np.arange(length - 1)[:, None] * frequencies
-  still = np.zeros_like(angles)
-  table = np.concatenate([np.sin(still), np.cos(still), np.sin(angles), np.cos(angles)], -1)
+  zero, one = np.zeros_like(angles), np.ones_like(angles)
+  table = np.concatenate([zero, one, np.sin(angles), np.cos(angles)], -1)
   return np.concatenate([np.zeros((1, width)), table])
 
 
 class ARTransformer(nn.Module):
   """Embedding, blocks, final norm and readout."""
 
-  choices: BlockChoices
+  choices: layers.BlockChoices
   depth: int
-  num_ids: int  # that are read
-  num_outputs: int  # that are predicted: one more with a stop id
+  num_ids: int  # ids of the input
+  num_outputs: int  # ids of the output: one more with a stop id
   num_tokens: int
   num_classes: int  # 0: none
   pos_embed: str
   head_layernorm: bool
   readout_multiplier: float
-  remat: str = "none"  # a key of transformer.REMATS
+  readout_bias: bool = False
+  remat: str = "none"  # a key of layers.REMATS
 
   def setup(self):
     c = self.choices
@@ -229,55 +111,50 @@ class ARTransformer(nn.Module):
       self.positions = jnp.asarray(sincos_table(self.num_tokens, c.width), jnp.float32)
     if self.num_classes:
       self.class_embedding = self.param("class_embedding", init("classes", "embed"), (self.num_classes, c.width))
-    stack = nn.scan(
-      rematerialised(Block, self.remat),
-      variable_axes={"params": 0, "intermediates": 0},
-      split_rngs={"params": True},
-      in_axes=(nn.broadcast, nn.broadcast),
-      length=self.depth,
-      metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    self.blocks = stack(c)
-    self.norm = _norm(c.norm, c.norm_eps, c.dtype)
+    self.blocks = layers.with_remat(CausalBlock, self.remat)(c)
+    self.norm = layers.norm(c.norm, c.norm_eps, c.dtype)
     if self.head_layernorm:
-      self.head_norm = _norm("layernorm", 0.0, c.dtype)
+      self.head_norm = layers.norm("layernorm", 0.0, c.dtype)
     shape, axes = (c.width, self.num_outputs), ("embed", "vocab")
-    self.readout = _Readout(shape, axes, c.bias)
+    self.readout = _Readout(shape, axes, self.readout_bias)
 
   def start_vector(self, labels: jax.Array) -> jax.Array:
-    """labels int [b], -1 for none -> the input of position 0 without its position, [b, d] float32."""
+    """labels int [b], -1 for none -> the input of position 0, without the position embedding, [b, d] float32."""
     start = jnp.broadcast_to(self.start, (len(labels), self.choices.width))
     if not self.num_classes:
       return start
     return start + jnp.where((labels >= 0)[:, None], self.class_embedding[jnp.maximum(labels, 0)], 0)
 
-  def place(self, x: jax.Array, position: jax.Array) -> jax.Array:
-    """Adds the position's vector: x [b, n, d] float32, of positions [n] -> the blocks' input."""
+  def add_positions(self, x: jax.Array, position: jax.Array) -> jax.Array:
+    """Adds position embeddings: x [b, n, d] float32 at positions int [n] -> input of the blocks [b, n, d] of dtype."""
     return (x + self.positions[position]).astype(self.choices.dtype)
 
   def embed(self, ids: jax.Array) -> jax.Array:
+    """ids int [...] -> [..., d] float32."""
     return self.embedding[ids]
 
   def inputs(self, ids: jax.Array, labels: jax.Array) -> jax.Array:
-    """ids int [b, n] -> the blocks' input [b, n, d]: the start vector and all ids but the last."""
+    """ids int [b, n] -> input of the blocks [b, n, d]: the start vector and all ids but the last."""
+    # [b, 1, d], [b, n - 1, d] -> [b, n, d]
     x = jnp.concatenate([self.start_vector(labels)[:, None], self.embed(ids[:, :-1])], 1)
-    return self.place(x, jnp.arange(ids.shape[1]))
+    return self.add_positions(x, jnp.arange(ids.shape[1]))
 
   def finish(self, x: jax.Array) -> jax.Array:
-    """What the last block gives -> what the readout reads."""
+    """Applies the final norms: output of the last block -> input of the readout, both [..., d]."""
     x = self.norm(layout.constrain(x, "batch", *(None,) * (x.ndim - 1)))
     return self.head_norm(x) if self.head_layernorm else x
 
   def hidden(self, ids, labels, text=None, key_bias=None) -> jax.Array:
-    """What the readout reads [b, n, d], for each of ids [b, n] from those before it.
+    """Returns the input of the readout [b, n, d]: for each of the ids, computed from the ids before it.
 
     Args:
       ids: int [b, n].
-      labels: int [b], -1 for none; without meaning for models without classes.
-      text: [b, t, d] projected, or None.
-      key_bias: float32 [b, t], UNSEEN at padding, or None.
+      labels: int [b], -1 for none; ignored by models without classes.
+      text: projected features [b, t, d], or None.
+      key_bias: float32 [b, t], attention.MASKED at padding, or None.
     """
-    x, _ = self.blocks(self.inputs(ids, labels), text, key_bias)
+    step = lambda block, x, _, text, key_bias: block(x, text, key_bias)
+    x = layers.scan_blocks(step, self.depth, self.blocks, self.inputs(ids, labels), None, text, key_bias)
     return self.finish(x)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
@@ -285,28 +162,36 @@ class ARTransformer(nn.Module):
     return self.readout(self.readout_multiplier * hidden)
 
   def __call__(self, ids, labels, text=None, key_bias=None) -> jax.Array:
-    """Teacher forcing: see hidden; logits float32 [b, n, num_outputs]."""
+    """Returns logits float32 [b, n, num_outputs] under teacher forcing; arguments as for hidden."""
     return self.logits(self.hidden(ids, labels, text, key_bias))
 
   def losses(self, hidden: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
-    """Cross-entropy float32 [b, n] of targets int [b, n], in nats.
+    """Returns the cross-entropy of targets in nats.
 
-    Logits exist for at most `chunk` positions at once, forward and backward: [b, chunk, num_outputs] instead of
-    [b, n, num_outputs].
+    Args:
+      hidden: [b, n, d].
+      targets: int [b, n].
+      chunk: positions at most whose logits exist at once, forward and backward: [b, chunk, num_outputs] instead of
+        [b, n, num_outputs].
+
+    Returns:
+      float32 [b, n].
     """
     batch, length = targets.shape
     chunk = max(size for size in range(1, min(chunk, length) + 1) if length % size == 0)
+    # [b, n, ...] -> [n / chunk, b, chunk, ...]
     by_chunk = lambda x: x.reshape(batch, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
-    read = self.readout.reader(hidden.dtype)
+    readout = self.readout.function(hidden.dtype)
 
     @jax.checkpoint
     def losses(part):
       x, target = part
-      logits = read(self.readout_multiplier * x)
-      # logsumexp minus the target's logit: no second array of the logits' size.
+      logits = readout(self.readout_multiplier * x)  # [b, chunk, num_outputs]
+      # logsumexp minus the logit of the target: no second array of the size of the logits.
       chosen = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
       return jax.nn.logsumexp(logits, -1) - chosen
 
+    # [n / chunk, b, chunk] -> [b, n]
     return jax.lax.map(losses, (by_chunk(hidden), by_chunk(targets))).swapaxes(0, 1).reshape(batch, length)
 
 
@@ -322,23 +207,23 @@ class _Readout(nn.Module):
     if self.use_bias:
       self.bias = self.param("bias", layers.zeros(self.axes[1]), self.shape[1:])
 
-  def reader(self, dtype: jnp.dtype):
-    """Returns x [..., d] of dtype -> float32 [..., outputs], a function without linen in it."""
+  def function(self, dtype: jnp.dtype) -> Callable[[jax.Array], jax.Array]:
+    """Returns a pure function x [..., d] of dtype -> float32 [..., outputs]."""
     bias = self.bias if self.use_bias else 0.0
-    kernel = layout.gather(self.kernel.astype(dtype), None, self.axes[1])  # once for all calls
+    kernel = layout.gather(self.kernel.astype(dtype), None, self.axes[1])  # gathered once for all calls
 
-    def read(x):
+    def readout(x):
       y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32) + bias
       return layout.constrain(y, "batch", *(None,) * (y.ndim - 2), "vocab")
 
-    return read
+    return readout
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.reader(x.dtype)(x)
+    return self.function(x.dtype)(x)
 
 
 class TextMLP(nn.Module):
-  """Text features -> the generator's width: two linear layers without bias, tanh-GELU between them."""
+  """Projects text features to the generator's width: two linear layers without bias, tanh-GELU between them."""
 
   hidden: int
   width: int
@@ -351,9 +236,12 @@ class TextMLP(nn.Module):
 
 
 class Generator(nn.Module):
-  """The generator with what turns text into its condition.
+  """The transformer and the modules that turn a text into its condition.
 
-  `text` is trained jointly and called as text(text_ids, text_lengths); None where features come from elsewhere.
+  Attributes:
+    ar: the transformer.
+    text_mlp: projects text features; None without text.
+    text: text encoder that is trained jointly, called as text(text_ids, text_lengths); None if features are given.
   """
 
   ar: ARTransformer
@@ -361,7 +249,7 @@ class Generator(nn.Module):
   text: nn.Module | None = None
 
   def project(self, features: jax.Array | None, lengths: jax.Array | None) -> tuple:
-    """Text features [b, t, f] and lengths [b] -> (text [b, t, d], key_bias [b, t]), or two None."""
+    """Text features [b, t, f] and lengths [b] -> (text [b, t, d], key_bias [b, t]); (None, None) without text."""
     if self.text_mlp is None:
       return None, None
     features = features.astype(self.ar.choices.dtype)
@@ -372,13 +260,13 @@ class Generator(nn.Module):
     return self.text(text_ids, text_lengths)
 
   def hidden(self, ids, labels, features=None, text_lengths=None) -> jax.Array:
-    """See ARTransformer; features [b, t, f] as of encode_text."""
+    """See ARTransformer.hidden; features [b, t, f] as encode_text returns them."""
     return self.ar.hidden(ids, labels, *self.project(features, text_lengths))
 
   def __call__(self, ids, labels, features=None, text_lengths=None) -> jax.Array:
-    """Teacher forcing: logits float32 [b, n, num_outputs] of ids [b, n]."""
+    """Returns logits float32 [b, n, num_outputs] of ids [b, n] under teacher forcing."""
     return self.ar.logits(self.hidden(ids, labels, features, text_lengths))
 
   def losses(self, ids, labels, targets, chunk, features=None, text_lengths=None) -> jax.Array:
-    """Cross-entropy [b, n] of targets, see ARTransformer."""
+    """Returns the cross-entropy [b, n] of targets, see ARTransformer.losses."""
     return self.ar.losses(self.hidden(ids, labels, features, text_lengths), targets, chunk)

@@ -13,7 +13,8 @@ class DreamSim(nn.Module):
   """The distance of the dreamsim package's networks of one branch that look at the cls token, such as "dino_vitb16".
 
   Attributes:
-    vit: the network, with the sizes and parameters of weights/perception/dreamsim.py: its last norm only centres and scales.
+    vit: the network, with the sizes and parameters of weights/perception/dreamsim.py. Its last norm only centres and
+      scales.
   """
 
   vit: vit.ViT

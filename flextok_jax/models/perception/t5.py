@@ -1,4 +1,4 @@
-"""The encoder of T5 (Raffel et al. 2020), as FLAN-T5 has it: T5 version 1.1, with a gated MLP."""
+"""The encoder of T5 (Raffel et al. 2020), also of FLAN-T5: T5 version 1.1, with a gated MLP."""
 
 import functools
 import math
@@ -15,22 +15,22 @@ from flextok_jax.ops import layout
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
   """Returns the bucket of every pair of positions, int32 [length, length] (query, key).
 
-  Half of the buckets are for keys after the query. Of either half the first half are for one distance each, the others
-  are spaced by the logarithm up to max_distance, from which on all distances share the last one.
+  Half of the buckets are for keys after the query. In each half, the first half of the buckets hold one distance each;
+  the others are spaced logarithmically up to max_distance, and larger distances share the last one.
   """
   position = np.arange(length)
   distance = position - position[:, None]
   half = num_buckets // 2
   exact = half // 2
   ahead, distance = half * (distance > 0), np.abs(distance)
-  # In float32, as the original: its rounding decides where a distance lies on the border of two buckets.
+  # In float32, as the original: its rounding decides the bucket of a distance on a border.
   log = np.log(np.maximum(distance, exact).astype(np.float32) / np.float32(exact))
   far = exact + (log / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)).astype(np.int32)
   return (ahead + np.where(distance < exact, distance, np.minimum(far, half - 1))).astype(np.int32)
 
 
-class Block(nn.Module):
-  """Self-attention and MLP, each of the normed stream and added to it; the stream is float32, the products in dtype."""
+class T5Block(nn.Module):
+  """Pre-norm self-attention and MLP. The stream is float32; products are computed in dtype."""
 
   num_heads: int
   d_kv: int
@@ -40,38 +40,38 @@ class Block(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array, bias: jax.Array, lengths: jax.Array) -> tuple[jax.Array, None]:
-    """x float32 [b, t, d], bias float32 [1, h, t, t], lengths int32 [b] -> x; the None is for the scan."""
+  def __call__(self, x: jax.Array, bias: jax.Array, lengths: jax.Array) -> jax.Array:
+    """x float32 [b, t, d], bias float32 [1, h, t, t], lengths int32 [b] -> [b, t, d] float32."""
     width, heads = x.shape[-1], ("heads", "head_dim")
     x = layout.constrain(x, "batch", None, None)
-    # What is added to the stream leaves its product in float32: some of T5's features grow beyond 10,000.
+    # Products that are added to the stream accumulate and return float32: some features of T5 exceed 10,000.
     stream = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
     dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=self.dtype)
 
-    h = _norm(self.layer_norm_epsilon, self.dtype, "norm_1")(x)
+    h = layers.norm("rmsnorm", self.layer_norm_epsilon, self.dtype, "norm_1")(x)
     init = layers.xavier_uniform(self.num_heads * self.d_kv, ("embed", None, *heads))
     qkv = dense((3, self.num_heads, self.d_kv), kernel_init=init, name="qkv")(h)  # [b, t, 3, h, e]
-    # Unscaled; logits, bias and softmax in float32. ops/attention.py has no place for a bias of pairs.
+    # Unscaled; logits, bias and softmax in float32. ops/attention.py takes no bias of pairs of positions.
     h = jax.nn.dot_product_attention(
       *jnp.moveaxis(qkv, 2, 0), bias=bias, scale=1.0, key_value_seq_lengths=lengths, implementation="xla"
     )
     init = layers.xavier_uniform(width, (*heads, "embed"))
     x = x + dense(width, axis=(-2, -1), kernel_init=init, dot_general=stream, name="attention_out")(h)
 
-    h = _norm(self.layer_norm_epsilon, self.dtype, "norm_2")(x)
+    h = layers.norm("rmsnorm", self.layer_norm_epsilon, self.dtype, "norm_2")(x)
     init = layers.xavier_uniform(self.d_ff, ("embed", None, "mlp"))
     h = dense((2 if self.gated else 1, self.d_ff), kernel_init=init, name="mlp_in")(h)  # [b, t, n, d_ff]
     h = nn.gelu(h[..., 0, :]) * h[..., 1, :] if self.gated else nn.relu(h[..., 0, :])
     init = layers.xavier_uniform(width, ("mlp", "embed"))
-    return x + dense(width, kernel_init=init, dot_general=stream, name="mlp_out")(h), None
+    return x + dense(width, kernel_init=init, dot_general=stream, name="mlp_out")(h)
 
 
 class T5Encoder(nn.Module):
-  """Token ids to features. The fields are those of a Hugging Face config.json of the same name, `gated` aside.
+  """Token ids to features. The fields have the names of a Hugging Face config.json, except for `gated`.
 
-  Its parameters are meant to be loaded (weights/perception/t5.py): the initial values are those of our other models, not T5's.
-  The stream between the blocks, norms, logits, softmax and position bias are float32 whatever dtype is. float16 is no
-  good choice: the hidden layer of the MLP may leave its range.
+  Its parameters are meant to be loaded (weights/perception/t5.py); their initialisation is that of the other models
+  here, not that of T5. The stream between the blocks, norms, logits, softmax and position bias are float32 for every
+  dtype. Do not use float16: the hidden layer of the MLP may exceed its range.
   """
 
   vocab_size: int
@@ -91,11 +91,11 @@ class T5Encoder(nn.Module):
     """Encodes texts.
 
     Args:
-      ids: int32 [b, t]; those at or past the length have no influence.
+      ids: int32 [b, t]; those at or past the length have no effect.
       lengths: int32 [b], at least 1.
 
     Returns:
-      Features [b, t, d_model] of dtype; those at or past the length mean nothing.
+      Features [b, t, d_model] of dtype; those at or past the length are meaningless.
     """
     init = layers.normal(1.0, "vocab", "embed")
     x = self.param("embedding", init, (self.vocab_size, self.d_model))[ids].astype(jnp.float32)
@@ -103,21 +103,9 @@ class T5Encoder(nn.Module):
     table = self.param("relative_bias", init, (self.relative_attention_num_buckets, self.num_heads))
     buckets = relative_buckets(ids.shape[1], self.relative_attention_num_buckets, self.relative_attention_max_distance)
     bias = table.astype(jnp.float32)[buckets].transpose(2, 0, 1)[None]  # [1, h, t, t], the same in all blocks
-    stack = nn.scan(
-      Block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=nn.broadcast,
-      length=self.num_layers,
-      metadata_params={nn.PARTITION_NAME: "layers"},
+    block = T5Block(
+      self.num_heads, self.d_kv, self.d_ff, self.layer_norm_epsilon, self.gated, self.dtype, name="blocks"
     )
-    x, _ = stack(self.num_heads, self.d_kv, self.d_ff, self.layer_norm_epsilon, self.gated, self.dtype, name="blocks")(
-      x, bias, lengths
-    )
-    return _norm(self.layer_norm_epsilon, self.dtype, "norm")(x)
-
-
-def _norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.RMSNorm:
-  """Returns T5's norm of the float32 stream, which computes in float32 and answers in dtype."""
-  init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-  return nn.RMSNorm(epsilon, dtype=dtype, scale_init=init, name=name)
+    step = lambda block, x, _, bias, lengths: block(x, bias, lengths)
+    x = layers.scan_blocks(step, self.num_layers, block, x, None, bias, lengths)
+    return layers.norm("rmsnorm", self.layer_norm_epsilon, self.dtype, "norm")(x)

@@ -28,7 +28,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Decoder(PatchTransformer, kw_only=True):
-  """Diffusion transformer with adaLN-zero modulations, of patches and registers apart (FlexTok, section 3.1)."""
+  """Diffusion transformer with adaLN-zero modulation of patches and registers (FlexTok, section 3.1)."""
 
   modulation: str = "per_segment"
   head_modulation: bool = True
@@ -43,7 +43,7 @@ class Decoder(PatchTransformer, kw_only=True):
     self.adaln = AdaLN(self.depth, sets, self.head_modulation, self.head_modulation_bias, self.dtype)
 
   def modulations(self, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Returns all that depends on the times t [b] in [0, 1] alone, see AdaLN."""
+    """Returns everything that depends only on the times t [b] in [0, 1]: see AdaLN."""
     return self.adaln(self.time_embed(t))
 
   @nn.compact
@@ -55,54 +55,63 @@ class Decoder(PatchTransformer, kw_only=True):
     keep_k: jax.Array,
     drop_condition: jax.Array,
     modulations: tuple[jax.Array, jax.Array | None] | None = None,
-    tap: int | None = None,
-  ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    feature_block: int | None = None,
+  ) -> tuple[jax.Array, jax.Array | None]:
     """Predicts the velocity noise - x0.
 
-    With fewer slots than registers the masked registers are merged (nested.key_weights): the same function of a shorter
-    sequence. There must be more slots than kept registers, unless all are kept.
+    With fewer codes than registers, masked registers are merged (nested.key_log_counts): the same function of a shorter
+    sequence. There must be more codes than kept registers, unless all are kept.
 
     Args:
       x_t: noised latents [b, h, w, c].
       t: times [b] in [0, 1].
-      codes: FSQ codes [b, slots, code_dim], at most num_registers; those at or past keep_k have no influence.
+      codes: FSQ codes [b, n, code_dim], n at most num_registers; codes at or past keep_k have no effect.
       keep_k: number of codes to use [b].
       drop_condition: True where no code is used [b].
-      modulations: those of t where they are known already, their batch axis b or 1.
-      tap: a block, counted from 1.
+      modulations: what modulations(t) returns, with batch axis b or 1; None: computed here.
+      feature_block: number of a block, from 1, after which the patches are returned as well.
 
     Returns:
-      [b, h, w, c] float32; with a tap also the patches [b, h/p * w/p, width] as they leave that block.
+      velocity [b, h, w, c] float32, and the patches [b, h/p * w/p, width] after the feature_block (None without one).
+
+    Raises:
+      ValueError: there are more codes than registers, or no such block.
     """
-    chex.assert_shape([t, keep_k, drop_condition], x_t.shape[:1])  # else they would broadcast in silence
-    slots = codes.shape[1]
-    if slots > self.num_registers:
-      raise ValueError(f"{slots} codes are more than the {self.num_registers} registers")
+    chex.assert_shape([t, keep_k, drop_condition], x_t.shape[:1])  # else they would be broadcast silently
+    num_codes = codes.shape[1]
+    if num_codes > self.num_registers:
+      raise ValueError(f"{num_codes} codes are more than the {self.num_registers} registers")
+
+    # Registers: codes and positions; mask tokens past keep_k; null tokens without a condition.
     embed = layers.dense(self.width, (None, "embed"), "code_embed", self.dtype, use_bias=self.code_bias)
     # Comparable to the embedded codes, so that the first LayerNorm keeps their magnitude and not their sign alone.
     init = layers.normal(0.3, "registers", "embed")
     table = self.param("register_positions", init, (self.num_registers, self.width))
     mask_token = self.param("mask_token", layers.normal(0.02, "embed"), (self.width,))
-    null = 0.0
+    null = jnp.zeros((), self.dtype)
     if self.null_condition != "zero":
       null = self.param("null_token", layers.normal(0.02, "embed"), (self.width,)).astype(self.dtype)
-    registers = embed(codes) + table[:slots].astype(self.dtype)
+    # [b, n, code_dim] -> [b, n, width]
+    registers = embed(codes) + table[:num_codes].astype(self.dtype)
     registers = nested.mask_tail(registers, mask_token.astype(self.dtype), keep_k)
     registers = jnp.where(drop_condition[:, None, None], null, registers)
 
+    # [b, h, w, c] -> [b, h/p * w/p, width]
     patches = self.embed_patches(x_t)
+
+    # A merged register counts as many keys of attention, a patch as one.
     key_bias = None
     single = self.null_condition == "single"
-    if single or slots < self.num_registers:
-      weights = nested.key_weights(keep_k, drop_condition, slots, self.num_registers, single)
-      key_bias = jnp.pad(weights, ((0, 0), (patches.shape[1], 0)))  # [b, l], a patch counts once
+    if single or num_codes < self.num_registers:
+      log_counts = nested.key_log_counts(keep_k, drop_condition, num_codes, self.num_registers, single)
+      key_bias = jnp.pad(log_counts, ((0, 0), (patches.shape[1], 0)))  # [b, h/p * w/p + n]
 
-    blocks, head = self.modulations(t) if modulations is None else modulations
-    patches = self.run_blocks((patches, registers), 0, blocks, key_bias=key_bias, tap=tap)
-    patches, tapped = (patches, None) if tap is None else patches
+    block_modulation, head_modulation = self.modulations(t) if modulations is None else modulations
+    segments = patches, registers
+    patches, features = self.run_blocks(segments, 0, block_modulation, key_bias=key_bias, feature_block=feature_block)
 
+    # [b, h/p * w/p, width] -> [b, h/p * w/p, p * p * c] -> [b, h, w, c]
     _, height, width, channels = x_t.shape
-    x = self.project(patches, self.patch_size**2 * channels, head)
+    x = self.project(patches, self.patch_size**2 * channels, head_modulation)
     x = x.reshape(-1, height // self.patch_size, width // self.patch_size, x.shape[-1])
-    velocity = layers.unpatchify(x, self.patch_size).astype(jnp.float32)
-    return velocity if tap is None else (velocity, tapped)
+    return layers.unpatchify(x, self.patch_size).astype(jnp.float32), features

@@ -1,4 +1,4 @@
-"""Latents and learned registers to the vectors that FSQ quantises."""
+"""The encoder: latents and learned registers to the vectors that FSQ quantises."""
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ from flextok_jax.models.transformer import PatchTransformer
 
 
 def causal_last_mask(num_patches: int, num_registers: int) -> np.ndarray:
-  """[l, l] boolean (query, key): patches see all patches; register i sees all patches and registers <= i."""
+  """[l, l] boolean (query, key): patches attend to all patches, register i to all patches and registers <= i."""
   mask = np.tri(num_patches + num_registers, dtype=bool)
   mask[:, :num_patches] = True
   return mask
@@ -23,16 +23,18 @@ class Encoder(PatchTransformer, kw_only=True):
 
   @nn.compact
   def __call__(self, latents: jax.Array, num_tokens: int | None = None) -> jax.Array:
-    """latents [b, h, w, c] -> [b, num_tokens, code_dim] float32; the first num_tokens registers alone are computed."""
+    """latents [b, h, w, c] -> [b, num_tokens, code_dim] float32, of the first num_tokens registers; None: all."""
     num_tokens = self.num_registers if num_tokens is None else num_tokens
     patches = self.embed_patches(latents)
     batch, num_patches, _ = patches.shape
 
-    # Of the patches' scale: much smaller ones drown in the first block's residual, and all registers become alike.
+    # At the scale of the patches: if much smaller, the residual of the first block dominates, and all registers become
+    # alike.
     init = layers.normal(1.0, "registers", "embed")
     registers = self.param("registers", init, (self.num_registers, self.width))
+    # [num_registers, width] -> [b, num_tokens, width]
     registers = jnp.broadcast_to(registers[:num_tokens].astype(self.dtype), (batch, num_tokens, self.width))
     mask = jnp.asarray(causal_last_mask(num_patches, num_tokens))
-    x = self.run_blocks((patches, registers), 1, mask=mask)
-    # FSQ rounds the outcome, so in float32 whatever dtype is; starting at zero is in the linear part of FSQ's tanh.
+    x, _ = self.run_blocks((patches, registers), 1, mask=mask)
+    # In float32 for every dtype, as FSQ rounds it. The kernel starts at zero, in the linear part of the tanh of FSQ.
     return self.project(x, self.code_dim, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)

@@ -69,11 +69,13 @@ class FlexTok(nn.Module):
     """latents [b, h, w, c] -> codes [b, num_tokens, len(levels)] in [-1, 1], straight-through."""
     return fsq.quantize(self.encode_registers(latents, num_tokens), self.levels)
 
-  def velocity(
-    self, x_t, t, codes, keep_k, drop_condition, modulations=None, tap=None
-  ) -> jax.Array | tuple[jax.Array, jax.Array]:
+  def velocity(self, *args: Any, **kwargs: Any) -> jax.Array:
+    """Returns the velocity; arguments as for Decoder."""
+    return self.decoder(*args, **kwargs)[0]
+
+  def velocity_and_features(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None]:
     """See Decoder."""
-    return self.decoder(x_t, t, codes, keep_k, drop_condition, modulations, tap)
+    return self.decoder(*args, **kwargs)
 
   def modulations(self, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """See Decoder."""
@@ -158,7 +160,7 @@ def sample_latents(
     model: with encoder and decoder.
     params: of the model.
     token_ids: int [b, n]; those at or past keep_k have no effect. If n < num_registers, n must exceed keep_k (see
-      nested.slots).
+      nested.padded_length).
     keep_k: int [b].
     noise: starting latents [b, h, w, c].
     sampler: steps and guidance.

@@ -58,7 +58,7 @@ class Benchmark(benchmark_jobs.Benchmark):
       return ()
     if path == "fast":
       return (num_tokens,)
-    chunk, total = ar_sampling.PLAIN_CHUNK, ar_sampling.slots(num_tokens, self.config.ar.num_tokens)
+    chunk, total = ar_sampling.SLOW_CHUNK, ar_sampling.padded_length(num_tokens, self.config.ar.num_tokens)
     return [max(0, min(chunk, num_tokens - start)) for start in range(0, total, chunk)]
 
   def token_bytes(self, num_tokens: int) -> int:
@@ -71,7 +71,7 @@ class Benchmark(benchmark_jobs.Benchmark):
     named = flatten_dict(unbox(jax.eval_shape(self._stage("fast").init, self._key(0)))[0]["ar"])
     matrices = sum(x.size for path, x in named.items() if path[-1] == "kernel" and "kv" not in path)
     text = self.config.text.max_length if self.has_text else 0
-    caches = 2 * c.depth * rows * (ar_sampling.slots(num_tokens, c.num_tokens) + text) * c.width
+    caches = 2 * c.depth * rows * (ar_sampling.padded_length(num_tokens, c.num_tokens) + text) * c.width
     return (matrices + caches) * jnp.dtype(self.config.dtype).itemsize
 
   def _dtype(self, job: str) -> str:
@@ -110,10 +110,9 @@ class Benchmark(benchmark_jobs.Benchmark):
     text = self._text(size + guided)  # the last one in the place of the empty text
 
     def make(stage, fast: bool) -> Callable:
-      choices = ar_sampling.Choices(guided=guided, top_k=c.top_k, use_top_p=bool(c.top_p), fast=fast)
-      slots = ar_sampling.slots(num_tokens, self.config.ar.num_tokens)
+      length = ar_sampling.padded_length(num_tokens, self.config.ar.num_tokens)
 
-      def fn(params, keys, labels, text, prefix, *scalars):
+      def fn(params, keys, labels, text, prefix, num_tokens, sampler):
         features = lengths = None
         if text:
           features, lengths = text.get("text_features"), text["text_lengths"]
@@ -124,16 +123,22 @@ class Benchmark(benchmark_jobs.Benchmark):
             features, lengths = (
               jnp.concatenate([x[:-1], jnp.broadcast_to(x[-1:], (size, *x.shape[1:]))]) for x in (features, lengths)
             )
-        args = keys, labels, features, lengths, prefix, *scalars
-        return ar_sampling.generate(stage.model, params, *args, slots=slots, choices=choices)
+        args = keys, labels, features, lengths, prefix, num_tokens, sampler
+        return ar_sampling.generate(stage.model, params, *args, length=length, fast=fast)
 
       return fn
 
     labels = self._labels()
     labels = jnp.concatenate([labels, jnp.full(size, -1, jnp.int32)]) if guided else labels
     prefix = jnp.zeros((size, 0), jnp.int32)
-    scalars = jnp.int32(num_tokens), *map(jnp.float32, (c.guidance_scale, c.temperature, c.top_p))
-    return (self._params(*self._parts), jax.random.split(self._key(12), size), labels, text, prefix, *scalars), make
+    sampler = ar_sampling.TokenSampler(
+      guidance_scale=jnp.float32(c.guidance_scale) if guided else None,
+      temperature=jnp.float32(c.temperature),
+      top_p=jnp.float32(c.top_p) if c.top_p else None,
+      top_k=c.top_k,
+    )
+    inputs = jax.random.split(self._key(12), size), labels, text, prefix, jnp.int32(num_tokens), sampler
+    return (self._params(*self._parts), *inputs), make
 
   def _train(self):
     optimizer, c = self._optimizer(), self.config.ar
@@ -152,4 +157,6 @@ class Benchmark(benchmark_jobs.Benchmark):
       return "xla"
     c, dtype = self.config, jnp.dtype(self.config.dtype)
     masked = (True, False) if self.has_text else (True,)
-    return "+".join(dict.fromkeys(attention.choose(c.attention, c.ar.head_dim, dtype, masked=m) for m in masked))
+    return "+".join(
+      dict.fromkeys(attention.choose_implementation(c.attention, c.ar.head_dim, dtype, masked=m) for m in masked)
+    )

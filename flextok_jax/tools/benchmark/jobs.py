@@ -203,7 +203,7 @@ class Benchmark:
   def _tokenize(self, num_tokens: int):
     def make(stage, fast: bool):
       model, total = stage.model, self.config.tokens.num_registers
-      length = nested.slots(num_tokens - 1, total) if fast else total
+      length = nested.padded_length(num_tokens - 1, total) if fast else total
 
       def fn(params, x):
         if not self.latents:
@@ -217,7 +217,7 @@ class Benchmark:
   def _detokenize(self, num_tokens: int):
     def make(stage, fast: bool):
       total = self.config.tokens.num_registers
-      slots = nested.slots(num_tokens, total) if fast else total
+      slots = nested.padded_length(num_tokens, total) if fast else total
 
       def fn(params, ids, keep_k, noise):
         z = sample_latents(stage.model, params, ids[:, :slots], keep_k, noise, stage.sampler, fast)
@@ -289,7 +289,7 @@ class Benchmark:
     c, dtype = self.config, jnp.dtype(self.config.dtype)
     halves = {"tokenize": ("encoder",), "detokenize": ("decoder",), "train": ("encoder", "decoder")}.get(job, ())
     names = [
-      attention.choose(c.attention, c[half].head_dim, dtype, masked=half == "encoder")
+      attention.choose_implementation(c.attention, c[half].head_dim, dtype, masked=half == "encoder")
       for half in halves
       if self.has_tokens
     ] or ["xla"]

@@ -151,7 +151,7 @@ def _precision(config: ConfigDict) -> str | None:
 def _sample(config: ConfigDict, mesh, num_tokens: int) -> Job:
   c, size = config, config.data.global_batch
   stage, total = make_stage(c), c.tokens.num_registers
-  slots = nested.slots(num_tokens, total) if c.fast else total
+  slots = nested.padded_length(num_tokens, total) if c.fast else total
   params, rows = _params(c, stage, mesh), sharding.batch_sharding(mesh)
   inputs = _placed((_shape(jnp.int32, size, slots), _shape(jnp.int32, size), _keys(size)), rows)
   counted = make_stage(with_fields(c, {"attention": "xla"})).predict_fns["detokenize"]
@@ -184,11 +184,14 @@ def _ar(config: ConfigDict, mesh, num_tokens: int) -> Job:
     text.get("text_lengths"),
     _shape(jnp.int32, size, 0),
   )
-  scalars = (_shape(jnp.int32), *[_shape(jnp.float32)] * 3)  # num_tokens, guidance scale, temperature, top-p
+  number = _shape(jnp.float32)
+  sampler = ar_sampling.TokenSampler(
+    number if guided else None, number, number if c.ar.top_p else None, top_k=c.ar.top_k
+  )
+  scalars = _shape(jnp.int32), sampler  # the first is num_tokens
   inputs = _placed(inputs, rows), _placed(scalars, sharding.replicated(mesh))
-  choices = ar_sampling.Choices(guided, False, c.ar.top_k, bool(c.ar.top_p), c.fast)
-  slots = ar_sampling.slots(num_tokens, c.ar.num_tokens)
-  make = lambda stage: functools.partial(ar_sampling.generate, stage.model, slots=slots, choices=choices)
+  length = ar_sampling.padded_length(num_tokens, c.ar.num_tokens)
+  make = lambda stage: functools.partial(ar_sampling.generate, stage.model, length=length, fast=c.fast)
   args = params, *inputs[0], *inputs[1]
   count = flops.count(make(make_stage(with_fields(c, {"attention": "xla"}))), *args, while_trips=num_tokens)
   return Job(
