@@ -49,9 +49,7 @@ def main(values: flags.FlagValues):
     raise ValueError("give --checkpoint=FILE and --quality=DISTANCE")
   config, params = loading.load(values.checkpoint)
   if config.stage != "tokenizer" or not config.data.sources.synthetic.weight:
-    raise ValueError(
-      f"{values.checkpoint} must be a tokenizer that was trained on the synthetic source"
-    )
+    raise ValueError(f"{values.checkpoint} must be a tokenizer that was trained on the synthetic source")
   with cli.renamed(**cli.DECODER_FLAGS):
     sampler = decoding.override_sampler(config.sampler, values.decoder_steps, values.decoder_guidance, None)
   config = with_fields(config, {f"sampler.{name}": value for name, value in sampler.items()})

@@ -53,7 +53,7 @@ def blocks(part: ConfigDict, queries: int, length: int) -> int:
 
 
 def computed_again(part: ConfigDict, queries: int, length: int, remat: str, outputs: bool) -> int:
-  """What the backward pass of `blocks` computes a second time under a name of transformer.REMATS.
+  """What the backward pass of `blocks` computes a second time under a name of layers.REMATS.
 
   Args:
     outputs: whether gradients need the MLPs' outputs, as those of a gate do; else they are left out.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
-from flextok_jax.models import transformer
+from flextok_jax.models import layers, transformer
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import ar
 from flextok_jax.tools.compile.report import Report
@@ -45,7 +45,7 @@ def search(
   """
   reports = []
   for mesh in meshes(config, devices):
-    for remat in transformer.REMATS if job == "train" else (config.remat,):
+    for remat in layers.REMATS if job == "train" else (config.remat,):
       tried = config.copy_and_resolve_references()
       tried.remat = remat
       tried.mesh.update(mesh)

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from flextok_jax.core.literals import quote
-from flextok_jax.models.ar.generator import FFNS, NORMS
+from flextok_jax.models.ar.generator import FFNS
+from flextok_jax.models.layers import NORMS
 from flextok_jax.weights.official.modules import FLAG, SIZE, TEXT, Kind, exactly, integer, number, optional
 
 COUNT = integer(1, 2**31 - 1)
