@@ -78,7 +78,7 @@ def refused(pattern, workdir, **overrides):
     ("dtype.*float31", dict(dtype="float31")),
     ("export_dtype.*float7", dict(train=dict(export_dtype="float7"))),
     ("unknown data source 'mars'", dict(eval=dict(sources=("mars",)))),
-    ("unknown config.data.crop 'left'", dict(data=dict(crop="left"))),
+    ("unknown crop 'left'", dict(data=dict(crop="left"))),
     # Counts.
     ("global_batch=12 is not divisible by 8 devices", dict(data=dict(global_batch=12))),
     ("global_batch=8 is not divisible by 8 devices x optim.accumulate_steps=2", dict(optim=dict(accumulate_steps=2))),
@@ -208,4 +208,4 @@ def test_a_line_and_an_exit_code(tmp_path):
   )
   lines = err.splitlines()
   assert code == 1 and lines[-1].startswith("error: ") and "data.max_unreadable=0.01" in lines[-1]
-  assert all("nreadable image passed over" in line for line in lines[:-1]) and "Traceback" not in err
+  assert all("Skipped unreadable image" in line for line in lines[:-1]) and "Traceback" not in err

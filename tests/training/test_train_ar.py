@@ -120,7 +120,7 @@ def test_resumed_run_ends_like_the_whole_one(run, tmp_path):
 
 def test_shards_of_another_tokenizer_are_refused(run, tmp_path):
   config, workdir = run
-  with pytest.raises(ValueError, match="0123456789abcdef.*config.ar.tokenizer is feedfeedfeedfeed"):
+  with pytest.raises(ValueError, match="0123456789abcdef.*ar.tokenizer is feedfeedfeedfeed"):
     train.train(config_of(config.data.tokens, ar=dict(tokenizer="feedfeedfeedfeed")), str(tmp_path / "new"))
   assert not (tmp_path / "new").exists()
   other = json.loads((workdir / "config.json").read_text())
@@ -141,8 +141,8 @@ def test_classes_train(written, tmp_path):
 @pytest.mark.parametrize(
   "settings, pattern",
   [
-    (dict(data=dict(tokens="")), "--config.data.tokens=DIR"),
-    (dict(ar=dict(num_ids=150)), "give --config.ar.num_ids=200"),
+    (dict(data=dict(tokens="")), "set data.tokens to a folder"),
+    (dict(ar=dict(num_ids=150)), "set ar.num_ids=200"),
     (dict(ar=dict(condition="image")), "unknown ar.condition 'image': one of class, text, none"),
     (dict(ar=dict(drop_condition=1.0)), r"ar.drop_condition must lie in \[0, 1\), got 1.0"),
   ],
