@@ -15,15 +15,13 @@ from absl import flags
 from flextok_jax import cli
 from flextok_jax.config import with_fields
 from flextok_jax.core import files
-from flextok_jax.data import pipeline
-from flextok_jax.evals import figures
-from flextok_jax.evals.metrics import measures
+from flextok_jax.evals import charts
+from flextok_jax.evals.metrics import image
 from flextok_jax.evals.studies import halting
+from flextok_jax.evals.studies.subject import Subject
 from flextok_jax.inference import decoding
 from flextok_jax.ops import distances, guidance
 from flextok_jax.parallel import sharding
-from flextok_jax.stages import make_stage
-from flextok_jax.training import inputs
 from flextok_jax.weights import loading
 
 
@@ -52,14 +50,13 @@ def main(values: flags.FlagValues):
     raise ValueError(f"{values.checkpoint} must be a tokenizer that was trained on the synthetic source")
   with cli.renamed(**cli.DECODER_FLAGS):
     sampler = decoding.override_sampler(config.sampler, values.decoder_steps, values.decoder_guidance, None)
-  config = with_fields(config, {f"sampler.{name}": value for name, value in sampler.items()})
-  size = dict(image_size=config.image_size, num_images=values.num_images)
-  scenes = pipeline.eval_set(inputs.image_data(config), "synthetic", **size)
-  num_objects = scenes["num_objects"]
-  mesh, measure = sharding.make_mesh(), measures.make([values.metric])[values.metric]
-  lengths_fn = halting.make_lengths(config, params, values.metric, measure, values.seed, values.batch_size, mesh)
-  ids = decoding.tokenize(make_stage(config).predict_fns["tokenize"], params, scenes["image"], values.batch_size)
-  lengths, gaps = lengths_fn(scenes["image"], ids, values.quality)
+  fields = {f"sampler.{name}": value for name, value in sampler.items()}
+  fields |= {"eval.num_images": values.num_images, "eval.batch_size": values.batch_size, "seed": values.seed}
+  fields["eval.sources"] = ("synthetic",)
+  metrics = image.make_metrics([values.metric])
+  subject = Subject(with_fields(config, fields), params, metrics, sharding.make_mesh())
+  num_objects = subject.sets["synthetic"]["num_objects"]
+  lengths, gaps = halting.make_lengths(subject, values.metric)(*subject.encoded("synthetic"), values.quality)
 
   rows = halting.by_objects(num_objects, lengths)
   print(f"{'objects':>8} {'scenes':>7} {'mean length':>12} {'95% interval':>15} {'within':>7}")
@@ -73,8 +70,8 @@ def main(values: flags.FlagValues):
     print(f"Spearman's rank correlation of length and number of objects: {rho:.3f} (p = {p:.1g})")
   if values.out:
     title = f"tokens, {values.metric} <= {values.quality:g}, {len(lengths)} scenes"
-    line = figures.Line(list(rows), [mean for _, mean in rows.values()])
-    files.write_file(Path(values.out), figures.curves({}, "", (), {"objects in the scene": {title: {"": line}}}))
+    line = charts.Line(list(rows), [mean for _, mean in rows.values()])
+    files.write_file(Path(values.out), charts.curves({}, "", (), {"objects in the scene": {title: {"": line}}}))
     print(f"wrote {values.out}")
 
 

@@ -23,8 +23,8 @@ from flextok_jax import cli
 from flextok_jax.core import files
 from flextok_jax.core import images as images_lib
 from flextok_jax.data import pipeline
-from flextok_jax.evals import plots, tally
-from flextok_jax.evals.metrics import frechet as statistics
+from flextok_jax.evals import grids
+from flextok_jax.evals.metrics import frechet, samples
 from flextok_jax.evals.metrics import image as metrics
 from flextok_jax.ops import distances
 from flextok_jax.training import inputs
@@ -76,17 +76,17 @@ def main(folder: str, names: str, picture: str):
     }
     first = next(iter(rows.values()))
     for metric, values in rows[name].items():  # mean, and interval of the difference from the first run
-      low, high = tally.means_and_intervals({metric: np.asarray(values - first[metric])})[1][metric]
+      _, low, high = samples.mean_with_interval(np.asarray(values - first[metric]))
       print(f"{name}: {metric} {values.mean():.4f}, difference {low:.4f} to {high:.4f} (95%)", flush=True)
     print(
-      f"{name}: texture Frechet {statistics.frechet_distance(*gaussian(found), *gaussian(grams)):.4f}, "
+      f"{name}: texture Frechet {frechet.frechet_distance(*gaussian(found), *gaussian(grams)):.4f}, "
       f"contrast {np.asarray(left.mean(0) / contrasts.mean(0)).round(2)}",
       flush=True,
     )
     chosen = np.arange(0, 256, 256 // 8)[:8] + np.arange(8) % 4  # two of each photograph
     columns.setdefault("original", images[chosen])
     columns[name] = np.asarray(restored[chosen] * 255).round().astype(np.uint8)
-  files.write_file(Path(picture), plots.to_png(plots.grid(list(columns.values()), list(columns))))
+  files.write_file(Path(picture), grids.to_png(grids.grid(list(columns.values()), list(columns))))
 
 
 if __name__ == "__main__":

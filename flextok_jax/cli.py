@@ -221,3 +221,18 @@ def print_progress(what: str, done: int, total: int, batch_size: int):
   """Prints a line after about every tenth of the batches, and after the last."""
   if done == total or done % (batch_size * max(1, total // batch_size // 10)) == 0:
     print(f"{what}: {done} of {total}", flush=True)
+
+
+def eval_fields(values: flags.FlagValues) -> dict[str, Any]:
+  """Returns the fields of a config that the flags of an evaluation set, by dotted name."""
+  fields: dict[str, Any] = {}
+  if values.num_tokens:
+    fields["eval.num_tokens"] = tuple(numbers("num_tokens", values.num_tokens))
+  if values.sources:
+    fields["eval.sources"] = tuple(values.sources)
+  for name in ("num_images", "batch_size", "grid_images"):
+    if name in values and values[name].value is not None:
+      fields[f"eval.{name}"] = values[name].value
+  if values.seed is not None:
+    fields["seed"] = values.seed
+  return fields

@@ -23,7 +23,7 @@ from flextok_jax.core import files
 from flextok_jax.core import images as images_lib
 from flextok_jax.data import transforms
 from flextok_jax.data.sources import photos
-from flextok_jax.evals import plots
+from flextok_jax.evals import grids
 from flextok_jax.evals.metrics import image as metrics
 from flextok_jax.inference import generator as generation
 from flextok_jax.inference import tokenizer as api
@@ -154,7 +154,7 @@ def check(before: tuple, after: tuple, image: np.ndarray, target: Path):
     raise ValueError(f"{target} does not decode as its source does: images differ by up to {gap:.2g}")
   pair = np.concatenate([image, np.asarray(images_lib.round_to_8bit(again) * 255).round().astype(np.uint8)], axis=1)
   picture = target.with_name(f"{target.stem}_check.png")
-  files.write_file(picture, plots.to_png(pair))
+  files.write_file(picture, grids.to_png(pair))
   psnr = float(metrics.psnr(image[None] / np.float32(255), images_lib.round_to_8bit(again[None]))[0])
   kind = "tokens" if code.ndim == 1 else "latent values"
   print(f"checked: all {code.size} {kind} equal, images within {gap:.0e}, PSNR {psnr:.2f} dB")

@@ -13,7 +13,7 @@ from absl import flags
 from flextok_jax import cli
 from flextok_jax.config import with_fields
 from flextok_jax.core import files
-from flextok_jax.evals import plots
+from flextok_jax.evals import grids
 from flextok_jax.inference import decoding, token_files
 from flextok_jax.ops import fsq
 from flextok_jax.stages import make_stage
@@ -59,7 +59,7 @@ def main(values: flags.FlagValues):
   decode = decoding.decoder_by_image(predict_fns["detokenize"], values.seed)
   images = decoding.detokenize(decode, params, sequences, num_registers, values.batch_size)
   for i, (name, image) in enumerate(zip(names, images)):
-    files.write_file(out / f"{i:05d}_{Path(name).stem}.png", plots.to_png(image))
+    files.write_file(out / f"{i:05d}_{Path(name).stem}.png", grids.to_png(image))
   print(f"wrote {len(names)} images of {config.image_size} px to {out}")
 
 

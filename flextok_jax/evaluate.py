@@ -1,48 +1,46 @@
-"""Measures reconstructions of held-out images at every token count and draws them.
+"""Evaluates a checkpoint: reconstructions at every token count, the loss of a generator, or a generator's samples.
 
 python -m flextok_jax.evaluate --workdir=DIR [--config=NAME] [--checkpoint=PATH] [--num_tokens=1,2,4]
     [--metrics=psnr,ssim,mae,lpips_alex,lpips_vgg,dreamsim,dinov2,rfid --weights=DIR]
+python -m flextok_jax.evaluate --checkpoint=GENERATOR --tokenizer=PATH --metrics=gfid,sfid,is,precision,recall,top1
+    --weights=DIR --reference=FILE.npz [--num_images=50000] [--classes=0,3,7 | --prompts_file=FILE]
+    [--num_tokens=1,4,16] [--guidance_scale=...] [--samples_npz] --out=DIR
 
-Of a generator, its loss; with --tokenizer and --metrics its samples, see flextok_jax/evaluate_samples.py.
+A tokenizer or VAE is evaluated by its reconstructions of held-out images; a generator by its loss on held-out tokens,
+or with --tokenizer and --metrics by its samples.
 
-Prints a table; writes report.json, curve.png and grid_<set>.png, and appends the report to eval.jsonl. Killed and run
-again with the same flags, it goes on where it was.
+Prints a table; writes report.json, curve.png (or loss.png) and grid_<set>.png, and appends the report to eval.jsonl.
+An interrupted evaluation resumes when it is run again with the same flags.
 """
 
-from collections.abc import Mapping, Sequence
 import json
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
+import numpy as np
 
-from flextok_jax import cli, evaluate_samples
-from flextok_jax.config import check_at_least_one
-from flextok_jax.evals import generation, progress, reconstruction, token_loss
-from flextok_jax.evals.make import make_evaluator
-from flextok_jax.evals.metrics import measures
-from flextok_jax.evals.metrics.image import METRICS as PLAIN
-from flextok_jax.parallel import processes, sharding
+from flextok_jax import cli
+from flextok_jax.config import with_fields
+from flextok_jax.core.hashing import hash_tree
+from flextok_jax.data import pipeline
+from flextok_jax.evals import from_config, generation
+from flextok_jax.evals.metrics import image as metrics_lib
+from flextok_jax.evals.metrics import reference
+from flextok_jax.evals.progress import Progress
+from flextok_jax.evals.reconstruction import RFID
+from flextok_jax.evals.report import Report
+from flextok_jax.inference import decoding, prompts
+from flextok_jax.inference.generator import load_ar
+from flextok_jax.parallel import batching, processes, sharding
 from flextok_jax.stages import make_stage
-from flextok_jax.training import checkpoint, inputs
+from flextok_jax.training import inputs
 from flextok_jax.weights import loading
-from flextok_jax.weights.perception import networks
 
-MODEL_FIELDS = ("stage", "image_size", "vae", "encoder", "decoder", "tokens", "ar", "text")
-RFID = "rfid"
-# Without effect here.
-TRAINING_FIELDS = (
-  "vae.sample_posterior",
-  "tokens.nested_dropout",
-  "tokens.null_prob",
-  "tokens.quantization_dropout",
-  "tokens.corruption",
-  "ar.tokenizer",
-  "ar.drop_condition",
-  "ar.position_decay",
-  *checkpoint.FREE_AR,
-)
+_NUM_SAMPLES = 50_000  # usual in the literature
+_BATCH_SIZE = 64  # samples
+_ALL = np.iinfo(np.int32).max  # images
+_PARTIAL = "so_far"  # folder of partial results
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -56,21 +54,43 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   )
   flags.DEFINE_list("num_tokens", [], "Token counts; default: config.eval.num_tokens.", flag_values=values)
   flags.DEFINE_list("sources", [], "Evaluation sets; default: config.eval.sources.", flag_values=values)
-  flags.DEFINE_integer("num_images", None, "Images a set; default: config.eval.num_images.", flag_values=values)
-  flags.DEFINE_integer("seed", None, "Of the decoder's noise; default: config.seed.", flag_values=values)
+  flags.DEFINE_integer(
+    "num_images", None, "Images per set; default: config.eval.num_images, or 50000 samples.", flag_values=values
+  )
+  flags.DEFINE_integer("seed", None, "Of noises and samples; default: config.seed, or 0.", flag_values=values)
   flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/eval.", flag_values=values)
   flags.DEFINE_integer(
-    "batch_size", None, "Images at once; default: config.eval.batch_size, or 64.", 1, flag_values=values
+    "batch_size", None, "Images per batch; default: config.eval.batch_size, or 64 samples.", 1, flag_values=values
   )
   flags.DEFINE_list(
     "metrics",
     [],
-    f"Of {', '.join((*measures.NAMES, RFID))}; default: psnr, ssim, mae. Of samples: {', '.join(generation.NAMES)}.",
+    f"Of images: {', '.join((*metrics_lib.NAMES, RFID))}; default: psnr, ssim, mae. "
+    f"Of samples: {', '.join(generation.NAMES)}.",
     flag_values=values,
   )
   flags.DEFINE_string("weights", None, "Folder with the weights of the metrics' networks.", flag_values=values)
-  flags.DEFINE_integer("keep_every", 50, "Batches between two writes of the results so far.", 1, flag_values=values)
-  evaluate_samples.define_flags(values)
+  flags.DEFINE_integer("keep_every", 50, "Batches between two writes of partial results.", 1, flag_values=values)
+  _define_sample_flags(values)
+
+
+def _define_sample_flags(values: flags.FlagValues):
+  """Defines the flags for samples of a generator."""
+  cli.define_draw_flags(values)
+  flags.DEFINE_string(
+    "reference",
+    None,
+    "Statistics or images of a reference set, .npz; or the name of one of the tokenizer's data sources, whose "
+    "held-out images are the reference.",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "reference_images", None, "Images of a data source, at most; default: all.", 1, flag_values=values
+  )
+  flags.DEFINE_string("save_reference", None, "File for the statistics of the reference, .npz.", flag_values=values)
+  flags.DEFINE_bool(
+    "samples_npz", False, "Write samples_<tokens>.npz too, arr_0 uint8 [n, h, w, 3].", flag_values=values
+  )
 
 
 def main(values: flags.FlagValues):
@@ -83,130 +103,122 @@ def main(values: flags.FlagValues):
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out={out} is a file: give a folder")
   of_samples = flags.FlagValues()
-  evaluate_samples.define_flags(of_samples)
+  _define_sample_flags(of_samples)
   for name in ("config", "sources") if values.tokenizer else of_samples:
     if values[name].present:
       raise ValueError(
         f"--{name} has no meaning {'with' if values.tokenizer else 'without'} --tokenizer, which asks"
         " for samples of a generator"
       )
-  if values.tokenizer:
-    report, conditions, kept = evaluate_samples.evaluate(values, out)
-  else:
-    report, conditions, kept = _evaluate(values, out)
+  evaluate = _evaluate_samples if values.tokenizer else _evaluate_checkpoint
+  report, settings, progress = evaluate(values, out)
   if not processes.is_process_0():
     return
-  paths = report.write(out, conditions)
+  paths = report.write(out, settings)
   with open(out / "eval.jsonl", "a") as f:
-    f.write(json.dumps({**conditions, **report.scores}) + "\n")
-  kept.clear()
+    f.write(json.dumps({**settings, **report.scores}) + "\n")
+  progress.clear()
   print(report.table() + "\n")
   for path in (*paths, out / "eval.jsonl"):
     print(path)
 
 
-def _evaluate(values: flags.FlagValues, out: Path):
-  """Returns the report of a checkpoint, its conditions, and what was kept on the way to it."""
+def _evaluate_checkpoint(values: flags.FlagValues, out: Path) -> tuple[Report, dict[str, Any], Progress]:
+  """Returns the report of a checkpoint, the settings to write with it, and its partial results."""
   source = values.checkpoint or values.workdir
-  config, params = loading.load(source, mesh=sharding.make_mesh())
+  config, params = loading.load(source, mesh=sharding.make_mesh())  # all devices, whatever the training had
   if values.config is not None:
-    config = with_settings(config, values.config)
-  if "eval" not in config:
-    raise ValueError(f"{source} carries no settings of data and evaluation: give --config=NAME as well")
-  config = apply_flags(config.copy_and_resolve_references(), values)
-  settings = {"weights": progress.identity(params), "networks": values.weights, "config": config.to_dict()}
-  kept = progress.Progress(out / "so_far", settings | {"metrics": values.metrics}, values.keep_every)
-  report = evaluate(config, params, values.metrics, values.weights, kept)
-  conditions = {"checkpoint": str(source), "image_size": config.image_size}
-  if report.scores.get("num_tokens"):  # images were decoded
-    conditions["sampler"] = config.sampler.to_dict()
-  return report, conditions, kept
-
-
-def with_settings(trained: ConfigDict, given: ConfigDict) -> ConfigDict:
-  """Returns the config `given` with the model of the config `trained`, which must be the same where both tell it."""
-  if "data" in trained:  # of a run; other checkpoints tell nothing but the model
-    check_same_model(given, trained)
-  config = given.copy_and_resolve_references()
-  with config.unlocked():
-    for name in MODEL_FIELDS:
-      if name in trained:
-        config[name] = trained[name]
-  return config
-
-
-def check_same_model(given: Mapping[str, Any], trained: Mapping[str, Any]):
-  """Raises ValueError where two configs describe different models."""
-  given, trained = (
-    {k: v for name in MODEL_FIELDS if name in c for k, v in _flat(name, c[name])} for c in (given, trained)
-  )
-  for name in sorted(given.keys() & trained.keys()):  # an older checkpoint may lack a field
-    if name not in TRAINING_FIELDS and given[name] != trained[name]:
-      raise ValueError(
-        f"--config has {name} = {given[name]!r}, but the checkpoint was trained with"
-        f" {trained[name]!r}: give the config of that run, or none"
-      )
-
-
-def apply_flags(config, values: flags.FlagValues):
-  """Returns the config with evaluation settings from the flags.
-
-  Raises:
-    ValueError: naming the flag.
-  """
+    config = from_config.with_model(values.config, config, check=loading.is_ours(source))
   for name in ("num_tokens", "sources"):
     if values[name].value and config.stage == "ar":
       raise ValueError(f"--{name} has no meaning for a generator: its loss is over all tokens of config.data.tokens")
-  if values.num_tokens:
-    if config.stage == "vae":
-      raise ValueError("--num_tokens has no meaning for a model of stage 'vae', which has no tokens")
-    config.eval.num_tokens = tuple(cli.numbers("num_tokens", values.num_tokens))
-  if values.sources:
-    config.eval.sources = tuple(values.sources)
-  if values.num_images is not None:
-    config.eval.num_images = values.num_images
-  if values.seed is not None:
-    config.seed = values.seed
-  if values.batch_size is not None:
-    config.eval.batch_size = values.batch_size
-  return config
+  if config.stage == "vae" and values.num_tokens:
+    raise ValueError("--num_tokens has no meaning for a model of stage 'vae', which has no tokens")
+  config = with_fields(config, cli.eval_fields(values))
+  settings = {"weights": hash_tree({}, params), "networks": values.weights, "config": config.to_dict()}
+  progress = Progress(out / _PARTIAL, settings | {"metrics": values.metrics}, values.keep_every)
+  report = from_config.evaluate(config, params, values.metrics, values.weights, progress)
+  written = {"checkpoint": str(source), "image_size": config.image_size}
+  if report.scores.get("num_tokens"):  # images were decoded
+    written["sampler"] = config.sampler.to_dict()
+  return report, written, progress
 
 
-def evaluate(
-  config, params, metrics: Sequence[str] = (), weights: str | None = None, kept: progress.Progress | None = None
-) -> reconstruction.Report | token_loss.Report:
-  """Evaluates params on the validation splits of config.eval.sources, a generator on those of config.data.tokens.
+def _evaluate_samples(values: flags.FlagValues, out: Path) -> tuple[Report, dict[str, Any], Progress]:
+  """Returns the report of samples, the settings to write with it, and its partial results."""
+  names, num_images = values.metrics, values.num_images or _NUM_SAMPLES
+  if not names:
+    raise ValueError(f"--metrics is missing: of samples there are {', '.join(generation.NAMES)}")
+  for name in names:
+    if name not in generation.NAMES:
+      raise ValueError(f"--metrics={name} is not a metric of samples: these are {', '.join(generation.NAMES)}")
+    if name in generation.NEED_REFERENCE and not values.reference:
+      raise ValueError(f"--metrics={name} needs --reference: a .npz of statistics or images, or a data source")
+  if values.prompts_file and values.classes:
+    raise ValueError("--classes and --prompts_file are both given: give one of them")
 
-  Args:
-    metrics: of measures.NAMES, and "rfid"; (): psnr, ssim, mae.
-    weights: folder with the weights of networks, see weights/perception/networks.py.
-    kept: what an earlier call left behind.
+  # The generator, its tokenizer, and what they are to draw.
+  mesh, source, seed = sharding.make_mesh(), values.checkpoint or values.workdir, values.seed or 0
+  gen = load_ar(source, mesh=mesh, **cli.parse_settings(values.setting))
+  texts = prompts.read_prompts(values.prompts_file) if values.prompts_file else []
+  classes = values.classes or (["all"] if gen.num_classes else [])
+  conditions = prompts.read_conditions(classes, texts, gen, source)
+  choices = prompts.sampling_choices(gen, conditions != [None], **cli.choice_flags(values))
+  with cli.renamed(**cli.DECODER_FLAGS):
+    tokenizer = prompts.load_tokenizer(values.tokenizer, gen, **cli.decoder_flags(values))
+  config, params = tokenizer.config, tokenizer.params
+  counts = decoding.token_counts(cli.numbers("num_tokens", values.num_tokens), gen.num_tokens)
+  draw = generation.make_draw(gen, conditions, seed, mesh, num_tokens=counts[-1], **choices)
+  decode = decoding.decoder_by_image(make_stage(config).predict_fns["detokenize"], seed)
 
-  Raises:
-    ValueError: a setting out of range, before anything is read or compiled.
-  """
-  check_at_least_one(config, "eval.num_images", "eval.batch_size", "eval.grid_images")
-  options = {}
-  if config.stage != "ar":
-    pairs = [name for name in metrics if name != RFID]
-    options = {"measures": measures.make(pairs if metrics else PLAIN, weights), "progress": kept, "once": True}
-    if RFID in metrics:
-      options["features"] = networks.inception(weights, RFID)
-  elif metrics:
-    raise ValueError(f"--metrics={','.join(metrics)} of a generator are of its samples: give --tokenizer as well")
-  stage = make_stage(config)
-  mesh = sharding.make_mesh()  # all devices here, whatever the training had
-  evaluator = make_evaluator(config, stage, mesh, inputs.make_prepare(config, mesh), **options)
-  return evaluator.run(sharding.place(params, sharding.replicated(mesh)))
+  # What the samples are compared with.
+  networks, targets = generation.make_networks(names, values.weights, conditions)
+  batch_size = values.batch_size or _BATCH_SIZE
+  compared = None
+  if set(names) & set(generation.NEED_REFERENCE):
+    extract = reference.make_extract(networks["inception"], batch_size, mesh)
+    size = {"image_size": config.image_size, "num_images": values.reference_images or _ALL}
+    held_out = lambda name: pipeline.EvalImages(inputs.image_data(config), name, **size)
+    need_images = bool(set(names) & set(generation.NEED_IMAGES))
+    compared = reference.load(values.reference, held_out, extract, batch_size, need_images)
+    for name, layer in generation.LAYERS.items():
+      if name in names and layer not in compared.gaussians:
+        raise ValueError(f"--metrics={name}: {values.reference} has no statistics of these features")
+    if values.save_reference and processes.is_process_0():
+      reference.save(values.save_reference, compared)
 
-
-def _flat(name: str, value: Any):
-  """Yields (dotted name, value) of the leaves of a nested config; sequences compare as tuples."""
-  if isinstance(value, Mapping) or hasattr(value, "items"):
-    for key, inner in value.items():
-      yield from _flat(f"{name}.{key}", inner)
-  else:
-    yield name, tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+  written = {
+    "checkpoint": source,
+    "tokenizer": values.tokenizer,
+    "reference": values.reference,
+    "weights": values.weights,
+    "seed": seed,
+    "num_tokens": list(counts),
+    "conditions": len(conditions),
+    **choices,
+    "decoder": config.sampler.to_dict(),
+  }
+  models = [hash_tree({}, x) for x in (params, gen.params, networks)]
+  progress = Progress(
+    out / _PARTIAL,
+    written | {"models": models, "metrics": names, "all": conditions, "num_images": num_images},
+    values.keep_every,
+  )
+  folder = out if values.samples_npz else None
+  evaluator = generation.Generation(
+    draw,
+    decode,
+    gen.num_ids,
+    tokenizer.num_registers,
+    tokenizer.image_size,
+    generation.Settings(names, counts, num_images, batch_size, seed, folder=folder),
+    networks,
+    targets,
+    compared,
+    mesh,
+    progress,
+  )
+  return evaluator.run(batching.replicate(params, mesh)), written, progress
 
 
 if __name__ == "__main__":

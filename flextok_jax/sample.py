@@ -24,7 +24,7 @@ import numpy as np
 from flextok_jax import cli
 from flextok_jax.core import files
 from flextok_jax.data import transforms
-from flextok_jax.evals import plots
+from flextok_jax.evals import grids
 from flextok_jax.inference import decoding, prompts, token_files
 from flextok_jax.inference.generator import load_ar
 from flextok_jax.ops import nested
@@ -129,7 +129,7 @@ def main(values: flags.FlagValues):
     if job in pictures:
       pictures[job] = picture
     if job == whole[job[0]]:
-      files.write_file(paths[job[0]], plots.to_png(picture))
+      files.write_file(paths[job[0]], grids.to_png(picture))
       if values.npz:
         everything[job[0]] = picture
     cli.print_progress("pictures decoded", done, len(jobs), values.batch_size)
@@ -147,11 +147,11 @@ def main(values: flags.FlagValues):
       if len(sequences[i]) < count
     }
     cells = [np.stack([pictures[job] for job in column]) for column in columns]
-    grid = plots.grid([*left, *cells], ["", "original"][: len(left)] + _headers(counts), ended)
-    outputs["grid.png"] = plots.to_png(grid)
+    grid = grids.grid([*left, *cells], ["", "original"][: len(left)] + _headers(counts), ended)
+    outputs["grid.png"] = grids.to_png(grid)
   if growing:
     cells = np.stack([pictures[job] for job in growing])
-    outputs["strip.png"] = plots.to_png(plots.strip(cells, _headers([count for _, count in growing])))
+    outputs["strip.png"] = grids.to_png(grids.strip(cells, _headers([count for _, count in growing])))
   for name, content in outputs.items():
     files.write_file(out / name, content)
   if values.npz:
@@ -185,7 +185,7 @@ def _lists(
 
 
 def _headers(counts: Sequence[int]) -> list[str]:
-  return [plots.column_label(str(count), last=count == counts[-1]) for count in counts]
+  return [grids.column_label(str(count), last=count == counts[-1]) for count in counts]
 
 
 def _shown(rows: int, num_samples: int, total: int) -> list[int]:

@@ -15,7 +15,7 @@ import safetensors
 
 from flextok_jax import cli, stages
 from flextok_jax.config import check_at_least_one, float_dtype, with_fields
-from flextok_jax.evals.make import make_evaluator, make_measure
+from flextok_jax.evals.from_config import make_evaluator, make_measure
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.training import checkpoint, goodput, inputs, optim
 from flextok_jax.training import metrics as metrics_lib
@@ -207,7 +207,7 @@ def _evaluate(evaluator, state, step: int, workdir: str, writer):
     return
   out = os.path.join(workdir, "eval", f"{step:08d}")
   report.write(out)
-  writer.write(step, report.scalars(), f"{report.table()}\npictures of step {step}: {out}")
+  writer.write(step, report.scalars, f"{report.table()}\npictures of step {step}: {out}")
 
 
 def _line(step: int, last: int, s: dict) -> str:

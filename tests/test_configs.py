@@ -18,10 +18,11 @@ import setuptools
 
 import flextok_jax
 from flextok_jax import config as common
-from flextok_jax import evaluate, stages
+from flextok_jax import stages
 from flextok_jax.configs import quickstart
 from flextok_jax.data import pipeline
-from flextok_jax.evals import reconstruction
+from flextok_jax.evals import from_config
+from flextok_jax.inference import decoding
 from flextok_jax.stages import repa
 from flextok_jax.training import checkpoint, inputs, optim
 from flextok_jax.weights import fingerprints, loading
@@ -101,7 +102,7 @@ def test_settings_fit_together(name):
   assert sum(weights.values()) == pytest.approx(1)
   for source in c.eval.sources:
     assert weights[source] > 0  # what is evaluated is what is trained on
-  reconstruction.token_counts(c.eval.num_tokens, c.tokens.num_registers)
+  decoding.token_counts(c.eval.num_tokens, c.tokens.num_registers)
 
 
 def token_batch(c):
@@ -182,7 +183,7 @@ def test_the_folder_of_dfn_must_be_given():
 def test_quickstart_variants_are_one_model_and_scratch_runs_on_any_machine():
   whole, scratch = quickstart.get_config(), quickstart.get_config("scratch")
   for variant in (scratch, quickstart.get_config("coarse")):
-    evaluate.check_same_model(variant, whole)
+    from_config.check_same_model(variant, whole)
   assert flat(whole) == flat(quickstart.get_config(""))
   assert scratch.data.sources.emoji.weight == 0 and "emoji" not in scratch.eval.sources  # its font may be missing
   with pytest.raises(ValueError, match="config quickstart takes no argument or one of coarse, scratch.*got 'scrach'"):
@@ -249,7 +250,7 @@ def test_the_shipped_models(asset):
     tokenizer = loading.load(str(ASSETS / "shapes.safetensors"))
     assert config.ar.tokenizer == fingerprints.tokenizer(*tokenizer)
     expected.ar.tokenizer = config.ar.tokenizer
-  evaluate.check_same_model(expected, config)
+  from_config.check_same_model(expected, config)
   assert flat(config).keys() <= flat(expected).keys()  # fields are added, not renamed
 
 

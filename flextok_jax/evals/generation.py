@@ -1,6 +1,7 @@
-"""Samples of a generator, by the metrics of the field: gFID, sFID, inception score, precision, recall, CLIP, top-1."""
+"""Metrics of a generator's samples: gFID, sFID, inception score, precision, recall, CLIP score, top-1 accuracy."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,44 +10,67 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.core import images as images_lib
-from flextok_jax.evals import tally
-from flextok_jax.evals.metrics import frechet as statistics
+from flextok_jax.evals import reconstruction
+from flextok_jax.evals.accumulator import Accumulator, means_and_intervals
+from flextok_jax.evals.metrics import frechet
 from flextok_jax.evals.metrics import samples as sample_metrics
 from flextok_jax.evals.metrics.reference import Reference
 from flextok_jax.evals.progress import Progress
-from flextok_jax.evals.reconstruction import Report
-from flextok_jax.evals.sample_writer import SampleWriter
+from flextok_jax.evals.report import Report
+from flextok_jax.inference.generator import ARGenerator
+from flextok_jax.inference.prompts import Condition
 from flextok_jax.ops import nested
-from flextok_jax.parallel import processes, sharding
+from flextok_jax.parallel import batching, processes, sharding
+from flextok_jax.weights.perception import networks
 
-INCEPTION = ("gfid", "sfid", "is", "precision", "recall", "fid_infinity")  # by Inception's features
+INCEPTION = ("gfid", "sfid", "is", "precision", "recall", "fid_infinity")  # from Inception's features
 NAMES = (*INCEPTION, "clip", "top1")
-NEED_REFERENCE = ("gfid", "sfid", "precision", "recall", "fid_infinity")
+LAYERS = {"gfid": "pool", "sfid": "spatial", "fid_infinity": "pool"}  # statistics of the reference that a metric needs
 NEED_IMAGES = ("precision", "recall")  # of the reference
+NEED_REFERENCE = (*LAYERS, *NEED_IMAGES)
 SET = "samples"
 _SPLITS = 10  # of the inception score
 
 
-class Generation:
-  """Draws samples, decodes them from their first tokens, and measures them at every token count.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Settings of an evaluation of samples.
 
-  Sample i is the same whatever the batch size and the devices; its condition is number i modulo their count. The last
-  batch is padded, and its padding counted nowhere.
+  Attributes:
+    metrics: from NAMES.
+    num_tokens: token counts, the columns of the report.
+    num_images: samples.
+    batch_size: samples per batch, at most.
+    seed: of the report.
+    grid_images: samples kept as examples.
+    folder: for samples_<count>.npz, arr_0 uint8 [n, h, w, 3]; None: not written.
+  """
+
+  metrics: Sequence[str]
+  num_tokens: Sequence[int]
+  num_images: int
+  batch_size: int
+  seed: int
+  grid_images: int = 4
+  folder: Path | None = None
+
+
+class Generation:
+  """Draws samples, decodes their first tokens, and measures the images at every token count.
+
+  Sample i is the same whatever the batch size and the devices. The last batch is padded; padding is not counted.
 
   Args:
-    draw: rows int32 [b], numbers of samples -> token ids int32 [b, n], num_ids where a sequence has ended.
-    decode: (params, ids [b, slots], keep_k [b], rows [b]) -> images [b, h, w, 3] in [-1, 1].
+    draw: sample numbers int32 [b] -> token ids int32 [b, n], num_ids after the end of a sequence.
+    decode: (params, ids [b, slots], keep_k [b], numbers [b]) -> images [b, h, w, 3] in [-1, 1].
     num_ids: ids below it are tokens.
-    num_registers: of the tokenizer.
-    image_size: pixels a side.
-    columns: token counts.
-    names: metrics, of NAMES.
-    networks: {"inception", "clip", "classifier"}, those that the metrics need (weights/perception/networks.py).
-    facts: rows -> {"labels": int32 [b]} for top1 and {"texts": float32 [b, d]} for clip.
-    reference: what samples are compared with; None where no metric needs it.
-    mesh: the devices.
-    progress: what is kept on the way.
-    samples: folder for samples_<count>.npz, arr_0 uint8 [n, h, w, 3]; None: not written.
+    num_registers, image_size: of the tokenizer; pixels per side.
+    settings: metrics, token counts, number of samples, batch size, seed.
+    networks: {"inception", "clip", "classifier"}, those that the metrics need (see make_networks).
+    targets: sample numbers -> {"labels": int32 [b]} for top1 and {"texts": float32 [b, d]} for clip.
+    reference: reference set; None if no metric needs it.
+    mesh: devices that batches are split over.
+    progress: keeps partial results.
   """
 
   def __init__(
@@ -56,106 +80,214 @@ class Generation:
     num_ids: int,
     num_registers: int,
     image_size: int,
-    columns: Sequence[int],
-    names: Sequence[str],
+    settings: Settings,
     networks: Mapping[str, jax.tree_util.Partial],
-    facts: Callable[[np.ndarray], dict[str, np.ndarray]],
+    targets: Callable[[np.ndarray], dict[str, np.ndarray]],
     reference: Reference | None,
     mesh: jax.sharding.Mesh,
     progress: Progress | None = None,
-    samples: Path | None = None,
   ):
-    self._draw, self._facts, self._columns = draw, facts, tuple(columns)
-    self._names, self._reference = tuple(names), reference
-    self._samples, self._image_size = samples, image_size
+    self._draw, self._targets = draw, targets
+    self._image_size, self._settings, self._reference = image_size, settings, reference
     self._progress = progress or Progress()
-    self._placed, self._devices = sharding.batch_sharding(mesh), mesh.size
+    self._mesh = mesh
     replicated = sharding.replicated(mesh)
-    self._networks = sharding.place(dict(networks), replicated)
+    self._networks = batching.replicate(dict(networks), mesh)
 
-    def picture(params, ids, rows, count):
+    def restore(params, ids, numbers, count):
+      slots = nested.padded_length(count, num_registers)
       keep_k = jnp.clip((ids < num_ids).sum(1), 1, count)
-      ids = jnp.where(ids < num_ids, ids, 0)[:, : nested.padded_length(count, num_registers)]
-      ids = jnp.pad(ids, ((0, 0), (0, nested.padded_length(count, num_registers) - ids.shape[1])))
-      return images_lib.to_uint8(images_lib.round_to_8bit(decode(params, ids, keep_k, rows)))
+      ids = jnp.where(ids < num_ids, ids, 0)[:, :slots]
+      ids = jnp.pad(ids, ((0, 0), (0, slots - ids.shape[1])))  # [b, slots]
+      return images_lib.to_uint8(images_lib.round_to_8bit(decode(params, ids, keep_k, numbers)))
 
-    self._picture = jax.jit(picture, static_argnames="count", out_shardings=self._placed)
-    self._look = jax.jit(self._features, out_shardings=replicated)
+    self._restore = jax.jit(restore, static_argnames="count", out_shardings=sharding.batch_sharding(mesh))
+    self._extract = jax.jit(self._measure, out_shardings=replicated)
     self._replicate = jax.jit(lambda x: x, out_shardings=replicated)
 
-  def run(self, params: Any, num_images: int, batch_size: int, seed: int, grid_images: int = 4) -> Report:
-    """Measures num_images samples; params are the tokenizer's.
+  def run(self, params: Any) -> Report:
+    """Measures the samples; params are the tokenizer's.
 
     Raises:
-      ValueError: a metric that is not finite, or that so few samples do not give.
+      ValueError: a metric that is not finite, or too few samples for a metric.
     """
-    batch_size = -(-min(batch_size, num_images) // self._devices) * self._devices
-    first, arrays = self._progress.load(SET)
-    seen = tally.Tally(grid_images, arrays)
-    writers = {}
-    if self._samples is not None and processes.is_process_0():
-      shape = (num_images, self._image_size, self._image_size, 3)
-      paths = {column: self._samples / f"samples_{column}.npz" for column in self._columns}
-      left = {column: path for column, path in paths.items() if first < num_images or not path.exists()}
-      writers = {column: SampleWriter(path, shape, first) for column, path in left.items()}
-    for start in range(first, num_images, batch_size):
-      rows = np.minimum(np.arange(start, start + batch_size), num_images - 1).astype(np.int32)
-      count = min(batch_size, num_images - start)
-      for column, pictures, values, features in self._batch(params, rows):
-        seen.add(str(column), count, pictures, values, features)
-        if column in writers:
-          writers[column].write(start, pictures[:count])
-      self._progress.after_batch(SET, start + count, num_images, seen.to_arrays)
+    s = self._settings
+    size = batching.batch_rows(s.batch_size, s.num_images, self._mesh)
+    done, arrays = self._progress.resume(SET)
+    results = Accumulator(s.grid_images, arrays)
+    writers = self._open_writers(done)
+    batches = batching.slices(np.arange(s.num_images, dtype=np.int32), size, done)
+    for batch in batching.map_batches(lambda numbers: self._run_batch(params, numbers), batches, size):
+      start = done
+      for count, (images, values, features) in zip(s.num_tokens, batch, strict=True):
+        results.add(str(count), images, values, features)
+        done = start + len(images)
+        if count in writers:
+          writers[count].write(start, images)
+      self._progress.after_batch(SET, done, s.num_images, results.to_arrays)
     for writer in writers.values():
       writer.finish()
     by_tokens, intervals = {}, {}
-    for column in map(str, self._columns) if processes.is_process_0() else ():
-      by_tokens[column], intervals[column] = self._scores(seen, column)
-    scored = {"num_images": num_images, "by_tokens": by_tokens, "intervals": intervals}
-    return Report({"seed": seed, "num_tokens": list(self._columns), "sets": {SET: scored}}, {SET: seen.pictures()})
+    for column in map(str, s.num_tokens) if processes.is_process_0() else ():
+      by_tokens[column], intervals[column] = self._scores(results, column)
+    sets = {SET: {"num_images": s.num_images, "by_tokens": by_tokens, "intervals": intervals}}
+    scores = {"seed": s.seed, "num_tokens": list(s.num_tokens), "sets": sets}
+    return reconstruction.make_report(scores, {SET: results.examples()})
 
-  def _batch(self, params: Any, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, dict, dict]]:
-    """Yields (count, pictures uint8, values, features) of a batch at every token count."""
-    ids = self._draw(rows)
-    ids, placed, facts = sharding.place((ids, rows, self._facts(rows)), self._placed)
-    for column in self._columns:
-      pictures = self._picture(params, ids, placed, count=column)
-      values, features = self._look(self._networks, pictures, facts)
-      yield column, *jax.device_get((self._replicate(pictures), values, features))
+  def _open_writers(self, done: int) -> dict[int, "SampleWriter"]:
+    """Returns the writers of the samples' files that are not complete, by token count."""
+    s = self._settings
+    if s.folder is None or not processes.is_process_0():
+      return {}
+    shape = (s.num_images, self._image_size, self._image_size, 3)
+    paths = {count: s.folder / f"samples_{count}.npz" for count in s.num_tokens}
+    return {
+      count: SampleWriter(path, shape, done)
+      for count, path in paths.items()
+      if done < s.num_images or not path.exists()
+    }
 
-  def _features(self, networks, pictures, facts) -> tuple[dict, dict]:
-    images, values, features = pictures.astype(jnp.float32) / 255, {}, {}
+  def _run_batch(self, params: Any, numbers: np.ndarray) -> list[tuple]:
+    """Returns (images uint8, values, features) of a batch of samples at every token count."""
+    data = self._draw(numbers), numbers, self._targets(numbers)
+    ids, numbers, targets = sharding.place(data, sharding.batch_sharding(self._mesh))
+    results = []
+    for count in self._settings.num_tokens:
+      images = self._restore(params, ids, numbers, count=count)
+      results.append((self._replicate(images), *self._extract(self._networks, images, targets)))
+    return results
+
+  def _measure(self, networks, images, targets) -> tuple[dict, dict]:
+    """Returns (values kept per sample, features whose moments are kept) that the metrics need."""
+    images, names = images.astype(jnp.float32) / 255, set(self._settings.metrics)
+    values, features = {}, {}
     if "inception" in networks:
       found = networks["inception"](images)
-      features = {layer: found[layer] for name, layer in (("gfid", "pool"), ("sfid", "spatial")) if name in self._names}
-      if "is" in self._names:
+      features = {LAYERS[name]: found[LAYERS[name]] for name in ("gfid", "sfid") if name in names}
+      if "is" in names:
         values["logits"] = found["logits"]
-      if {"precision", "recall", "fid_infinity"} & set(self._names):
+      if {"precision", "recall", "fid_infinity"} & names:
         values["pool"] = found["pool"]
     if "clip" in networks:
-      values["clip"] = 100 * jnp.maximum((networks["clip"](images) * facts["texts"]).sum(1), 0)
+      values["clip"] = 100 * jnp.maximum((networks["clip"](images) * targets["texts"]).sum(1), 0)
     if "classifier" in networks:
-      values["top1"] = (networks["classifier"](images).argmax(1) == facts["labels"]).astype(jnp.float32)
+      values["top1"] = (networks["classifier"](images).argmax(1) == targets["labels"]).astype(jnp.float32)
     return values, features
 
-  def _scores(self, seen: tally.Tally, column: str) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Returns the metrics of a column in the order asked for, and the intervals of those that are means."""
-    values = seen.values(column)
-    singles = {name: values[name] for name in ("clip", "top1") if name in values}
-    scores, intervals = tally.means_and_intervals(singles)
+  def _scores(self, results: Accumulator, column: str) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Returns the metrics of a column, in the order of the settings, and the intervals of those that are means."""
+    names, values = self._settings.metrics, results.values(column)
+    scores, intervals = means_and_intervals({name: values[name] for name in ("clip", "top1") if name in values})
     if "logits" in values:
       mean, deviation = sample_metrics.inception_score(values["logits"], min(_SPLITS, len(values["logits"])))
       scores |= {"is": mean, "is_std": deviation}
-    for name, layer in (("gfid", "pool"), ("sfid", "spatial")):
-      if name in self._names:
-        scores[name] = statistics.frechet_distance(*seen.gaussian(column, layer), *self._reference.gaussians[layer])
-    if set(NEED_IMAGES) & set(self._names):
+    gaussians = {} if self._reference is None else self._reference.gaussians
+    for name in ("gfid", "sfid"):
+      if name in names:
+        scores[name] = frechet.frechet_distance(*results.gaussian(column, LAYERS[name]), *gaussians[LAYERS[name]])
+    if self._reference is not None and set(NEED_IMAGES) & set(names):
       scores["precision"], scores["recall"] = sample_metrics.precision_recall(self._reference.pools, values["pool"])
-    if "fid_infinity" in self._names:
+    if "fid_infinity" in names:
       smallest = min(5000, len(values["pool"]) // 2)
-      found = statistics.fid_infinity(values["pool"], *self._reference.gaussians["pool"], smallest=smallest)
-      scores["fid_infinity"] = found.value
-    wanted = [*dict.fromkeys(x for name in self._names for x in ((name, "is_std") if name == "is" else (name,)))]
-    if not np.isfinite([scores[name] for name in wanted]).all():
+      scores["fid_infinity"] = frechet.fid_infinity(values["pool"], *gaussians["pool"], smallest=smallest).value
+    ordered = [*dict.fromkeys(x for name in names for x in ((name, "is_std") if name == "is" else (name,)))]
+    if not np.isfinite([scores[name] for name in ordered]).all():
       raise ValueError(f"samples at {column} tokens give a metric that is not finite: the weights diverged")
-    return {name: scores[name] for name in wanted}, intervals
+    return {name: scores[name] for name in ordered}, intervals
+
+
+def make_draw(
+  gen: ARGenerator, conditions: Sequence[Condition], seed: int, mesh: jax.sharding.Mesh, **choices: Any
+) -> Callable[[np.ndarray], jax.Array]:
+  """Returns a function from sample numbers [b] to token ids [b, n].
+
+  Sample i has condition i modulo their number, and the key fold_in(key(seed), i).
+
+  Args:
+    conditions: all classes, all prompts, or [None].
+    **choices: of gen.generate.
+  """
+  fold = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
+
+  def draw(numbers):
+    chosen = [conditions[i % len(conditions)] for i in numbers]
+    condition = {} if chosen[0] is None else {"prompts" if isinstance(chosen[0], str) else "labels": chosen}
+    keys = fold(jax.random.key(seed), sharding.place(numbers, sharding.batch_sharding(mesh)))
+    return gen.generate(keys, **condition, **choices)
+
+  return draw
+
+
+def make_networks(
+  metrics: Sequence[str], weights: str | None, conditions: Sequence[Condition]
+) -> tuple[dict[str, jax.tree_util.Partial], Callable[[np.ndarray], dict[str, np.ndarray]]]:
+  """Returns the networks that metrics need, and a function from sample numbers to their targets, for Generation.
+
+  Args:
+    metrics: from NAMES.
+    weights: folder with the weights of networks, see weights/perception/networks.py.
+    conditions: as in make_draw.
+
+  Raises:
+    ValueError: a network without weights, or a metric that does not apply to these conditions.
+  """
+  nets, kind = {}, type(conditions[0])
+  if needed := [name for name in INCEPTION if name in metrics]:
+    nets["inception"] = networks.inception(weights, needed[0])
+  if "top1" in metrics:
+    if kind is not int:
+      raise ValueError("metrics=top1 compares samples with their class: it needs a class-conditional generator")
+    nets["classifier"] = networks.classifier(weights, "top1")
+  texts = None
+  if "clip" in metrics:
+    if kind is not str:
+      raise ValueError("metrics=clip compares samples with their prompts: give prompts")
+    nets["clip"], encode = networks.clip(weights, "clip")
+    texts = encode(conditions)
+
+  def targets(numbers: np.ndarray) -> dict[str, np.ndarray]:
+    rows = numbers % len(conditions)
+    found = {"labels": np.array([conditions[i] for i in rows], np.int32)} if kind is int else {}
+    return found | ({} if texts is None else {"texts": texts[rows]})
+
+  return nets, targets
+
+
+class SampleWriter:
+  """Writes samples batch by batch to PATH.part.npy, and then PATH: a .npz file with arr_0 uint8 [n, h, w, 3].
+
+  Args:
+    path: of the .npz file.
+    shape: of all images, (n, h, w, 3).
+    done: number of images in the .part.npy file of an interrupted run.
+
+  Raises:
+    ValueError: that file is missing or of another shape, or the path cannot be written.
+  """
+
+  def __init__(self, path: Path, shape: tuple[int, int, int, int], done: int = 0):
+    self._path, self._part = path, path.with_suffix(".part.npy")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      if done:
+        self._images = np.lib.format.open_memmap(self._part, mode="r+")
+      else:
+        self._images = np.lib.format.open_memmap(self._part, mode="w+", dtype=np.uint8, shape=shape)
+    except (OSError, ValueError) as e:
+      raise ValueError(
+        f"cannot {'resume' if done else 'write'} {self._part} ({e}): write to another folder to start over"
+      ) from None
+    if self._images.shape != shape or self._images.dtype != np.uint8:
+      raise ValueError(f"{self._part} does not hold {shape[0]} such samples: remove it to start over")
+
+  def write(self, start: int, images: np.ndarray):
+    """Writes images uint8 [b, h, w, 3] at rows `start` and following; they are on disk when this returns."""
+    self._images[start : start + len(images)] = images
+    self._images.flush()
+
+  def finish(self):
+    """Writes the .npz file atomically, and removes the .part.npy file."""
+    temporary = self._path.with_name(f".{self._path.name}")
+    np.savez(temporary, arr_0=self._images)
+    temporary.replace(self._path)
+    self._part.unlink()

@@ -1,101 +1,125 @@
-"""Long evaluations: lines on the way, and results so far in a file, with which a killed one goes on when run again."""
+"""Partial results on disk, from which an interrupted evaluation or study resumes when it is run again."""
 
-from collections.abc import Mapping
-import hashlib
+from collections.abc import Callable, Mapping
 import io
 import json
 from pathlib import Path
+import time
 from typing import Any
-import zipfile
 
 import jax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.core import files
 from flextok_jax.parallel import processes
 
-_LINES = 10  # about a part, at most
-_SETTINGS = "settings"
-
-
-def identity(params: Any) -> str:
-  """Returns 16 hex digits that tell parameter trees apart: shapes, and the sum of each array's bits."""
-  leaves = jax.tree.leaves(params)
-  bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32).sum()
-  sums = jax.device_get(jax.jit(lambda leaves: [bits(x) for x in leaves])(leaves))
-  text = json.dumps([(list(x.shape), str(x.dtype), int(s)) for x, s in zip(leaves, sums)])
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
+_LINES = 10  # printed per part, at most
+Result = tuple[Any, dict[str, np.ndarray]]  # what JSON can hold, and arrays
 
 
 class Progress:
-  """Keeps what parts of an evaluation have so far.
+  """Keeps the results of the parts of a long computation, one file per part, and prints how far it is.
 
-  Process 0 reads and writes; the others learn where to go on.
+  Process 0 reads and writes. A file is used only if it was written with the same settings.
 
   Args:
-    folder: of the files, one a part, PART.npz; None: nothing is kept, and nothing said.
-    settings: JSON-able, all that results depend on: a file with others is not gone on with.
-    every: batches between two writes.
+    folder: of the files PART.npz; None: nothing is kept or printed.
+    settings: JSON-able, all settings that the results depend on.
+    every: batches between two writes of a part that is computed batch by batch.
   """
 
   def __init__(self, folder: Path | None = None, settings: Mapping[str, Any] | None = None, every: int = 20):
-    self._folder = folder
-    self._settings = json.dumps(settings, sort_keys=True, default=str)
+    self.folder = folder
+    self.settings = dict(settings or {})
     self._every = every
     self._batches = 0
-    self._told = {}  # tenths of each part
+    self._printed: dict[str, int] = {}  # tenths of each part
 
-  def load(self, part: str) -> tuple[int, dict[str, np.ndarray]]:
-    """Returns how many images of a part are done, and their results, which others than process 0 do not get."""
-    if self._folder is None:
+  def nested(self, name: str, settings: Mapping[str, Any]) -> "Progress":
+    """Returns the progress of a part that has parts itself, in a folder of its name, with more settings."""
+    folder = None if self.folder is None else self.folder / name
+    return Progress(folder, self.settings | dict(settings), self._every)
+
+  # Parts that are computed at once.
+
+  def compute(self, part: str, settings: Mapping[str, Any], function: Callable[[], Result]) -> Result:
+    """Returns (JSON-able, arrays) of a part: from its file, or else from the function, and then written.
+
+    Args:
+      settings: more settings that this part depends on.
+    """
+    settings = self.settings | dict(settings)
+    found = self._read(part, settings)
+    if found is not None:
+      print(f"{part}: computed before with these settings", flush=True)
+      return found
+    start = time.monotonic()
+    values, arrays = function()
+    self._write(part, settings, values, arrays)
+    print(f"{part}: {time.monotonic() - start:.1f} s", flush=True)
+    return json.loads(json.dumps(values)), arrays
+
+  # Parts that are computed batch by batch.
+
+  def resume(self, part: str) -> tuple[int, dict[str, np.ndarray]]:
+    """Returns how many images of a part are done, and their results, which only process 0 gets."""
+    if self.folder is None:
       return 0, {}
     done, arrays = 0, {}
     if processes.is_process_0():
-      done, arrays = self._read(part)
+      done, arrays = self._read(part, self.settings) or (0, {})
     if jax.process_count() > 1:
       done = int(multihost_utils.broadcast_one_to_all(np.int32(done)))
     if done:
-      processes.log_on_process_0(f"{part}: going on after {done} images, by {self._path(part)}")
+      processes.log_on_process_0(f"{part}: resuming after {done} images, from {self._path(part)}")
     return done, arrays
 
-  def after_batch(self, part: str, done: int, total: int, arrays: Any):
-    """Tells and keeps, when it is time, that `done` of `total` images are done; arrays() returns the results."""
-    if self._folder is None:
+  def after_batch(self, part: str, done: int, total: int, arrays: Callable[[], dict[str, np.ndarray]]):
+    """Prints and writes from time to time that `done` of `total` images are done; arrays() returns the results."""
+    if self.folder is None:
       return
     self._batches += 1
     if processes.is_process_0() and (self._batches % self._every == 0 or done == total):
-      content = io.BytesIO()
-      np.savez(content, **arrays(), **{_SETTINGS: np.array(self._settings), "done": np.array(done)})
-      files.write_file(self._path(part), content.getvalue())
-    if done * _LINES // total > self._told.get(part, 0):
-      self._told[part] = done * _LINES // total
+      self._write(part, self.settings, done, arrays())
+    if done * _LINES // total > self._printed.get(part, 0):
+      self._printed[part] = done * _LINES // total
       processes.log_on_process_0(f"{part}: {done} of {total} images")
 
   def clear(self):
-    """Removes the files: everything is in the report."""
-    if self._folder is not None and processes.is_process_0():
-      for path in self._folder.glob("*.npz"):
+    """Removes the files."""
+    if self.folder is not None and processes.is_process_0():
+      for path in self.folder.glob("*.npz"):
         path.unlink()
-      if self._folder.is_dir():
-        self._folder.rmdir()
+      if self.folder.is_dir():
+        self.folder.rmdir()
+
+  # Files.
 
   def _path(self, part: str) -> Path:
-    return self._folder / f"{part}.npz"
+    return self.folder / f"{part}.npz"
 
-  def _read(self, part: str) -> tuple[int, dict[str, np.ndarray]]:
+  def _write(self, part: str, settings: Mapping[str, Any], values: Any, arrays: Mapping[str, np.ndarray]):
+    content = io.BytesIO()
+    header = {"settings": _json(settings), "values": json.dumps(values)}
+    np.savez(content, **header, **{f"array_{name}": x for name, x in arrays.items()})
+    files.write_file(self._path(part), content.getvalue())
+
+  def _read(self, part: str, settings: Mapping[str, Any]) -> Result | None:
     path = self._path(part)
     if not path.is_file():
-      return 0, {}
+      return None
     try:
       with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-      settings, done = str(arrays.pop(_SETTINGS)), int(arrays.pop("done"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-      print(f"{path} is damaged: {part} begins anew", flush=True)
-      return 0, {}
-    if settings != self._settings:
-      print(f"{path} is of other settings or weights: {part} begins anew", flush=True)
-      return 0, {}
-    return done, arrays
+        if str(file["settings"]) != _json(settings):
+          print(f"{path} was written with other settings or weights: {part} starts over", flush=True)
+          return None
+        arrays = {name.removeprefix("array_"): file[name] for name in file.files if name.startswith("array_")}
+        return json.loads(str(file["values"])), arrays
+    except Exception:  # zipfile, zlib, json and numpy raise many kinds for a damaged file
+      print(f"{path} is damaged: {part} starts over", flush=True)
+      return None
+
+
+def _json(settings: Mapping[str, Any]) -> str:
+  return json.dumps(settings, sort_keys=True, default=str)

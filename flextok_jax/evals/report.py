@@ -1,95 +1,121 @@
-"""What studies found, on disk: parts by which a killed study goes on, files of each study, one report of all."""
+"""Reports of evaluations and studies: results, tables and pictures, as files and as one document."""
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import html
-import io
 import json
 from pathlib import Path
-import time
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from flextok_jax.core import files
-from flextok_jax.evals import plots
+from flextok_jax.evals import grids
 
-PARTS = "parts"  # folder
-_MAX_WIDTH = 4096  # pixels of a grid; a wider one is made smaller
-Found = tuple[Any, dict[str, np.ndarray]]  # what JSON can hold, and arrays
+_MAX_WIDTH = 4096  # pixels of pictures in the document of studies; wider ones are reduced
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Numbers with a header: rows hold numbers, texts, [mean, low, high] with an interval, None where there is none."""
+  """A table: cells are numbers, texts, [mean, low, high] with an interval, or None if there is no value."""
 
   title: str
   columns: Sequence[str]
   rows: Sequence[Sequence[float | int | str | Sequence[float] | None]]
 
+  def to_text(self) -> str:
+    """Returns the table for a terminal: the title, and right-aligned columns."""
+    cells = self._cells()
+    widths = [max(8, *map(len, column)) for column in zip(*cells)]
+    lines = [" ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
+    return "\n".join([self.title, *lines])
+
+  def to_markdown(self) -> str:
+    """Returns the table in Markdown, below its title."""
+    header, *rows = self._cells()
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    lines = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in (header, rule, *rows)]
+    return "\n".join([f"**{self.title}**", "", *lines])
+
+  def to_html(self) -> str:
+    """Returns the table in HTML, below its title."""
+    header, *rows = self._cells()
+    line = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    lines = [line("th", header), *(line("td", row) for row in rows)]
+    return "\n".join([f"<h3>{html.escape(self.title)}</h3>", "<table>", *lines, "</table>"])
+
+  def _cells(self) -> list[Sequence[str]]:
+    return [self.columns, *([_to_text(value) for value in row] for row in self.rows)]
+
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-  """What a study found: a title, what is shown, tables, a figure (PNG) and a grid of pictures."""
+class Report:
+  """Results of an evaluation or a study.
 
-  title: str
-  about: str
+  Attributes:
+    scores: JSON-able results.
+    tables: the results for people.
+    pictures: {end of the file's name: function that draws the picture}, called when it is written.
+    scalars: flat numbers for a metric writer.
+    examples: {set: {column: uint8 [g, h, w, 3]}}, images that the pictures show.
+  """
+
+  scores: dict[str, Any]
   tables: Sequence[Table]
-  figure: bytes
-  grid: Image.Image
+  pictures: Mapping[str, Callable[[], bytes | Image.Image]]
+  scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  examples: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
-  def write(self, folder: Path, name: str, settings: Mapping[str, Any]) -> list[Path]:
-    """Writes NAME.json, NAME.png and NAME_grid.png; returns their paths."""
-    shrunk = self.grid.copy()
-    shrunk.thumbnail((_MAX_WIDTH, self.grid.height))
-    tables = [dataclasses.asdict(table) for table in self.tables]
-    fields = {"title": self.title, "about": self.about, "settings": dict(settings), "tables": tables}
+  def table(self) -> str:
+    """Returns the tables for a terminal."""
+    return "\n\n".join(table.to_text() for table in self.tables)
+
+  def write(self, folder: str | Path, settings: Mapping[str, Any] | None = None, name: str = "report") -> list[Path]:
+    """Writes NAME.json, with settings and scores, and the pictures; returns the paths."""
+    folder = Path(folder)
     contents = {
-      f"{name}.json": (json.dumps(fields, indent=1, default=str) + "\n").encode(),
-      f"{name}.png": self.figure,
-      f"{name}_grid.png": plots.to_png(shrunk),
+      f"{name}.json": (json.dumps({**(settings or {}), **self.scores}, indent=2, default=str) + "\n").encode()
     }
+    for file, draw in self.pictures.items():
+      picture = draw()
+      contents[file] = picture if isinstance(picture, bytes) else grids.to_png(picture)
     for file, content in contents.items():
       files.write_file(folder / file, content)
     return [folder / file for file in contents]
 
 
-class Parts:
-  """Keeps what each part of a study found in a file of its own, so that a run that was killed goes on after it.
+def make_study_report(
+  name: str,
+  title: str,
+  about: str,
+  tables: Sequence[Table],
+  figure: Callable[[], bytes],
+  grid: Callable[[], Image.Image],
+) -> Report:
+  """Returns the report of a study, which write_document can join with others.
 
   Args:
-    folder: of the report.
-    settings: what decides all results: models, seeds, measures. A part found with others is computed again.
+    name: of the study and its files.
+    title, about: heading, and a paragraph that explains what is shown.
+    figure, grid: draw NAME.png and NAME_grid.png.
   """
 
-  def __init__(self, folder: Path, settings: Mapping[str, Any]):
-    self._folder, self.settings = folder / PARTS, dict(settings)
+  def reduced():
+    picture = grid().copy()
+    picture.thumbnail((_MAX_WIDTH, picture.height))
+    return picture
 
-  def __call__(self, name: str, settings: Mapping[str, Any], compute: Callable[[], Found]) -> Found:
-    """Returns what was found before with the same settings, else what compute() finds; prints which."""
-    key = json.dumps({**self.settings, **settings}, sort_keys=True, default=str)
-    path = self._folder / f"{name}.npz"
-    found = _read(path, key)
-    if found is not None:
-      print(f"{name}: found before with these settings ({path})", flush=True)
-      return found
-    start = time.monotonic()
-    numbers, arrays = compute()
-    numbers = json.loads(json.dumps(numbers))  # the same whether it was found before or not
-    buffer = io.BytesIO()
-    np.savez(buffer, settings=key, numbers=json.dumps(numbers), **{f"array_{k}": v for k, v in arrays.items()})
-    files.write_file(path, buffer.getvalue())
-    print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
-    return numbers, arrays
+  scores = {"title": title, "about": about, "tables": [dataclasses.asdict(table) for table in tables]}
+  return Report(scores, tables, {f"{name}.png": figure, f"{name}_grid.png": reduced})
 
 
-def gather(folder: Path, names: Sequence[str]) -> list[Path]:
-  """Writes report.md and report.html, which needs no other file, of the studies that lie in a folder.
+def write_document(folder: Path, names: Sequence[str]) -> list[Path]:
+  """Joins the studies in a folder in report.md and report.html, which contains its pictures.
 
   Args:
-    names: of studies, in the order of the report; those without NAME.json are left out.
+    names: of studies, in the order of the document; those without NAME.json are left out.
 
   Returns:
     The paths written.
@@ -98,33 +124,23 @@ def gather(folder: Path, names: Sequence[str]) -> list[Path]:
   for name in names:
     if not (folder / f"{name}.json").is_file():
       continue
-    fields = json.loads((folder / f"{name}.json").read_bytes())
-    markdown += [f"## {fields['title']}", fields["about"], f"![]({name}.png)", f"![]({name}_grid.png)"]
-    page += [f"<h2>{html.escape(fields['title'])}</h2>", f"<p>{html.escape(fields['about'])}</p>"]
-    for picture in (f"{name}.png", f"{name}_grid.png"):
+    study = json.loads((folder / f"{name}.json").read_bytes())
+    pictures = [f"{name}.png", f"{name}_grid.png"]
+    markdown += [f"## {study['title']}", study["about"], *(f"![]({picture})" for picture in pictures)]
+    page += [f"<h2>{html.escape(study['title'])}</h2>", f"<p>{html.escape(study['about'])}</p>"]
+    for picture in pictures:
       data = base64.b64encode((folder / picture).read_bytes()).decode()
       page.append(f'<p><img alt="{html.escape(picture)}" src="data:image/png;base64,{data}"></p>')
-    for table in fields["tables"]:
-      markdown += [f"**{table['title']}**", markdown_table(table["columns"], table["rows"])]
-      page += [f"<h3>{html.escape(table['title'])}</h3>", _html_table(_cells(table["columns"], table["rows"]))]
-    settings = json.dumps(fields["settings"], indent=1)
+    for table in (Table(**fields) for fields in study["tables"]):
+      markdown.append(table.to_markdown())
+      page.append(table.to_html())
+    settings = json.dumps(study["settings"], indent=1)
     markdown += ["Settings:", f"```json\n{settings}\n```"]
     page.append(f"<details><summary>Settings</summary><pre>{html.escape(settings)}</pre></details>")
   paths = [folder / "report.md", folder / "report.html"]
   files.write_file(paths[0], ("\n\n".join(markdown) + "\n").encode())
   files.write_file(paths[1], (_HEAD + "\n".join(page) + "\n</body></html>\n").encode())
   return paths
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
-  """Returns columns and rows, as of Table, in Markdown."""
-  header, *cells = _cells(columns, rows)
-  rule = ["---"] + ["---:"] * (len(columns) - 1)
-  return "\n".join(f"| {' | '.join(x.replace('|', '&#124;') for x in row)} |" for row in (header, rule, *cells))
-
-
-def _cells(columns: Sequence[str], rows: Sequence[Sequence]) -> list[Sequence[str]]:
-  return [columns, *([_text(value) for value in row] for row in rows)]
 
 
 _HEAD = """<!DOCTYPE html>
@@ -136,26 +152,10 @@ tr { border-bottom: 1px solid #e0e0e0 } td:first-child, th:first-child { text-al
 """
 
 
-def _read(path: Path, key: str) -> Found | None:
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      if str(file["settings"]) != key:
-        return None
-      arrays = {name.removeprefix("array_"): file[name] for name in file.files if name.startswith("array_")}
-      return json.loads(str(file["numbers"])), arrays
-  except Exception:  # none there, or damaged in any way: computed again
-    return None
-
-
-def _text(value) -> str:
+def _to_text(value: Any) -> str:
   if value is None:
     return "-"
   if isinstance(value, list):
-    mean, *interval = map(_text, value)
+    mean, *interval = map(_to_text, value)
     return mean + (f" ({' to '.join(interval)})" if interval else "")
   return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _html_table(cells: Sequence[Sequence[str]]) -> str:
-  row = lambda tag, values: "<tr>" + "".join(f"<{tag}>{html.escape(v)}</{tag}>" for v in values) + "</tr>"
-  return "\n".join(["<table>", row("th", cells[0]), *(row("td", values) for values in cells[1:]), "</table>"])

@@ -1,4 +1,4 @@
-"""Samples of a tiny generator by the metrics of the field, with networks of random weights."""
+"""The evaluate command on samples of a tiny generator, with networks of random weights."""
 
 import json
 import os
@@ -7,32 +7,29 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
-from jax.tree_util import Partial
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from flextok_jax import evaluate, sample
-from flextok_jax.evals import generation, progress
-from flextok_jax.evals.metrics import frechet as statistics
-from flextok_jax.evals.metrics import reference as reference_lib
+from flextok_jax.evals.metrics import frechet
 from flextok_jax.evals.metrics import samples as sample_metrics
-from flextok_jax.evals.metrics import statistics_files
+from flextok_jax.evals.progress import Progress
+from flextok_jax.evals.report import Report
 from flextok_jax.models.perception import vit
 from flextok_jax.models.perception.inception import FIDInception
-from flextok_jax.parallel import sharding
 from flextok_jax.weights.perception import inception as inception_files
 from flextok_jax.weights.perception import networks
 from flextok_jax.weights.perception.vit import load_vit
-from tests.commands.test_sample import models  # noqa: F401 a fixture
-from tests.models.test_clip import clip_tokenizer
-from tests.support import clip_reference, vit_reference
+from tests.support import clip_reference, tiny_generators, vit_reference
 from tests.support.commands import ROOT, environment, fails, run
 
 TOTAL = 13
-MATRIX = np.random.default_rng(3).normal(size=(16 * 16 * 3, 9)).astype(np.float32)
-IMAGES = np.random.default_rng(4).integers(0, 256, (12, 16, 16, 3)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+  return tiny_generators.save(tmp_path_factory.mktemp("models"))
 
 
 def write_inception(path):
@@ -57,7 +54,7 @@ def weights(tmp_path_factory):
   for name, reference, case in (("classifier", vit_reference, "registers"), ("clip", clip_reference, "laion")):
     (folder / name).mkdir()
     reference.write(case, folder / name)
-  clip_tokenizer(folder / "clip")
+  clip_reference.write_tokenizer(folder / "clip")
   return folder
 
 
@@ -68,7 +65,7 @@ def reference(tmp_path_factory):
   return path
 
 
-def flags_of(models, weights, reference, out, *args):  # noqa: F811
+def flags_of(models, weights, reference, out, *args):
   return (
     f"--checkpoint={models['class']}",
     f"--tokenizer={models['tokenizer']}",
@@ -85,7 +82,7 @@ def flags_of(models, weights, reference, out, *args):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def report(models, weights, reference, tmp_path_factory):  # noqa: F811
+def report(models, weights, reference, tmp_path_factory):
   out = tmp_path_factory.mktemp("report")
   run(
     evaluate,
@@ -111,7 +108,7 @@ def pictures(out, count):
   return read_images(out / f"samples_{count}.npz")
 
 
-def test_samples_are_those_of_the_sample_command(models, report, tmp_path):  # noqa: F811
+def test_samples_are_those_of_the_sample_command(models, report, tmp_path):
   run(
     sample,
     f"--checkpoint={models['class']}",
@@ -162,23 +159,16 @@ def test_metrics_are_those_of_the_pictures(weights, reference, report, look):
     labels = np.resize([3, 0, 4], TOTAL)
     with jax.default_matmul_precision("highest"):
       assert found["top1"] == pytest.approx((classify(images)["logits"].argmax(1) == labels).mean())
-  saved = statistics_files.load_statistics(report / "stats.npz")
+  saved = frechet.load_statistics(report / "stats.npz")
   np.testing.assert_allclose(saved["mu_s"], np.float64(real["spatial"]).mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_distances_to_statistics_and_an_interruption(
-  models,
-  weights,
-  reference,
-  report,
-  look,
-  tmp_path,
-  monkeypatch,
-  capsys,  # noqa: F811
+  models, weights, reference, report, look, tmp_path, monkeypatch, capsys
 ):
   args = flags_of(models, weights, report / "stats.npz", tmp_path, "--num_tokens=4", "--keep_every=1", "--samples_npz")
   fails("precision and recall compare single images", evaluate, *args, "--metrics=recall")
-  after = progress.Progress.after_batch
+  after = Progress.after_batch
 
   def stop(self, *given):
     after(self, *given)
@@ -188,12 +178,12 @@ def test_distances_to_statistics_and_an_interruption(
     raise ValueError("stopped")
 
   with monkeypatch.context() as patched:
-    patched.setattr(progress.Progress, "after_batch", stop)
+    patched.setattr(Progress, "after_batch", stop)
     fails("stopped", evaluate, *args, "--metrics=gfid,sfid")
   with monkeypatch.context() as patched:  # between the samples' file and the report
-    patched.setattr(generation.Report, "write", stop_writing)
+    patched.setattr(Report, "write", stop_writing)
     fails("stopped", evaluate, *args, "--metrics=gfid,sfid")
-  assert "samples: going on after 8 images" in capsys.readouterr().out
+  assert "samples: resuming after 8 images" in capsys.readouterr().out
   run(evaluate, *args, "--metrics=gfid,sfid")
   np.testing.assert_array_equal(pictures(tmp_path, 4), pictures(report, 4))
   fake, real = look(pictures(tmp_path, 4)), look(read_images(reference))
@@ -202,7 +192,7 @@ def test_distances_to_statistics_and_an_interruption(
     np.testing.assert_allclose(found, distance_of_few(fake[layer], real[layer]), rtol=1e-4)
 
 
-def test_two_processes(models, weights, report, tmp_path):  # noqa: F811
+def test_two_processes(models, weights, report, tmp_path):
   args = [
     f"--checkpoint={models['class']}",
     f"--tokenizer={models['tokenizer']}",
@@ -226,63 +216,7 @@ def test_two_processes(models, weights, report, tmp_path):  # noqa: F811
   np.testing.assert_allclose(pictures(tmp_path, 4).astype(int), pictures(report, 4), atol=1)
 
 
-# The evaluator, with features of a few numbers in place of a network's.
-
-
-def features(images):
-  rows = images.reshape(len(images), -1)
-  return {"pool": rows @ MATRIX[:, :6], "spatial": rows @ MATRIX[:, 4:9], "logits": rows @ MATRIX[:, 3:7]}
-
-
-def measure(mesh, batch_size, **options):
-  """Samples that are noise around their label, by every metric of Inception."""
-  draw = lambda rows: jnp.asarray(np.stack([rows % 7, np.where(rows % 3, 5, 9)], 1), jnp.int32)  # 9 ends a sequence
-  keys = lambda rows: jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), rows)
-
-  def decode(params, ids, keep_k, rows):
-    noise = jax.vmap(lambda key: jax.random.normal(key, (16, 16, 3)))(keys(rows))
-    return params * noise + (ids[:, 0] / 7)[:, None, None, None] + (keep_k == 2)[:, None, None, None]
-
-  compared = reference_lib.look_at([IMAGES[:5], IMAGES[5:]], lambda x: jax.tree.map(np.asarray, features(x / 255)))
-  evaluator = generation.Generation(
-    draw,
-    decode,
-    9,
-    4,
-    16,
-    (1, 2),
-    generation.INCEPTION,
-    {"inception": Partial(features)},
-    lambda rows: {},
-    compared,
-    mesh,
-    **options,
-  )
-  return evaluator.run(jnp.float32(0.3), 21, batch_size, seed=0)
-
-
-def test_devices_and_batches_change_no_metric(tmp_path):
-  one = measure(sharding.make_mesh(devices=jax.devices()[:1]), 5, samples=tmp_path).scores["sets"]["samples"]
-  many = measure(sharding.make_mesh(), 16).scores["sets"]["samples"]
-  for column in ("1", "2"):
-    assert list(one["by_tokens"][column]) == ["gfid", "sfid", "is", "is_std", "precision", "recall", "fid_infinity"]
-    for name, value in one["by_tokens"][column].items():
-      np.testing.assert_allclose(many["by_tokens"][column][name], value, rtol=1e-4, err_msg=name)
-  images = np.concatenate([pictures(tmp_path, count) for count in (1, 2)])
-  ended = np.flatnonzero(np.arange(21) % 3 == 0)  # their second token is none: nothing more than the first says
-  same = (images[:21] == images[21:]).all((1, 2, 3))
-  np.testing.assert_array_equal(np.flatnonzero(same), ended)
-  fake, real = (features(jnp.float32(x) / 255) for x in (images[21:], IMAGES))
-  found = one["by_tokens"]["2"]
-  gaussian = lambda x: (np.float64(x).mean(0), np.cov(np.float64(x), rowvar=False))
-  for name, layer in (("gfid", "pool"), ("sfid", "spatial")):
-    expected = statistics.frechet_distance(*gaussian(fake[layer]), *gaussian(real[layer]))
-    np.testing.assert_allclose(found[name], expected, rtol=1e-4)
-  infinite = statistics.fid_infinity(np.asarray(fake["pool"]), *gaussian(real["pool"]), smallest=10).value
-  np.testing.assert_allclose(found["fid_infinity"], infinite, rtol=1e-4)
-
-
-def test_texts_by_clip(models, weights, tmp_path):  # noqa: F811
+def test_texts_by_clip(models, weights, tmp_path):
   (tmp_path / "prompts.txt").write_text("red bee\nace\n")
   run(
     evaluate,
@@ -305,16 +239,22 @@ def test_texts_by_clip(models, weights, tmp_path):  # noqa: F811
   assert low <= found["by_tokens"]["4"]["clip"] <= high
 
 
-def test_bad_flags_are_refused_in_one_line(models, weights, reference, tmp_path):  # noqa: F811
+def test_bad_flags_are_refused_in_one_line(models, weights, reference, tmp_path):
   base = [f"--checkpoint={models['class']}", f"--tokenizer={models['tokenizer']}", f"--out={tmp_path / 'out'}"]
   fails("--metrics is missing: of samples there are gfid", evaluate, *base)
   fails("--sources has no meaning with --tokenizer", evaluate, *base, "--sources=photos")
   fails("--classes has no meaning without --tokenizer", evaluate, *base[::2], "--classes=1")
-  fails("--metrics=rfid is not of samples", evaluate, *base, "--metrics=rfid")
+  fails("--metrics=rfid is not a metric of samples", evaluate, *base, "--metrics=rfid")
   fails("--metrics=sfid needs --reference", evaluate, *base, "--metrics=sfid")
-  fails("--metrics=clip compares samples with their texts", evaluate, *base, "--metrics=clip")
+  fails("metrics=clip compares samples with their prompts", evaluate, *base, "--metrics=clip")
   fails("--metrics=is needs --weights=DIR, a folder with inception: pt_inception", evaluate, *base, "--metrics=is")
-  fails("--metrics=top1 asks whether", evaluate, f"--checkpoint={models['none']}", *base[1:], "--metrics=top1")
-  fails("give --tokenizer as well", evaluate, *base[::2], "--metrics=gfid")
+  fails(
+    "metrics=top1 compares samples with their class",
+    evaluate,
+    f"--checkpoint={models['none']}",
+    *base[1:],
+    "--metrics=top1",
+  )
+  fails("give a tokenizer as well", evaluate, *base[::2], "--metrics=gfid")
   fails("no such file", evaluate, *base, "--metrics=gfid", "--reference=/absent.npz", f"--weights={weights}")
   assert not (tmp_path / "out").exists()

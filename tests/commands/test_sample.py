@@ -9,51 +9,17 @@ from PIL import Image
 import pytest
 import skimage.data
 
-from flextok_jax import config as common
 from flextok_jax import detokenize, load, load_ar, sample
 from flextok_jax.data import transforms
-from flextok_jax.evals import plots
-from flextok_jax.stages import make_stage
-from flextok_jax.stages.ar import ARStage
-from flextok_jax.weights import fingerprints, saving
+from flextok_jax.evals import grids
+from tests.support import tiny_generators
 from tests.support.commands import fails, read_folder, run
-from tests.support.tiny import make_params, tiny_config
-
-NUM_CODES = 8 * 5 * 5
-
-
-def generator_config(**ar):
-  settings = dict(width=16, depth=1, head_dim=8, num_ids=NUM_CODES, num_tokens=4, num_classes=5)
-  return common.derive(
-    stage="ar",
-    dtype="float32",
-    ar={**settings, **ar},
-    text=dict(encoder="bytes", features=16, head_dim=8, mlp_hidden=16, depth=1, max_length=24),
-  )
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
   """Paths of a tokenizer of 16 px images, 4 registers and 200 codes, and of generators for it, by name."""
-  folder = tmp_path_factory.mktemp("models")
-  config = tiny_config()
-  params = make_params(make_stage(config))
-  saving.save_weights(folder / "tokenizer", config, params)
-  generators = {
-    "class": dict(condition="class", tokenizer=fingerprints.tokenizer(config, params)),
-    "text": dict(condition="text", stop=True, bias=True),
-    "none": dict(condition="none"),
-    "foreign": dict(condition="none", tokenizer="0123456789abcdef"),
-    "other_codes": dict(condition="none", num_ids=240),
-    "longer": dict(condition="none", num_tokens=8),
-  }
-  for name, ar in generators.items():
-    config = generator_config(**ar)
-    params = make_params(ARStage(config))
-    if config.ar.stop:  # as likely as all other ids together
-      params["ar"]["readout"]["bias"][-1] = np.log(NUM_CODES)
-    saving.save_weights(folder / name, config, params)
-  return {path.name: path for path in folder.iterdir()}
+  return tiny_generators.save(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +139,7 @@ def test_lengths_of_a_model_that_stops(by_text):
   tokens, report = read(by_text, "tokens.json"), read(by_text, "samples.json")
   lengths = [len(ids) for ids in tokens["token_ids"]]
   assert [entry["length"] for entry in report["samples"]] == lengths
-  assert len(set(lengths)) > 1 and min(lengths) >= 1 and max(map(max, tokens["token_ids"])) < NUM_CODES
+  assert len(set(lengths)) > 1 and min(lengths) >= 1 and max(map(max, tokens["token_ids"])) < tiny_generators.NUM_CODES
   assert tokens["names"] == ["a_red_star"] * 3 + ["zwei_äpfel"] * 3
   assert [entry["condition"] for entry in report["samples"]] == ["A red star!"] * 3 + ["zwei Äpfel"] * 3
 
@@ -182,12 +148,12 @@ def test_grid_and_strip(models, by_text):
   """A cell is the sequence cut to the column's count, framed where it is shorter; each row has one noise."""
   tokens = read(by_text, "tokens.json")["token_ids"]
   grid, tok = np.asarray(Image.open(by_text / "grid.png")).astype(int), load(models["tokenizer"])
-  assert grid.shape[1] - 20 < plots.cell_box(0, 3, 16, 16)[2] < grid.shape[1]
+  assert grid.shape[1] - 20 < grids.cell_box(0, 3, 16, 16)[2] < grid.shape[1]
   for row, ids in enumerate(tokens):
-    left, top, right, bottom = plots.cell_box(row, 0, 16, 16)
+    left, top, right, bottom = grids.cell_box(row, 0, 16, 16)
     assert (grid[top:bottom, left:right] < 100).any()  # its label
     for column, count in enumerate((1, 3, 4), 1):
-      left, top, right, bottom = plots.cell_box(row, column, 16, 16)
+      left, top, right, bottom = grids.cell_box(row, column, 16, 16)
       cell = grid[top:bottom:6, left:right:6]
       assert (grid[top - 2, left:right] == 255).all() == (count <= len(ids))
       noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), row), tok.latent_shape)
@@ -195,7 +161,7 @@ def test_grid_and_strip(models, by_text):
       np.testing.assert_allclose(cell, (image.clip(-1, 1) + 1) * 127.5, atol=1.01)
   whole = np.asarray(Image.open(by_text / "00000_a_red_star.png"))
   strip = np.asarray(Image.open(by_text / "strip.png"))
-  left, top, right, bottom = plots.cell_box(0, len(tokens[0]) - 1, 16, 16, apart=False)
+  left, top, right, bottom = grids.cell_box(0, len(tokens[0]) - 1, 16, 16, apart=False)
   np.testing.assert_array_equal(strip[top:bottom:6, left:right:6], whole)
   assert 0 < strip.shape[1] - right < 20
 
@@ -231,7 +197,7 @@ def test_first_tokens_of_pictures_are_kept(models, pictures, tmp_path):
     ("b.png", 2),
   ]
   grid = np.asarray(Image.open(tmp_path / "grid.png"))
-  left, top, right, bottom = plots.cell_box(2, 1, 16, 16)  # labels, originals, 1, 3
+  left, top, right, bottom = grids.cell_box(2, 1, 16, 16)  # labels, originals, 1, 3
   np.testing.assert_array_equal(grid[top:bottom:6, left:right:6], transforms.center_crop(pictures / "b.png", 16))
 
 
@@ -255,12 +221,12 @@ def test_grid_rows_are_shared_by_the_conditions():
 def test_texts_in_a_grid_fit_their_cell():
   images = np.zeros((4, 16, 16, 3), np.uint8)
   texts = ["short", "many words " * 20, "onelongword" * 9, "ein Löffel, çà et là, …\nlast line"]
-  grid = np.asarray(plots.grid([texts, images], ["", "1"])).astype(int)
+  grid = np.asarray(grids.grid([texts, images], ["", "1"])).astype(int)
   for row in range(4):
-    left, top, right, bottom = plots.cell_box(row, 0, 16, 16)
+    left, top, right, bottom = grids.cell_box(row, 0, 16, 16)
     assert (grid[top:bottom, left:right] < 100).any()
     assert (grid[top:bottom, : left - 1] == 255).all() and (grid[bottom : bottom + 2, left:right] == 255).all()
-    assert (grid[top:bottom, right + 1 : plots.cell_box(row, 1, 16, 16)[0]] == 255).all()
+    assert (grid[top:bottom, right + 1 : grids.cell_box(row, 1, 16, 16)[0]] == 255).all()
 
 
 @pytest.mark.parametrize(

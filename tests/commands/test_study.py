@@ -1,37 +1,24 @@
-"""The study command on tiny random models, and what its studies are made of."""
+"""The study command on tiny random models."""
 
-import itertools
 import json
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
-import scipy.stats
 
 from flextok_jax import load, study
 from flextok_jax.core import images as images_lib
 from flextok_jax.data import pipeline
-from flextok_jax.evals import batches, report
-from flextok_jax.evals.metrics import measures, reference
-from flextok_jax.evals.studies import halting, sampling, variation
-from flextok_jax.parallel import sharding
+from flextok_jax.parallel import batching
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.ar import ARStage
 from flextok_jax.training import inputs
 from flextok_jax.weights import fingerprints, saving
-from tests.commands.test_sample import generator_config
+from tests.support import tiny_generators
 from tests.support.commands import fails, run
 from tests.support.tiny import make_params, tiny_config
-
-RNG = np.random.default_rng(0)
-MESH = sharding.make_mesh()
-
-
-def pictures(*shape):
-  return RNG.integers(0, 256, (*shape, 16, 16, 3)).astype(np.uint8)
 
 
 def mse(a, b):
@@ -46,7 +33,7 @@ def models(tmp_path_factory):
   params = make_params(make_stage(config))
   saving.save_weights(folder / "tokenizer", config, params)
   for name in ("class", "none"):
-    ar = generator_config(condition=name, tokenizer=fingerprints.tokenizer(config, params))
+    ar = tiny_generators.generator_config(condition=name, tokenizer=fingerprints.tokenizer(config, params))
     saving.save_weights(folder / name, ar, make_params(ARStage(ar)))
   return {path.name: path for path in folder.iterdir()}
 
@@ -67,105 +54,6 @@ def out(args, tmp_path_factory):
 def table(out, name, number=0):
   found = json.loads((out / f"{name}.json").read_text())["tables"][number]
   return found["columns"], found["rows"]
-
-
-# What studies are made of.
-
-
-@pytest.mark.parametrize("count, batch_size", [(5, 2), (3, 64), (16, 8), (1, 1)])
-def test_batches_do_not_matter(count, batch_size):
-  function = lambda p, x, y: {"sum": p * x + y.sum(1), "same": y}
-  x, y = np.arange(count, dtype=np.float32), np.ones((count, 2), np.float32)
-  found = batches.Batched(function, np.float32(3), batch_size, MESH)(x, y)
-  np.testing.assert_array_equal(found["sum"], 3 * x + 2)
-  np.testing.assert_array_equal(found["same"], y)
-
-
-def test_pictures_that_are_not_finite_are_refused():
-  detokenize = lambda value, ids, keep_k, keys: jnp.where(keep_k == 2, value, 0.0)[:, None, None, None]
-  decode = lambda value: batches.make_decode(detokenize, np.float32(value), 4, 0, 3, MESH)(
-    np.zeros((4, 3), int), np.array([3, 3, 2, 1]), np.arange(4)
-  )
-  np.testing.assert_array_equal(decode(1.0)[:, 0, 0, 0], [128, 128, 255, 128])
-  with pytest.raises(ValueError, match="not finite: these weights diverged"):
-    decode(np.nan)
-
-
-def test_mean_over_all_pairs():
-  decoded = pictures(3, 4)
-  compare = batches.make_compare(measures.make(["psnr", "mse"]), 2, MESH)
-  found = variation.pairwise(compare, decoded)
-  assert list(found) == ["psnr", "mse"]
-  pairs = [mse(decoded[:, i], decoded[:, j]) for i, j in itertools.combinations(range(4), 2)]
-  np.testing.assert_allclose(found["mse"], 4 * np.mean(pairs, 0), rtol=1e-5)  # of images in [-1, 1]
-  np.testing.assert_allclose(found["psnr"], np.mean(-10 * np.log10(pairs), 0), rtol=1e-5)
-
-
-def test_a_killed_study_goes_on_after_its_last_part(tmp_path, capsys):
-  """And what other settings found, or a damaged file holds, is computed again."""
-  computed = []
-
-  def part(name, alive=True):
-    computed.append(name)
-    if not alive:
-      raise KeyboardInterrupt
-    return {"value": (name, 0.1)}, {"a": np.arange(3)}
-
-  def go_on(settings, alive=True):
-    computed.clear()
-    parts = report.Parts(tmp_path, settings)
-    return [parts(name, {"name": name}, lambda: part(name, alive or name != "b")) for name in "abc"]  # noqa: B023
-
-  with pytest.raises(KeyboardInterrupt):
-    go_on({"seed": 0}, alive=False)
-  first = go_on({"seed": 0})
-  assert computed == ["b", "c"] and "a: found before with these settings" in capsys.readouterr().out
-  again = go_on({"seed": 0})
-  assert not computed
-  for (x, arrays), (y, more) in zip(first, again):
-    assert x == y and x["value"][1] == 0.1
-    np.testing.assert_array_equal(arrays["a"], more["a"])
-  (tmp_path / report.PARTS / "b.npz").write_bytes(b"PK")
-  go_on({"seed": 0})
-  assert computed == ["b"]
-  go_on({"seed": 1})
-  assert computed == ["a", "b", "c"]
-
-
-def test_lengths_by_number_of_objects():
-  objects, lengths = np.array([-1, 2, 1, 2, 3, -1]), np.array([9, 4, 1, 6, 7, 9])
-  rows = halting.by_objects(objects, lengths)
-  assert {k: (n, mean[0]) for k, (n, mean) in rows.items()} == {1: (1, 1.0), 2: (2, 5.0), 3: (1, 7.0)}
-  rho, p = halting.rank_correlation(objects, lengths)
-  assert (rho, p) == tuple(scipy.stats.spearmanr(objects[1:5], lengths[1:5]))
-  assert halting.rank_correlation(objects, np.full(6, 4)) == (None, None)
-  assert halting.rank_correlation(np.full(6, -1), lengths) == (None, None)
-
-
-def test_judges():
-  images, conditions = pictures(5), [3, 3, "a star", "a star", "a star"]
-  judge = sampling.diversity(batches.make_compare(measures.make(["mae"]), 4, MESH))
-  gaps = [np.abs(images[i] / 255 - images[i + 1] / 255).mean() for i in (0, 2)]  # as many of each condition
-  np.testing.assert_allclose(judge(images, conditions)["MAE between samples"], np.mean(gaps), rtol=1e-5)
-  with pytest.raises(ValueError, match="two samples of a condition at least: raise --num_samples"):
-    judge(images, [3, 3, 1, 1, 2])
-
-  look = lambda x: {layer: x.reshape(len(x), -1)[:, :2].astype(np.float64) for layer in ("pool", "spatial")}
-  judge = sampling.against(reference.look_at([images], look), look, ("gfid", "recall"), 2)
-  same, other = judge(images, conditions), judge(pictures(5), conditions)
-  assert list(same) == ["gfid", "recall"] and same["gfid"] < 1e-6 < other["gfid"] and same["recall"] == 1
-
-
-def test_one_change_at_a_time():
-  rows = sampling.one_at_a_time({"top_k": 0, "num_steps": 4}, {"top_k": [0, 5], "num_steps": [1]}, "decoder ")
-  assert rows == {
-    "own settings": {"top_k": 0, "num_steps": 4},
-    "decoder top k 5": {"top_k": 5, "num_steps": 4},
-    "decoder steps 1": {"top_k": 0, "num_steps": 1},
-  }
-
-
-# The command.
 
 
 def test_quality_and_variation_are_those_of_the_decoder(models, out):
@@ -190,7 +78,7 @@ def test_quality_and_variation_are_those_of_the_decoder(models, out):
 
   columns, rows = table(out, "variation")
   assert columns == ["tokens", "psnr", "mse"] and [row[0] for row in rows] == [1, 2, 4]
-  with np.load(out / report.PARTS / "variation_synthetic_2.npz", allow_pickle=False) as file:
+  with np.load(out / study.PARTS / "variation_synthetic_2.npz", allow_pickle=False) as file:
     kept, originals = file["array_decodes"], file["array_original"]
   assert kept.shape == (2, 3, 16, 16, 3)
   np.testing.assert_array_equal(originals, images[:2])
@@ -205,7 +93,7 @@ def test_lengths_reach_their_thresholds(out):
   assert [row[0] for row in chosen] == sorted(row[0] for row in chosen) and "psnr >= " in chosen[0][0]
   for label, length, within, *_ in chosen:
     threshold = label.split()[-1]
-    with np.load(out / report.PARTS / f"halting_synthetic_psnr_{threshold}.npz", allow_pickle=False) as file:
+    with np.load(out / study.PARTS / f"halting_synthetic_psnr_{threshold}.npz", allow_pickle=False) as file:
       lengths, reached = file["array_lengths"], file["array_within"]
     assert length[0] == lengths.mean() and 1 <= lengths.min() <= lengths.max() <= 4 and within == reached.mean()
     assert (lengths[~reached] == 4).all()
@@ -222,15 +110,14 @@ def test_report_needs_no_other_file(out):
   assert not re.search(r'src="(?!data:)|https?://', page)
   psnr = table(out, "tokens")[1][0][1][0]
   assert f"| {psnr:.4g} (" in markdown and f"<td>{psnr:.4g} (" in page
-  assert not (out / report.PARTS / "tokens").exists()
+  assert not (out / study.PARTS / "tokens").exists()
 
 
 def test_nothing_is_computed_twice(args, out, monkeypatch, capsys):
-  for name in ("make_decode", "Batched"):
-    monkeypatch.setattr(batches, name, lambda *_: lambda *_: pytest.fail("computed again"))
+  monkeypatch.setattr(batching.Batched, "__call__", lambda *_: pytest.fail("computed again"))
   before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".png"}
   run(study, *args, f"--out={out}")
-  assert "tokens: found before" in capsys.readouterr().out
+  assert "tokens: computed before" in capsys.readouterr().out
   assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".png"}
 
 
@@ -263,12 +150,12 @@ def test_samples_by_choice_and_decoder(models, args, tmp_path):
   "pattern, given",
   [
     ("--checkpoint is missing", ("--checkpoint=",)),
-    ("unknown study 'token': of tokens, variation, halting, sampling, or all", ("--study=token",)),
+    ("unknown study 'token': one of tokens, variation, halting, sampling, or all", ("--study=token",)),
     ("--study=sampling needs --generator", ("--study=sampling",)),
-    ("--qualities is of the study of halting: name it in --study", ("--study=tokens", "--qualities=1")),
-    ("--top_ks is of the study of sampling: name it in --study, and give --generator", ("--top_ks=1",)),
+    ("--qualities is a flag of the study halting: name it in --study", ("--study=tokens", "--qualities=1")),
+    ("--top_ks is a flag of the study sampling: name it in --study, and give --generator", ("--top_ks=1",)),
     ("unknown metric 'fid'", ("--metrics=fid",)),
-    ("--metrics= compare no two images: name one of psnr", ("--metrics=",)),
+    ("--metrics= compare no two images: give at least one of psnr", ("--metrics=",)),
     ("--metrics=rfid compare no two images", ("--metrics=rfid",)),
     ("metric rfid needs weights", ("--study=tokens", "--metrics=rfid")),
     ("--quality_metric=ssim is not among --metrics", ("--quality_metric=ssim",)),
@@ -284,7 +171,7 @@ def test_bad_flags(args, tmp_path, pattern, given):
   "pattern, name, given",
   [
     ("whole numbers separated by commas, got '1.5'", "class", ("--top_ks=1.5",)),
-    ("--judges=fid is unknown: of gfid", "class", ("--judges=fid",)),
+    ("--judges=fid is unknown: one of gfid", "class", ("--judges=fid",)),
     ("--judges=gfid needs --reference", "class", ("--judges=gfid",)),
     ("--num_samples=1 leaves nothing to compare", "class", ("--num_samples=1",)),
     ("class 7 is out of range", "class", ("--classes=7",)),

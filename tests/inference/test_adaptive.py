@@ -13,8 +13,10 @@ import skimage.filters
 import skimage.transform
 
 from flextok_jax import config as common
-from flextok_jax.evals.metrics import measures
+from flextok_jax.config import with_fields
+from flextok_jax.evals.metrics import image as image_metrics
 from flextok_jax.evals.studies import halting
+from flextok_jax.evals.studies.subject import Subject
 from flextok_jax.inference import adaptive
 from flextok_jax.inference import tokenizer as api
 from flextok_jax.ops import distances
@@ -325,10 +327,10 @@ def test_lengths_for_shards(model, images, gaps):
   expected = [len(row) for row in model.tokenize(images, quality=quality, **QUIET)]
   np.testing.assert_array_equal(lengths, expected)
   np.testing.assert_array_equal(lengths_fn(images[::-1], ids[::-1]), expected[::-1])
-  measure = measures.make(["mse"])["mse"]
-  studied, found = halting.make_lengths(model.config, model.params, "mse", measure, 0, 4, sharding.make_mesh())(
-    images, ids, quality
-  )
+  metrics = image_metrics.make_metrics(["mse"])
+  config = with_fields(model.config, {"eval.batch_size": 4, "seed": 0})
+  subject = Subject(config, model.params, metrics, sharding.make_mesh())
+  studied, found = halting.make_lengths(subject, "mse")(images, ids, quality)
   np.testing.assert_array_equal(studied, expected)
   np.testing.assert_allclose(found, gaps["mse"][np.arange(6), studied - 1], rtol=1e-4)
   noises = [adaptive.shared_noise(seed, (2, 2, 3)) for seed in (0, 1)]

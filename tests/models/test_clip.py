@@ -116,29 +116,8 @@ def test_files(case, folder, tmp_path):
     load_clip(tmp_path / "none")
 
 
-def clip_tokenizer(folder, start="<|startoftext|>"):
-  """Writes a tokenizer.json that is built as CLIP's is."""
-  tokenizers = pytest.importorskip("tokenizers")
-  words = [start, "<|endoftext|>", *(c + end for c in "abcdefr!é" for end in ("", "</w>")), "re", "red</w>"]
-  model = tokenizers.models.BPE(
-    {w: i for i, w in enumerate(words)},
-    [("r", "e"), ("re", "d</w>")],
-    end_of_word_suffix="</w>",
-    unk_token="<|endoftext|>",
-  )
-  tokenizer = tokenizers.Tokenizer(model)
-  tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  tokenizer.post_processor = tokenizers.processors.RobertaProcessing(("<|endoftext|>", 1), (start, 0), False, False)
-  tokenizer.enable_truncation(3)
-  tokenizer.enable_padding(pad_id=1, pad_token="<|endoftext|>")
-  tokenizer.save(str(folder / "tokenizer.json"))
-  tokenizer.enable_truncation(7)
-  return words, tokenizer
-
-
 def test_tokenizer(tmp_path):
-  words, original = clip_tokenizer(tmp_path)
+  words, original = clip_reference.write_tokenizer(tmp_path)
   tokenizer = CLIPTokenizer(str(tmp_path), 7)
   captions = ["", "A red bee", "red " * 9]
   ids, lengths = tokenizer(captions)
@@ -154,6 +133,6 @@ def test_tokenizer_errors(tmp_path):
     CLIPTokenizer(str(tmp_path))
   with pytest.raises(FileNotFoundError, match="no such folder: .*none'; give a folder with tokenizer.json or"):
     CLIPTokenizer(str(tmp_path / "none"))
-  clip_tokenizer(tmp_path, "<s>")
+  clip_reference.write_tokenizer(tmp_path, "<s>")
   with pytest.raises(ValueError, match="not the tokenizer of a CLIP: it has no"):
     CLIPTokenizer(str(tmp_path))

@@ -8,7 +8,10 @@ import pytest
 from flextok_jax.parallel import batching, sharding
 
 
-@pytest.mark.parametrize("count, batch_size, sizes", [(3, 64, [8]), (8, 8, [8]), (21, 9, [16, 16]), (21, 1, [8] * 3)])
+@pytest.mark.parametrize(
+  "count, batch_size, sizes",
+  [(1, 1, [8]), (3, 64, [8]), (5, 2, [8]), (16, 8, [8, 8]), (8, 8, [8]), (21, 9, [16, 16]), (21, 1, [8] * 3)],
+)
 def test_batched_equals_the_function_of_all_rows(count, batch_size, sizes):
   seen = []
 

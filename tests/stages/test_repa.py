@@ -15,8 +15,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from flextok_jax import config as common
-from flextok_jax import evaluate, train
+from flextok_jax import train
 from flextok_jax.core.flops import count
+from flextok_jax.evals import from_config
 from flextok_jax.models.tokenizer.repa import Projector
 from flextok_jax.models.transformer import ModulatedBlock
 from flextok_jax.ops import repa as ops
@@ -354,7 +355,7 @@ def test_a_run_resumes_and_leaves_a_model_without_projector(dinov2, tmp_path):
   loaded, params = loading.load(str(tmp_path / "run"))
   assert loaded.repa.weight == 0.5 and set(params) == {"encoder", "decoder"}
   loaded.repa.teacher = str(dinov2)  # what reads a model never needs the teacher
-  assert evaluate.evaluate(loaded, params).scalars()
+  assert from_config.evaluate(loaded, params).scalars
 
 
 def test_compiled_ahead_of_time_without_a_teachers_files():

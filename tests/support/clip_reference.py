@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from tests.support.vit_reference import _linear, _norm, random
@@ -109,3 +110,24 @@ def main():
 
 if __name__ == "__main__":
   main()
+
+
+def write_tokenizer(folder, start="<|startoftext|>"):
+  """Writes a tokenizer.json with the structure of CLIP's; returns its words and the tokenizer."""
+  tokenizers = pytest.importorskip("tokenizers")
+  words = [start, "<|endoftext|>", *(c + end for c in "abcdefr!é" for end in ("", "</w>")), "re", "red</w>"]
+  model = tokenizers.models.BPE(
+    {w: i for i, w in enumerate(words)},
+    [("r", "e"), ("re", "d</w>")],
+    end_of_word_suffix="</w>",
+    unk_token="<|endoftext|>",
+  )
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer.post_processor = tokenizers.processors.RobertaProcessing(("<|endoftext|>", 1), (start, 0), False, False)
+  tokenizer.enable_truncation(3)
+  tokenizer.enable_padding(pad_id=1, pad_token="<|endoftext|>")
+  tokenizer.save(str(folder / "tokenizer.json"))
+  tokenizer.enable_truncation(7)
+  return words, tokenizer

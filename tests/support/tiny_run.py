@@ -16,8 +16,9 @@ from unittest import mock
 
 import jax
 
-from flextok_jax import cli, evaluate, train
+from flextok_jax import cli, train
 from flextok_jax.config import derive
+from flextok_jax.evals import from_config
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.training import checkpoint
 from flextok_jax.weights import loading
@@ -102,7 +103,7 @@ def main(text: str):
   sharding.SMALL = 1024  # else nothing of this size would be split
   for run in json.loads(text):
     if "checkpoint" in run:
-      report = evaluate.evaluate(*loading.load(run["checkpoint"], mesh=sharding.make_mesh()))
+      report = from_config.evaluate(*loading.load(run["checkpoint"], mesh=sharding.make_mesh()))
       processes.log_on_process_0(json.dumps({"evaluated": report.scores["loss"]}))
       continue
     with disturbed(**run["moment"]) if run.get("moment") else contextlib.nullcontext():

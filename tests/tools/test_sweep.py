@@ -116,7 +116,7 @@ def test_bad_flags_are_one_line(tmp_path):
   fails("--list is missing --config", sweep, "--list")
   fails("give --dir=DIR, or", sweep)
   fails(
-    "--only=c: there is no such run in the sweep, which has a, b",
+    "only=c: there is no such run in the sweep, which has a, b",
     sweep,
     "--list",
     "--only=c",
@@ -199,7 +199,7 @@ def test_a_table_compares_the_runs_of_a_folder(runs, capsys):
 def test_a_table_of_some_runs_in_their_order(runs):
   run(sweep, f"--dir={runs}", "--only=r16,r8")
   assert list(rows_of((runs / "table.md").read_text(), "Runs")) == ["run", "r16", "r8"]
-  words = f"--only=empty: there is no such run in {runs}, which has begun, r8, r16"
+  words = f"only=empty: there is no such run in {runs}, which has begun, r8, r16"
   fails(words, sweep, f"--dir={runs}", "--only=empty")
   run(sweep, f"--dir={runs}", "--metrics=mae")
   assert "PSNR" not in (runs / "table.md").read_text() and "**synthetic: MAE**" in (runs / "table.md").read_text()

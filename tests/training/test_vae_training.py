@@ -17,7 +17,7 @@ import flextok_jax
 from flextok_jax import train
 from flextok_jax.core import images as images_lib
 from flextok_jax.data import pipeline
-from flextok_jax.evals.make import make_measure
+from flextok_jax.evals.from_config import make_measure
 from flextok_jax.evals.metrics import image as metrics
 from flextok_jax.models.perception import lpips
 from flextok_jax.models.vae.autoencoder import sample_posterior

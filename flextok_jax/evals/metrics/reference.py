@@ -1,15 +1,20 @@
-"""What samples are compared with: statistics and images of a reference set, by the FID's Inception."""
+"""Reference sets that samples are compared with: statistics and features of their images, by the FID's Inception."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import os
+from typing import Any
 
 import jax
 import numpy as np
 
-from flextok_jax.evals.metrics import frechet as statistics
-from flextok_jax.evals.metrics import statistics_files
-from flextok_jax.parallel import sharding
+from flextok_jax.evals.metrics import frechet
+from flextok_jax.parallel import batching, sharding
+
+# Batches of images uint8 [b, h, w, 3] -> their features {"pool": [b, d], "spatial": [b, e]}.
+Extract = Callable[[Iterable[np.ndarray]], Iterator[dict[str, np.ndarray]]]
+
+_NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # of the statistics in files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,75 +22,74 @@ class Reference:
   """A reference set.
 
   Attributes:
-    gaussians: {"pool": (mean [d], covariance [d, d]), "spatial": ...}, what there is of them.
-    pools: float32 [n, d], features of its images; None where there are no images.
+    gaussians: {"pool": (mean [d], covariance [d, d]), "spatial": ...}, those that are known.
+    pools: float32 [n, d], features of its images; None without images.
   """
 
   gaussians: dict[str, tuple[np.ndarray, np.ndarray]]
   pools: np.ndarray | None
 
 
-def load(path: str | os.PathLike, look: Callable[[np.ndarray], dict], batch_size: int, images: bool) -> Reference:
-  """Returns the reference in a .npz file, statistics or images or both (evals/metrics/statistics_files.py).
-
-  Args:
-    look: uint8 [b, h, w, 3] -> {"pool" [b, d], "spatial" [b, e]}, for images.
-    batch_size: images at once.
-    images: whether features of single images are needed; else statistics suffice.
-
-  Raises:
-    FileNotFoundError, ValueError: as of evals/metrics/statistics_files.py, or no images where they are needed.
-  """
-  names = statistics_files.contents(path)
-  if "mu" in names and not images:
-    found = statistics_files.load_statistics(path)
-    gaussians = {"pool": (found["mu"], found["sigma"])}
-    if "mu_s" in found:
-      gaussians["spatial"] = (found["mu_s"], found["sigma_s"])
-    return Reference(gaussians, None)
-  if "arr_0" not in names:
-    raise ValueError(f"{path} has statistics alone: precision and recall compare single images, give a .npz with arr_0")
-  file = statistics_files.SampleFile(path)
-  seen = look_at(file.batches(batch_size), look)
-  if "mu" in names:  # the publisher's own
-    seen = dataclasses.replace(seen, gaussians=load(path, look, batch_size, False).gaussians)
-  return seen
-
-
-def look_at(batches: Iterable[np.ndarray], look: Callable[[np.ndarray], dict]) -> Reference:
-  """Returns the reference of images that come in batches, uint8 [b, h, w, 3]; look as of load."""
-  moments, pools = {}, []
-  for images in batches:
-    features = look(images)
-    for layer, array in features.items():
+def from_features(features: Iterable[dict[str, np.ndarray]]) -> Reference:
+  """Returns the reference set of images whose features come in batches, as an Extract yields them."""
+  moments: dict[str, frechet.Moments] = {}
+  pools = []
+  for batch in features:
+    for layer, array in batch.items():
       if layer not in moments:
-        moments[layer] = statistics.Moments(array.shape[1])
+        moments[layer] = frechet.Moments(array.shape[1])
       moments[layer].add(array)
-    pools.append(features["pool"])
+    pools.append(batch["pool"])
   return Reference({layer: (m.mean, m.covariance()) for layer, m in moments.items()}, np.concatenate(pools))
 
 
+def load(
+  name: str, open_source: Callable[[str], Any], extract: Extract, batch_size: int, need_images: bool
+) -> Reference:
+  """Loads a reference set.
+
+  Args:
+    name: of a .npz file of statistics, images or both (see evals/metrics/frechet.py), or of a data source.
+    open_source: name of a data source -> its images uint8 [n, h, w, 3], which are only sliced.
+    extract: computes the features of images.
+    batch_size: images per batch.
+    need_images: whether the features of single images are needed; otherwise statistics suffice.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: a damaged file, or no images although they are needed.
+  """
+  if not name.endswith(".npz"):
+    computed = from_features(extract(batching.slices(open_source(name), batch_size)))
+    return Reference(computed.gaussians, computed.pools if need_images else None)
+  names = frechet.array_names(name)
+  gaussians = {}
+  if "mu" in names:
+    found = frechet.load_statistics(name)
+    gaussians = {layer: (found[mu], found[sigma]) for layer, (mu, sigma) in _NAMES.items() if mu in found}
+    if not need_images:
+      return Reference(gaussians, None)
+  if "arr_0" not in names:
+    raise ValueError(f"{name} has only statistics: precision and recall compare single images, give a .npz with arr_0")
+  computed = from_features(extract(frechet.SampleFile(name).batches(batch_size)))
+  # Statistics in the file are the publisher's own.
+  return Reference(gaussians or computed.gaussians, computed.pools)
+
+
 def save(path: str | os.PathLike, reference: Reference):
-  """Writes the statistics, as evals/metrics/statistics_files.py does."""
-  names = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-  arrays = {name: x for layer, pair in reference.gaussians.items() for name, x in zip(names[layer], pair)}
-  statistics_files.save_statistics(path, arrays)
+  """Writes the statistics to a .npz file (see evals/metrics/frechet.py)."""
+  arrays = {name: x for layer, pair in reference.gaussians.items() for name, x in zip(_NAMES[layer], pair)}
+  frechet.save_statistics(path, arrays)
 
 
-def make_look(inception: jax.tree_util.Partial, batch_size: int, mesh: jax.sharding.Mesh) -> Callable:
-  """Returns `look` over a mesh, for batches of up to batch_size, which must divide over it."""
-  placed, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+def make_extract(inception: jax.tree_util.Partial, batch_size: int, mesh: jax.sharding.Mesh) -> Extract:
+  """Returns a function that computes Inception's features of batches of up to batch_size images, over a mesh."""
+  size = batching.batch_rows(batch_size, batch_size, mesh)
 
   def features(inception, images):
     found = inception(images.astype(np.float32) / 255)
-    return {layer: found[layer] for layer in ("pool", "spatial")}
+    return {layer: found[layer] for layer in _NAMES}
 
-  compiled = jax.jit(features, out_shardings=replicated)
-  inception = sharding.place(inception, replicated)
-
-  def look(images):
-    rows = np.minimum(np.arange(batch_size), len(images) - 1)  # the last batch is padded
-    found = jax.device_get(compiled(inception, sharding.place(images[rows], placed)))
-    return {layer: array[: len(images)] for layer, array in found.items()}
-
-  return look
+  compiled = jax.jit(features, out_shardings=sharding.replicated(mesh))
+  inception = batching.replicate(inception, mesh)
+  return lambda batches: batching.map_batches(lambda images: compiled(inception, images), batches, size, mesh)

@@ -1,4 +1,4 @@
-"""Metrics of sets of samples through what a network says of them: logits, features and embeddings, on the host."""
+"""Metrics of sets of samples, from the logits, features or embeddings of a network; computed on the host."""
 
 import numpy as np
 import scipy.special
@@ -10,19 +10,19 @@ from flextok_jax.core import extras
 def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
   """Returns mean and standard deviation over splits of exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016, section 4).
 
-  The score of n samples in a split is biased, so splits matter: 10 of 5000 samples are usual, consecutive ones as in
-  ADM's evaluator. Samples ordered by class must be shuffled first (torch-fidelity does so by
+  The score of a split is biased by its size, so the number of splits matters: usual are 10 splits of 5000 consecutive
+  samples, as in ADM's evaluator. Samples ordered by class must be shuffled first (torch-fidelity uses
   np.random.RandomState(2020).permutation(n)).
 
   Args:
-    logits: [n, c]; the FID Inception's 1008, without their bias.
-    splits: consecutive parts, of sizes that differ by 1 at most.
+    logits: [n, c]; of the FID Inception c is 1008, without bias.
+    splits: number of consecutive parts, whose sizes differ by at most 1.
 
   Raises:
     ValueError: fewer samples than splits, or logits that are not finite.
   """
   if not 1 <= splits <= len(logits):
-    raise ValueError(f"{len(logits)} samples cannot be split into {splits} parts: set fewer splits")
+    raise ValueError(f"{len(logits)} samples cannot be split into {splits} parts: use fewer splits")
   if not np.isfinite(logits).all():
     raise ValueError("logits are not finite: the network or its images are broken")
   edges = np.arange(splits + 1) * len(logits) // splits
@@ -35,23 +35,24 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
 
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
-  """Returns the share of fakes among the reals, and of reals among the fakes (Kynkäänniemi et al. 2019, equation 2).
+  """Returns precision and recall of generated samples (Kynkäänniemi et al. 2019, equation 2).
 
-  A sample is among others when it is within one of the balls about each of them that just reach its k-th nearest
-  neighbour, itself aside. Distances are Euclidean, in float64 (ADM's evaluator takes them in float16), and come block
-  by block, of 1 GiB at most (scikit-learn's working_memory).
+  Precision is the fraction of fakes on the manifold of the reals, recall that of reals on the manifold of the fakes.
+  The manifold is the union of balls around the samples, each with the distance to its k-th nearest neighbour as radius.
+  Distances are Euclidean, in float64 (ADM's evaluator uses float16), in blocks of at most 1 GiB (scikit-learn's
+  working_memory).
 
   Args:
-    real, fake: features [n, d] and [m, d]; as many of both are usual, since the balls shrink with the number.
+    real, fake: features [n, d] and [m, d]; usually n = m, since the balls shrink with the number of samples.
 
   Raises:
-    ValueError: features that do not fit or are not finite, or no more than k of either.
+    ValueError: features of wrong shapes or not finite, or at most k of either.
   """
   real, fake = (np.asarray(x, np.float64) for x in (real, fake))
   if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
     raise ValueError(f"features of shapes {list(real.shape)} and {list(fake.shape)} are not [n, d] and [m, d]")
   if min(len(real), len(fake)) <= k:
-    raise ValueError(f"{k} nearest neighbours of {len(real)} and {len(fake)} samples: more than k of both are needed")
+    raise ValueError(f"{k} nearest neighbours of {len(real)} and {len(fake)} samples: both need more than that")
   if not np.isfinite(real).all() or not np.isfinite(fake).all():
     raise ValueError("features are not finite: the network or its images are broken")
   centre = real.mean(0)  # distances are |a|^2 - 2ab + |b|^2, which rounds by the norms
@@ -71,21 +72,21 @@ def bootstrap_interval(values: np.ndarray, level: float = 0.95, num: int = 1000,
   """Returns the percentile bootstrap interval of the mean of values [n] (Efron and Tibshirani 1993, chapter 13).
 
   Args:
-    values: one a sample.
-    level: share of the resampled means inside, half of the others on each side.
-    num: resamplings.
+    values: one per sample.
+    level: fraction of the resampled means inside the interval; half of the others are on each side.
+    num: number of resamplings.
     seed: of the resamplings.
 
   Raises:
-    ValueError: fewer than two values, one that is not finite, or a level outside (0, 1).
+    ValueError: fewer than 2 values, a value that is not finite, or a level outside (0, 1).
   """
   values = np.asarray(values, np.float64)
   if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
     raise ValueError(
-      f"an interval needs 2 finite values or more, got {values.shape} with {np.isfinite(values).sum()} finite"
+      f"an interval needs at least 2 finite values, got {values.shape} with {np.isfinite(values).sum()} finite"
     )
   if not 0 < level < 1:
-    raise ValueError(f"level {level} is out of range: above 0 and below 1, as 0.95")
+    raise ValueError(f"level {level} is out of range: it must be above 0 and below 1, such as 0.95")
   batch = max(1, 2**22 // len(values))  # resamplings at once: 32 MiB
   result = scipy.stats.bootstrap(
     (values,),
@@ -100,11 +101,17 @@ def bootstrap_interval(values: np.ndarray, level: float = 0.95, num: int = 1000,
   return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
+def mean_with_interval(values: np.ndarray) -> list[float]:
+  """Returns [mean, low, high] of values [n] with the 95% interval of the mean; [mean] if n is 1."""
+  mean = float(np.mean(values, dtype=np.float64))
+  return [mean, *bootstrap_interval(values)] if len(values) > 1 else [mean]
+
+
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """Returns the cosine between the rows of a and b, [n, d] each: [n] in [-1, 1], in float64.
+  """Returns the cosines [n] between the rows of a and b, both [n, d], in float64.
 
   Raises:
-    ValueError: shapes that do not fit, or a row that is zero or not finite.
+    ValueError: wrong shapes, or a row that is zero or not finite.
   """
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   if a.ndim != 2 or a.shape != b.shape:
@@ -116,18 +123,18 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-  """Returns 100 max(cos, 0) of each image with its text: CLIP embeddings [n, d] twice -> [n].
+  """Returns 100 max(cos, 0) [n] of the CLIP embeddings [n, d] of images and their texts.
 
-  Hessel et al. 2021 (equation 1), whose factor is 2.5; that of 100 is what reports of generators give.
+  Hessel et al. 2021 (equation 1), where the factor is 2.5; reports of generators use 100.
   """
   return 100 * np.maximum(cosine(images, texts), 0)
 
 
 def top1(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  """Returns whether the largest of logits [n, c] is that of labels [n]: bool [n]; of equal ones the first counts.
+  """Returns whether the largest of logits [n, c] is at labels [n]: bool [n]; of equal logits the first counts.
 
   Raises:
-    ValueError: labels that do not fit the logits, or logits that are not finite.
+    ValueError: labels that do not match the logits, or logits that are not finite.
   """
   logits, labels = np.asarray(logits), np.asarray(labels)
   if logits.ndim != 2 or labels.shape != logits.shape[:1]:

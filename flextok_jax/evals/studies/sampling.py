@@ -1,4 +1,4 @@
-"""Samples of a generator by how tokens are chosen, against how the decoder makes pictures of them."""
+"""The study of samples: choices of the generator's tokens against settings of the tokenizer's decoder."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import functools
@@ -6,57 +6,66 @@ from typing import Any
 
 import numpy as np
 
-from flextok_jax.evals import figures, plots
-from flextok_jax.evals.generation import NEED_IMAGES
-from flextok_jax.evals.metrics import frechet as statistics
-from flextok_jax.evals.metrics import measures, reference
+from flextok_jax.evals import charts, grids
+from flextok_jax.evals.generation import LAYERS, NEED_IMAGES
+from flextok_jax.evals.metrics import frechet, reference
+from flextok_jax.evals.metrics import image as metrics_lib
 from flextok_jax.evals.metrics import samples as sample_metrics
-from flextok_jax.evals.report import Outcome, Parts, Table
+from flextok_jax.evals.progress import Progress
+from flextok_jax.evals.report import Report, Table, make_study_report
 from flextok_jax.evals.studies import variation
+from flextok_jax.evals.studies.subject import Subject
+from flextok_jax.inference.prompts import Condition
+from flextok_jax.parallel import batching
 
-# (pictures uint8 [n, h, w, 3], conditions [n]) -> numbers by name.
-Judge = Callable[[np.ndarray, Sequence[int | str | None]], dict[str, float]]
+# (images uint8 [n, h, w, 3], conditions [n]) -> scores by name.
+Judge = Callable[[np.ndarray, Sequence[Condition]], dict[str, float]]
 
-ABOUT = (
-  "Samples of the generator, of the same seeds in every cell. Rows change one choice of tokens at a time,"
-  " columns one setting of the decoder; the first of each has the checkpoints' own. 'Between samples' is the"
-  " mean over pairs of samples of the same condition: how diverse they are, not how good."
+NAME = "sampling"
+OWN = "own settings"
+_ABOUT = (
+  "Samples of the generator, with the same seeds in every cell. Each row changes one choice of tokens, each column one"
+  " setting of the decoder; the first of each has the checkpoints' own settings. 'Between samples' is the mean over"
+  " pairs of samples of the same condition: it measures how diverse they are, not how good."
 )
-_MOSAIC = 2  # pictures a side in a cell of the grid
+_MOSAIC = 2  # images per side in a cell of the grid
 
 
-def diversity(compare: Callable) -> Judge:
-  """Makes the judge of how far samples of the same condition lie apart; compare is that of batches.make_compare."""
+def make_diversity(compare: Callable) -> Judge:
+  """Makes a judge of how different samples of the same condition are; compare is that of metrics/image.py."""
 
-  def judge(pictures, conditions):
+  def judge(images, conditions):
     rows = [[i for i, other in enumerate(conditions) if other == each] for each in dict.fromkeys(conditions)]
     count = min(map(len, rows))
     if count < 2:
-      raise ValueError("diversity needs two samples of a condition at least: raise --num_samples")
-    means = variation.pairwise(compare, pictures[np.array([row[:count] for row in rows])])
-    return {f"{measures.UNITS.get(k, k)} between samples": float(v.mean()) for k, v in means.items()}
+      raise ValueError(f"num_samples={count}: diversity needs at least two samples per condition")
+    means = variation.pairwise(compare, images[np.array([row[:count] for row in rows])])
+    return {f"{metrics_lib.title(k)} between samples": float(v.mean()) for k, v in means.items()}
 
   return judge
 
 
-def against(compared: reference.Reference, look: Callable, names: Iterable[str], batch_size: int) -> Judge:
-  """Makes the judge by what a reference set is.
+def make_comparison(
+  compared: reference.Reference, extract: reference.Extract, names: Iterable[str], batch_size: int
+) -> Judge:
+  """Makes a judge of how samples differ from a reference set.
 
   Args:
-    compared, look: of evals/metrics/reference.py; look takes up to batch_size images.
+    compared, extract: of evals/metrics/reference.py.
     names: of "gfid", "sfid", "precision" and "recall".
+    batch_size: images per batch, at most that of extract.
   """
 
-  def judge(pictures, conditions):
-    parts = (pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size))
-    seen, found = reference.look_at(parts, look), {}
-    for name, layer in (("gfid", "pool"), ("sfid", "spatial")):
+  def judge(images, conditions):
+    seen = reference.from_features(extract(batching.slices(images, batch_size)))
+    scores = {}
+    for name in ("gfid", "sfid"):
       if name in names:
-        found[name] = statistics.frechet_distance(*seen.gaussians[layer], *compared.gaussians[layer])
+        scores[name] = frechet.frechet_distance(*seen.gaussians[LAYERS[name]], *compared.gaussians[LAYERS[name]])
     if set(NEED_IMAGES) & set(names):
-      both = dict(zip(("precision", "recall"), sample_metrics.precision_recall(compared.pools, seen.pools)))
-      found |= {name: both[name] for name in both if name in names}
-    return found
+      both = dict(zip(NEED_IMAGES, sample_metrics.precision_recall(compared.pools, seen.pools)))
+      scores |= {name: both[name] for name in both if name in names}
+    return scores
 
   return judge
 
@@ -64,8 +73,8 @@ def against(compared: reference.Reference, look: Callable, names: Iterable[str],
 def one_at_a_time(
   own: Mapping[str, Any], changes: Mapping[str, Iterable[Any]], prefix: str = ""
 ) -> dict[str, dict[str, Any]]:
-  """Returns settings by label: `own` as they are, then with each other value of each change in place of its own."""
-  rows = {"own settings": dict(own)}
+  """Returns settings by label: `own`, and `own` with one other value of one of the changes each."""
+  rows = {OWN: dict(own)}
   for name, values in changes.items():
     label = prefix + name.removeprefix("num_").replace("_", " ")
     rows |= {f"{label} {value:g}": {**own, name: value} for value in values if value != own[name]}
@@ -73,83 +82,81 @@ def one_at_a_time(
 
 
 def study(
-  parts: Parts,
-  draw: Callable,
-  decoder: Callable,
+  progress: Progress,
+  subject: Subject,
+  draw: Callable[[Mapping[str, Any]], tuple[np.ndarray, np.ndarray, np.ndarray]],
   judges: Sequence[Judge],
-  conditions: Sequence[int | str | None],
-  choices: Mapping[str, Mapping],
-  decoders: Mapping[str, Mapping],
+  conditions: Sequence[Condition],
+  choices: Mapping[str, Mapping[str, Any]],
+  samplers: Mapping[str, Mapping[str, Any]],
   settings: Mapping[str, Any],
-) -> Outcome:
-  """Judges samples by every choice and every setting of the decoder.
+) -> Report:
+  """Judges samples for every choice of tokens and every setting of the decoder.
 
   Args:
-    draw: what a choice holds -> (ids int [n, l], lengths int [n], log-probabilities [n]) of a sample a condition.
-    decoder: what a setting of the decoder holds -> function of batches.make_decode.
-    conditions: of the samples, those of the same condition together.
-    choices, decoders: by label, of one_at_a_time.
-    settings: what decides the results else: generator, conditions, metrics.
+    progress: keeps partial results.
+    draw: choice -> (ids int [n, l], lengths int [n], log-probabilities [n]), one sample per condition.
+    conditions: of the samples, equal ones next to each other.
+    choices, samplers: by label, of one_at_a_time: arguments of draw, and settings of the decoder's sampler.
+    settings: other settings that the results depend on: generator, conditions, metrics.
   """
   count = len(conditions)
-  shown = np.unique(np.linspace(0, count - 1, _MOSAIC**2).astype(int))  # of as many conditions as there are
+  shown = np.unique(np.linspace(0, count - 1, _MOSAIC**2).astype(int))  # spread over the conditions
 
-  def sequences(choice):
+  def draw_tokens(choice):
     ids, lengths, log_probs = draw(choice)
-    numbers = {"log-probability": figures.estimate(log_probs), "tokens": figures.estimate(lengths)}
-    return numbers | {"different": len({row[:n].tobytes() for row, n in zip(ids, lengths)})}, {
-      "ids": ids,
-      "lengths": lengths,
+    different = len({row[:length].tobytes() for row, length in zip(ids, lengths)})
+    estimates = {
+      "log-probability": sample_metrics.mean_with_interval(log_probs),
+      "tokens": sample_metrics.mean_with_interval(lengths),
     }
+    return estimates | {"different": different}, {"ids": ids, "lengths": lengths}
 
-  def point(decode, drawn):
-    pictures = decode()(drawn["ids"], drawn["lengths"], np.arange(count))
-    numbers = {}
+  def judge_samples(make_decode, drawn):
+    images = make_decode()(drawn["ids"], drawn["lengths"], np.arange(count))
+    scores = {}
     for judge in judges:
-      numbers |= judge(pictures, conditions)
-    return numbers, {"mosaic": _mosaic(pictures[shown])}
+      scores |= judge(images, conditions)
+    return scores, {"mosaic": _mosaic(images[shown])}
 
   drawn = {}
-  for label, choice in choices.items():
+  for row, choice in choices.items():
     asked = {**settings, "choice": choice}
-    drawn[label] = parts(f"sampling_{_file(label)}", asked, functools.partial(sequences, choice))
+    drawn[row] = progress.compute(f"{NAME}_{_file(row)}", asked, functools.partial(draw_tokens, choice))
   cells = {}
-  for column, sampler in decoders.items():
-    decode = functools.cache(functools.partial(decoder, sampler))  # made, and compiled, once if at all
+  for column, sampler in samplers.items():
+    make_decode = functools.cache(functools.partial(subject.make_decode, sampler))  # compiled once, and only if needed
     for row, (_, arrays) in drawn.items():
+      part = f"{NAME}_{_file(row)}__{_file(column)}"
       asked = {**settings, "choice": choices[row], "decoder": sampler}
-      cells[row, column] = parts(
-        f"sampling_{_file(row)}__{_file(column)}", asked, functools.partial(point, decode, arrays)
-      )
-  names = list(next(iter(cells.values()))[0])
-  own = {**choices["own settings"], **{f"decoder {k}": v for k, v in decoders["own settings"].items()}}
+      cells[row, column] = progress.compute(part, asked, functools.partial(judge_samples, make_decode, arrays))
+
+  own = {**choices[OWN], **{f"decoder {name}": value for name, value in samplers[OWN].items()}}
+  rows = [[row, *values.values()] for row, (values, _) in drawn.items()]
   tables = [
     Table("Own settings", ["setting", "value"], list(own.items())),
-    Table(
-      "Tokens drawn",
-      ["choice", "log-probability", "tokens", f"different, of {count}"],
-      [[label, *numbers.values()] for label, (numbers, _) in drawn.items()],
-    ),
+    Table("Tokens drawn", ["choice", "log-probability", "tokens", f"different, of {count}"], rows),
   ]
   panels = {}
-  for name in names:
-    rows = [[cells[row, column][0][name] for column in decoders] for row in choices]
-    tables.append(Table(name, ["choice", *decoders], [[label, *row] for label, row in zip(choices, rows)]))
-    panels[name] = np.array(rows)
-  columns = [np.stack([cells[row, column][1]["mosaic"] for row in choices]) for column in decoders]
-  return Outcome(
+  for name in next(iter(cells.values()))[0]:
+    values = [[cells[row, column][0][name] for column in samplers] for row in choices]
+    tables.append(Table(name, ["choice", *samplers], [[row, *scores] for row, scores in zip(choices, values)]))
+    panels[name] = np.array(values)
+  columns = [np.stack([cells[row, column][1]["mosaic"] for row in choices]) for column in samplers]
+  return make_study_report(
+    NAME,
     "Choices of the generator against settings of the decoder",
-    ABOUT,
+    _ABOUT,
     tables,
-    figures.heat_maps(panels, list(choices), list(decoders)),
-    plots.grid([list(choices), *columns], ["", *decoders]),
+    functools.partial(charts.heat_maps, panels, list(choices), list(samplers)),
+    functools.partial(grids.grid, [list(choices), *columns], ["", *samplers]),
   )
 
 
-def _mosaic(pictures: np.ndarray) -> np.ndarray:
-  """[n, h, w, 3] -> [2 h, 2 w, 3], white where there are fewer than 4."""
-  missing = ((0, _MOSAIC**2 - len(pictures)), (0, 0), (0, 0), (0, 0))
-  four = np.pad(pictures, missing, constant_values=255)
+def _mosaic(images: np.ndarray) -> np.ndarray:
+  """Arranges up to 4 images [n, h, w, 3] as [2 h, 2 w, 3]; missing ones are white."""
+  missing = ((0, _MOSAIC**2 - len(images)), (0, 0), (0, 0), (0, 0))
+  four = np.pad(images, missing, constant_values=255)
   return np.concatenate([np.concatenate(list(four[i : i + _MOSAIC]), 1) for i in range(0, len(four), _MOSAIC)])
 
 

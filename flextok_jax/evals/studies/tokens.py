@@ -1,46 +1,56 @@
-"""Quality of reconstructions against the number of tokens, as a study."""
+"""The study of reconstruction quality against the number of tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+import functools
 
-from flextok_jax.evals import figures, plots
-from flextok_jax.evals.reconstruction import Report, curves_png
-from flextok_jax.evals.report import Outcome, Parts, Table
+from flextok_jax.evals import grids
+from flextok_jax.evals.from_config import evaluate
+from flextok_jax.evals.progress import Progress
+from flextok_jax.evals.reconstruction import draw_curves, draw_grid
+from flextok_jax.evals.report import Report, Table, make_study_report
+from flextok_jax.evals.studies.subject import Subject
 
-ABOUT = (
-  "Every image is encoded once and decoded from its first tokens, each time from the same noise. Drawn is the"
-  " mean over images of what compares a reconstruction with its original; bars are its 95% interval."
+NAME = "tokens"
+_ABOUT = (
+  "Every image is encoded once and decoded from its first tokens, each time from the same noise. Shown is the mean"
+  " over images of metrics that compare a reconstruction with its original; bars are 95% intervals of the mean."
 )
 
 
-def study(parts: Parts, run: Callable[[], Report], metrics: Sequence[str], settings: Mapping[str, Any]) -> Outcome:
-  """Tells what an evaluation by these metrics finds.
+def study(progress: Progress, subject: Subject, metrics: Sequence[str], weights: str | None) -> Report:
+  """Evaluates reconstructions at every token count.
 
   Args:
-    run: of reconstruction.Reconstruction.
-    settings: what decides the result.
+    progress: keeps partial results.
+    metrics: of images, and "rfid" (see from_config.evaluate).
+    weights: folder with the weights of networks.
   """
+  config = subject.config
+  settings = subject.settings_of(config.eval.sources) | {"num_tokens": list(subject.counts)}
 
   def compute():
-    report = run()
-    examples = {
+    partial = progress.nested(NAME, settings)
+    report = evaluate(config, subject.params, metrics, weights, partial)
+    partial.clear()
+    return report.scores, {
       f"{name}/{column}": images for name, columns in report.examples.items() for column, images in columns.items()
     }
-    return report.scores, examples
 
-  scores, examples = parts("tokens", settings, compute)
-  tables, grids = [], {}
+  scores, examples = progress.compute(NAME, settings, compute)
+  tables = []
+  pictures = {}
   for name, scored in scores["sets"].items():
-    by_tokens = {k: {metric: row[metric] for metric in metrics} for k, row in scored["by_tokens"].items()}
-    scored["by_tokens"], intervals = by_tokens, scored["intervals"]  # jax sorts names
     rows = [
-      [int(k), *([value, *intervals[k].get(metric, ())] for metric, value in row.items())]
-      for k, row in by_tokens.items()
+      [int(count), *([row[metric], *scored["intervals"][count].get(metric, ())] for metric in metrics)]
+      for count, row in scored["by_tokens"].items()
     ]
     tables.append(Table(f"{name}: {scored['num_images']} images", ["tokens", *metrics], rows))
-    columns = ["original", *by_tokens]
-    labels = [plots.column_label(column, last=column == columns[-1]) for column in columns]
-    grids[name] = plots.grid([examples[f"{name}/{column}"] for column in columns], labels)
-  return Outcome(
-    "Quality against the number of tokens", ABOUT, tables, curves_png(scores["sets"]), figures.below(grids)
+    pictures[name] = draw_grid({column: examples[f"{name}/{column}"] for column in ("original", *scored["by_tokens"])})
+  return make_study_report(
+    NAME,
+    "Quality against the number of tokens",
+    _ABOUT,
+    tables,
+    functools.partial(draw_curves, scores["sets"]),
+    functools.partial(grids.below, pictures),
   )

@@ -1,20 +1,23 @@
-"""Metrics against scikit-image, and reconstruction reports of tiny models."""
+"""Reconstruction reports of tiny models: batches, devices, resuming, files."""
 
 import json
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 import numpy as np
 from PIL import Image
 import pytest
 import skimage.data
-import skimage.metrics
 
-from flextok_jax.core import files
 from flextok_jax.core import images as images_lib
-from flextok_jax.evals import plots, reconstruction
+from flextok_jax.evals import grids, reconstruction
+from flextok_jax.evals.metrics import frechet
 from flextok_jax.evals.metrics import image as metrics
+from flextok_jax.evals.metrics import samples as sample_metrics
+from flextok_jax.evals.progress import Progress
 from flextok_jax.stages import make_stage
+from tests.support.scores import assert_same_scores
 from tests.support.tiny import make_params, tiny_config
 
 
@@ -35,7 +38,8 @@ def params(stage):
 
 
 def evaluator(stage, sets, batch_size, **kwargs):
-  return reconstruction.Reconstruction(stage.predict_fns, sets, (1, 2, 4), batch_size, seed=3, **kwargs)
+  settings = reconstruction.Settings((1, 2, 4), batch_size, seed=3)
+  return reconstruction.Reconstruction(stage.predict_fns, sets, settings, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -47,65 +51,6 @@ def in_parts(stage, images):
 @pytest.fixture(scope="module")
 def report(in_parts, params):
   return in_parts.run(params)
-
-
-def pairs():
-  rng = np.random.default_rng(0)
-  noise = rng.integers(0, 256, (33, 47, 3))
-  photo = skimage.data.astronaut()[:64, 60:124].astype(int)
-  near = np.clip(photo + rng.integers(-9, 10, photo.shape), 0, 255)
-  flat, dent = np.full((16, 16, 3), 255), np.full((16, 16, 3), 255)
-  dent[:4, :4] = 254
-  return {
-    "noise": (noise, noise[::-1]),
-    "near": (photo, near),
-    "unlike": (photo, skimage.data.coffee()[:64, :64]),
-    "flat": (flat, dent),
-    "smallest": (noise[:11, :11], noise[:11, 20:31]),
-  }
-
-
-@pytest.mark.parametrize("name", pairs())
-def test_metrics_equal_scikit_image(name):
-  a, b = (x / 255 for x in pairs()[name])
-  measure = jax.jit(lambda a, b: {k: f(a[None], b[None])[0] for k, f in metrics.METRICS.items()})
-  ours = measure(np.float32(a), np.float32(b))
-  ssim = skimage.metrics.structural_similarity(
-    a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=-1
-  )
-  np.testing.assert_allclose(ours["ssim"], ssim, atol=1e-6)
-  np.testing.assert_allclose(ours["psnr"], skimage.metrics.peak_signal_noise_ratio(a, b, data_range=1), atol=2e-5)
-  np.testing.assert_allclose(ours["mae"], np.abs(a - b).mean(), rtol=1e-5)
-
-
-def test_metrics_of_equal_images_are_finite_and_per_image():
-  a = jnp.zeros((2, 16, 16, 3))
-  b = a.at[1].set(0.1)
-  np.testing.assert_allclose(metrics.psnr(a, b), [100, 20], atol=1e-4)
-  np.testing.assert_allclose(metrics.mae(a, b), [0, 0.1], atol=1e-6)
-  assert metrics.ssim(a, b)[0] == 1 and metrics.ssim(a, b)[1] < 1
-
-
-def test_ssim_refuses_images_below_its_window():
-  with pytest.raises(ValueError, match="11x11"):
-    metrics.ssim(jnp.zeros((1, 10, 16, 3)), jnp.zeros((1, 10, 16, 3)))
-
-
-def test_rounding_is_that_of_a_png():
-  levels = np.arange(256, dtype=np.float32)
-  np.testing.assert_array_equal(np.round(images_lib.round_to_8bit(jnp.asarray(levels / 127.5 - 1)) * 255), levels)
-  np.testing.assert_array_equal(images_lib.round_to_8bit(jnp.asarray([-3.0, 3.0])), [0, 1])
-  assert np.isnan(images_lib.round_to_8bit(jnp.asarray([np.nan])))
-
-
-def test_token_counts():
-  assert reconstruction.token_counts((), 16) == (1, 2, 4, 8, 16)
-  assert reconstruction.token_counts((), 12) == (1, 2, 4, 8, 12)
-  assert reconstruction.token_counts((), 1) == (1,)
-  assert reconstruction.token_counts((5, 1, 5), 16) == (1, 5)
-  for bad in (0, 17, -1):
-    with pytest.raises(ValueError, match=f"num_tokens {bad} .* 1 to 16"):
-      reconstruction.token_counts((1, bad), 16)
 
 
 def test_same_noise_at_every_token_count_and_another_for_every_image(in_parts, params):
@@ -143,8 +88,7 @@ def test_token_counts_matter_to_the_decoder(report):
 
 def test_batches_over_devices_give_the_same_report(stage, images, params, report):
   mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-  sharding = jax.NamedSharding(mesh, jax.P("data"))
-  many = evaluator(stage, {"left": images}, 3, sharding=sharding)  # rounded up to 4
+  many = evaluator(stage, {"left": images}, 3, mesh=mesh)  # rounded up to 4
   scores = many.run(jax.device_put(params, jax.NamedSharding(mesh, jax.P()))).scores["sets"]["left"]
   assert scores["num_images"] == 5
   for column, values in report.scores["sets"]["left"]["by_tokens"].items():
@@ -167,25 +111,20 @@ def test_written_report(report, images, tmp_path):
   assert sorted(path.name for path in paths) == ["curve.png", "grid_left.png", "grid_right.png", "report.json"]
   assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in paths)
   assert json.loads(paths[0].read_text()) == {"checkpoint": "x", **report.scores}
-  assert report.scalars()["eval/left/psnr_2"] == report.scores["sets"]["left"]["by_tokens"]["2"]["psnr"]
+  assert report.scalars["eval/left/psnr_2"] == report.scores["sets"]["left"]["by_tokens"]["2"]["psnr"]
   assert len(report.table().splitlines()) == 2 * (2 + 3) + 1
 
   grid = np.asarray(Image.open(tmp_path / "new" / "grid_left.png"))
-  left, top, right, bottom = plots.cell_box(3, 3, 16, 16)  # rows: 4 images; columns: original, 1, 2, 4
+  left, top, right, bottom = grids.cell_box(3, 3, 16, 16)  # rows: 4 images; columns: original, 1, 2, 4
   assert 0 < grid.shape[0] - bottom < 20 and 0 < grid.shape[1] - right < 20
   for row in range(4):
     for column, name in enumerate(report.examples["left"]):
-      left, top, right, bottom = plots.cell_box(row, column, 16, 16)
-      assert right - left == bottom - top == plots.MIN_CELL
+      left, top, right, bottom = grids.cell_box(row, column, 16, 16)
+      assert right - left == bottom - top == grids.MIN_CELL
       expected = report.examples["left"][name][row].repeat(6, axis=0).repeat(6, axis=1)
       np.testing.assert_array_equal(grid[top:bottom, left:right], expected)
   np.testing.assert_array_equal(report.examples["left"]["original"], images[:4])
   assert (grid[:, -1] == 255).all() and (grid[0] == 255).all()
-
-
-def test_grid_keeps_large_images_at_their_size():
-  left, top, right, bottom = plots.cell_box(0, 0, 100, 128)
-  assert (right - left, bottom - top) == (128, 100)
 
 
 def test_vae_report_has_one_column_and_no_curve(images, tmp_path):
@@ -198,13 +137,96 @@ def test_vae_report_has_one_column_and_no_curve(images, tmp_path):
   assert sorted(path.name for path in paths) == ["grid_a.png", "report.json"]
 
 
-def test_files_are_whole_or_absent(tmp_path):
-  (tmp_path / "taken").mkdir()
-  with pytest.raises(ValueError, match="cannot write"):
-    files.write_file(tmp_path / "taken", b"x")
-  with pytest.raises(ValueError, match="cannot write"):
-    (tmp_path / "file").write_text("old")
-    files.write_file(tmp_path / "file" / "below", b"x")
-  files.write_file(tmp_path / "file", b"new")
-  assert (tmp_path / "file").read_bytes() == b"new"
-  assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
+# Metrics of networks, and interrupted evaluations.
+
+FEATURES = np.random.default_rng(5).normal(size=(16 * 16 * 3, 6)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def noise_images():
+  return np.random.default_rng(0).integers(0, 256, (11, 16, 16, 3)).astype(np.uint8)
+
+
+class Killed(Exception):
+  pass
+
+
+class Reader:
+  """Images that can be read a limited number of times."""
+
+  def __init__(self, images, reads):
+    self._images, self._reads, self.shape = images, reads, images.shape
+
+  def __getitem__(self, rows):
+    self._reads -= 1
+    if self._reads < 0:
+      raise Killed
+    return self._images[rows]
+
+
+def features(images):
+  return {"pool": images.reshape(len(images), -1) @ FEATURES}
+
+
+def make(stage, images, batch_size=4, **options):
+  return reconstruction.Reconstruction(
+    stage.predict_fns,
+    {"set": images},
+    reconstruction.Settings((1, 4), batch_size, seed=3, grid_images=2),
+    metrics=metrics.make_metrics(("psnr", "perceptual")),
+    features=Partial(features),
+    **options,
+  )
+
+
+@pytest.fixture(scope="module")
+def scores(stage, params, noise_images):
+  return make(stage, noise_images).run(params).scores["sets"]["set"]
+
+
+def test_rfid_and_means_are_those_of_the_pictures(stage, params, noise_images, scores):
+  """By the pictures themselves, all at once, and plain formulas."""
+  settings = reconstruction.Settings((1, 4), 11, seed=3, grid_images=11)
+  evaluator = reconstruction.Reconstruction(
+    stage.predict_fns, {"set": noise_images}, settings, metrics=metrics.make_metrics(("psnr",))
+  )
+  pictures = evaluator.run(params).examples["set"]
+  for column in ("1", "4"):
+    a, b = (features(pictures[name].astype(np.float64) / 255)["pool"] for name in ("original", column))
+    rfid = frechet.frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+    np.testing.assert_allclose(scores["by_tokens"][column]["rfid"], rfid, rtol=1e-4)
+    mse = np.square((pictures["original"].astype(float) - pictures[column]) / 255).mean((1, 2, 3))
+    np.testing.assert_allclose(scores["by_tokens"][column]["psnr"], (-10 * np.log10(mse)).mean(), rtol=1e-5)
+    low, high = sample_metrics.bootstrap_interval(-10 * np.log10(mse))
+    np.testing.assert_allclose(scores["intervals"][column]["psnr"], [low, high], rtol=1e-5)
+    assert low < scores["by_tokens"][column]["psnr"] < high
+
+
+def test_devices_and_batches_change_nothing(stage, params, noise_images, scores):
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  placed = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+  many = make(stage, noise_images, mesh=mesh).run(placed)
+  assert_same_scores(many.scores["sets"]["set"], scores)
+  assert_same_scores(make(stage, noise_images, 11).run(params).scores["sets"]["set"], scores)
+
+
+def test_what_was_done_is_not_done_again(stage, params, noise_images, scores, tmp_path, capsys):
+  keep = lambda settings: Progress(tmp_path / "kept", settings, every=1)
+  with pytest.raises(Killed):
+    make(stage, Reader(noise_images, 2), progress=keep({"a": 1})).run(params)
+  (kept,) = (tmp_path / "kept").iterdir()
+  before = kept.read_bytes()
+  report = make(stage, Reader(noise_images, 3), progress=keep({"a": 1})).run(params)  # two batches, and the grid
+  assert "set: resuming after 4 images" in capsys.readouterr().out
+  assert_same_scores(report.scores["sets"]["set"], scores)
+  assert len(report.examples["set"]["4"]) == 2
+
+  kept.write_bytes(before)
+  with pytest.raises(Killed):  # of other settings: everything is read again
+    make(stage, Reader(noise_images, 2), progress=keep({"a": 2})).run(params)
+  assert "with other settings or weights: set starts over" in capsys.readouterr().out
+  kept.write_bytes(before[:-30])
+  assert_same_scores(make(stage, noise_images, progress=keep({"a": 1})).run(params).scores["sets"]["set"], scores)
+  assert "is damaged: set starts over" in capsys.readouterr().out
+  keep({"a": 1}).clear()
+  assert not (tmp_path / "kept").exists()

@@ -1,4 +1,4 @@
-"""Metrics of sets of samples against closed forms, brute force and other people's formulas."""
+"""Metrics of sets of samples against closed forms, brute force and other implementations."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
-"""Pictures: the curve of quality over tokens (matplotlib), grids of images and texts and strips of images (Pillow)."""
+"""Grids and strips of labelled images and texts, and pictures joined (Pillow)."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import io
 import math
 import textwrap
@@ -8,29 +8,30 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MIN_CELL = 96  # pixels; smaller images are enlarged by a whole factor
+MIN_CELL = 96  # pixels; smaller images are enlarged by an integer factor
 _INK = (32, 32, 32)
 _FRAME = (150, 150, 150)
-_MAX_LABEL = 200  # characters in a line of a text
+_MAX_LABEL = 200  # characters per line of a text
 _STRIP_COLUMNS = 8
+_TITLE = 30  # pixels; height of the title above a picture
 
 
 def to_png(image: Image.Image | np.ndarray) -> bytes:
-  """Encodes a picture, Pillow or uint8 [h, w, 3]."""
+  """Encodes a picture as PNG; an array is uint8 [h, w, 3]."""
   buffer = io.BytesIO()
   (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, "PNG")
   return buffer.getvalue()
 
 
 def column_label(column: str, last: bool) -> str:
-  """Returns a grid header: counts are bare numbers, and the last one says what is counted."""
+  """Returns the header of a report's column; the last of the token counts is followed by "tokens"."""
   if not column.isdigit():
     return {"vae": "reconstruction"}.get(column, column)
   return column if not last else f"{column} token{'s' * (column != '1')}"
 
 
 def cell_box(row: int, column: int, height: int, width: int, apart: bool = True) -> tuple[int, int, int, int]:
-  """Returns (left, top, right, bottom) in the grid of the cell of images [height, width], column 0 a little apart."""
+  """Returns (left, top, right, bottom) of a cell in the grid of images [height, width]; see grid."""
   scale = _scale(height, width)
   height, width = height * scale, width * scale
   gap = _gap(width)
@@ -45,14 +46,14 @@ def grid(
   framed: Collection[tuple[int, int]] = (),
   apart: bool = True,
 ) -> Image.Image:
-  """Lays out columns of pictures, a row an image, under their labels on white.
+  """Draws columns of images, one image per row, below their labels on white.
 
   Args:
-    columns: uint8 [n, h, w, 3], all of one size; or n texts, wrapped to fit a cell. Of a text only its first paragraph
-      is cut, with an ellipsis, where it does not fit.
+    columns: uint8 [n, h, w, 3], all of one size; or n texts, wrapped to fit a cell. If a text does not fit, its first
+      paragraph is cut with an ellipsis.
     labels: of the columns.
-    framed: (row, column) of cells in a grey frame.
-    apart: column 0, with originals or texts, stands a little apart.
+    framed: (row, column) of the cells with a grey frame.
+    apart: whether there is more space after column 0, which has originals or texts.
   """
   n, height, width, _ = next(column.shape for column in columns if isinstance(column, np.ndarray))
   scale = _scale(height, width)
@@ -79,7 +80,7 @@ def grid(
 
 
 def strip(images: np.ndarray, labels: Sequence[str]) -> Image.Image:
-  """Lays out pictures uint8 [n, h, w, 3], each under its label, from left to right in as many lines as it takes."""
+  """Draws images uint8 [n, h, w, 3] below their labels, from left to right in as many lines as needed."""
   lines = []
   for start in range(0, len(images), _STRIP_COLUMNS):
     part = slice(start, start + _STRIP_COLUMNS)
@@ -88,6 +89,28 @@ def strip(images: np.ndarray, labels: Sequence[str]) -> Image.Image:
   for i, line in enumerate(lines):
     picture.paste(line, (0, i * line.height))
   return picture
+
+
+def beside(pictures: Sequence[Image.Image]) -> Image.Image:
+  """Joins pictures from left to right on white."""
+  whole = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
+  left = 0
+  for picture in pictures:
+    whole.paste(picture, (left, 0))
+    left += picture.width
+  return whole
+
+
+def below(pictures: Mapping[str, Image.Image]) -> Image.Image:
+  """Joins pictures {title: picture} from top to bottom on white, each below its title."""
+  height = sum(p.height + _TITLE for p in pictures.values())
+  whole = Image.new("RGB", (max(p.width for p in pictures.values()), height), "white")
+  draw, top = ImageDraw.Draw(whole), 0
+  for title, picture in pictures.items():
+    draw.text((12, top + _TITLE // 2), title, fill=(32, 32, 32), font=ImageFont.load_default(16), anchor="lm")
+    whole.paste(picture, (0, top + _TITLE))
+    top += picture.height + _TITLE
+  return whole
 
 
 def _scale(height: int, width: int) -> int:
@@ -103,7 +126,7 @@ def _header(cell: int) -> int:
 
 
 def _font(label: str, cell: int) -> ImageFont.FreeTypeFont:
-  """Returns the built-in font at the size of the header, smaller where the label would be wider than its cell."""
+  """Returns the built-in font at the size of the header, smaller if the label would be wider than its cell."""
   size = max(14, cell // 9)
   font = ImageFont.load_default(size)
   if font.getlength(label) > cell:
@@ -112,30 +135,30 @@ def _font(label: str, cell: int) -> ImageFont.FreeTypeFont:
 
 
 def _write(draw: ImageDraw.ImageDraw, text: str, box: tuple[int, int, int, int], font: ImageFont.FreeTypeFont):
-  """Writes a text into a cell: from its left edge, in the middle of its height."""
+  """Draws a text into a cell, left-aligned and vertically centred."""
   left, top, right, bottom = box
   spacing = font.size // 4
   first, *rest = text.split("\n")
   rest = [line for paragraph in rest for line in _wrap(paragraph, font, right - left)]
-  most = (bottom - top) // (sum(font.getmetrics()) + spacing) - len(rest)
-  lines = [*_wrap(first, font, right - left, max(1, most)), *rest]
+  max_lines = (bottom - top) // (sum(font.getmetrics()) + spacing) - len(rest)
+  lines = [*_wrap(first, font, right - left, max(1, max_lines)), *rest]
   draw.multiline_text((left, (top + bottom) / 2), "\n".join(lines), fill=_INK, font=font, anchor="lm", spacing=spacing)
 
 
 def _text_font(text: str, cell: int) -> ImageFont.FreeTypeFont:
-  """Returns the built-in font; where it may lack a letter that of matplotlib: European languages, Arabic, symbols."""
+  """Returns the built-in font, or for other than ASCII that of matplotlib, which has more letters."""
   size = max(14, cell // 14)
   if text.isascii():
     return ImageFont.load_default(size)
-  import matplotlib  # late, as above
+  import matplotlib  # late: takes a second to import
 
   return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int | None = None) -> list[str]:
-  """Breaks a text into lines of at most `width` pixels; what is left over after `most` lines becomes an ellipsis."""
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int | None = None) -> list[str]:
+  """Breaks a text into at most `max_lines` lines of at most `width` pixels; an ellipsis replaces the rest."""
   for characters in range(min(len(text), _MAX_LABEL), 0, -1):
-    lines = textwrap.wrap(text, characters, max_lines=most, placeholder="…")
+    lines = textwrap.wrap(text, characters, max_lines=max_lines, placeholder="…")
     if all(font.getlength(line) <= width for line in lines):
       return lines
   return ["…"]

@@ -1,0 +1,133 @@
+"""Evaluations as a config describes them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from flextok_jax.config import check_at_least_one, flatten
+from flextok_jax.data import pipeline
+from flextok_jax.data.shards import tokens
+from flextok_jax.evals.metrics import image as metrics_lib
+from flextok_jax.evals.progress import Progress
+from flextok_jax.evals.reconstruction import RFID, Reconstruction, Settings
+from flextok_jax.evals.report import Report
+from flextok_jax.evals.scaling_factor import ScalingFactor
+from flextok_jax.evals.token_loss import TokenLoss
+from flextok_jax.inference.decoding import token_counts
+from flextok_jax.parallel import sharding
+from flextok_jax.parallel.batching import replicate
+from flextok_jax.stages import make_stage
+from flextok_jax.training import checkpoint, inputs
+from flextok_jax.weights.perception import networks
+
+_MODEL_FIELDS = ("stage", "image_size", "vae", "encoder", "decoder", "tokens", "ar", "text")
+_NO_EFFECT = (  # fields of the model that have no effect on evaluations
+  "vae.sample_posterior",
+  "tokens.nested_dropout",
+  "tokens.null_prob",
+  "tokens.quantization_dropout",
+  "tokens.corruption",
+  "ar.tokenizer",
+  "ar.drop_condition",
+  "ar.position_decay",
+  *checkpoint.FREE_AR,
+)
+
+
+def make_evaluator(
+  config: ConfigDict,
+  stage: Any,
+  mesh: Any,
+  prepare: Callable[[dict], dict],
+  metrics: Sequence[str] = (),
+  weights: str | None = None,
+  progress: Progress | None = None,
+  lazy: bool = False,
+) -> Reconstruction | TokenLoss:
+  """Returns the evaluation of config.eval; its run(params) returns a report.
+
+  A tokenizer or VAE is evaluated on the validation splits of config.eval.sources, a generator on that of
+  config.data.tokens.
+
+  Args:
+    stage: of the config (see flextok_jax/stages).
+    prepare: of training/inputs.py, for stage "ar".
+    metrics: from the NAMES of evals/metrics/image.py, and "rfid"; (): psnr, ssim, mae. Not for stage "ar".
+    weights: folder with the weights of networks, see weights/perception/networks.py.
+    progress: keeps partial results.
+    lazy: whether images are read as they are needed, and not kept for another run.
+
+  Raises:
+    ValueError: a setting out of range, or nothing to evaluate on.
+  """
+  check_at_least_one(config, "eval.num_images", "eval.batch_size", "eval.grid_images")
+  c = config.eval
+  if config.stage == "ar":
+    if metrics:
+      raise ValueError(f"metrics={','.join(metrics)} of a generator are of its samples: give a tokenizer as well")
+    arrays = tokens.eval_arrays(*inputs.open_tokens(config, "validation"), c.num_images)
+    return TokenLoss(stage.predict_fns["token_losses"], arrays, c.batch_size, mesh, prepare)
+  names = [name for name in metrics if name != RFID] if metrics else metrics_lib.METRICS
+  per_image = metrics_lib.make_metrics(names, weights)
+  features = networks.inception(weights, RFID) if RFID in metrics else None
+  counts = () if config.stage == "vae" else token_counts(c.num_tokens, config.tokens.num_registers)
+  data = inputs.image_data(config)
+  sets: dict[str, Any] = {}
+  for name in c.sources:
+    images = pipeline.EvalImages(data, name, image_size=config.image_size, num_images=c.num_images)
+    sets[name] = images if lazy else images[:]
+  settings = Settings(counts, c.batch_size, config.seed, c.grid_images)
+  return Reconstruction(stage.predict_fns, sets, settings, mesh, per_image, features, progress)
+
+
+def evaluate(
+  config: ConfigDict,
+  params: Any,
+  metrics: Sequence[str] = (),
+  weights: str | None = None,
+  progress: Progress | None = None,
+) -> Report:
+  """Evaluates params on all devices, as make_evaluator says; images are read as they are needed."""
+  mesh, stage = sharding.make_mesh(), make_stage(config)
+  prepare = inputs.make_prepare(config, mesh)
+  evaluator = make_evaluator(config, stage, mesh, prepare, metrics, weights, progress, lazy=True)
+  return evaluator.run(replicate(params, mesh))
+
+
+def make_measure(config: ConfigDict, stage: Any, mesh: Any, evaluator: Any) -> Callable[[Any], dict[str, float]]:
+  """Returns a function of parameters that measures the fields that the config leaves open: {dotted field: value}.
+
+  It measures vae.scaling_factor, on the images of the evaluator (a Reconstruction), for stage "vae" with a scaling
+  factor of 0; otherwise it returns {}.
+  """
+  if config.stage != "vae" or config.vae.scaling_factor:
+    return lambda params: {}
+  measure = ScalingFactor(stage.predict_fns["moments"], evaluator.images, config.eval.batch_size, mesh)
+  return lambda params: {"vae.scaling_factor": measure(params)}
+
+
+def with_model(given: ConfigDict, trained: ConfigDict, check: bool = True) -> ConfigDict:
+  """Returns the config `given` with the fields of the model of the config `trained`.
+
+  Args:
+    check: whether to refuse configs of different models (see check_same_model).
+  """
+  if check:
+    check_same_model(given, trained)
+  config = given.copy_and_resolve_references()
+  with config.unlocked():
+    for name in _MODEL_FIELDS:
+      config[name] = trained[name]
+  return config
+
+
+def check_same_model(given: Mapping[str, Any], trained: Mapping[str, Any]):
+  """Raises ValueError if two configs describe different models."""
+  given, trained = flatten(given), flatten(trained)
+  for name in sorted(given.keys() & trained.keys()):
+    if name.split(".")[0] in _MODEL_FIELDS and name not in _NO_EFFECT and given[name] != trained[name]:
+      raise ValueError(
+        f"the given config has {name} = {given[name]!r}, but the checkpoint was trained with"
+        f" {trained[name]!r}: give the config of that run, or none"
+      )
