@@ -149,7 +149,7 @@ def compile_job(
   accelerator = accelerators.known(devices[0])
   if accelerator is None:
     raise ValueError(f"no figures of {devices[0].device_kind!r} in flextok_jax/core/accelerators.py: add them there")
-  mesh = sharding.make_mesh(config.mesh, devices)
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
   with jax.default_device(devices[0]):  # where attention asks whether it can run
     job = make_job(config, job_name, mesh, batch, num_tokens)
   head_dim = config.ar.head_dim if config.stage == "ar" else config.decoder.head_dim

@@ -120,7 +120,7 @@ def coordinates(config: ConfigDict, steps: int) -> list[dict]:
   have a number each.
   """
   config = inputs.with_tokenizer(config)
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(config.data.global_batch, config.optim.accumulate_steps, mesh)
   stage, optimizer = stages.make_stage(config), optim.make_optimizer(config.optim, config.train.num_steps)
   init_key, run_key = jax.random.split(jax.random.key(config.seed))

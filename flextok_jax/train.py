@@ -45,7 +45,7 @@ def train(config, workdir: str):
   check_at_least_one(config, *(f"train.{name}" for name in every))
   float_dtype("train.export_dtype", config.train.export_dtype)
   config = inputs.with_vae(inputs.with_tokenizer(config), workdir)
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(config.data.global_batch, config.optim.accumulate_steps, mesh)
   for line in optim.check(config):
     processes.log_on_process_0(f"warning: {line}")

@@ -1,51 +1,55 @@
-"""Devices, and where arrays live on them."""
+"""The device mesh, and the shardings of batches and parameters."""
 
 import collections
 from collections.abc import Iterator, Sequence
 import itertools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 import numpy as np
 
 from flextok_jax.ops import layout
 
 AXES = ("data", "fsdp", "tensor")
-# Bytes: parameters up to this size stay whole under "fsdp". Fetching biases and scales from all sides before each use
-# would cost more time than the little memory is worth.
+# Bytes: parameters up to this size are not sharded over "fsdp". Gathering biases and scales before each use would cost
+# more time than the little memory is worth.
 SMALL = 2**20
 
 
-def make_mesh(mesh: ConfigDict | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Returns the device mesh of config.mesh, by default one with all devices along "data".
+def make_mesh(
+  data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Returns a device mesh with AXES, by default with all devices along "data".
 
-  Neighbours along "tensor" and then "fsdp" are the closest: chips of a slice, GPUs of a node.
+  Neighbours along "tensor", and then along "fsdp", are the closest devices: chips of a slice, GPUs of a node.
 
   Args:
-    mesh: sizes of AXES, of which one may be -1, for the devices that are left; and the number of slices.
-    devices: default: all of this run.
+    data: size of the axis "data". One of data, fsdp and tensor may be -1: the remaining devices.
+    fsdp: size of the axis "fsdp".
+    tensor: size of the axis "tensor".
+    slices: number of slices, which "data" alone crosses; None: as found.
+    devices: of the mesh; None: all devices of this run.
 
   Raises:
-    ValueError: when the devices do not divide into it.
+    ValueError: the sizes do not suit the devices.
   """
   devices = jax.devices() if devices is None else list(devices)
   found = len({getattr(device, "slice_index", 0) for device in devices})
-  if mesh is None:
-    mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, slices=found))
-  data, fsdp, tensor = _sizes(mesh, len(devices))
-  if mesh.slices == 1:
+  slices = found if slices is None else slices
+  data, fsdp, tensor = _sizes((data, fsdp, tensor), len(devices))
+  if slices == 1:
     if found > 1 and devices[0].platform == "tpu":
-      raise ValueError(f"these devices are {found} slices: give --config.mesh.slices={found}")
+      raise ValueError(f"these devices are {found} slices: set slices={found}")
     make = lambda: mesh_utils.create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
   else:
-    if not isinstance(mesh.slices, int) or mesh.slices < 1 or data % mesh.slices:
-      raise ValueError(f"config.mesh.data={data} is not divisible by config.mesh.slices={mesh.slices}")
-    inner, outer = (data // mesh.slices, fsdp, tensor), (mesh.slices, 1, 1)
+    if not isinstance(slices, int) or slices < 1 or data % slices:
+      raise ValueError(f"data={data} is not divisible by slices={slices}")
+    inner, outer = (data // slices, fsdp, tensor), (slices, 1, 1)
     by_process = not hasattr(devices[0], "slice_index")
     make = lambda: mesh_utils.create_hybrid_device_mesh(
       inner, outer, devices, process_is_granule=by_process, allow_split_physical_axes=True
@@ -53,54 +57,54 @@ def make_mesh(mesh: ConfigDict | None = None, devices: Sequence[jax.Device] | No
   try:
     return Mesh(make(), AXES, axis_types=(AxisType.Auto,) * len(AXES))
   except (ValueError, NotImplementedError) as e:
-    sizes = f"data={data}, fsdp={fsdp}, tensor={tensor}, slices={mesh.slices}"
-    raise ValueError(f"config.mesh of {sizes} does not suit these {len(devices)} devices: {e}") from e
+    sizes = f"data={data}, fsdp={fsdp}, tensor={tensor}, slices={slices}"
+    raise ValueError(f"a mesh of {sizes} does not suit these {len(devices)} devices: {e}") from e
 
 
-def _sizes(mesh: ConfigDict, count: int) -> list[int]:
-  """Returns the sizes of AXES, -1 replaced."""
-  sizes = [mesh[axis] for axis in AXES]
-  told = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
+def _sizes(sizes: tuple[int, ...], count: int) -> list[int]:
+  """Returns the sizes of AXES for `count` devices, -1 replaced."""
+  text = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
   if any(not isinstance(size, int) or size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-    raise ValueError(f"config.mesh of {told}: sizes are at least 1, and one of them may be -1, for the rest")
+    raise ValueError(f"a mesh of {text}: sizes are at least 1, and one of them may be -1, for the rest")
   known = math.prod(size for size in sizes if size != -1)
   if count % known or (-1 not in sizes and known != count):
-    raise ValueError(f"config.mesh of {told} does not match the {count} devices of this run: -1 stands for the rest")
+    raise ValueError(f"a mesh of {text} does not match the {count} devices of this run: -1 means the rest")
   return [count // known if size == -1 else size for size in sizes]
 
 
 def batch_parts(mesh: Mesh) -> int:
-  """Returns into how many parts a mesh divides the batch."""
+  """Returns the number of shards of the batch on a mesh."""
   return math.prod(mesh.shape.get(axis, 1) for axis in layout.RULES["batch"])
 
 
-def check_batch(global_batch: int, accumulate_steps: int, mesh: Mesh):
-  """Raises ValueError when a part of the batch does not divide over the devices."""
+def check_batch(global_batch: int, accumulate_steps: int, mesh: Mesh) -> None:
+  """Raises ValueError if the batch is not divisible by accumulate_steps times the shards of the batch."""
   parts = accumulate_steps * batch_parts(mesh)
   if global_batch < 1 or global_batch % parts:
     raise ValueError(
-      f"config.data.global_batch={global_batch} is not divisible by {batch_parts(mesh)} devices x "
-      f"optim.accumulate_steps={accumulate_steps} (devices along mesh.data and mesh.fsdp): use a multiple of {parts}"
+      f"global_batch={global_batch} is not divisible by {batch_parts(mesh)} devices x accumulate_steps="
+      f"{accumulate_steps} (devices along the axes data and fsdp): use a multiple of {parts}"
     )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the placement of arrays [b, ...]; b must be divisible by batch_parts."""
+  """Returns the sharding of arrays [b, ...]; b must be divisible by batch_parts."""
   return NamedSharding(mesh, P(tuple(axis for axis in layout.RULES["batch"] if axis in mesh.shape)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of arrays that every device holds whole."""
   return NamedSharding(mesh, P())
 
 
-def tree_shardings(abstract, mesh: Mesh):
+def tree_shardings(abstract: Any, mesh: Mesh) -> Any:
   """Returns the NamedSharding of each leaf of an abstract tree, boxed with its logical axes or not.
 
-  By layout.RULES; but "fsdp" has nothing of arrays up to SMALL, and of all others the largest dimension that divides,
-  if the rules find it no place: "layers" last, which a scan takes apart.
+  By layout.RULES, except that arrays up to SMALL are not sharded over "fsdp"; for larger ones that the rules do not
+  shard over it, the largest divisible dimension is, "layers" only as a last resort, as a scan slices it.
   """
 
-  def place(leaf):  # a box may be empty: of a parameter that this part of the optimiser leaves to another
+  def place(leaf):  # a box may be empty: of a parameter that another part of the optimiser holds
     names = getattr(leaf, "names", None)
     return jax.tree.map(lambda x: NamedSharding(mesh, _parameter_spec(x, names, mesh)), nn.meta.unbox(leaf))
 
@@ -121,16 +125,18 @@ def _parameter_spec(x: jax.ShapeDtypeStruct, names: Sequence[str | None] | None,
   return P(*(axes or None for axes in parts))
 
 
-def place(tree, sharding: NamedSharding | None):
-  """Puts arrays of which every process has the whole, or that are on all devices already, where `sharding` says.
+def place(tree: Any, sharding: NamedSharding | None) -> Any:
+  """Puts a tree of arrays on devices.
 
-  None: on the default device.
+  Args:
+    tree: of arrays that every process holds whole, or that are on all devices already.
+    sharding: of all arrays; None: on the default device.
   """
 
   def put(x):
     if sharding is None or sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
       return jax.device_put(x, sharding)
-    x = np.asarray(x)  # device_put would bring the copies of all processes together, to compare them
+    x = np.asarray(x)  # device_put would gather the copies of all processes to compare them
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
   return jax.tree.map(put, tree)
@@ -139,14 +145,14 @@ def place(tree, sharding: NamedSharding | None):
 def process_blocks(mesh: Mesh, process_index: int | None = None) -> tuple[list[int], int]:
   """Returns which rows of a batch the devices of a process need, as (blocks, count).
 
-  Of the batch in `count` equal blocks of neighbouring rows they need `blocks`, ascending. Several processes need the
-  same where "tensor" goes across them.
+  The batch consists of `count` equal blocks of consecutive rows, of which the process needs `blocks`, ascending. If
+  "tensor" spans several processes, these need the same blocks.
   """
   process = jax.process_index() if process_index is None else process_index
   count = batch_parts(mesh)
   indices = batch_sharding(mesh).devices_indices_map((count,))
   needed = sorted({index[0].indices(count)[0] for device, index in indices.items() if device.process_index == process})
-  for size in range(len(needed), 0, -1):  # blocks as large as they can be
+  for size in range(len(needed), 0, -1):  # as large blocks as possible
     blocks = sorted({i // size for i in needed})
     if count % size == 0 and len(blocks) * size == len(needed):
       return blocks, count // size
@@ -154,9 +160,9 @@ def process_blocks(mesh: Mesh, process_index: int | None = None) -> tuple[list[i
 
 
 def device_batches(batches: Iterator[dict], sharding: NamedSharding, ahead: int = 2) -> Iterator[dict]:
-  """Turns batches of the rows that this process needs into global arrays.
+  """Turns batches of the rows that this process needs (process_blocks) into global arrays.
 
-  `ahead` of them are on their way to the devices while one is used.
+  `ahead` batches are transferred to the devices while one is used.
   """
   place = lambda batch: {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
   batches = iter(batches)

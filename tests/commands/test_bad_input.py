@@ -81,7 +81,7 @@ def refused(pattern, workdir, **overrides):
     ("unknown crop 'left'", dict(data=dict(crop="left"))),
     # Counts.
     ("global_batch=12 is not divisible by 8 devices", dict(data=dict(global_batch=12))),
-    ("global_batch=8 is not divisible by 8 devices x optim.accumulate_steps=2", dict(optim=dict(accumulate_steps=2))),
+    ("global_batch=8 is not divisible by 8 devices x accumulate_steps=2", dict(optim=dict(accumulate_steps=2))),
     ("accumulate_steps", dict(optim=dict(accumulate_steps=0))),
     ("global_batch=0", dict(data=dict(global_batch=0))),
     ("mesh of data=3, fsdp=1, tensor=1 does not match the 8 devices", dict(mesh=dict(data=3))),

@@ -10,7 +10,6 @@ from PIL import Image
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flextok_jax.config import derive
 from flextok_jax.models.perception.vit import IMAGENET, ViT, preprocess
 from flextok_jax.parallel import sharding
 from flextok_jax.weights.perception import vit as vit_files
@@ -92,7 +91,7 @@ def test_sharded(case, source):
   sizes, params = load_vit(source)
   images = np.tile(vit_reference.images(case), (2, 1, 1, 1))
   want, _ = run(sizes, params, images)
-  mesh = sharding.make_mesh(derive(mesh=dict(data=2, fsdp=2, tensor=2)).mesh)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   abstract = jax.eval_shape(ViT(**sizes).init, jax.random.key(0), images)["params"]
   placed = jax.device_put(params, sharding.tree_shardings(abstract, mesh))
   assert len(placed["blocks"]["mlp"]["in"]["kernel"].sharding.spec) == 4

@@ -128,7 +128,7 @@ def test_processes_that_are_stopped_and_killed_compute_what_one_does(shards, und
 
   # The stopped one by one process: from two processes to one, from 8 devices to 2, from fsdp to data.
   make = sharding.make_mesh
-  monkeypatch.setattr(sharding, "make_mesh", lambda mesh: make(mesh, jax.devices()[:2]))
+  monkeypatch.setattr(sharding, "make_mesh", lambda **mesh: make(**mesh, devices=jax.devices()[:2]))
   train.train(tiny_run.config_of(shards), str(stopped))
   same_losses(losses(stopped), expected)
   assert trained(stopped) == trained(undisturbed)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import FrozenConfigDict
 import numpy as np
 import pytest
 
@@ -30,7 +30,7 @@ MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "mixed": (2
 
 
 def mesh_of(data=-1, fsdp=1, tensor=1, slices=1, devices=None):
-  return sharding.make_mesh(ConfigDict(dict(data=data, fsdp=fsdp, tensor=tensor, slices=slices)), devices)
+  return sharding.make_mesh(data, fsdp, tensor, slices, devices)
 
 
 # The mesh.
@@ -53,7 +53,7 @@ def test_the_rest_of_the_devices():
     (dict(fsdp=-1), "data=-1, fsdp=-1, tensor=1: sizes are at least 1, and one of them may be -1"),
     (dict(tensor=0), "tensor=0: sizes are at least 1"),
     (dict(fsdp=2.0), "fsdp=2.0"),
-    (dict(slices=3), "config.mesh.data=8 is not divisible by config.mesh.slices=3"),
+    (dict(slices=3), "data=8 is not divisible by slices=3"),
     (dict(slices=0), "slices=0"),
     (dict(slices=2), "slices=2 does not suit these 8 devices"),  # all of one process
   ],
@@ -88,7 +88,7 @@ def test_slices_of_tpus_must_be_told():
   devices = pod(2, 1, 4, slice=True)
   for device in devices:
     device.platform = "tpu"
-  with pytest.raises(ValueError, match="these devices are 2 slices: give --config.mesh.slices=2"):
+  with pytest.raises(ValueError, match="these devices are 2 slices: set slices=2"):
     mesh_of(devices=devices)
 
 
@@ -135,7 +135,7 @@ def test_batches_lie_on_data_and_fsdp():
     data, fsdp, _ = np.argwhere(mesh.devices == shard.device)[0]
     np.testing.assert_array_equal(shard.data, np.arange(2) + 2 * (2 * data + fsdp))
   sharding.check_batch(8, 2, mesh)
-  with pytest.raises(ValueError, match=r"global_batch=8 is not divisible by 4 devices x optim.accumulate_steps=4"):
+  with pytest.raises(ValueError, match=r"global_batch=8 is not divisible by 4 devices x accumulate_steps=4"):
     sharding.check_batch(8, 4, mesh)
 
 

@@ -288,7 +288,7 @@ def test_an_update_on_many_devices_is_that_of_one():
     patch.setattr(sharding, "SMALL", 256)
     for axes in (dict(data=1), dict(data=2, fsdp=2, tensor=2)):
       count = np.prod(list(axes.values()))
-      mesh = sharding.make_mesh(common.derive(mesh=axes).mesh, jax.devices()[:count])
+      mesh = sharding.make_mesh(**axes, devices=jax.devices()[:count])
       boxed = jax.eval_shape(lambda key: init_state(stage, optimizer, key), jax.random.key(0))
       places = sharding.tree_shardings(boxed, mesh)
       state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)))(jax.random.key(0))
@@ -312,7 +312,7 @@ def dinov2(tmp_path_factory):
 
 def test_the_teacher_sees_the_clean_image_at_the_grid_of_the_decoder(dinov2):
   config = config_of(dict(teacher=str(dinov2)))
-  mesh = sharding.make_mesh(common.derive(mesh=dict(data=2, fsdp=2, tensor=2)).mesh)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   sizes, params = teacher.read(config)
   assert "num_classes" not in sizes and "head" not in params
   images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)

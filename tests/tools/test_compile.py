@@ -41,7 +41,7 @@ def generator(**overrides):
 
 
 def mesh_of(**axes):
-  return sharding.make_mesh(common.derive(mesh=axes).mesh)
+  return sharding.make_mesh(**axes)
 
 
 def compiled(config, job, mesh, batch):
