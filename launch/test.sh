@@ -1,18 +1,50 @@
 #!/usr/bin/env bash
 # Checks and tests in the repository's own environment:
 #
-#   bash launch/test.sh                        formatting, lint, types, layers, then the whole test suite
+#   bash launch/test.sh                        formatting, lint, types, layers, all tests, and the fast tests with every
+#                                              other supported version of Python that is found
 #   bash launch/test.sh tests/ops/test_fsq.py  these tests alone; arguments are pytest's
 set -euo pipefail
-# shellcheck source-path=SCRIPTDIR
+# shellcheck source-path=SCRIPTDIR source=env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 if (($#)); then
   exec python -m pytest "$@"
 fi
+
+# The environments of other versions are installed while the checks run.
+fast=(tests/core tests/ops tests/models/test_golden.py tests/models/test_golden_ar.py tests/training/test_update.py
+  tests/test_versions.py)
+versions=()
+for version in 3.11 3.12 3.13; do
+  if [[ $(python -c 'import sys; print("%d.%d" % sys.version_info[:2])') == "$version" ]]; then continue; fi
+  if interpreter=$(flextok_python "$version"); then
+    versions+=("$version")
+    flextok_install "$PWD/.venv-$version" "$interpreter" packaging 'pytest>=8' >&2 &
+  else
+    echo "no Python $version here: its tests are left out"
+  fi
+done
+
 ruff format --check .
 ruff check .
 mypy
 lint-imports
-# Two processes, each test file in one of them: most of the time is compilation, which uses one core.
+for _ in "${versions[@]}"; do wait -n; done
+
+# Two processes; most of the time is compilation, which uses one core.
 python -m pytest -n 2 --dist loadfile
+for version in "${versions[@]}"; do
+  log=$PWD/.venv-$version/tests.log
+  (
+    echo "the fast tests with Python $version:"
+    JAX_COMPILATION_CACHE_DIR=$PWD/.pytest_cache/jax-$version PYTHONPATH=$PWD "$PWD/.venv-$version/bin/python" \
+      -m pytest "${fast[@]}"
+  ) >"$log" 2>&1 &
+done
+code=0
+for version in "${versions[@]}"; do
+  wait -n || code=1
+done
+for version in "${versions[@]}"; do cat ".venv-$version/tests.log"; done
+exit "$code"
