@@ -116,7 +116,7 @@ def scan_blocks(step: Callable, depth: int, block: nn.Module, carry: Any, inputs
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-5) -> jax.Array:
-  """Normalises the last axis without affine parameters, in float32; returns x's dtype."""
+  """Normalises the last axis without learned parameters, in float32; returns the dtype of x."""
   y = x.astype(jnp.float32)
   y = y - y.mean(-1, keepdims=True)
   y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
@@ -196,7 +196,7 @@ def dense(
   zero: bool = False,
   precision: jax.lax.Precision | None = None,
 ) -> nn.Dense:
-  """Returns a linear layer with named axes; its kernel starts Xavier-uniform or at zero, its bias at zero."""
+  """Returns a linear layer with named axes; initialised Xavier-uniform or with zeros, the bias with zeros."""
   return nn.Dense(
     features,
     use_bias=use_bias,
@@ -209,7 +209,7 @@ def dense(
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:
-  """[b, h, w, c] -> [b, h/patch, w/patch, patch*patch*c], each vector ordered (row, column, channel)."""
+  """[b, h, w, c] -> [b, h/patch, w/patch, patch*patch*c], each vector in the order row, column, channel."""
   return rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=patch, q=patch)
 
 

@@ -1,4 +1,4 @@
-"""The trainable stages behind one interface; training, evaluation and commands know nothing else of them."""
+"""The trainable stages, behind the one interface that training, evaluation and commands use."""
 
 from flextok_jax.stages.ar import ARStage
 from flextok_jax.stages.stage import Stage
@@ -9,10 +9,10 @@ _STAGES = {"tokenizer": TokenizerStage, "vae": VAEStage, "ar": ARStage}
 
 
 def make_stage(config) -> Stage:
-  """Returns the stage that config.stage names.
+  """Returns the stage named by config.stage.
 
   Raises:
-    ValueError: for an unknown stage or sizes that do not fit together.
+    ValueError: the stage is unknown, or sizes do not fit together.
   """
   if config.stage not in _STAGES:
     raise ValueError(f"unknown stage {config.stage!r}: one of {', '.join(_STAGES)}")

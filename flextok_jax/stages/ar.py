@@ -19,7 +19,7 @@ from flextok_jax.stages.stage import Stage
 
 
 def mlp_hidden(c: ConfigDict) -> int:
-  """Returns the hidden width of the blocks' MLP; a gated one has two thirds of it, rounded up."""
+  """Returns the hidden width of the MLP of config.ar `c`; a gated one has two thirds of it, rounded up."""
   hidden = int(c.mlp_ratio * c.width)
   if c.ffn == "mlp_gelu":
     return hidden
@@ -30,7 +30,7 @@ def make_generator(config: ConfigDict) -> ar.Generator:
   """Builds the generator from config.ar and config.text.
 
   Raises:
-    ValueError: naming the value, when there is no such choice or sizes do not fit together.
+    ValueError: naming an invalid value, or sizes that do not fit together.
   """
   float_dtype("dtype", config.dtype)
   sizes = ("width", "depth", "head_dim", "num_ids", "num_tokens", "ffn_multiple_of", "loss_chunk")
@@ -129,7 +129,7 @@ def make_text_encoder(config: ConfigDict, sizes: Mapping | None = None) -> nn.Mo
 
 
 class ARStage(Stage):
-  """Trains {"ar"} and, conditioned on text, {"text_mlp", "text"}; a T5 stays outside: it only feeds features."""
+  """Trains {"ar"} and, conditioned on text, {"text_mlp", "text"}. A T5 is not a part: its features are in the batch."""
 
   def __init__(self, config: ConfigDict):
     self.config = config
@@ -155,33 +155,33 @@ class ARStage(Stage):
     return params, {}
 
   def token_losses(self, params, batch):
-    """Cross-entropy and whether it counts, float32 [b, n] each: of every token and of the one that stops.
+    """Returns the cross-entropy of each token, the stop id included, and its weight 0 or 1, float32 [b, n] each.
 
-    `batch` is as of data/shards/tokens.py; text comes as text_features [b, t, f], or as text_ids for the joint encoder.
+    `batch` is one of data/shards/tokens.py, with text as text_features [b, t, f], or as text_ids for the joint encoder.
     """
     c, apply = self.config.ar, functools.partial(self.model.apply, {"params": params})
     ids, length = batch["token_ids"], batch["length"][:, None]
-    place = jnp.arange(ids.shape[1])
+    position = jnp.arange(ids.shape[1])
     text = ()
     if c.condition == "text":
       features = batch.get("text_features")
       if features is None:
         features = apply(batch["text_ids"], batch["text_lengths"], method="encode_text")
       text = (features, batch["text_lengths"])
-    targets = jnp.where(place < length, ids, c.num_ids) if c.stop else ids
+    targets = jnp.where(position < length, ids, c.num_ids) if c.stop else ids
     losses = apply(ids, batch["label"], targets, c.loss_chunk, *text, method="losses")
-    return losses, (place < length + int(c.stop)).astype(jnp.float32)
+    return losses, (position < length + int(c.stop)).astype(jnp.float32)
 
   def loss_fn(self, params, batch, key, step):
-    """Mean cross-entropy (nats) over the tokens of the batch, also by position."""
-    del key, step  # the condition was dropped where the batch was made
+    """Returns the mean cross-entropy (nats) over the tokens of the batch; metrics also by position."""
+    del key, step  # the data pipeline has dropped conditions already
     losses, counts = self.token_losses(params, batch)
     length = losses.shape[1]
     decay = (1 + jnp.arange(length)) ** -float(self.config.ar.position_decay)
     weights = counts * decay / decay.mean()
     metrics = {"loss": ((losses * counts).sum(), counts.sum())}
     low = 0
-    for high in nested.powers_of_two(length):  # powers of two: the further, the more tokens share a number
+    for high in nested.powers_of_two(length):  # positions in ranges between powers of two
       part = slice(low, high)
       metrics[f"loss_to_{high}"] = (losses * counts)[:, part].sum(), counts[:, part].sum()
       low = high

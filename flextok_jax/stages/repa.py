@@ -1,4 +1,4 @@
-"""REPA (Yu et al. 2024, arXiv 2410.06940) in stage "tokenizer": what config.repa asks for."""
+"""REPA (Yu et al. 2024, arXiv 2410.06940) in stage "tokenizer": readers of config.repa."""
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -9,32 +9,32 @@ from flextok_jax.models.tokenizer.repa import Projector
 
 
 def section(config: ConfigDict) -> ConfigDict | None:
-  """Returns config.repa where a run trains with it, else None; weights files from before REPA lack the section."""
+  """Returns config.repa if a run trains with it, else None."""
   repa = config.repa
   return repa if config.stage == "tokenizer" and repa is not None and repa.weight else None
 
 
 def teacher_shards(config: ConfigDict) -> str:
-  """Returns the folder of the teacher's features, "" where the step computes them, or needs none."""
+  """Returns the folder with features of the teacher; "" if the training step computes them or needs none."""
   return config.data.teacher if section(config) is not None else ""
 
 
 def decoder_grid(config: ConfigDict) -> int:
-  """Returns the decoder's patches a side."""
+  """Returns the number of patches of the decoder per side."""
   downscale = 1 if config.vae.kind == "pixels" else 2 ** (len(config.vae.block_out_channels) - 1)
   return config.image_size // downscale // config.decoder.patch_size
 
 
 def teacher_grid(config: ConfigDict) -> int:
-  """Returns the patches a side of the teacher's features."""
+  """Returns the number of patches of the teacher's features per side."""
   return config.repa.grid or decoder_grid(config)
 
 
 def make_projector(config: ConfigDict, decoder: Decoder) -> Projector | None:
-  """Returns the projector of config.repa, None where REPA is off.
+  """Returns the projector of config.repa; None if REPA is off.
 
   Raises:
-    ValueError: naming the value that is not possible.
+    ValueError: naming an invalid value.
   """
   repa = section(config)
   if repa is None:
@@ -44,7 +44,7 @@ def make_projector(config: ConfigDict, decoder: Decoder) -> Projector | None:
   check_at_least_one(config, "repa.block", "repa.hidden", "repa.features")
   float_dtype("repa.dtype", repa.dtype)
   if repa.block > decoder.depth:
-    raise ValueError(f"repa.block {repa.block} is none of the decoder's {decoder.depth} blocks, counted from 1")
+    raise ValueError(f"repa.block {repa.block} is not one of the {decoder.depth} blocks of the decoder, counted from 1")
   if not isinstance(repa.grid, int) or repa.grid < 0:
-    raise ValueError(f"repa.grid must be a number of patches a side, or 0 for the decoder's, got {repa.grid!r}")
+    raise ValueError(f"repa.grid must be a number of patches per side, or 0 for that of the decoder, got {repa.grid!r}")
   return Projector(repa.hidden, repa.features, jnp.dtype(config.dtype))

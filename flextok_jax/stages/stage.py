@@ -1,4 +1,4 @@
-"""What every stage is to training, evaluation and commands, which know nothing else of them."""
+"""The interface of a stage, as training, evaluation and commands use it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,16 +9,16 @@ Params = Any
 
 
 class Stage:
-  """A trainable model with its loss: pure functions over a tree of parameters, of which top-level parts have names."""
+  """A trainable model and its loss: pure functions over a tree of parameters {part: parameters}."""
 
   def init(self, key: jax.Array) -> tuple[Params, Params]:
-    """Returns the trainable and the frozen parts of the model, boxed with logical axes: what weights files hold."""
+    """Returns the trainable and the frozen parts of the model, boxed with logical axes. Weights files hold both."""
     raise NotImplementedError
 
   def init_auxiliary(self, key: jax.Array) -> tuple[Params, Params]:
-    """Returns further parts, trainable and frozen, that the loss alone needs: checkpoints hold them, weights files not.
+    """Returns further parts, trainable and frozen, that only the loss needs: in checkpoints, but not in weights files.
 
-    They are optimised and averaged like the model's.
+    The trainable ones are optimised and averaged like those of the model.
     """
     del key
     return {}, {}
@@ -29,17 +29,17 @@ class Stage:
     return {}
 
   def loss_fn(self, params: Params, batch: Mapping, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
-    """Returns the scalar to descend, and metrics: a dict of (sum, count) pairs, with "loss" among them.
+    """Returns the loss to minimise [], and metrics {name: (sum, count)}, with "loss" among them.
 
     Args:
-      params: all parts, joined.
+      params: all parts, in one dict.
       batch: arrays [b, ...].
-      key: of this step.
-      step: int32 [], updates done before.
+      key: random key of this step.
+      step: int32 [], number of updates before this one.
     """
     raise NotImplementedError
 
   @property
   def predict_fns(self) -> dict[str, Callable]:
-    """Pure functions of the model's parts, joined, for evaluation and commands."""
+    """Pure functions of the parts of the model, in one dict, for evaluation and commands."""
     raise NotImplementedError

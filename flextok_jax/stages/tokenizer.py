@@ -23,7 +23,7 @@ from flextok_jax.stages import repa
 from flextok_jax.stages.stage import Stage
 from flextok_jax.stages.vae import make_vae
 
-# The names that a field of config.encoder or config.decoder may hold.
+# Values of string fields of config.encoder and config.decoder.
 _NAMES = {
   "activation": tuple(layers.ACTIVATIONS),
   "posemb": posemb.KINDS,
@@ -37,7 +37,7 @@ def make_model(config: ConfigDict) -> FlexTok:
   """Builds FlexTok from a config.
 
   Raises:
-    ValueError: naming the value, when there is no such choice or sizes do not fit together.
+    ValueError: naming an invalid value, or sizes that do not fit together.
   """
   float_dtype("dtype", config.dtype)
   check_at_least_one(config, "image_size", "tokens.num_registers")
@@ -55,12 +55,12 @@ def make_model(config: ConfigDict) -> FlexTok:
     decoder=_make_part(Decoder, "decoder", config, side),
     vae=vae,
     levels=levels,
-    scaling_factor=config.vae.scaling_factor or 1.0,  # 0: not known before training (inputs.with_vae)
+    scaling_factor=config.vae.scaling_factor or 1.0,  # 0: set by training (inputs.with_vae)
   )
 
 
 def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, side: int, **fields) -> PatchTransformer:
-  """Builds the encoder or decoder for latents of `side` pixels; what its section leaves out is the module's default."""
+  """Builds the encoder or decoder for latents of side x side pixels from its section of the config."""
   part = module(
     num_registers=config.tokens.num_registers,
     dtype=jnp.dtype(config.dtype),
@@ -85,26 +85,26 @@ def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, si
     raise ValueError(f"{name}.max_timestep must be a number above 0, got {part.max_timestep!r}")
   if side < part.patch_size or side % part.patch_size:
     raise ValueError(
-      f"image_size {config.image_size} gives {side} latent pixels a side, "
+      f"image_size {config.image_size} gives {side} latent pixels per side, "
       f"which is not a multiple of {name}.patch_size {part.patch_size}"
     )
   grid = side // part.patch_size
   if not isinstance(part.max_grid, int) or part.max_grid < 0:
-    raise ValueError(f"{name}.max_grid must be a number of patches, or 0 for image_size's, got {part.max_grid!r}")
+    raise ValueError(f"{name}.max_grid must be a number of patches, or 0 for that of image_size, got {part.max_grid!r}")
   if part.posemb_scaling == "absolute" and 0 < part.max_grid < grid:
     raise ValueError(
-      f"{name}.max_grid {part.max_grid} is less than the {grid} patches a side of image_size {config.image_size}: "
+      f"{name}.max_grid {part.max_grid} is less than the {grid} patches per side of image_size {config.image_size}: "
       f"raise it, or set {name}.posemb_scaling to 'interpolate'"
     )
   return part.clone(max_grid=part.max_grid or grid)
 
 
 def _check_flow(config: ConfigDict):
-  """Raises ValueError for an unknown law of the training times, or one that does not run from 1 down to 0."""
+  """Raises ValueError for an unknown distribution of training times, or one whose t(u) does not fall from 1 to 0."""
   c = config.flow
   if c.t_sampling not in flow.T_SAMPLINGS:
     raise ValueError(f"unknown flow.t_sampling {c.t_sampling!r}: one of {', '.join(flow.T_SAMPLINGS)}")
-  high = 2 / (math.pi - 2)  # the slope of t(u) is at most 0 from -1 to here
+  high = 2 / (math.pi - 2)  # t(u) has no positive slope from -1 to here
   if c.t_sampling == "mode" and not -1 <= c.mode_scale <= high:
     raise ValueError(f"flow.mode_scale must lie in [-1, {high:.4f}], where t falls from 1 to 0, got {c.mode_scale!r}")
   if not 0 < c.t_shift < math.inf:
@@ -112,7 +112,7 @@ def _check_flow(config: ConfigDict):
 
 
 def bucket_rows(size: int, most: int) -> int:
-  """Returns the rows of a group: the largest divisor of the batch that is at most `most`."""
+  """Returns the number of rows per group: the largest divisor of the batch size that is at most `most`."""
   return max(rows for rows in range(1, min(size, most) + 1) if size % rows == 0)
 
 
@@ -147,7 +147,7 @@ def _ungroup(x: jax.Array) -> jax.Array:
 
 
 class TokenizerStage(Stage):
-  """Trains {"encoder", "decoder"} over a frozen {"vae"}; without a VAE nothing is frozen."""
+  """Trains {"encoder", "decoder"} on latents of a frozen {"vae"}, or on pixels without a VAE."""
 
   def __init__(self, config: ConfigDict):
     self.model = make_model(config)
@@ -173,16 +173,16 @@ class TokenizerStage(Stage):
     return params, frozen
 
   def init_auxiliary(self, key):
-    """The projector of REPA, which training alone needs: {"repa"}, or {} where REPA is off."""
+    """Returns ({"repa": the projector}, {}), or ({}, {}) if REPA is off."""
     if self.projector is None:
       return {}, {}
     return {"repa": self.projector.init(key, jnp.zeros((1, 1, self.model.decoder.width)))["params"]}, {}
 
   def loss_fn(self, params, batch, key, step):
-    """Flow-matching loss under nested dropout and condition dropout; also by bucket of kept tokens.
+    """Returns the flow-matching loss with nested dropout and condition dropout; metrics also by number of kept tokens.
 
-    `batch` has image [b, H, W, 3], or in its place latents [b, h, w, 2 c], the VAE's moments as latent shards hold them
-    (data/shards/latents.py). With REPA also teacher [b, g * g, d], the teacher's features of the same images.
+    `batch` has "image" [b, H, W, 3], or instead "latents" [b, h, w, 2 c], moments of the VAE as in latent shards
+    (data/shards/latents.py). With REPA also "teacher" [b, g * g, d], features of the teacher for the same images.
     """
     del step
     posterior_key, key = jax.random.split(key)
@@ -320,8 +320,10 @@ class TokenizerStage(Stage):
 
   @property
   def predict_fns(self):
-    """tokenize(params, images, num_tokens) -> ids [b, num_tokens], by default all registers;
-    detokenize(params, ids, keep_k [b], keys [b]) -> images, in less time from fewer ids (see sample_latents).
+    """tokenize(params, images, num_tokens) -> ids [b, num_tokens], by default all registers.
+
+    detokenize(params, ids, keep_k [b], keys [b]) -> images [b, H, W, 3] in [-1, 1]; faster for fewer ids (see
+    sample_latents).
     """
 
     def tokenize(params, images, num_tokens=None):

@@ -22,16 +22,15 @@ def make_vae(config: ConfigDict) -> AutoencoderKL:
   """Builds the autoencoder from config.vae.
 
   Raises:
-    ValueError: when the image size does not fit it.
+    ValueError: the image size does not fit.
   """
   c = config.vae
-  dtype = c.dtype
   vae = AutoencoderKL(
     latent_channels=c.latent_channels,
     block_out_channels=tuple(c.block_out_channels),
     layers_per_block=c.layers_per_block,
     norm_groups=c.norm_groups,
-    dtype=float_dtype("vae.dtype", dtype),
+    dtype=float_dtype("vae.dtype", c.dtype),
   )
   if config.image_size % vae.downscale:
     raise ValueError(f"image_size {config.image_size} is not a multiple of the VAE's downscale {vae.downscale}")
@@ -39,15 +38,15 @@ def make_vae(config: ConfigDict) -> AutoencoderKL:
 
 
 def make_discriminator(config: ConfigDict) -> PatchDiscriminator | None:
-  """Builds the discriminator from config.discriminator; None where its weight is 0, as in older weights files.
+  """Builds the discriminator from config.discriminator; None if its weight is 0.
 
   Raises:
-    ValueError: naming a setting that cannot be.
+    ValueError: naming an invalid value.
   """
   c = config.discriminator
-  if not c["weight"] >= 0:
-    raise ValueError(f"discriminator.weight must be a number of at least 0, got {c['weight']!r}")
-  if not c["weight"]:
+  if not c.weight >= 0:
+    raise ValueError(f"discriminator.weight must be a number of at least 0, got {c.weight!r}")
+  if not c.weight:
     return None
   check_at_least_one(config, "discriminator.channels", "discriminator.num_layers")
   if not isinstance(c.start_step, int) or c.start_step < 0:
@@ -61,11 +60,12 @@ def make_discriminator(config: ConfigDict) -> PatchDiscriminator | None:
 
 
 class VAEStage(Stage):
-  """Trains AutoencoderKL {"vae"}, and with it a {"discriminator"} where its weight is above 0; {"lpips"} is frozen.
+  """Trains AutoencoderKL {"vae"} and, if its weight is above 0, a {"discriminator"}; {"lpips"} is frozen.
 
-  As the latent diffusion models' autoencoders (Rombach et al. 2022, after Esser et al. 2021), but for two things. Both
-  networks move at once, each along the gradient at the same parameters: one backward pass through the autoencoder
-  serves both, where their trainer moves them in turn on two forward passes. And errors are means over pixels, not sums.
+  As the autoencoders of latent diffusion models (Rombach et al. 2022, after Esser et al. 2021), with two differences.
+  Both networks are updated at once, each with the gradient at the same parameters, so that one backward pass through
+  the autoencoder serves both; their trainer alternates, with two forward passes. Errors are means over pixels, not
+  sums.
   """
 
   def __init__(self, config: ConfigDict):
@@ -83,7 +83,7 @@ class VAEStage(Stage):
     return {"vae": self.vae.init(key, self._images())["params"]}, {}
 
   def init_auxiliary(self, key):
-    """Returns ({"discriminator"}, {"lpips"}), each where the config asks for it; the latter's weights are random."""
+    """Returns ({"discriminator"}, {"lpips"}), each if it is used; the weights of LPIPS are random here."""
     params, frozen = {}, {}
     if self.discriminator:
       params["discriminator"] = self.discriminator.init(key, self._images())["params"]
@@ -99,15 +99,15 @@ class VAEStage(Stage):
     return jnp.zeros((1, self.image_size, self.image_size, 3))
 
   def loss_fn(self, params, batch, key, step):
-    """Reconstruction losses, KL of the posterior (summed over a latent) and adversarial losses, mean over the batch.
+    """Returns reconstruction losses, KL of the posterior (summed over a latent) and adversarial losses, batch means.
 
-    loss = r + kl_weight KL + w g + d, of reconstruction losses r = l1_weight L1 + l2_weight L2 + lpips_weight LPIPS,
-    the generator's loss g and the discriminator's d; w = discriminator.weight times ops/adversarial.adaptive_weight.
-    g and d weigh 0 before step discriminator.start_step. The gradient reaches the autoencoder by r, KL and g
-    alone, the discriminator by d alone; w counts as a constant.
+    loss = r + kl_weight KL + w g + d, with reconstruction losses r = l1_weight L1 + l2_weight L2 + lpips_weight LPIPS,
+    the loss g of the generator and d of the discriminator; w = discriminator.weight * adversarial.adaptive_weight. g
+    and d have weight 0 before step discriminator.start_step. Gradients flow into the autoencoder from r, KL and g only,
+    into the discriminator from d only; w is a constant.
 
-    The gradients of r and g at the reconstruction are needed for w, and are all that the decoder's backward pass needs
-    to know of both: the loss has the gradient of sum((dr + w dg) * reconstruction), so there is only one such pass.
+    The gradients dr and dg of r and g at the reconstruction are needed for w, and suffice for the backward pass of the
+    decoder: the loss has the gradient of sum((dr + w dg) * reconstruction), so there is only one such pass.
     """
     w, vae = self.loss_weights, functools.partial(self.vae.apply, {"params": params["vae"]})
     images = to_float(batch["image"])
@@ -143,12 +143,22 @@ class VAEStage(Stage):
       "latent_std": (latents.std(), jnp.float32(1)),
     }
     loss, metrics = jax.lax.stop_gradient((loss, metrics))
-    return loss + (to_descend - jax.lax.stop_gradient(to_descend)), metrics  # the loss exactly: what is added is 0
+    return loss + (
+      to_descend - jax.lax.stop_gradient(to_descend)
+    ), metrics  # the value of the loss: the added term is 0
 
   def _adversarial(self, params, fixed, images, at_recon, step):
-    """Adds the adversarial losses: (what they add to the loss, at_recon with w dg, what reaches d alone, metrics)."""
-    # Before the start all of it is computed and weighs 0: a branch would save 1.5% of a step's FLOPs, and its
-    # collectives are in no fixed order with those outside of it, on which virtual CPU devices wait for each other.
+    """Returns (w g + d, at_recon + w dg, d, metrics): the addition to the loss, and the terms with gradients.
+
+    Args:
+      params: all parts.
+      fixed: the same without gradients, with the reconstruction and the features that the last layer reads.
+      images: [b, H, W, 3] in [-1, 1].
+      at_recon: gradient of the reconstruction losses at the reconstruction.
+      step: int32 [].
+    """
+    # Before start_step everything is computed with weight 0: a branch would save 1.5% of the FLOPs of a step, and its
+    # collectives would have no fixed order relative to those outside, so that virtual CPU devices could deadlock.
     on = (step >= self.adversarial.start_step).astype(jnp.float32)
     apply = lambda discriminator, images: self.discriminator.apply({"params": discriminator}, images)
     generated = lambda recon: adversarial.generator_loss(apply(fixed["discriminator"], recon))
@@ -160,10 +170,10 @@ class VAEStage(Stage):
     weight = self.adversarial.weight * adversarial.adaptive_weight(*kernel_grads)
     real, fake = apply(params["discriminator"], images), apply(params["discriminator"], fixed["recon"])
     d = adversarial.discriminator_loss(real, fake)
-    told = dict(
+    values = dict(
       loss_generator=g, loss_discriminator=d, logits_real=real.mean(), logits_fake=fake.mean(), adaptive_weight=weight
     )
-    metrics = {name: (on * x, on) for name, x in told.items()}  # means over nothing before the start
+    metrics = {name: (on * x, on) for name, x in values.items()}  # count 0 before start_step
     return on * (weight * g + d), at_recon + on * weight * dg, on * d, metrics
 
   @property
@@ -174,7 +184,7 @@ class VAEStage(Stage):
       return jnp.clip(apply(mean, method="decode").astype(jnp.float32), -1, 1)
 
     def moments(params, images):
-      """Means of the latents (samples of the posterior, unscaled) of each image and of their squares, [b]."""
+      """Returns means of the latents (samples of the posterior, unscaled) of each image, and of their squares, [b]."""
       mean, logvar = self.vae.apply({"params": params["vae"]}, to_float(images), method="encode")
       return mean.mean((1, 2, 3)), (jnp.square(mean) + jnp.exp(logvar)).mean((1, 2, 3))
 

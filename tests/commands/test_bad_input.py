@@ -51,7 +51,7 @@ def refused(pattern, workdir, **overrides):
   "pattern, overrides",
   [
     # Sizes.
-    ("image_size 2 gives 2 latent pixels a side.*encoder.patch_size 4", dict(image_size=2)),
+    ("image_size 2 gives 2 latent pixels per side.*encoder.patch_size 4", dict(image_size=2)),
     ("image_size 18 .*not a multiple of encoder.patch_size 4", dict(image_size=18)),
     ("image_size must be at least 1, got 0", dict(image_size=0)),
     ("images of 8x8 px are smaller than SSIM's window", dict(image_size=8)),

@@ -117,7 +117,7 @@ def test_bad_input(net):
   shape = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
   init = lambda net, shape: jax.eval_shape(lpips.LPIPS(net).init, jax.random.key(0), shape, shape)
   assert init(net, shape)
-  with pytest.raises(ValueError, match=f"needs images of {side} px a side or more, got {side - 1}x{side}: resize"):
+  with pytest.raises(ValueError, match=f"needs images of {side} px per side or more, got {side - 1}x{side}: resize"):
     init(net, jax.ShapeDtypeStruct((1, side - 1, side, 3), jnp.float32))
   with pytest.raises(ValueError, match="unknown net 'squeeze': one of alex, vgg"):
     init("squeeze", shape)

@@ -283,7 +283,7 @@ def test_configs_from_before_the_options_build_the_released_model():
     (dict(decoder=dict(max_timestep=-1.0)), "decoder.max_timestep must be .*, got -1.0"),
     (dict(encoder=dict(readout_multiplier=float("inf"))), "encoder.readout_multiplier must be finite, got inf"),
     (dict(decoder=dict(max_grid=-1)), "decoder.max_grid must be .*, got -1"),
-    (dict(encoder=dict(max_grid=4)), "encoder.max_grid 4 is less than the 5 patches a side of image_size 20"),
+    (dict(encoder=dict(max_grid=4)), "encoder.max_grid 4 is less than the 5 patches per side of image_size 20"),
     (dict(encoder=dict(width=66, head_dim=33)), "encoder.width 66 is not a multiple of 4, .* 'sincos'"),
     (dict(flow=dict(mode_scale=1.76)), "flow.mode_scale must lie in .*, got 1.76"),
     (dict(flow=dict(mode_scale=-1.01)), "flow.mode_scale must lie in .*, got -1.01"),

@@ -415,11 +415,11 @@ def refused(words, call, error=ValueError):
 @pytest.mark.parametrize(
   "fields, words",
   [
-    (dict(block=4), "repa.block 4 is none of the decoder's 3 blocks"),
+    (dict(block=4), "repa.block 4 is not one of the 3 blocks of the decoder"),
     (dict(block=0), "repa.block must be at least 1, got 0"),
     (dict(weight=-1.0), "repa.weight must be a number of at least 0, got -1.0"),
     (dict(weight=float("nan")), "repa.weight must be a number of at least 0, got nan"),
-    (dict(grid=-1), "repa.grid must be a number of patches a side"),
+    (dict(grid=-1), "repa.grid must be a number of patches per side"),
     (dict(hidden=0), "repa.hidden must be at least 1"),
     (dict(dtype="int8"), "repa.dtype must be a floating-point type"),
   ],

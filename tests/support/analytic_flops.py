@@ -139,7 +139,7 @@ def sampler(config: ConfigDict, num_tokens: int, batch: int, fast: bool) -> int:
     guided = end - first
   if not fast:
     return batch * (s.num_steps + guided) * (decoder(config, slots) + modulations(config))
-  null = slots if slots <= flextok.JOINT_SLOTS else 1
+  null = slots if slots <= flextok.MAX_JOINT_CODES else 1
   calls = s.num_steps * decoder(config, slots) + guided * decoder(config, null)
   return batch * calls + s.num_steps * modulations(config)
 

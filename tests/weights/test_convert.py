@@ -130,7 +130,7 @@ def test_the_image_size(model, tmp_path):
   assert load() == 4 * 2 * 4 and load(image_size=16) == 16
   random_of(dict(encoder=dict(max_grid=40), decoder=dict(max_grid=20))).to_official(path)
   assert load() == 32 * 4
-  with pytest.raises(ValueError, match="max_grid 20 is less than the 32 patches a side of image_size 256"):
+  with pytest.raises(ValueError, match="max_grid 20 is less than the 32 patches per side of image_size 256"):
     load(image_size=256)
 
 

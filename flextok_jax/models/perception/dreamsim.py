@@ -1,4 +1,4 @@
-"""DreamSim (Fu et al. 2023): the distance between two images in a vision transformer tuned to people's judgements."""
+"""DreamSim (Fu et al. 2023): a distance of images in the features of a vision transformer tuned to human judgements."""
 
 import flax.linen as nn
 import jax
@@ -6,11 +6,11 @@ import jax.numpy as jnp
 
 from flextok_jax.models.perception import vit
 
-SIZE = 224  # pixels a side of what the network looks at
+SIZE = 224  # pixels per side of the input of the network
 
 
 class DreamSim(nn.Module):
-  """The distance of the dreamsim package's networks of one branch that look at the cls token, such as "dino_vitb16".
+  """The distance of single-branch networks of the dreamsim package with cls features, such as "dino_vitb16".
 
   Attributes:
     vit: the network, with the sizes and parameters of weights/perception/dreamsim.py. Its last norm only centres and
@@ -20,11 +20,11 @@ class DreamSim(nn.Module):
   vit: vit.ViT
 
   def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns 1 - cosine, float32 [b] from 0 to 2, of two batches as embed takes them."""
+    """Returns 1 - cosine, float32 [b] from 0 to 2, of two batches of images as for embed."""
     return jnp.sum(jnp.square(self.embed(a) - self.embed(b)), axis=-1) / 2  # of unit vectors; exact near 0
 
   def embed(self, images: jax.Array) -> jax.Array:
-    """Returns float32 [b, d], of mean 0 and length 1, of images [b, h, w, 3] in [0, 1]; see resize."""
+    """images [b, h, w, 3] in [0, 1] -> float32 [b, d] of mean 0 and norm 1; see resize for their sizes."""
     with jax.default_matmul_precision("highest" if self.vit.dtype == jnp.float32 else None):
       x = self.vit((resize(images) - jnp.asarray(vit.IMAGENET[0])) / jnp.asarray(vit.IMAGENET[1]))["cls"]
     x = x.astype(jnp.float32)
@@ -33,10 +33,11 @@ class DreamSim(nn.Module):
 
 
 def resize(images: jax.Array) -> jax.Array:
-  """Both sides to SIZE pixels, whatever their ratio, as Pillow's bicubic filter does to 8-bit images.
+  """Resizes both sides to SIZE pixels, ignoring their ratio, as the bicubic filter of Pillow for 8-bit images.
 
-  Each direction's result is rounded to 8 bits, which has no gradient; images of SIZE pixels stay as they are. Rows come
-  before columns, as with all Pillows where an image is not higher than wide; with others Pillow 13 may turn this round.
+  The result along each axis is rounded to 8 bits, which has no gradient; images of SIZE pixels are not changed. Rows
+  are filtered before columns, as in all versions of Pillow for images that are not taller than wide; for others Pillow
+  13 may reverse the order.
 
   Args:
     images: float [b, h, w, 3] in [0, 1].

@@ -1,8 +1,8 @@
-"""The InceptionV3 of Google's graph of 2015-12-05, through which FID, sFID and the inception score look.
+"""The InceptionV3 of Google's graph of 2015-12-05, the network of FID, sFID and the inception score.
 
-Module for module the network of pytorch-fid and torch-fidelity (so are the names), with every BatchNorm folded into the
-convolution before it. It is not torchvision's InceptionV3: average pools leave the padding out, the last block pools by
-the maximum, and there are 1008 classes.
+The same modules and names as in pytorch-fid and torch-fidelity, with every BatchNorm folded into the convolution before
+it. It differs from the InceptionV3 of torchvision: average pools exclude the padding, the last block has a max pool,
+and there are 1008 classes.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SIZE = 299  # pixels a side that the network sees
+SIZE = 299  # pixels per side of the input of the network
 SPATIAL_CHANNELS = 7  # of sFID, https://arxiv.org/abs/2103.03841
 RESIZES = ("tensorflow", "pytorch")
 
@@ -20,40 +20,40 @@ RESIZES = ("tensorflow", "pytorch")
 def resize_images(images: jax.Array, resize: str) -> jax.Array:
   """Returns images [b, h, w, c] as [b, 299, 299, c] float32, bilinear without antialiasing.
 
-  "tensorflow" puts the first pixels upon each other, as TensorFlow 1 does (align_corners=False, no half-pixel centres),
-  "pytorch" the edges of the images (align_corners=False there).
+  "tensorflow" aligns the centres of the first pixels, as TensorFlow 1 (align_corners=False, no half-pixel centres);
+  "pytorch" aligns the edges of the images (align_corners=False there).
   """
   images = images.astype(jnp.float32)
   for axis in (1, 2):
     size = images.shape[axis]
-    at, scale = np.arange(SIZE, dtype=np.float32), np.float32(size / SIZE)  # rounded where the originals round
+    at, scale = np.arange(SIZE, dtype=np.float32), np.float32(size / SIZE)  # rounded as in the originals
     at = at * scale if resize == "tensorflow" else np.maximum((at + np.float32(0.5)) * scale - np.float32(0.5), 0)
     low = np.minimum(at.astype(int), size - 1)
-    share = np.expand_dims(at - low.astype(np.float32), tuple(range(1, 4 - axis)))
+    fraction = np.expand_dims(at - low.astype(np.float32), tuple(range(1, 4 - axis)))
     before, after = (jnp.take(images, i, axis, mode="clip") for i in (low, np.minimum(low + 1, size - 1)))
-    images = before + (after - before) * share
+    images = before + (after - before) * fraction
   return images
 
 
 def avg_pool(x: jax.Array) -> jax.Array:
-  """Returns means of 3 x 3 places of maps [b, h, w, c], at the edges of those that there are."""
+  """Averages 3 x 3 windows of maps [b, h, w, c], without the padding at the edges."""
   return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-  """Returns maxima of 3 x 3 places, every other one: [b, h, w, c] to [b, (h - 1) / 2, (w - 1) / 2, c] rounded down."""
-  # Slices, as XLA on a CPU joins what follows to them, but not to lax.reduce_window.
+  """Max pooling of 3 x 3 windows with stride 2: [b, h, w, c] -> [b, (h - 1) // 2, (w - 1) // 2, c]."""
+  # Slices: XLA on a CPU fuses the following operations with them, but not with lax.reduce_window.
   x = jnp.maximum(jnp.maximum(x[:, :-2:2], x[:, 1:-1:2]), x[:, 2::2])
   return jnp.maximum(jnp.maximum(x[:, :, :-2:2], x[:, :, 1:-1:2]), x[:, :, 2::2])
 
 
 class Conv(nn.Module):
-  """relu(pool(convolution) + bias), its products in float32 on every device.
+  """relu(pool(convolution) + bias), with float32 products on all devices.
 
   Attributes:
     padding: "SAME", or "VALID" for none.
-    pool: avg_pool stands where the network averages the input of a 1x1 convolution, max_pool where it takes maxima of
-      the output: the same, for less work.
+    pool: avg_pool replaces averaging the input of a 1x1 convolution, max_pool a max pooling of the output: the same
+      function for less work.
   """
 
   features: int
@@ -67,15 +67,15 @@ class Conv(nn.Module):
     shape = (*self.kernel, x.shape[-1], self.features)
     kernel = self.param("kernel", nn.initializers.he_normal(), shape)
     bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-    if self.kernel == (1, 1):  # XLA's products on a CPU are faster than its convolutions
+    if self.kernel == (1, 1):  # XLA on a CPU has faster products than convolutions
       x = jnp.matmul(x, kernel[0, 0], precision=jax.lax.Precision.HIGHEST)
     else:
       x = self._convolve(x, kernel)
     return nn.relu(self.pool(x) + bias)
 
   def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    # XLA on a CPU takes up to five times as long where there is no padding at all: so a row is put below, and of the
-    # output goes what looks at it, which with a stride of 2 is nothing.
+    # XLA on a CPU takes up to five times as long without any padding, so a row is padded at the bottom. The outputs
+    # that depend on it are dropped; with a stride of 2 there are none.
     padding, rows = self.padding, None
     if padding == "VALID":
       padding, rows = ((0, 1), (0, 0)), (x.shape[1] - self.kernel[0]) // self.stride + 1
@@ -91,7 +91,7 @@ class Conv(nn.Module):
 
 
 def conv(features: int, kernel: int | tuple[int, int], name: str, *args, **kwargs) -> Conv:
-  """Returns a Conv; a whole number is the side of a square kernel."""
+  """Returns a Conv; an integer kernel is square."""
   return Conv(features, (kernel, kernel) if isinstance(kernel, int) else kernel, *args, **kwargs, name=name)
 
 
@@ -129,7 +129,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-  """1x1, 7x7 and double 7x7 branches at 17 x 17, the large kernels as products of a row and a column."""
+  """1x1, 7x7 and double 7x7 branches at 17 x 17; the large kernels are factorised into rows and columns."""
 
   features: int
 
@@ -168,7 +168,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-  """Branches that end in a row and a column beside each other, at 8 x 8; `pool` is "average" or "maximum"."""
+  """Branches that end in parallel row and column kernels, at 8 x 8; `pool` is "average" or "maximum"."""
 
   pool: str
 
@@ -198,23 +198,23 @@ class FIDInception(nn.Module):
   """Features of images.
 
   Attributes:
-    resize: how images become 299 x 299: "tensorflow" (the graph itself, ADM's evaluator, torch-fidelity, torchmetrics)
-      or "pytorch" (pytorch-fid); the numbers of the two differ and must not be compared.
+    resize: method of resizing to 299 x 299: "tensorflow" (the graph itself, the evaluator of ADM, torch-fidelity,
+      torchmetrics) or "pytorch" (pytorch-fid). Their results differ and must not be compared.
   """
 
   resize: str = "tensorflow"
 
   @nn.compact
   def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-    """Returns features of images [b, h, w, 3] in [0, 1], of any size; float32, and in float32 on every device.
+    """Computes features of images [b, h, w, 3] in [0, 1], of any size, in float32 on all devices.
 
     Returns:
-      {"pool": [b, 2048], of FID; "spatial": [b, 2023], of sFID, the first 7 channels of Mixed_6d's 1x1 branch by row,
-      column (17 of each) and channel, as ADM's evaluator takes them; "logits": [b, 1008], of the inception score,
-      without the bias, as both ADM's evaluator and torch-fidelity take them}.
+      {"pool": [b, 2048] for FID; "spatial": [b, 2023] for sFID, the first 7 channels of the 1x1 branch of Mixed_6d in
+      the order row, column (17 each), channel, as in the evaluator of ADM; "logits": [b, 1008] for the inception score,
+      without bias, as in the evaluator of ADM and in torch-fidelity}, all float32.
 
     Raises:
-      ValueError: an unknown resize.
+      ValueError: resize is unknown.
     """
     if self.resize not in RESIZES:
       raise ValueError(f"unknown resize {self.resize!r}: use one of {', '.join(RESIZES)}")

@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al. 2018): how far apart two images look, by learned weights over a classifier's features."""
+"""LPIPS (Zhang et al. 2018): a perceptual distance of images, by learned weights of the features of a classifier."""
 
 import flax.linen as nn
 import jax
@@ -8,8 +8,8 @@ import numpy as np
 from flextok_jax.models.vae.autoencoder import conv
 from flextok_jax.ops import layout
 
-# Of each of the five scales: the window of the max pooling before it, of stride 2 (0: none), and its convolutions, each
-# (its index in torchvision's `features`, channels, kernel, stride, padding).
+# For each of the five scales: the window of the max pooling of stride 2 before it (0: none), and its convolutions
+# (index in `features` of torchvision, channels, kernel, stride, padding).
 NETS = {
   "alex": (
     (0, ((0, 64, 11, 4, 2),)),
@@ -26,18 +26,18 @@ NETS = {
     (2, tuple((i, 512, 3, 1, 1) for i in (24, 26, 28))),
   ),
 }
-MIN_SIDES = {"alex": 31, "vgg": 16}  # pixels; below, a pooling has nothing left
-# Mean and deviation of ImageNet's channels, as the package rounds them for images in [-1, 1].
+MIN_SIDES = {"alex": 31, "vgg": 16}  # pixels; smaller images vanish in a pooling
+# Mean and standard deviation of the channels of ImageNet for images in [-1, 1], rounded as in the package.
 _SHIFT, _SCALE = np.float32([-0.030, -0.088, -0.188]), np.float32([0.458, 0.448, 0.450])
 
 
 class LPIPS(nn.Module):
   """The distance of lpips.LPIPS(net, version="0.1"), differentiable in both images.
 
-  A loss whose target is a constant does no backward work for the target.
+  If one image is a constant, its branch has no backward pass.
 
   Attributes:
-    net: "alex", with which distances are reported, or "vgg", the usual training loss.
+    net: "alex", usual for reported distances, or "vgg", usual as a training loss.
     dtype: compute type of the convolutions; the rest is float32.
   """
 
@@ -46,7 +46,7 @@ class LPIPS(nn.Module):
 
   @nn.compact
   def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns float32 [b], 0 for equal images but for rounding, of two batches [b, h, w, 3] in [0, 1].
+    """Returns distances float32 [b] of two batches [b, h, w, 3] in [0, 1]; 0, up to rounding, for equal images.
 
     Raises:
       ValueError: the network is unknown, or the images are too small for it.
@@ -55,14 +55,14 @@ class LPIPS(nn.Module):
       raise ValueError(f"unknown net {self.net!r}: one of {', '.join(NETS)}")
     if min(a.shape[1:3]) < MIN_SIDES[self.net]:
       raise ValueError(
-        f"LPIPS of {self.net!r} needs images of {MIN_SIDES[self.net]} px a side or more, got "
+        f"LPIPS of {self.net!r} needs images of {MIN_SIDES[self.net]} px per side or more, got "
         f"{a.shape[1]}x{a.shape[2]}: resize them"
       )
     features = _Features(self.net, self.dtype, name="features")
     total = 0.0
     for i, (x, y) in enumerate(zip(features(a), features(b))):
       head = self.param(f"head_{i}", nn.initializers.ones_init(), (x.shape[-1],))
-      # No matrix product, whose precision accelerators lower.
+      # [b, h', w', channels] -> [b]; not as a matrix product, whose precision accelerators lower
       total += jnp.mean(jnp.sum(head * jnp.square(_unit(x) - _unit(y)), axis=-1), axis=(1, 2))
     return total
 
@@ -89,7 +89,7 @@ class _Features(nn.Module):
 
 
 def _unit(x: jax.Array) -> jax.Array:
-  """Divides by the length over channels, float32; where all are 0, it has a gradient of 0 and not of NaN."""
+  """Divides by the norm over channels, in float32; where that is 0, the gradient is 0 instead of NaN."""
   x = x.astype(jnp.float32)
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   some = square > 0

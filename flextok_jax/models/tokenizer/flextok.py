@@ -1,4 +1,4 @@
-"""The one place that joins VAE, encoder, FSQ and flow decoder."""
+"""The tokenizer: VAE, encoder, FSQ and flow decoder, and the sampler of the flow."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -15,16 +15,17 @@ from flextok_jax.models.tokenizer.encoder import Encoder
 from flextok_jax.models.vae.autoencoder import AutoencoderKL, sample_posterior
 from flextok_jax.ops import flow, fsq, guidance
 
-# Up to so many slots, conditional and unconditional half run in one call: the few registers that the unconditional half
-# carries in vain cost less than a second, smaller call. On a CPU both take the same time at 8; at 16 two are faster.
-JOINT_SLOTS = 8
+# Up to this number of codes, the conditional and the unconditional half run in one call: the superfluous registers of
+# the unconditional half cost less than a second, smaller call. On a CPU both take equally long at 8; at 16 two calls
+# are faster.
+MAX_JOINT_CODES = 8
 
 
 class FlexTok(nn.Module):
   """Images to ordered discrete tokens and back (arXiv 2502.13967).
 
-  Without a VAE (vae=None) the latents are the scaled image itself: the pixel-space variant for tiny models. Without
-  encoder and decoder it is a VAE alone, with latents but no tokens.
+  Without a VAE (vae=None), latents are the scaled image itself: the pixel-space variant for tiny models. Without
+  encoder and decoder it is only a VAE, with latents but no tokens.
   """
 
   encoder: Encoder | None
@@ -39,7 +40,7 @@ class FlexTok(nn.Module):
 
   @property
   def downscale(self) -> int:
-    """Image pixels a side of one latent pixel."""
+    """Image pixels per latent pixel, along each side."""
     return 1 if self.vae is None else self.vae.downscale
 
   def latent_shape(self, image_size: int) -> tuple[int, int, int]:
@@ -48,7 +49,7 @@ class FlexTok(nn.Module):
     return side, side, 3 if self.vae is None else self.vae.latent_channels
 
   def encode_latents(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """images uint8 or float [b, H, W, 3] -> latents [b, h, w, c]: the posterior's mode, or with a key a sample."""
+    """images uint8 or float [b, H, W, 3] -> latents [b, h, w, c]: the mode of the posterior, or with a key a sample."""
     images = to_float(images)
     if self.vae is None:
       return self.scaling_factor * images
@@ -62,11 +63,11 @@ class FlexTok(nn.Module):
     return latents if self.vae is None else self.vae.decode(latents).astype(jnp.float32)
 
   def encode_registers(self, latents: jax.Array, num_tokens: int | None = None) -> jax.Array:
-    """latents [b, h, w, c] -> what FSQ will quantise, [b, num_tokens, len(levels)]."""
+    """latents [b, h, w, c] -> vectors to be quantised by FSQ, [b, num_tokens, len(levels)]."""
     return self.encoder(latents, num_tokens)
 
   def encode(self, latents: jax.Array, num_tokens: int | None = None) -> jax.Array:
-    """latents [b, h, w, c] -> codes [b, num_tokens, len(levels)] in [-1, 1], straight-through."""
+    """latents [b, h, w, c] -> codes [b, num_tokens, len(levels)] in [-1, 1], with straight-through gradients."""
     return fsq.quantize(self.encode_registers(latents, num_tokens), self.levels)
 
   def velocity(self, *args: Any, **kwargs: Any) -> jax.Array:
@@ -86,7 +87,7 @@ class FlexTok(nn.Module):
     return fsq.codes_to_ids(self.encode(self.encode_latents(images, key), num_tokens), self.levels)
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Touches every parameter; for initialisation."""
+    """Uses every parameter; for initialisation."""
     latents = self.encode_latents(images)
     batch = latents.shape[0]
     codes = self.encode(latents)
@@ -171,41 +172,45 @@ def sample_latents(
   """
   num_steps = sampler.num_steps
   first, end = sampler.guided_steps
-  batch, slots = token_ids.shape
+  batch, num_codes = token_ids.shape
   if not fast:
-    slots = model.num_registers
-    token_ids = jnp.pad(token_ids, ((0, 0), (0, slots - token_ids.shape[1])))
+    num_codes = model.num_registers
+    token_ids = jnp.pad(token_ids, ((0, 0), (0, num_codes - token_ids.shape[1])))
   codes = fsq.ids_to_codes(token_ids, model.levels)
-  keep, drop = jnp.zeros(batch, bool), jnp.ones(batch, bool)
-  joint = not fast or slots <= JOINT_SLOTS
+  keep, drop = jnp.zeros(batch, bool), jnp.ones(batch, bool)  # values of drop_condition
+  joint = not fast or num_codes <= MAX_JOINT_CODES
 
   def velocity(x, t, codes, keep_k, drop, modulations):
     t = jnp.full(x.shape[0], t)
     return model.apply({"params": params}, x, t, codes, keep_k, drop, modulations, method="velocity")
 
-  def plain_fn(x, t, running, inputs):
+  def conditional_fn(x, t, running, inputs):
     return velocity(x, t, codes, keep_k, keep, inputs[1]), running
 
   def guided_fn(x, t, running, inputs):
     scale, modulations = inputs
-    if joint:  # the unconditional half rides in the same call
+    if joint:  # [b, ...] -> [2 b, ...], conditional half first
       twice = [jnp.concatenate([a, a]) for a in (x, codes, keep_k)]
       both = velocity(twice[0], t, *twice[1:], jnp.concatenate([keep, drop]), modulations)
       v_c, v_u = jnp.split(both, 2)
     else:
       v_c = velocity(x, t, codes, keep_k, keep, modulations)
-      v_u = velocity(x, t, codes[:, :1], keep_k, drop, modulations)  # one null token counts for all
+      v_u = velocity(x, t, codes[:, :1], keep_k, drop, modulations)  # one null token stands for all registers
     if sampler.guidance == "cfg":
       return guidance.cfg(v_c, v_u, scale), running
     return guidance.apg(v_c, v_u, scale, running, sampler.apg_momentum, sampler.apg_eta, sampler.apg_threshold)
 
   modulations = None
-  if fast:  # [num_steps, ..., 1, d] for a batch of one, which all samples share
+  if fast:  # [num_steps, ..., 1, f]: those of each step for a batch of one, shared by all samples
     blocks, head = model.apply({"params": params}, flow.step_times(num_steps), method="modulations")
     modulations = (blocks.swapaxes(0, 1)[:, :, None], head if head is None else head[:, None])
   inputs = (jnp.broadcast_to(jnp.asarray(sampler.guidance_scale, jnp.float32), (num_steps,)), modulations)
   x, running = noise, jnp.zeros_like(noise)
-  for velocity_fn, span in ((plain_fn, (0, first)), (guided_fn, (first, end)), (plain_fn, (end, num_steps))):
+  for velocity_fn, span in (
+    (conditional_fn, (0, first)),
+    (guided_fn, (first, end)),
+    (conditional_fn, (end, num_steps)),
+  ):
     if span[0] < span[1]:
       x, running = flow.euler_steps(velocity_fn, x, num_steps, span, running, inputs)
   return x

@@ -1,4 +1,4 @@
-"""The projector of REPA (Yu et al. 2024, arXiv 2410.06940): features of the decoder to those of a frozen teacher."""
+"""The projector of REPA (Yu et al. 2024, arXiv 2410.06940), from features of the decoder to those of a teacher."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ from flextok_jax.models import layers
 
 
 class Projector(nn.Module):
-  """Linear > SiLU > Linear > SiLU > Linear (the paper's appendix, `build_mlp` of its code)."""
+  """Linear > SiLU > Linear > SiLU > Linear (appendix of the paper, `build_mlp` of its code)."""
 
   hidden: int
   features: int  # of the teacher

@@ -1,4 +1,4 @@
-"""AutoencoderKL: images to latents and back, module for module the network of diffusers (so are the names)."""
+"""AutoencoderKL: images to latents and back; the same modules and names as in diffusers."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def conv(
   dtype: jnp.dtype,
   *,
   stride: int = 1,
-  padding="SAME",
+  padding: str | int | tuple[tuple[int, int], tuple[int, int]] = "SAME",
   use_bias: bool = True,
   kernel_init: nn.initializers.Initializer = _KERNEL_INIT,
   name: str | None = None,
@@ -38,7 +38,7 @@ def conv(
 
 
 def group_norm(groups: int, name: str) -> nn.GroupNorm:
-  """Returns a GroupNorm that computes and answers in float32 whatever the input's type."""
+  """Returns a GroupNorm with float32 computation and output for any input dtype."""
   return nn.GroupNorm(
     groups,
     epsilon=1e-6,
@@ -51,7 +51,7 @@ def group_norm(groups: int, name: str) -> nn.GroupNorm:
 
 
 class ResnetBlock(nn.Module):
-  """x + conv(silu(norm(conv(silu(norm(x)))))), a 1x1 convolution on x where the channels change."""
+  """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x if the number of channels changes."""
 
   channels: int
   norm_groups: int
@@ -69,7 +69,7 @@ class ResnetBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-  """One head of self-attention over all positions of a map, with residual."""
+  """Residual self-attention with one head over all positions of a feature map."""
 
   norm_groups: int
   dtype: jnp.dtype
@@ -87,16 +87,19 @@ class SpatialAttention(nn.Module):
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("conv_out",)),
       )
 
+    # [b, h, w, c] -> [b, h * w, c]
     tokens = group_norm(self.norm_groups, "group_norm")(x).reshape(b, h * w, c)
     q, k, v = (linear(name)(tokens) for name in ("to_q", "to_k", "to_v"))
+    # [b, h * w, c] twice -> [b, h * w, h * w]
     logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * c**-0.5
     weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
     out = linear("to_out")(jnp.einsum("bqk,bkc->bqc", weights, v))
+    # [b, h * w, c] -> [b, h, w, c]
     return x + out.reshape(b, h, w, c)
 
 
 class MidBlock(nn.Module):
-  """Resnet, attention, resnet at the coarsest level."""
+  """Resnet block, attention, resnet block at the coarsest level."""
 
   channels: int
   norm_groups: int
@@ -110,7 +113,7 @@ class MidBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-  """Resnets, then a stride-2 convolution in every level but the last."""
+  """Resnet blocks, then a stride-2 convolution in all levels except the last."""
 
   channels: int
   num_layers: int
@@ -122,13 +125,15 @@ class DownBlock(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     for i in range(self.num_layers):
       x = ResnetBlock(self.channels, self.norm_groups, self.dtype, name=f"resnet_{i}")(x)
-    if self.downsample:  # padded at the bottom and the right only, as diffusers does
-      x = conv(self.channels, 3, self.dtype, stride=2, padding=((0, 1), (0, 1)), name="downsample")(x)
+    if self.downsample:  # padded at the bottom and right only, as in diffusers
+      x = conv(self.channels, 3, self.dtype, stride=2, padding=((0, 1), (0, 1)), name="downsample")(
+        x
+      )  # [b, h/2, w/2, c]
     return x
 
 
 class UpBlock(nn.Module):
-  """Resnets, then nearest-neighbour doubling and a convolution in every level but the last."""
+  """Resnet blocks, then nearest-neighbour upsampling by 2 and a convolution in all levels except the last."""
 
   channels: int
   num_layers: int
@@ -167,7 +172,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Latents [b, h/f, w/f, c] to images [b, h, w, 3], and the features [b, h, w, channels] that conv_out reads."""
+  """Latents [b, h/f, w/f, c] to images [b, h, w, 3], and to the features [b, h, w, channels] that conv_out reads."""
 
   block_out_channels: Sequence[int]
   layers_per_block: int
@@ -186,18 +191,18 @@ class Decoder(nn.Module):
 
 
 def last_conv(dtype: jnp.dtype, name: str | None = None) -> nn.Conv:
-  """Returns the decoder's last layer."""
+  """Returns the last layer of the decoder."""
   return conv(3, 3, dtype, name=name)
 
 
 class AutoencoderKL(nn.Module):
-  """KL autoencoder; latents are unscaled, a scaling factor belongs to the caller.
+  """KL autoencoder; latents are unscaled, the caller applies a scaling factor.
 
   Attributes:
     latent_channels: c.
-    block_out_channels: channels of each level; the map is halved after every level but the last.
-    layers_per_block: resnets a level in the encoder, one more in the decoder.
-    norm_groups: groups of every GroupNorm; must divide every entry of block_out_channels.
+    block_out_channels: channels of each level; the sides are halved after all levels except the last.
+    layers_per_block: resnet blocks per level in the encoder; one more in the decoder.
+    norm_groups: groups of all GroupNorms; must divide all entries of block_out_channels.
     dtype: compute type of convolutions and projections; parameters, norms, softmax and outputs are float32.
   """
 
@@ -216,7 +221,7 @@ class AutoencoderKL(nn.Module):
 
   @property
   def downscale(self) -> int:
-    """Image pixels a side of one latent pixel."""
+    """Image pixels per latent pixel, along each side."""
     return 2 ** (len(self.block_out_channels) - 1)
 
   def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -236,16 +241,16 @@ class AutoencoderKL(nn.Module):
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
   def decode(self, latents: jax.Array) -> jax.Array:
-    """Returns images [b, h, w, 3] float32, not clipped, of latents [b, h/f, w/f, c]."""
+    """latents [b, h/f, w/f, c] -> images [b, h, w, 3] float32, not clipped."""
     return self.decode_with_features(latents)[0]
 
   def decode_with_features(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns what decode does, and the features [b, h, w, channels] that the last layer, conv_out, makes it from."""
+    """Returns the output of decode, and the features [b, h, w, channels] that the last layer, conv_out, reads."""
     images, features = self.decoder(self.post_quant_conv(latents))
     return images.astype(jnp.float32), features
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Returns the reconstruction of images [b, h, w, 3] from the posterior's mean."""
+    """Returns the reconstruction of images [b, h, w, 3] from the mean of the posterior."""
     mean, _ = self.encode(images)
     return self.decode(mean)
 
@@ -256,5 +261,5 @@ def sample_posterior(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.
 
 
 def kl_divergence(mean: jax.Array, logvar: jax.Array) -> jax.Array:
-  """Returns KL(N(mean, exp(logvar)) || N(0, I)) in nats, summed over a latent: [b, h, w, c] to [b]."""
+  """Returns KL(N(mean, exp(logvar)) || N(0, I)) in nats, summed over each latent: [b, h, w, c] -> [b]."""
   return 0.5 * jnp.sum(mean**2 + jnp.exp(logvar) - 1.0 - logvar, axis=tuple(range(1, mean.ndim)))

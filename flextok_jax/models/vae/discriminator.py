@@ -1,4 +1,4 @@
-"""The PatchGAN discriminator of pix2pix (Isola et al. 2017), as VQGAN and the latent diffusion models train with it."""
+"""The PatchGAN discriminator of pix2pix (Isola et al. 2017), as used by VQGAN and latent diffusion models."""
 
 import flax.linen as nn
 import jax
@@ -11,19 +11,19 @@ _KERNEL, _SLOPE = 4, 0.2  # of every convolution; of the leaky ReLU
 
 
 def patches_of(size: int, num_layers: int) -> int:
-  """Returns how many logits a side PatchDiscriminator gives for images of `size` pixels a side; below 1: too small."""
+  """Returns the logits per side of PatchDiscriminator for images of size x size pixels; below 1: too small."""
   return size // 2**num_layers - 2
 
 
 class PatchDiscriminator(nn.Module):
-  """Images [b, h, w, 3] in [-1, 1] to logits float32 [b, h', w'], each of a patch (70 px a side with 3 layers).
+  """Images [b, h, w, 3] in [-1, 1] to logits float32 [b, h', w'], one per patch (of 70 x 70 px with 3 layers).
 
-  NLayerDiscriminator of taming-transformers: 4x4 convolutions padded by 1, `num_layers` of stride 2 and then two of
-  stride 1; leaky ReLU of slope 0.2; BatchNorm after all convolutions but the first and the last. Kernels are drawn from
-  N(0, 0.02), scales from N(1, 0.02); biases are 0.
+  NLayerDiscriminator of taming-transformers: 4x4 convolutions with padding 1, `num_layers` of stride 2 and then two of
+  stride 1; leaky ReLU of slope 0.2; BatchNorm after all convolutions except the first and last. Kernels are initialised
+  from N(0, 0.02), scales from N(1, 0.02), biases with 0.
 
   Attributes:
-    channels: of the first layer; doubled by each of the next three layers at most, to 8 times as many.
+    channels: of the first layer; each of the next layers, at most three, doubles them.
     num_layers: convolutions of stride 2.
     dtype: compute type of the convolutions; parameters, statistics and logits are float32.
   """
@@ -58,7 +58,7 @@ class PatchDiscriminator(nn.Module):
 class BatchNorm(nn.Module):
   """Normalises each channel of x [b, h, w, c] by its mean and variance over this batch, in float32.
 
-  There are no running averages: the discriminator is of use in training alone. The batch is that of all devices.
+  There are no running averages, as the discriminator is used in training only. The batch is that of all devices.
   """
 
   @nn.compact
