@@ -20,9 +20,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from safetensors.numpy import load_file
 
-from tests.parallel.test_processes import losses, trained
 from tests.support import tiny_run
 from tests.support.commands import environment
+from tests.support.tiny_run import losses, trained
 
 MESHES = [(8, dict(data=-1)), (8, dict(data=1, fsdp=-1)), (4, dict(fsdp=2, tensor=2)), (2, dict(tensor=2)), (1, {})]
 

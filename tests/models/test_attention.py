@@ -8,11 +8,12 @@ import pytest
 
 from flextok_jax.models import layers
 from flextok_jax.models.attention import SelfAttention
+from flextok_jax.ops.attention import MASKED
 
 
 def module_of(**options):
-  sizes = dict(width=16, head_dim=8, mlp_hidden=16, logit_scale=1.0, gated_mlp=False, activation="silu")
-  return SelfAttention(layers.BlockChoices(**sizes, qk_norm="unscaled", **options))
+  sizes = dict(width=16, head_dim=8, mlp_hidden=16, logit_scale=0.5, gated_mlp=False, activation="silu")
+  return SelfAttention(layers.BlockChoices(**{**sizes, "qk_norm": "unscaled", **options}))
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "biases"])
@@ -71,3 +72,22 @@ def test_bad_queries_are_refused():
 def test_the_module_passes_its_implementation_on():
   with pytest.raises(ValueError, match="attention 'cudnn' needs an NVIDIA GPU"):
     module_of(attention="cudnn").init(jax.random.key(0), jnp.zeros((1, 4, 16)))
+
+
+def test_key_bias_counts_and_hides_keys():
+  """A bias of log(n) is n equal keys, MASKED is none; together with a mask too."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 6, 32)).astype(np.float32)
+  attention = module_of(width=32, head_dim=16)
+  params = nn.unbox(attention.init(jax.random.key(0), x))
+  mask = np.ones((6, 6), bool)
+  mask[:, 0] = False
+  bias = np.zeros((2, 6), np.float32)
+  bias[0, 1], bias[1, 2] = np.log(3), MASKED
+  y = np.asarray(attention.apply(params, x, mask, bias)[0])
+  counted, hidden = x[:1, [1, 1, 1, 2, 3, 4, 5]], x[1:, [1, 3, 4, 5]]
+  np.testing.assert_allclose(y[0, 1:], attention.apply(params, counted)[0][0, 2:], atol=1e-6)
+  np.testing.assert_allclose(y[1, [1, 3, 4, 5]], attention.apply(params, hidden)[0][0], atol=1e-6)
+  x[1, 2] = 100 * rng.normal(size=32)
+  again = np.asarray(attention.apply(params, x, mask, bias)[0])
+  np.testing.assert_array_equal(np.delete(again, 2, 1), np.delete(y, 2, 1))

@@ -57,21 +57,6 @@ def launch_runs(*runs):
   return launch(2, sys.executable, "-m", "tests.support.tiny_run", json.dumps(runs), devices=4)
 
 
-def losses(workdir):
-  """step -> its loss and, where there was an evaluation, that of the held-out sequences; the last word counts."""
-  seen = {}
-  for line in (workdir / "metrics.jsonl").read_text().splitlines():
-    values = json.loads(line)
-    name = "loss" if "loss" in values else "eval/loss"
-    seen[values["step"], name] = values[name]
-  return seen
-
-
-def trained(workdir):
-  """The steps of the run; evaluations are not among them: one that a signal cuts off is not made up for."""
-  return sorted(step for step, name in losses(workdir) if name == "loss")
-
-
 def same_losses(actual, expected):
   assert actual.keys() <= expected.keys() and actual
   for key, value in actual.items():
@@ -90,7 +75,7 @@ def same_weights(workdir, other):
 
 
 def test_processes_that_are_stopped_and_killed_compute_what_one_does(shards, undisturbed, tmp_path, monkeypatch):
-  expected = losses(undisturbed)
+  expected = tiny_run.losses(undisturbed)
   stopped, killed = tmp_path / "stopped", tmp_path / "killed"
   # Of the second run there are checkpoints of steps 4 and 6 by one process, the latter damaged.
   for step in ("4", "6"):
@@ -106,22 +91,22 @@ def test_processes_that_are_stopped_and_killed_compute_what_one_does(shards, und
   (line,) = [line for line in done.stdout.splitlines() if "stopped by a signal" in line]
   last = int(line.split("step ")[1].split(";")[0])
   assert 2 < last < tiny_run.STEPS and checkpoint_steps(stopped)[-1] == last
-  same_losses(losses(stopped), expected)
+  same_losses(tiny_run.losses(stopped), expected)
   # From one process to two, from data to fsdp, from the older checkpoint; then one is killed, and the launcher ends the
   # other.
   assert done.stderr.count("checkpoints/6 cannot be read") == 1 and "resuming from step 4" in done.stdout
   assert done.returncode == 137 and "process 1 ended with code 137" in done.stderr, done.stderr
   assert checkpoint_steps(killed) in ([4, 6], [4, 6, 8])
-  same_losses(losses(killed), expected)
-  assert {(8, "loss"), (6, "eval/loss")} <= losses(killed).keys()
+  same_losses(tiny_run.losses(killed), expected)
+  assert {(8, "loss"), (6, "eval/loss")} <= tiny_run.losses(killed).keys()
 
   # The killed run goes on to its end; the first process writes. Its checkpoint and its weights are evaluated alike.
   sources = str(killed), str(killed / "weights.safetensors")
   done = launch_runs(run_of(shards, killed), *(dict(checkpoint=source) for source in sources))
   assert done.returncode == 0 and "resuming from step" in done.stdout, done.stderr
   assert done.stdout.count("averaged weights") == 1
-  same_losses(losses(killed), expected)
-  assert trained(killed) == list(range(5, tiny_run.STEPS + 1))
+  same_losses(tiny_run.losses(killed), expected)
+  assert tiny_run.trained(killed) == list(range(5, tiny_run.STEPS + 1))
   same_weights(killed, undisturbed)
   found = [json.loads(line)["evaluated"] for line in done.stdout.splitlines() if "evaluated" in line]
   np.testing.assert_allclose(found, [expected[tiny_run.STEPS, "eval/loss"]] * 2, rtol=1e-5)
@@ -130,8 +115,8 @@ def test_processes_that_are_stopped_and_killed_compute_what_one_does(shards, und
   make = sharding.make_mesh
   monkeypatch.setattr(sharding, "make_mesh", lambda **mesh: make(**mesh, devices=jax.devices()[:2]))
   train.train(tiny_run.config_of(shards), str(stopped))
-  same_losses(losses(stopped), expected)
-  assert trained(stopped) == trained(undisturbed)
+  same_losses(tiny_run.losses(stopped), expected)
+  assert tiny_run.trained(stopped) == tiny_run.trained(undisturbed)
   same_weights(stopped, undisturbed)
 
 

@@ -25,7 +25,7 @@ from flextok_jax.stages import make_stage
 from flextok_jax.training import optim
 from flextok_jax.training.state import init_state, make_update
 from flextok_jax.weights import saving
-from tests.ops.test_ops import mode_cdf
+from tests.support.numpy_reference import mode_cdf
 
 N, LEVELS, ROWS = 16, (8, 5, 3), 16
 SIZE = 4096

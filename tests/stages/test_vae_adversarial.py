@@ -3,16 +3,13 @@
 import functools
 
 from flax.core.meta import unbox
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from flextok_jax.configs import debug
-from flextok_jax.models.perception.lpips import LPIPS
-from flextok_jax.models.vae.autoencoder import kl_divergence, sample_posterior
+from flextok_jax.models.vae.autoencoder import sample_posterior
 from flextok_jax.models.vae.discriminator import PatchDiscriminator, patches_of
 from flextok_jax.ops import adversarial
 from flextok_jax.parallel import sharding
@@ -20,37 +17,7 @@ from flextok_jax.stages import make_stage
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training import optim
 from flextok_jax.training.state import init_state, make_update
-from tests.parallel.test_sharding import mesh_of
-
-START = 3  # step from which the discriminator takes part
-KEY = jax.random.key(5)
-
-
-def config_of(weight=0.5, **overrides):
-  """A VAE of one level on images of 8 px, and a discriminator with one layer of stride 2: they compile fast."""
-  c = debug.get_config()
-  c.update(
-    stage="vae",
-    image_size=8,
-    vae=dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(8,), layers_per_block=1, norm_groups=4),
-    vae_loss=dict(l1_weight=1.0, l2_weight=0.3, kl_weight=1e-3),
-    discriminator=dict(weight=weight, start_step=START, channels=4, num_layers=1),
-  )
-  c.update(overrides)
-  return c
-
-
-def params_of(stage, key=0):
-  """All parts, from init and init_auxiliary, with biases that are not 0."""
-  a, b = jax.random.split(jax.random.key(key))
-  parts = [*jax.jit(stage.init)(a), *jax.jit(stage.init_auxiliary)(b)]
-  params = unbox({name: part for group in parts for name, part in group.items()})
-  noise = lambda path, x: x + 0.1 * jax.random.normal(KEY, x.shape) * (path[-1].key == "bias")
-  return jax.tree_util.tree_map_with_path(noise, params)
-
-
-def batch_of(rows=4, size=8):
-  return {"image": np.random.default_rng(0).integers(0, 256, (rows, size, size, 3), np.uint8)}
+from tests.support.vae_stage import KEY, START, assert_close, batch_of, config_of, params_of, plain_step
 
 
 @functools.cache
@@ -58,54 +25,6 @@ def compiled(**overrides):
   """(stage, its parameters, jitted (params, batch, key, step) -> ((loss, metrics), gradients))."""
   stage = make_stage(config_of(**overrides))
   return stage, params_of(stage), jax.jit(jax.value_and_grad(stage.loss_fn, has_aux=True))
-
-
-def plain_losses(stage, images, key, lpips=None):
-  """Reconstruction, KL, generator's and discriminator's loss, each a function of all parameters that it depends on."""
-  w, d = stage.loss_weights, lambda params, x: stage.discriminator.apply({"params": params}, x)
-
-  def through(vae):
-    mean, logvar = stage.vae.apply({"params": vae}, images, method="encode")
-    recon = stage.vae.apply({"params": vae}, sample_posterior(mean, logvar, key), method="decode")
-    return recon, kl_divergence(mean, logvar).mean()
-
-  def reconstruction(vae):
-    error = through(vae)[0] - images
-    total = w.l1_weight * jnp.abs(error).mean() + w.l2_weight * jnp.square(error).mean()
-    if lpips is not None:
-      a, b = ((x + 1) / 2 for x in (through(vae)[0], images))
-      total += w.lpips_weight * LPIPS("vgg").apply({"params": lpips}, a, b).mean()
-    return total
-
-  kl = lambda vae: through(vae)[1]
-  generator = lambda vae, discriminator: -d(discriminator, through(vae)[0]).mean()
-
-  def hinge(discriminator, vae):
-    real, fake = d(discriminator, images), d(discriminator, through(vae)[0])
-    return (nn.relu(1 - real).mean() + nn.relu(1 + fake).mean()) / 2
-
-  return reconstruction, kl, generator, hinge
-
-
-def plain_step(stage, params, batch, key):
-  """Loss, gradients and adaptive weight: every loss has its own gradient in all parameters, its own backward pass."""
-  images = batch["image"].astype(np.float32) / 127.5 - 1
-  reconstruction, kl, generator, hinge = plain_losses(stage, images, key, params.get("lpips"))
-  vae, discriminator = params["vae"], params["discriminator"]
-  (r, dr), (k, dk) = (jax.value_and_grad(f)(vae) for f in (reconstruction, kl))
-  g, dg = jax.value_and_grad(generator)(vae, discriminator)
-  h, dh = jax.value_and_grad(hinge)(discriminator, vae)
-  norm = lambda grads: jnp.sqrt(jnp.square(grads["decoder"]["conv_out"]["kernel"]).sum())
-  weight = stage.adversarial.weight * jnp.clip(norm(dr) / (norm(dg) + 1e-4), 0, 1e4)
-  kl_weight = stage.loss_weights.kl_weight
-  total = jax.tree.map(lambda a, b, c: a + kl_weight * b + weight * c, dr, dk, dg)
-  return r + kl_weight * k + weight * g + h, {"vae": total, "discriminator": dh}, weight
-
-
-def assert_close(ours, plain, rtol=2e-5):
-  """Every leaf, to the rounding of float32 of its largest entry."""
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(plain), strict=True):
-    np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max() + 1e-8, err_msg=jax.tree_util.keystr(path))
 
 
 def test_one_gradient_is_that_of_all_losses_apart():
@@ -267,8 +186,8 @@ def test_eight_devices_compute_what_one_does(monkeypatch):
   """Losses over the start of the discriminator, whose statistics are those of the whole batch."""
   monkeypatch.setattr(sharding, "SMALL", 256)
   config = config_of(optim=dict(warmup_steps=2))
-  expected, metrics, _ = run_on(config, mesh_of(devices=jax.devices()[:1]))
-  losses, others, state = run_on(config, mesh_of(2, 4, 1))
+  expected, metrics, _ = run_on(config, sharding.make_mesh(devices=jax.devices()[:1]))
+  losses, others, state = run_on(config, sharding.make_mesh(2, 4, 1))
   np.testing.assert_allclose(losses, expected, rtol=1e-4)
   assert set(others) == set(metrics) and "logits_real" in metrics
   for name in ("loss_discriminator", "logits_real", "logits_fake", "adaptive_weight", "l1"):

@@ -419,3 +419,11 @@ def vae_decode(w, latents, groups):
     if f"{block}.upsamplers.0.conv.weight" in w:
       x = conv(w, f"{block}.upsamplers.0.conv", x.repeat(2, 1).repeat(2, 2))
   return conv(w, f"{name}.conv_out", silu(group_norm(w, f"{name}.conv_norm_out", x, groups)))
+
+
+def mode_cdf(scale):
+  """P(t <= x) of mode sampling, by inverting its falling map of u on a fine grid."""
+  u = np.linspace(0, 1, 100_001)
+  t = 1 - u - scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u)
+  assert (np.diff(t) < 0).all()
+  return lambda x: 1 - np.interp(x, t[::-1], u[::-1])

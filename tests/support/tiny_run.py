@@ -99,6 +99,21 @@ def disturbed(kind: str, step: int, process: int = 0, name: str = "SIGKILL", del
     yield
 
 
+def losses(workdir):
+  """step -> its loss and, where there was an evaluation, that of the held-out sequences; the last word counts."""
+  seen = {}
+  for line in (workdir / "metrics.jsonl").read_text().splitlines():
+    values = json.loads(line)
+    name = "loss" if "loss" in values else "eval/loss"
+    seen[values["step"], name] = values[name]
+  return seen
+
+
+def trained(workdir):
+  """The steps of the run; evaluations are not among them: one that a signal cuts off is not made up for."""
+  return sorted(step for step, name in losses(workdir) if name == "loss")
+
+
 def main(text: str):
   sharding.SMALL = 1024  # else nothing of this size would be split
   for run in json.loads(text):

@@ -17,8 +17,7 @@ from flextok_jax.data.text import make_tokenizer
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.training import inputs
-from tests.models import test_text
-from tests.support import token_shards
+from tests.support import t5_reference, token_shards
 from tests.support.caption_tokenizers import word_level
 from tests.support.commands import run as run_command
 from tests.support.token_shards import IDS, TOKENS
@@ -155,10 +154,10 @@ def test_bad_settings_are_one_line(written, tmp_path, settings, pattern):
 
 def test_t5_features_come_from_outside_of_the_state(written, tmp_path):
   """A frozen T5 turns text ids into features on the devices; the state does not hold it, a generator loads it alone."""
-  folder = test_text.write(tmp_path / "t5", test_text.tensors())
+  folder = t5_reference.write(tmp_path / "t5", t5_reference.tensors())
   word_level(folder)
   config = config_of(written, ar=dict(condition="text"))
-  config.text.update(dict(encoder="t5", path=str(folder), features=test_text.CONFIG["d_model"]))
+  config.text.update(dict(encoder="t5", path=str(folder), features=t5_reference.CONFIG["d_model"]))
   mesh = sharding.make_mesh(**config.mesh)
   batch = next(sharding.device_batches(inputs.train_batches(config, 0, mesh), sharding.batch_sharding(mesh)))
   prepared = inputs.make_prepare(config, mesh)(batch)

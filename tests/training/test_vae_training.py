@@ -27,8 +27,8 @@ from flextok_jax.tools.benchmark import jobs as benchmark_jobs
 from flextok_jax.training import checkpoint, inputs, optim
 from flextok_jax.training.state import init_state
 from flextok_jax.weights import loading
-from tests.stages.test_vae_adversarial import KEY, START, assert_close, batch_of, config_of, params_of, plain_step
 from tests.support import lpips_reference
+from tests.support.vae_stage import KEY, START, assert_close, batch_of, config_of, params_of, plain_step
 from tests.training.test_train import checkpoint_steps, read_checkpoint, read_metrics, step_of_weights
 
 STEPS = 4
@@ -152,7 +152,7 @@ def test_a_tokenizer_takes_the_factor_of_its_vae(run, tmp_path):
 
 @pytest.fixture
 def networks(tmp_path, monkeypatch):
-  """A folder with random weights of LPIPS by a VGG of two layers; tests/models/test_lpips.py has all of them."""
+  """A folder with random weights of LPIPS by a VGG of two layers; all: tests/models/perception/test_lpips.py."""
   monkeypatch.setitem(lpips.NETS, "vgg", ((0, ((0, 64, 3, 1, 1),)), (2, ((5, 8, 3, 1, 1),))))
   folder = tmp_path / "networks"
   folder.mkdir()

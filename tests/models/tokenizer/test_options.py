@@ -16,12 +16,9 @@ import numpy as np
 import pytest
 
 from flextok_jax import config as common
-from flextok_jax.models.attention import SelfAttention
-from flextok_jax.models.layers import BlockChoices
 from flextok_jax.models.tokenizer.decoder import Decoder
 from flextok_jax.models.tokenizer.encoder import Encoder
 from flextok_jax.ops import posemb
-from flextok_jax.ops.attention import MASKED
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.tokenizer import make_model
 from tests.support import numpy_reference as reference
@@ -194,32 +191,6 @@ def test_the_grid_of_image_size_is_the_largest():
   with pytest.raises(ValueError, match="grid of 2 x 6 patches does not fit max_grid 5: .*'interpolate'") as error:
     encode(2, 6)
   assert "\n" not in str(error.value)
-
-
-# Attention.
-
-
-def test_key_bias_counts_and_hides_keys():
-  """A bias of log(n) is n equal keys, MASKED is none; together with a mask too."""
-  rng = np.random.default_rng(0)
-  x = rng.normal(size=(2, 6, 32)).astype(np.float32)
-  attention = SelfAttention(
-    BlockChoices(
-      width=32, head_dim=16, mlp_hidden=32, logit_scale=0.5, gated_mlp=False, activation="silu", qk_norm="unscaled"
-    )
-  )
-  params = fill(nn.unbox(jax.eval_shape(attention.init, jax.random.key(0), x)))
-  mask = np.ones((6, 6), bool)
-  mask[:, 0] = False
-  bias = np.zeros((2, 6), np.float32)
-  bias[0, 1], bias[1, 2] = np.log(3), MASKED
-  y = np.asarray(attention.apply(params, x, mask, bias)[0])
-  counted, hidden = x[:1, [1, 1, 1, 2, 3, 4, 5]], x[1:, [1, 3, 4, 5]]
-  np.testing.assert_allclose(y[0, 1:], attention.apply(params, counted)[0][0, 2:], atol=1e-6)
-  np.testing.assert_allclose(y[1, [1, 3, 4, 5]], attention.apply(params, hidden)[0][0], atol=1e-6)
-  x[1, 2] = 100 * rng.normal(size=32)
-  again = np.asarray(attention.apply(params, x, mask, bias)[0])
-  np.testing.assert_array_equal(np.delete(again, 2, 1), np.delete(y, 2, 1))
 
 
 # The models as a whole.

@@ -1,0 +1,89 @@
+"""Stage "vae": a small config, random parameters and batches, and its losses with one backward pass each."""
+
+from flax.core.meta import unbox
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flextok_jax.configs import debug
+from flextok_jax.models.perception.lpips import LPIPS
+from flextok_jax.models.vae.autoencoder import kl_divergence, sample_posterior
+
+START = 3  # step from which the discriminator takes part
+KEY = jax.random.key(5)
+
+
+def config_of(weight=0.5, **overrides):
+  """A VAE of one level on images of 8 px, and a discriminator with one layer of stride 2: they compile fast."""
+  c = debug.get_config()
+  c.update(
+    stage="vae",
+    image_size=8,
+    vae=dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(8,), layers_per_block=1, norm_groups=4),
+    vae_loss=dict(l1_weight=1.0, l2_weight=0.3, kl_weight=1e-3),
+    discriminator=dict(weight=weight, start_step=START, channels=4, num_layers=1),
+  )
+  c.update(overrides)
+  return c
+
+
+def params_of(stage, key=0):
+  """All parts, from init and init_auxiliary, with biases that are not 0."""
+  a, b = jax.random.split(jax.random.key(key))
+  parts = [*jax.jit(stage.init)(a), *jax.jit(stage.init_auxiliary)(b)]
+  params = unbox({name: part for group in parts for name, part in group.items()})
+  noise = lambda path, x: x + 0.1 * jax.random.normal(KEY, x.shape) * (path[-1].key == "bias")
+  return jax.tree_util.tree_map_with_path(noise, params)
+
+
+def batch_of(rows=4, size=8):
+  return {"image": np.random.default_rng(0).integers(0, 256, (rows, size, size, 3), np.uint8)}
+
+
+def plain_losses(stage, images, key, lpips=None):
+  """Reconstruction, KL, generator's and discriminator's loss, each a function of all parameters that it depends on."""
+  w, d = stage.loss_weights, lambda params, x: stage.discriminator.apply({"params": params}, x)
+
+  def through(vae):
+    mean, logvar = stage.vae.apply({"params": vae}, images, method="encode")
+    recon = stage.vae.apply({"params": vae}, sample_posterior(mean, logvar, key), method="decode")
+    return recon, kl_divergence(mean, logvar).mean()
+
+  def reconstruction(vae):
+    error = through(vae)[0] - images
+    total = w.l1_weight * jnp.abs(error).mean() + w.l2_weight * jnp.square(error).mean()
+    if lpips is not None:
+      a, b = ((x + 1) / 2 for x in (through(vae)[0], images))
+      total += w.lpips_weight * LPIPS("vgg").apply({"params": lpips}, a, b).mean()
+    return total
+
+  kl = lambda vae: through(vae)[1]
+  generator = lambda vae, discriminator: -d(discriminator, through(vae)[0]).mean()
+
+  def hinge(discriminator, vae):
+    real, fake = d(discriminator, images), d(discriminator, through(vae)[0])
+    return (nn.relu(1 - real).mean() + nn.relu(1 + fake).mean()) / 2
+
+  return reconstruction, kl, generator, hinge
+
+
+def plain_step(stage, params, batch, key):
+  """Loss, gradients and adaptive weight: every loss has its own gradient in all parameters, its own backward pass."""
+  images = batch["image"].astype(np.float32) / 127.5 - 1
+  reconstruction, kl, generator, hinge = plain_losses(stage, images, key, params.get("lpips"))
+  vae, discriminator = params["vae"], params["discriminator"]
+  (r, dr), (k, dk) = (jax.value_and_grad(f)(vae) for f in (reconstruction, kl))
+  g, dg = jax.value_and_grad(generator)(vae, discriminator)
+  h, dh = jax.value_and_grad(hinge)(discriminator, vae)
+  norm = lambda grads: jnp.sqrt(jnp.square(grads["decoder"]["conv_out"]["kernel"]).sum())
+  weight = stage.adversarial.weight * jnp.clip(norm(dr) / (norm(dg) + 1e-4), 0, 1e4)
+  kl_weight = stage.loss_weights.kl_weight
+  total = jax.tree.map(lambda a, b, c: a + kl_weight * b + weight * c, dr, dk, dg)
+  return r + kl_weight * k + weight * g + h, {"vae": total, "discriminator": dh}, weight
+
+
+def assert_close(ours, plain, rtol=2e-5):
+  """Every leaf, to the rounding of float32 of its largest entry."""
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(plain), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max() + 1e-8, err_msg=jax.tree_util.keystr(path))
