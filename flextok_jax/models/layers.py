@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flextok_jax.ops import layout
 
 NORMS = {"layernorm": 1e-5, "rmsnorm": 1e-6}  # norms with learned scales: default epsilon
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "silu": nn.silu,
   "gelu": functools.partial(nn.gelu, approximate=False),
   "gelu_tanh": functools.partial(nn.gelu, approximate=True),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import itertools
+from typing import Any
 
 from einops import rearrange
 import flax.linen as nn
@@ -222,7 +223,7 @@ class PatchTransformer(nn.Module, kw_only=True):
     batch, height, width, _ = x.shape
     x = layers.dense(self.width, (None, "embed"), "patch_embed", self.dtype)(x)
     if self.posemb == "sincos":
-      axes = posemb.sincos_axes(self.max_grid, self.width)
+      axes: Any = posemb.sincos_axes(self.max_grid, self.width)
     else:
       init = layers.normal(0.02, None, "grid", "embed")
       axes = self.param("positions", init, (2, self.max_grid, self.width))

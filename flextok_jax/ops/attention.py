@@ -46,7 +46,7 @@ def choose_implementation(
 
 
 def _default_device() -> jax.Device:
-  device = jax.config.jax_default_device  # a device, the name of a platform, or None
+  device = jax.config.jax_default_device  # type: ignore[attr-defined]  # a device, a platform or None
   return device if isinstance(device, jax.Device) else jax.devices(device)[0]
 
 
@@ -168,10 +168,10 @@ def bias_features(q: jax.Array, k: jax.Array, bias: jax.Array) -> tuple[jax.Arra
   for _ in range(_BIAS_FEATURES):
     parts.append(jax.lax.reduce_precision(bias, exponent_bits=8, mantissa_bits=7))  # XLA may drop a pair of casts
     bias = bias - parts[-1]
-  parts = jnp.stack(parts, -1).astype(k.dtype)[:, :, None]  # [b or 1, lk, 1, 3]
+  features = jnp.stack(parts, -1).astype(k.dtype)[:, :, None]  # [b or 1, lk, 1, 3]
   ones = jnp.ones((*q.shape[:-1], _BIAS_FEATURES), q.dtype)
-  parts = jnp.broadcast_to(parts, (*k.shape[:-1], _BIAS_FEATURES))
-  return jnp.concatenate([q, ones], -1), jnp.concatenate([k, parts], -1)
+  features = jnp.broadcast_to(features, (*k.shape[:-1], _BIAS_FEATURES))
+  return jnp.concatenate([q, ones], -1), jnp.concatenate([k, features], -1)
 
 
 def _pad(x: jax.Array, axis: int, count: int) -> jax.Array:

@@ -105,16 +105,17 @@ def _backward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, grad_ref, dq_ref, 
   dk_ref[...] = _dot(q, dlogits, _LAST).astype(dk_ref.dtype)
 
 
-def _per_device(run: Callable, *args: jax.Array | None) -> list[jax.Array]:
+def _per_device(run: Callable, q: jax.Array, *others: jax.Array | None) -> list[jax.Array]:
   """Runs the kernel on every device of the mesh, each on its part of the batch: XLA does not partition kernels.
 
   Only the mask, which has two axes, has no batch axis. If the batch is not divisible, every device computes all of it.
   """
-  mesh = jax.typeof(args[0]).sharding.mesh
+  args = q, *others
+  mesh = jax.typeof(q).sharding.mesh
   axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != jax.sharding.AxisType.Manual)
   parts = math.prod(mesh.shape[name] for name in axes)
   if parts == 1:
     return run(*args)
-  rows = jax.P(axes if args[0].shape[0] % parts == 0 else None)
+  rows = jax.P(axes if q.shape[0] % parts == 0 else None)
   specs = tuple(None if x is None else (rows if x.ndim > 2 else jax.P()) for x in args)
   return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=set(axes), check_vma=False)(*args)

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 # Logical axis: mesh axes. All others ("layers", "head_dim", "conv_out", None, ...) are replicated. The batch is sharded
 # over "data" and "fsdp", large parameters over "fsdp" (parallel/sharding.py says how large), and the dimensions inside
 # a block over "tensor": heads, hidden units, the vocabulary.
-RULES = {
+RULES: dict[str | None, tuple[str, ...]] = {
   "batch": ("data", "fsdp"),
   "embed": ("fsdp",),
   "conv_in": ("fsdp",),
@@ -31,7 +31,8 @@ def split(names: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str,
     shape: of the array.
     sizes: of the mesh axes; missing ones have size 1.
   """
-  taken, parts = set(), []
+  taken: set[str] = set()
+  parts: list[tuple[str, ...]] = []
   for name, length in zip(names, shape, strict=True):
     parts.append(())
     for axis in RULES.get(name, ()):
@@ -50,7 +51,9 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   divisible, x is returned unchanged. The compiler chooses the sharding of named dimensions that are not divisible.
   """
   mesh = _mesh(x)
-  parts = split(names, x.shape, mesh.shape) if mesh else []
+  if mesh is None:
+    return x
+  parts = split(names, x.shape, mesh.shape)
   if not any(parts):
     return x
   free = [name in RULES and not axes for name, axes in zip(names, parts)]
@@ -61,7 +64,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def gather(x: jax.Array, *names: str | None) -> jax.Array:
   """As constrain, but all other dimensions are replicated, so that an array that is read often is gathered once."""
   mesh = _mesh(x)
-  if not mesh:
+  if mesh is None:
     return x
   spec = P(*(axes or None for axes in split(names, x.shape, mesh.shape)))
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

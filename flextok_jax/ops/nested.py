@@ -36,7 +36,7 @@ def length_distribution(mode: str, num_registers: int) -> np.ndarray:
   check_mode(mode, num_registers)
   k = np.arange(1, num_registers + 1)
   if mode == "none":
-    return np.float64(k == num_registers)
+    return (k == num_registers).astype(np.float64)
   if mode == "uniform":
     return np.full(num_registers, 1 / num_registers)
   if mode == "pow2":

@@ -37,7 +37,7 @@ def initialize() -> None:
   given = {name: os.environ[name] for name in _EXPLICIT if os.environ.get(name)}
   if given.get("JAX_NUM_PROCESSES") == "1":
     return
-  arguments = {}
+  arguments: dict[str, Any] = {}
   if given:
     address, count, index = (given.get(name, "") for name in _EXPLICIT)
     if ":" not in address or not count.isdecimal() or not index.isdecimal() or int(index) >= int(count):
@@ -69,7 +69,8 @@ def _on_tpu_vm() -> bool:
   """Returns whether this host has TPU chips that JAX will use."""
   from jax._src import cloud_tpu_init  # JAX offers no public check before the chips are initialised
 
-  return cloud_tpu_init.running_in_cloud_tpu_vm and "tpu" in (jax.config.jax_platforms or "tpu")
+  platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+  return cloud_tpu_init.running_in_cloud_tpu_vm and "tpu" in (platforms or "tpu")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The device mesh, and the shardings of batches and parameters."""
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import itertools
 import math
 from typing import Any
@@ -150,7 +150,7 @@ def process_blocks(mesh: Mesh, process_index: int | None = None) -> tuple[list[i
   """
   process = jax.process_index() if process_index is None else process_index
   count = batch_parts(mesh)
-  indices = batch_sharding(mesh).devices_indices_map((count,))
+  indices: Mapping[jax.Device, Any] = batch_sharding(mesh).devices_indices_map((count,))
   needed = sorted({index[0].indices(count)[0] for device, index in indices.items() if device.process_index == process})
   for size in range(len(needed), 0, -1):  # as large blocks as possible
     blocks = sorted({i // size for i in needed})

@@ -59,7 +59,7 @@ def make_model(config: ConfigDict) -> FlexTok:
   )
 
 
-def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, side: int, **fields) -> PatchTransformer:
+def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, side: int, **fields: Any) -> Any:
   """Builds the encoder or decoder for latents of side x side pixels from its section of the config."""
   part = module(
     num_registers=config.tokens.num_registers,
@@ -162,7 +162,8 @@ class TokenizerStage(Stage):
     self.quantization_dropout = check_fraction("tokens.quantization_dropout", self.tokens.quantization_dropout)
     self.corruption_rate = check_fraction("tokens.corruption", self.tokens.corruption)
     self.flow = config.flow
-    self.projector = repa.make_projector(config, self.model.decoder)
+    self.projector: Any = repa.make_projector(config, self.model.decoder)
+    self.repa: Any
     self.repa, self.repa_grid = repa.section(config), repa.decoder_grid(config)
     self.sampler = Sampler(**config.sampler)
 

@@ -1,6 +1,7 @@
 """The generator: a GPT over token ids, conditioned on a class or a text; flextok_jax/config.py explains its options."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -245,12 +246,12 @@ class Generator(nn.Module):
   """
 
   ar: ARTransformer
-  text_mlp: TextMLP | None = None
-  text: nn.Module | None = None
+  text_mlp: TextMLP | Any = None
+  text: nn.Module | Any = None
 
   def project(self, features: jax.Array | None, lengths: jax.Array | None) -> tuple:
     """Text features [b, t, f] and lengths [b] -> (text [b, t, d], key_bias [b, t]); (None, None) without text."""
-    if self.text_mlp is None:
+    if self.text_mlp is None or features is None or lengths is None:
       return None, None
     features = features.astype(self.ar.choices.dtype)
     return self.text_mlp(features), attention.padding_bias(lengths, features.shape[1])

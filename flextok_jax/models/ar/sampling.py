@@ -85,7 +85,10 @@ def generate(
   runner = (_Cached if fast else _Recomputed)(model, params, labels, features, text_lengths, length)
   stops = model.ar.num_outputs > model.ar.num_ids
 
-  def body(state, end):
+  def unfinished(end, state):
+    return (state[0] < jnp.minimum(num_tokens, end)) & ~state[3].all()
+
+  def step(end, state):
     i, ids, log_probs, done, carried = state
     hidden, carried = runner.hidden(ids, i, carried, end)
     if sampler.guidance_scale is not None:  # before the readout, which is linear: half the rows, the same logits
@@ -107,8 +110,7 @@ def generate(
 
   state = jnp.int32(given), ids, jnp.zeros((batch, length)), jnp.zeros(batch, bool), runner.start(prefix)
   for end in runner.stages(given):
-    unfinished = lambda state, end=end: (state[0] < jnp.minimum(num_tokens, end)) & ~state[3].all()
-    state = jax.lax.while_loop(unfinished, lambda state, end=end: body(state, end), state)
+    state = jax.lax.while_loop(functools.partial(unfinished, end), functools.partial(step, end), state)
   return state[1], state[2]
 
 

@@ -76,7 +76,8 @@ class Conv(nn.Module):
   def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     # XLA on a CPU takes up to five times as long without any padding, so a row is padded at the bottom. The outputs
     # that depend on it are dropped; with a stride of 2 there are none.
-    padding, rows = self.padding, None
+    padding: str | tuple[tuple[int, int], ...] = self.padding
+    rows = None
     if padding == "VALID":
       padding, rows = ((0, 1), (0, 0)), (x.shape[1] - self.kernel[0]) // self.stride + 1
     x = jax.lax.conv_general_dilated(

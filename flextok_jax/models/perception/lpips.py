@@ -28,7 +28,7 @@ NETS = {
 }
 MIN_SIDES = {"alex": 31, "vgg": 16}  # pixels; smaller images vanish in a pooling
 # Mean and standard deviation of the channels of ImageNet for images in [-1, 1], rounded as in the package.
-_SHIFT, _SCALE = np.float32([-0.030, -0.088, -0.188]), np.float32([0.458, 0.448, 0.450])
+_SHIFT, _SCALE = (np.array(x, np.float32) for x in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
 
 
 class LPIPS(nn.Module):
@@ -59,7 +59,7 @@ class LPIPS(nn.Module):
         f"{a.shape[1]}x{a.shape[2]}: resize them"
       )
     features = _Features(self.net, self.dtype, name="features")
-    total = 0.0
+    total = jnp.zeros(())
     for i, (x, y) in enumerate(zip(features(a), features(b))):
       head = self.param(f"head_{i}", nn.initializers.ones_init(), (x.shape[-1],))
       # [b, h', w', channels] -> [b]; not as a matrix product, whose precision accelerators lower

@@ -52,9 +52,8 @@ class T5Block(nn.Module):
     init = layers.xavier_uniform(self.num_heads * self.d_kv, ("embed", None, *heads))
     qkv = dense((3, self.num_heads, self.d_kv), kernel_init=init, name="qkv")(h)  # [b, t, 3, h, e]
     # Unscaled; logits, bias and softmax in float32. ops/attention.py takes no bias of pairs of positions.
-    h = jax.nn.dot_product_attention(
-      *jnp.moveaxis(qkv, 2, 0), bias=bias, scale=1.0, key_value_seq_lengths=lengths, implementation="xla"
-    )
+    q, k, v = jnp.moveaxis(qkv, 2, 0)
+    h = jax.nn.dot_product_attention(q, k, v, bias=bias, scale=1.0, key_value_seq_lengths=lengths, implementation="xla")
     init = layers.xavier_uniform(width, (*heads, "embed"))
     x = x + dense(width, axis=(-2, -1), kernel_init=init, dot_general=stream, name="attention_out")(h)
 

@@ -65,7 +65,7 @@ class ViTBlock(nn.Module):
     y = y.astype(jnp.float32)
     if self.choices.layer_scale:
       ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-      y = y * self.param(name, ones, x.shape[-1:]).astype(jnp.float32)
+      y = y * jnp.asarray(self.param(name, ones, x.shape[-1:]), jnp.float32)
     return x + y
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -28,8 +28,8 @@ class FlexTok(nn.Module):
   encoder and decoder it is only a VAE, with latents but no tokens.
   """
 
-  encoder: Encoder | None
-  decoder: Decoder | None
+  encoder: Encoder | Any  # None: a VAE alone
+  decoder: Decoder | Any
   levels: Sequence[int]
   vae: AutoencoderKL | None = None
   scaling_factor: float = 1.0  # latents = scaling_factor * VAE latents (or image)
@@ -202,7 +202,7 @@ def sample_latents(
 
   modulations = None
   if fast:  # [num_steps, ..., 1, f]: those of each step for a batch of one, shared by all samples
-    blocks, head = model.apply({"params": params}, flow.step_times(num_steps), method="modulations")
+    blocks, head = cast(Any, model.apply({"params": params}, flow.step_times(num_steps), method="modulations"))
     modulations = (blocks.swapaxes(0, 1)[:, :, None], head if head is None else head[:, None])
   inputs = (jnp.broadcast_to(jnp.asarray(sampler.guidance_scale, jnp.float32), (num_steps,)), modulations)
   x, running = noise, jnp.zeros_like(noise)

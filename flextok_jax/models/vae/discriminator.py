@@ -1,5 +1,7 @@
 """The PatchGAN discriminator of pix2pix (Isola et al. 2017), as used by VQGAN and latent diffusion models."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -64,8 +66,10 @@ class BatchNorm(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     draw = lambda key, shape: 1 + 0.02 * jax.random.normal(key, shape)
-    scale = self.param("scale", nn.with_logical_partitioning(draw, ("conv_out",)), x.shape[-1:])
-    bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), ("conv_out",)), x.shape[-1:])
+    scale: Any = self.param("scale", nn.with_logical_partitioning(draw, ("conv_out",)), x.shape[-1:])
+    bias: Any = self.param(
+      "bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), ("conv_out",)), x.shape[-1:]
+    )
     x = x.astype(jnp.float32)
     mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
     return (x - mean) * jax.lax.rsqrt(variance + 1e-5) * scale + bias
