@@ -96,7 +96,7 @@ def scan_blocks(step: Callable, depth: int, block: nn.Module, carry: Any, inputs
   Args:
     step: (block, carry, inputs of this block, *shared) -> carry.
     depth: number of blocks.
-    block: a module, one copy of whose parameters is made for each block.
+    block: a module; each block has its own copy of the parameters.
     carry: tree of arrays that the first block receives.
     inputs: tree of arrays [depth, ...], one slice for each block.
     shared: trees of arrays that all blocks receive.

@@ -121,7 +121,7 @@ class Transformer(nn.Module):
     scanned, last = (None, None) if modulation is None else (modulation[:-1], modulation[-1])
     features = None
     if self.depth > 1:
-      # The features are carried, not stacked over the blocks: one copy, whose gradient enters at its block alone.
+      # The features are carried, not stacked over the blocks: one copy, whose gradient enters only at its block.
       if feature_block is not None:
         features = jnp.zeros_like(segments[self.output])
 
@@ -145,7 +145,7 @@ class Transformer(nn.Module):
 class AdaLN(nn.Module):
   """Modulations of all blocks and of the head: SiLU > Linear of the time embedding, initialised at zero.
 
-  They depend on time alone, so a sampler computes them once for all steps.
+  They depend only on time, so a sampler computes them once for all steps.
   """
 
   depth: int

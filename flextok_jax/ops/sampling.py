@@ -38,5 +38,5 @@ def filter_logits(
 
 
 def sample(keys: jax.Array, logits: jax.Array) -> jax.Array:
-  """Draws int32 [b] from softmax(logits [b, v]); row i depends on keys[i] alone."""
+  """Draws int32 [b] from softmax(logits [b, v]); row i depends only on keys[i]."""
   return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -32,7 +32,7 @@ def make_mesh(
     data: size of the axis "data". One of data, fsdp and tensor may be -1: the remaining devices.
     fsdp: size of the axis "fsdp".
     tensor: size of the axis "tensor".
-    slices: number of slices, which "data" alone crosses; None: as found.
+    slices: number of slices, only the axis "data" crosses them; None: as found.
     devices: of the mesh; None: all devices of this run.
 
   Raises:

@@ -172,7 +172,7 @@ class ARTransformer(nn.Module):
     Args:
       hidden: [b, n, d].
       targets: int [b, n].
-      chunk: positions at most whose logits exist at once, forward and backward: [b, chunk, num_outputs] instead of
+      chunk: largest number of positions whose logits exist at once, forward and backward: [b, chunk, num_outputs], not
         [b, n, num_outputs].
 
     Returns:

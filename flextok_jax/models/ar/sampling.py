@@ -63,7 +63,7 @@ def generate(
   Args:
     model: the generator.
     params: of the model.
-    keys: one for each sample [b]; sample i depends on keys[i] alone, not on its neighbours.
+    keys: one for each sample [b]; sample i depends only on keys[i], not on its neighbours.
     labels: int [b], -1 for none; with guidance [2 b], the conditional half first.
     features: of the text, [b or 2 b, t, f] as for labels, or None.
     text_lengths: int, as features.

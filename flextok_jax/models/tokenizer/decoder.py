@@ -84,7 +84,7 @@ class Decoder(PatchTransformer, kw_only=True):
 
     # Registers: codes and positions; mask tokens past keep_k; null tokens without a condition.
     embed = layers.dense(self.width, (None, "embed"), "code_embed", self.dtype, use_bias=self.code_bias)
-    # Comparable to the embedded codes, so that the first LayerNorm keeps their magnitude and not their sign alone.
+    # Comparable to the embedded codes, so that the first LayerNorm keeps their magnitude, not only their sign.
     init = layers.normal(0.3, "registers", "embed")
     table = self.param("register_positions", init, (self.num_registers, self.width))
     mask_token = self.param("mask_token", layers.normal(0.02, "embed"), (self.width,))

@@ -28,7 +28,7 @@ class FlexTok(nn.Module):
   encoder and decoder it is only a VAE, with latents but no tokens.
   """
 
-  encoder: Encoder | Any  # None: a VAE alone
+  encoder: Encoder | Any  # None: only a VAE
   decoder: Decoder | Any
   levels: Sequence[int]
   vae: AutoencoderKL | None = None
