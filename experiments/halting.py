@@ -49,7 +49,9 @@ def main(values: flags.FlagValues):
   if config.stage != "tokenizer" or not config.data.sources.synthetic.weight:
     raise ValueError(f"{values.checkpoint} must be a tokenizer that was trained on the synthetic source")
   with cli.renamed(**cli.DECODER_FLAGS):
-    sampler = decoding.override_sampler(config.sampler, values.decoder_steps, values.decoder_guidance, None)
+    sampler = decoding.override_sampler(
+      config.sampler, num_steps=values.decoder_steps, guidance=values.decoder_guidance
+    )
   fields = {f"sampler.{name}": value for name, value in sampler.items()}
   fields |= {"eval.num_images": values.num_images, "eval.batch_size": values.batch_size, "seed": values.seed}
   fields["eval.sources"] = ("synthetic",)

@@ -172,6 +172,20 @@ def numbers(flag: str, items: Iterable[str], kind: type = int) -> list:
   return found
 
 
+def require(values: flags.FlagValues, *names: str):
+  """Raises ValueError for the first of these flags that is not given."""
+  for name in names:
+    if not values[name].value:
+      raise ValueError(f"--{name} is missing")
+
+
+def out_folder(values: flags.FlagValues) -> Path:
+  """Returns --out, which need not exist; ValueError if it is a file."""
+  if Path(values.out).exists() and not Path(values.out).is_dir():
+    raise ValueError(f"--out={values.out} is a file: give a folder")
+  return Path(values.out)
+
+
 DECODER_FLAGS = {"num_steps": "decoder_steps", "guidance": "decoder_guidance", "guidance_scale": "decoder_scale"}
 
 

@@ -165,7 +165,7 @@ def _evaluate_samples(values: flags.FlagValues, out: Path) -> tuple[Report, dict
   conditions = prompts.read_conditions(classes, texts, gen, source)
   choices = prompts.sampling_choices(gen, conditions != [None], **cli.choice_flags(values))
   with cli.renamed(**cli.DECODER_FLAGS):
-    tokenizer = prompts.load_tokenizer(values.tokenizer, gen, **cli.decoder_flags(values))
+    tokenizer = prompts.load_matching_tokenizer(values.tokenizer, gen, **cli.decoder_flags(values))
   config, params = tokenizer.config, tokenizer.params
   counts = decoding.token_counts(cli.numbers("num_tokens", values.num_tokens), gen.num_tokens)
   draw = generation.make_draw(gen, conditions, seed, mesh, num_tokens=counts[-1], **choices)

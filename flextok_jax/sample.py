@@ -1,14 +1,16 @@
-"""Draws images: token ids by a generator, turned into pictures by the tokenizer that they belong to.
+"""Draws images: token ids by a generator, decoded by the tokenizer that it was trained with.
 
 python -m flextok_jax.sample --checkpoint=GENERATOR --tokenizer=PATH --out=DIR
     [--classes=0,3,7 | --classes=all | --prompts="a red star;two blue rings" | --prompts_file=FILE]
     [--prefix_images=FILES_OR_FOLDERS --prefix_tokens=K] [--num_samples=N] [--num_tokens=N]
 
-Writes a PNG file a sample; tokens.json, which flextok_jax.detokenize reads (with the same settings it gives the same
-pictures); samples.json with settings, conditions, lengths and log-probabilities; grid.png, a row a sample and a column
-a number of tokens, framed where the sample has fewer; strip.png, the first sample token by token; and with --npz
-samples.npz, arr_0 uint8 [n, h, w, 3].
-Sample i depends on the seed, its condition and i alone.
+Writes one PNG file per sample; tokens.json, which flextok_jax.detokenize reads (with the same settings it writes the
+same images); samples.json with settings, conditions, lengths and log-probabilities; grid.png, one row per sample and
+one column per number of tokens, framed if the sample has fewer; strip.png, the first sample token by token; and with
+--npz samples.npz, arr_0 uint8 [n, h, w, 3].
+
+Sample i depends on the seed, its condition and i alone: it is that of ARGenerator.generate and FlexTok.detokenize with
+jax.random.key(seed).
 """
 
 from collections.abc import Sequence
@@ -19,16 +21,15 @@ from pathlib import Path
 import re
 
 from absl import flags
+import jax
 import numpy as np
 
 from flextok_jax import cli
 from flextok_jax.core import files
 from flextok_jax.data import transforms
 from flextok_jax.evals import grids
-from flextok_jax.inference import decoding, prompts, token_files
+from flextok_jax.inference import batches, decoding, prompts, token_files, validation
 from flextok_jax.inference.generator import load_ar
-from flextok_jax.ops import nested
-from flextok_jax.stages import make_stage
 
 _NAME_LENGTH = 40  # characters of a prompt in a file's name
 
@@ -41,30 +42,30 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   string("checkpoint", None, "A generator: file, folder or hub repository.")
   string("out", None, "Folder for the results.")
   string("prompts", None, "Texts, separated by semicolons.")
-  integer("num_samples", 1, "Samples a class, prompt and image.", 1)
-  flags.DEFINE_list("prefix_images", [], "Image files and folders, whose first tokens are kept.", flag_values=values)
-  integer("prefix_tokens", None, "How many are kept; the others are drawn.", 1)
-  integer("num_tokens", None, "Tokens a sample at most; default: the model's.", 1)
-  integer("seed", 0, "Of the tokens and the decoder's noise.")
-  integer("batch_size", 32, "Samples at once.", 1)
+  integer("num_samples", 1, "Samples per class, prompt and image.", 1)
+  flags.DEFINE_list("prefix_images", [], "Image files and folders whose first tokens are kept.", flag_values=values)
+  integer("prefix_tokens", None, "How many tokens of these are kept; the others are drawn.", 1)
+  integer("num_tokens", None, "Tokens per sample at most; default: the model's.", 1)
+  integer("seed", 0, "Of the tokens and of the decoder's noise.")
+  integer("batch_size", 32, "Samples per batch.", 1)
   flags.DEFINE_list("counts", [], "Token counts, the columns of the grid; default: powers of two.", flag_values=values)
-  integer("grid_rows", 16, "Samples in the grid at most, equally many of each condition; 0: no grid.", 0)
+  integer("grid_rows", 16, "Samples in the grid at most, the same number of each condition; 0: no grid.", 0)
   integer("strip_tokens", 32, "Pictures in the strip at most; 0: no strip.", 0)
-  flags.DEFINE_bool("npz", False, "Write samples.npz too.", flag_values=values)
+  flags.DEFINE_bool("npz", False, "Also write samples.npz.", flag_values=values)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """What one sample was asked to be; `image` names the picture whose first `kept` tokens it has."""
+  """What one sample is conditioned on; `image` names the image whose first `kept` tokens it has."""
 
-  condition: int | str | None
+  condition: prompts.Condition
   image: str | None
   kept: int
   number: int  # among those of the same condition and image
 
   @property
   def name(self) -> str:
-    """For a file's name."""
+    """Its part of a file name."""
     parts = [Path(self.image).stem] if self.image else []
     if isinstance(self.condition, int):
       parts.append(f"class_{self.condition}")
@@ -73,7 +74,7 @@ class Sample:
     return "_".join(parts) or "unconditional"
 
   def label(self, num_samples: int, length: int) -> str:
-    """For the grid, with its number where there are several, and its length unless it is 0."""
+    """Its label in the grid, with its number if there are several, and its length unless it is 0."""
     named = f"class {self.condition}" if isinstance(self.condition, int) else self.condition
     more = [f"#{self.number + 1}"] * (num_samples > 1) + [f"{self.kept} kept"] * (self.kept > 0)
     more += [f"{length} token{'s' * (length > 1)}"] * (length > 0)
@@ -83,21 +84,22 @@ class Sample:
 def main(values: flags.FlagValues):
   """Draws samples and writes what the module's docstring lists under values.out."""
   texts = _check_flags(values)
+  progress = functools.partial(cli.print_progress, batch_size=values.batch_size)
+
+  # Models, and everything that can be checked before drawing.
   gen = load_ar(values.checkpoint, **cli.parse_settings(values.setting))
   conditions = prompts.read_conditions(values.classes, texts, gen, values.checkpoint)
-  num_tokens, counts = _lengths(values, gen.num_tokens)
+  num_tokens, counts = _token_counts(values, gen.num_tokens)
   choices = prompts.sampling_choices(gen, conditions != [None], **cli.choice_flags(values))
   with cli.renamed(**cli.DECODER_FLAGS):
-    tokenizer = prompts.load_tokenizer(values.tokenizer, gen, **cli.decoder_flags(values))
-  config, params = tokenizer.config, tokenizer.params
-  predict_fns, registers = make_stage(config).predict_fns, config.tokens.num_registers
-  decode = decoding.decoder_by_image(predict_fns["detokenize"], values.seed)  # checks the seed
+    tokenizer = prompts.load_matching_tokenizer(values.tokenizer, gen, **cli.decoder_flags(values))
+
+  # Token ids.
   originals, names, prefix, kept = None, [None], None, values.prefix_tokens or 0
   if kept:
-    originals, names = transforms.load_images(values.prefix_images, config.image_size)
-    function = functools.partial(predict_fns["tokenize"], num_tokens=nested.padded_length(kept - 1, registers))
-    prefix = decoding.tokenize(function, params, originals, values.batch_size)[:, :kept]
-    prefix, originals = (np.repeat(x, len(conditions) * values.num_samples, axis=0) for x in (prefix, originals))
+    originals, names = transforms.load_images(values.prefix_images, tokenizer.image_size)
+    prefix = batches.tokenize(tokenizer, originals, kept, values.batch_size)
+    originals, prefix = (np.repeat(x, len(conditions) * values.num_samples, axis=0) for x in (originals, prefix))
   samples = [
     Sample(condition, name, kept, number)
     for name in names
@@ -110,33 +112,41 @@ def main(values: flags.FlagValues):
     prefix,
     values.seed,
     values.batch_size,
-    progress=functools.partial(cli.print_progress, "samples drawn", batch_size=values.batch_size),
+    progress=functools.partial(progress, "samples drawn"),
     num_tokens=num_tokens,
     **choices,
   )
 
-  out, size = Path(values.out), config.image_size
+  # Images: of all samples, and of the prefixes in the grid and the strip. A job is (sample, number of tokens).
+  out, size = Path(values.out), tokenizer.image_size
   paths = [out / f"{i:05d}_{sample.name}.png" for i, sample in enumerate(samples)]
-  whole = [(i, len(sequence)) for i, sequence in enumerate(sequences)]
+  complete = [(i, len(sequence)) for i, sequence in enumerate(sequences)]
   shown = _shown(values.grid_rows, values.num_samples, len(samples))
   columns = [[(i, min(count, len(sequences[i]))) for i in shown] for count in counts]
   growing = [(0, count) for count in range(1, min(values.strip_tokens, len(sequences[0])) + 1)]
-  pictures = dict.fromkeys((*growing, *(job for column in columns for job in column)))  # to be kept
+  pictures: dict[batches.Job, np.ndarray | None] = dict.fromkeys(
+    (*growing, *(job for column in columns for job in column))
+  )
   everything = np.zeros((len(samples), size, size, 3), np.uint8) if values.npz else None
-  jobs = list(dict.fromkeys((*whole, *pictures)))  # each once
-  decoded = decoding.decode_prefixes(decode, params, sequences, jobs, registers, values.batch_size)
+  jobs = list(dict.fromkeys((*complete, *pictures)))  # each once
+  decoded = batches.decode_prefixes(tokenizer, sequences, jobs, jax.random.key(values.seed), values.batch_size)
   for done, (job, picture) in enumerate(decoded, 1):
     if job in pictures:
       pictures[job] = picture
-    if job == whole[job[0]]:
+    if job == complete[job[0]]:
       files.write_file(paths[job[0]], grids.to_png(picture))
-      if values.npz:
+      if everything is not None:
         everything[job[0]] = picture
-    cli.print_progress("pictures decoded", done, len(jobs), values.batch_size)
+    progress("pictures decoded", done, len(jobs))
 
+  # Lists, grid, strip and archive.
   settings = {name: values[name].value for name in ("checkpoint", "tokenizer", "seed")}
-  settings |= {"num_tokens": num_tokens, **choices, "decoder": config.sampler.to_dict()}
-  outputs = _lists(samples, paths, sequences, log_probs, size, settings)
+  settings |= {"num_tokens": num_tokens, **choices, "decoder": tokenizer.config.sampler.to_dict()}
+  token_ids = [sequence.tolist() for sequence in sequences]
+  outputs = {
+    "tokens.json": token_files.to_json(size, num_tokens, [s.name for s in samples], token_ids),
+    "samples.json": _samples_json(samples, paths, sequences, log_probs, settings),
+  }
   if shown:
     labels = [samples[i].label(values.num_samples, len(sequences[i]) if gen.config.ar.stop else 0) for i in shown]
     left = [labels] if originals is None else [labels, originals[shown]]
@@ -154,17 +164,16 @@ def main(values: flags.FlagValues):
     outputs["strip.png"] = grids.to_png(grids.strip(cells, _headers([count for _, count in growing])))
   for name, content in outputs.items():
     files.write_file(out / name, content)
-  if values.npz:
-    np.savez(out / ".samples.npz", arr_0=everything)  # straight to a file: it may be too large to be held twice
+  if everything is not None:
+    np.savez(out / ".samples.npz", arr_0=everything)  # directly to a file: two copies may not fit into memory
     (out / ".samples.npz").replace(out / "samples.npz")
   some = " ... ".join(path.name for path in paths[:1] + paths[1:][-1:])
   print(f"wrote to {out}: {some}, {', '.join(outputs)}{', samples.npz' * values.npz}")
 
 
-def _lists(
-  samples: list[Sample], paths: list[Path], sequences: list, log_probs: np.ndarray, image_size: int, settings: dict
-) -> dict[str, bytes]:
-  """Returns tokens.json and samples.json."""
+def _samples_json(
+  samples: list[Sample], paths: list[Path], sequences: list[np.ndarray], log_probs: np.ndarray, settings: dict
+) -> bytes:
   entries = [
     {
       "file": path.name,
@@ -176,12 +185,7 @@ def _lists(
     }
     for sample, path, sequence, log_prob in zip(samples, paths, sequences, log_probs)
   ]
-  return {
-    "tokens.json": token_files.to_json(
-      image_size, settings["num_tokens"], [s.name for s in samples], [sequence.tolist() for sequence in sequences]
-    ),
-    "samples.json": (json.dumps({"settings": settings, "samples": entries}, indent=1) + "\n").encode(),
-  }
+  return (json.dumps({"settings": settings, "samples": entries}, indent=1) + "\n").encode()
 
 
 def _headers(counts: Sequence[int]) -> list[str]:
@@ -189,18 +193,16 @@ def _headers(counts: Sequence[int]) -> list[str]:
 
 
 def _shown(rows: int, num_samples: int, total: int) -> list[int]:
-  """Returns the samples in the grid: of each condition its first ones."""
+  """Returns the samples in the grid, the first ones of each condition."""
   each = min(num_samples, max(1, rows * num_samples // total))
   return [i for i in range(total) if i % num_samples < each][:rows]
 
 
 def _check_flags(values: flags.FlagValues) -> list[str]:
-  """Checks what can be told without a checkpoint, and returns the prompts."""
-  for name in ("checkpoint", "tokenizer", "out"):
-    if not values[name].value:
-      raise ValueError(f"--{name} is missing")
-  if Path(values.out).exists() and not Path(values.out).is_dir():
-    raise ValueError(f"--out={values.out} is a file: give a folder")
+  """Checks what can be checked without a checkpoint, and returns the prompts."""
+  cli.require(values, "checkpoint", "tokenizer", "out")
+  cli.out_folder(values)
+  validation.seed(values.seed)
   given = [f"--{name}" for name in ("classes", "prompts", "prompts_file") if values[name].present]
   if len(given) > 1:
     raise ValueError(f"{' and '.join(given)} are both given: give one of them")
@@ -218,8 +220,8 @@ def _check_flags(values: flags.FlagValues) -> list[str]:
   return texts
 
 
-def _lengths(values: flags.FlagValues, most: int) -> tuple[int, tuple[int, ...]]:
-  """Returns the number of tokens to draw and the token counts of the grid; `most` is what the model has."""
+def _token_counts(values: flags.FlagValues, most: int) -> tuple[int, tuple[int, ...]]:
+  """Returns the number of tokens to draw and the token counts of the grid; `most`: tokens per sample at most."""
   num_tokens = most if values.num_tokens is None else values.num_tokens
   if num_tokens > most:
     raise ValueError(f"--num_tokens={num_tokens} is out of range: this model has 1 to {most} tokens")

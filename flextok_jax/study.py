@@ -176,7 +176,7 @@ def _study_sampling(values: flags.FlagValues, subject: Subject, progress: Progre
   choices = _one_at_a_time(values, gen.config.ar, swept)
   samplers = _one_at_a_time(values, c.sampler, samplers, "decoder ")
   for sampler in samplers.values():
-    decoding.override_sampler(c.sampler, sampler["num_steps"], None, sampler.get("guidance_scale"))
+    decoding.override_sampler(c.sampler, num_steps=sampler["num_steps"], guidance_scale=sampler.get("guidance_scale"))
   printed = functools.partial(cli.print_progress, "samples drawn", batch_size=c.eval.batch_size)
 
   def draw(choice):

@@ -4,19 +4,15 @@ A simple picture is told in a few tokens, a full one takes more (arXiv 2502.1396
 found by decoding prefixes and comparing them with the image, a bisection over lengths for a whole batch at once.
 """
 
-from collections.abc import Callable, Mapping
-import functools
+from collections.abc import Callable
 import math
 import numbers
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flextok_jax.core.images import to_float
-from flextok_jax.inference import decoding
 from flextok_jax.ops import distances, nested
-from flextok_jax.stages import make_stage
 
 Decode = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -111,70 +107,5 @@ def pad_to_slots(ids: jax.Array, num_registers: int) -> jax.Array:
 
 
 def shared_noise(seed: int, shape: tuple[int, ...]) -> jax.Array:
-  """Returns the starting latents, of one image, that make_lengths_fn gives to all; shape [h, w, c]."""
+  """Returns starting latents [h, w, c] for all images: those of image 0 in a call with key(seed)."""
   return jax.random.normal(jax.random.fold_in(jax.random.key(seed), 0), shape)
-
-
-def make_lengths_fn(
-  config: Mapping[str, Any], params: Any, quality: float, metric: str | distances.Distance = "mse", seed: int = 0
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """Makes the function that chooses lengths, by a tokenizer and the sampler of its config.
-
-  All images are decoded from the same noise, that of image 0 in an evaluation of this seed: the length of an image
-  depends on the image alone, not on its place or its neighbours.
-
-  Args:
-    config, params: of the tokenizer.
-    quality: largest distance of a reconstruction that is good enough.
-    metric: "mse", "perceptual", or a function (see ops/distances.py).
-    seed: of the noise.
-
-  Returns:
-    (images uint8 [b, h, w, 3], ids int [b, n]) -> lengths int32 [b], 1 to n; compiled once per shape.
-
-  Raises:
-    ValueError: a bad quality, metric or seed, or a model without tokens.
-  """
-  return _make(shortest_length, config, params, quality, metric, seed)
-
-
-def make_prefix_fn(
-  config: Mapping[str, Any], params: Any, quality: float, metric: str | distances.Distance = "mse", seed: int = 0
-) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-  """As make_lengths_fn, of a function that returns (lengths, their distances); one more decoding for the longest."""
-  return _make(shortest_prefix, config, params, quality, metric, seed)
-
-
-def make_search(
-  config: Mapping[str, Any], metric: str | distances.Distance = "mse", seed: int = 0, search: Callable = shortest_prefix
-) -> Callable:
-  """As make_prefix_fn, of a function (params, threshold, images, ids), compiled once for all thresholds.
-
-  Args:
-    search: shortest_prefix, or shortest_length.
-
-  Raises:
-    ValueError: a bad metric or seed, or a model without tokens.
-  """
-  distance = distances.resolve(metric)
-  predict_fns = make_stage(config).predict_fns
-  if "detokenize" not in predict_fns:
-    raise ValueError(f"this is a model of stage {config.stage!r}, which has no tokens to choose from")
-  by_image = decoding.decoder_by_image(predict_fns["detokenize"], seed)
-  num_registers = config.tokens.num_registers
-
-  @jax.jit
-  def run(params, threshold, images, ids):
-    same_noise = jnp.zeros(len(ids), jnp.int32)
-
-    def decode(ids, keep_k):
-      return by_image(params, pad_to_slots(ids, num_registers), keep_k, same_noise)
-
-    return search(decode, distance, images, ids, threshold)
-
-  return run
-
-
-def _make(search, config, params, quality, metric, seed: int):
-  check_quality(quality)
-  return functools.partial(make_search(config, metric, seed, search), params, jnp.float32(quality))

@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import FrozenConfigDict
 import numpy as np
 
-from flextok_jax.config import with_fields
-from flextok_jax.inference import decoding
 from flextok_jax.inference.generator import ARGenerator
-from flextok_jax.inference.tokenizer import FlexTok
-from flextok_jax.weights import fingerprints, loading
+from flextok_jax.inference.tokenizer import FlexTok, load_tokenizer
+from flextok_jax.parallel import batching
+from flextok_jax.weights import fingerprints
 
 Condition = int | str | None  # a class, a prompt, or unconditional
 
@@ -106,25 +104,19 @@ def check_tokenizer(tokenizer: FlexTok, gen: ARGenerator, name: str):
     raise ValueError(f"the generator was trained on ids of the tokenizer {trained}, but {name} is {given}: {remedy}")
 
 
-def load_tokenizer(
-  path: str,
-  gen: ARGenerator,
-  *,
-  num_steps: int | None = None,
-  guidance: str | None = None,
-  guidance_scale: float | None = None,
-) -> FlexTok:
-  """Loads the tokenizer of a generator; its config has the sampler settings that are given here, else its own.
+def load_matching_tokenizer(tokenizer: str, gen: ARGenerator, **sampler: Any) -> FlexTok:
+  """Loads the tokenizer of a generator.
+
+  Args:
+    tokenizer: path or repository.
+    **sampler: num_steps, guidance and guidance_scale, in place of its own.
 
   Raises:
-    FileNotFoundError, ValueError: as flextok_jax.load, another tokenizer than the generator's, or bad settings.
+    FileNotFoundError, ValueError: see load_tokenizer; or not the tokenizer whose ids the generator draws.
   """
-  config, params = loading.load(path)
-  if config.stage != "tokenizer":
-    raise ValueError(f"tokenizer={path} is a model of stage {config.stage!r}, which has no tokens")
-  check_tokenizer(FlexTok(params, FrozenConfigDict(config)), gen, f"tokenizer={path}")
-  sampler = decoding.override_sampler(config.sampler, num_steps, guidance, guidance_scale)
-  return FlexTok(params, FrozenConfigDict(with_fields(config, {f"sampler.{k}": v for k, v in sampler.items()})))
+  model = load_tokenizer(tokenizer, **sampler)
+  check_tokenizer(model, gen, f"tokenizer={tokenizer}")
+  return model
 
 
 def draw(
@@ -135,7 +127,7 @@ def draw(
   batch_size: int,
   *,
   progress: Callable[[int, int], None] | None = None,
-  **choices,
+  **choices: Any,
 ) -> tuple[list[np.ndarray], np.ndarray]:
   """Draws one sequence per condition (all classes, all prompts, or all None), sample i by fold_in(key(seed), i).
 
@@ -151,21 +143,21 @@ def draw(
     ValueError: a choice out of range, or log-probabilities that are not finite.
   """
   count = len(conditions)
-  batch_size = min(batch_size, count)
-  sequences, sums = [], []
-  for start in range(0, count, batch_size):
-    rows = np.minimum(np.arange(start, start + batch_size), count - 1)
+
+  def draw_rows(rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
     given = [conditions[i] for i in rows]
     condition = {} if given[0] is None else {"prompts" if isinstance(given[0], str) else "labels": given}
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
-    ids, log_probs = gen.generate(
-      keys, **condition, prefix=None if prefix is None else prefix[rows], return_log_probs=True, **choices
-    )
-    sequences += gen.trim(ids)[: count - start]
-    sums.append(np.asarray(log_probs)[: count - start].sum(1))
+    kept = None if prefix is None else prefix[rows]
+    return gen.generate(keys, **condition, prefix=kept, return_log_probs=True, **choices)
+
+  size = batching.batch_rows(batch_size, count)
+  sequences, sums = [], []
+  for ids, log_probs in batching.map_batches(draw_rows, batching.slices(np.arange(count), size), size):
+    sequences += gen.trim(ids)
+    sums.append(log_probs.sum(1))
     if progress is not None:
       progress(len(sequences), count)
-  sums = np.concatenate(sums)
-  if not np.isfinite(sums).all():
+  if not np.isfinite(np.concatenate(sums)).all():
     raise ValueError("the generator's log-probabilities are not finite: these weights diverged")
-  return sequences, sums
+  return sequences, np.concatenate(sums)

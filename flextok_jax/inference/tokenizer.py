@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import functools
 import os
@@ -11,20 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 import numpy as np
-from PIL import Image
 
-from flextok_jax.data import transforms
-from flextok_jax.inference import adaptive
+from flextok_jax.config import with_fields
+from flextok_jax.inference import adaptive, validation
+from flextok_jax.inference.validation import Array, Images, Scale, TokenIds
 from flextok_jax.models.tokenizer import flextok
+from flextok_jax.models.tokenizer.flextok import Sampler
 from flextok_jax.ops import distances, fsq, nested
 from flextok_jax.stages.tokenizer import make_model
 from flextok_jax.stages.vae import make_vae
 from flextok_jax.weights import loading, saving
 
-Images = jax.Array | np.ndarray | Sequence[Image.Image | str | os.PathLike]
-TokenIds = jax.Array | np.ndarray | Sequence[Sequence[int]]
+KeepK = int | Sequence[int] | Array
 
 
 def load(
@@ -36,21 +36,21 @@ def load(
   image_size: int | None = None,
   mesh: Mesh | None = None,
 ) -> FlexTok:
-  """Loads a tokenizer (or a VAE alone, which only encodes and decodes latents).
+  """Loads a tokenizer, or a VAE alone, which only encodes and decodes latents.
 
   Args:
     source: a repository of the Hugging Face hub ("EPFL-VILAB/flextok_d18_d28_dfn"), an official .safetensors file or
       folder, a folder of diffusers' AutoencoderKL, or a workdir, folder or weights file of ours.
-    dtype: type in which it computes and keeps its parameters, "float32" or "bfloat16"; default: that of the config, for
-      official checkpoints float32. The VAE has its own (in official ones float32).
-    vae_norm_num_groups: groups of the VAE's GroupNorms: official files do not tell (the released ones: 32).
-    mup_base_width: base width of an official model whose configuration says use_mup_readout, which it does not tell.
-    image_size: pixels a side, in place of the checkpoint's own (official ones: 256, which their files do not tell).
+    dtype: type of the parameters and of the computation, "float32" or "bfloat16"; default: that of the config, for
+      official checkpoints float32. The VAE has its own (float32 in official checkpoints).
+    vae_norm_num_groups: groups of the VAE's GroupNorms, which official files do not state (32 in the released models).
+    mup_base_width: base width of an official model trained with use_mup_readout, which its files do not state.
+    image_size: pixels a side, in place of the checkpoint's own (256 in official ones, whose files do not state it).
     mesh: devices to place the parameters on, by their logical axes; default: the first device.
 
   Raises:
-    FileNotFoundError: nothing there, or it cannot be downloaded; the message says what to put where.
-    ValueError: a damaged, foreign or unsupported checkpoint; the message names what is wrong.
+    FileNotFoundError: there is no checkpoint, or it cannot be downloaded; the message says which file to put where.
+    ValueError: a damaged, foreign or unsupported checkpoint; the message names the cause.
   """
   config, params = loading.load(
     source,
@@ -67,10 +67,10 @@ def load(
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True)
 class FlexTok:
-  """A tokenizer: parameters and the config that says what they are (arXiv 2502.13967).
+  """A tokenizer: its parameters and its config (arXiv 2502.13967).
 
-  A pytree (the config is static): it can be passed through jax.jit, where all methods work, but tokenize by quality.
-  Outside, each is compiled once per shape of its arguments, and bad arguments raise a ValueError that names them.
+  A pytree (the config is static): it can be passed through jax.jit, where all methods work except tokenize by quality.
+  Outside, each method is compiled once per shape of its arguments.
   """
 
   params: Any
@@ -78,12 +78,12 @@ class FlexTok:
 
   @property
   def image_size(self) -> int:
-    """Pixels a side of the images that it was made for."""
+    """Pixels a side of the images that the model was trained on."""
     return self.config.image_size
 
   @property
   def num_registers(self) -> int:
-    """Tokens an image at most."""
+    """Largest number of tokens per image."""
     return self._tokenizer_config().tokens.num_registers
 
   @property
@@ -96,6 +96,11 @@ class FlexTok:
     """(h, w, c) of the latents of an image of image_size."""
     return _network(self.config).latent_shape(self.image_size)
 
+  @property
+  def sampler(self) -> Sampler:
+    """The checkpoint's settings of detokenize (config.sampler)."""
+    return Sampler(**self._tokenizer_config().sampler)
+
   def tokenize(
     self,
     images: Images,
@@ -103,118 +108,124 @@ class FlexTok:
     key: jax.Array | None = None,
     quality: float | None = None,
     metric: str | distances.Distance = "mse",
-    noise: jax.Array | None = None,
-    num_steps: int = 25,
-    guidance: str | None = "apg",
-    guidance_scale: float | Callable[[float], float] = 7.5,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    noise: Array | None = None,
+    num_steps: int | None = None,
+    guidance: str | None = None,
+    guidance_scale: Scale | None = None,
+    guidance_interval: tuple[float, float] | None = None,
   ) -> jax.Array | list[np.ndarray]:
-    """Turns images into token ids: equally many for each, or, given a quality, the fewest that suffice for it.
+    """Encodes images as token ids: the same number for each, or, given a quality, the fewest that reach it.
 
-    These are found by comparing the image with what its prefixes decode to, clipped (see adaptive.shortest_prefix).
+    For a quality, each image is compared with the clipped reconstructions of its prefixes (adaptive.shortest_prefix).
 
     Args:
-      images: [b, h, w, 3], uint8 or float in [-1, 1]; or a list of Pillow images or paths, which are turned to RGB
+      images: [b, h, w, 3], uint8 or float in [-1, 1]; or a list of Pillow images or paths, which are converted to RGB
         (transparency on white), resized to image_size on the shorter side (bilinear) and cropped to the centre.
       num_tokens: how many of the first tokens; default: all. Fewer take less time.
       key: to sample the VAE's posterior; default: its mode.
-      quality: largest distance of a reconstruction that is good enough. What follows matters with it alone.
+      quality: largest acceptable distance of a reconstruction. The arguments below have no effect without it.
       metric: the distance: "mse" (of pixels in [-1, 1]), "perceptual" (see ops/distances.py), or a function of two
-        batches [b, h, w, 3] in [-1, 1] that jax can trace and that returns one number an image.
-      noise: as for detokenize; default: the same for every image, whose length then depends on nothing but itself.
+        batches [b, h, w, 3] in [-1, 1] that jax can trace and that returns one number per image.
+      noise: as for detokenize; default: the same for all images, so that a length depends on the image alone.
       num_steps, guidance, guidance_scale, guidance_interval: as for detokenize.
 
     Returns:
-      int32 [b, num_tokens]; with a quality a list of b arrays int32 [1 to num_tokens], which detokenize takes.
+      int32 [b, num_tokens]; given a quality, a list of b arrays int32 [1 to num_tokens], which detokenize takes.
+
+    Raises:
+      ValueError: an argument out of range, or a VAE alone, which has no tokens.
     """
-    total = self.num_registers
-    num_tokens = total if num_tokens is None else num_tokens
-    if not isinstance(num_tokens, int) or not 1 <= num_tokens <= total:
-      raise ValueError(f"num_tokens={num_tokens!r} must be a whole number from 1 to {total}")
+    num_tokens = validation.token_count(num_tokens, self.num_registers)
     images = self._images(images)
-    tokenize = lambda: _tokenize(self, images, self._length(num_tokens - 1), key)[:, :num_tokens]
+    if quality is not None:  # its arguments are checked before anything is encoded
+      goal = self._goal(images, quality, metric, noise)
+      sampler = self._sampler(num_steps, guidance, guidance_scale, guidance_interval)
+    ids = _tokenize(self, images, slots(self, num_tokens - 1), key)[:, :num_tokens]
     if quality is None:
-      return tokenize()
-    adaptive.check_quality(quality)
-    sampler = self._sampler(num_steps, guidance, guidance_scale, guidance_interval)
-    metric = distances.resolve(metric)
-    if noise is None:
-      side, (batch, height, width, _) = _network(self.config).downscale, images.shape
-      shape = (batch, height // side, width // side, self.latent_shape[-1])
-      noise = jnp.broadcast_to(adaptive.shared_noise(0, shape[1:]), shape)
-    self._check_noised("noise", noise, len(images))
-    ids = tokenize()
-    if isinstance(ids, jax.core.Tracer):
-      raise ValueError("sequences of different lengths do not come out of jax.jit: call tokenize(quality=...) outside")
-    lengths = np.asarray(_lengths(self, images, ids, noise, np.float32(quality), metric, sampler))
+      return ids
+    if validation.is_traced(ids):
+      raise ValueError("sequences of different lengths cannot leave jax.jit: call tokenize(quality=...) outside")
+    lengths = np.asarray(_lengths(self, images, ids, *goal, sampler))
     return [row[:length] for row, length in zip(np.asarray(ids), lengths)]
 
   def detokenize(
     self,
     ids: TokenIds,
-    keep_k: int | Sequence[int] | jax.Array | None = None,
+    keep_k: KeepK | None = None,
     key: jax.Array | None = None,
-    noise: jax.Array | None = None,
-    num_steps: int = 25,
-    guidance: str | None = "apg",
-    guidance_scale: float | Callable[[float], float] = 7.5,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    noise: Array | None = None,
+    num_steps: int | None = None,
+    guidance: str | None = None,
+    guidance_scale: Scale | None = None,
+    guidance_interval: tuple[float, float] | None = None,
   ) -> jax.Array:
-    """Turns token ids back into images, by guided Euler steps of the rectified flow.
+    """Decodes token ids to images, by guided Euler steps of the rectified flow.
+
+    The settings of the sampler that are None are the checkpoint's own (config.sampler).
 
     Args:
       ids: int [b, n], n from 1 to num_registers, or a list of sequences of different lengths.
-      keep_k: how many of them to use, one number or one a sample; default: all that are given.
-      key: draws the noise; give it or noise.
+      keep_k: how many of them to use, one number or one per sample; default: all that are given.
+      key: draws the noise: of sample i with fold_in(key, i); or one key per sample [b]. Give key or noise.
       noise: starting latents [b, h, w, c] (h = w = image_size / 8 for the usual VAE).
       num_steps: Euler steps.
-      guidance: "apg" (adaptive projected guidance), "cfg" or None.
-      guidance_scale: a number, or a function of t in (0, 1] called once a step. 1 is no guidance.
+      guidance: "apg" (adaptive projected guidance), "cfg" or "none".
+      guidance_scale: a number, or a function of t in (0, 1] that is called once per step. 1: no guidance.
       guidance_interval: the times t at which guidance is applied; the other steps take half the time.
 
     Returns:
-      images float32 [b, h, w, 3], about [-1, 1] and not clipped.
+      Images float32 [b, h, w, 3], about [-1, 1] and not clipped.
+
+    Raises:
+      ValueError: an argument out of range, neither key nor noise, or a VAE alone, which has no tokens.
     """
     ids, keep_k = self._ids(ids, keep_k)
     sampler = self._sampler(num_steps, guidance, guidance_scale, guidance_interval)
-    return _detokenize(self, ids, keep_k, self._noise(key, noise, len(ids)), sampler)
+    if noise is not None:
+      self._check_noised("noise", noise, len(ids))
+    elif key is not None:
+      noise = sample_noise(validation.keys(key, len(ids)), self.latent_shape)
+    else:
+      shape = [len(ids), *self.latent_shape]
+      raise ValueError(f"detokenize starts from noise: pass key=jax.random.key(seed), or noise=... of shape {shape}")
+    return _detokenize(self, ids, keep_k, noise, sampler)
 
   def encode_latents(self, images: Images, key: jax.Array | None = None) -> jax.Array:
-    """images, as for tokenize, to scaled latents float32 [b, h, w, c]; with a key a sample of the posterior."""
+    """Encodes images, as for tokenize, to scaled latents float32 [b, h, w, c]; with a key a sample of the posterior."""
     return _encode_latents(self, self._images(images), key)
 
-  def decode_latents(self, z: jax.Array) -> jax.Array:
-    """Scaled latents [b, h, w, c] to images float32 [b, h', w', 3], about [-1, 1] and not clipped."""
-    self._check_latents("z", z)
+  def decode_latents(self, z: Array) -> jax.Array:
+    """Decodes scaled latents [b, h, w, c] to images float32 [b, h', w', 3], about [-1, 1] and not clipped."""
+    validation.latents("z", z, self.latent_shape[-1])
     return _decode_latents(self, z)
 
   def velocity(
     self,
-    x_t: jax.Array,
-    t: float | jax.Array,
+    x_t: Array,
+    t: float | Array,
     ids: TokenIds,
-    keep_k: int | Sequence[int] | jax.Array | None = None,
-    drop_condition: bool | Sequence[bool] | jax.Array | None = None,
+    keep_k: KeepK | None = None,
+    drop_condition: bool | Sequence[bool] | Array | None = None,
   ) -> jax.Array:
-    """The decoder's prediction of noise - z, one evaluation of the flow.
+    """Predicts noise - z, one evaluation of the flow.
 
     Args:
       x_t: noised latents (1 - t) z + t noise [b, h, w, c].
-      t: in [0, 1], one number or one a sample.
+      t: in [0, 1], one number or one per sample.
       ids, keep_k: as for detokenize.
       drop_condition: where True no token is used (the unconditional velocity); default: nowhere.
 
     Returns:
       float32 [b, h, w, c].
+
+    Raises:
+      ValueError: an argument out of range, or a VAE alone, which has no tokens.
     """
     ids, keep_k = self._ids(ids, keep_k)
     batch = len(ids)
     self._check_noised("x_t", x_t, batch)
-    t = _per_sample("t", t, batch, jnp.float32)
-    if not isinstance(t, jax.core.Tracer) and not bool(((t >= 0) & (t <= 1)).all()):
-      raise ValueError(f"t must lie in [0, 1], got {np.asarray(t)}")
-    drop = _per_sample("drop_condition", False if drop_condition is None else drop_condition, batch, bool)
-    return _velocity(self, x_t, t, ids, keep_k, drop)
+    drop = validation.per_sample("drop_condition", False if drop_condition is None else drop_condition, batch, bool)
+    return _velocity(self, x_t, validation.times(t, batch), ids, keep_k, drop)
 
   def save(self, folder: str | os.PathLike):
     """Writes a folder that load reads: weights.safetensors (each array in its type) and config.json."""
@@ -223,7 +234,10 @@ class FlexTok:
   def to_official(self, path: str | os.PathLike):
     """Writes what the authors' PyTorch code reads: a .safetensors file, or a folder in the hub's layout.
 
-    A VAE alone is written as diffusers does. ValueError where the official format has no words for this model.
+    A VAE alone is written in the format of diffusers.
+
+    Raises:
+      ValueError: the official format cannot express this model.
     """
     saving.save_official(path, self.config, self.params)
 
@@ -232,119 +246,112 @@ class FlexTok:
       raise ValueError(f"this is a model of stage {self.config.stage!r}: it has latents, but no tokens")
     return self.config
 
-  def _images(self, images: Images) -> jax.Array | np.ndarray:
-    """Checks images and returns them as an array [b, h, w, 3]."""
-    if isinstance(images, str | os.PathLike | Image.Image):
-      raise ValueError(f"images must be a list of images or an array, got a {type(images).__name__}: put it in a list")
-    if isinstance(images, Sequence):
-      if not len(images):
-        raise ValueError("images is an empty list")
-      return np.stack([self._image(image) for image in images])
-    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-      raise ValueError(f"images must have shape [b, h, w, 3], got {list(images.shape)}")
-    if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
-      raise ValueError(f"images must be uint8 or floating point in [-1, 1], got {images.dtype}")
-    # A resampled picture may overshoot a little; NaN is refused too.
-    if isinstance(images, np.ndarray) and images.dtype != np.uint8 and not np.abs(images).max() < 2:
-      raise ValueError(f"float images must lie in [-1, 1], got {images.min()} to {images.max()}: scale or give uint8")
+  def _images(self, images: Images) -> Array:
     network = _network(self.config)
-    unit = network.downscale * (network.encoder.patch_size if network.encoder else 1)
-    if images.shape[1] % unit or images.shape[2] % unit:
-      raise ValueError(f"images of {images.shape[1]} x {images.shape[2]} pixels: sides must be multiples of {unit}")
-    return images
+    patch_size = network.encoder.patch_size if network.encoder else 1
+    return validation.images(images, self.image_size, network.downscale * patch_size)
 
-  def _image(self, image: Image.Image | str | os.PathLike) -> np.ndarray:
-    if not isinstance(image, str | os.PathLike | Image.Image):
-      raise ValueError(f"a list of images holds Pillow images or paths, got a {type(image).__name__}: stack arrays")
-    try:
-      return transforms.center_crop(image, self.image_size)
-    except transforms.DECODE_ERRORS as e:
-      raise ValueError(f"the image {image} cannot be read: {e}") from e
+  def _ids(self, ids: TokenIds, keep_k: KeepK | None) -> tuple[Array, Array]:
+    """Returns (ids int32 [b, slots], keep_k int32 [b])."""
+    ids, keep_k, most = validation.token_ids(ids, keep_k, self.num_registers, self.num_codes)
+    return validation.fit_slots(ids, slots(self, most)), keep_k
 
-  def _ids(self, ids: TokenIds, keep_k) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:
-    """Checks token ids and returns (int32 [b, slots], padded with 0 or cut to what is used; keep_k int32 [b])."""
-    total = self.num_registers
-    lengths = None
-    if not hasattr(ids, "ndim"):
-      rows = [np.asarray(row) for row in ids]
-      if not rows or not all(row.ndim == 1 and (np.issubdtype(row.dtype, np.integer) or not row.size) for row in rows):
-        raise ValueError("ids must be an integer array [b, n] or a list of sequences of whole numbers")
-      lengths = np.asarray([len(row) for row in rows], np.int32)
-      ids = np.stack([np.pad(row.astype(np.int64), (0, lengths.max() - len(row))) for row in rows])
-    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-      raise ValueError(f"ids must be integers [b, n], got {ids.dtype} {list(ids.shape)}")
-    batch, width = ids.shape
-    lengths = np.full(batch, width, np.int32) if lengths is None else lengths
-    if not batch or not lengths.min() >= 1 or width > total:
-      raise ValueError(f"a sequence has 1 to {total} ids, got {sorted(set(lengths.tolist()))}")
-    if not isinstance(ids, jax.core.Tracer):
-      low, high = int(ids.min()), int(ids.max())
-      if low < 0 or high >= self.num_codes:
-        raise ValueError(f"token id {low if low < 0 else high} is out of range: ids are 0 to {self.num_codes - 1}")
-    keep_k = _per_sample("keep_k", lengths if keep_k is None else keep_k, batch, jnp.int32)
-    if not isinstance(keep_k, jax.core.Tracer):
-      wrong = (keep_k < 1) | (keep_k > lengths)
-      if wrong.any():
-        i = int(np.argmax(wrong))
-        raise ValueError(f"keep_k={int(keep_k[i])} of sample {i} must lie between 1 and its {lengths[i]} ids")
-    most = width if isinstance(keep_k, jax.core.Tracer) else int(keep_k.max())
-    length = self._length(most)
-    ids = ids[:, :length] if isinstance(ids, jax.core.Tracer) else np.asarray(ids)[:, :length].astype(np.int32)
-    pad = jnp.pad if isinstance(ids, jax.core.Tracer) else np.pad
-    return pad(ids, ((0, 0), (0, max(length - width, 0)))), keep_k
+  def _sampler(
+    self,
+    num_steps: int | None = None,
+    guidance: str | None = None,
+    guidance_scale: Scale | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+  ) -> Sampler:
+    """Returns the sampler with the guidance scale of each step, so that another scale needs no new program."""
+    sampler = validation.sampler(
+      self.sampler,
+      num_steps=num_steps,
+      guidance=guidance,
+      guidance_scale=guidance_scale,
+      guidance_interval=guidance_interval,
+    )
+    scale = sampler.guidance_scale
+    mode = "none" if not validation.is_traced(scale) and np.all(np.asarray(scale) == 1) else sampler.guidance
+    scales = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (sampler.num_steps,))
+    return dataclasses.replace(sampler, guidance=mode, guidance_scale=scales)
 
-  def _length(self, count: int) -> int:
-    """How many registers run where more than `count` are needed: one of a few sizes, so few programs are compiled."""
-    total = self.num_registers
-    return nested.padded_length(count, total) if self.config.fast else total
+  def _goal(
+    self, images: Array, quality: float, metric: str | distances.Distance, noise: Array | None
+  ) -> tuple[Array, Array, distances.Distance]:
+    """Returns the noise, the largest distance and the distance by which prefixes are judged."""
+    adaptive.check_quality(quality)
+    metric = distances.resolve(metric)
+    batch, height, width, _ = images.shape
+    if noise is None:
+      side = _network(self.config).downscale
+      shape = height // side, width // side, self.latent_shape[-1]
+      noise = jnp.broadcast_to(adaptive.shared_noise(0, shape), (batch, *shape))
+    self._check_noised("noise", noise, batch)
+    return noise, np.float32(quality), metric
 
-  def _sampler(self, num_steps, guidance, guidance_scale, guidance_interval) -> flextok.Sampler:
-    """Checks the settings of detokenize and returns them with the guidance_scale of each step."""
-    apg = {k: v for k, v in self.config.sampler.items() if k.startswith("apg_")}
-    sampler = flextok.Sampler(num_steps, guidance or "none", 1.0, guidance_interval, **apg)
-    if callable(guidance_scale):
-      guidance_scale = np.asarray([guidance_scale(i / num_steps) for i in range(num_steps, 0, -1)], np.float32)
-    if not isinstance(guidance_scale, jax.core.Tracer):
-      if np.shape(guidance_scale) not in ((), (num_steps,)) or not np.isfinite(guidance_scale).all():
-        raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number or a function of t that gives one")
-      if np.all(np.asarray(guidance_scale) == 1):
-        sampler = dataclasses.replace(sampler, guidance="none")
-    scales = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), (num_steps,))
-    return dataclasses.replace(sampler, guidance_scale=scales)
-
-  def _noise(self, key, noise, batch: int) -> jax.Array:
-    if noise is not None:
-      self._check_noised("noise", noise, batch)
-      return noise
-    if key is None:
-      raise ValueError(
-        "detokenize starts from noise: pass key=jax.random.key(seed), or noise=... of shape "
-        f"{[batch, *self.latent_shape]}"
-      )
-    return jax.random.normal(key, (batch, *self.latent_shape))
-
-  def _check_noised(self, name: str, latents: jax.Array, batch: int):
-    self._check_latents(name, latents)
-    patch = _network(self.config).decoder.patch_size
-    b, height, width, _ = np.shape(latents)
-    if b != batch or height % patch or width % patch:
-      raise ValueError(
-        f"{name} must be {batch} latents, one a sequence of ids, with sides that are multiples of "
-        f"{patch}; got shape {list(np.shape(latents))}"
-      )
-
-  def _check_latents(self, name: str, latents: jax.Array):
-    shape, channels = np.shape(latents), self.latent_shape[-1]
-    if len(shape) != 4 or shape[-1] != channels:
-      raise ValueError(f"{name} must have shape [b, h, w, {channels}], got {list(shape)}")
+  def _check_noised(self, name: str, latents: Array, batch: int):
+    patch_size = _network(self._tokenizer_config()).decoder.patch_size
+    validation.noised_latents(name, latents, self.latent_shape[-1], batch, patch_size)
 
 
-def _per_sample(name: str, value, batch: int, dtype) -> np.ndarray | jax.Array:
-  """One value, or one a sample, as an array [b]."""
-  array = value if isinstance(value, jax.core.Tracer) else np.asarray(value)
-  if array.shape not in ((), (batch,)) or not np.can_cast(array.dtype, dtype, "same_kind"):
-    raise ValueError(f"{name} must be one {np.dtype(dtype).name}, or one for each of {batch} samples, got {value!r}")
-  return (jnp if isinstance(value, jax.core.Tracer) else np).broadcast_to(array.astype(dtype), (batch,))
+def load_tokenizer(
+  source: str | os.PathLike,
+  *,
+  num_steps: int | None = None,
+  guidance: str | None = None,
+  guidance_scale: float | None = None,
+) -> FlexTok:
+  """Loads a model that has tokens, with these settings of the sampler in its config; None keeps its own.
+
+  Raises:
+    FileNotFoundError, ValueError: see load; a VAE alone; or a setting out of range.
+  """
+  model = load(source)
+  if model.config.stage != "tokenizer":
+    raise ValueError(f"{source} is a model of stage {model.config.stage!r}, which has no tokens")
+  return with_sampler(model, num_steps=num_steps, guidance=guidance, guidance_scale=guidance_scale)
+
+
+def with_sampler(
+  model: FlexTok, *, num_steps: int | None = None, guidance: str | None = None, guidance_scale: float | None = None
+) -> FlexTok:
+  """Returns the model with other settings of the sampler in its config; None keeps its own.
+
+  Raises:
+    ValueError: a setting out of range.
+  """
+  given = {"num_steps": num_steps, "guidance": guidance, "guidance_scale": guidance_scale}
+  sampler = validation.sampler(model.sampler, **given)
+  fields = {f"sampler.{name}": value for name, value in dataclasses.asdict(sampler).items()}
+  return dataclasses.replace(model, config=FrozenConfigDict(with_fields(ConfigDict(model.config), fields)))
+
+
+def prefix_lengths(
+  model: FlexTok, images: Array, ids: Array, quality: float, metric: str | distances.Distance = "mse"
+) -> jax.Array:
+  """Returns the length int32 [b] of the shortest prefix of each image's ids [b, n] that reaches a quality.
+
+  See FlexTok.tokenize, of whose results these are the lengths: decoded by the model's own sampler, from one noise.
+
+  Raises:
+    ValueError: a bad quality or metric, or a VAE alone, which has no tokens.
+  """
+  return _lengths(model, images, ids, *model._goal(images, quality, metric, None), model._sampler())
+
+
+def slots(model: FlexTok, count: int) -> int:
+  """Returns the number of registers to run if more than `count` are needed: one of a few, to compile few programs."""
+  total = model.num_registers
+  return nested.padded_length(count, total) if model.config.fast else total
+
+
+def decode_ids(model: FlexTok, ids: Array, keep_k: Array, noise: Array) -> jax.Array:
+  """FlexTok.detokenize without its checks: ids int32 [b, slots(model, largest keep_k)], keep_k int32 [b]."""
+  return _detokenize(model, ids, keep_k, noise, model._sampler())
+
+
+# Pure functions, compiled once per shape.
 
 
 @functools.lru_cache(maxsize=32)
@@ -354,46 +361,58 @@ def _network(config: FrozenConfigDict) -> flextok.FlexTok:
   return flextok.FlexTok(None, None, (), make_vae(config), config.vae.scaling_factor)
 
 
-def _apply(model: FlexTok, method: str, *args) -> jax.Array:
-  # float32 means float32: accelerators would multiply in fewer bits by default, and a token may flip.
-  precision = "highest" if model.config.dtype == "float32" else None
-  with jax.default_matmul_precision(precision):
+def _precision(model: FlexTok) -> Any:
+  # float32 means float32: accelerators multiply in fewer bits by default, and a token may flip.
+  return jax.default_matmul_precision("highest" if model.config.dtype == "float32" else None)
+
+
+def _apply(model: FlexTok, method: str, *args: Any) -> jax.Array:
+  with _precision(model):
     return _network(model.config).apply({"params": model.params}, *args, method=method)
 
 
+@functools.partial(jax.jit, static_argnames="shape")
+def sample_noise(keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+  """Draws starting latents [b, h, w, c], one per key [b]; shape is (h, w, c)."""
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
 @functools.partial(jax.jit, static_argnames="num_tokens")
-def _tokenize(model: FlexTok, images: jax.Array, num_tokens: int, key: jax.Array | None) -> jax.Array:
+def _tokenize(model: FlexTok, images: Array, num_tokens: int, key: jax.Array | None) -> jax.Array:
   return _apply(model, "tokenize", images, num_tokens, key)
 
 
 @jax.jit
-def _encode_latents(model: FlexTok, images: jax.Array, key: jax.Array | None) -> jax.Array:
+def _encode_latents(model: FlexTok, images: Array, key: jax.Array | None) -> jax.Array:
   return _apply(model, "encode_latents", images, key)
 
 
 @jax.jit
-def _decode_latents(model: FlexTok, z: jax.Array) -> jax.Array:
+def _decode_latents(model: FlexTok, z: Array) -> jax.Array:
   return _apply(model, "decode_latents", z)
 
 
 @jax.jit
-def _velocity(model: FlexTok, x_t, t, ids, keep_k, drop_condition) -> jax.Array:
+def _velocity(model: FlexTok, x_t: Array, t: Array, ids: Array, keep_k: Array, drop_condition: Array) -> jax.Array:
   codes = fsq.ids_to_codes(ids, model.config.tokens.levels)
   return _apply(model, "velocity", x_t, t, codes, keep_k, drop_condition)
 
 
 @jax.jit
-def _detokenize(model: FlexTok, ids, keep_k, noise, sampler: flextok.Sampler) -> jax.Array:
-  precision = "highest" if model.config.dtype == "float32" else None
-  with jax.default_matmul_precision(precision):
+def _detokenize(model: FlexTok, ids: Array, keep_k: Array, noise: Array, sampler: Sampler) -> jax.Array:
+  with _precision(model):
     network = _network(model.config)
     latents = flextok.sample_latents(network, model.params, ids, keep_k, noise, sampler, model.config.fast)
   return _apply(model, "decode_latents", latents)
 
 
 @functools.partial(jax.jit, static_argnames="metric")
-def _lengths(model: FlexTok, images, ids, noise, quality, metric, sampler: flextok.Sampler):
-  def decode(ids, keep_k):
+def _lengths(
+  model: FlexTok, images: Array, ids: Array, noise: Array, quality: Array, metric: distances.Distance, sampler: Sampler
+) -> jax.Array:
+  """Returns the length int32 [b] of the shortest prefix of each image's ids whose reconstruction is within quality."""
+
+  def decode(ids: jax.Array, keep_k: jax.Array) -> jax.Array:
     ids = adaptive.pad_to_slots(ids, model.num_registers)
     return jnp.clip(_detokenize(model, ids, keep_k, noise, sampler), -1, 1)
 

@@ -11,9 +11,9 @@ import numpy as np
 from flextok_jax.config import read_config, with_fields
 from flextok_jax.data import pipeline
 from flextok_jax.data.shards import features, latents, tokens
+from flextok_jax.inference.text_encoder import load_t5_encoder
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
-from flextok_jax.stages.ar import make_text_encoder
 from flextok_jax.stages.stage import Stage
 from flextok_jax.training import teacher as teacher_lib
 from flextok_jax.weights import fingerprints, loading
@@ -209,17 +209,10 @@ def make_prepare(config: ConfigDict, mesh: jax.sharding.Mesh, train: bool = Fals
     return teacher_lib.make_teach(config, mesh)
   if config.stage != "ar" or config.ar.condition != "text" or config.text.encoder != "t5":
     return lambda batch: batch
-  from flextok_jax.weights.perception.t5 import load_t5  # late: nothing else needs it
-
-  sizes, params = load_t5(config.text.path, config.dtype, mesh)
-  encoder = make_text_encoder(config, sizes)
-  encode = jax.jit(
-    lambda params, ids, lengths: encoder.apply({"params": params}, ids, lengths).astype(jnp.dtype(config.dtype)),
-    out_shardings=sharding.batch_sharding(mesh),
-  )
+  encode = load_t5_encoder(config.text.path, config.dtype, config.text.features, mesh)
 
   def prepare(batch: dict) -> dict:
     batch = dict(batch)
-    return batch | {"text_features": encode(params, batch.pop("text_ids"), batch["text_lengths"])}
+    return batch | {"text_features": encode(batch.pop("text_ids"), batch["text_lengths"])}
 
   return prepare

@@ -250,7 +250,7 @@ def test_texts_in_a_grid_fit_their_cell():
     ("class", ["--prefix_images=x.png", "--prefix_tokens=4"], "--prefix_tokens=4 leaves nothing to draw of 4"),
     ("class", ["--prefix_images=x.png", "--prefix_tokens=2"], "the image x.png does not exist"),
     ("class", ["--decoder_scale=2"], "--decoder_scale=2.0 has no effect where guidance is .none."),
-    ("class", ["--decoder_scale=nan", "--decoder_guidance=cfg"], "--decoder_scale=nan must be finite"),
+    ("class", ["--decoder_scale=nan", "--decoder_guidance=cfg"], "--decoder_scale=nan must be a finite number"),
     ("class", ["--setting=dim=64"], "no setting like 'dim' can be given"),
     ("class", ["--setting=dim"], "--setting=dim must be name=value"),
     ("class", ["--seed=-1"], "seed=-1 is out of range"),

@@ -2,6 +2,7 @@
 
 import json
 
+from ml_collections import FrozenConfigDict
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ from flextok_jax import tokenize
 from flextok_jax.config import with_fields
 from flextok_jax.data import transforms
 from flextok_jax.data.shards.tokens import TokenShards
-from flextok_jax.inference import adaptive
+from flextok_jax.inference.tokenizer import FlexTok, prefix_lengths
 from flextok_jax.stages import make_stage
 from flextok_jax.weights import fingerprints, loading, saving
 from tests.support.commands import config_file, fails, run
@@ -53,10 +54,10 @@ def test_the_command_writes_what_tokenizing_files_gives(pictures, tmp_path, caps
   images = transforms.load_images(str(pictures.parent / "validation"), SIZE)[0][:5]
   used, params = loading.load(checkpoint)
   used = with_fields(used, {"sampler.num_steps": 3, "sampler.guidance": "none"})
-  lengths_fn = adaptive.make_lengths_fn(used, params, 0.3, "mse")
+  model = FlexTok(params, FrozenConfigDict(used))
   ids = np.array([r["ids"] for r in read])
   assert ids.shape == (5, 3) and (meta["quality"], meta["metric"]) == (0.3, "mse")
-  assert [r["length"] for r in read] == np.asarray(lengths_fn(images, ids)).tolist()
+  assert [r["length"] for r in read] == np.asarray(prefix_lengths(model, images, ids, 0.3, "mse")).tolist()
 
   fails("--config, for shards", tokenize, *given[::2])
   fails("two ways to name images", tokenize, *given, f"--images={pictures}")

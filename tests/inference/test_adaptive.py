@@ -5,7 +5,7 @@ import math
 from flax.core import meta
 import jax
 import jax.numpy as jnp
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 import numpy as np
 import pytest
 import skimage.data
@@ -17,7 +17,7 @@ from flextok_jax.config import with_fields
 from flextok_jax.evals.metrics import image as image_metrics
 from flextok_jax.evals.studies import halting
 from flextok_jax.evals.studies.subject import Subject
-from flextok_jax.inference import adaptive
+from flextok_jax.inference import adaptive, decoding
 from flextok_jax.inference import tokenizer as api
 from flextok_jax.ops import distances
 from flextok_jax.parallel import sharding
@@ -318,17 +318,17 @@ def test_tokenize_by_extreme_quality_and_few_tokens(model, images, gaps):
 
 
 def test_lengths_for_shards(model, images, gaps):
-  """make_lengths_fn, by the config's own sampler: the API's lengths, and an image's own whatever its neighbours."""
+  """prefix_lengths, by the config's own sampler: those of tokenize, and an image's own whatever its neighbours."""
   quality = between(gaps["mse"])
   ids = np.asarray(model.tokenize(images))
-  lengths_fn = adaptive.make_lengths_fn(model.config, model.params, quality)
+  lengths_fn = lambda images, ids: api.prefix_lengths(model, images, ids, quality)
   lengths = lengths_fn(images, ids)
   assert lengths.dtype == jnp.int32
   expected = [len(row) for row in model.tokenize(images, quality=quality, **QUIET)]
   np.testing.assert_array_equal(lengths, expected)
   np.testing.assert_array_equal(lengths_fn(images[::-1], ids[::-1]), expected[::-1])
   metrics = image_metrics.make_metrics(["mse"])
-  config = with_fields(model.config, {"eval.batch_size": 4, "seed": 0})
+  config = with_fields(ConfigDict(model.config), {"eval.batch_size": 4, "seed": 0})
   subject = Subject(config, model.params, metrics, sharding.make_mesh())
   studied, found = halting.make_lengths(subject, "mse")(images, ids, quality)
   np.testing.assert_array_equal(studied, expected)
@@ -355,7 +355,7 @@ def test_bad_quality_and_metric(model, images, pattern, given):
   given = {"quality": 0.1, **given}
   calls = [
     lambda: model.tokenize(images, **given, **QUIET),
-    lambda: adaptive.make_lengths_fn(model.config, model.params, **given)(images, np.zeros((6, 4), np.int32)),
+    lambda: api.prefix_lengths(model, images, np.zeros((6, 4), np.int32), **given),
   ]
   for call in calls:
     with pytest.raises(ValueError, match=pattern) as error:
@@ -373,10 +373,10 @@ def test_bad_ways_to_decode(model, images, noise):
     model.tokenize(images, quality=0.1, noise=noise[:2], **QUIET)
   with refused(r"decode to images \[6, 8, 8, 3\], which cannot be compared with images \[6, 16, 16, 3\]"):
     model.tokenize(images, quality=0.1, noise=noise[:, :8, :8], **QUIET)
-  with refused(r"do not come out of jax.jit"):
+  with refused(r"cannot leave jax.jit"):
     jax.jit(lambda x: model.tokenize(x, quality=0.1, **QUIET))(images)
   with refused(r"seed=-1 is out of range"):
-    adaptive.make_lengths_fn(model.config, model.params, 0.1, seed=-1)
+    decoding.decoder_by_image(lambda *_: None, seed=-1)
   vae = dict(vae=dict(kind="autoencoder_kl", block_out_channels=(8, 8), norm_groups=2), stage="vae")
-  with refused(r"stage 'vae', which has no tokens"):
-    adaptive.make_lengths_fn(common.derive(**vae), {}, 0.1)
+  with refused(r"stage 'vae': it has latents, but no tokens"):
+    api.prefix_lengths(api.FlexTok({}, FrozenConfigDict(common.derive(**vae))), images, images, 0.1)

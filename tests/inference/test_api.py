@@ -112,7 +112,7 @@ def test_golden_velocities(official, golden):
     ("cfg", dict(guidance="cfg", guidance_scale=3.0)),
     ("apg", {}),  # the defaults are the authors'
     ("apg_full", dict(guidance_scale=lambda t: 7.5)),
-    ("noguid", dict(num_steps=4, guidance=None)),
+    ("noguid", dict(num_steps=4, guidance="none")),
   ],
 )
 def test_golden_images(official, golden, name, settings):
@@ -185,9 +185,12 @@ def test_ragged_ids_and_keep_k(model, ids, noise):
 
 def test_keys_and_noise(model, ids, noise):
   key = jax.random.key(5)
-  drawn = jax.random.normal(key, (3, 8, 8, 4))
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(3))
+  drawn = jnp.stack([jax.random.normal(k, (8, 8, 4)) for k in keys])
   with_key = model.detokenize(ids, key=key, num_steps=1)
   np.testing.assert_allclose(with_key, model.detokenize(ids, noise=drawn, num_steps=1), rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(model.detokenize(ids, key=keys, num_steps=1), with_key)
+  np.testing.assert_array_equal(model.detokenize(ids, key=jax.random.PRNGKey(5), num_steps=1), with_key)
   wide = np.zeros((3, 4, 8, 4), np.float32)  # another size than the default: 16 x 32 pixels
   assert model.detokenize(ids, noise=wide, num_steps=1).shape == (3, 16, 32, 3)
 
@@ -208,7 +211,7 @@ def test_the_posterior_is_sampled_with_a_key(model, images):
 
 def test_guidance(model, ids, noise):
   decode = lambda **kwargs: np.asarray(model.detokenize(ids, noise=noise, num_steps=3, **kwargs))
-  plain = decode(guidance=None)
+  plain = decode(guidance="none")
   np.testing.assert_array_equal(decode(guidance="apg", guidance_scale=1), plain)
   np.testing.assert_array_equal(decode(guidance="cfg", guidance_scale=lambda t: 1.0), plain)
   np.testing.assert_allclose(decode(guidance="cfg", guidance_scale=1 + 1e-7), plain, atol=1e-3)

@@ -16,7 +16,17 @@ from flextok_jax import config as common
 from flextok_jax.inference.generator import ARGenerator
 from flextok_jax.stages.ar import ARStage
 
-TINY = dict(width=32, depth=2, head_dim=16, num_ids=24, num_tokens=12, num_classes=5, ffn_multiple_of=8, loss_chunk=4)
+TINY = dict(
+  guidance_scale=1.0,
+  width=32,
+  depth=2,
+  head_dim=16,
+  num_ids=24,
+  num_tokens=12,
+  num_classes=5,
+  ffn_multiple_of=8,
+  loss_chunk=4,
+)
 TINY_TEXT = dict(encoder="bytes", max_length=10, features=16, mlp_hidden=24, depth=1, head_dim=16)
 
 

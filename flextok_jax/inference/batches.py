@@ -1,0 +1,88 @@
+"""Tokenization and decoding of any number of images, in batches on all local devices.
+
+Image i of a call with key k has the noise of FlexTok.detokenize, drawn by fold_in(k, i), whatever the batch size and the
+number of tokens. So the commands write the images that the methods return.
+"""
+
+from collections.abc import Iterator, Sequence
+import itertools
+
+import jax
+import numpy as np
+
+from flextok_jax.core import images as images_lib
+from flextok_jax.inference import tokenizer, validation
+from flextok_jax.inference.tokenizer import FlexTok
+from flextok_jax.parallel import batching, sharding
+
+Job = tuple[int, int]  # (i, k): decode sequence i from its first k tokens
+
+
+def tokenize(model: FlexTok, images: np.ndarray, num_tokens: int | None = None, batch_size: int = 32) -> np.ndarray:
+  """Encodes images uint8 [n, h, w, 3] as token ids int32 [n, num_tokens]; default: all tokens.
+
+  Raises:
+    ValueError: num_tokens is out of range.
+  """
+  validation.at_least_one("batch_size", batch_size)
+  encode = lambda model, rows: model.tokenize(rows, num_tokens)
+  return batching.Batched(encode, model, batch_size, local_mesh())(images)
+
+
+def detokenize(
+  model: FlexTok, sequences: Sequence[Sequence[int]], key: jax.Array, batch_size: int = 32
+) -> Iterator[np.ndarray]:
+  """Yields the image, uint8 [h, w, 3], of each sequence of ids, by the sampler of the model's config.
+
+  Raises:
+    ValueError: ids out of range.
+  """
+  jobs = [(i, len(sequence)) for i, sequence in enumerate(sequences)]
+  for batch in _decode(model, sequences, jobs, key, batch_size):
+    yield from batch
+
+
+def decode_prefixes(
+  model: FlexTok, sequences: Sequence[Sequence[int]], jobs: Sequence[Job], key: jax.Array, batch_size: int = 32
+) -> Iterator[tuple[Job, np.ndarray]]:
+  """Yields (job, image uint8 [h, w, 3]) in any order; job (i, k) is sequence i cut to k tokens, with the noise of i.
+
+  Jobs that need the same number of slots run together, so each size is compiled once.
+  """
+  groups: dict[int, list[Job]] = {}
+  for job in jobs:
+    groups.setdefault(tokenizer.slots(model, job[1]), []).append(job)
+  for group in groups.values():
+    yield from zip(group, itertools.chain.from_iterable(_decode(model, sequences, group, key, batch_size)))
+
+
+def _decode(
+  model: FlexTok, sequences: Sequence[Sequence[int]], jobs: Sequence[Job], key: jax.Array, batch_size: int
+) -> Iterator[np.ndarray]:
+  """Yields batches of the images uint8 [b, h, w, 3] of jobs, which run on the same number of slots."""
+  validation.at_least_one("batch_size", batch_size)
+  keep_k = np.asarray([count for _, count in jobs], np.int32)
+  owners = np.asarray([i for i, _ in jobs], np.int32)
+  ids = np.zeros((len(jobs), tokenizer.slots(model, int(keep_k.max()))), np.int32)  # ids past keep_k have no effect
+  for row, (i, count) in zip(ids, jobs):
+    row[:count] = sequences[i][:count]
+  mesh = local_mesh()
+  model = batching.replicate(model, mesh)
+  size = batching.batch_rows(batch_size, len(jobs), mesh)
+
+  def decode(batch: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    ids, keep_k, owners = batch
+    noise = tokenizer.sample_noise(_fold_in(key, owners), model.latent_shape)
+    return _to_uint8(tokenizer.decode_ids(model, ids, keep_k, noise))
+
+  rows = batching.slices((ids, keep_k, owners), size)
+  yield from batching.map_batches(decode, rows, size, mesh)
+
+
+_fold_in = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
+_to_uint8 = jax.jit(lambda images: images_lib.to_uint8(images_lib.round_to_8bit(images)))
+
+
+def local_mesh() -> jax.sharding.Mesh:
+  """Returns the mesh of the devices of this process."""
+  return sharding.make_mesh(devices=jax.local_devices())

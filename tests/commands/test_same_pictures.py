@@ -1,0 +1,84 @@
+"""The methods and the commands give the same images, bit for bit, with all settings left to the checkpoint."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+import skimage.data
+
+import flextok_jax
+from flextok_jax import detokenize, sample, tokenize
+from tests.support.commands import read_folder, run
+
+ASSETS = Path(flextok_jax.__file__).parent / "assets"
+SEED = 7
+
+
+def to_8bit(images):
+  """Float images in [-1, 1] as the commands store them."""
+  return np.round(np.clip((np.asarray(images) + 1) * 127.5, 0, 255)).astype(int)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "shapes"])
+def test_tokenize_and_detokenize(name, tmp_path):
+  checkpoint, pictures = ASSETS / f"{name}.safetensors", tmp_path / "pictures"
+  pictures.mkdir()
+  for i, picture in enumerate((skimage.data.astronaut(), skimage.data.coffee(), skimage.data.cat())):
+    Image.fromarray(picture[:240, :240]).save(pictures / f"{i}.png")
+  run(tokenize, f"--checkpoint={checkpoint}", f"--images={pictures}", f"--out={tmp_path / 'tokens.json'}")
+  args = f"--checkpoint={checkpoint}", f"--tokens={tmp_path / 'tokens.json'}", f"--seed={SEED}"
+  run(detokenize, *args, f"--out={tmp_path / 'out'}")
+
+  model = flextok_jax.load(checkpoint)
+  ids = model.tokenize(sorted(pictures.iterdir()))
+  assert json.loads((tmp_path / "tokens.json").read_text())["token_ids"] == ids.tolist()
+  images = to_8bit(model.detokenize(ids, key=jax.random.key(SEED)))
+  written = read_folder(tmp_path / "out")
+  np.testing.assert_array_equal([written[file] for file in sorted(written)], images)
+  # The checkpoint's own sampler, not another: the same with its settings given, and others without guidance.
+  s = model.config.sampler
+  assert (s.guidance, s.guidance_scale) == ("cfg", 1.5)
+  given = dict(num_steps=s.num_steps, guidance=s.guidance, guidance_scale=s.guidance_scale)
+  np.testing.assert_array_equal(to_8bit(model.detokenize(ids, key=jax.random.key(SEED), **given)), images)
+  assert (to_8bit(model.detokenize(ids, key=jax.random.key(SEED), guidance="none")) != images).any()
+
+
+PROMPTS = ["a red star", "two blue rings", "a green square and a yellow circle"]
+
+
+@pytest.mark.parametrize(
+  "name, flag, condition",
+  [
+    ("shapes_ar", "--classes=3,7,11", dict(labels=[3, 7, 11])),
+    ("shapes_ar_stop", f"--prompts={';'.join(PROMPTS)}", dict(prompts=PROMPTS)),
+  ],
+)
+def test_sample(name, flag, condition, tmp_path):
+  checkpoint, tokenizer = ASSETS / f"{name}.safetensors", ASSETS / "shapes.safetensors"
+  gen, model = flextok_jax.load_ar(checkpoint), flextok_jax.load(tokenizer)
+  run(
+    sample,
+    f"--checkpoint={checkpoint}",
+    f"--tokenizer={tokenizer}",
+    f"--out={tmp_path}",
+    flag,
+    f"--seed={SEED}",
+    "--grid_rows=0",
+    "--strip_tokens=0",
+  )
+  ids = gen.trim(gen.generate(jax.random.key(SEED), **condition))
+  assert json.loads((tmp_path / "tokens.json").read_text())["token_ids"] == [row.tolist() for row in ids]
+  images = to_8bit(model.detokenize(ids, key=jax.random.key(SEED)))
+  written = sorted(tmp_path.glob("*.png"))
+  assert len(written) == len(images) == 3
+  for path, image in zip(written, images, strict=True):
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), image)
+  # The checkpoint's own choices, not others.
+  c = gen.config.ar
+  assert (c.guidance_scale, c.temperature, c.top_k, c.top_p) == (2.0, 1.0, 0, pytest.approx(0.9))
+  given = dict(guidance_scale=c.guidance_scale, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p)
+  again = gen.trim(gen.generate(jax.random.key(SEED), **condition, **given))
+  assert all(np.array_equal(a, b) for a, b in zip(again, ids, strict=True))
