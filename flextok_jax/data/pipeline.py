@@ -6,7 +6,7 @@ augmentation (a generator keyed by the element's index). Processes, threads and 
 element, and a restart continues at the element it needs.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 import concurrent.futures
 import dataclasses
 from typing import Any
@@ -143,7 +143,7 @@ class _PrepareRow(grain.transforms.RandomMap):
 class _LocalRows:
   """The rows of one process in the order of steps, a random-access view of the endless sequence of elements."""
 
-  def __init__(self, elements: Sequence, global_batch: int, local_batch: int, first_row: int, start_step: int):
+  def __init__(self, elements: Any, global_batch: int, local_batch: int, first_row: int, start_step: int):
     self._elements = elements
     self._global_batch = global_batch
     self._local_batch = local_batch
@@ -164,20 +164,14 @@ def seeds(seed: int, name: str) -> tuple[int, int]:
   return int(shuffle_seed), int(augment_seed)
 
 
-def train_batches(
-  data: ImageData,
-  *,
-  global_batch: int,
-  image_size: int,
-  seed: int,
-  start_step: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
-  """Returns an endless iterator over this process's rows of the global batches of steps start_step, start_step + 1, ...
+def train_batches(data: ImageData, *, image_size: int, seed: int, **batching: Any) -> Iterator[dict[str, np.ndarray]]:
+  """Returns an endless iterator over this process's rows of the global batches.
 
-  The rows are a contiguous block of b = global_batch / process_count rows of the global batch. A batch has image uint8
-  [b, image_size, image_size, 3]; label, num_objects and unreadable (records skipped to get the row) int32 [b].
+  A batch of b rows has image uint8 [b, image_size, image_size, 3]; label, num_objects and unreadable (records skipped
+  to get the row) int32 [b].
+
+  Args:
+    **batching: global_batch, start_step, process_index, process_count of local_batches.
 
   Raises:
     FileNotFoundError, ValueError: a source cannot be opened, or global_batch is not divisible by process_count.
@@ -187,18 +181,11 @@ def train_batches(
     shuffle_seed, augment_seed = seeds(seed, kind)
     part = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat()
     parts[kind] = part.random_map(_PrepareRow(source, Augment(data, source, image_size)), seed=augment_seed)
-  return local_batches(
-    data.mix(parts),
-    data.loading,
-    global_batch=global_batch,
-    start_step=start_step,
-    process_index=process_index,
-    process_count=process_count,
-  )
+  return local_batches(data.mix(parts), data.loading, **batching)
 
 
 def local_batches(
-  elements: Sequence,
+  elements: Any,
   loading: Loading,
   *,
   global_batch: int,
@@ -207,7 +194,14 @@ def local_batches(
   process_count: int = 1,
   by_batch: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """As train_batches, for any endless sequence of elements (dicts of arrays); by_batch as in read_ahead."""
+  """Returns an endless iterator over a process's rows of the batches of steps start_step, start_step + 1, ...
+
+  The rows are a contiguous block of b = global_batch / process_count rows of the global batch.
+
+  Args:
+    elements: an endless random-access sequence of dicts of arrays, the rows of all steps.
+    by_batch: see read_ahead.
+  """
   if global_batch < 1 or global_batch % process_count:
     raise ValueError(f"global_batch={global_batch} is not divisible by {process_count} processes")
   local = global_batch // process_count
@@ -216,7 +210,7 @@ def local_batches(
 
 
 def read_ahead(
-  rows: Sequence,
+  rows: Any,
   batch_size: int,
   loading: Loading,
   *,

@@ -1,16 +1,17 @@
-"""From stored pictures of any mode to uint8 RGB arrays of one size."""
+"""Converts stored images of any mode to uint8 RGB arrays of one size."""
 
 from collections.abc import Iterator
 import io
 import os
 import struct
+from typing import Any
 import zlib
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-# What Pillow raises on files that are missing, foreign, truncated, corrupt or absurdly large.
+# Pillow's errors for files that are missing, no images, truncated, corrupt or too large.
 DECODE_ERRORS = (
   OSError,
   SyntaxError,
@@ -21,20 +22,20 @@ DECODE_ERRORS = (
   zlib.error,
   Image.DecompressionBombError,
 )
-MAX_ASPECT = 64  # a longer strip is cut to this before it is resized, for bounded memory
-REDUCTIONS = (8, 4, 2)  # libjpeg decodes at 1 / these, for less work
-# Values of the EXIF orientation: sides swapped, the left side is the end of a stored row or column, the top side too.
+MAX_ASPECT = 64  # longer strips are cut to this aspect ratio before they are resized, to bound memory
+REDUCTIONS = (8, 4, 2)  # libjpeg can decode at 1 / these sizes, which is faster
+# EXIF orientations with swapped sides; with the end of a stored row or column on the left; and with it at the top.
 _TURNED, _FROM_RIGHT, _FROM_BELOW = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 
 
-def to_rgb(image) -> Image.Image:
+def to_rgb(image: Any) -> Image.Image:
   """Returns a Pillow RGB image of a Pillow image, a path, an open file, or an array [h, w] or [h, w, 1, 3 or 4].
 
-  EXIF rotation is applied; transparency is composited on white; 16-bit values are scaled by 1/257 to 8 bits; CMYK,
-  palette and grey are converted by Pillow. Arrays are uint8, uint16, bool, or floating point in [0, 1].
+  EXIF rotation is applied; transparent images are composited on white; 16-bit values are scaled by 1/257 to 8 bits;
+  Pillow converts CMYK, palette and grey. Arrays are uint8, uint16, bool, or floating point in [0, 1].
   """
   if isinstance(image, (str, os.PathLike, io.IOBase)):
-    with Image.open(image) as opened:
+    with Image.open(image) as opened:  # type: ignore[arg-type]
       return to_rgb(opened)
   if not isinstance(image, Image.Image):
     image = _from_array(np.asarray(image))
@@ -53,8 +54,8 @@ def to_rgb(image) -> Image.Image:
   return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _orientation(image: Image.Image):
-  """What the EXIF data say of an opened picture's orientation, 1: upright."""
+def _orientation(image: Image.Image) -> int:
+  """Returns the EXIF orientation of an opened image; 1 is upright."""
   return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
@@ -74,50 +75,51 @@ def _from_array(array: np.ndarray) -> Image.Image:
   return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _open(image) -> Image.Image:
-  """Returns an open JPEG file as Pillow's image, not decoded yet, and anything else as to_rgb does."""
+def _open(image: Any) -> Image.Image:
+  """Returns a Pillow image that is not decoded yet for an open JPEG file, and to_rgb for anything else."""
   if isinstance(image, io.IOBase):
-    image = Image.open(image)
+    image = Image.open(image)  # type: ignore[arg-type]
     if isinstance(image, JpegImagePlugin.JpegImageFile):
       return image
   return to_rgb(image)
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-  """(width, height) that to_rgb will give."""
+  """Returns (width, height) of to_rgb(image)."""
   return image.size[::-1] if _orientation(image) in _TURNED else image.size
 
 
-def _decode(image: Image.Image, box: tuple, pixels: int) -> tuple[Image.Image, tuple]:
-  """Decodes what _open gave, a JPEG at 1/8, 1/4 or 1/2 where its region `box` keeps `pixels` pixels a side.
+def _decode(image: Image.Image, box: tuple[float, ...], pixels: int) -> tuple[Image.Image, tuple[float, ...]]:
+  """Decodes an image from _open, a JPEG at 1/8, 1/4 or 1/2 if its region `box` keeps `pixels` pixels per side.
 
   Returns:
-    to_rgb of it, and the place of the region (left, top, right, bottom) there.
+    (RGB image, box in its pixels), where a box is (left, top, right, bottom).
   """
   width, height = _upright_size(image)
   orientation = _orientation(image)
   side = min(box[2] - box[0], box[3] - box[1])
   factor = next((factor for factor in REDUCTIONS if side >= factor * pixels), 1)
-  # Without effect on what is decoded already or no JPEG, which None says.
+  # draft returns None, and has no effect, if the image is decoded already or no JPEG.
   if factor == 1 or image.draft(None, (image.width // factor, image.height // factor)) is None:
     return to_rgb(image), box
   image = to_rgb(image)
-  # A pixel stands for factor x factor of the stored ones; the last column and row for fewer, where these do not divide.
-  # What they lack shifts the others where they come to lie left or on top.
+  # A pixel covers factor x factor stored pixels; in the last column and row fewer, if factor does not divide the sides.
+  # What is missing shifts the other pixels if the orientation puts that column on the left, or that row on top.
   left = image.width - width / factor if orientation in _FROM_RIGHT else 0
   top = image.height - height / factor if orientation in _FROM_BELOW else 0
   return image, tuple(edge / factor + shift for edge, shift in zip(box, (left, top, left, top)))
 
 
-def center_crop(image, size: int, reduce: bool = False) -> np.ndarray:
-  """Shorter side to size, bilinear and antialiased, then the centre: uint8 [size, size, 3].
+def center_crop(image: Any, size: int, reduce: bool = False) -> np.ndarray:
+  """Resizes the shorter side to size, bilinear and antialiased, and crops the centre: uint8 [size, size, 3].
 
-  Bit for bit torchvision's Resize(size) and CenterCrop(size) of a Pillow image, the preparation of the reference; only
-  of strips longer than MAX_ASPECT times their width the ends are cut off first.
+  Bit-identical to torchvision's Resize(size) and CenterCrop(size) of a Pillow image, the preprocessing of the
+  reference; strips longer than MAX_ASPECT times their width lose their ends first.
 
   Args:
-    image: as of to_rgb.
-    reduce: an open JPEG file of at least twice the size is decoded at 1/2, 1/4 or 1/8, which is faster: not those bits.
+    image: see to_rgb.
+    reduce: whether an open JPEG file of at least twice the size is decoded at 1/2, 1/4 or 1/8, which is faster but not
+      bit-identical.
   """
   image = _open(image) if reduce else to_rgb(image)
   width, height = _upright_size(image)
@@ -136,9 +138,9 @@ def center_crop(image, size: int, reduce: bool = False) -> np.ndarray:
 
 
 def random_box(width: int, height: int, rng: np.random.Generator, min_area: float) -> tuple[int, int, int, int]:
-  """Draws (left, top, right, bottom) of a share min_area to 1 of the area and aspect ratio 3/4 to 4/3.
+  """Draws (left, top, right, bottom) with a share min_area to 1 of the area and an aspect ratio of 3/4 to 4/3.
 
-  The largest centre square where ten draws do not fit.
+  Returns the largest centre square if ten draws do not fit.
   """
   for _ in range(10):
     area = width * height * rng.uniform(min_area, 1.0)
@@ -154,18 +156,18 @@ def random_box(width: int, height: int, rng: np.random.Generator, min_area: floa
 
 
 def random_resized_crop(
-  image, size: int, rng: np.random.Generator, min_area: float, reduce: bool = False
+  image: Any, size: int, rng: np.random.Generator, min_area: float, reduce: bool = False
 ) -> np.ndarray:
-  """The region of random_box, resized: uint8 [size, size, 3].
+  """Returns the region of random_box, resized to uint8 [size, size, 3].
 
-  Antialiased bilinear, like center_crop and torchvision's RandomResizedCrop: two thirds of the time of bicubic, and one
-  level of 255 from it in the mean over photographs. A crop over three times too large is first reduced by box averages,
-  which is faster.
+  """Returns sorted paths of the jpg, jpeg, png and webp files under a folder; hidden files and folders are skipped."""
+  differs from it by one level of 255 on average over photographs. Crops more than three times too large are first
+  reduced by box averages, which is faster.
 
   Args:
-    image: as of to_rgb.
-    reduce: an open JPEG file is decoded at 1/2, 1/4 or 1/8 where the crop keeps `size` pixels a side so: about the same
-      pixels in less time.
+    image: see to_rgb.
+    reduce: whether an open JPEG file is decoded at 1/2, 1/4 or 1/8 if the crop keeps `size` pixels per side: about the
+      same pixels in less time.
   """
   image = _open(image) if reduce else to_rgb(image)
   image, box = _decode(image, random_box(*_upright_size(image), rng, min_area), size)
@@ -178,14 +180,14 @@ def flip(image: np.ndarray) -> np.ndarray:
 
 
 def list_images(folder: str) -> list[str]:
-  """Paths of the jpg, jpeg, png and webp files under folder, recursive, sorted; hidden files and folders left out."""
+  """Returns the sorted paths of the jpg, jpeg, png and webp files under a folder, without hidden files and folders."""
   if not os.path.isdir(folder):
     problem = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
     raise FileNotFoundError(f"the image folder {folder} {problem}")
   found, seen = [], set()
   for root, folders, files in os.walk(folder, followlinks=True):
     real = os.path.realpath(root)
-    if real in seen:  # a link back up, or a second link to the same folder
+    if real in seen:  # a link to a parent, or a second link to the same folder
       folders[:] = []
       continue
     seen.add(real)
@@ -196,14 +198,14 @@ def list_images(folder: str) -> list[str]:
   return sorted(found, key=lambda path: os.path.relpath(path, folder).split(os.sep))
 
 
-def iter_images(paths, size: int) -> Iterator[tuple[str, np.ndarray]]:
-  """Reads a folder, a file, or a list of files and folders one by one: (name, uint8 [size, size, 3] centre crop).
+def iter_images(paths: Any, size: int) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields (name, centre crop uint8 [size, size, 3]) of images in a folder, a file, or a list of files and folders.
 
   A name is the path relative to the folder, or the path as given.
 
   Raises:
-    FileNotFoundError, ValueError: at the call, for a path that does not exist, a folder without images, or no path;
-      while iterating, ValueError for a file that cannot be read.
+    FileNotFoundError, ValueError: at the call, a path does not exist, a folder has no images, or no path is given;
+      while iterating, ValueError if a file cannot be read.
   """
   if isinstance(paths, (str, os.PathLike)):
     paths = [paths]
@@ -229,7 +231,7 @@ def iter_images(paths, size: int) -> Iterator[tuple[str, np.ndarray]]:
   return read()
 
 
-def load_images(paths, size: int) -> tuple[np.ndarray, list[str]]:
-  """What iter_images yields, at once: (uint8 [n, size, size, 3], names)."""
+def load_images(paths: Any, size: int) -> tuple[np.ndarray, list[str]]:
+  """Returns all of iter_images: (uint8 [n, size, size, 3], names)."""
   names, images = zip(*iter_images(paths, size))
   return np.stack(images), list(names)

@@ -167,7 +167,7 @@ class ArrayShards(Shards):
   """
 
   ARRAY: ClassVar[str] = ""
-  FIELDS = ("fingerprint", "image_size", "shape", "dtype")
+  FIELDS: ClassVar[tuple[str, ...]] = ("fingerprint", "image_size", "shape", "dtype")
 
   @classmethod
   def pack(cls, record: Mapping[str, Any]) -> bytes:
@@ -189,7 +189,7 @@ class Records:
     batch_size: images per batch.
   """
 
-  shards: ClassVar[type[Shards]]
+  shards: type[Shards]
   image_size: int | None
   batch_size: int
 
@@ -244,6 +244,8 @@ class ArrayRecords(EncodedRecords):
     shards: the kind of shards.
     settings: has "shape" and "dtype" of the array, and all other of shards.FIELDS.
   """
+
+  shards: type[ArrayShards]
 
   def __init__(
     self,

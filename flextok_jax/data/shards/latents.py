@@ -57,7 +57,7 @@ def open_latents(
   return shards
 
 
-def _row(record: dict[str, Any]) -> dict[str, np.ndarray]:
+def _row(record: dict[str, Any]) -> dict[str, Any]:
   teacher = {"teacher": record["teacher"]} if "teacher" in record else {}
   return {
     "latents": record["moments"],

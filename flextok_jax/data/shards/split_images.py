@@ -56,7 +56,8 @@ class SplitImages:
         "and flip"
       )
     self._len = self._count(num_images)
-    self._first_label, self.class_names = {}, ()
+    self._first_label: dict[str, int] = {}
+    self.class_names: tuple[str, ...] = ()
     for kind, source in self.sources.items():
       self._first_label[kind] = len(self.class_names)
       self.class_names += tuple(source.class_names)
@@ -86,7 +87,8 @@ class SplitImages:
     return self._len
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    kind, index = self._order[i] if len(self.sources) > 1 else (*self.sources, i)
+    element: Any = self._order[i] if len(self.sources) > 1 else (*self.sources, i)
+    kind, index = element
     decode = file_bytes if self._size is None else transforms.to_rgb
     try:
       record = base.view(self.sources[kind], int(index), decode)

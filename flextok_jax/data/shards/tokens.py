@@ -138,7 +138,7 @@ class TokenFormat:
         f"ar.num_classes={classes}"
       )
 
-  def row(self, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
     """Returns token_ids int32 [num_tokens], 0 past the length; length int32; label int32."""
     if self.num_classes is not None and record["label"] >= self.num_classes:
       raise ValueError(
@@ -177,7 +177,7 @@ class _CaptionRow:
 
       self._tokenize = text.make_tokenizer(*token_format.captions)
 
-  def __call__(self, caption: str) -> dict[str, np.ndarray]:
+  def __call__(self, caption: str) -> dict[str, Any]:
     if self._tokenize is None:
       return {}
     ids, lengths = self._tokenize([caption])
@@ -190,7 +190,7 @@ class _RandomRow(grain.transforms.RandomMap):
   def __init__(self, token_format: TokenFormat, drop_condition: float):
     self._format, self._caption_row, self._drop = token_format, _CaptionRow(token_format), drop_condition
 
-  def random_map(self, record: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+  def random_map(self, record: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     captions = record["captions"] or [""]
     caption = captions[rng.integers(len(captions))]
     if rng.random() < self._drop:

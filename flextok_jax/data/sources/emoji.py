@@ -50,23 +50,17 @@ _BLACK_FLAG, _RIGHTWARDS = 0x1F3F4, 0x27A1
 _CLOCKS = range(0x1F550, 0x1F568)  # clock faces differ by a thin hand
 # Variations of one figure: man, woman, person; boy, girl, child; and so on.
 _SAME_FIGURE = {
-  0x1F468: 0x1F9D1,
-  0x1F469: 0x1F9D1,
-  0x1F471: 0x1F9D1,
-  0x1F474: 0x1F9D1,
-  0x1F475: 0x1F9D1,
-  0x1F9D3: 0x1F9D1,
-  0x1F9D4: 0x1F9D1,
-  0x1F466: 0x1F9D2,
-  0x1F467: 0x1F9D2,
-  0x1F934: 0x1FAC5,
-  0x1F478: 0x1FAC5,
-  0x1F936: 0x1F385,
-  0x1FAC3: 0x1F930,
-  0x1FAC4: 0x1F930,
-  0x1F57A: 0x1F483,
-  0x1F46B: 0x1F46D,
-  0x1F46C: 0x1F46D,
+  code: figure
+  for figure, codes in (
+    (0x1F9D1, (0x1F468, 0x1F469, 0x1F471, 0x1F474, 0x1F475, 0x1F9D3, 0x1F9D4)),
+    (0x1F9D2, (0x1F466, 0x1F467)),
+    (0x1FAC5, (0x1F934, 0x1F478)),
+    (0x1F385, (0x1F936,)),
+    (0x1F930, (0x1FAC3, 0x1FAC4)),
+    (0x1F483, (0x1F57A,)),
+    (0x1F46D, (0x1F46B, 0x1F46C)),
+  )
+  for code in codes
 }
 _PEOPLE = {0x1F9D1, 0x1F9D2}
 # Base code points of sequences that have the same picture as a single code point.
@@ -161,7 +155,7 @@ _GROUPS = (
 
 @functools.lru_cache(maxsize=1)
 def _group_table() -> dict:
-  table = {}
+  table: dict[int, int] = {}
   for name, text in _GROUPS:
     for part in text.split():
       low, _, high = part.partition("-")
@@ -300,7 +294,7 @@ class Emoji:
   def __init__(self, split: str, path: str = ""):
     self._split = split
     path = find_font(path)
-    bases = {}
+    bases: dict[tuple[int, ...], list[tuple[tuple[int, ...], bytes]]] = {}
     for codes, png in read_glyphs(path):
       if is_validation(codes) == (split == "validation"):
         bases.setdefault(base_key(codes), []).append((codes, png))

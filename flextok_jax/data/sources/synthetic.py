@@ -9,30 +9,17 @@ fixed colours on a plain background. The first object fills four cells of a 4 x 
 They are for models too small to learn textures and poses.
 """
 
+import collections
+import functools
+from typing import Any
+
 import numpy as np
 
 from flextok_jax.data.sources.base import ENDLESS, Record, generator
 from flextok_jax.data.sources.shapes import SHAPES
 
 # The class of a scene is the shape of its first, largest object.
-CLASS_NAMES = (
-  "circle",
-  "ball",
-  "ellipse",
-  "square",
-  "rectangle",
-  "triangle",
-  "pentagon",
-  "hexagon",
-  "star",
-  "ring",
-  "cross",
-  "crescent",
-  "heart",
-  "capsule",
-  "cube",
-  "cylinder",
-)
+CLASS_NAMES = tuple(SHAPES)
 PLAIN_SHAPES = ("circle", "triangle", "ring", "cross", "crescent", "heart")
 PLAIN_COLORS = ("red", "yellow", "green", "blue", "pink", "white", "black")
 STYLES = ("scenes", "plain")
@@ -111,15 +98,11 @@ def draw_scene(rng: np.random.Generator, size: int, style: str = "scenes") -> Re
   }
 
 
-_GRIDS = {}
-
-
+@functools.lru_cache(maxsize=4)
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns the pixel centres y [size, 1] and x [1, size] in (-1, 1)."""
-  if size not in _GRIDS:
-    line = (np.arange(size, dtype=np.float32) + 0.5) * (2.0 / size) - 1.0
-    _GRIDS[size] = (line[:, None], line[None, :])
-  return _GRIDS[size]
+  line = (np.arange(size, dtype=np.float32) + 0.5) * (2.0 / size) - 1.0
+  return line[:, None], line[None, :]
 
 
 def _exact_color(name: str) -> np.ndarray:
@@ -138,7 +121,7 @@ def _pick(rng: np.random.Generator, names, avoid=()) -> str:
   return names[rng.integers(len(names))]
 
 
-def _lerp(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> np.ndarray:
+def _lerp(a: np.ndarray, b: np.ndarray | np.float32, t: np.ndarray | np.float32) -> np.ndarray:
   return a + (b - a) * t
 
 
@@ -147,7 +130,7 @@ def _clouds(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, terms: int =
   frequency = rng.uniform(1.0, 7.0, terms)
   angle, phase = rng.uniform(0.0, 2.0 * np.pi, (2, terms))
   warp = 0.5 * np.sin(2.0 * y + phase[0])
-  total = 0.0
+  total: Any = 0.0
   for f, a, p in zip(frequency, angle, phase):
     total = total + np.sin((f * np.cos(a)) * x + (f * np.sin(a)) * y + (p + warp), dtype=np.float32) / f
   return np.clip(0.5 + 0.5 * total / np.sum(1.0 / frequency) * 1.8, 0.0, 1.0)
@@ -291,9 +274,7 @@ def _layout(rng: np.random.Generator, used: set) -> tuple[list, list]:
 
 def _caption(placed: list, background: str) -> str:
   """Returns a caption: 'a red ball, two blue stars and a green ring on a gradient from pink to white'."""
-  counts = {}
-  for kind, *_ in placed:
-    counts[kind] = counts.get(kind, 0) + 1
+  counts = collections.Counter(kind for kind, *_ in placed)  # in the order of the objects
   parts = []
   for (shape, color), count in counts.items():
     if count == 1:

@@ -100,7 +100,8 @@ class Tfds(StoredImages):
     except transforms.DECODE_ERRORS as error:
       raise UnreadableRecord(f"{self._name} [{index}]", error) from error
     label = int(record[self._label_key]) if self._label_key else -1
-    captions = (self.class_names[label].replace("_", " ") if 0 <= label < len(self.class_names) else "",)
+    name = self.class_names[label] if 0 <= label < len(self.class_names) else ""
+    captions: tuple[str, ...] = (name.replace("_", " "),)
     if self._caption_key:
       try:
         captions = clean_captions(_texts(record, self._caption_key.split("/")))
