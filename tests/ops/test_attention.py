@@ -111,7 +111,7 @@ def test_equal_keys_merge():
   repeat = np.array([1, 1, 3, 1, 255, 1])
   long = attend(q, np.repeat(k, repeat, 1), np.repeat(v, repeat, 1), **options)
   bias = np.broadcast_to(np.log(repeat), (2, 6))
-  np.testing.assert_allclose(attend(q, k, v, key_bias=bias, **options), long, atol=5e-6)
+  np.testing.assert_allclose(attend(q, k, v, key_bias=bias, **options), long, atol=1e-5)  # 7.6e-6 with jax 0.12
   hidden = np.where(np.arange(6) == 4, MASKED, bias)
   keep = np.arange(6) != 4
   without = attend(q, k[:, keep], v[:, keep], key_bias=bias[:, keep], **options)
