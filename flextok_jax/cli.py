@@ -112,17 +112,17 @@ def _parse(argv: list[str], arguments: Sequence[str]) -> list[str]:
 
 
 def _keep_compiled():
-  """Keeps compiled programs from run to run, unless jax was told where (JAX_COMPILATION_CACHE_DIR) or not to."""
+  """Caches compiled programs across runs, unless JAX_COMPILATION_CACHE_DIR names a folder already."""
   if jax.config.jax_compilation_cache_dir is None:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     jax.config.update("jax_compilation_cache_dir", os.path.join(home, "flextok_jax", "compiled"))
 
 
 def parse_settings(items: Sequence[str]) -> dict[str, Any]:
-  """Returns what the items of --setting=name=value say to load_ar; values as in JSON (1, true, null), else texts.
+  """Returns the settings for load_ar in the items of --setting=name=value; values are JSON (1, true, null) or else text.
 
   Raises:
-    ValueError: an item that is no name=value.
+    ValueError: an item is not name=value.
   """
   settings = {}
   for item in items:
@@ -137,11 +137,13 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
 
 
 def run(main: Callable[..., None], arguments: Sequence[str] = ()):
-  """Parses the flags and calls main(*arguments); bad input ends with a line on stderr and exit code 1.
+  """Parses the flags and calls main(*arguments); bad input ends with one line on stderr and exit code 1.
 
-  Where several processes run the command together, as the environment says (parallel/processes.py), they join first.
+  If the environment says that several processes run the command together (parallel/processes.py), they connect first.
 
-  `arguments` names what stands on the command line besides flags; none of it may be left out.
+  Args:
+    main: the command.
+    arguments: names of the positional arguments on the command line, all required.
   """
 
   def call(argv):
@@ -160,7 +162,7 @@ def numbers(flag: str, items: Iterable[str], kind: type = int) -> list:
   """Returns the items of a list flag as numbers.
 
   Raises:
-    ValueError: an item that is none.
+    ValueError: an item is not a number.
   """
   found = []
   for item in items:

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Runs a command as N processes on this machine, over jax's collectives for CPUs, as on N machines:
+# Runs a command as N processes on this machine, connected by jax's collectives for CPUs, as on N machines:
 #
 #   launch/local.sh N python -m flextok_jax.train --config=... --workdir=DIR
 #   launch/local.sh N --config=... --workdir=DIR          the same
 #
-# Each process has one device, or as many as XLA_FLAGS=--xla_force_host_platform_device_count=M says. When one of them
-# fails, the others are killed, and so ends this script. Ctrl-C and SIGTERM reach all of them. Paths count from where it
-# is called.
+# Each process has one device, or M with XLA_FLAGS=--xla_force_host_platform_device_count=M. When one process fails, the
+# others are killed and the script exits. Ctrl-C and SIGTERM reach all processes. Paths are relative to the current folder.
 set -euo pipefail
 
 if [[ ! ${1:-} =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then
@@ -29,7 +28,7 @@ export JAX_PLATFORMS=cpu JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESS
 export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 
 declare -A processes=()
-send() { # a signal to each process and to those that it has started: they are a process group
+send() { # a signal to the process group of each process
   local process
   for process in "${!processes[@]}"; do
     kill -s "$1" -- "-$process" 2>/dev/null || true
@@ -39,7 +38,7 @@ trap 'send TERM' TERM
 trap 'send INT' INT
 trap 'send KILL' EXIT
 
-set -m # a process group each
+set -m # one process group per process
 for ((i = 0; i < count; i++)); do
   JAX_PROCESS_ID=$i "$@" </dev/null &
   processes[$!]=$i
@@ -49,7 +48,7 @@ set +m
 while ((${#processes[@]})); do
   code=0 ended=""
   wait -n -p ended "${!processes[@]}" || code=$?
-  if [[ -n ${ended:-} ]]; then # else a signal came, which is passed on
+  if [[ -n ${ended:-} ]]; then # otherwise a signal came, which the trap passes on
     i=${processes[$ended]}
     unset "processes[$ended]"
     if ((code)); then

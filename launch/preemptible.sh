@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs a command and tells an interruption from an end: launch/preemptible.sh COMMAND [ARGUMENTS].
-# Training saves at SIGTERM and exits with 0, as if it had come to its end; whoever is to start it again cannot tell.
-# This hands SIGTERM on and then exits with 143; without a SIGTERM it exits with the command's own code.
-set -uom pipefail # m: the child gets a process group of its own, so that a signal to ours does not end its data workers
+# Runs a command and makes interruptions visible in the exit code: launch/preemptible.sh COMMAND [ARGUMENTS].
+# At SIGTERM training saves and exits with 0, as it does when finished, so a scheduler cannot tell the two apart.
+# This script passes SIGTERM on and then exits with 143; without a SIGTERM it exits with the code of the command.
+set -uom pipefail # m: the child gets its own process group, so that a signal to ours does not end its data workers
 if (($# == 0)); then
   echo "error: no command: launch/preemptible.sh COMMAND [ARGUMENTS]" >&2
   exit 2
@@ -12,9 +12,9 @@ interrupted=false child=
 trap 'interrupted=true; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null' TERM
 "$@" &
 child=$!
-if $interrupted; then kill -TERM "$child" 2>/dev/null; fi # it came before there was a child to hand it to
+if $interrupted; then kill -TERM "$child" 2>/dev/null; fi # it came before the child started
 
-# The trap ends wait early; the child may take minutes to save.
+# The trap interrupts wait; the child may take minutes to save.
 while
   wait "$child"
   code=$?

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Shows the tokenizer and a generator in about ten minutes on two cores: launch/quickstart.sh [WORKDIR], by default
-# runs/quickstart. Run again, it writes the pretrained models' pictures anew and trains in a new folder.
+# runs/quickstart. Another run overwrites the pictures of the pretrained models and trains in a new folder.
 set -euo pipefail
 work=${1:-}
 [[ -z $work || $work == /* ]] || work=$PWD/$work
@@ -25,7 +25,7 @@ sources=synthetic,photos
 if python -c 'from flextok_jax.data.sources.emoji import find_font; find_font("")' 2>/dev/null; then
   sources+=,emoji
 else
-  echo "no Noto Color Emoji font here: going without emoji"
+  echo "no Noto Color Emoji font here: continuing without emoji"
 fi
 python -m flextok_jax.evaluate --checkpoint=$model --sources=$sources --num_images=32 --out="$work/pretrained" |
   tee "$work/pretrained.txt"
@@ -43,10 +43,10 @@ for count in 1 4 16; do
 done
 
 heading "2. The same model from scratch, on procedural scenes and photographs"
-train=(python -m flextok_jax.train --config=configs/quickstart.py:scratch --workdir="$scratch")
+train=(python -m flextok_jax.train --config=quickstart:scratch --workdir="$scratch")
 "${train[@]}"
 
-heading "3. The same run, resumed for a few steps more"
+heading "3. The same run, resumed for a few more steps"
 "${train[@]}" --config.train.num_steps=275
 
 heading "4. Pretrained generators: token sequences of 6 classes, and of captions, as pictures from 1 to 16 tokens"

@@ -41,16 +41,16 @@ export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 listed=$(python -m flextok_jax.sweep --config="$config" --list "${only[@]}" "${given[@]}") || exit 2
 mapfile -t lines <<<"$listed"
 submit=() words=()
-eval "submit=($launcher)" # words as a shell has them, quotes included
+eval "submit=($launcher)" # split into words as a shell does, with quotes
 
-# A run in the background can be told at once that this script is to end: SIGTERM makes it save.
+# The run is in the background, so that a signal to this script is passed on at once: SIGTERM makes it save.
 child="" stopped=false
 trap 'stopped=true; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
 run() {
   local code=0
   "$@" </dev/null &
   child=$!
-  if $stopped; then kill -TERM "$child" 2>/dev/null || true; fi # it came before there was a child
+  if $stopped; then kill -TERM "$child" 2>/dev/null || true; fi # it came before the child started
   while
     code=0
     wait "$child" || code=$?
@@ -83,7 +83,7 @@ for line in "${lines[@]}"; do
     failed+=("$name")
   fi
   if $stopped; then
-    echo "stopped; the same command goes on" >&2
+    echo "stopped; the same command resumes" >&2
     exit 143
   fi
 done
