@@ -99,7 +99,7 @@ class _Attention(nn.Module):
 class SelfAttention(_Attention):
   """Self-attention over one sequence."""
 
-  def setup(self):
+  def setup(self) -> None:
     c = self.choices
     self.qkv = QKV(c.head_dim, c.qkv_bias, c.dtype)
     self._setup_shared()
@@ -148,7 +148,7 @@ class SelfAttention(_Attention):
 class CrossAttention(_Attention):
   """Attention from one sequence to another."""
 
-  def setup(self):
+  def setup(self) -> None:
     c = self.choices
     heads = c.width // c.head_dim
     dense = lambda shape, axes: nn.DenseGeneral(

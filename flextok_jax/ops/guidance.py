@@ -6,7 +6,7 @@ import jax.numpy as jnp
 MODES = ("apg", "cfg", "none")
 
 
-def check_mode(mode: str):
+def check_mode(mode: str) -> None:
   """Raises ValueError if mode is not one of MODES."""
   if mode not in MODES:
     raise ValueError(f"unknown guidance {mode!r}: one of {', '.join(MODES)}")

@@ -15,7 +15,7 @@ def powers_of_two(num_registers: int) -> tuple[int, ...]:
   return tuple(1 << i for i in range((num_registers - 1).bit_length())) + (num_registers,)
 
 
-def check_mode(mode: str, num_registers: int):
+def check_mode(mode: str, num_registers: int) -> None:
   """Raises ValueError for an unknown mode, or for "pow2" if num_registers is not a power of two."""
   if mode not in MODES:
     raise ValueError(f"unknown nested_dropout {mode!r}: one of {', '.join(MODES)}")

@@ -1,8 +1,9 @@
 """Stage 2: a generator of token ids, trained by next-token cross-entropy on token shards."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,11 +12,11 @@ from ml_collections import ConfigDict
 
 from flextok_jax.config import check_at_least_one, float_dtype
 from flextok_jax.models import layers
-from flextok_jax.models.ar import generator as ar
+from flextok_jax.models.ar.generator import CONDITIONS, FFNS, POS_EMBEDS, ARTransformer, Generator, TextMLP
 from flextok_jax.models.ar.text import ENCODERS, ByteEncoder
 from flextok_jax.models.perception.t5 import T5Encoder
 from flextok_jax.ops import attention, nested
-from flextok_jax.stages.stage import Stage
+from flextok_jax.stages.stage import Params, Stage
 
 
 def mlp_hidden(c: ConfigDict) -> int:
@@ -26,7 +27,7 @@ def mlp_hidden(c: ConfigDict) -> int:
   return -(-int(2 * hidden / 3) // c.ffn_multiple_of) * c.ffn_multiple_of
 
 
-def make_generator(config: ConfigDict) -> ar.Generator:
+def make_generator(config: ConfigDict) -> Generator:
   """Builds the generator from config.ar and config.text.
 
   Raises:
@@ -37,11 +38,7 @@ def make_generator(config: ConfigDict) -> ar.Generator:
   check_at_least_one(config, *(f"ar.{name}" for name in sizes))
   c = config.ar
   known = dict(
-    condition=ar.CONDITIONS,
-    norm=tuple(layers.NORMS),
-    qk_norm=(*layers.NORMS, "none"),
-    ffn=ar.FFNS,
-    pos_embed=ar.POS_EMBEDS,
+    condition=CONDITIONS, norm=tuple(layers.NORMS), qk_norm=(*layers.NORMS, "none"), ffn=FFNS, pos_embed=POS_EMBEDS
   )
   for name, values in known.items():
     if c[name] not in values:
@@ -77,7 +74,7 @@ def make_generator(config: ConfigDict) -> ar.Generator:
     dtype=dtype,
     attention=config.attention,
   )
-  transformer = ar.ARTransformer(
+  transformer = ARTransformer(
     choices=choices,
     depth=c.depth,
     num_ids=c.num_ids,
@@ -91,12 +88,12 @@ def make_generator(config: ConfigDict) -> ar.Generator:
     remat=layers.check_remat(config.remat),
   )
   if not text:
-    return ar.Generator(transformer)
+    return Generator(transformer)
   check_at_least_one(config, "text.max_length", "text.features", "text.mlp_hidden")
   if config.text.encoder not in ENCODERS:
     raise ValueError(f"unknown text.encoder {config.text.encoder!r}: one of {', '.join(ENCODERS)}")
   encoder = make_text_encoder(config) if config.text.encoder == "bytes" else None
-  return ar.Generator(transformer, ar.TextMLP(config.text.mlp_hidden, c.width, dtype), encoder)
+  return Generator(transformer, TextMLP(config.text.mlp_hidden, c.width, dtype), encoder)
 
 
 def make_text_encoder(config: ConfigDict, sizes: Mapping | None = None) -> nn.Module:
@@ -140,7 +137,7 @@ class ARStage(Stage):
     if not math.isfinite(c.position_decay):
       raise ValueError(f"ar.position_decay must be finite, got {c.position_decay!r}")
 
-  def init(self, key):
+  def init(self, key: jax.Array) -> tuple[Params, Params]:
     c = self.config
     ids, labels, lengths = jnp.zeros((1, c.ar.num_tokens), jnp.int32), jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32)
     features = None
@@ -154,15 +151,16 @@ class ARStage(Stage):
     params |= self.model.init(key, ids, labels, features, lengths)["params"]
     return params, {}
 
-  def token_losses(self, params, batch):
+  def token_losses(self, params: Params, batch: Mapping) -> tuple[jax.Array, jax.Array]:
     """Returns the cross-entropy of each token, the stop id included, and its weight 0 or 1, float32 [b, n] each.
 
     `batch` is one of data/shards/tokens.py, with text as text_features [b, t, f], or as text_ids for the joint encoder.
     """
-    c, apply = self.config.ar, functools.partial(self.model.apply, {"params": params})
+    c = self.config.ar
+    apply: Callable[..., Any] = functools.partial(self.model.apply, {"params": params})
     ids, length = batch["token_ids"], batch["length"][:, None]
     position = jnp.arange(ids.shape[1])
-    text = ()
+    text: tuple = ()
     if c.condition == "text":
       features = batch.get("text_features")
       if features is None:
@@ -172,7 +170,7 @@ class ARStage(Stage):
     losses = apply(ids, batch["label"], targets, c.loss_chunk, *text, method="losses")
     return losses, (position < length + int(c.stop)).astype(jnp.float32)
 
-  def loss_fn(self, params, batch, key, step):
+  def loss_fn(self, params: Params, batch: Mapping, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
     """Returns the mean cross-entropy (nats) over the tokens of the batch; metrics also by position."""
     del key, step  # the data pipeline has dropped conditions already
     losses, counts = self.token_losses(params, batch)
@@ -188,6 +186,6 @@ class ARStage(Stage):
     return (losses * weights).sum() / weights.sum(), metrics
 
   @property
-  def predict_fns(self):
+  def predict_fns(self) -> dict[str, Callable]:
     """token_losses(params, batch) -> (losses [b, n], counts [b, n])."""
     return {"token_losses": self.token_losses}

@@ -1,6 +1,6 @@
 """Stage 1: encoder, FSQ and flow decoder over the latents of a frozen VAE."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 import math
 from typing import Any
@@ -20,7 +20,7 @@ from flextok_jax.models.vae.autoencoder import sample_posterior
 from flextok_jax.ops import flow, fsq, nested, posemb
 from flextok_jax.ops import repa as repa_ops
 from flextok_jax.stages import repa
-from flextok_jax.stages.stage import Stage
+from flextok_jax.stages.stage import Params, Stage
 from flextok_jax.stages.vae import make_vae
 
 # Values of string fields of config.encoder and config.decoder.
@@ -99,7 +99,7 @@ def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, si
   return part.clone(max_grid=part.max_grid or grid)
 
 
-def _check_flow(config: ConfigDict):
+def _check_flow(config: ConfigDict) -> None:
   """Raises ValueError for an unknown distribution of training times, or one whose t(u) does not fall from 1 to 0."""
   c = config.flow
   if c.t_sampling not in flow.T_SAMPLINGS:
@@ -167,19 +167,19 @@ class TokenizerStage(Stage):
     self.repa, self.repa_grid = repa.section(config), repa.decoder_grid(config)
     self.sampler = Sampler(**config.sampler)
 
-  def init(self, key):
+  def init(self, key: jax.Array) -> tuple[Params, Params]:
     images = jnp.zeros((1, self.image_size, self.image_size, 3))
     params = dict(self.model.init(key, images)["params"])
     frozen = {k: params.pop(k) for k in ("vae",) if k in params}
     return params, frozen
 
-  def init_auxiliary(self, key):
+  def init_auxiliary(self, key: jax.Array) -> tuple[Params, Params]:
     """Returns ({"repa": the projector}, {}), or ({}, {}) if REPA is off."""
     if self.projector is None:
       return {}, {}
     return {"repa": self.projector.init(key, jnp.zeros((1, 1, self.model.decoder.width)))["params"]}, {}
 
-  def loss_fn(self, params, batch, key, step):
+  def loss_fn(self, params: Params, batch: Mapping, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
     """Returns the flow-matching loss with nested dropout and condition dropout; metrics also by number of kept tokens.
 
     `batch` has "image" [b, H, W, 3], or instead "latents" [b, h, w, 2 c], moments of the VAE as in latent shards
@@ -188,6 +188,7 @@ class TokenizerStage(Stage):
     del step
     posterior_key, key = jax.random.split(key)
     posterior_key = posterior_key if self.sample_posterior else None
+    latents: Any
     if "latents" in batch:
       mean, logvar = jnp.split(batch["latents"].astype(jnp.float32), 2, axis=-1)
       latents = mean if posterior_key is None else sample_posterior(mean, logvar, posterior_key)
@@ -196,7 +197,9 @@ class TokenizerStage(Stage):
       latents = self.model.apply({"params": params}, batch["image"], posterior_key, method="encode_latents")
     return self.latents_loss(params, jax.lax.stop_gradient(latents), key, batch.get("teacher"))
 
-  def latents_loss(self, params, latents, key, teacher=None):
+  def latents_loss(
+    self, params: Params, latents: jax.Array, key: jax.Array, teacher: jax.Array | None = None
+  ) -> tuple[jax.Array, dict]:
     """Returns the loss of latents and its metrics.
 
     Rows are in groups, in each of which the numbers of kept registers are stratified (nested.sample_keep_k). The place
@@ -241,12 +244,13 @@ class TokenizerStage(Stage):
     # Loss.
     loss = per_sample + self.tokens.saturation_weight * saturation
     if self.projector is not None:
+      assert teacher is not None
       alignment = self._alignment(params, features, _ungroup(_group(teacher, order.size)[:, order]))
       metrics["repa"] = alignment.sum(), jnp.float32(size)
       loss = loss + self.repa.weight * alignment
     return loss.mean(), metrics
 
-  def _draw_rows(self, params, latents: jax.Array, key: jax.Array) -> tuple[Rows, jax.Array]:
+  def _draw_rows(self, params: Params, latents: jax.Array, key: jax.Array) -> tuple[Rows, jax.Array]:
     """Returns latents [b, h, w, c] as rows with random draws, and the order of the latents within each group [r]."""
     order_key, t_key, t_order_key, noise_key, keep_key = jax.random.split(key, 5)
     size, n = latents.shape[0], self.tokens.num_registers
@@ -287,7 +291,7 @@ class TokenizerStage(Stage):
     edges = [i for i in range(count + 1) if i in (0, count) or lengths[i] != lengths[i - 1]]
     return [(first, end, lengths[first]) for first, end in zip(edges, edges[1:])]
 
-  def _bucket_loss(self, params, length: int, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  def _bucket_loss(self, params: Params, length: int, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Computes the rows [b, ...] of a bucket on `length` registers; 0: no row has a condition.
 
     Returns:
@@ -311,7 +315,7 @@ class TokenizerStage(Stage):
     velocity, features = apply(*inputs, method="velocity_and_features")
     return flow.flow_loss(velocity, rows.latents, rows.noise), saturation, features
 
-  def _alignment(self, params, features: jax.Array, teacher: jax.Array) -> jax.Array:
+  def _alignment(self, params: Params, features: jax.Array, teacher: jax.Array) -> jax.Array:
     """Returns the loss of REPA [b], from features of the decoder [b, n, width] and of the teacher [b, g * g, d].
 
     Called once for the rows of all buckets: the projector is read, and its gradient summed, only once.
@@ -320,7 +324,7 @@ class TokenizerStage(Stage):
     return repa_ops.alignment_loss(self.projector.apply({"params": params["repa"]}, features), teacher)
 
   @property
-  def predict_fns(self):
+  def predict_fns(self) -> dict[str, Callable]:
     """tokenize(params, images, num_tokens) -> ids [b, num_tokens], by default all registers.
 
     detokenize(params, ids, keep_k [b], keys [b]) -> images [b, H, W, 3] in [-1, 1]; faster for fewer ids (see

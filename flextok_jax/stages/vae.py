@@ -1,7 +1,8 @@
 """Stage 0: the autoencoder, by reconstruction, perceptual, KL and adversarial losses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from flextok_jax.models.perception.lpips import LPIPS
 from flextok_jax.models.vae.autoencoder import AutoencoderKL, kl_divergence, last_conv, sample_posterior
 from flextok_jax.models.vae.discriminator import PatchDiscriminator, patches_of
 from flextok_jax.ops import adversarial
-from flextok_jax.stages.stage import Stage
+from flextok_jax.stages.stage import Params, Stage
 
 _LPIPS_NET = "vgg"  # the usual training loss
 
@@ -79,10 +80,10 @@ class VAEStage(Stage):
     self.discriminator = make_discriminator(config)
     self.adversarial = config.discriminator
 
-  def init(self, key):
+  def init(self, key: jax.Array) -> tuple[Params, Params]:
     return {"vae": self.vae.init(key, self._images())["params"]}, {}
 
-  def init_auxiliary(self, key):
+  def init_auxiliary(self, key: jax.Array) -> tuple[Params, Params]:
     """Returns ({"discriminator"}, {"lpips"}), each if it is used; the weights of LPIPS are random here."""
     params, frozen = {}, {}
     if self.discriminator:
@@ -95,10 +96,10 @@ class VAEStage(Stage):
   def pretrained_networks(self) -> dict[str, str]:
     return {"lpips": f"lpips_{_LPIPS_NET}"} if self.lpips else {}
 
-  def _images(self):
+  def _images(self) -> jax.Array:
     return jnp.zeros((1, self.image_size, self.image_size, 3))
 
-  def loss_fn(self, params, batch, key, step):
+  def loss_fn(self, params: Params, batch: Mapping, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
     """Returns reconstruction losses, KL of the posterior (summed over a latent) and adversarial losses, batch means.
 
     loss = r + kl_weight KL + w g + d, with reconstruction losses r = l1_weight L1 + l2_weight L2 + lpips_weight LPIPS,
@@ -109,7 +110,8 @@ class VAEStage(Stage):
     The gradients dr and dg of r and g at the reconstruction are needed for w, and suffice for the backward pass of the
     decoder: the loss has the gradient of sum((dr + w dg) * reconstruction), so there is only one such pass.
     """
-    w, vae = self.loss_weights, functools.partial(self.vae.apply, {"params": params["vae"]})
+    w = self.loss_weights
+    vae: Callable[..., Any] = functools.partial(self.vae.apply, {"params": params["vae"]})
     images = to_float(batch["image"])
     mean, logvar = vae(images, method="encode")
     latents = sample_posterior(mean, logvar, key)

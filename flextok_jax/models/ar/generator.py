@@ -22,7 +22,7 @@ class CausalBlock(nn.Module):
 
   choices: layers.BlockChoices
 
-  def setup(self):
+  def setup(self) -> None:
     c = self.choices
     norm = lambda: layers.norm(c.norm, c.norm_eps, c.dtype)
     self.norm_1, self.norm_2 = norm(), norm()
@@ -46,6 +46,7 @@ class CausalBlock(nn.Module):
     y, keys_values = self.attention(self.norm_1(x), jnp.tri(x.shape[1], dtype=bool))
     x = x + y
     if self.choices.cross_attention:
+      assert text is not None and key_bias is not None
       x = x + self.cross(self.norm_2(x), text, key_bias)
     return self._add_mlp(x), keys_values
 
@@ -69,6 +70,7 @@ class CausalBlock(nn.Module):
     y, cache = self.attention.step(self.norm_1(x), cache, position)
     x = x + y
     if self.choices.cross_attention:
+      assert text is not None and key_bias is not None
       x = x + self.cross.step(self.norm_2(x), text, key_bias)
     return self._add_mlp(x), cache
 
@@ -101,7 +103,7 @@ class ARTransformer(nn.Module):
   readout_bias: bool = False
   remat: str = "none"  # a key of layers.REMATS
 
-  def setup(self):
+  def setup(self) -> None:
     c = self.choices
     init = lambda *axes: layers.normal(0.02, *axes)
     self.embedding = self.param("embedding", init("vocab", "embed"), (self.num_ids, c.width))
@@ -145,7 +147,9 @@ class ARTransformer(nn.Module):
     x = self.norm(layout.constrain(x, "batch", *(None,) * (x.ndim - 1)))
     return self.head_norm(x) if self.head_layernorm else x
 
-  def hidden(self, ids, labels, text=None, key_bias=None) -> jax.Array:
+  def hidden(
+    self, ids: jax.Array, labels: jax.Array, text: jax.Array | None = None, key_bias: jax.Array | None = None
+  ) -> jax.Array:
     """Returns the input of the readout [b, n, d]: for each of the ids, computed from the ids before it.
 
     Args:
@@ -162,7 +166,9 @@ class ARTransformer(nn.Module):
     """hidden [..., d] -> float32 [..., num_outputs]."""
     return self.readout(self.readout_multiplier * hidden)
 
-  def __call__(self, ids, labels, text=None, key_bias=None) -> jax.Array:
+  def __call__(
+    self, ids: jax.Array, labels: jax.Array, text: jax.Array | None = None, key_bias: jax.Array | None = None
+  ) -> jax.Array:
     """Returns logits float32 [b, n, num_outputs] under teacher forcing; arguments as for hidden."""
     return self.logits(self.hidden(ids, labels, text, key_bias))
 
@@ -203,7 +209,7 @@ class _Readout(nn.Module):
   axes: tuple[str, str]
   use_bias: bool
 
-  def setup(self):
+  def setup(self) -> None:
     self.kernel = self.param("kernel", layers.normal(0.02, *self.axes), self.shape)
     if self.use_bias:
       self.bias = self.param("bias", layers.zeros(self.axes[1]), self.shape[1:])
@@ -260,14 +266,26 @@ class Generator(nn.Module):
     """text_ids int [b, t], text_lengths [b] -> features [b, t, f]."""
     return self.text(text_ids, text_lengths)
 
-  def hidden(self, ids, labels, features=None, text_lengths=None) -> jax.Array:
+  def hidden(
+    self, ids: jax.Array, labels: jax.Array, features: jax.Array | None = None, text_lengths: jax.Array | None = None
+  ) -> jax.Array:
     """See ARTransformer.hidden; features [b, t, f] as encode_text returns them."""
     return self.ar.hidden(ids, labels, *self.project(features, text_lengths))
 
-  def __call__(self, ids, labels, features=None, text_lengths=None) -> jax.Array:
+  def __call__(
+    self, ids: jax.Array, labels: jax.Array, features: jax.Array | None = None, text_lengths: jax.Array | None = None
+  ) -> jax.Array:
     """Returns logits float32 [b, n, num_outputs] of ids [b, n] under teacher forcing."""
     return self.ar.logits(self.hidden(ids, labels, features, text_lengths))
 
-  def losses(self, ids, labels, targets, chunk, features=None, text_lengths=None) -> jax.Array:
+  def losses(
+    self,
+    ids: jax.Array,
+    labels: jax.Array,
+    targets: jax.Array,
+    chunk: int,
+    features: jax.Array | None = None,
+    text_lengths: jax.Array | None = None,
+  ) -> jax.Array:
     """Returns the cross-entropy [b, n] of targets, see ARTransformer.losses."""
     return self.ar.losses(self.hidden(ids, labels, features, text_lengths), targets, chunk)

@@ -75,7 +75,7 @@ class CLIP(nn.Module):
   dtype: jnp.dtype = jnp.float32
   attention: str = "auto"
 
-  def setup(self):
+  def setup(self) -> None:
     self.image_tower = ViT(**self.image, dtype=self.dtype, attention=self.attention)
     self.text_tower = TextTower(**self.text, dtype=self.dtype, attention=self.attention)
     dense = lambda: layers.dense(self.features, ("embed", None), None, self.dtype, use_bias=False)

@@ -6,6 +6,7 @@ and there are 1008 classes.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -91,7 +92,7 @@ class Conv(nn.Module):
     return x[:, :rows]
 
 
-def conv(features: int, kernel: int | tuple[int, int], name: str, *args, **kwargs) -> Conv:
+def conv(features: int, kernel: int | tuple[int, int], name: str, *args: Any, **kwargs: Any) -> Conv:
   """Returns a Conv; an integer kernel is square."""
   return Conv(features, (kernel, kernel) if isinstance(kernel, int) else kernel, *args, **kwargs, name=name)
 

@@ -37,7 +37,7 @@ class Decoder(PatchTransformer, kw_only=True):
   max_timestep: float = 1.0
   null_condition: str = "learned"
 
-  def setup(self):
+  def setup(self) -> None:
     self.time_embed = TimeEmbedding(self.width, self.dtype, self.max_timestep)
     sets = 2 if self.modulation == "per_segment" else 1
     self.adaln = AdaLN(self.depth, sets, self.head_modulation, self.head_modulation_bias, self.dtype)

@@ -127,7 +127,7 @@ class Sampler:
   apg_eta: float
   apg_threshold: float
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not isinstance(self.num_steps, int) or self.num_steps < 1:
       raise ValueError(f"num_steps={self.num_steps!r} must be a whole number of at least 1")
     guidance.check_mode(self.guidance)

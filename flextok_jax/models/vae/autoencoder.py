@@ -212,7 +212,7 @@ class AutoencoderKL(nn.Module):
   norm_groups: int = 32
   dtype: jnp.dtype = jnp.float32
 
-  def setup(self):
+  def setup(self) -> None:
     sizes = (self.block_out_channels, self.layers_per_block, self.norm_groups, self.dtype)
     self.encoder = Encoder(2 * self.latent_channels, *sizes)
     self.decoder = Decoder(*sizes)
