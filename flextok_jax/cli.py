@@ -119,7 +119,7 @@ def _keep_compiled():
 
 
 def parse_settings(items: Sequence[str]) -> dict[str, Any]:
-  """Returns the settings for load_ar in the items of --setting=name=value; values are JSON (1, true, null) or else text.
+  """Returns the settings for load_ar that --setting=name=value items hold; values are JSON (1, true) or else text.
 
   Raises:
     ValueError: an item is not name=value.

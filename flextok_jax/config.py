@@ -1,8 +1,8 @@
-"""The default of every field of a config, with its unit and source; parsing of configs and of config files.
+"""Every default of every experiment, with its unit and its source.
 
 Sources: [paper] FlexTok, arXiv 2502.13967; [code] the public inference code; [video] the sibling video tokenizer,
 arXiv 2604.12887; [LDM] latent diffusion, Rombach et al. 2022, and its code; [taming] Esser et al. 2021, and its code;
-[ours] not in the public record: our choice, with the reason.
+[ours] no public record, our choice with the reason beside it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,19 +26,428 @@ def get_config() -> ConfigDict:
   c.stage = "tokenizer"  # "tokenizer" (frozen VAE), "vae", or "ar" (generator of token ids)
   c.seed = 0  # initialisation, data order, noise
   c.image_size = 256  # pixels; height = width [paper]
-  # Compute dtype; parameters, norms, softmax, FSQ and losses are float32. Devices sum gradients in the dtype in which
-  # they are computed, so those of the blocks' matrices in this one; optim.accumulate_steps sums in float32.
+  # Compute dtype; parameters, norms, softmax, FSQ and losses stay float32. Devices sum their gradients in the type that
+  # computes them, so of the blocks' matrices in this one; optim.accumulate_steps are summed in float32.
   c.dtype = "bfloat16"
-  c.fast = True  # exact optimizations: merged masked tokens, buckets, ...; False: the slow reference path
+  c.fast = True  # exact savings: merged masked tokens, buckets, ...; False: the plain path, which says the same slowly
   c.attention = "auto"  # implementation: "auto", "xla", "cudnn" (GPU), "pallas" (TPU)
-  # Rematerialization in the blocks: "none"; "dots": recompute all but the products with weights; "full": recompute
-  # everything, for about a third more FLOPs.
+  # What the backward pass of a block computes again instead of keeping it: "none"; "dots": all but the products with
+  # weights; "full": everything, for about a third more FLOPs.
   c.remat = "none"
-  # (start, stop): profile the steps start to stop - 1, for TensorBoard or Perfetto, into workdir/profile.
+  # (start, stop): a profile of the steps from start to before stop, for TensorBoard or Perfetto, in workdir/profile.
   c.profile_steps = ()
-  c.init_from = ""  # weights to start from (a workdir or a .safetensors file): those of the top-level parts it has
+  c.init_from = ""  # weights to start from (a workdir or a .safetensors file); top-level parts that it holds are taken
 
   c.vae = ConfigDict()
   c.vae.kind = "autoencoder_kl"  # or "pixels": no VAE, latents are the scaled image
   c.vae.latent_channels = 16  # 4, 8 or 16 [paper]; ignored for "pixels" (3)
-  c.vae.block_out_channels = (128, 256, 512, 512)  # 8x down: stride 2 after each level but the last [code]
+  c.vae.block_out_channels = (128, 256, 512, 512)  # 8x down: one stride-2 convolution after each but the last [code]
+  c.vae.layers_per_block = 2  # residual blocks a level in the encoder; one more in the decoder [code]
+  c.vae.norm_groups = 32  # [code]
+  # latents = scaling_factor * posterior sample or mode [code: a field; value ours]. 0: one over the deviation of the
+  # latents [LDM], which stage "vae" measures and keeps with its checkpoints, and "tokenizer" takes from init_from.
+  c.vae.scaling_factor = 0.18
+  c.vae.sample_posterior = True  # in training; evaluation takes the mode [code]
+  c.vae.dtype = "float32"  # compute dtype of the VAE, which stays in float32 where the rest does not [code]
+
+  c.encoder = ConfigDict()
+  c.encoder.width = 768  # 64 * depth [paper]
+  c.encoder.depth = 12
+  c.encoder.head_dim = 64  # [paper]
+  c.encoder.patch_size = 2  # latent pixels a side [paper]
+  c.decoder = ConfigDict()
+  c.decoder.width = 768
+  c.decoder.depth = 12
+  c.decoder.head_dim = 64
+  c.decoder.patch_size = 2
+  for part in (c.encoder, c.decoder):  # what follows is as in the released models [code]
+    part.mlp_ratio = 4.0  # hidden width over width; a gated MLP has two thirds of it
+    part.gated_mlp = True  # W2(act(W1 x) * W3 x); False: W2(act(W1 x))
+    part.activation = "silu"  # "silu", "gelu" (exact), "gelu_tanh", "relu" or "quick_gelu"
+    part.qk_norm = True  # layer-norms queries and keys, per head
+    part.qkv_bias = False
+    part.out_bias = False  # of attention's output projection
+    part.mlp_bias = False
+    # Positions of the patches: "sincos" (fixed), or learned vectors of a row and of a column, added ("learnable_sum")
+    # or multiplied ("learnable_prod").
+    part.posemb = "sincos"
+    # The table has max_grid x max_grid places. "absolute": a grid takes its corner, and none may be larger;
+    # "interpolate": all of it, resized bilinearly.
+    part.posemb_scaling = "absolute"
+    part.max_grid = 0  # patches a side; 0: those of image_size
+    part.head_bias = True  # of the output projection
+    part.readout_multiplier = 1.0  # of what the output projection reads (muP)
+  c.decoder.modulation = "per_segment"  # adaLN of patches and registers apart; "shared": one for both [paper]
+  c.decoder.head_modulation = True  # adaLN before the output projection
+  c.decoder.head_modulation_bias = True
+  c.decoder.code_bias = True  # of the embedding of the codes
+  c.decoder.max_timestep = 1.0  # unit of time: its features have the frequencies 1000 / max_timestep * 256^(-j/128)
+  # Without condition every register is the learned null token ("learned"), or zero ("zero"); or the registers become a
+  # single null token ("single").
+  c.decoder.null_condition = "learned"
+
+  c.tokens = ConfigDict()
+  c.tokens.num_registers = 256  # tokens an image at most [paper]
+  c.tokens.levels = (8, 8, 8, 5, 5, 5)  # FSQ levels: 64,000 codes [paper]
+  # Law of the number of kept tokens: "uniform" on 1..N; "pow2": every power of two alike [paper]; "uniform_pow2": a
+  # uniform length rounded up to a power of two, so that about half of the samples keep all; "none": all of them do.
+  c.tokens.nested_dropout = "pow2"
+  c.tokens.saturation_weight = 0.0  # of the penalty on encoder outputs beyond [-1, 1], where FSQ's tanh is flat [ours]
+  # Kept lengths are stratified over so many rows of the batch, or its largest divisor below. Rows of like lengths run
+  # together; best where the rows of a device are a multiple of it.
+  c.tokens.bucket_rows = 16
+  c.tokens.null_prob = 0.2  # share of samples trained without condition, for guidance [code]
+  # In training: share of samples whose codes are bounded and not rounded; share of tokens, each on its own, in whose
+  # place comes a code drawn uniformly. Both off in the released models [code].
+  c.tokens.quantization_dropout = 0.0
+  c.tokens.corruption = 0.0
+
+  c.flow = ConfigDict()
+  c.flow.t_sampling = "mode"  # "logit_normal", "stratified_logit_normal", "uniform", "mode" (SD3) [code]
+  c.flow.mode_scale = 0.25  # s of SD3's mode sampling [code]
+  c.flow.t_shift = 1.0  # above 1: more noise in training, t <- shift t / (1 + (shift - 1) t) [SD3]
+
+  # REPA (Yu et al. 2024, arXiv 2410.06940), of stage "tokenizer": a projection of the decoder's patches is drawn to the
+  # features that a frozen DINOv2 has of the clean image. The projector is needed in training alone.
+  c.repa = ConfigDict()
+  c.repa.weight = 0.0  # of the loss, mean over patches of -cos; 0: off, then there is no projector [paper: 1.0]
+  c.repa.block = 1  # the decoder's patches as they leave this block, counted from 1 [paper]
+  c.repa.hidden = 2048  # width of the projector, of three layers [REPA's code]
+  c.repa.teacher = "facebook/dinov2-large"  # folder with config.json and weights, or a hub repository [paper]
+  c.repa.features = 1024  # width of what the teacher gives
+  # Patches a side of the teacher's features; its images are resized to that many of its patches. Another grid than the
+  # decoder's is resized to it bilinearly. 0: the decoder's patches.
+  c.repa.grid = 0
+  c.repa.dtype = "bfloat16"  # of the teacher: parameters and products [ours]
+
+  c.sampler = ConfigDict()
+  c.sampler.num_steps = 25  # Euler steps [paper]
+  c.sampler.guidance = "apg"  # "apg", "cfg" or "none"
+  c.sampler.guidance_scale = 7.5  # with APG [paper]
+  c.sampler.guidance_interval = (0.0, 1.0)  # times t at which guidance is applied
+  c.sampler.apg_momentum = -0.5  # [code]
+  c.sampler.apg_eta = 0.0  # weight of the part parallel to the conditional velocity [code]
+  c.sampler.apg_threshold = 2.5  # bound on the L2 norm of the guidance direction, per sample; 0 is off [code]
+
+  c.ar = ConfigDict()  # of stage "ar"
+  c.ar.width = 768
+  c.ar.depth = 12
+  c.ar.head_dim = 64  # [paper]
+  c.ar.num_ids = 64_000  # token ids: the tokenizer's codes [paper]
+  c.ar.num_tokens = 256  # tokens an image at most [paper]
+  c.ar.condition = "class"  # "class" (added to the start vector), "text" (cross-attention in every block) or "none"
+  c.ar.num_classes = 1000
+  # True: one id more, that ends a sequence; train on shards with lengths (python -m flextok_jax.tokenize --quality).
+  c.ar.stop = False
+  # The block. What the released models have is not in the public record; from scratch a LLaMA-like one [ours].
+  c.ar.norm = "rmsnorm"  # "rmsnorm" or "layernorm"
+  c.ar.norm_eps = 0.0  # 0: 1e-5 in a layernorm, 1e-6 in an rmsnorm
+  c.ar.qk_norm = "rmsnorm"  # of queries and keys, per head: "rmsnorm", "layernorm" or "none"
+  c.ar.qk_norm_eps = 0.0  # as norm_eps
+  c.ar.ffn = "swiglu"  # "swiglu" or "mlp_gelu" (exact GELU)
+  c.ar.mlp_ratio = 4.0  # hidden width over width; a gated MLP has two thirds of it
+  c.ar.ffn_multiple_of = 64  # a gated MLP's hidden width is rounded up to a multiple
+  c.ar.bias = False  # of all linear layers
+  c.ar.pos_embed = "absolute"  # learned positions, or a fixed "sincos1d" table
+  c.ar.head_layernorm = False  # one more LayerNorm, before the readout
+  c.ar.readout_multiplier = 1.0  # of what the readout reads (muP: base width / width)
+  c.ar.drop_condition = 0.1  # share of samples trained without condition, for guidance [paper]
+  c.ar.position_decay = 0.0  # the loss of position i (from 0) weighs (1 + i)^-position_decay, mean weight 1
+  c.ar.loss_chunk = 16  # positions whose float32 logits exist at once
+  c.ar.tokenizer = ""  # fingerprint of the tokenizer whose ids these are; "": that of the shards
+  # Sampling, as of python -m flextok_jax.sample; guided logits are u + s (c - u).
+  c.ar.guidance_scale = 1.5  # [paper: 1.5 of classes, 3.0 of text]
+  c.ar.temperature = 1.0
+  c.ar.top_k = 0  # 0: off
+  c.ar.top_p = 0.0  # 0: off
+
+  c.text = ConfigDict()  # of ar.condition "text"
+  c.text.encoder = "t5"  # "t5": frozen [paper], or "bytes": a small encoder of UTF-8 bytes, trained jointly [ours]
+  c.text.max_length = 120  # tokens (or bytes) a caption at most, with the one that ends it
+  c.text.path = "google/flan-t5-xl"  # of "t5": folder with config.json, weights and tokenizer, or a hub repository
+  c.text.features = 2048  # width of what the encoder gives: of "t5" d_model [paper]
+  c.text.mlp_hidden = 2048  # of the MLP from there to ar.width [code]
+  c.text.depth = 4  # blocks and
+  c.text.head_dim = 64  # size of a head of "bytes"
+
+  c.vae_loss = ConfigDict()
+  c.vae_loss.l1_weight = 1.0  # mean absolute error over pixels [ours: SDXL's trainer uses L1]
+  c.vae_loss.l2_weight = 0.0  # mean squared error over pixels
+  # Of the KL summed over a latent, mean of the batch. [LDM] has 1e-6 beside errors summed over the values of an image,
+  # where ours are means: 1e-6 / (3 * 256 * 256) = 5.1e-12 says the same of 256 px [ours: stronger].
+  c.vae_loss.kl_weight = 1e-6
+  c.vae_loss.lpips_weight = 0.0  # of LPIPS by VGG16
+  c.vae_loss.lpips = ""  # a folder with lpips_vgg, as docs/evaluation.md describes it
+
+  # Of stage "vae": a patch discriminator with hinge loss. Numbers without another source are [LDM]'s and [taming]'s.
+  c.discriminator = ConfigDict()
+  # Of the generator's loss, times the ratio of the reconstruction losses' gradient to its own at the decoder's last
+  # layer; 0: no discriminator. [LDM: 0.5]
+  c.discriminator.weight = 0.0
+  c.discriminator.start_step = 50_000  # before, neither it nor its gradient takes part [LDM: 50001]
+  c.discriminator.channels = 64  # of its first layer
+  c.discriminator.num_layers = 3  # of stride 2
+
+  c.data = ConfigDict()
+  c.data.global_batch = 1024  # images a step, over all devices [ours]
+  # "random": random resized crop; "center": shorter side to image_size, centre crop. Of folder, tfds and their files in
+  # arrayrecord; the other sources frame their pictures themselves.
+  c.data.crop = "random"
+  c.data.crop_min_area = 0.4  # smallest area share of a random crop [ours: milder than a classifier's 0.08]
+  c.data.flip = True  # horizontal, one half of the images (never emoji: letters, arrows and flags have sides)
+  # A JPEG file of folder, tfds or arrayrecord is decoded at 1/2, 1/4 or 1/8 of its sides where its crop keeps
+  # image_size pixels so: less work; pixels differ by about 1 of 255 levels, by 5 where the texture is finest [ours].
+  c.data.reduce_jpeg = True
+  c.data.num_threads = 8  # reading threads a process
+  c.data.num_workers = 0  # worker processes a process; 0: threads alone
+  c.data.prefetch = 4  # batches ready on the host; two more wait on the device
+  c.data.tokens = ""  # of stage "ar": a folder that python -m flextok_jax.tokenize --config wrote
+  # Of stage "tokenizer": a folder that python -m flextok_jax.tokenize --what=latents wrote, in place of data.sources
+  # and the VAE's encoder. Crops and flips are those made when writing.
+  c.data.latents = ""
+  # With repa and data.latents: a folder that python -m flextok_jax.tokenize --what=dino wrote of the same images.
+  c.data.teacher = ""
+  c.data.max_unreadable = 0.01  # share of unreadable files, since the last log line, above which the run stops
+  # A source takes part with its weight (share of the images); the validation split never overlaps the training split.
+  c.data.sources = ConfigDict()
+  # Procedural scenes: pixels a side drawn; "scenes", or "plain" for flat shapes on plain backgrounds.
+  c.data.sources.synthetic = ConfigDict(dict(weight=0.0, render_size=64, style="scenes"))
+  c.data.sources.emoji = ConfigDict(dict(weight=0.0, path=""))  # "" finds the system's NotoColorEmoji.ttf
+  c.data.sources.photos = ConfigDict(dict(weight=0.0, min_crop=64))  # photographs of scikit-image and scikit-learn
+  c.data.sources.folder = ConfigDict(dict(weight=0.0, path="", val_path=""))  # jpg/png/webp, class = subfolder
+  # A folder that python -m flextok_jax.tokenize --what=images wrote: image files in ArrayRecord files.
+  c.data.sources.arrayrecord = ConfigDict(dict(weight=0.0, path=""))
+  c.data.sources.tfds = ConfigDict(
+    dict(
+      weight=1.0,
+      name="imagenet2012",
+      data_dir="",
+      train_split="train",
+      val_split="validation",
+      image_key="image",
+      label_key="label",
+      caption_key="",
+    )
+  )  # "" or a text feature: "captions/text" of coco_captions
+
+  c.optim = ConfigDict()
+  c.optim.name = "adamw"  # or "muon": the blocks' matrices by Muon, the rest by Adam, at the same learning rate [ours]
+  c.optim.learning_rate = 5.62e-4  # peak. [video] reports 1.124e-3 under muP; halved as there is no muP here [ours]
+  # muP (Yang et al. 2022): the learning rate is that of a model of this width, and serves every other; 0: off. Goes
+  # with readout_multiplier = mup_base_width / width, in encoder and decoder or in ar.
+  c.optim.mup_base_width = 0
+  c.optim.end_learning_rate = 1e-6  # after the cosine
+  c.optim.warmup_steps = 10_000
+  c.optim.b1 = 0.9
+  c.optim.b2 = 0.99  # [ours: large-batch transformers]
+  c.optim.eps = 1e-8
+  c.optim.weight_decay = 0.02  # matrices only: no biases, tables, registers or mask tokens [ours]
+  c.optim.clip_norm = 1.0  # global L2 norm of the gradient
+  c.optim.accumulate_steps = 1  # the global batch is split into this many equal parts, gradients averaged
+  c.optim.ema_decay = 0.9999  # per step; evaluation and release use the average
+  # Of the discriminator, by Adam; warm-up and end of the schedule are those above, in proportion.
+  c.optim.discriminator = ConfigDict()
+  c.optim.discriminator.learning_rate = 1e-4  # peak [ours: that of configs/vae.py; LDM has one for both networks]
+  c.optim.discriminator.b1 = 0.5  # [LDM]
+  c.optim.discriminator.b2 = 0.9  # [LDM]
+  c.optim.discriminator.eps = 1e-8
+  c.optim.discriminator.clip_norm = 1.0  # [ours: LDM does not clip]
+
+  c.train = ConfigDict()
+  c.train.num_steps = 400_000
+  c.train.log_every = 100  # steps
+  c.train.checkpoint_every = 5_000  # steps
+  c.train.keep_checkpoints = 3  # newest kept
+  c.train.keep_period = 100_000  # and every one at a multiple of it; 0: none
+  c.train.eval_every = 10_000  # steps
+  c.train.tensorboard = True  # where tensorflow is installed
+  c.train.export_dtype = "bfloat16"  # of weights.safetensors, the averaged weights written at the end
+
+  c.eval = ConfigDict()
+  c.eval.sources = ("tfds",)  # validation splits to report, each on its own
+  c.eval.num_images = 256  # a source
+  c.eval.batch_size = 32
+  c.eval.num_tokens = ()  # (): the powers of two up to num_registers
+  c.eval.grid_images = 4  # a source, rows of the picture
+
+  # Axes of the device mesh; a run may go on with others. One may be -1: as many devices as are left.
+  c.mesh = ConfigDict()
+  c.mesh.data = -1  # parts of the batch, each with parameters and optimiser state of its own
+  c.mesh.fsdp = 1  # parts of the batch that share one set of parameters and optimiser state, each holding a part of it
+  c.mesh.tensor = 1  # parts of every block's heads and hidden units, on the same rows of the batch
+  # Slices of a TPU pod (or groups of GPUs that jax calls slices; on CPUs processes) that "data" goes across: slower
+  # connections, over which nothing but gradients travels.
+  c.mesh.slices = 1
+  return c.lock()
+
+
+def derive(**overrides) -> ConfigDict:
+  """Returns the base configuration with dotted or nested overrides: derive(seed=1, encoder=dict(width=64))."""
+  c = get_config()
+  c.update(overrides)  # a field that is not there is refused, as the configuration is locked
+  return c
+
+
+def flatten(config: ConfigDict) -> dict:
+  """Returns {dotted name: value} of all fields, values as in JSON (tuples are lists)."""
+  return flatten_dict(json.loads(config.to_json()), sep=".")
+
+
+def with_fields(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+  """Returns a locked copy of a config with new values of dotted fields: {"vae.scaling_factor": 0.2}."""
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(dict(fields))
+  return config.lock()
+
+
+def read_config(workdir: str | os.PathLike) -> ConfigDict:
+  """Returns the config in a run's workdir.
+
+  Raises:
+    FileNotFoundError: it has no config.json.
+    ValueError: that is not a config of ours, see parse_config.
+  """
+  path = os.path.join(workdir, "config.json")
+  if not os.path.exists(path):
+    raise FileNotFoundError(f"{workdir} is not the workdir of a run: it has no config.json")
+  with open(path, encoding="utf-8", errors="replace") as f:
+    return parse_config(f.read(), path)
+
+
+def parse_config(text: str, origin: str) -> ConfigDict:
+  """Parses the JSON of a config, which has exactly the fields of get_config.
+
+  Args:
+    origin: where the text is from, for messages.
+
+  Raises:
+    ValueError: not JSON, a missing or unknown field, or a value of another type.
+  """
+  try:
+    values = json.loads(text)
+  except (ValueError, RecursionError) as e:
+    raise ValueError(f"the config in {origin} is not JSON: {e}") from None
+  if not isinstance(values, dict) or "stage" not in values:
+    raise ValueError(f"the config in {origin} does not name a stage: not a file of flextok_jax")
+  try:
+    found, expected = flatten_dict(values, sep="."), flatten(get_config())
+  except Exception as e:  # keys of any type and depth
+    raise ValueError(f"the config in {origin} is not one of flextok_jax: {e}") from None
+  for name in sorted(expected.keys() - found.keys()):
+    raise ValueError(f"the config in {origin} lacks the field {name}: written by another version of flextok_jax")
+  for name in sorted(found.keys() - expected.keys()):
+    raise ValueError(f"the config in {origin} has the unknown field {name!r:.80}: written by another version")
+  try:
+    return derive(**_tuples(values))
+  except Exception as e:  # a value of another type
+    raise ValueError(f"the config in {origin} is not one of flextok_jax: {e}") from None
+
+
+def _tuples(value):
+  """Returns JSON data with tuples in place of lists, as configs have."""
+  if isinstance(value, dict):
+    return {k: _tuples(v) for k, v in value.items()}
+  return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def check_at_least_one(config: ConfigDict, *names: str):
+  """Raises ValueError for the first dotted field that is not an integer of at least 1."""
+  for name in names:
+    value = config
+    for part in name.split("."):
+      value = value[part]
+    if not isinstance(value, int) or value < 1:
+      raise ValueError(f"{name} must be at least 1, got {value!r}")
+
+
+def check_fraction(name: str, value: float) -> float:
+  """Returns the value of field `name`; raises ValueError unless it is in [0, 1]."""
+  if not 0 <= value <= 1:  # also refuses nan
+    raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+  return value
+
+
+def float_dtype(name: str, value: str) -> jnp.dtype:
+  """Returns the floating-point dtype that field `name` names; raises ValueError for any other value."""
+  try:
+    dtype = jnp.dtype(value)
+  except TypeError:
+    dtype = None
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"{name} must be a floating-point type like 'bfloat16' or 'float32', got {value!r}")
+  return dtype
+
+
+# Config files.
+
+
+def load_config(spec: str) -> ConfigDict:
+  """Returns the config that --config=SPEC names, locked.
+
+  Args:
+    spec: NAME or NAME:ARGUMENT of a shipped config ("flextok:d12_d12_in1k"), or PATH.py or PATH.py:ARGUMENT of a file
+      with get_config.
+
+  Raises:
+    FileNotFoundError: no such config.
+    ValueError: the file cannot be executed, has no get_config, or does not take the argument.
+  """
+  config = call(spec, "get_config")
+  if not isinstance(config, ConfigDict):
+    raise ValueError(f"get_config() of {spec} must return a ConfigDict, got {config!r:.80}")
+  return config.lock()
+
+
+def call(spec: str, function: str) -> Any:
+  """Calls a function of the config file that a spec names (load_config) with the argument of the spec.
+
+  Raises:
+    FileNotFoundError, ValueError: see load_config; errors inside the function are raised as ValueError.
+  """
+  name, *argument = spec.split(":", 1)
+  found = getattr(_import(name), function, None)
+  if found is None:
+    raise ValueError(f"{name} has no {function}()")
+  try:
+    inspect.signature(found).bind(*argument)
+  except TypeError:
+    given = f"no argument, got {argument[0]!r}" if argument else "an argument: NAME:ARGUMENT"
+    raise ValueError(f"config {name} takes {given}") from None
+  try:
+    return found(*argument)
+  except ValueError:
+    raise
+  except Exception as e:  # whatever is wrong with it
+    raise ValueError(f"{function}({', '.join(map(repr, argument))}) of {name}: {type(e).__name__}: {e}") from e
+
+
+def check_argument(name: str, value: str, choices: Iterable[str]):
+  """Raises ValueError, listing the choices, unless the argument of config `name` is one of them; "" is no argument."""
+  choices = list(choices)
+  if value not in choices:
+    optional = "no argument or " if "" in choices else ""
+    listed = ", ".join(filter(None, choices))
+    raise ValueError(f"config {name} takes {optional}one of {listed}, as {name}:{choices[-1]}; got {value!r}")
+
+
+def _import(name: str) -> ModuleType:
+  """Imports a config file by the name of a shipped one or by its path."""
+  shipped = importlib.import_module("flextok_jax.configs")
+  names = sorted(module.name for module in pkgutil.iter_modules(shipped.__path__))
+  path = Path(name)
+  if path.suffix != ".py":
+    if name not in names:
+      raise FileNotFoundError(f"no config {name!r}: one of {', '.join(names)}, or the path of a file ending in .py")
+  elif not path.is_file():
+    raise FileNotFoundError(f"the config file {name} does not exist")
+  elif path.resolve().parent == Path(shipped.__path__[0]).resolve():
+    name = path.stem
+  try:
+    if name in names:
+      return importlib.import_module(f"flextok_jax.configs.{name}")
+    module = ModuleType(path.stem)
+    module.__file__ = str(path)
+    exec(compile(path.read_bytes(), path, "exec"), vars(module))
+  except Exception as e:  # whatever is wrong with the file
+    raise ValueError(f"config file {name}: {type(e).__name__}: {e}") from e
+  return module

@@ -302,7 +302,7 @@ def test_sigterm_saves_the_run_at_work_and_starts_no_other(stand_in, tmp_path):
   for _ in range(2):
     process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=300)
-  assert process.returncode == 143 and "stopped; the same command goes on" in err
+  assert process.returncode == 143 and "stopped; the same command resumes" in err
   assert (tmp_path / "saved").exists() and len(calls(tmp_path)) == 1
 
 
