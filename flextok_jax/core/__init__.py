@@ -1,1 +1,1 @@
-"""What every part uses: files, the hub, hashing, accelerators, timing."""
+"""Shared utilities: files, the hub, hashing, images, accelerators, timing."""

@@ -1,4 +1,4 @@
-"""What accelerators can do at most, by the kind that jax names them: public figures."""
+"""Peak rates and memory of accelerators, by jax's device kind, from public data sheets."""
 
 import dataclasses
 
@@ -9,20 +9,20 @@ GIB, GB = 2**30, 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-  """A chip, or the part of it that is one device."""
+  """A chip, or the part of a chip that is one device."""
 
-  flops: float  # a second, dense bfloat16 products
+  flops: float  # per second, dense bfloat16 matmuls
   memory: float  # bytes
-  bandwidth: float  # bytes a second from and to memory
-  links: float  # bytes a second that it sends to its neighbours, over all links at once
-  axes: int  # of the torus of chips, a group along one of them has 1 / axes of the links; 1: switched, not a torus
-  cores: int = 1  # of a chip; each may be a device, or all may be one
-  clock: float | None = None  # Hz; where the compiler tells the cycles that it reckons with
+  bandwidth: float  # of memory, bytes per second
+  links: float  # bytes per second sent to neighbours over all links together
+  axes: int  # of the torus of chips; a group along one axis has 1 / axes of the links; 1: switched, not a torus
+  cores: int = 1  # per chip; each is a device, or all are one
+  clock: float | None = None  # Hz; None: the compiler does not report cycles
 
 
 # TPUs: cloud.google.com/tpu/docs (v4, v5p, v5e, v6e, tpu7x), "per chip". Links: half of the "bidirectional" bandwidth.
-# Clock: peak FLOPs over those that the matrix units do in a cycle (2 for each cell: 4 units of 128 x 128 a core; of v6e
-# and tpu7x 4 times as many), with which the cycles agree that the compiler reckons with for large products.
+# Clock: peak FLOPs over the matrix units' FLOPs per cycle (2 per cell: 4 units of 128 x 128 per core; v6e, tpu7x: 4
+# times as many). It agrees with the compiler's cycle estimates for large matmuls.
 # GPUs: NVIDIA's data sheets of the SXM modules, dense; links: NVLink, one direction.
 _CHIPS = {
   "TPU v4": Accelerator(275e12, 32 * GIB, 1228 * GB, 300 * GB, 3, cores=2, clock=275e12 / 2**18),
@@ -38,12 +38,14 @@ _CHIPS = {
 
 
 def known(device: jax.Device) -> Accelerator | None:
-  """Returns what a device can do, None where there is no public figure (a CPU, an unknown kind).
+  """Returns the peak rates of a device, or None if they are unknown (a CPU, another kind).
 
-  A device may be a part of a chip: of a TPU7x each core is one, of a v5p both cores are one.
+  A device may be a part of a chip: each core of a TPU7x is one, both cores of a v5p are one.
   """
   chip = _CHIPS.get(device.device_kind)
-  share = getattr(device, "num_cores", 1) / chip.cores if chip else 1
+  if chip is None:
+    return None
+  share = getattr(device, "num_cores", 1) / chip.cores
   if share >= 1:
     return chip
   parts = {name: getattr(chip, name) * share for name in ("flops", "memory", "bandwidth", "links")}

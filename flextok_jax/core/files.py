@@ -1,11 +1,11 @@
-"""Writing files whole or not at all."""
+"""Atomic writes."""
 
 import os
 from pathlib import Path
 
 
 def write_file(path: Path, data: bytes):
-  """Writes a file to a temporary name in the same directory, then renames it.
+  """Writes a file atomically: to a temporary name in the same folder, which is then renamed.
 
   Raises:
     ValueError: the path cannot be written.

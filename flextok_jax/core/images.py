@@ -17,5 +17,5 @@ def round_to_8bit(images: jax.Array) -> jax.Array:
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
-  """The levels of images in [0, 1] that round_to_8bit gave, uint8."""
+  """Converts images of round_to_8bit, in [0, 1], to uint8."""
   return jnp.round(images * 255).astype(jnp.uint8)

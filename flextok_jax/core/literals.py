@@ -1,4 +1,4 @@
-"""Plain data out of untrusted text: nothing in it is imported, called or evaluated, and its size is bounded."""
+"""Parses plain data in untrusted text: nothing is imported, called or evaluated, and sizes are bounded."""
 
 import ast
 from collections.abc import Mapping
@@ -6,15 +6,15 @@ import json
 import re
 from typing import Any
 
-MAX_TEXT = 1_000_000  # characters of one text
-MAX_DEPTH = 32  # of nesting
-MAX_VALUES = 20_000  # of one configuration: about thirty times those of a tokenizer
+MAX_TEXT = 1_000_000  # characters per text
+MAX_DEPTH = 32  # levels of nesting
+MAX_VALUES = 20_000  # per configuration: about thirty times as many as a tokenizer's has
 MAX_INT = 2**63
 
 NAME = re.compile(r"[\w-]{1,100}")
 BARE_TARGET = re.compile(r"[A-Za-z_][\w.]{0,200}")
-# One token of what repr() writes for plain data. A value has a bracket, comma or colon, or the end, behind it: so there
-# are no operators, calls or attributes, whose syntax trees could grow deep without brackets.
+# A token in the repr() of plain data. A value must be followed by a bracket, comma, colon or the end. This excludes
+# operators, calls and attributes, whose syntax trees can be deep without brackets.
 TOKEN = re.compile(
   r"""\s*+(?:(?P<open>[\[({])|(?P<close>[\])}])|[,:]|(?:None|True|False
   |[-+]?+(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][-+]?+\d++)?+
@@ -26,13 +26,13 @@ TOKEN = re.compile(
 
 
 def quote(value: Any) -> str:
-  """Returns at most 60 characters of repr(value), in one line, for an error message."""
+  """Returns at most 60 characters of repr(value), on one line, for an error message."""
   text = repr(value)
   return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def join(path: str, name: str) -> str:
-  """Returns the dotted path of an entry; a name that is no plain word is quoted."""
+  """Returns the dotted path of an entry; a name with other characters than those of words is quoted."""
   name = name if NAME.fullmatch(name) else f"[{quote(name)}]"
   return f"{path}.{name}" if path else name
 
@@ -42,10 +42,10 @@ def plain(value: Any, path: str) -> Any:
 
   Args:
     value: dicts with text as keys, lists, tuples, text, numbers, booleans and None.
-    path: where the value stands, for errors; "" for a whole configuration.
+    path: of the value, for errors; "" for a whole configuration.
 
   Raises:
-    ValueError: something else, nested deeper than MAX_DEPTH, more than MAX_VALUES values, or a huge whole number.
+    ValueError: another type, deeper than MAX_DEPTH, more than MAX_VALUES values, or a huge whole number.
   """
   count = 0
 
@@ -76,7 +76,7 @@ def plain(value: Any, path: str) -> Any:
 
 
 def _check_literal(text: str):
-  """Raises ValueError unless text consists of tokens that repr() writes for plain data, in bounded number and depth."""
+  """Raises ValueError unless text consists of the tokens of plain data, in bounded number and depth."""
   position = depth = count = 0
   end = len(text.rstrip())
   while position < end:
@@ -84,7 +84,7 @@ def _check_literal(text: str):
     depth += bool(token and token["open"]) - bool(token and token["close"])
     count += 1
     if not token or depth > MAX_DEPTH or count > 4 * MAX_VALUES:
-      raise ValueError("no plain literal")
+      raise ValueError("not a plain literal")
     position = token.end()
 
 
@@ -108,7 +108,7 @@ def _parse_value(name: str, text: str) -> Any:
     _check_literal(text)
     return ast.literal_eval(text.strip())
   except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-    pass  # no Python literal: perhaps JSON
+    pass  # not a Python literal: try JSON
   try:
     return _load_json(text)
   except (ValueError, RecursionError, MemoryError):
@@ -116,17 +116,17 @@ def _parse_value(name: str, text: str) -> Any:
 
 
 def parse_literals(metadata: Mapping[str, str]) -> dict[str, Any]:
-  """Reads the __metadata__ of a safetensors header, in which official files keep their configuration.
+  """Parses the __metadata__ of a safetensors header, where official files have their configuration.
 
   Args:
-    metadata: entry to text, each the str() of a Python literal (or JSON); "_target_" is a bare dotted name. The entry
+    metadata: {entry: text}, each the str() of a Python literal (or JSON); "_target_" is a bare dotted name. The entry
       "format", which other software adds, is left out.
 
   Returns:
-    entry to plain data: dicts with text keys, lists, text, numbers, booleans, None.
+    {entry: plain data}: dicts with text keys, lists, text, numbers, booleans, None.
 
   Raises:
-    ValueError: one line that names the entry: no literal, too large, or nested too deep.
+    ValueError: not a literal, too large, or nested too deep; one line that names the entry.
   """
   if not isinstance(metadata, Mapping):
     raise ValueError(f"metadata must be a dictionary, got type {type(metadata).__name__}")
@@ -135,14 +135,14 @@ def parse_literals(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, origin: str) -> dict[str, Any]:
-  """Reads a JSON object.
+  """Parses a JSON object.
 
   Args:
-    text: JSON, as text or as UTF-8.
-    origin: name of the text in errors, for example a file's path.
+    text: JSON, as text or as UTF-8 bytes.
+    origin: of the text, for errors; for example a file's path.
 
   Raises:
-    ValueError: one line that names the origin: no JSON object, NaN or infinity, too large, or nested too deep.
+    ValueError: not a JSON object, NaN or infinity, too large, or nested too deep; one line that names the origin.
   """
   if not isinstance(text, str | bytes):
     raise ValueError(f"{origin}: JSON must be text, got type {type(text).__name__}")

@@ -1,4 +1,4 @@
-"""Safetensors files, a tensor at a time: neither reading nor writing holds more than one beside the model."""
+"""Safetensors files, read and written one tensor at a time, so that memory for one tensor is enough."""
 
 from collections.abc import Callable, Iterable, Mapping
 import contextlib
@@ -13,11 +13,11 @@ import numpy as np
 import safetensors
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
-_ALIGNMENT = 64  # bytes; jax uses aligned host memory on a CPU as it is, anything else it copies
+_ALIGNMENT = 64  # bytes; on a CPU, jax copies host memory that is not aligned
 
 
 class TensorFile:
-  """Names, types and shapes of a safetensors file, and its tensors one by one.
+  """Names, types and shapes in a safetensors file; tensors are read one by one.
 
   Tensors whose names begin with one of `ignored` are left out, whatever their type.
 
@@ -51,14 +51,15 @@ class TensorFile:
       raise ValueError(f"{self.path} is not a whole safetensors file ({e}): download or write it again") from None
 
   def read(self, name: str) -> np.ndarray:
-    # Opened anew each time: pages of a mapped file count as memory of the process until it is unmapped.
+    """Returns a tensor."""
+    # Opened for each read: pages of a mapped file count as memory of the process until it is unmapped.
     with self._open() as f:
       return f.get_tensor(name)
 
 
 @contextlib.contextmanager
 def named(path: str):
-  """Puts the file's name before a ValueError about what is in it."""
+  """Puts a file's name before the message of a ValueError about its content."""
   try:
     yield
   except ValueError as e:
@@ -66,7 +67,7 @@ def named(path: str):
 
 
 def check_names(path: str, have: Iterable[str], want: Iterable[str], allowed: Iterable[str] = ()):
-  """Raises ValueError naming the first tensor that is missing or has no place; `allowed` ones may be there."""
+  """Raises ValueError naming the first tensor that is missing or not wanted; `allowed` ones are ignored."""
   have, want = set(have), set(want)
   missing, extra = sorted(want - have), sorted(have - want - set(allowed))
   if missing:
@@ -78,7 +79,7 @@ def check_names(path: str, have: Iterable[str], want: Iterable[str], allowed: It
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """Returns uninitialised memory that jax on a CPU can use without a copy."""
+  """Returns an uninitialised array that jax can use on a CPU without a copy."""
   size = math.prod(shape) * dtype.itemsize
   buffer = np.empty(size + _ALIGNMENT, np.uint8)
   start = -buffer.ctypes.data % _ALIGNMENT
@@ -90,7 +91,7 @@ def write(
   tensors: Mapping[str, tuple[np.dtype, tuple[int, ...], Callable[[], np.ndarray]]],
   metadata: Mapping[str, str],
 ):
-  """Writes {name: (dtype, shape, function that makes the tensor)} in the given order, whole or not at all.
+  """Writes {name: (dtype, shape, function that returns the tensor)} in this order, atomically.
 
   Raises:
     ValueError: the path cannot be written.
@@ -103,7 +104,7 @@ def write(
     header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [offset, end]}
     offset = end
   text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)  # the format asks for aligned data
+  text += b" " * (-len(text) % 8)  # the format requires aligned data
   path = Path(path)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:

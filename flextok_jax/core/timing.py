@@ -1,4 +1,4 @@
-"""Compiles programs, times them side by side, and tells what they cost."""
+"""Compiles programs, times them side by side, and reports their memory and FLOPs."""
 
 from collections.abc import Callable
 import contextlib
@@ -17,13 +17,13 @@ import jax.numpy as jnp
 class Program:
   """A compiled function."""
 
-  run: Any  # jax's compiled object, to be called
-  seconds: float  # that lowering and compiling took
-  digest: str  # the same for the same program
+  run: Any  # jax's compiled object, callable
+  seconds: float  # of lowering and compilation
+  digest: str  # hash of the program's text
 
 
 class Compiler:
-  """Compiles functions ahead of time; the same program only once."""
+  """Compiles functions ahead of time; a program only once."""
 
   def __init__(self):
     self._programs = {}
@@ -34,8 +34,8 @@ class Compiler:
     Args:
       fn: a pure function.
       args: its arguments, or their shapes.
-      precision: of its products where it sets none; None: jax's own.
-      donated: the first argument may be overwritten.
+      precision: of matmuls for which the function sets none; None: jax's default.
+      donated: whether the first argument may be overwritten.
     """
     begun = time.perf_counter()
     with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
@@ -54,20 +54,21 @@ def time_rounds(
   carried: bool = False,
   warm_up: dict[str, Callable] | None = None,
 ) -> dict[str, list[float]]:
-  """Times programs in rounds; a round calls each once, and their order turns from round to round.
+  """Times programs in rounds: a round calls each once, in alternating order.
 
   Args:
-    programs: by name.
-    args: of each.
-    repeats: timed rounds; one that is not timed goes before them.
-    limit: seconds after which no round begins, but one is timed in any case.
-    carried: the first output of a call is the first argument of the next.
-    warm_up: what the round that is not timed calls, where running the programs twice would take too long.
+    programs: {name: function}.
+    args: of every function.
+    repeats: number of timed rounds; one untimed round precedes them.
+    limit: seconds after which no further round starts; one is always timed.
+    carried: whether the first output of a call is the first argument of the next.
+    warm_up: functions of the untimed round, if calling the programs twice takes too long.
 
   Returns:
-    seconds of each program's calls, by name and in the order of the rounds.
+    {name: seconds of each timed call}.
   """
-  seconds, begun = {name: [] for name in programs}, time.perf_counter()
+  seconds: dict[str, list[float]] = {name: [] for name in programs}
+  begun = time.perf_counter()
   for index in range(repeats + 1):
     if index > 1 and time.perf_counter() - begun > limit:
       break
@@ -83,11 +84,11 @@ def time_rounds(
 
 
 def matmul_peak(dtype: str, precision: str | None, repeats: int = 5) -> float:
-  """Returns the FLOP/s of the fastest of a few matrix products, square and oblong, each by the median of `repeats`."""
+  """Returns the FLOP/s of the fastest of a few matmuls, square and oblong; each is the median of `repeats`."""
   sizes = [(1024, 1024, 1024), (2048, 2048, 2048), (512, 1024, 4096)]
   if jax.default_backend() != "cpu":
     sizes = [(4096, 4096, 4096), (8192, 8192, 8192), (16384, 1024, 4096)]
-  keys = jax.random.split(jax.random.key(0))  # random, as zeros take less power and may so be faster
+  keys = jax.random.split(jax.random.key(0))  # random: zeros take less power and may be faster
   product = jax.jit(functools.partial(jnp.matmul, precision=precision))
   rates = []
   for m, k, n in sizes:
@@ -98,13 +99,13 @@ def matmul_peak(dtype: str, precision: str | None, repeats: int = 5) -> float:
 
 
 def xla_flops(program) -> float | None:
-  """Returns XLA's count of a compiled program, where it gives one: elementwise work too, loop bodies only once."""
+  """Returns XLA's FLOP count of a compiled program, or None: with elementwise work, loop bodies counted once."""
   count = (program.cost_analysis() or {}).get("flops", 0)
   return count if count > 0 else None
 
 
 def program_bytes(program) -> int | None:
-  """Returns the memory of a compiled program: arguments, outputs, temporaries; a donated argument counts once."""
+  """Returns the bytes of a compiled program: arguments, outputs, temporaries; a donated argument counts once."""
   m = program.memory_analysis()
   if m is None:
     return None
@@ -112,10 +113,10 @@ def program_bytes(program) -> int | None:
 
 
 def device_peak_bytes() -> int | None:
-  """Returns the most that this process ever held on the first device; None where the device does not tell (CPU)."""
+  """Returns this process's peak memory on the first device, or None if the device does not report it (CPU)."""
   return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def digits(x: float) -> str:
-  """Three digits or more, without exponent."""
+  """Formats a number with at least three significant digits and without exponent."""
   return f"{x:.0f}" if x >= 100 else f"{x:.3g}" if x >= 0.001 else f"{x:.6f}"

@@ -120,7 +120,7 @@ def read_networks(config: ConfigDict, stage: Stage) -> dict:
       where = f"{folder} has no {name}: put there" if folder else f"give vae_loss.lpips=DIR, a folder with {name}:"
       weight = f"vae_loss.lpips_weight={config.vae_loss.lpips_weight:g}"
       raise ValueError(f"{weight} needs LPIPS; {where} {networks.SOURCES[name]}")
-    params[part] = networks.read_lpips(path, folder, name.removeprefix("lpips_"))
+    params[part] = networks.read_lpips(path, name.removeprefix("lpips_"))
   return params
 
 

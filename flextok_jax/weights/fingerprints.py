@@ -40,7 +40,7 @@ def tokenizer(config: ConfigDict, params: Mapping) -> str:
     "levels": list(model.levels),
     "scaling_factor": float(model.scaling_factor),
     "encoder": _changed_fields(model.encoder),
-    "vae": model.vae and _changed_fields(model.vae),
+    "vae": _changed_fields(model.vae),
   }
   return hash_tree(settings, arrays)
 
@@ -64,8 +64,10 @@ def teacher(sizes: Mapping[str, Any], params: Mapping) -> str:
   return hash_tree(sizes, params)
 
 
-def _changed_fields(module: nn.Module) -> dict[str, Any]:
-  """Returns the fields that differ from their default, so that new fields do not change existing fingerprints."""
+def _changed_fields(module: nn.Module | None) -> dict[str, Any] | None:
+  """Returns the fields that differ from their default; so new fields do not change existing fingerprints."""
+  if module is None:
+    return None
   fields = {f.name: f.default for f in dataclasses.fields(module) if f.name not in _IMPLEMENTATION}
   values = {name: (getattr(module, name), default) for name, default in fields.items()}
   return {name: _jsonable(value) for name, (value, default) in values.items() if value != default}

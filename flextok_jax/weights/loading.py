@@ -122,12 +122,12 @@ class _Options:
 
   def apply(self, config: Mapping) -> ConfigDict:
     """Returns a whole config with the compute type and the image size that the options ask for."""
-    config = derive(**config)
+    found = derive(**config)
     if self.image_size:
-      config.image_size = self.image_size
+      found.image_size = self.image_size
     if self.dtype:
-      config.dtype = jnp.dtype(self.dtype).name
-    return config.lock()
+      found.dtype = jnp.dtype(self.dtype).name
+    return found.lock()
 
   def dtype_of(self, dtype: str, vae_dtype: str) -> Callable[[str], np.dtype]:
     """Returns a function from the path of an array to its type, for a model that computes in these types."""
@@ -218,7 +218,8 @@ def _load_official(file: TensorFile, official: Mapping, options: _Options) -> tu
     settings, roles = from_official(official, mup_base_width=options.mup_base_width)
   vae, hub_id = settings["vae"], settings["vae"].pop("hub_id")
   has_vae = any(name.startswith(tokenizer_names.VAE_PREFIX) for name in file.shapes)
-  loaded, sizes = {}, {}
+  loaded: dict = {}
+  sizes: dict = {}
   if hub_id and not (has_vae and vae["scaling_factor"] is not None):
     if not hub.is_repository(hub_id):
       raise ValueError(f"{file.path}: vae.hf_hub_path {hub_id!r:.80} is no repository of the Hugging Face hub")
@@ -279,7 +280,7 @@ def _read(
   options: _Options,
   entries_of: Callable[[Mapping[str, Shape]], Iterable[Entry]],
   tables: Mapping[str, np.ndarray] | None = None,
-  loaded: Mapping[str, dict] | None = None,
+  loaded: dict[str, dict] | None = None,
 ) -> dict:
   """Reads a model's parameters from a file that must have their tensors and no others.
 

@@ -40,7 +40,8 @@ def restore_newest(
   # Each process reads on its own: if one meets a damaged file, orbax would leave the others waiting for it.
   alone = ocp.options.MultiprocessingOptions(process, {process}, f"reader_{process}")
   options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
-  unreadable, reason = [], ""
+  unreadable: list[int] = []
+  reason = ""
   if not os.path.isdir(directory(workdir)):
     raise FileNotFoundError(f"workdir {workdir} has no checkpoint yet")
   with ocp.CheckpointManager(directory(workdir), options=options) as reader:

@@ -3,7 +3,7 @@
 Held elsewhere: the laws of nested dropout, their strata, and times by each sampling and shift (test_ops.py,
 test_reference.py, test_golden.py); that the loss is shared out by kept tokens (test_update.py); that buckets have the
 plain path's loss and gradients, with the options too, and that what stands behind the kept registers changes nothing
-(test_fast.py); names that are no mode (test_bad_input.py), official fields of the same kind (test_official_config.py).
+(test_fast.py); names that are no mode (test_bad_input.py), official fields of the same kind (test_tokenizer.py).
 """
 
 import dataclasses

@@ -54,6 +54,46 @@ DELETE = "<delete>"  # removes an entry
 E = "encoder.module_dict."
 D = "decoder.module_dict."
 CODE = "__import__('os').system('x')"
+NO_LITERALS = [
+  CODE,
+  f"{{'a': {CODE}}}",
+  "open('x')",
+  "lambda: 0",
+  "{'a': 1",
+  "",
+  "(",
+  "a.b",
+  "{1, 2}",
+  "b'x'",
+  "f'{x}'",
+  "1 + 1",
+  "'a'.upper()",
+  "[x for x in y]",
+  "9" * 5000,
+  "-" * 100_000 + "1",
+  "1" + "+1" * 100_000,
+  "[" * 1000 + "]" * 1000,
+  "[" * 400_000,
+  '{"a":' * 50_000,
+  "'" + "\\" * 100_001,
+  "'\\N{BULLET}'",
+  "'\0'",
+  "'\ud800'x",
+  "x" * 2_000_000,
+  "[1," * 200_000,
+  "[" + "0," * 100_000 + "]",
+  "{'a': nan}",
+  '{"a": NaN}',
+  "\x0c",
+  "'\r'",
+  "{'a': ...}",
+  "1_0_",
+  "{[]: 1}",
+  "{{}: 1}",
+  "'\\U00110000'",
+  "0777",
+  "1j",
+]  # texts that are not the repr() of plain data
 DEEP = functools.reduce(lambda inner, _: [inner], range(100), 1)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from flextok_jax import convert_torch
+from flextok_jax import convert_torch as command
+from flextok_jax.tools import convert_torch
 
 
 class Tensor:
@@ -35,18 +36,18 @@ def test_without_pytorch(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
   (tmp_path / "x.pth").write_bytes(b"")
   with pytest.raises(ImportError, match=r"x.pth needs torch: pip install 'flextok-jax\[eval\]'") as error:
-    convert_torch.main(f"{tmp_path}/x.pth", f"{tmp_path}/x.safetensors")
+    convert_torch.convert(f"{tmp_path}/x.pth", f"{tmp_path}/x.safetensors")
   assert "\n" not in str(error.value)
 
 
 def test_targets_and_sources(tmp_path):
   with pytest.raises(ValueError, match="x.npz must end with .safetensors"):
-    convert_torch.main("x.pth", "x.npz")
+    convert_torch.convert("x.pth", "x.npz")
   with pytest.raises(FileNotFoundError, match="no such file: x.pth"):
-    convert_torch.main("x.pth", f"{tmp_path}/x.safetensors")
+    convert_torch.convert("x.pth", f"{tmp_path}/x.safetensors")
   (tmp_path / "x.safetensors").write_bytes(b"")
-  with pytest.raises(ValueError, match="is there already"):
-    convert_torch.main("x.pth", f"{tmp_path}/x.safetensors")
+  with pytest.raises(ValueError, match="already exists"):
+    convert_torch.convert("x.pth", f"{tmp_path}/x.safetensors")
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_tensors_stay_what_they_are(torch, tmp_path, capsys):
     count=torch.tensor(3),
   )
   torch.save({"state_dict": values, "epoch": 1}, tmp_path / "x.pth")
-  convert_torch.main(f"{tmp_path}/x.pth", f"{tmp_path}/x.safetensors")
+  command.main(f"{tmp_path}/x.pth", f"{tmp_path}/x.safetensors")
   assert "wrote 6 tensors to" in capsys.readouterr().out
   found = load_file(tmp_path / "x.safetensors")
   assert found.keys() == values.keys() - {"count"}
@@ -96,6 +97,6 @@ def test_files_that_are_refused(torch, tmp_path, capsys):
     ("empty", "not a whole"),
   ):
     with pytest.raises(ValueError, match=words) as error:
-      convert_torch.main(f"{tmp_path}/{name}.pth", f"{tmp_path}/x.safetensors")
+      convert_torch.convert(f"{tmp_path}/{name}.pth", f"{tmp_path}/x.safetensors")
     assert "\n" not in str(error.value)
   assert capsys.readouterr().out == "" and not (tmp_path / "x.safetensors").exists()

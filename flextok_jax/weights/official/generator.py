@@ -62,7 +62,7 @@ def load(
     FileNotFoundError: the source does not exist, or cannot be downloaded.
     ValueError: a damaged, foreign or unsupported file, an unknown setting, or a contradiction; it names both sides.
   """
-  dtype = jnp.dtype(float_dtype("dtype", dtype or "float32"))
+  param_dtype = jnp.dtype(float_dtype("dtype", dtype or "float32"))
   weights, config_file = _find(os.fspath(source))
   file = TensorFile(weights, _IGNORED)
   found = Settings()
@@ -72,14 +72,14 @@ def load(
   with named(file.path):
     _add_weights(found, file)
     computed_positions = _positions_are_computed(found, file)
-    config = _make_config(found, file, dtype.name, "sincos1d" if computed_positions else "absolute")
+    config = _make_config(found, file, param_dtype.name, "sincos1d" if computed_positions else "absolute")
     multiplier = _readout_multiplier(found)
     try:
       boxed, _ = jax.eval_shape(stages.make_stage(config).init, jax.random.key(0))
     except ValueError as e:
       raise ValueError(f"its settings describe no model: {e}") from None
     unused = (POSITIONS,) if computed_positions else ()
-  return config, _read(file, boxed, dtype, multiplier, mesh, unused)
+  return config, _read(file, boxed, param_dtype, multiplier, mesh, unused)
 
 
 def _find(source: str) -> tuple[str, str | None]:
@@ -215,11 +215,12 @@ def _make_config(found: Settings, file: TensorFile, dtype: str, pos_embed: str) 
 def _set_hidden(found: Settings, c: ConfigDict, hidden: int):
   """Sets c.mlp_ratio and c.ffn_multiple_of as found, or such that the MLP has the hidden width of the weights."""
   exact = (hidden if c.ffn == "mlp_gelu" else (3 * hidden + 1) // 2) / c.width
-  ratios, multiples = (4.0, exact, math.nextafter(exact, math.inf)), (64, 256, 128, 32, 16, 8, 4, 2, 1)
+  ratios = [4.0, exact, math.nextafter(exact, math.inf)]
+  multiples = [64, 256, 128, 32, 16, 8, 4, 2, 1]
   if "mlp_ratio" in found:
-    ratios = (float(found.get("mlp_ratio")),)
+    ratios = [float(found.get("mlp_ratio"))]
   if "ffn_multiple_of" in found:
-    multiples = (found.get("ffn_multiple_of"),)
+    multiples = [found.get("ffn_multiple_of")]
   for c.mlp_ratio, c.ffn_multiple_of in itertools.product(ratios, multiples):
     if mlp_hidden(c) == hidden:
       return

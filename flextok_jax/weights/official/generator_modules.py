@@ -220,7 +220,8 @@ def add_calls(settings: Settings, document: Mapping[str, Any], resolve: Callable
   Raises:
     ValueError: naming what is not supported, or contradicts settings that were added before.
   """
-  calls = document["model"].get("meta_model") if type(document["model"]) is dict else None
+  model = document["model"]
+  calls = model.get("meta_model") if isinstance(model, dict) else None
   if type(calls) is not dict:
     raise ValueError(f"{_PATH} is missing")
   models = read(calls, _PATH, _MODELS)["models"]
@@ -232,7 +233,9 @@ def add_calls(settings: Settings, document: Mapping[str, Any], resolve: Callable
   text = _add_text_encoder(settings, resolve(models["text_encoder"])) if "text_encoder" in models else None
   _add_generator(settings, resolve(models["ar_image_model"]), text)
   generation = document.get("generation")
-  for name, ours, kind in _SAMPLING if type(generation) is dict else ():
+  if not isinstance(generation, dict):
+    return
+  for name, ours, kind in _SAMPLING:
     value = resolve(generation.get(name))
     if value is not None:
       if not kind.accepts(value):

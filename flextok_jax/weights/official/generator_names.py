@@ -76,8 +76,8 @@ def entry(path: str, shape: Shape, text: bool, separate_qkv: bool) -> Entry:
   inner = path.removeprefix("ar/blocks/")
   modules, layout, axis = (_BLOCK | _SEPARATE_QKV if separate_qkv else _BLOCK)[inner]
   suffix = ".bias" if inner.endswith("/bias") else ".weight"
-  modules = [module.format(attn="self_attn" if text else "attn") for module in modules]
-  return block_entry(path, shape, BLOCKS, modules, suffix, layout, axis)
+  names = (module.format(attn="self_attn" if text else "attn") for module in modules)
+  return block_entry(path, shape, BLOCKS, names, suffix, layout, axis)
 
 
 def is_linear_bias(entry: Entry) -> bool:

@@ -1,15 +1,15 @@
-"""Our settings of encoder and decoder, from the arguments of their official modules."""
+"""Converts the arguments of official modules to our settings of encoder and decoder."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from flextok_jax.weights.official.modules import Module, check_norm, read_activation
 
-MAX_GRID = 4096  # positions a side
+MAX_GRID = 4096  # side of a position table
 
 
 def _read_common(half: Mapping[str, Module], mask_mode: str, mup_base_width: int | None) -> dict[str, Any]:
-  """Returns the settings that encoder and decoder have in common."""
+  """Returns the settings that encoder and decoder share."""
   transformer, head, positions = half["transformer"], half["head"], half["positions"]
   width, size = transformer["dim"], positions["max_sizes"]
   for module in half.values():
@@ -30,7 +30,7 @@ def _read_common(half: Mapping[str, Module], mask_mode: str, mup_base_width: int
   if head["use_mup_readout"]:
     if mup_base_width is None:
       raise ValueError(
-        f"{head.path}.use_mup_readout is True, and the file does not tell muP's base width: pass mup_base_width=..."
+        f"{head.path}.use_mup_readout is True, and the file does not store muP's base width: pass mup_base_width=..."
       )
     multiplier = mup_base_width / width
   return dict(
@@ -54,7 +54,7 @@ def _read_common(half: Mapping[str, Module], mask_mode: str, mup_base_width: int
 
 
 def read_encoder(encoder: Mapping[str, Module], mup_base_width: int | None) -> dict[str, Any]:
-  """Returns our settings of the encoder, from its modules by role; ValueError for what we have no setting for."""
+  """Returns our settings of the encoder from {role: module}; raises ValueError for unsupported arguments."""
   transformer, registers = encoder["transformer"], encoder["registers"]
   for module, argument in (
     (transformer, "adaLN_emb_read_key"),
@@ -68,7 +68,7 @@ def read_encoder(encoder: Mapping[str, Module], mup_base_width: int | None) -> d
 
 
 def read_decoder(decoder: Mapping[str, Module], num_registers: int, mup_base_width: int | None) -> dict[str, Any]:
-  """Returns our settings of the decoder, from its modules by role; ValueError for what we have no setting for."""
+  """Returns our settings of the decoder from {role: module}; raises ValueError for unsupported arguments."""
   transformer, packer, head, null = (decoder[k] for k in ("transformer", "packer", "head", "null_condition"))
   settings = _read_common(decoder, "full", mup_base_width)
   per_segment = packer["per_subseq_embs"]

@@ -1,7 +1,7 @@
-"""The modules an official configuration may name: their constructors' arguments, defaults and what is supported.
+"""The classes that an official configuration may name: their arguments, defaults and supported values.
 
-A configuration is nested dictionaries, each with the class it stands for under "_target_" (hydra's convention). Here
-such a dictionary is checked against tables; no class is ever imported.
+A configuration consists of nested dictionaries, each with the name of a class under "_target_" (hydra's convention).
+Such a dictionary is checked against these tables; no class is ever imported.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from flextok_jax.core.literals import join, quote
 
-MAX_SIZE = 65_536  # of widths and numbers of registers
+MAX_SIZE = 65_536  # of widths and register counts
 DTYPES = {
   "fp32": "float32",
   "float32": "float32",
@@ -23,7 +23,7 @@ DTYPES = {
 
 
 class Kind(NamedTuple):
-  """What an argument may be: in words, and as a test of a plain value."""
+  """The supported values of an argument: in words, and as a test of a plain value."""
 
   supported: str
   accepts: Callable[[Any], bool]
@@ -75,8 +75,8 @@ PATCH = Kind(
 )
 DTYPE = optional(exactly(*DTYPES))
 
-# Of each class: argument -> (kind,) or, where it may be left out, (kind, the constructor's default). Arguments that are
-# used in training alone are checked for their type and have no further effect.
+# Per class: argument -> (kind,), or (kind, the constructor's default) if it may be left out. Arguments that affect only
+# training are checked for their type and ignored.
 Arguments = Mapping[str, tuple]
 
 ACTIVATIONS = {
@@ -293,7 +293,7 @@ MODULES: dict[str, Arguments] = {
     out_channels=(optional(CHANNELS), None),
   ),
 }
-TARGETS = {target.rpartition(".")[2]: target for target in MODULES}  # class name -> what _target_ says
+TARGETS = {target.rpartition(".")[2]: target for target in MODULES}  # class name -> value of _target_
 MODULES["flextok.flextok_wrapper.FlexTokFromHub"] = MODULES[TARGETS["FlexTok"]]
 
 _CONTROLS = {"_convert_": exactly("none", "partial", "object", "all"), "_recursive_": FLAG}
@@ -301,7 +301,7 @@ _CONTROLS = {"_convert_": exactly("none", "partial", "object", "all"), "_recursi
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """A checked entry: where it stands, its class's name, and all arguments, defaults filled in."""
+  """A checked entry: its path, the name of its class, and all arguments, with defaults filled in."""
 
   path: str
   name: str
@@ -311,7 +311,7 @@ class Module:
     return self.arguments[argument]
 
   def check(self, ok: bool, argument: str, supported: str):
-    """Raises ValueError about an argument unless ok."""
+    """Raises ValueError about an argument unless `ok`."""
     if not ok:
       raise ValueError(f"{self.path}.{argument} must be {supported}, got {quote(self[argument])}")
 
@@ -320,10 +320,10 @@ def read(entry: Any, path: str, targets: Mapping[str, Arguments], *, partial: bo
   """Checks one entry of a configuration.
 
   Args:
-    entry: plain data, as of literals.plain.
-    path: where it stands.
-    targets: what its _target_ may be, with the arguments of each.
-    partial: whether it must be a factory (_partial_: True) and not an object.
+    entry: plain data, as literals.plain returns it.
+    path: of the entry, for errors.
+    targets: {supported _target_: its arguments}.
+    partial: whether the entry must be a factory (_partial_: True) rather than an object.
 
   Raises:
     ValueError: one line with the path, the value and what is supported.
@@ -357,7 +357,7 @@ def read(entry: Any, path: str, targets: Mapping[str, Arguments], *, partial: bo
 
 
 def read_activation(entry: Any, path: str) -> str:
-  """Returns "silu", "gelu", "gelu_tanh" or "relu"."""
+  """Returns the activation of an entry: "silu", "gelu", "gelu_tanh" or "relu"."""
   if type(entry) is dict and entry.get("_target_") in tuple(GETTERS):
     name, approximate = ACTIVATIONS[read(entry, path, GETTERS)["path"]], "none"
   else:
@@ -367,5 +367,5 @@ def read_activation(entry: Any, path: str) -> str:
 
 
 def check_norm(module: Module):
-  """Raises ValueError unless a module's norm_layer is the layer norm without parameters."""
+  """Raises ValueError unless a module's norm_layer is a layer norm without parameters."""
   read(module["norm_layer"], f"{module.path}.norm_layer", NORMS, partial=True)

@@ -110,7 +110,7 @@ def fixed_tables(model: FlexTok, roles: Mapping[str, str]) -> dict[str, np.ndarr
   """Returns {official name: table [1, d, g, g]} of the sin-cos tables, which official files store and we compute."""
   tables = {}
   for half, part in (("encoder", model.encoder), ("decoder", model.decoder)):
-    if part.posemb == "sincos":
+    if part is not None and part.posemb == "sincos":
       table = posemb.grid_table(posemb.sincos_axes(part.max_grid, part.width), part.max_grid, part.max_grid)
       tables[f"{roles[f'{half}/positions']}.posembs"] = np.asarray(table, np.float32).transpose(2, 0, 1)[None]
   return tables

@@ -1,7 +1,7 @@
-"""Which module of an official configuration plays which part, and whether they are wired together as ours are.
+"""Assigns the modules of an official configuration to roles, and checks that they are connected as ours are.
 
 The official modules pass a dictionary along: each reads some of its keys and writes others. A module is recognised by
-its class and by what it reads, never by its own name, and the order of the modules in a file is not relied on.
+its class and its arguments, never by its name, and the order of the modules in a file does not matter.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,14 +23,14 @@ KEPT, FLAGS = "numbers of kept tokens", "flags of the null condition"
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-  """A part to be played by exactly one module.
+  """A part of the encoder or decoder that exactly one module must fill.
 
   Attributes:
-    name: ours.
-    classes: names of the classes that can play it.
-    reads: argument that holds a key (or a list of keys) -> what must stand there (a set: any of these).
-    writes: argument that holds a key -> what stands there afterwards.
-    plays: tells the part from another of the same class.
+    name: of the role.
+    classes: names of the classes that can fill it.
+    reads: {argument with a key (or a list of keys): label of the value expected under the key (a set: any of these)}.
+    writes: {argument with a key: label of the value written under the key}.
+    plays: distinguishes the role from another of the same class.
     optional: arguments of `reads` that may be None.
   """
 
@@ -85,7 +85,7 @@ ENCODER = (
   Role(
     "registers",
     ("Registers1D",),
-    dict(input_tensor_list_read_key={LATENTS, LATENTS_LAST, PATCHES, PLACED}),  # it counts the samples
+    dict(input_tensor_list_read_key={LATENTS, LATENTS_LAST, PATCHES, PLACED}),  # to count the samples
     dict(register_sizes_read_write_key="numbers of registers", registers_write_key=REGISTERS),
   ),
   Role("packer", ("BlockWiseSequencePacker",), dict(input_list_read_keys=[PLACED, REGISTERS]), _PACKER_WRITES),
@@ -152,7 +152,7 @@ DECODER = (
 
 
 def read_half(entry: Any, path: str, roles: tuple[Role, ...]) -> dict[str, Module]:
-  """Reads the encoder or the decoder: role's name -> module.
+  """Reads the encoder or the decoder; returns {role's name: module}.
 
   Raises:
     ValueError: a module that is not supported, a role without a module, or with more than one; the line names it.
@@ -163,7 +163,7 @@ def read_half(entry: Any, path: str, roles: tuple[Role, ...]) -> dict[str, Modul
   path = f"{path}.module_dict"
   modules = []
   for name, value in entries.items():
-    if not re.fullmatch(r"(?!_.*_$)[\w-]{1,100}", name):  # _target_ and its like are no names
+    if not re.fullmatch(r"(?!_.*_$)[\w-]{1,100}", name):  # _target_ and the like are not names
       raise ValueError(f"{path}: a module's name must be of letters, digits, _ and -, got {quote(name)}")
     modules.append(read(value, join(path, name), targets))
   filled = {}
@@ -187,14 +187,14 @@ def follow(roles: tuple[Role, ...], modules: Mapping[str, Module], start: Mappin
 
   Args:
     roles: in the order in which they run.
-    modules: of read_half.
-    start: key -> what stands there before the first module.
+    modules: as read_half returns them.
+    start: {key: label of its value before the first module}.
 
   Returns:
-    key -> what stands there after the last module.
+    {key: label of its value after the last module}.
 
   Raises:
-    ValueError: a module reads a key under which something else stands, or nothing; the line names module and key.
+    ValueError: a module reads a key with another value, or none; the line names module and key.
   """
   state = dict(start)
   for role in roles:
@@ -220,11 +220,11 @@ def follow(roles: tuple[Role, ...], modules: Mapping[str, Module], start: Mappin
 
 
 def check_key(path: str, key: str | None, expected: str | set[str], state: Mapping[str, str]):
-  """Raises ValueError unless under the key that the argument at `path` names stands what is expected."""
+  """Raises ValueError unless the key that the argument at `path` names holds an expected value."""
   expected = {expected} if isinstance(expected, str) else expected
-  if state.get(key) not in expected:
+  if key is None or state.get(key) not in expected:
     right = sorted(repr(k) for k, label in state.items() if label in expected)
-    found = f"holds the {state[key]}" if key in state else "is written by nothing before it"
+    found = f"holds the {state[key]}" if key is not None and key in state else "is written by nothing before it"
     raise ValueError(
       f"{path}: key {quote(key)} {found}; needed: the {' or '.join(sorted(expected))}"
       f"{' (key ' + ', '.join(right)[:100] + ')' if right else ''}"

@@ -61,9 +61,9 @@ def _updates(folder: str, depth: int, width: int) -> list[np.ndarray]:
     if (fields.get(name) or value) != value:
       raise ValueError(f"{path}: {name} {literals.quote(fields[name])} is not supported, only {value!r} is")
   rank, alpha = fields.get("r"), fields.get("lora_alpha")
-  if type(rank) is not int or not 1 <= rank <= width:
+  if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= width:
     raise ValueError(f"{path}: r must be a whole number from 1 to {width}, got {literals.quote(rank)}")
-  if type(alpha) not in (int, float) or not 0 < alpha <= 2**16:
+  if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= 2**16:
     raise ValueError(f"{path}: lora_alpha must lie between 0 and {2**16}, got {literals.quote(alpha)}")
 
   path = os.path.join(folder, WEIGHTS)

@@ -47,6 +47,7 @@ def load_lpips(backbone: str | os.PathLike, heads: str | os.PathLike | None = No
 def _entry(path: str, shape: tuple[int, ...]) -> Entry:
   if path.startswith("head_"):
     return Entry(path, shape, (f"lin{path.removeprefix('head_')}.model.1.weight",), "c -> 1 c 1 1")
-  index, kind = re.fullmatch(r"features/conv_(\d+)/(kernel|bias)", path).groups()
+  module, kind = path.split("/")[1:]  # of "features/conv_INDEX/kernel"
+  index = module.removeprefix("conv_")
   layout = "h w i o -> o i h w" if kind == "kernel" else "o -> o"
   return Entry(path, shape, (f"features.{index}.{'weight' if kind == 'kernel' else 'bias'}",), layout)

@@ -68,16 +68,16 @@ def lpips(folder: str | None, net: str) -> Partial:
     ValueError: the file is for another net.
   """
   name = f"lpips_{net}"
-  return _partial(LPIPS(net).apply, read_lpips(find(folder, name, name), folder, net))
+  return _partial(LPIPS(net).apply, read_lpips(find(folder, name, name), net))
 
 
-def read_lpips(path: str, folder: str, net: str) -> dict:
-  """Returns the parameters of LPIPS from the file at `path`; heads in a file of their own come from the folder.
+def read_lpips(path: str, net: str) -> dict:
+  """Returns the parameters of LPIPS from a file, and from one beside it if that has the heads.
 
   Raises:
     ValueError: the file is for another net than `net`.
   """
-  found, params = load_lpips(path, path_in(folder, f"lpips_{net}_heads"))
+  found, params = load_lpips(path, path_in(os.path.dirname(path), f"lpips_{net}_heads"))
   if found != net:
     raise ValueError(f"{path} has the weights of {found!r}, not of {net!r}")
   return params
@@ -85,7 +85,8 @@ def read_lpips(path: str, folder: str, net: str) -> dict:
 
 def dreamsim(folder: str | None) -> Partial:
   """Returns (images, images) -> [b], DreamSim with one branch."""
-  lora, backbone = find(folder, "dreamsim", "dreamsim"), path_in(folder, "dreamsim_backbone")
+  lora = find(folder, "dreamsim", "dreamsim")
+  backbone = path_in(os.path.dirname(lora), "dreamsim_backbone")
   if backbone is None:
     raise ValueError(f"metric dreamsim: {folder} has no dreamsim_backbone: put there {SOURCES['dreamsim']}")
   sizes, params = load_dreamsim(backbone, lora)
@@ -116,7 +117,11 @@ def classifier(folder: str | None, metric: str) -> Partial:
   if not sizes.get("num_classes"):
     raise ValueError(f"{path} has no classifier: put there {SOURCES['classifier']}")
   apply = vit.ViT(**sizes).apply
-  return _partial(lambda variables, images: apply(variables, vit.preprocess(images))["logits"], params)
+
+  def logits(variables, images):
+    return apply(variables, vit.preprocess(images))["logits"]
+
+  return _partial(logits, params)
 
 
 def clip(folder: str | None, metric: str) -> tuple[Partial, Callable[[Sequence[str]], np.ndarray]]:

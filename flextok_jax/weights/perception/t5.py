@@ -56,7 +56,7 @@ def load_t5(source: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | Non
     FileNotFoundError: the source does not exist, or its weights only in a format that is not supported.
     ValueError: a damaged, foreign or unsupported file; the line names what is wrong.
   """
-  dtype = np.dtype(float_dtype("dtype", dtype))
+  param_dtype = np.dtype(float_dtype("dtype", dtype))
   folder = _folder(source)
   sizes = _sizes(folder)
   abstract = jax.eval_shape(
@@ -70,7 +70,7 @@ def load_t5(source: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | Non
   for e in found:
     for name in e.names:
       e.check_shape(folder.name, name, have.shape(name))
-  return sizes, layout.read_arrays(found, have.__getitem__, lambda path: dtype, layout.placements(abstract, mesh))
+  return sizes, layout.read_arrays(found, have.__getitem__, lambda path: param_dtype, layout.placements(abstract, mesh))
 
 
 def read_sizes(source: str | os.PathLike) -> dict:
@@ -99,8 +99,8 @@ def entries(shapes: Mapping[str, Shape], embedding: str = _EMBEDDINGS[0]) -> lis
     modules, pattern, axis = _MODULES[path.removeprefix("blocks/")]
     if axis >= 0 and shape[1 + axis] == 1:
       modules = ("1.DenseReluDense.wi",)  # of an MLP without gate
-    modules = [f"layer.{module}" for module in modules]
-    found.append(layout.block_entry(path, shape, "encoder.block", modules, ".weight", pattern, axis))
+    names = (f"layer.{module}" for module in modules)
+    found.append(layout.block_entry(path, shape, "encoder.block", names, ".weight", pattern, axis))
   return found
 
 
@@ -127,7 +127,7 @@ def _sizes(folder: Folder) -> dict:
       "are not supported: the buckets must be a multiple of 4, the distance more than a quarter of them"
     )
   epsilon = fields.get("layer_norm_epsilon")
-  if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
+  if not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
     raise ValueError(f"{path}: layer_norm_epsilon must lie between 0 and 1, got {literals.quote(epsilon)}")
   feed_forward = fields.get("feed_forward_proj", "relu")
   if feed_forward not in list(_FEED_FORWARD):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import math
 import os
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ _LAYOUTS = {  # of our arrays in a block if the official tensor has another shap
 _TABLES = {"cls": "d -> 1 1 d", "positions": "n d -> 1 n d", "registers": "n d -> 1 n d"}
 _SPLIT = {"attention/qkv/kernel": ("d h e -> (h e) d", 1), "attention/qkv/bias": ("h e -> (h e)", 0)}
 # Our module: official module. q, k and v are one or three modules, and an MLP with a gate has other names.
-_DINOV2 = {
+_DINOV2: dict[str, Any] = {
   "cls": "embeddings.cls_token",
   "positions": "embeddings.position_embeddings",
   "registers": "embeddings.register_tokens",
@@ -57,7 +58,7 @@ _DINOV2 = {
   "gated/out": "mlp.weights_out",
   "scale_2": "layer_scale2.lambda1",
 }
-NAMES = {
+NAMES: dict[str, dict[str, Any]] = {
   "dinov2": _DINOV2,
   "vit": _DINOV2
   | {
@@ -121,9 +122,9 @@ def load_vit(source: str | os.PathLike) -> tuple[dict, dict]:
   """
   path = os.fspath(source)
   if path.endswith((".safetensors", ".npz")):
-    tensors = files.read(path)
-    sizes = facebook_sizes(path, tensors)
-    return sizes, files.fill(path, tensors, entries(shapes(sizes), "facebook"), (NAMES["facebook"]["mask"],))
+    arrays = files.read(path)
+    sizes = facebook_sizes(path, arrays)
+    return sizes, files.fill(path, arrays, entries(shapes(sizes), "facebook"), (NAMES["facebook"]["mask"],))
   folder = Folder(source, "vision transformer", "facebook/dinov2-base")
   tensors = folder.tensors()
   style, sizes = _sizes(folder)
@@ -238,7 +239,7 @@ def common_sizes(path: str, fields: Mapping) -> dict:
   if width % heads:
     raise ValueError(f"{path}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
   epsilon = fields.get("layer_norm_eps")
-  if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
+  if not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
     raise ValueError(f"{path}: layer_norm_eps must lie between 0 and 1, got {literals.quote(epsilon)}")
   activation = fields.get("hidden_act")
   if activation not in list(ACTIVATIONS):

@@ -1,7 +1,6 @@
 """What is refused of official configurations: in one line, by name, whatever a file holds."""
 
 import copy
-import json
 import random
 
 import pytest
@@ -9,7 +8,19 @@ import pytest
 from flextok_jax.core.literals import parse_json, parse_literals
 from flextok_jax.weights.official.tokenizer import from_official
 from flextok_jax.weights.official.writer import to_official
-from tests.support.official_configs import CODE, DEEP, DELETE, OURS, D, E, metadata_of, official, ours, refused
+from tests.support.official_configs import (
+  CODE,
+  DEEP,
+  DELETE,
+  NO_LITERALS,
+  OURS,
+  D,
+  E,
+  metadata_of,
+  official,
+  ours,
+  refused,
+)
 
 NORM = {"_target_": "flextok.model.layers.norm.Fp32LayerNorm", "_partial_": True, "elementwise_affine": False}
 SPARE = {
@@ -200,109 +211,9 @@ class TestRefusals:
     refused(pattern, to_official, ours(**changes))
 
 
-class TestText:
-  @pytest.mark.parametrize(
-    "text",
-    [
-      CODE,
-      f"{{'a': {CODE}}}",
-      "open('x')",
-      "lambda: 0",
-      "{'a': 1",
-      "",
-      "(",
-      "a.b",
-      "{1, 2}",
-      "b'x'",
-      "f'{x}'",
-      "1 + 1",
-      "'a'.upper()",
-      "[x for x in y]",
-      "9" * 5000,
-      "-" * 100_000 + "1",
-      "1" + "+1" * 100_000,
-      "[" * 1000 + "]" * 1000,
-      "[" * 400_000,
-      '{"a":' * 50_000,
-      "'" + "\\" * 100_001,
-      "'\\N{BULLET}'",
-      "'\0'",
-      "'\ud800'x",
-      "x" * 2_000_000,
-      "[1," * 200_000,
-      "[" + "0," * 100_000 + "]",
-      "{'a': nan}",
-      '{"a": NaN}',
-      "\x0c",
-      "'\r'",
-      "{'a': ...}",
-      "1_0_",
-      "{[]: 1}",
-      "{{}: 1}",
-      "'\\U00110000'",
-      "0777",
-      "1j",
-    ],
-    ids=lambda text: repr(text[:20]),
-  )
-  def test_what_is_no_literal(self, text):
-    refused("vae", parse_literals, {"vae": text})
-    refused(None, from_official, {"_target_": text})
-
-  @pytest.mark.parametrize(
-    "value",
-    [
-      {"a": [1, -2, 2.5, 1e-5, None, True, False, "it's", 'say "x"', "line\nbreak\t\\ é \x00"], "b": {}, "c": []},
-      -1.5e300,
-      [[[]]],
-      "",
-    ],
-    ids=str,
-  )
-  def test_literals(self, value):
-    assert parse_literals({"entry": f" {value!r}\n"}) == {"entry": value}
-    assert parse_literals({"entry": json.dumps(value)}) == {"entry": value}
-
-  def test_tuples_become_lists(self):
-    assert parse_literals({"entry": "(1, (2,), [3,])"}) == {"entry": [1, [2], [3]]}
-
-  @pytest.mark.parametrize("metadata", [None, 3, [], {"vae": 3}, {"vae": None}, {3: "1"}], ids=str)
-  def test_what_is_no_metadata(self, metadata):
-    refused("metadata", parse_literals, metadata)
-
-  def test_no_configuration_in_it(self):
-    assert parse_literals({"format": "pt"}) == {} == parse_literals({})
-
-  @pytest.mark.parametrize(
-    "text",
-    [
-      "",
-      "[]",
-      "3",
-      "{",
-      "{'a': 1}",
-      '{"a": NaN}',
-      '{"a": Infinity}',
-      '{"a":' * 50_000,
-      '{"a": 1} x',
-      b"\xff",
-      b"\x00",
-      "[" * 400_000,
-      '{"a": ' + "9" * 5000 + "}",
-      '{"a": ' + "9" * 100 + "}",
-      "x" * 2_000_000,
-      None,
-      '{"a": ' + "[" * 50 + "]" * 50 + "}",
-      '{"a":\n1,,}',
-      "\ud800",
-    ],
-    ids=lambda text: repr(text)[:20],
-  )
-  def test_what_is_no_json(self, text):
-    refused("some file", parse_json, text, "some file")
-
-  def test_json(self):
-    assert parse_json(b'{"a": [1, 2.5, null, "\xc3\xa9"]}', "some file") == {"a": [1, 2.5, None, "é"]}
+@pytest.mark.parametrize("text", NO_LITERALS, ids=lambda text: repr(text[:20]))
+def test_targets_that_are_no_literal(text):
+  refused(None, from_official, {"_target_": text})
 
 
 def nodes(config, path=()):
