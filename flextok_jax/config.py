@@ -1,8 +1,8 @@
-"""Every default of every experiment, with its unit and its source.
+"""The default of every field of a config, with its unit and source; parsing of configs and of config files.
 
 Sources: [paper] FlexTok, arXiv 2502.13967; [code] the public inference code; [video] the sibling video tokenizer,
 arXiv 2604.12887; [LDM] latent diffusion, Rombach et al. 2022, and its code; [taming] Esser et al. 2021, and its code;
-[ours] no public record, our choice with the reason beside it.
+[ours] not in the public record: our choice, with the reason.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,79 +26,79 @@ def get_config() -> ConfigDict:
   c.stage = "tokenizer"  # "tokenizer" (frozen VAE), "vae", or "ar" (generator of token ids)
   c.seed = 0  # initialisation, data order, noise
   c.image_size = 256  # pixels; height = width [paper]
-  # Compute dtype; parameters, norms, softmax, FSQ and losses stay float32. Devices sum their gradients in the type that
-  # computes them, so of the blocks' matrices in this one; optim.accumulate_steps are summed in float32.
+  # Compute dtype; parameters, norms, softmax, FSQ and losses are float32. Devices sum gradients in the dtype in which
+  # they are computed, so those of the blocks' matrices in this one; optim.accumulate_steps sums in float32.
   c.dtype = "bfloat16"
-  c.fast = True  # exact savings: merged masked tokens, buckets, ...; False: the plain path, which says the same slowly
+  c.fast = True  # exact optimizations: merged masked tokens, buckets, ...; False: the slow reference path
   c.attention = "auto"  # implementation: "auto", "xla", "cudnn" (GPU), "pallas" (TPU)
-  # What the backward pass of a block computes again instead of keeping it: "none"; "dots": all but the products with
-  # weights; "full": everything, for about a third more FLOPs.
+  # Rematerialization in the blocks: "none"; "dots": recompute all but the products with weights; "full": recompute
+  # everything, for about a third more FLOPs.
   c.remat = "none"
-  # (start, stop): a profile of the steps from start to before stop, for TensorBoard or Perfetto, in workdir/profile.
+  # (start, stop): profile the steps start to stop - 1, for TensorBoard or Perfetto, into workdir/profile.
   c.profile_steps = ()
-  c.init_from = ""  # weights to start from (a workdir or a .safetensors file); top-level parts that it holds are taken
+  c.init_from = ""  # weights to start from (a workdir or a .safetensors file): those of the top-level parts it has
 
   c.vae = ConfigDict()
   c.vae.kind = "autoencoder_kl"  # or "pixels": no VAE, latents are the scaled image
   c.vae.latent_channels = 16  # 4, 8 or 16 [paper]; ignored for "pixels" (3)
-  c.vae.block_out_channels = (128, 256, 512, 512)  # 8x down: one stride-2 convolution after each but the last [code]
-  c.vae.layers_per_block = 2  # residual blocks a level in the encoder; one more in the decoder [code]
+  c.vae.block_out_channels = (128, 256, 512, 512)  # 8x down: stride 2 after each level but the last [code]
+  c.vae.layers_per_block = 2  # residual blocks per level of the encoder; the decoder has one more [code]
   c.vae.norm_groups = 32  # [code]
-  # latents = scaling_factor * posterior sample or mode [code: a field; value ours]. 0: one over the deviation of the
-  # latents [LDM], which stage "vae" measures and keeps with its checkpoints, and "tokenizer" takes from init_from.
+  # latents = scaling_factor * posterior sample or mode [code: a field; value ours]. 0: 1 / standard deviation of the
+  # latents [LDM], which stage "vae" measures and stores in its checkpoints and "tokenizer" reads from init_from.
   c.vae.scaling_factor = 0.18
-  c.vae.sample_posterior = True  # in training; evaluation takes the mode [code]
-  c.vae.dtype = "float32"  # compute dtype of the VAE, which stays in float32 where the rest does not [code]
+  c.vae.sample_posterior = True  # in training; evaluation uses the mode [code]
+  c.vae.dtype = "float32"  # compute dtype of the VAE, float32 even if the rest is not [code]
 
   c.encoder = ConfigDict()
   c.encoder.width = 768  # 64 * depth [paper]
   c.encoder.depth = 12
   c.encoder.head_dim = 64  # [paper]
-  c.encoder.patch_size = 2  # latent pixels a side [paper]
+  c.encoder.patch_size = 2  # latent pixels per side [paper]
   c.decoder = ConfigDict()
   c.decoder.width = 768
   c.decoder.depth = 12
   c.decoder.head_dim = 64
   c.decoder.patch_size = 2
-  for part in (c.encoder, c.decoder):  # what follows is as in the released models [code]
-    part.mlp_ratio = 4.0  # hidden width over width; a gated MLP has two thirds of it
+  for part in (c.encoder, c.decoder):  # values of the released models [code]
+    part.mlp_ratio = 4.0  # hidden width / width; two thirds of it in a gated MLP
     part.gated_mlp = True  # W2(act(W1 x) * W3 x); False: W2(act(W1 x))
     part.activation = "silu"  # "silu", "gelu" (exact), "gelu_tanh", "relu" or "quick_gelu"
     part.qk_norm = True  # layer-norms queries and keys, per head
     part.qkv_bias = False
     part.out_bias = False  # of attention's output projection
     part.mlp_bias = False
-    # Positions of the patches: "sincos" (fixed), or learned vectors of a row and of a column, added ("learnable_sum")
-    # or multiplied ("learnable_prod").
+    # Positions of the patches: "sincos" (fixed), or learned row and column vectors, added ("learnable_sum") or
+    # multiplied ("learnable_prod").
     part.posemb = "sincos"
-    # The table has max_grid x max_grid places. "absolute": a grid takes its corner, and none may be larger;
+    # How a grid uses the table of max_grid x max_grid positions. "absolute": its corner, and no grid may be larger;
     # "interpolate": all of it, resized bilinearly.
     part.posemb_scaling = "absolute"
-    part.max_grid = 0  # patches a side; 0: those of image_size
+    part.max_grid = 0  # patches per side; 0: those of image_size
     part.head_bias = True  # of the output projection
-    part.readout_multiplier = 1.0  # of what the output projection reads (muP)
-  c.decoder.modulation = "per_segment"  # adaLN of patches and registers apart; "shared": one for both [paper]
+    part.readout_multiplier = 1.0  # factor on the input of the output projection (muP)
+  c.decoder.modulation = "per_segment"  # separate adaLN for patches and registers; "shared": one for both [paper]
   c.decoder.head_modulation = True  # adaLN before the output projection
   c.decoder.head_modulation_bias = True
   c.decoder.code_bias = True  # of the embedding of the codes
   c.decoder.max_timestep = 1.0  # unit of time: its features have the frequencies 1000 / max_timestep * 256^(-j/128)
-  # Without condition every register is the learned null token ("learned"), or zero ("zero"); or the registers become a
-  # single null token ("single").
+  # Without condition, every register is the learned null token ("learned") or zero ("zero"), or a single null token
+  # replaces them all ("single").
   c.decoder.null_condition = "learned"
 
   c.tokens = ConfigDict()
-  c.tokens.num_registers = 256  # tokens an image at most [paper]
+  c.tokens.num_registers = 256  # most tokens per image [paper]
   c.tokens.levels = (8, 8, 8, 5, 5, 5)  # FSQ levels: 64,000 codes [paper]
-  # Law of the number of kept tokens: "uniform" on 1..N; "pow2": every power of two alike [paper]; "uniform_pow2": a
-  # uniform length rounded up to a power of two, so that about half of the samples keep all; "none": all of them do.
+  # Distribution of the number of kept tokens: "uniform" on 1..N; "pow2": uniform over the powers of two [paper];
+  # "uniform_pow2": a uniform length rounded up to a power of two, so about half of the samples keep all; "none": all.
   c.tokens.nested_dropout = "pow2"
-  c.tokens.saturation_weight = 0.0  # of the penalty on encoder outputs beyond [-1, 1], where FSQ's tanh is flat [ours]
-  # Kept lengths are stratified over so many rows of the batch, or its largest divisor below. Rows of like lengths run
-  # together; best where the rows of a device are a multiple of it.
+  c.tokens.saturation_weight = 0.0  # penalty on encoder outputs beyond [-1, 1], where FSQ's tanh saturates [ours]
+  # Kept lengths are stratified over groups of this many rows of the batch, or of its next smaller divisor. Rows of
+  # similar lengths run together; best if the rows per device are a multiple of it.
   c.tokens.bucket_rows = 16
-  c.tokens.null_prob = 0.2  # share of samples trained without condition, for guidance [code]
-  # In training: share of samples whose codes are bounded and not rounded; share of tokens, each on its own, in whose
-  # place comes a code drawn uniformly. Both off in the released models [code].
+  c.tokens.null_prob = 0.2  # fraction of samples trained without condition, for guidance [code]
+  # In training: fraction of samples whose codes are bounded but not rounded; fraction of tokens, drawn independently,
+  # replaced by a uniformly drawn code. Both off in the released models [code].
   c.tokens.quantization_dropout = 0.0
   c.tokens.corruption = 0.0
 
@@ -107,16 +107,16 @@ def get_config() -> ConfigDict:
   c.flow.mode_scale = 0.25  # s of SD3's mode sampling [code]
   c.flow.t_shift = 1.0  # above 1: more noise in training, t <- shift t / (1 + (shift - 1) t) [SD3]
 
-  # REPA (Yu et al. 2024, arXiv 2410.06940), of stage "tokenizer": a projection of the decoder's patches is drawn to the
-  # features that a frozen DINOv2 has of the clean image. The projector is needed in training alone.
+  # REPA (Yu et al. 2024, arXiv 2410.06940), in stage "tokenizer": aligns a projection of the decoder's patches with the
+  # features of a frozen DINOv2 for the clean image. The projector is only needed in training.
   c.repa = ConfigDict()
-  c.repa.weight = 0.0  # of the loss, mean over patches of -cos; 0: off, then there is no projector [paper: 1.0]
-  c.repa.block = 1  # the decoder's patches as they leave this block, counted from 1 [paper]
+  c.repa.weight = 0.0  # weight of the loss, the mean over patches of -cos; 0: off, without a projector [paper: 1.0]
+  c.repa.block = 1  # uses the decoder's patches after this block, counted from 1 [paper]
   c.repa.hidden = 2048  # width of the projector, of three layers [REPA's code]
   c.repa.teacher = "facebook/dinov2-large"  # folder with config.json and weights, or a hub repository [paper]
-  c.repa.features = 1024  # width of what the teacher gives
-  # Patches a side of the teacher's features; its images are resized to that many of its patches. Another grid than the
-  # decoder's is resized to it bilinearly. 0: the decoder's patches.
+  c.repa.features = 1024  # width of the teacher's features
+  # Patches per side of the teacher's features; its images are resized to that many of its patches. A grid other than
+  # the decoder's is resized to it bilinearly. 0: that of the decoder.
   c.repa.grid = 0
   c.repa.dtype = "bfloat16"  # of the teacher: parameters and products [ours]
 
@@ -134,27 +134,27 @@ def get_config() -> ConfigDict:
   c.ar.depth = 12
   c.ar.head_dim = 64  # [paper]
   c.ar.num_ids = 64_000  # token ids: the tokenizer's codes [paper]
-  c.ar.num_tokens = 256  # tokens an image at most [paper]
+  c.ar.num_tokens = 256  # most tokens per image [paper]
   c.ar.condition = "class"  # "class" (added to the start vector), "text" (cross-attention in every block) or "none"
   c.ar.num_classes = 1000
-  # True: one id more, that ends a sequence; train on shards with lengths (python -m flextok_jax.tokenize --quality).
+  # True: an additional id ends a sequence; train on shards with lengths (python -m flextok_jax.tokenize --quality).
   c.ar.stop = False
-  # The block. What the released models have is not in the public record; from scratch a LLaMA-like one [ours].
+  # The block. That of the released models is not in the public record; this is a LLaMA-like one [ours].
   c.ar.norm = "rmsnorm"  # "rmsnorm" or "layernorm"
   c.ar.norm_eps = 0.0  # 0: 1e-5 in a layernorm, 1e-6 in an rmsnorm
   c.ar.qk_norm = "rmsnorm"  # of queries and keys, per head: "rmsnorm", "layernorm" or "none"
   c.ar.qk_norm_eps = 0.0  # as norm_eps
   c.ar.ffn = "swiglu"  # "swiglu" or "mlp_gelu" (exact GELU)
-  c.ar.mlp_ratio = 4.0  # hidden width over width; a gated MLP has two thirds of it
-  c.ar.ffn_multiple_of = 64  # a gated MLP's hidden width is rounded up to a multiple
+  c.ar.mlp_ratio = 4.0  # hidden width / width; two thirds of it in a gated MLP
+  c.ar.ffn_multiple_of = 64  # the hidden width of a gated MLP is rounded up to a multiple of this
   c.ar.bias = False  # of all linear layers
   c.ar.pos_embed = "absolute"  # learned positions, or a fixed "sincos1d" table
-  c.ar.head_layernorm = False  # one more LayerNorm, before the readout
-  c.ar.readout_multiplier = 1.0  # of what the readout reads (muP: base width / width)
-  c.ar.drop_condition = 0.1  # share of samples trained without condition, for guidance [paper]
-  c.ar.position_decay = 0.0  # the loss of position i (from 0) weighs (1 + i)^-position_decay, mean weight 1
-  c.ar.loss_chunk = 16  # positions whose float32 logits exist at once
-  c.ar.tokenizer = ""  # fingerprint of the tokenizer whose ids these are; "": that of the shards
+  c.ar.head_layernorm = False  # an additional LayerNorm before the readout
+  c.ar.readout_multiplier = 1.0  # factor on the input of the readout (muP: base width / width)
+  c.ar.drop_condition = 0.1  # fraction of samples trained without condition, for guidance [paper]
+  c.ar.position_decay = 0.0  # the loss of position i (from 0) has weight (1 + i)^-position_decay, mean weight 1
+  c.ar.loss_chunk = 16  # positions whose float32 logits are in memory at once
+  c.ar.tokenizer = ""  # fingerprint of the tokenizer of these ids; "": that of the shards
   # Sampling, as of python -m flextok_jax.sample; guided logits are u + s (c - u).
   c.ar.guidance_scale = 1.5  # [paper: 1.5 of classes, 3.0 of text]
   c.ar.temperature = 1.0
@@ -163,18 +163,18 @@ def get_config() -> ConfigDict:
 
   c.text = ConfigDict()  # of ar.condition "text"
   c.text.encoder = "t5"  # "t5": frozen [paper], or "bytes": a small encoder of UTF-8 bytes, trained jointly [ours]
-  c.text.max_length = 120  # tokens (or bytes) a caption at most, with the one that ends it
+  c.text.max_length = 120  # most tokens (or bytes) per caption, including the end token
   c.text.path = "google/flan-t5-xl"  # of "t5": folder with config.json, weights and tokenizer, or a hub repository
-  c.text.features = 2048  # width of what the encoder gives: of "t5" d_model [paper]
+  c.text.features = 2048  # width of the encoder's output; of "t5", d_model [paper]
   c.text.mlp_hidden = 2048  # of the MLP from there to ar.width [code]
-  c.text.depth = 4  # blocks and
-  c.text.head_dim = 64  # size of a head of "bytes"
+  c.text.depth = 4  # blocks of "bytes"
+  c.text.head_dim = 64  # of "bytes"
 
   c.vae_loss = ConfigDict()
   c.vae_loss.l1_weight = 1.0  # mean absolute error over pixels [ours: SDXL's trainer uses L1]
   c.vae_loss.l2_weight = 0.0  # mean squared error over pixels
-  # Of the KL summed over a latent, mean of the batch. [LDM] has 1e-6 beside errors summed over the values of an image,
-  # where ours are means: 1e-6 / (3 * 256 * 256) = 5.1e-12 says the same of 256 px [ours: stronger].
+  # Of the KL, summed over a latent, mean over the batch. [LDM] has 1e-6 with errors summed over the values of an image,
+  # where ours are means: the equivalent at 256 px is 1e-6 / (3 * 256 * 256) = 5.1e-12 [ours: stronger].
   c.vae_loss.kl_weight = 1e-6
   c.vae_loss.lpips_weight = 0.0  # of LPIPS by VGG16
   c.vae_loss.lpips = ""  # a folder with lpips_vgg, as docs/evaluation.md describes it
@@ -184,33 +184,33 @@ def get_config() -> ConfigDict:
   # Of the generator's loss, times the ratio of the reconstruction losses' gradient to its own at the decoder's last
   # layer; 0: no discriminator. [LDM: 0.5]
   c.discriminator.weight = 0.0
-  c.discriminator.start_step = 50_000  # before, neither it nor its gradient takes part [LDM: 50001]
+  c.discriminator.start_step = 50_000  # before it, the discriminator is neither trained nor used [LDM: 50001]
   c.discriminator.channels = 64  # of its first layer
   c.discriminator.num_layers = 3  # of stride 2
 
   c.data = ConfigDict()
-  c.data.global_batch = 1024  # images a step, over all devices [ours]
-  # "random": random resized crop; "center": shorter side to image_size, centre crop. Of folder, tfds and their files in
-  # arrayrecord; the other sources frame their pictures themselves.
+  c.data.global_batch = 1024  # images per step, over all devices [ours]
+  # "random": random resized crop; "center": resize the shorter side to image_size, centre crop. For folder, tfds and
+  # their files in arrayrecord; the other sources frame their images themselves.
   c.data.crop = "random"
-  c.data.crop_min_area = 0.4  # smallest area share of a random crop [ours: milder than a classifier's 0.08]
-  c.data.flip = True  # horizontal, one half of the images (never emoji: letters, arrows and flags have sides)
-  # A JPEG file of folder, tfds or arrayrecord is decoded at 1/2, 1/4 or 1/8 of its sides where its crop keeps
-  # image_size pixels so: less work; pixels differ by about 1 of 255 levels, by 5 where the texture is finest [ours].
+  c.data.crop_min_area = 0.4  # smallest area of a random crop, as a fraction [ours: milder than a classifier's 0.08]
+  c.data.flip = True  # horizontally, half of the images (never emoji: letters, arrows and flags are not symmetric)
+  # Decode JPEG files of folder, tfds and arrayrecord at 1/2, 1/4 or 1/8 of their size if the crop still has image_size
+  # pixels: less work; pixels differ by about 1 of 255 levels, by 5 in the finest texture [ours].
   c.data.reduce_jpeg = True
-  c.data.num_threads = 8  # reading threads a process
-  c.data.num_workers = 0  # worker processes a process; 0: threads alone
-  c.data.prefetch = 4  # batches ready on the host; two more wait on the device
+  c.data.num_threads = 8  # reading threads per process
+  c.data.num_workers = 0  # worker processes per process; 0: threads only
+  c.data.prefetch = 4  # batches prefetched on the host, besides two on the device
   c.data.tokens = ""  # of stage "ar": a folder that python -m flextok_jax.tokenize --config wrote
   # Of stage "tokenizer": a folder that python -m flextok_jax.tokenize --what=latents wrote, in place of data.sources
-  # and the VAE's encoder. Crops and flips are those made when writing.
+  # and the VAE's encoder. Crops and flips are those made when the folder was written.
   c.data.latents = ""
   # With repa and data.latents: a folder that python -m flextok_jax.tokenize --what=dino wrote of the same images.
   c.data.teacher = ""
-  c.data.max_unreadable = 0.01  # share of unreadable files, since the last log line, above which the run stops
-  # A source takes part with its weight (share of the images); the validation split never overlaps the training split.
+  c.data.max_unreadable = 0.01  # fraction of unreadable files since the last log line above which the run stops
+  # weight: fraction of the images from a source. Its validation split never overlaps its training split.
   c.data.sources = ConfigDict()
-  # Procedural scenes: pixels a side drawn; "scenes", or "plain" for flat shapes on plain backgrounds.
+  # Procedural scenes: pixels per side when drawn; "scenes", or "plain" for flat shapes on plain backgrounds.
   c.data.sources.synthetic = ConfigDict(dict(weight=0.0, render_size=64, style="scenes"))
   c.data.sources.emoji = ConfigDict(dict(weight=0.0, path=""))  # "" finds the system's NotoColorEmoji.ttf
   c.data.sources.photos = ConfigDict(dict(weight=0.0, min_crop=64))  # photographs of scikit-image and scikit-learn
@@ -233,8 +233,8 @@ def get_config() -> ConfigDict:
   c.optim = ConfigDict()
   c.optim.name = "adamw"  # or "muon": the blocks' matrices by Muon, the rest by Adam, at the same learning rate [ours]
   c.optim.learning_rate = 5.62e-4  # peak. [video] reports 1.124e-3 under muP; halved as there is no muP here [ours]
-  # muP (Yang et al. 2022): the learning rate is that of a model of this width, and serves every other; 0: off. Goes
-  # with readout_multiplier = mup_base_width / width, in encoder and decoder or in ar.
+  # muP (Yang et al. 2022): the learning rate is that of a model of this width and transfers to other widths; 0: off.
+  # Requires readout_multiplier = mup_base_width / width, in encoder and decoder or in ar.
   c.optim.mup_base_width = 0
   c.optim.end_learning_rate = 1e-6  # after the cosine
   c.optim.warmup_steps = 10_000
@@ -243,9 +243,9 @@ def get_config() -> ConfigDict:
   c.optim.eps = 1e-8
   c.optim.weight_decay = 0.02  # matrices only: no biases, tables, registers or mask tokens [ours]
   c.optim.clip_norm = 1.0  # global L2 norm of the gradient
-  c.optim.accumulate_steps = 1  # the global batch is split into this many equal parts, gradients averaged
+  c.optim.accumulate_steps = 1  # split the global batch into this many equal parts and average their gradients
   c.optim.ema_decay = 0.9999  # per step; evaluation and release use the average
-  # Of the discriminator, by Adam; warm-up and end of the schedule are those above, in proportion.
+  # Adam of the discriminator; warm-up and end of its schedule are those above, in proportion.
   c.optim.discriminator = ConfigDict()
   c.optim.discriminator.learning_rate = 1e-4  # peak [ours: that of configs/vae.py; LDM has one for both networks]
   c.optim.discriminator.b1 = 0.5  # [LDM]
@@ -257,26 +257,26 @@ def get_config() -> ConfigDict:
   c.train.num_steps = 400_000
   c.train.log_every = 100  # steps
   c.train.checkpoint_every = 5_000  # steps
-  c.train.keep_checkpoints = 3  # newest kept
-  c.train.keep_period = 100_000  # and every one at a multiple of it; 0: none
+  c.train.keep_checkpoints = 3  # newest checkpoints to keep
+  c.train.keep_period = 100_000  # also keep checkpoints at multiples of this step; 0: none
   c.train.eval_every = 10_000  # steps
-  c.train.tensorboard = True  # where tensorflow is installed
+  c.train.tensorboard = True  # if tensorflow is installed
   c.train.export_dtype = "bfloat16"  # of weights.safetensors, the averaged weights written at the end
 
   c.eval = ConfigDict()
-  c.eval.sources = ("tfds",)  # validation splits to report, each on its own
-  c.eval.num_images = 256  # a source
+  c.eval.sources = ("tfds",)  # validation splits, reported separately
+  c.eval.num_images = 256  # per source
   c.eval.batch_size = 32
   c.eval.num_tokens = ()  # (): the powers of two up to num_registers
-  c.eval.grid_images = 4  # a source, rows of the picture
+  c.eval.grid_images = 4  # per source, rows of the picture
 
-  # Axes of the device mesh; a run may go on with others. One may be -1: as many devices as are left.
+  # Axes of the device mesh; a run may resume with others. One may be -1: all remaining devices.
   c.mesh = ConfigDict()
-  c.mesh.data = -1  # parts of the batch, each with parameters and optimiser state of its own
-  c.mesh.fsdp = 1  # parts of the batch that share one set of parameters and optimiser state, each holding a part of it
-  c.mesh.tensor = 1  # parts of every block's heads and hidden units, on the same rows of the batch
-  # Slices of a TPU pod (or groups of GPUs that jax calls slices; on CPUs processes) that "data" goes across: slower
-  # connections, over which nothing but gradients travels.
+  c.mesh.data = -1  # data parallelism: each part of the batch has its own copy of parameters and optimizer state
+  c.mesh.fsdp = 1  # data parallelism with parameters and optimizer state sharded over the parts
+  c.mesh.tensor = 1  # tensor parallelism: parts of every block's heads and hidden units
+  # Slices of a TPU pod (or groups of GPUs that jax calls slices; on CPUs, processes) that "data" spans: only gradients
+  # cross the slower connections between them.
   c.mesh.slices = 1
   return c.lock()
 
@@ -284,7 +284,7 @@ def get_config() -> ConfigDict:
 def derive(**overrides) -> ConfigDict:
   """Returns the base configuration with dotted or nested overrides: derive(seed=1, encoder=dict(width=64))."""
   c = get_config()
-  c.update(overrides)  # a field that is not there is refused, as the configuration is locked
+  c.update(overrides)  # an unknown field is an error, as the configuration is locked
   return c
 
 
@@ -305,7 +305,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
 
   Raises:
     FileNotFoundError: it has no config.json.
-    ValueError: that is not a config of ours, see parse_config.
+    ValueError: it is not a valid config, see parse_config.
   """
   path = os.path.join(workdir, "config.json")
   if not os.path.exists(path):
