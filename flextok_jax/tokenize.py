@@ -8,8 +8,8 @@ python -m flextok_jax.tokenize --what=dino --config=FILE --out=DIR [--copies=K] 
 python -m flextok_jax.tokenize --what=images --config=FILE --out=DIR
 
 The first makes a token file: JSON, {"image_size": pixels, "num_tokens": K, "names": [n], "token_ids": [n][K]}, or an
-.npz of the same four arrays (no pickles inside). The others make shards of the sources of config.data (data/
-shard_files.py): token ids for training stage "ar", latents for training stage "tokenizer" without the VAE's encoder,
+.npz of the same four arrays (no pickles inside). The others make shards of the sources of config.data
+(data/shards): token ids for training stage "ar", latents for training stage "tokenizer" without the VAE's encoder,
 features of the teacher of config.repa for its REPA beside them, image files for fast reading
 (data.sources.arrayrecord). Killed and rerun, they go on.
 """

@@ -195,7 +195,9 @@ def test_bad_input_is_one_line(vae, data, tmp_path):
     fails("has no meaning for --what=latents", tokenize, *given, f"--checkpoint={vae}", flag)
   pixels = tmp_path / "pixels.safetensors"
   saving.save_weights(str(pixels), tiny_config(), make_params(make_stage(tiny_config())))
-  fails("pixels.safetensors is a model of stage 'tokenizer' without a VAE", tokenize, *given, f"--checkpoint={pixels}")
+  fails(
+    "a model of stage 'tokenizer' without a VAE has no latents to write", tokenize, *given, f"--checkpoint={pixels}"
+  )
   facts = dict(fingerprint="f", compute_dtype="float32", image_size=SIZE, dtype="float16", shape=[1])
   for value, pattern in (
     (np.float16(np.inf), "moments are not finite in float16: use dtype bfloat16"),
