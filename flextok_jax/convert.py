@@ -3,15 +3,16 @@
 python -m flextok_jax.convert SRC DST [--to=ours|official] [--dtype=bfloat16] [--check]
 python -m flextok_jax.convert SRC DST --generator [--setting=name=value ...]
 
-SRC is whatever flextok_jax.load takes, or with --generator flextok_jax.load_ar; generators are written as ours. DST is
-a .safetensors file or a folder, and must not exist. By default the other format is written than SRC has. Prints the
-parameters by part; with --check reads DST back, tokenizes and reconstructs a photograph with both, compares, and writes
-the picture beside DST; of generators it compares logits.
+SRC is what flextok_jax.load takes, or with --generator flextok_jax.load_ar; generators are written in our format. DST
+is a .safetensors file or a folder, and must not exist. The default format is the one that SRC does not have. Prints the
+parameters by part. With --check, reads DST back, tokenizes and reconstructs a photograph with both, compares, and
+writes the image beside DST; for generators it compares logits.
 """
 
 from collections.abc import Mapping
 import os
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from flax.traverse_util import flatten_dict
@@ -25,8 +26,8 @@ from flextok_jax.data import transforms
 from flextok_jax.data.sources import photos
 from flextok_jax.evals import grids
 from flextok_jax.evals.metrics import image as metrics
-from flextok_jax.inference import generator as generation
-from flextok_jax.inference import tokenizer as api
+from flextok_jax.inference.generator import ARGenerator, load_ar
+from flextok_jax.inference.tokenizer import FlexTok, load
 from flextok_jax.weights import loading, saving
 
 
@@ -47,61 +48,86 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   )
   flags.DEFINE_integer("image_size", None, "Pixels a side, in place of SRC's own.", flag_values=values)
   flags.DEFINE_bool("generator", False, "SRC is a generator, in the released format or ours.", flag_values=values)
-  flags.DEFINE_multi_string(
-    "setting", [], "name=value, of flextok_jax.load_ar, for the released format.", flag_values=values
-  )
+  cli.define_setting_flag(values)
 
 
 def main(source: str, target: str, values: flags.FlagValues):
   """Converts `source` to `target`."""
   if os.path.exists(target):
-    raise ValueError(f"{target} is there already: remove it, or give another DST")
+    raise ValueError(f"{target} exists: remove it, or give another DST")
   if values.generator:
-    convert_generator(source, target, values)
+    if values.to == "official":
+      raise ValueError("--to=official: generators are only written in our format")
+    for name in ("vae_norm_num_groups", "mup_base_width", "image_size"):
+      if values[name].present:
+        raise ValueError(f"--{name} is of tokenizers: a generator's settings are given as --setting=name=value")
+    convert_generator(source, target, values.dtype, cli.parse_settings(values.setting), values.check)
     return
   if values.setting:
     raise ValueError(f"--setting={values.setting[0]} is of generators: give --generator as well")
-  to = values.to or ("official" if loading.is_ours(source) else "ours")
-  names = ("dtype", "vae_norm_num_groups", "mup_base_width", "image_size")
-  given = {name: values[name].value for name in names}
-  model = api.load(source, **given)
+  options = {name: values[name].value for name in ("dtype", "vae_norm_num_groups", "mup_base_width", "image_size")}
+  convert_tokenizer(source, target, values.to, options, values.check)
+
+
+def convert_tokenizer(source: str, target: str, to: str | None, options: Mapping[str, Any], check: bool):
+  """Converts a tokenizer or a VAE, and prints what was written.
+
+  Args:
+    source: see flextok_jax.load.
+    target: .safetensors file or folder.
+    to: "ours" or "official"; None: the other format than the source has.
+    options: arguments of flextok_jax.load.
+    check: read the target back, tokenize and reconstruct a photograph with both, and compare.
+
+  Raises:
+    FileNotFoundError, ValueError: see flextok_jax.load; or a model that the official format cannot express; or a check
+      that fails.
+  """
+  to = to or ("official" if loading.is_ours(source) else "ours")
+  model = load(source, **options)
   if to == "official":
     model.to_official(target)
   else:
     write_ours(target, model)
   print(summary(model.params))
   print(f"wrote {target} ({'official format' if to == 'official' else 'flextok_jax'})")
-  if values.check:
+  if check:
     photograph = transforms.center_crop(photos.photo_path("skimage", "astronaut.png"), model.image_size)
     before = reconstruct(model, photograph)
-    del model  # two large ones need not fit
-    check(before, reconstruct(api.load(target, **given), photograph), photograph, Path(target))
+    del model  # two large ones may not fit into memory
+    compare(before, reconstruct(load(target, **options), photograph), photograph, Path(target))
 
 
-def convert_generator(source: str, target: str, values: flags.FlagValues):
-  """Writes the generator at `source` to `target` in our format."""
-  if values.to == "official":
-    raise ValueError("--to=official: generators are written in our format alone")
-  for name in ("vae_norm_num_groups", "mup_base_width", "image_size"):
-    if values[name].present:
-      raise ValueError(f"--{name} is of tokenizers: a generator's settings are given as --setting=name=value")
-  gen = generation.load_ar(source, values.dtype, **cli.parse_settings(values.setting))
+def convert_generator(source: str, target: str, dtype: str | None, settings: Mapping[str, Any], check: bool):
+  """Converts a generator to our format, and prints what was written.
+
+  Args:
+    source, dtype, settings: see flextok_jax.load_ar.
+    target: .safetensors file or folder.
+    check: read the target back, and compare the logits of random ids.
+
+  Raises:
+    FileNotFoundError, ValueError: see flextok_jax.load_ar; or a check that fails.
+  """
+  gen = load_ar(source, dtype, **settings)
   write_ours(target, gen)
   print(summary(gen.params))
   print(f"wrote {target} (flextok_jax)")
-  if values.check:
+  if check:
     ids = np.random.default_rng(0).integers(0, gen.num_ids, (1, gen.num_tokens))
     text = np.random.default_rng(1).normal(size=(1, 8, gen.config.text.features)).astype(np.float32)
     args = (ids, None, text if gen.config.ar.condition == "text" else None)
     before = np.asarray(gen.logits(*args))
     del gen
-    after = np.asarray(generation.load_ar(target, values.dtype).logits(*args))
+    after = np.asarray(load_ar(target, dtype).logits(*args))
     if not np.array_equal(before, after):
-      raise ValueError(f"{target} does not predict as its source does: logits differ by {np.abs(before - after).max()}")
+      raise ValueError(
+        f"{target} does not predict what its source predicts: logits differ by {np.abs(before - after).max()}"
+      )
     print(f"checked: the logits of {ids.size} random ids are equal")
 
 
-def write_ours(target: str, model: api.FlexTok | generation.ARGenerator):
+def write_ours(target: str, model: FlexTok | ARGenerator):
   """Writes a .safetensors file, or a folder."""
   if target.endswith(".safetensors"):
     saving.save_weights(target, model.config, model.params)
@@ -126,32 +152,33 @@ def summary(params: Mapping) -> str:
   return "\n".join(lines)
 
 
-def reconstruct(model: api.FlexTok, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns token ids (of a VAE alone latents) and reconstruction [h, w, 3] in [-1, 1] of an image uint8 [h, w, 3]."""
+def reconstruct(model: FlexTok, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Encodes and decodes an image uint8 [h, w, 3], with the model's own sampler.
+
+  Returns:
+    (token ids [n], or of a VAE alone latents [h', w', c]; reconstruction [h, w, 3] in [-1, 1]).
+  """
   if model.config.stage != "tokenizer":
     code = model.encode_latents(image[None])
     restored = model.decode_latents(code)
   else:
-    code, s = model.tokenize(image[None]), model.config.sampler
-    mode = None if s.guidance == "none" else s.guidance
-    restored = model.detokenize(
-      code, key=jax.random.key(0), num_steps=s.num_steps, guidance=mode, guidance_scale=s.guidance_scale
-    )
+    code = model.tokenize(image[None])
+    restored = model.detokenize(code, key=jax.random.key(0))
   return np.asarray(code[0]), np.clip(np.asarray(restored[0]), -1, 1)
 
 
-def check(before: tuple, after: tuple, image: np.ndarray, target: Path):
-  """Compares what `reconstruct` gave before and after, and writes image and reconstruction side by side.
+def compare(before: tuple, after: tuple, image: np.ndarray, target: Path):
+  """Compares the results of `reconstruct` of source and target, and writes image and reconstruction side by side.
 
   Raises:
     ValueError: they do not agree.
   """
   (code, restored), (other, again) = before, after
   if not np.array_equal(code, other):
-    raise ValueError(f"{target} does not encode as its source does: {(code != other).sum()} of {code.size} differ")
+    raise ValueError(f"{target} does not encode like its source: {(code != other).sum()} of {code.size} differ")
   gap = float(np.abs(restored - again).max())
   if gap > 1e-4:
-    raise ValueError(f"{target} does not decode as its source does: images differ by up to {gap:.2g}")
+    raise ValueError(f"{target} does not decode like its source: images differ by up to {gap:.2g}")
   pair = np.concatenate([image, np.asarray(images_lib.round_to_8bit(again) * 255).round().astype(np.uint8)], axis=1)
   picture = target.with_name(f"{target.stem}_check.png")
   files.write_file(picture, grids.to_png(pair))

@@ -1,7 +1,7 @@
 """Adaptive length: for each image the shortest prefix of its tokens that decodes well enough.
 
-A simple picture is told in a few tokens, a full one takes more (arXiv 2502.13967 suggests to use that). The length is
-found by decoding prefixes and comparing them with the image, a bisection over lengths for a whole batch at once.
+A simple image needs few tokens, a complex one needs more (arXiv 2502.13967 suggests using that). The length is found by
+decoding prefixes and comparing them with the image, in a bisection over lengths for a whole batch at once.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from flextok_jax.core.images import to_float
 from flextok_jax.ops import distances, nested
 
 Decode = Callable[[jax.Array, jax.Array], jax.Array]
+State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # low, high, gap, measured [b]
 
 
 def shortest_prefix(
@@ -22,29 +23,29 @@ def shortest_prefix(
 ) -> tuple[jax.Array, jax.Array]:
   """Finds for each image the shortest prefix of its ids whose reconstruction is within a threshold; jit it.
 
-  A bisection that takes the distance to fall with the length, and then finds the shortest such prefix of all. Where the
-  distance does not fall (a decoder is no monotone function), the prefix is still one whose own distance was measured to
-  be within the threshold, though a shorter one may be, too. It is all n ids where none that was tried is within it;
-  whether n are, the distance tells. A distance that is NaN is not.
+  The bisection assumes that the distance decreases with the length; then the result is the shortest such prefix. If it
+  does not decrease (decoders are not monotone), the measured distance of the result is still within the threshold, but
+  a shorter prefix may be within it, too. If no prefix that was tried is within the threshold, the result is all n ids,
+  and their distance shows whether they are. NaN is never within the threshold.
 
-  All rounds are one program that decodes the whole batch at n slots, ceil(log2 n) times, and once more at most, where
-  some image takes all n. Fewer slots in rounds whose lengths are small would need a compilation of the decoder for each
-  size, and such rounds are rare: the first tries n / 2, the second n / 4 and 3 n / 4, so that from there on a batch of
-  mixed images has one that needs nearly all slots.
+  All rounds are one program that decodes the whole batch with n slots, ceil(log2 n) times, plus once if an image takes
+  all n. Fewer slots in rounds with short lengths would need one compilation of the decoder per size, and such rounds
+  are rare: the first tries n / 2, the second n / 4 and 3 n / 4, so from then on a batch of mixed images has one that
+  needs nearly all slots.
 
   Args:
     decode: (ids [b, n], keep_k int32 [b]) -> images [b, h, w, 3] in [-1, 1], from the first keep_k ids of each. It
-      should start from the same noise at every length, or the lengths will be those of lucky noise.
+      should start from the same noise at every length, otherwise lengths depend on lucky noise.
     distance: of two image batches (see ops/distances.py).
-    images: what is to be reconstructed, uint8 or float in [-1, 1] [b, h, w, 3].
+    images: the originals, uint8 or float in [-1, 1] [b, h, w, 3].
     ids: int [b, n].
-    threshold: largest distance that will do, one number or one an image.
+    threshold: largest acceptable distance, one number or one per image.
 
   Returns:
     (lengths int32 [b], 1 to n; the distance of each prefix, float32 [b]).
 
   Raises:
-    ValueError: distance does not return one number an image, or decode images of another size.
+    ValueError: distance does not return one number per image, or decode returns images of another size.
   """
   return _bisect(decode, distance, images, ids, threshold, measure_all=True)
 
@@ -52,21 +53,28 @@ def shortest_prefix(
 def shortest_length(
   decode: Decode, distance: distances.Distance, images: jax.Array, ids: jax.Array, threshold: float | jax.Array
 ) -> jax.Array:
-  """Returns the lengths of shortest_prefix alone: its last round, which does not change them, is left out."""
+  """Returns only the lengths of shortest_prefix, without its last round, which does not change them."""
   return _bisect(decode, distance, images, ids, threshold, measure_all=False)[0]
 
 
-def _bisect(decode, distance, images, ids, threshold, measure_all: bool):
+def _bisect(
+  decode: Decode,
+  distance: distances.Distance,
+  images: jax.Array,
+  ids: jax.Array,
+  threshold: float | jax.Array,
+  measure_all: bool,
+) -> tuple[jax.Array, jax.Array]:
   images = to_float(images)
   batch, most = ids.shape
   _check_shape(distance, images)
 
   # The shortest prefix has low to high ids. That of high ids is within the threshold, or it is all ids.
-  def unfinished(state):
+  def unfinished(state: State) -> jax.Array:
     low, high, _, measured = state
     return ((low < high) | (~measured & measure_all)).any()
 
-  def one_round(state):
+  def one_round(state: State) -> State:
     low, high, gap, measured = state
     length = (low + high) // 2
     restored = decode(ids, length)
@@ -86,23 +94,23 @@ def _bisect(decode, distance, images, ids, threshold, measure_all: bool):
   return lengths, gap
 
 
-def _check_shape(distance, images: jax.Array):
-  """Raises ValueError for a distance that does not return one number an image."""
+def _check_shape(distance: distances.Distance, images: jax.Array) -> None:
+  """Raises ValueError for a distance that does not return one number per image."""
   result = jax.eval_shape(distance, images, images)
   shape, dtype = getattr(result, "shape", None), getattr(result, "dtype", None)
-  if shape != images.shape[:1] or not jnp.issubdtype(dtype, jnp.floating):
+  if dtype is None or shape != images.shape[:1] or not jnp.issubdtype(dtype, jnp.floating):
     got = type(result).__name__ if shape is None else f"{dtype} {list(shape)}"
-    raise ValueError(f"a metric must return one floating-point number an image, [{len(images)}] here; got {got}")
+    raise ValueError(f"a metric must return one floating-point number per image, [{len(images)}] here; got {got}")
 
 
-def check_quality(quality: float):
-  """Raises ValueError for a threshold that is no finite number above 0."""
+def check_quality(quality: float) -> None:
+  """Raises ValueError for a threshold that is not a finite number above 0."""
   if isinstance(quality, bool) or not isinstance(quality, numbers.Real) or not 0 < quality < math.inf:
-    raise ValueError(f"quality={quality!r} must be a finite number above 0, the largest distance that will do")
+    raise ValueError(f"quality={quality!r} must be a finite number above 0, the largest acceptable distance")
 
 
 def pad_to_slots(ids: jax.Array, num_registers: int) -> jax.Array:
-  """Pads ids [b, n] with zeros, which have no influence, to the slots in which all lengths up to n decode."""
+  """Pads ids [b, n] with zeros, which have no effect, to the number of slots that all lengths up to n need."""
   return jnp.pad(ids, ((0, 0), (0, nested.padded_length(ids.shape[1], num_registers) - ids.shape[1])))
 
 

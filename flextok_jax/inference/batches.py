@@ -1,7 +1,7 @@
 """Tokenization and decoding of any number of images, in batches on all local devices.
 
-Image i of a call with key k has the noise of FlexTok.detokenize, drawn by fold_in(k, i), whatever the batch size and the
-number of tokens. So the commands write the images that the methods return.
+Image i of a call with key k has the noise of FlexTok.detokenize, drawn by fold_in(k, i), whatever the batch size and
+the number of tokens. So the commands write the images that the methods return.
 """
 
 from collections.abc import Iterator, Sequence

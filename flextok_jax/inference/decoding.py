@@ -42,7 +42,7 @@ def decoder_by_image(detokenize: Callable, seed: int) -> Callable:
   """
   validation.seed(seed)
 
-  def decode(params, ids, keep_k, index):
+  def decode(params: Any, ids: jax.Array, keep_k: jax.Array, index: jax.Array) -> jax.Array:
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
     return detokenize(params, ids, keep_k, keys)
 

@@ -1,4 +1,4 @@
-"""The generator to call: flextok_jax.load_ar(...) and the ARGenerator that it returns."""
+"""The generator of the public interface: flextok_jax.load_ar and ARGenerator."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ Text = tuple[Array, Array]  # features [b, t, f] and lengths int32 [b]
 
 
 def load_ar(
-  source: str | os.PathLike, dtype: str | None = None, *, mesh: Mesh | None = None, **settings
+  source: str | os.PathLike, dtype: str | None = None, *, mesh: Mesh | None = None, **settings: Any
 ) -> ARGenerator:
   """Loads a generator of token ids.
 
   Args:
-    source: a workdir, folder or weights file of ours; or one in the released format (FlexAR): a .safetensors file, a
-      folder or a repository of the Hugging Face hub with weights and perhaps a configuration.
-    dtype: type in which it computes and keeps its parameters, "float32" or "bfloat16"; default: that of the config, for
+    source: a workdir, folder or weights file of ours; or one in the released format (FlexAR): a .safetensors file, or
+      a folder or a repository of the Hugging Face hub with weights and, optionally, a configuration.
+    dtype: type of the parameters and of the computation, "float32" or "bfloat16"; default: that of the config, for
       released ones float32.
     mesh: devices to place the parameters on; default: the first device.
-    **settings: of the released format, what its files do not say (see weights/official/generator.py): dim, head_dim,
-      depth, vocab, num_tokens, num_classes, cross, bias, norm, qk_norm, ffn, pos_embed, text_len, ...
+    **settings: of the released format, values that its files do not state (see weights/official/generator.py): dim,
+      head_dim, depth, vocab, num_tokens, num_classes, cross, bias, norm, qk_norm, ffn, pos_embed, text_len, ...
 
   Raises:
-    FileNotFoundError: nothing there, or it cannot be downloaded; the message says what to put where.
+    FileNotFoundError: there is no checkpoint, or it cannot be downloaded; the message says which file to put where.
     ValueError: a damaged, foreign or unsupported checkpoint, or settings that contradict it.
   """
   source = os.fspath(source)
   if os.path.exists(source) and loading.is_ours(source):
     if settings:
-      raise ValueError(f"{source} says itself what it is: no setting like {next(iter(settings))!r} can be given")
+      raise ValueError(f"{source} has its own config: no setting like {next(iter(settings))!r} can be given")
     config, params = loading.load(source, param_dtype=None, dtype=dtype, mesh=mesh)
     if config.stage != "ar":
       raise ValueError(f"{source} is a model of stage {config.stage!r}, not a generator: load it by flextok_jax.load")
@@ -59,10 +59,10 @@ def load_ar(
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True)
 class ARGenerator:
-  """A generator: parameters and the config that says what they are.
+  """A generator of token ids: its parameters and its config.
 
   A pytree (the config is static). Each method is compiled once per shape of its arguments, generation once per length
-  of the prefix; bad arguments raise a ValueError that names them.
+  of the prefix.
   """
 
   params: Any
@@ -70,7 +70,7 @@ class ARGenerator:
 
   @property
   def num_tokens(self) -> int:
-    """Tokens an image at most."""
+    """Largest number of tokens per image."""
     return self.config.ar.num_tokens
 
   @property
@@ -85,7 +85,7 @@ class ARGenerator:
 
   @property
   def stop_id(self) -> int | None:
-    """What stands where a sequence has ended, num_ids; None for models that do not stop by themselves."""
+    """The id that ends a sequence, num_ids; None for models whose sequences all have num_tokens ids."""
     return self.num_ids if self.config.ar.stop else None
 
   def logits(
@@ -170,7 +170,7 @@ class ARGenerator:
 
     # How many samples, and their keys.
     key = None if key is None else validation.typed_keys(key)
-    given = {"labels": labels, "prompts": prompts, "text_embeddings": text_embeddings}
+    given: dict[str, Any] = {"labels": labels, "prompts": prompts, "text_embeddings": text_embeddings}
     sizes = {name: np.shape(value)[0] for name, value in given.items() if np.ndim(value)}
     if prefix is not None and np.ndim(prefix) == 2 and len(prefix) > 1:
       sizes["prefix"] = len(prefix)
@@ -221,7 +221,7 @@ class ARGenerator:
       return _encode_text(self, ids, lengths), lengths
     return text_encoder.load_t5_once(settings.path, self.config.dtype, settings.features)(ids, lengths), lengths
 
-  def save(self, folder: str | os.PathLike):
+  def save(self, folder: str | os.PathLike) -> None:
     """Writes a folder that load_ar reads: weights.safetensors (each array in its type) and config.json."""
     saving.save_folder(folder, self.config, self.params)
 
@@ -244,10 +244,11 @@ class ARGenerator:
     validation.choices(guidance_scale, temperature, top_k, top_p, self.num_ids)
     if guidance_scale != 1 and own.condition == "none":
       raise ValueError(f"guidance_scale={guidance_scale} needs a condition, and this model has none: leave it at 1")
+    number: Any = np.float32
     return sampling.TokenSampler(
-      guidance_scale=None if guidance_scale == 1 else np.float32(guidance_scale),
-      temperature=np.float32(temperature),
-      top_p=np.float32(top_p) if top_p else None,
+      guidance_scale=None if guidance_scale == 1 else number(guidance_scale),
+      temperature=number(temperature),
+      top_p=number(top_p) if top_p else None,
       top_k=int(top_k),
       greedy=greedy,
     )
@@ -284,19 +285,19 @@ def _network(config: FrozenConfigDict) -> Generator:
   return make_generator(config)
 
 
-def _apply(gen: ARGenerator, function: Any, *args, **kwargs) -> Any:
+def _apply(gen: ARGenerator, function: Any, *args: Any, **kwargs: Any) -> Any:
   # float32 means float32: accelerators multiply in fewer bits by default, and a token may flip.
   with jax.default_matmul_precision("highest" if gen.config.dtype == "float32" else None):
     return function(*args, **kwargs)
 
 
 @jax.jit
-def _encode_text(gen: ARGenerator, text_ids: Array, text_lengths: Array) -> jax.Array:
+def _encode_text(gen: ARGenerator, text_ids: jax.Array, text_lengths: jax.Array) -> jax.Array:
   return _apply(gen, _network(gen.config).apply, {"params": gen.params}, text_ids, text_lengths, method="encode_text")
 
 
 @jax.jit
-def _logits(gen: ARGenerator, ids: Array, labels: Array, text: Text | None) -> jax.Array:
+def _logits(gen: ARGenerator, ids: jax.Array, labels: jax.Array, text: Text | None) -> jax.Array:
   return _apply(gen, _network(gen.config).apply, {"params": gen.params}, ids, labels, *(text or (None, None)))
 
 
@@ -304,11 +305,11 @@ def _logits(gen: ARGenerator, ids: Array, labels: Array, text: Text | None) -> j
 def _generate(
   gen: ARGenerator,
   keys: jax.Array,
-  labels: Array,
+  labels: jax.Array,
   text: Text | None,
   null_text: Text | None,
-  prefix: Array,
-  num_tokens: Array,
+  prefix: jax.Array,
+  num_tokens: jax.Array,
   sampler: sampling.TokenSampler,
   *,
   length: int,
@@ -317,7 +318,7 @@ def _generate(
   """See sampling.generate: ids and log-probabilities [b, length]. null_text is that of the unconditional half."""
   if sampler.guidance_scale is not None:
     labels = jnp.concatenate([labels, jnp.full_like(labels, -1)])  # [2 b]
-    text = None if text is None else _with_null(text, null_text)
+    text = None if text is None or null_text is None else _with_null(text, null_text)
   features, lengths = text or (None, None)
   args = keys, labels, features, lengths, prefix, num_tokens, sampler
   return _apply(gen, sampling.generate, _network(gen.config), gen.params, *args, length=length, fast=fast)

@@ -30,7 +30,7 @@ def read_prompts(path: str) -> list[str]:
   return prompts
 
 
-def check_prompts(name: str, prompts: Sequence[str]):
+def check_prompts(name: str, prompts: Sequence[str]) -> None:
   """Raises ValueError, naming the argument `name`, if a prompt is empty."""
   if "" in prompts:
     raise ValueError(f"prompt {prompts.index('') + 1} of {name} is empty: leave it out")
@@ -90,7 +90,7 @@ def sampling_choices(
   return {name: gen.config.ar[name] if value is None else value for name, value in given.items()} | {"greedy": greedy}
 
 
-def check_tokenizer(tokenizer: FlexTok, gen: ARGenerator, name: str):
+def check_tokenizer(tokenizer: FlexTok, gen: ARGenerator, name: str) -> None:
   """Raises ValueError, calling the model `name`, unless it is the tokenizer whose ids a generator draws."""
   codes, registers = tokenizer.num_codes, tokenizer.num_registers
   remedy = "give the tokenizer whose ids it was trained on"
@@ -144,9 +144,11 @@ def draw(
   """
   count = len(conditions)
 
-  def draw_rows(rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
+  def draw_rows(rows: np.ndarray) -> Any:
     given = [conditions[i] for i in rows]
-    condition = {} if given[0] is None else {"prompts" if isinstance(given[0], str) else "labels": given}
+    condition: dict[str, Any] = (
+      {} if given[0] is None else {"prompts" if isinstance(given[0], str) else "labels": given}
+    )
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
     kept = None if prefix is None else prefix[rows]
     return gen.generate(keys, **condition, prefix=kept, return_log_probs=True, **choices)

@@ -1,6 +1,7 @@
 """What a tokenizer or a VAE writes to shards: token ids, with lengths by quality, and latents (data/shards)."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def tokens(
   model = batching.replicate(model, mesh)
 
   def encode(images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    ids = model.tokenize(images, num_tokens)
+    ids = jnp.asarray(model.tokenize(images, num_tokens))
     return ids, None if quality is None else tokenizer_lib.prefix_lengths(model, images, ids, quality, metric)
 
   size = batching.batch_rows(batch_size, batch_size, mesh)
@@ -86,7 +87,7 @@ def latents(model: FlexTok, mesh: jax.sharding.Mesh, *, dtype: str = "float16", 
 
   @jax.jit
   def moments(params: dict, images: jax.Array) -> jax.Array:
-    both = vae.apply({"params": params}, to_float(images), method="encode")
+    both: Any = vae.apply({"params": params}, to_float(images), method="encode")
     return jnp.concatenate(both, axis=-1).astype(dtype)  # [b, h, w, 2 c]
 
   size = model.image_size

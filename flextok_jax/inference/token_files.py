@@ -17,19 +17,19 @@ from flextok_jax.inference import decoding
 SUFFIXES = (".json", ".npz")
 
 
-def check_suffix(name: str, path: Path):
+def check_suffix(name: str, path: Path) -> None:
   """Raises ValueError, naming the argument `name`, if a path does not end as token files do."""
   if path.suffix not in SUFFIXES:
     raise ValueError(f"{name}={path} must end in {' or '.join(SUFFIXES)}")
 
 
-def write_tokens(path: Path, image_size: int, names: Sequence[str], token_ids: np.ndarray):
+def write_tokens(path: Path, image_size: int, names: Sequence[str], token_ids: np.ndarray) -> None:
   """Writes a token file atomically: token_ids int32 [n, k], one name per image."""
   num_tokens = token_ids.shape[1]
   if path.suffix == ".npz":
-    arrays = {"names": np.asarray(names, np.str_), "token_ids": token_ids.astype(np.int32)}
+    texts, ids = np.asarray(names, np.str_), token_ids.astype(np.int32)
     buffer = io.BytesIO()
-    np.savez(buffer, image_size=image_size, num_tokens=num_tokens, **arrays)
+    np.savez(buffer, image_size=image_size, num_tokens=num_tokens, names=texts, token_ids=ids)
     content = buffer.getvalue()
   else:
     content = to_json(image_size, num_tokens, names, token_ids.tolist())

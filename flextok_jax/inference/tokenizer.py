@@ -1,4 +1,4 @@
-"""The tokenizer to call: flextok_jax.load(...) and the FlexTok that it returns."""
+"""The tokenizer of the public interface: flextok_jax.load and FlexTok."""
 
 from __future__ import annotations
 
@@ -227,11 +227,11 @@ class FlexTok:
     drop = validation.per_sample("drop_condition", False if drop_condition is None else drop_condition, batch, bool)
     return _velocity(self, x_t, validation.times(t, batch), ids, keep_k, drop)
 
-  def save(self, folder: str | os.PathLike):
+  def save(self, folder: str | os.PathLike) -> None:
     """Writes a folder that load reads: weights.safetensors (each array in its type) and config.json."""
     saving.save_folder(folder, self.config, self.params)
 
-  def to_official(self, path: str | os.PathLike):
+  def to_official(self, path: str | os.PathLike) -> None:
     """Writes what the authors' PyTorch code reads: a .safetensors file, or a folder in the hub's layout.
 
     A VAE alone is written in the format of diffusers.
@@ -288,9 +288,9 @@ class FlexTok:
       shape = height // side, width // side, self.latent_shape[-1]
       noise = jnp.broadcast_to(adaptive.shared_noise(0, shape), (batch, *shape))
     self._check_noised("noise", noise, batch)
-    return noise, np.float32(quality), metric
+    return noise, np.asarray(quality, np.float32), metric
 
-  def _check_noised(self, name: str, latents: Array, batch: int):
+  def _check_noised(self, name: str, latents: Array, batch: int) -> None:
     patch_size = _network(self._tokenizer_config()).decoder.patch_size
     validation.noised_latents(name, latents, self.latent_shape[-1], batch, patch_size)
 
@@ -366,7 +366,7 @@ def _precision(model: FlexTok) -> Any:
   return jax.default_matmul_precision("highest" if model.config.dtype == "float32" else None)
 
 
-def _apply(model: FlexTok, method: str, *args: Any) -> jax.Array:
+def _apply(model: FlexTok, method: str, *args: Any) -> Any:
   with _precision(model):
     return _network(model.config).apply({"params": model.params}, *args, method=method)
 
@@ -378,28 +378,30 @@ def sample_noise(keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="num_tokens")
-def _tokenize(model: FlexTok, images: Array, num_tokens: int, key: jax.Array | None) -> jax.Array:
+def _tokenize(model: FlexTok, images: jax.Array, num_tokens: int, key: jax.Array | None) -> jax.Array:
   return _apply(model, "tokenize", images, num_tokens, key)
 
 
 @jax.jit
-def _encode_latents(model: FlexTok, images: Array, key: jax.Array | None) -> jax.Array:
+def _encode_latents(model: FlexTok, images: jax.Array, key: jax.Array | None) -> jax.Array:
   return _apply(model, "encode_latents", images, key)
 
 
 @jax.jit
-def _decode_latents(model: FlexTok, z: Array) -> jax.Array:
+def _decode_latents(model: FlexTok, z: jax.Array) -> jax.Array:
   return _apply(model, "decode_latents", z)
 
 
 @jax.jit
-def _velocity(model: FlexTok, x_t: Array, t: Array, ids: Array, keep_k: Array, drop_condition: Array) -> jax.Array:
+def _velocity(
+  model: FlexTok, x_t: jax.Array, t: jax.Array, ids: jax.Array, keep_k: jax.Array, drop_condition: jax.Array
+) -> jax.Array:
   codes = fsq.ids_to_codes(ids, model.config.tokens.levels)
   return _apply(model, "velocity", x_t, t, codes, keep_k, drop_condition)
 
 
 @jax.jit
-def _detokenize(model: FlexTok, ids: Array, keep_k: Array, noise: Array, sampler: Sampler) -> jax.Array:
+def _detokenize(model: FlexTok, ids: jax.Array, keep_k: jax.Array, noise: jax.Array, sampler: Sampler) -> jax.Array:
   with _precision(model):
     network = _network(model.config)
     latents = flextok.sample_latents(network, model.params, ids, keep_k, noise, sampler, model.config.fast)
@@ -408,7 +410,13 @@ def _detokenize(model: FlexTok, ids: Array, keep_k: Array, noise: Array, sampler
 
 @functools.partial(jax.jit, static_argnames="metric")
 def _lengths(
-  model: FlexTok, images: Array, ids: Array, noise: Array, quality: Array, metric: distances.Distance, sampler: Sampler
+  model: FlexTok,
+  images: jax.Array,
+  ids: jax.Array,
+  noise: jax.Array,
+  quality: jax.Array,
+  metric: distances.Distance,
+  sampler: Sampler,
 ) -> jax.Array:
   """Returns the length int32 [b] of the shortest prefix of each image's ids whose reconstruction is within quality."""
 

@@ -46,13 +46,13 @@ def whole_number(name: str, value: Any, low: int, high: int) -> int:
   return int(value)
 
 
-def at_least_one(name: str, value: Any):
+def at_least_one(name: str, value: Any) -> None:
   """Raises ValueError for anything but a whole number of at least 1."""
   if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
     raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
 
 
-def seed(value: int):
+def seed(value: int) -> None:
   """Raises ValueError for a seed that does not fit 32 bits."""
   if not 0 <= value < 2**32:
     raise ValueError(f"seed={value} is out of range: 0 to {2**32 - 1}")
@@ -147,7 +147,7 @@ def token_ids(ids: TokenIds, keep_k: Any, num_registers: int, num_codes: int) ->
     num_codes: ids are 0 to num_codes - 1.
   """
   lengths = None
-  if not hasattr(ids, "ndim"):
+  if not isinstance(ids, jax.Array | np.ndarray):
     rows = [np.asarray(row) for row in ids]
     if not rows or not all(row.ndim == 1 and (np.issubdtype(row.dtype, np.integer) or not row.size) for row in rows):
       raise ValueError("ids must be an integer array [b, n] or a list of sequences of whole numbers")
@@ -176,19 +176,19 @@ def fit_slots(ids: Array, slots: int) -> Array:
   return namespace(ids).pad(ids[:, :slots], ((0, 0), (0, max(slots - ids.shape[1], 0))))
 
 
-def _ids_in_range(where: str, ids: Array, num_ids: int):
+def _ids_in_range(where: str, ids: Array, num_ids: int) -> None:
   if not is_traced(ids) and ids.size and not 0 <= ids.min() <= ids.max() < num_ids:
     worst = ids.min() if ids.min() < 0 else ids.max()
     raise ValueError(f"token id {worst}{where} is out of range: ids are 0 to {num_ids - 1}")
 
 
-def latents(name: str, x: Array, channels: int):
+def latents(name: str, x: Array, channels: int) -> None:
   """Checks latents [b, h, w, c]."""
   if len(np.shape(x)) != 4 or np.shape(x)[-1] != channels:
     raise ValueError(f"{name} must have shape [b, h, w, {channels}], got {list(np.shape(x))}")
 
 
-def noised_latents(name: str, x: Array, channels: int, batch: int, patch_size: int):
+def noised_latents(name: str, x: Array, channels: int, batch: int, patch_size: int) -> None:
   """Checks latents [b, h, w, c] that the decoder is to cut into patches."""
   latents(name, x, channels)
   count, height, width, _ = np.shape(x)
@@ -268,7 +268,7 @@ def labels(classes: Any, batch: int, num_classes: int) -> Array:
   return namespace(classes).broadcast_to(classes.astype(np.int32), (batch,))
 
 
-def prompts(texts: Any, allow_empty: bool = True):
+def prompts(texts: Any, allow_empty: bool = True) -> None:
   """Checks a list of texts."""
   if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
     raise ValueError(f"prompts must be a list of texts, got {texts!r}")
@@ -299,7 +299,7 @@ def null_text(features: Any, lengths: Any, batch: int, width: int) -> tuple[Arra
   return text(features, lengths, shape[0], width)
 
 
-def choices(guidance_scale: float, temperature: float, top_k: int, top_p: float, num_ids: int):
+def choices(guidance_scale: float, temperature: float, top_k: int, top_p: float, num_ids: int) -> None:
   """Checks how tokens are chosen."""
   if not math.isfinite(guidance_scale):
     raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number")

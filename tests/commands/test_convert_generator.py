@@ -38,7 +38,7 @@ def test_what_does_not_fit_is_one_line(tmp_path):
     ("--setting=dim=16 is of generators", ("--setting=dim=16",)),
     ("dim is 32 in the settings, but 16 in the weights", ("--generator", "--setting=dim=32")),
     ("must be name=value", ("--generator", "--setting=dim")),
-    ("generators are written in our format alone", ("--generator", "--to=official")),
+    ("generators are only written in our format", ("--generator", "--to=official")),
     ("--image_size is of tokenizers", ("--generator", "--image_size=64")),
   ):
     with pytest.raises(ValueError, match=pattern) as caught:

@@ -100,7 +100,7 @@ def test_search_refuses_what_is_no_distance():
   images, ids = jnp.zeros((2, 8, 8, 3)), jnp.zeros((2, 4), jnp.int32)
   decode = lambda ids, keep_k: images
   bad = [
-    (r"number an image, \[2\] here; got float32 \[\]", lambda a, b: jnp.mean(a - b)),
+    (r"number per image, \[2\] here; got float32 \[\]", lambda a, b: jnp.mean(a - b)),
     (r"got float32 \[2, 8, 8\]", lambda a, b: jnp.mean(a - b, -1)),
     (r"got int32 \[2\]", lambda a, b: jnp.zeros(2, jnp.int32)),
     (r"got tuple", lambda a, b: (distances.mse(a, b), 1.0)),
@@ -346,7 +346,7 @@ BAD = [
   (r"quality=True must", dict(quality=True)),
   (r"unknown metric 'lpips': one of mse, perceptual, or a function", dict(metric="lpips")),
   (r"unknown metric None", dict(metric=None)),
-  (r"one floating-point number an image, \[6\] here; got float32 \[\]", dict(metric=lambda a, b: jnp.mean(a - b))),
+  (r"one floating-point number per image, \[6\] here; got float32 \[\]", dict(metric=lambda a, b: jnp.mean(a - b))),
 ]
 
 

@@ -21,7 +21,7 @@ from flextok_jax import config as common
 from flextok_jax.core import hub
 from flextok_jax.inference import tokenizer as api
 from flextok_jax.weights import loading, saving
-from tests.inference.test_api import GROUPS, random_model, with_fields
+from tests.support.random_tokenizer import GROUPS, random_model, with_fields
 
 ROOT = Path(__file__).parents[2]
 LOAD = dict(vae_norm_num_groups=GROUPS, image_size=32)
@@ -280,7 +280,7 @@ def test_convert_refuses_in_one_line(model, tmp_path):
   model.save(tmp_path / "ours")
   for args, pattern in (
     ((tmp_path / "absent", tmp_path / "x"), "no such checkpoint"),
-    ((tmp_path / "ours", tmp_path / "ours"), "is there already"),
+    ((tmp_path / "ours", tmp_path / "ours"), "exists: remove it"),
     ((tmp_path / "ours",), "DST is missing: the arguments are SRC DST"),
     ((tmp_path / "ours", "a", "b"), "unexpected argument 'b'"),
     ((tmp_path / "ours", tmp_path / "x", "--dtype=int32"), "dtype must be a floating-point type"),
@@ -303,5 +303,5 @@ def test_a_failed_check_says_so(model, tmp_path, monkeypatch):
   model.save(tmp_path / "ours")
   spoil = lambda self, path: saving.save_official(path, self.config, jax.tree.map(lambda x: 1.5 * x, self.params))
   monkeypatch.setattr(api.FlexTok, "to_official", spoil)
-  with pytest.raises(ValueError, match="does not encode as its source does"):
+  with pytest.raises(ValueError, match="does not encode like its source"):
     command.main(str(tmp_path / "ours"), str(tmp_path / "b.safetensors"), values)
