@@ -1,25 +1,27 @@
 """FlexTok in JAX: images as 1 to 256 ordered discrete tokens, coarse to fine (arXiv 2502.13967)."""
 
+import importlib
 import importlib.util
 from pathlib import Path
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from flextok_jax.inference.generator import ARGenerator, load_ar
+  from flextok_jax.inference.tokenizer import FlexTok, load
 
 __version__ = "0.1.0"
 __all__ = ["ARGenerator", "FlexTok", "__version__", "load", "load_ar"]
 
 
+_MODULES = {"FlexTok": "tokenizer", "load": "tokenizer", "ARGenerator": "generator", "load_ar": "generator"}
+
+
 def __getattr__(name: str) -> Any:
   # Imported at the first use: commands set up jax before it starts.
-  if name in ("FlexTok", "load"):
-    from flextok_jax.inference import tokenizer as api
-
-    return getattr(api, name)
-  if name in ("ARGenerator", "load_ar"):
-    from flextok_jax.inference import generator as generation
-
-    return getattr(generation, name)
-  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  if name not in _MODULES:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  return getattr(importlib.import_module(f"{__name__}.inference.{_MODULES[name]}"), name)
 
 
 def _add_configs() -> None:

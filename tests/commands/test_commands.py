@@ -8,7 +8,6 @@ import pytest
 import skimage.data
 
 from flextok_jax import detokenize, evaluate, tokenize
-from flextok_jax.inference import token_files
 from flextok_jax.stages import make_stage
 from flextok_jax.weights import saving
 from tests.support.commands import config_file, fails, read_folder, run, shell
@@ -131,62 +130,6 @@ def test_sampler_flags_and_seed_take_effect(model, tokens, decoded, tmp_path, ar
   images = read_folder(tmp_path)
   assert images.keys() == decoded.keys()
   assert all((abs(image - decoded[name]) > 1).any() for name, image in images.items())
-
-
-@pytest.mark.parametrize(
-  "pattern, fields",
-  [
-    (r"token_ids\[1\]\[2\] is 200, this model's ids are 0 to 199", dict(token_ids=[[0], [1, 2, 200]])),
-    (r"token_ids\[0\]\[0\] is -1,", dict(token_ids=[[-1]])),
-    (r"token_ids\[0\]\[0\] is 1.0,", dict(token_ids=[[1.0]])),
-    (r"token_ids\[0\]\[0\] is True,", dict(token_ids=[[True]])),
-    (r"token_ids\[0\]\[0\] is '1',", dict(token_ids=[["1"]])),
-    (r"token_ids\[1\] has 0 tokens, this model takes 1 to 4", dict(token_ids=[[1], []])),
-    (r"token_ids\[0\] has 5 tokens, this model takes 1 to 4", dict(token_ids=[[1, 2, 3, 4, 5]])),
-    ("must be a list of one or more lists", dict(token_ids=[])),
-    ("must be a list of one or more lists", dict(token_ids=[1, 2])),
-    ("has no 'token_ids'", dict(ids=[[1]])),
-    ("2 names for 1 token", dict(token_ids=[[1]], names=["a", "b"])),
-    ("'names' must be a list of strings", dict(token_ids=[[1]], names=[3])),
-    ("tokens of 32 px images, but this checkpoint makes 16 px", dict(token_ids=[[1]], image_size=32)),
-  ],
-)
-def test_bad_token_files(pattern, fields, tmp_path):
-  with pytest.raises(ValueError, match=pattern):
-    token_files.read_tokens(write(tmp_path / "t.json", **fields), 16, 4, NUM_CODES)
-
-
-def test_damaged_token_files(model, tokens, tmp_path):
-  def read(path):
-    return token_files.read_tokens(path, 16, 4, NUM_CODES)
-
-  bad = tmp_path / "t.json"
-  for content in (b"", b"{", b"\xff\xfe", tokens.read_bytes()[:-20], b"[" * 100_000):
-    bad.write_bytes(content)
-    with pytest.raises(ValueError, match="not a complete .json token file"):
-      read(bad)
-  bad.write_text("[[1, 2]]")
-  with pytest.raises(ValueError, match="must hold an object"):
-    read(bad)
-
-  archive = tmp_path / "t.npz"
-  token_files.write_tokens(archive, 16, ["a", "b"], np.array([[1, 2], [3, 4]]))
-  assert read(archive) == (["a", "b"], [[1, 2], [3, 4]])
-  whole = archive.read_bytes()
-  rng = np.random.default_rng(0)
-  for _ in range(100):  # cut short, or one byte wrong: one line or, where the byte does not matter, the same tokens
-    if rng.random() < 0.5:
-      archive.write_bytes(whole[: rng.integers(len(whole))])
-    else:
-      place = rng.integers(len(whole))
-      archive.write_bytes(whole[:place] + bytes([whole[place] ^ int(rng.integers(1, 256))]) + whole[place + 1 :])
-    try:
-      assert read(archive)[1] == [[1, 2], [3, 4]]
-    except ValueError as e:
-      assert len(str(e).splitlines()) == 1
-  np.savez(archive, token_ids=np.array([[1], [2, 3]], object))
-  with pytest.raises(ValueError, match="not a complete .npz token file"):
-    read(archive)
 
 
 def test_detokenize_refuses_bad_input(model, vae, tokens, tmp_path):
