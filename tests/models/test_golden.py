@@ -304,7 +304,7 @@ def test_nested_powers_of_two(stats, mode):
 
 
 def test_nested_rounding_goes_up(stats):
-  """The recorded rounding of single lengths, applied to 1..256, gives our frequencies."""
+  """The recorded rounding of single lengths, applied to 1..256, reproduces our distribution."""
   round_up = lambda k: k if k & (k - 1) == 0 else 1 << k.bit_length()
   assert all(round_up(int(k)) == up for k, up in stats["one_shift_bit_length"].items())
   expected = dict(zip(*np.unique([round_up(k) for k in range(1, 257)], return_counts=True)))

@@ -114,7 +114,7 @@ def test_latents_and_images(case):
 
 
 def test_encoder(case):
-  """All registers, and the first three alone: the encoder is causal."""
+  """All registers, and only the first three: the encoder is causal."""
   expected = reference.encode(case.w, case.latents, case.head_dim)
   encoder = case.model.encoder.clone(parent=None)
   gap(jax.jit(encoder.apply)({"params": case.params["encoder"]}, case.latents), expected, 2e-5)
@@ -242,7 +242,7 @@ def test_guidance(momentum, eta, threshold):
     gap(v, expected, 2e-5)
     gap(ours, theirs, 1e-5)
     if (eta, threshold, momentum) == (1.0, 0.0, 0.0):
-      gap(v, reference.cfg(v_c.astype(np.float64), v_u, 7.5), 2e-5)  # nothing taken away: plain guidance
+      gap(v, reference.cfg(v_c.astype(np.float64), v_u, 7.5), 2e-5)  # no projection: classifier-free guidance
 
 
 @pytest.mark.parametrize("num_registers", [1, 5, 16, 200, 256])

@@ -79,7 +79,7 @@ def test_cudnn_inputs(case, monkeypatch):
   def cudnn(q, k, v, *, mask, scale, implementation):
     assert implementation == "cudnn" and q.dtype == k.dtype == v.dtype == jnp.bfloat16
     assert not any(x.shape[1] % 2 or x.shape[-1] % 8 for x in (q, k, v)) and q.shape[-1] == v.shape[-1]
-    # float32 from here on, so that rounding hides nothing: the products of bfloat16 numbers are exact in it.
+    # float32 from here on, in which products of bfloat16 numbers are exact, so rounding cannot hide an error.
     return plain(*(x.astype(jnp.float32) for x in (q, k, v)), mask=mask, scale=scale, implementation="xla")
 
   monkeypatch.setattr(attention, "_default_device", lambda: A100)

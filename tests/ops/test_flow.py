@@ -27,7 +27,7 @@ def normals(*shape, seed=0):
     ("mode", -0.5, mode_cdf(-0.5)),
   ],
 )
-def test_times_follow_their_law(mode, scale, cdf):
+def test_times_follow_their_distribution(mode, scale, cdf):
   t = np.asarray(flow.sample_t(jax.random.key(0), 20_000, mode, scale))
   assert t.dtype == np.float32 and t.min() >= 0 and t.max() <= 1
   result = scipy.stats.kstest(t.astype(np.float64), cdf)
@@ -44,7 +44,7 @@ def test_times_of_extreme_draws_stay_in_the_unit_interval(mode):
   else:
     draw = [0, 1e-45, 0.5, np.nextafter(np.float32(1), np.float32(0)), np.nextafter(np.float32(1), np.float32(0))]
   draw = np.float32(draw)
-  for batch in (draw, draw[:1], draw[-1:]):  # alone, a stratified draw spans the whole law
+  for batch in (draw, draw[:1], draw[-1:]):  # in a batch of one, a stratified draw covers the whole distribution
     t = np.asarray(flow.t_from_draw(jnp.asarray(batch), mode, 1.29))
     assert np.isfinite(t).all() and (t >= 0).all() and (t <= 1).all(), t
   t = np.asarray(flow.t_from_draw(jnp.asarray(draw), mode, 1.29))

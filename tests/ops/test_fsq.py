@@ -58,7 +58,7 @@ def test_quantising_extremes_and_half_precision():
 
 
 def test_gradient_is_straight_through():
-  """The gradient of quantize is that of the bound alone, divided by the half width; rounding itself has none."""
+  """The gradient of quantize is that of the bound, divided by the half width; rounding has no gradient."""
   z, weights = 2 * normals(200, 6), normals(200, 6, seed=1)
   half = np.array([4, 4, 4, 2, 2, 2])
   grad = jax.grad(lambda z: (fsq.quantize(z, LEVELS) * weights).sum())(z)
@@ -73,5 +73,5 @@ def test_saturation_is_the_part_beyond_one():
   z = np.zeros((3, 2, 6), np.float32)
   z[1], z[2, 0, 0] = np.linspace(-1, 1, 6), -3
   np.testing.assert_allclose(fsq.saturation(z, jnp.array([2, 2, 2])), [0, 0, 4 / 12], rtol=1e-6)
-  np.testing.assert_allclose(fsq.saturation(z, jnp.array([1, 1, 1])), [0, 0, 4 / 6], rtol=1e-6)  # of the kept alone
+  np.testing.assert_allclose(fsq.saturation(z, jnp.array([1, 1, 1])), [0, 0, 4 / 6], rtol=1e-6)  # of the kept ones only
   np.testing.assert_array_equal(fsq.saturation(z[:, ::-1], jnp.array([1, 1, 1])), [0, 0, 0])

@@ -26,7 +26,7 @@ def test_scale_one_is_the_conditional_velocity(v):
   np.testing.assert_allclose(guidance.cfg(v_c, v_u, 1.0), v_c, atol=1e-6)
   np.testing.assert_array_equal(guidance.apg(v_c, v_u, 1.0, jnp.zeros_like(v_c))[0], v_c)
   np.testing.assert_array_equal(guidance.cfg(v_c, v_u, 0.0), v_u)
-  # Equal velocities: nothing to guide along.
+  # Equal velocities: there is no direction.
   np.testing.assert_allclose(guidance.apg(v_c, v_c, 9.0, jnp.zeros_like(v_c))[0], v_c, atol=1e-6)
 
 

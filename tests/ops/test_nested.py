@@ -73,6 +73,6 @@ def test_no_gradient_reaches_masked_positions():
   grad = jax.grad(lambda x: jnp.square(nested.mask_tail(x, jnp.ones(4), keep_k)).sum())(jnp.asarray(normals(3, 5, 4)))
   kept = np.arange(5) < np.array([0, 2, 5])[:, None]
   np.testing.assert_array_equal((grad != 0).any(-1), kept)
-  # The fill receives the gradient of every position that it stands in.
+  # The fill receives the gradients of all positions that it replaces.
   fill_grad = jax.grad(lambda f: nested.mask_tail(jnp.zeros((3, 5, 4)), f, keep_k).sum())(jnp.ones(4))
   np.testing.assert_array_equal(fill_grad, [(~kept).sum()] * 4)

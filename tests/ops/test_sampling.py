@@ -1,4 +1,4 @@
-"""Choosing tokens: top-k and top-p token by token, against recorded probabilities, and what is drawn, counted."""
+"""Sampling tokens: top-k and top-p against a loop and recorded probabilities, and chi-square tests of draws."""
 
 import dataclasses
 import math
@@ -72,7 +72,7 @@ def test_top_k_and_top_p(settings):
   rng = np.random.default_rng(0)
   logits = rng.standard_normal((6, 30)).astype(np.float32) * np.array([[0.1], [1], [1], [3], [9], [1]], np.float32)
   logits[2] = np.round(logits[2] * 2) / 2  # ties
-  logits[5] = 1.0  # nothing but ties
+  logits[5] = 1.0  # only ties
   ours = jax.nn.softmax(sampling.filter_logits(logits, **settings))
   for row, probs in zip(logits, ours):
     close(probs, expected_probs(row, **settings), 1e-6)

@@ -1,4 +1,4 @@
-"""Several real processes on one machine (launch/local.sh): their numbers are those of one, whatever kills them."""
+"""Several processes on one machine (launch/local.sh) compute the same as one, also after being killed."""
 
 import json
 import os
@@ -149,12 +149,12 @@ def test_the_launcher_tells_what_it_wants():
     assert done.returncode == 2 and "launch/local.sh N COMMAND" in done.stderr
 
 
-# Who is there.
+# The environment.
 
 
 @pytest.fixture
 def joins(monkeypatch):
-  """What jax.distributed.initialize is called with, in an environment that says nothing."""
+  """The arguments of jax.distributed.initialize, in an environment without variables."""
   for name in (*processes._EXPLICIT, "SLURM_STEP_NODELIST", "SLURM_NTASKS"):
     monkeypatch.delenv(name, raising=False)
   calls = []
@@ -162,7 +162,7 @@ def joins(monkeypatch):
   return calls
 
 
-def test_one_process_joins_nobody(joins, monkeypatch):
+def test_a_single_process_does_not_connect(joins, monkeypatch):
   processes.initialize()
   monkeypatch.setenv("SLURM_NTASKS", "8")  # in an allocation, but not started by srun
   processes.initialize()
@@ -175,7 +175,7 @@ def test_one_process_joins_nobody(joins, monkeypatch):
   assert joins == []
 
 
-def test_tasks_of_slurm_and_told_processes_join(joins, monkeypatch):
+def test_slurm_tasks_and_explicit_processes_join(joins, monkeypatch):
   monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-8]")
   monkeypatch.setenv("SLURM_NTASKS", "8")
   processes.initialize()
@@ -187,7 +187,7 @@ def test_tasks_of_slurm_and_told_processes_join(joins, monkeypatch):
 
 
 @pytest.mark.parametrize("values", [("host", "4", "3"), ("host:1", "4", ""), ("host:1", "four", "3"), ("", "4", "4")])
-def test_half_of_what_must_be_told_is_refused(joins, monkeypatch, values):
+def test_incomplete_variables_are_refused(joins, monkeypatch, values):
   for name, value in zip(processes._EXPLICIT, values):
     monkeypatch.setenv(name, value)
   with pytest.raises(ValueError, match="JAX_NUM_PROCESSES=four|needs JAX_COORDINATOR_ADDRESS=HOST:PORT"):
@@ -195,18 +195,18 @@ def test_half_of_what_must_be_told_is_refused(joins, monkeypatch, values):
   assert not joins
 
 
-def test_others_that_do_not_come_are_one_line(joins, monkeypatch):
+def test_unreachable_processes_are_one_line(joins, monkeypatch):
   def nobody(**kwargs):
-    raise RuntimeError("DEADLINE_EXCEEDED: nobody there")
+    raise RuntimeError("DEADLINE_EXCEEDED: unreachable")
 
   monkeypatch.setattr(jax.distributed, "initialize", nobody)
   for name, value in zip(processes._EXPLICIT, ("host:1234", "4", "3")):
     monkeypatch.setenv(name, value)
-  with pytest.raises(OSError, match="cannot join the other processes .*nobody there.*JAX_NUM_PROCESSES=1"):
+  with pytest.raises(OSError, match="cannot join the other processes .*unreachable.*JAX_NUM_PROCESSES=1"):
     processes.initialize()
 
 
-def test_what_the_first_process_meets_is_raised():
+def test_errors_of_process_0_are_raised():
   def act():
     raise OSError("no")
 

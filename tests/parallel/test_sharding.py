@@ -1,4 +1,4 @@
-"""The device mesh, where parameters, batches and intermediate results lie on it, and that this changes no number."""
+"""The device mesh, and shardings of parameters, batches and intermediate results: they change no number."""
 
 import collections
 import functools
@@ -36,7 +36,7 @@ def mesh_of(data=-1, fsdp=1, tensor=1, slices=1, devices=None):
 # The mesh.
 
 
-def test_the_rest_of_the_devices():
+def test_minus_one_is_the_rest_of_the_devices():
   assert dict(mesh_of(fsdp=2, tensor=2).shape) == dict(data=2, fsdp=2, tensor=2)
   assert dict(mesh_of(data=1, fsdp=-1).shape) == dict(data=1, fsdp=8, tensor=1)
   assert dict(mesh_of(data=1, tensor=-1, devices=jax.devices()[:4]).shape) == dict(data=1, fsdp=1, tensor=4)
@@ -74,8 +74,8 @@ def pod(slices, hosts, chips, **fields):
 
 
 @pytest.mark.parametrize("by_slice", [True, False])
-def test_only_the_data_axis_leaves_a_slice(monkeypatch, by_slice):
-  """Slices, or processes where devices know nothing of slices, however the devices are listed."""
+def test_only_the_data_axis_crosses_slices(monkeypatch, by_slice):
+  """Slices, or processes if devices have no slices, in any order of the devices."""
   made = {}
   monkeypatch.setattr(sharding, "Mesh", lambda devices, *args, **kwargs: made.setdefault("devices", devices))
   devices = pod(2, 2, 4, slice=True) if by_slice else pod(2, 1, 8)
@@ -84,7 +84,7 @@ def test_only_the_data_axis_leaves_a_slice(monkeypatch, by_slice):
   assert where.shape == (2, 4, 2) and (where == np.arange(2)[:, None, None]).all()
 
 
-def test_slices_of_tpus_must_be_told():
+def test_slices_of_tpus_must_be_given():
   devices = pod(2, 1, 4, slice=True)
   for device in devices:
     device.platform = "tpu"
@@ -105,7 +105,7 @@ def test_slices_of_tpus_must_be_told():
     (0, 1, 1, 1, 1, 1, 1, 1),
   ],
 )
-def test_processes_read_the_rows_that_their_devices_need(monkeypatch, sizes, owners):
+def test_processes_read_the_rows_of_their_devices(monkeypatch, sizes, owners):
   """Also where tensor parts of a row are in several processes, and where those of a process are no neighbours."""
   mesh, batch = mesh_of(*sizes), np.arange(16)
   parts = sharding.batch_parts(mesh)
@@ -127,7 +127,7 @@ def test_processes_read_the_rows_that_their_devices_need(monkeypatch, sizes, own
     np.testing.assert_array_equal(rows, np.unique(np.concatenate(needed)))
 
 
-def test_batches_lie_on_data_and_fsdp():
+def test_batches_are_sharded_over_data_and_fsdp():
   mesh = mesh_of(2, 2, 2)
   assert sharding.batch_parts(mesh) == 4
   (batch,) = sharding.device_batches(iter([{"x": np.arange(8)}]), sharding.batch_sharding(mesh))
@@ -154,7 +154,7 @@ def axes_of(spec):
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_under_fsdp_nothing_above_a_mebibyte_is_whole(name):
+def test_fsdp_shards_everything_above_a_mebibyte(name):
   """Parameters, their average, frozen parts and all of the optimiser's state."""
   make_config, optimizer = FULL[name]
   config = make_config()
@@ -196,12 +196,12 @@ def boxed_array(shape, *names):
     ((1023, 2048), ("embed", "mlp"), P(None, ("tensor", "fsdp"))),  # the width is odd
     ((1024, 1024), ("embed", "embed"), P("fsdp", None)),  # used twice
     ((1024, 513), (None, None), P("fsdp", None)),  # no names
-    ((12, 1023, 511), ("layers", "embed", "mlp"), P("fsdp", None, None)),  # nothing else divides
+    ((12, 1023, 511), ("layers", "embed", "mlp"), P("fsdp", None, None)),  # no other dimension is divisible
     ((1023, 511), ("embed", "mlp"), P(None, None)),
     ((2, 128), ("embed", "mlp"), P(None, "tensor")),  # small
   ],
 )
-def test_a_dimension_that_does_not_divide_leaves_its_axis_to_others(shape, names, expected):
+def test_an_axis_skips_dimensions_that_are_not_divisible(shape, names, expected):
   place = sharding.tree_shardings({"x": boxed_array(shape, *names)}, mesh_of(2, 2, 2))["x"]
   assert axes_of(place.spec) == axes_of(expected)
 
@@ -295,7 +295,7 @@ def test_a_mesh_changes_no_loss(monkeypatch, alone, make, name):
 
 @pytest.fixture
 def compiled_anew():
-  """Programs that this test alone compiles do not come out of the cache, as they are never put there."""
+  """Programs compiled by this test bypass the compilation cache."""
   seconds = jax.config.jax_persistent_cache_min_compile_time_secs
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
   yield

@@ -1,4 +1,4 @@
-"""REPA: its loss against a plain statement, features of a block, what its gradient reaches, runs with it, refusals."""
+"""REPA: its loss against numpy, features of a block, the reach of its gradient, runs with it, errors."""
 
 import functools
 import json
@@ -121,7 +121,7 @@ def test_features_of_another_grid_are_resized_bilinearly():
 
 
 def test_features_are_the_stream_after_each_block():
-  """Against the blocks called one after another, outside of the scan."""
+  """Compared with calling the blocks one after another, without the scan."""
   stage = make_stage(config_of())
   params, rng = random_params(stage)["decoder"], np.random.default_rng(2)
   decoder = stage.model.decoder
@@ -154,7 +154,7 @@ def test_features_are_the_stream_after_each_block():
 
 @pytest.mark.parametrize("grid", [GRID, 2])
 def test_the_loss_of_every_row_is_that_of_its_own_features(grid, monkeypatch):
-  """The stage shuffles rows and cuts them into buckets: each row's patches meet the teacher's of the same image."""
+  """The stage shuffles rows and splits them into buckets; each is aligned with the features of its image."""
   stage = make_stage(config_of())
   params, (latents, wanted) = random_params(stage), inputs_of(grid=grid)
   rows, bucket_loss = [], stage._bucket_loss
@@ -198,7 +198,7 @@ def test_fast_and_plain_path_and_every_remat_agree():
 
 
 def test_what_the_gradient_of_the_alignment_reaches():
-  """Blocks up to that of the features and what they read, the encoder too; nothing behind, exactly."""
+  """Gradients reach the encoder and blocks up to that of the features, and are exactly 0 after it."""
   stage = make_stage(config_of())
   latents, wanted = inputs_of()
   loss = lambda p: stage.latents_loss(p, latents, jax.random.key(3), wanted)[1]["repa"][0]
@@ -233,7 +233,7 @@ def test_without_weight_nothing_is_there():
 
 
 def test_mup_and_muon():
-  """By width goes the projector's first matrix alone; Muon leaves all of it to Adam."""
+  """muP scales only the first matrix of the projector; Muon leaves all of it to Adam."""
   stage = make_stage(config_of())
   groups = {}
   for path, x in jax.tree.leaves_with_path(unbox(stage.init_auxiliary(jax.random.key(0))[0])):
@@ -374,7 +374,7 @@ def test_compiled_ahead_of_time_without_a_teachers_files():
 
 
 def test_the_benchmarks_job(monkeypatch):
-  """Three ways turn by turn, whose states share what they have in common; FLOPs by way."""
+  """Three variants in turn, which share common parts of their states; FLOPs of each."""
   config = config_of(fast=False)
   with pytest.raises(ValueError, match="repa.features 32 is the width of no DINOv2: they have 384, 768, 1024, 1536"):
     benchmark_repa.check(config)

@@ -1,6 +1,6 @@
-"""What training options do to a step of the tokenizer, seen by a stand-in for its networks; and sizes of all kinds.
+"""Effects of training options on a step of the tokenizer, with a stand-in for its networks; and invalid values.
 
-Held elsewhere: the laws of nested dropout, their strata, and times by each sampling and shift (test_ops.py,
+Tested elsewhere: the distributions of nested dropout, their strata, and times by each sampling and shift (tests/ops,
 test_reference.py, test_golden.py); that the loss is shared out by kept tokens (test_update.py); that buckets have the
 plain path's loss and gradients, with the options too, and that what stands behind the kept registers changes nothing
 (test_fast.py); names that are no mode (test_bad_input.py), official fields of the same kind (test_tokenizer.py).
@@ -43,7 +43,7 @@ def stage_of(fast=True, **tokens):
 
 
 class StandIn:
-  """In place of the networks: its latents [b, N, len(LEVELS)] are what the encoder gives, and it notes what comes."""
+  """Replaces the networks: latents [b, N, len(LEVELS)] are the output of the encoder, and inputs are recorded."""
 
   levels = LEVELS
 
@@ -55,17 +55,17 @@ class StandIn:
       return x[:, None]
     if method == "encode_registers":
       return x[:, : args[0]]
-    assert method == "velocity"
-    t, codes, keep_k, drop, _ = args
+    assert method == "velocity_and_features"
+    t, codes, keep_k, drop, *_ = args
     self.seen.append((t, keep_k, drop, codes, x))
-    return x
+    return x, None
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def watch(stage, latents, key):
-  """What the decoder gets in a step: t, keep_k, drop [rows], codes and latents [rows, N, len(LEVELS)].
+  """Returns the inputs of the decoder: t, keep_k, drop [rows], codes and latents [rows, N, len(LEVELS)].
 
-  Registers that a bucket leaves out are nan.
+  Registers that a bucket omits are nan.
   """
   stand_in, groups = StandIn(), latents.shape[0] // ROWS
   with mock.patch.object(stage, "model", stand_in), mock.patch.object(flow, "add_noise", lambda latents, *_: latents):
@@ -84,7 +84,7 @@ def latents_of(size=SIZE):
 
 
 def observed(stage, size=SIZE, seed=0):
-  """watch as numpy, and which tokens count: bool [rows, N]."""
+  """Returns the arrays of watch as numpy, and which tokens are used: bool [rows, N]."""
   found = [np.asarray(x) for x in watch(stage, latents_of(size), jax.random.key(seed))]
   _, keep_k, drop, codes, _ = found
   counted = (np.arange(N) < keep_k[:, None]) & ~drop[:, None]
@@ -93,7 +93,7 @@ def observed(stage, size=SIZE, seed=0):
 
 
 def near_share(hits, share):
-  """Asserts that a share of independent draws is the stated one, within five standard deviations."""
+  """Asserts that the fraction of hits among independent draws is `share`, within five standard deviations."""
   assert abs(np.mean(hits) - share) <= 5 * np.sqrt(share * (1 - share) / np.size(hits))
 
 
@@ -103,15 +103,16 @@ def test_off_the_decoder_gets_quantised_codes():
 
 
 def test_off_nothing_is_computed():
-  """The program is that of a config from before the options."""
-  old = config_of(tokens=dict(num_registers=N, levels=LEVELS))
-  with old.unlocked():
-    del old.tokens.quantization_dropout, old.tokens.corruption
+  """The program is that of the defaults, and nothing is drawn."""
+  off = stage_of(quantization_dropout=0.0, corruption=0.0)
   programs = [
     str(jax.make_jaxpr(lambda x, stage=stage: watch.__wrapped__(stage, x, jax.random.key(0)))(latents_of(ROWS)))
-    for stage in (make_stage(old), make_stage(config_of(tokens=dict(num_registers=N, levels=LEVELS))))
+    for stage in (off, make_stage(config_of(tokens=dict(num_registers=N, levels=LEVELS))))
   ]
   assert programs[0] == programs[1]
+  with mock.patch.object(off, "model", StandIn()):
+    rows, _ = off._draw_rows({}, jnp.asarray(latents_of(ROWS)), jax.random.key(0))
+  assert rows.unquantized is None and rows.corruption is None
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
@@ -256,7 +257,7 @@ def test_the_times_of_a_step_have_the_law_of_the_config(mode, cdf, shift):
   t, keep_k, *_ = observed(stage)
   unshifted = lambda x: x / (shift - (shift - 1) * x)
   assert scipy.stats.kstest(t.astype(np.float64), lambda x: cdf(unshifted(x))).pvalue > 1e-3
-  assert abs(scipy.stats.spearmanr(t, keep_k).statistic) < 0.08  # times say nothing of lengths
+  assert abs(scipy.stats.spearmanr(t, keep_k).statistic) < 0.08  # times and lengths are independent
 
 
 @pytest.mark.parametrize(
@@ -289,7 +290,7 @@ def test_any_count_and_levels_train_load_and_decode(registers, levels, mode, tmp
   )
   stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, 10)
   state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)))(jax.random.key(0))
-  rng = np.random.default_rng(1)  # heads start at zero, and hide what is behind them at first
+  rng = np.random.default_rng(1)  # heads are initialised with zeros, which would hide the gradients of other parts
   start = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), state.params)
   state = dataclasses.replace(state, params=jax.device_put(start))
   update = jax.jit(make_update(stage, optimizer, accumulate_steps=1, decay=0.9))

@@ -1,4 +1,4 @@
-"""The losses of stage "vae": what they are by a plain statement, which gradient reaches what, and the discriminator."""
+"""The losses of stage "vae" against separate backward passes, the reach of their gradients, and the discriminator."""
 
 import functools
 
@@ -73,13 +73,13 @@ def test_metrics_are_the_parts_of_the_loss():
 
 
 def test_the_two_sides_do_not_see_each_others_loss():
-  """The discriminator's gradient knows nothing of the generator's weight, nor the VAE's of the hinge loss."""
+  """The gradient of the discriminator does not depend on the weight, nor that of the VAE on the hinge loss."""
   _, params, step = compiled()
   _, other_params, other = compiled(weight=7.0)
   one, two = (f(params, batch_of(), KEY, START)[1] for f in (step, other))
   jax.tree.map(np.testing.assert_array_equal, one["discriminator"], two["discriminator"])
   assert np.abs(one["vae"]["decoder"]["conv_in"]["kernel"] - two["vae"]["decoder"]["conv_in"]["kernel"]).max() > 1e-4
-  # An offset of all logits moves the hinge loss alone: the gradient of the generator is of differences of pixels.
+  # An offset of all logits changes only the hinge loss: the loss of the generator is linear in the logits.
   last = params["discriminator"]["conv_2"]
   moved = {**params, "discriminator": {**params["discriminator"], "conv_2": {**last, "bias": last["bias"] + 0.7}}}
   (loss, _), three = step(moved, batch_of(), KEY, START)
@@ -183,7 +183,7 @@ def run_on(config, mesh, steps=5):
 
 
 def test_eight_devices_compute_what_one_does(monkeypatch):
-  """Losses over the start of the discriminator, whose statistics are those of the whole batch."""
+  """Losses across the start of the discriminator; its statistics are those of the whole batch."""
   monkeypatch.setattr(sharding, "SMALL", 256)
   config = config_of(optim=dict(warmup_steps=2))
   expected, metrics, _ = run_on(config, sharding.make_mesh(devices=jax.devices()[:1]))

@@ -10,7 +10,7 @@ from flextok_jax.configs import debug
 from flextok_jax.models.perception.lpips import LPIPS
 from flextok_jax.models.vae.autoencoder import kl_divergence, sample_posterior
 
-START = 3  # step from which the discriminator takes part
+START = 3  # first step with the discriminator
 KEY = jax.random.key(5)
 
 
@@ -29,7 +29,7 @@ def config_of(weight=0.5, **overrides):
 
 
 def params_of(stage, key=0):
-  """All parts, from init and init_auxiliary, with biases that are not 0."""
+  """Returns all parts, from init and init_auxiliary, with nonzero biases."""
   a, b = jax.random.split(jax.random.key(key))
   parts = [*jax.jit(stage.init)(a), *jax.jit(stage.init_auxiliary)(b)]
   params = unbox({name: part for group in parts for name, part in group.items()})
@@ -42,7 +42,7 @@ def batch_of(rows=4, size=8):
 
 
 def plain_losses(stage, images, key, lpips=None):
-  """Reconstruction, KL, generator's and discriminator's loss, each a function of all parameters that it depends on."""
+  """Returns reconstruction, KL, generator and discriminator losses, each a function of the parameters it depends on."""
   w, d = stage.loss_weights, lambda params, x: stage.discriminator.apply({"params": params}, x)
 
   def through(vae):
@@ -69,7 +69,7 @@ def plain_losses(stage, images, key, lpips=None):
 
 
 def plain_step(stage, params, batch, key):
-  """Loss, gradients and adaptive weight: every loss has its own gradient in all parameters, its own backward pass."""
+  """Returns loss, gradients and adaptive weight, with one backward pass for each loss."""
   images = batch["image"].astype(np.float32) / 127.5 - 1
   reconstruction, kl, generator, hinge = plain_losses(stage, images, key, params.get("lpips"))
   vae, discriminator = params["vae"], params["discriminator"]
@@ -84,6 +84,6 @@ def plain_step(stage, params, batch, key):
 
 
 def assert_close(ours, plain, rtol=2e-5):
-  """Every leaf, to the rounding of float32 of its largest entry."""
+  """Compares every leaf up to `rtol` of its largest entry."""
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(plain), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max() + 1e-8, err_msg=jax.tree_util.keystr(path))

@@ -74,7 +74,7 @@ def by_text():
 
 @pytest.mark.parametrize("condition", ["class", "text"])
 def test_causality(by_class, by_text, condition):
-  """Id j has no influence at or before j, and some on everything behind."""
+  """Id j has no effect on positions up to j, and an effect on all later ones."""
   gen = by_class if condition == "class" else by_text
   batch = draw_batch(gen.config)
   before = read(gen, batch)
@@ -145,7 +145,7 @@ def test_chunked_cross_entropy(by_class, hidden_and_targets, chunk):
 
 
 def test_chunked_cross_entropy_saves_memory():
-  """With many ids logits are nearly all of the memory: of all positions at once, or of a chunk."""
+  """With many ids, most of the memory is logits: of all positions at once, or of one chunk."""
   config = numpy_ar.tiny(num_ids=20_000, num_tokens=16)
   params = numpy_ar.abstract_params(config)["ar"]
   hidden, targets = jnp.zeros((8, 16, 32)), jnp.zeros((8, 16), int)

@@ -45,7 +45,7 @@ def test_features_are_those_of_transformers(case, folder, live):
 
 
 def test_padding_and_dtype(case, folder):
-  """What stands behind a text has no influence; bfloat16 is near; the tower alone gives the same."""
+  """Padding has no effect; bfloat16 is close; the separate tower returns the same."""
   sizes, params = load_clip(folder)
   ids = clip_reference.ids()
   image, text = run(sizes, params, ids)
@@ -95,7 +95,7 @@ def test_configurations_that_are_not_computed(tmp_path, change, words):
 
 
 def test_files(case, folder, tmp_path):
-  """A configuration that stands twice, as in old files, and files in shards."""
+  """A config with duplicated entries, as in old files, and files in shards."""
   config = dict(CONFIGS[case])
   config |= {"text_config_dict": config["text_config"], "text_config": dict(hidden_size=99), "vision_config_dict": None}
   (tmp_path / "config.json").write_text(json.dumps(config))

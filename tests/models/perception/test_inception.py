@@ -33,7 +33,7 @@ def features(tensors, resize, images):
 
 
 def fid(one, other):
-  """Of a few features [n, d] each: the singular values of n x n numbers stand for the root of d x d."""
+  """For a few features [n, d] each: the root of the d x d product from the singular values of an n x n matrix."""
   mean = one.mean(0) - other.mean(0)
   one, other = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (one.astype(np.float64), other.astype(np.float64)))
   return mean @ mean + (one**2).sum() + (other**2).sum() - 2 * np.linalg.svd(one @ other.T, compute_uv=False).sum()
@@ -52,7 +52,7 @@ def test_features_of_torch_fidelity(tensors, stored):
   for name, x in got.items():
     assert x.dtype == np.float32 and stored[name].std() > 0.1
     np.testing.assert_allclose(x, stored[name], rtol=0, atol=1e-4)
-  assert np.abs(got["pool"][0] - stored["pytorch_pool"][0]).max() > 1e-2  # of which the other way of resizing is far
+  assert np.abs(got["pool"][0] - stored["pytorch_pool"][0]).max() > 1e-2  # the other way of resizing differs clearly
 
 
 def test_the_originals_still_give_the_stored_features(stored):
@@ -71,7 +71,7 @@ def test_resize_is_its_definition(resize):
   for axis in (1, 2):
     size = want.shape[axis]
     at = [i * size / 299 if resize == "tensorflow" else max((i + 0.5) * size / 299 - 0.5, 0) for i in range(299)]
-    pick = lambda i: np.take(want, min(i, size - 1), axis)  # noqa: B023 used here alone
+    pick = lambda i: np.take(want, min(i, size - 1), axis)  # noqa: B023 used only here
     want = np.stack([(1 - x % 1) * pick(int(x)) + x % 1 * pick(int(x) + 1) for x in at], axis)
   np.testing.assert_allclose(resize_images(images, resize), want, atol=1e-4)
   same = np.random.default_rng(0).random((1, 299, 299, 3), np.float32)
@@ -99,7 +99,7 @@ def test_a_file_of_weights(tensors, tmp_path):
     changed = {k: v for k, v in {**tensors, **change}.items() if v is not None}
     with pytest.raises(ValueError, match=f"^weights.npz.*{words}"):
       inception_files.from_official("weights.npz", changed)
-  without_bias = {k: v for k, v in tensors.items() if k != "fc.bias"}  # which nothing uses
+  without_bias = {k: v for k, v in tensors.items() if k != "fc.bias"}  # unused
   inception_files.from_official("weights.npz", without_bias)
   with pytest.raises(FileNotFoundError, match="no such file"):
     inception_files.load_inception(tmp_path / "none.npz")

@@ -70,19 +70,19 @@ def near(actual, desired, relative):
 
 @pytest.mark.parametrize("slots", nested.padded_lengths(256)[:-1])
 def test_merged_registers(case, slots):
-  """All samples that fit into so many slots, in one batch, the last one without condition."""
+  """Samples with fewer kept registers than slots in one batch, the last one without condition."""
   keep_k = np.minimum(KEEP, slots - 1)
   drop = np.arange(6) == 5
   near(case.velocity(slots, keep_k, drop), case.velocity(256, keep_k, drop), 1e-5)
 
 
 @pytest.mark.parametrize("null_condition", ["learned", "single", "zero"])
-def test_one_null_token_counts_for_all(null_condition):
+def test_one_null_token_replaces_all_registers(null_condition):
   case, drop = Case(decoder=dict(null_condition=null_condition)), np.ones(6, bool)
   near(case.velocity(1, KEEP, drop), case.velocity(256, KEEP, drop), 1e-5)
 
 
-def test_what_stands_behind_the_kept_registers_changes_nothing(case):
+def test_tokens_past_keep_k_have_no_effect(case):
   keep_k, drop = np.minimum(KEEP, 39), np.zeros(6, bool)
   before = case.velocity(40, keep_k, drop)
   behind = np.arange(256) >= keep_k[:, None]
@@ -98,7 +98,7 @@ def test_fewer_registers_in_the_encoder(case):
     near(encode(k), everything[:, :k], 1e-5)
 
 
-def test_modulations_known_beforehand(case):
+def test_modulations_computed_in_advance(case):
   apply = lambda *args, method: case.model.apply({"params": case.params}, *args, method=method)
   keep_k, drop = KEEP, np.zeros(6, bool)
   one = apply(np.float32([0.3]), method="modulations")
@@ -168,7 +168,7 @@ def test_buckets_have_the_plain_loss_and_gradients(mode, size, more):
 
 
 def test_buckets_over_devices():
-  """Eight devices that hold whole groups compute what one does, and nothing of the batch goes from one to another."""
+  """Eight devices with whole groups compute the same as one, without communicating rows of the batch."""
   config = config_of(tokens=dict(num_registers=16, bucket_rows=4))
   stage, params = make_stage(config), fill(loading.abstract_params(config))
   latents = np.random.default_rng(2).normal(size=(32, 16, 16, 3)).astype(np.float32)

@@ -134,14 +134,14 @@ def test_asking_for_k_tokens_gives_the_first_k(tiny):
     np.testing.assert_allclose(ask(k)[1], codes[:, :k], atol=1e-6)
 
 
-# Dropped codes change nothing.
+# Dropped codes have no effect.
 
 
 def test_velocity_is_independent_of_dropped_codes(tiny):
   v, again = tiny.velocity(tiny.ids, tiny.keep_k), tiny.velocity(tiny.scrambled(), tiny.keep_k)
   assert (tiny.scrambled() != tiny.ids).sum() == 8
   np.testing.assert_array_equal(v, again)
-  for position in range(6):  # and every kept code matters, to its own sample alone
+  for position in range(6):  # and every kept code affects its own sample only
     ids = tiny.ids.copy()
     ids[:, position] += 1
     changed = (tiny.velocity(ids, tiny.keep_k) != v).any((1, 2, 3))
@@ -291,7 +291,7 @@ def test_logical_axes_are_named_at_every_parameter(settings):
     assert isinstance(box, nn.LogicallyPartitioned), jax.tree_util.keystr(path)
     assert len(box.names) == box.value.ndim and box.value.dtype == jnp.float32
     keys = {key.key for key in path if hasattr(key, "key")}
-    if "blocks" in keys or ("adaln" in keys and "head" not in keys):  # the last block stands apart
+    if "blocks" in keys or ("adaln" in keys and "head" not in keys):  # the last block is separate
       assert box.names[0] == "layers" and box.value.shape[0] == (1 if "blocks" in keys else 2)
       scanned += 1
     else:

@@ -91,7 +91,7 @@ def config_of(encoder=(), decoder=(), **overrides):
 
 
 def fill(tree):
-  """Gives every leaf normals that depend on its path and shape alone."""
+  """Fills every leaf with normals that depend only on its path and shape."""
 
   def draw(path, x):
     rng = np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode()))
@@ -112,7 +112,7 @@ def official(params):
 
 
 def options(fields):
-  """What the numpy statement has to be told of a config section."""
+  """Options of a config section that the numpy reference takes."""
   names = ("activation", "qk_norm", "posemb", "posemb_scaling", "max_grid", "readout_multiplier", "max_timestep")
   told = {name: fields[name] for name in names if name in fields}
   return reference.Options(**told, single_null=fields.get("null_condition") == "single")
@@ -232,10 +232,9 @@ def test_a_section_has_the_fields_of_its_module_and_their_defaults(section, modu
   assert given == {name: config[name] for name in given}
 
 
-def test_configs_from_before_the_options_build_the_released_model():
+def test_default_options_build_the_released_model():
   new, old = config_of(), config_of().to_dict()
   old["encoder"] = old["decoder"] = PART
-  del old["vae"]["dtype"]
   assert make_model(ConfigDict(old)) == make_model(new)
   assert make_model(new) != make_model(config_of(dict(qk_norm=False)))
 
