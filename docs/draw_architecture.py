@@ -14,10 +14,10 @@ from matplotlib import pyplot as plt  # noqa: E402
 INK, SOFT, PAPER = "#1c2433", "#5b6678", "#fbfbf8"
 ROOMS = [  # from the top; a package imports only packages below it
   ("commands", "train, evaluate, tokenize, detokenize, sample, convert, …: flags", "#d9dee8"),
-  ("tools", "benchmark, compile for TPUs, sweep, muP check", "#e3d5ea"),
+  ("tools", "benchmark, compile for TPUs, sweeps", "#e3d5ea"),
   ("evals", "metrics, reports, studies", "#f3cfd6"),
   ("training", "loop, optimizers, checkpoints, teacher, throughput", "#f8d6bd"),
-  ("inference", "FlexTok, ARGenerator: the API; prompts, token files", "#f7e3b0"),
+  ("inference", "FlexTok, ARGenerator: the API; prompts, token files, shards", "#f7e3b0"),
   ("weights", "load, save, official formats, fingerprints", "#e9ecb4"),
   ("stages", "vae, tokenizer, ar: parameters, loss, predictions", "#cfe8bb"),
   ("data", "sources, crops, pipeline, shards", "#bde5cd"),
