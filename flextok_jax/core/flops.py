@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.extend import core
@@ -88,13 +88,14 @@ def _inner(eqn: core.JaxprEqn) -> Iterable[core.Jaxpr]:
 def _product(eqn: core.JaxprEqn) -> int:
   """Returns the FLOPs of a matrix product or convolution, 0 for every other equation."""
   p = eqn.params
+  inputs, outputs = ([cast(jax.core.ShapedArray, x.aval) for x in xs] for xs in (eqn.invars, eqn.outvars))
   if eqn.primitive.name == "dot_general":
     contracted = p["dimension_numbers"][0][0]
-    return 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+    return 2 * outputs[0].size * math.prod(inputs[0].shape[axis] for axis in contracted)
   if eqn.primitive.name != "conv_general_dilated":
     return 0
-  axes, shape = p["dimension_numbers"], eqn.outvars[0].aval.shape
-  image, kernel = (x.aval.shape for x in eqn.invars)
+  axes, shape = p["dimension_numbers"], outputs[0].shape
+  image, kernel = (x.shape for x in inputs)
   flops = 2 * math.prod(shape[axis] for axis in axes.out_spec[:2]) * kernel[axes.rhs_spec[1]]
   for i, (stride, (low, _)) in enumerate(zip(p["window_strides"], p["padding"])):
     sizes = image[axes.lhs_spec[i + 2]], kernel[axes.rhs_spec[i + 2]], shape[axes.out_spec[i + 2]]

@@ -1,6 +1,7 @@
 """Converts PyTorch files to safetensors. Only tensors and plain values are unpickled."""
 
 from collections.abc import Mapping
+import functools
 import os
 from typing import Any
 
@@ -34,14 +35,9 @@ def convert(source: str, target: str) -> tuple[int, list[str]]:
   tensors, others = flatten(values)
   if not tensors:
     raise ValueError(f"{source} holds no tensor of floating-point numbers")
-  tensor_file.write(
-    target,
-    {
-      name: (np.dtype(np.float32), tuple(tensor.shape), lambda tensor=tensor: to_numpy(tensor))
-      for name, tensor in tensors.items()
-    },
-    {},
-  )
+  float32 = np.dtype(np.float32)
+  makers = {name: (float32, tuple(x.shape), functools.partial(to_numpy, x)) for name, x in tensors.items()}
+  tensor_file.write(target, makers, {})
   return len(tensors), others
 
 

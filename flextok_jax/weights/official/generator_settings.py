@@ -66,13 +66,13 @@ class Settings:
     """Returns where a setting was found first."""
     return self._found[name][1]
 
-  def add_all(self, values: Mapping[str, object], origin: str):
+  def add_all(self, settings: Mapping[str, object], origin: str):
     """Adds settings with the names and kinds of SETTINGS.
 
     Raises:
       ValueError: an unknown name, a value of another kind, or one that differs from the value added before.
     """
-    for name, value in values.items():
+    for name, value in settings.items():
       if name not in SETTINGS:
         raise ValueError(f"unknown name {quote(name)} in {origin}: known are {', '.join(SETTINGS)}")
       if not SETTINGS[name].accepts(value):

@@ -41,55 +41,12 @@ def to_official(config: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: the format does not support a value, or no model can have it; the line names the field.
   """
-  official = _flextok(config)
-  multipliers = {half: _field(config, f"{half}.readout_multiplier") for half in ("encoder", "decoder")}
-  widths = {half: _field(config, f"{half}.width") for half in multipliers}
-  from_official(official, mup_base_width=_mup_base_width(multipliers, widths))
-  return official
-
-
-def _field(config: Mapping[str, Any], name: str) -> Any:
-  """Returns the field with a dotted name; raises ValueError if there is none."""
-  value = config
-  for part in name.split("."):
-    try:
-      value = value[part]
-    except (KeyError, TypeError):
-      raise ValueError(f"the configuration has no field {name}") from None
-  return value
-
-
-def _mup_base_width(multipliers: Mapping[str, float], widths: Mapping[str, int]) -> int | None:
-  """Returns the base width of muP for the readout multipliers of both halves, or None if they are 1.
-
-  Raises:
-    ValueError: there is no such whole number.
-  """
-  bases = {}
-  for half, multiplier in multipliers.items():
-    if multiplier != 1:
-      base = round(multiplier * widths[half])
-      if base < 1 or not math.isclose(base, multiplier * widths[half], rel_tol=1e-6):
-        raise ValueError(
-          f"{half}.readout_multiplier must be a whole base width divided by width {widths[half]} to be written as an "
-          f"official configuration, got {multiplier}"
-        )
-      bases[half] = base
-  if len(set(bases.values())) > 1:
-    raise ValueError(
-      "encoder.readout_multiplier and decoder.readout_multiplier imply different base widths of muP "
-      f"({bases['encoder']}, {bases['decoder']}); an official configuration has one"
-    )
-  return next(iter(bases.values()), None)
-
-
-def _flextok(config: Mapping[str, Any]) -> dict[str, Any]:
   get = functools.partial(_field, config)
   for name, value in (("stage", "tokenizer"), ("vae.kind", "autoencoder_kl")):
     if get(name) != value:
       raise ValueError(f"{name} must be {value!r} to be written as an official configuration, got {get(name)!r}")
   ln, stratified = _choose("flow.t_sampling", get("flow.t_sampling"), _T_SAMPLING)
-  return _module(
+  official = _module(
     "FlexTok",
     vae=_module(
       "StableDiffusionVAE",
@@ -139,6 +96,45 @@ def _flextok(config: Mapping[str, Any]) -> dict[str, Any]:
       out_channels=get("vae.latent_channels"),
     ),
   )
+  multipliers = {half: _field(config, f"{half}.readout_multiplier") for half in ("encoder", "decoder")}
+  widths = {half: _field(config, f"{half}.width") for half in multipliers}
+  from_official(official, mup_base_width=_mup_base_width(multipliers, widths))
+  return official
+
+
+def _field(config: Mapping[str, Any], name: str) -> Any:
+  """Returns the field with a dotted name; raises ValueError if there is none."""
+  value = config
+  for part in name.split("."):
+    try:
+      value = value[part]
+    except (KeyError, TypeError):
+      raise ValueError(f"the configuration has no field {name}") from None
+  return value
+
+
+def _mup_base_width(multipliers: Mapping[str, float], widths: Mapping[str, int]) -> int | None:
+  """Returns the base width of muP for the readout multipliers of both halves, or None if they are 1.
+
+  Raises:
+    ValueError: there is no such whole number.
+  """
+  bases = {}
+  for half, multiplier in multipliers.items():
+    if multiplier != 1:
+      base = round(multiplier * widths[half])
+      if base < 1 or not math.isclose(base, multiplier * widths[half], rel_tol=1e-6):
+        raise ValueError(
+          f"{half}.readout_multiplier must be a whole base width divided by width {widths[half]} to be written as an "
+          f"official configuration, got {multiplier}"
+        )
+      bases[half] = base
+  if len(set(bases.values())) > 1:
+    raise ValueError(
+      "encoder.readout_multiplier and decoder.readout_multiplier imply different base widths of muP "
+      f"({bases['encoder']}, {bases['decoder']}); an official configuration has one"
+    )
+  return next(iter(bases.values()), None)
 
 
 def _module(name: str, **arguments: Any) -> dict[str, Any]:
