@@ -174,8 +174,8 @@ def _study_sampling(values: flags.FlagValues, subject: Subject, progress: Progre
   if c.sampler.guidance == "none":
     _leave_out(values, samplers, "decoder_scales", "a decoder without guidance (see --decoder_guidance)")
   choices = _one_at_a_time(values, gen.config.ar, swept)
-  samplers = _one_at_a_time(values, c.sampler, samplers, "decoder ")
-  for sampler in samplers.values():
+  settings = _one_at_a_time(values, c.sampler, samplers, "decoder ")
+  for sampler in settings.values():
     decoding.override_sampler(c.sampler, num_steps=sampler["num_steps"], guidance_scale=sampler.get("guidance_scale"))
   printed = functools.partial(cli.print_progress, "samples drawn", batch_size=c.eval.batch_size)
 
@@ -187,7 +187,7 @@ def _study_sampling(values: flags.FlagValues, subject: Subject, progress: Progre
       row[: len(sequence)] = sequence
     return ids, np.array([len(sequence) for sequence in sequences]), log_probs
 
-  settings = {
+  asked = {
     "generator": hash_tree({}, gen.params),
     "conditions": repeated,
     "judges": list(values.judges),
@@ -196,7 +196,7 @@ def _study_sampling(values: flags.FlagValues, subject: Subject, progress: Progre
   }
   judges = [sampling.make_diversity(subject.compare)] if values.num_samples > 1 else []
   judges += [_make_comparison(values, subject)] if values.judges else []
-  return sampling.study(progress, subject, draw, judges, repeated, choices, samplers, settings)
+  return sampling.study(progress, subject, draw, judges, repeated, choices, settings, asked)
 
 
 STUDIES = {
@@ -209,7 +209,7 @@ STUDIES = {
 
 def _one_at_a_time(values: flags.FlagValues, own, swept: dict, prefix: str = "") -> dict[str, dict]:
   """Returns sampling.one_at_a_time of the own settings and the values of flags {flag: (name, type)}."""
-  changes = {name: cli.numbers(flag, values[flag].value, kind) for flag, (name, kind) in swept.items()}
+  changes = {name: cli.numbers(flag, values[flag].value or [], kind) for flag, (name, kind) in swept.items()}
   return sampling.one_at_a_time({name: own[name] for name in changes}, changes, prefix)
 
 

@@ -181,15 +181,17 @@ class Generation:
     if "logits" in values:
       mean, deviation = sample_metrics.inception_score(values["logits"], min(_SPLITS, len(values["logits"])))
       scores |= {"is": mean, "is_std": deviation}
-    gaussians = {} if self._reference is None else self._reference.gaussians
+    gaussians: Any = self._reference and self._reference.gaussians
+    pools: Any = self._reference and self._reference.pools
     for name in ("gfid", "sfid"):
       if name in names:
         scores[name] = frechet.frechet_distance(*results.gaussian(column, LAYERS[name]), *gaussians[LAYERS[name]])
-    if self._reference is not None and set(NEED_IMAGES) & set(names):
-      scores["precision"], scores["recall"] = sample_metrics.precision_recall(self._reference.pools, values["pool"])
+    if set(NEED_IMAGES) & set(names):
+      scores["precision"], scores["recall"] = sample_metrics.precision_recall(pools, values["pool"])
     if "fid_infinity" in names:
       smallest = min(5000, len(values["pool"]) // 2)
-      scores["fid_infinity"] = frechet.fid_infinity(values["pool"], *gaussians["pool"], smallest=smallest).value
+      mu, sigma = gaussians["pool"]
+      scores["fid_infinity"] = frechet.fid_infinity(values["pool"], mu, sigma, smallest=smallest).value
     ordered = [*dict.fromkeys(x for name in names for x in ((name, "is_std") if name == "is" else (name,)))]
     if not np.isfinite([scores[name] for name in ordered]).all():
       raise ValueError(f"samples at {column} tokens give a metric that is not finite: the weights diverged")
@@ -243,7 +245,7 @@ def make_networks(
     if kind is not str:
       raise ValueError("metrics=clip compares samples with their prompts: give prompts")
     nets["clip"], encode = networks.clip(weights, "clip")
-    texts = encode(conditions)
+    texts = encode([str(condition) for condition in conditions])
 
   def targets(numbers: np.ndarray) -> dict[str, np.ndarray]:
     rows = numbers % len(conditions)

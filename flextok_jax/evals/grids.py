@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 import io
 import math
 import textwrap
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -65,11 +66,11 @@ def grid(
     left, top, right, _ = cell_box(0, column, height, width, apart)
     font = _font(label, width * scale)
     draw.text(((left + right) / 2, top - gap), label, fill=_INK, font=font, anchor="md")
-    font = None if isinstance(cells, np.ndarray) else _text_font("".join(cells), width * scale)
+    text_font = _text_font("" if isinstance(cells, np.ndarray) else "".join(cells), width * scale)
     for row, content in enumerate(cells):
       box = cell_box(row, column, height, width, apart)
       if isinstance(content, str):
-        _write(draw, content, box, font)
+        _write(draw, content, box, text_font)
         continue
       cell = Image.fromarray(content).resize((width * scale, height * scale), Image.Resampling.NEAREST)
       if (row, column) in framed:
@@ -128,16 +129,20 @@ def _header(cell: int) -> int:
 def _font(label: str, cell: int) -> ImageFont.FreeTypeFont:
   """Returns the built-in font at the size of the header, smaller if the label would be wider than its cell."""
   size = max(14, cell // 9)
-  font = ImageFont.load_default(size)
+  font = _default_font(size)
   if font.getlength(label) > cell:
-    font = ImageFont.load_default(max(8, int(size * cell / font.getlength(label))))
+    font = _default_font(max(8, int(size * cell / font.getlength(label))))
   return font
+
+
+def _default_font(size: int) -> ImageFont.FreeTypeFont:
+  return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))  # of this type if a size is given
 
 
 def _write(draw: ImageDraw.ImageDraw, text: str, box: tuple[int, int, int, int], font: ImageFont.FreeTypeFont):
   """Draws a text into a cell, left-aligned and vertically centred."""
   left, top, right, bottom = box
-  spacing = font.size // 4
+  spacing = int(font.size) // 4
   first, *rest = text.split("\n")
   rest = [line for paragraph in rest for line in _wrap(paragraph, font, right - left)]
   max_lines = (bottom - top) // (sum(font.getmetrics()) + spacing) - len(rest)
@@ -149,7 +154,7 @@ def _text_font(text: str, cell: int) -> ImageFont.FreeTypeFont:
   """Returns the built-in font, or for other than ASCII that of matplotlib, which has more letters."""
   size = max(14, cell // 14)
   if text.isascii():
-    return ImageFont.load_default(size)
+    return _default_font(size)
   import matplotlib  # late: takes a second to import
 
   return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)

@@ -97,12 +97,13 @@ class Progress:
   # Files.
 
   def _path(self, part: str) -> Path:
+    assert self.folder is not None
     return self.folder / f"{part}.npz"
 
-  def _write(self, part: str, settings: Mapping[str, Any], values: Any, arrays: Mapping[str, np.ndarray]):
+  def _write(self, part: str, settings: Mapping[str, Any], values: Any, arrays: Mapping[str, Any]):
     content = io.BytesIO()
-    header = {"settings": _json(settings), "values": json.dumps(values)}
-    np.savez(content, **header, **{f"array_{name}": x for name, x in arrays.items()})
+    named: dict[str, Any] = {f"array_{name}": x for name, x in arrays.items()}
+    np.savez(content, **named, settings=_json(settings), values=json.dumps(values))
     files.write_file(self._path(part), content.getvalue())
 
   def _read(self, part: str, settings: Mapping[str, Any]) -> Result | None:

@@ -198,7 +198,9 @@ def make_report(scores: dict[str, Any], examples: Mapping[str, Mapping[str, np.n
     for column, values in scored["by_tokens"].items()
     for metric, value in values.items()
   }
-  pictures = {"curve.png": functools.partial(draw_curves, scores["sets"])} if scores["num_tokens"] else {}
+  pictures: dict[str, Callable[[], bytes | Image.Image]] = {}
+  if scores["num_tokens"]:
+    pictures["curve.png"] = functools.partial(draw_curves, scores["sets"])
   pictures |= {f"grid_{name}.png": functools.partial(draw_grid, columns) for name, columns in examples.items()}
   return Report(scores, make_tables(scores["sets"]), pictures, scalars, examples)
 
@@ -207,7 +209,7 @@ def make_tables(sets: Mapping[str, Mapping[str, Any]]) -> list[Table]:
   """Returns a table per set: a row per token count, a column per metric."""
   tables = []
   for name, scored in sets.items():
-    metrics = next(iter(scored["by_tokens"].values()), {})
+    metrics = list(next(iter(scored["by_tokens"].values()), ()))
     rows = [
       [column, *(metrics_lib.to_text(metric, value) for metric, value in row.items())]
       for column, row in scored["by_tokens"].items()

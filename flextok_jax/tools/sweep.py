@@ -42,7 +42,7 @@ def read_sweep(config: str) -> dict[str, dict[str, Any]]:
     raise ValueError(
       f"get_sweep() of {config} must return {{name of a run: {{dotted field: value}}}}, got {sweep!r:.80}"
     )
-  labels = {}
+  labels: dict[str, str] = {}
   for name in sweep:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][-\w.+=]*", name, re.ASCII):
       raise ValueError(
@@ -182,7 +182,7 @@ def _without_empty(title: str, columns: Sequence[str], rows: Sequence[Sequence])
 
 def scored(runs: Mapping[str, Mapping]) -> dict[tuple[str, str], dict[str, dict[str, float]]]:
   """Returns {(set, metric): {run: {token count (or "vae"): value}}} of the runs' reports."""
-  found = {}
+  found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
   for run, fields in runs.items():
     for name, scores in fields["scores"].get("sets", {}).items():
       for column, row in scores["by_tokens"].items():
@@ -206,7 +206,8 @@ def tables(runs: Mapping[str, Mapping], found: Mapping[tuple[str, str], Mapping]
 
 def draw(runs: Mapping[str, Mapping], found: Mapping[tuple[str, str], Mapping]) -> bytes | None:
   """Draws `found` over token counts (log axis) and the loss over steps, a line per run; None if there is neither."""
-  panels, ticks = {}, set()
+  panels: dict[str, dict[str, charts.Line]] = {}
+  ticks: set[int] = set()
   for (name, metric), by_run in found.items():
     for i, run in enumerate(runs):
       points = {int(k): v for k, v in by_run.get(run, {}).items() if k.isdigit()}

@@ -205,7 +205,7 @@ def test_a_table_of_some_runs_in_their_order(runs):
   assert "PSNR" not in (runs / "table.md").read_text() and "**synthetic: MAE**" in (runs / "table.md").read_text()
   fails(f"--metrics=rfid: the reports in {runs} have psnr, mae", sweep, f"--dir={runs}", "--metrics=rfid")
   (runs / "r8" / "eval" / "report.json").write_text("{")
-  fails("r8/eval/report.json is no report: ", sweep, f"--dir={runs}")
+  fails("r8/eval/report.json is not a report: ", sweep, f"--dir={runs}")
 
 
 def test_runs_without_token_counts_or_reports(tmp_path):

@@ -21,7 +21,7 @@ import io
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import zipfile
 import zlib
 
@@ -94,7 +94,7 @@ class Moments:
       raise ValueError(f"a covariance needs 2 samples or more, got {self.count}")
     return self.scatter / (self.count - 1)
 
-  def to_arrays(self) -> dict[str, np.ndarray]:
+  def to_arrays(self) -> dict[str, Any]:
     """Returns the state, in float64 (count: int64), to save it or send it to other processes."""
     return {"count": np.int64(self.count), "mean": self.mean, "scatter": self.scatter}
 
@@ -299,8 +299,8 @@ class SampleFile:
         yield images
 
 
-def _checked(path: str | os.PathLike, statistics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  checked = {}
+def _checked(path: str | os.PathLike, statistics: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  checked: dict[str, np.ndarray] = {}
   for pair in PAIRS:
     given = [name for name in pair if name in statistics]
     if len(given) == 1:

@@ -5,7 +5,8 @@ The plain ones (PSNR, SSIM, MAE) are of 8-bit images scaled to [0, 1]: they take
 lower their precision. Distances (ops/distances.py) and networks (weights/perception/networks.py) join them by name.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def to_text(name: str, value: float) -> str:
   return f"{value:.{_DECIMALS.get(name, 4)}f}"
 
 
-def make_metrics(names: Sequence[str], weights: str | None = None) -> dict[str, Metric]:
+def make_metrics(names: Iterable[str], weights: str | None = None) -> dict[str, Metric]:
   """Returns metrics by name, those of networks with their weights.
 
   Args:
@@ -117,6 +118,7 @@ def make_metrics(names: Sequence[str], weights: str | None = None) -> dict[str, 
   Raises:
     ValueError: an unknown name, or a network without weights.
   """
+  names = list(names)
   for name in names:
     if name not in NAMES:
       raise ValueError(f"unknown metric {name!r}: one of {', '.join(NAMES)}")
@@ -152,4 +154,4 @@ def _window_mean(views: list[jax.Array]) -> jax.Array:
   offsets = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
   weights = np.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
   weights /= weights.sum()
-  return sum(float(w) * view for w, view in zip(weights, views))
+  return functools.reduce(jnp.add, (float(w) * view for w, view in zip(weights, views)))

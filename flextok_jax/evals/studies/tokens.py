@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import functools
+from typing import Any
 
 from flextok_jax.evals import grids
 from flextok_jax.evals.from_config import evaluate
@@ -40,7 +41,7 @@ def study(progress: Progress, subject: Subject, metrics: Sequence[str], weights:
   tables = []
   pictures = {}
   for name, scored in scores["sets"].items():
-    rows = [
+    rows: list[list[Any]] = [
       [int(count), *([row[metric], *scored["intervals"][count].get(metric, ())] for metric in metrics)]
       for count, row in scored["by_tokens"].items()
     ]

@@ -32,7 +32,7 @@ def pairwise(compare: Callable, images: np.ndarray) -> dict[str, np.ndarray]:
     {name: float64 [n]}.
   """
   pairs = [compare(images[:, i], images[:, j]) for i, j in itertools.combinations(range(images.shape[1]), 2)]
-  return {name: np.mean([pair[name] for pair in pairs], axis=0, dtype=np.float64) for name in pairs[0]}
+  return {name: np.stack([pair[name] for pair in pairs]).mean(0, dtype=np.float64) for name in pairs[0]}
 
 
 def study(progress: Progress, subject: Subject, num_decodes: int) -> Report:
