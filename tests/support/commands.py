@@ -4,10 +4,12 @@ Imported before jax starts, so without it.
 """
 
 from importlib import metadata
+import json
 import os
 from pathlib import Path
 import subprocess
 import sys
+import tempfile
 
 from absl import flags
 import numpy as np
@@ -44,13 +46,22 @@ def environment(devices: int = 1, **changes) -> dict[str, str]:
   return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{XLA_FLAGS} {count}".strip(), **changes}
 
 
-def shell(*args, timeout=None):
-  """Runs a module as a user does: (exit code, stdout, stderr)."""
-  command = [sys.executable, "-m", *map(str, args)]
-  done = subprocess.run(
-    command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=timeout
-  )
-  return done.returncode, done.stdout, done.stderr
+_servers: list[subprocess.Popen] = []
+
+
+def shell(*args) -> tuple[int, str, str]:
+  """Runs a module as a user does, in a process of its own (fork_server.py): (exit code, stdout, stderr)."""
+  if not _servers:
+    command = [sys.executable, "-m", "tests.support.fork_server"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    _servers.append(subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes))  # ends with this process
+  (server,) = _servers
+  with tempfile.TemporaryDirectory() as folder:
+    paths = {name: Path(folder) / name for name in ("stdout", "stderr")}
+    request = {"arguments": list(map(str, args)), **{name: str(path) for name, path in paths.items()}}
+    print(json.dumps(request), file=server.stdin, flush=True)
+    code = int(server.stdout.readline())
+    return code, *(path.read_text() for path in paths.values())
 
 
 def config_file(path: Path, **overrides) -> Path:

@@ -1,10 +1,8 @@
 """Between formats: every option there and back, autoencoders of diffusers, the hub's cache, the command."""
 
 import json
-import os
 from pathlib import Path
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +19,7 @@ from flextok_jax import config as common
 from flextok_jax.core import hub
 from flextok_jax.inference import tokenizer as api
 from flextok_jax.weights import loading, saving
+from tests.support.commands import shell
 from tests.support.random_tokenizer import GROUPS, random_model, with_fields
 
 ROOT = Path(__file__).parents[2]
@@ -252,10 +251,7 @@ def test_what_is_no_repository_is_not_looked_up(offline, source):
 
 
 def convert(*args):
-  env = {**os.environ, "PYTHONPATH": str(ROOT)}
-  return subprocess.run(
-    [sys.executable, "-m", "flextok_jax.convert", *map(str, args)], capture_output=True, text=True, env=env, timeout=300
-  )
+  return subprocess.CompletedProcess(args, *shell("flextok_jax.convert", *args))
 
 
 def test_convert_there_and_back(model, tmp_path):
