@@ -120,7 +120,8 @@ def make_text_encoder(config: ConfigDict, sizes: Mapping | None = None) -> nn.Mo
     raise ValueError("the sizes of the T5 encoder are needed: those of its config.json")
   if sizes["d_model"] != c.features:
     raise ValueError(
-      f"text.features={c.features}, but the T5 encoder {c.path} has {sizes['d_model']}: set text.features to that"
+      f"text.features={c.features}, but the T5 encoder {c.path} has {sizes['d_model']}: "
+      f"set text.features={sizes['d_model']}"
     )
   return T5Encoder(**sizes, dtype=dtype)
 

@@ -104,10 +104,11 @@ def test_off_the_decoder_gets_quantised_codes():
 
 def test_off_nothing_is_computed():
   """The program is that of the defaults, and nothing is drawn."""
-  off = stage_of(quantization_dropout=0.0, corruption=0.0)
+  tokens = dict(num_registers=N, levels=LEVELS)
+  off = make_stage(config_of(tokens=tokens | dict(quantization_dropout=0.0, corruption=0.0)))
   programs = [
     str(jax.make_jaxpr(lambda x, stage=stage: watch.__wrapped__(stage, x, jax.random.key(0)))(latents_of(ROWS)))
-    for stage in (off, make_stage(config_of(tokens=dict(num_registers=N, levels=LEVELS))))
+    for stage in (off, make_stage(config_of(tokens=tokens)))
   ]
   assert programs[0] == programs[1]
   with mock.patch.object(off, "model", StandIn()):
