@@ -51,25 +51,27 @@ def flow_loss(velocity: jax.Array, x0: jax.Array, noise: jax.Array) -> jax.Array
   return jnp.square(error).mean(range(1, error.ndim))
 
 
-def euler_sample(
-  velocity_fn: Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]],
-  noise: jax.Array,
-  num_steps: int,
-  carry: Any = (),
-  inputs: Any = (),
-) -> jax.Array:
-  """Integrates from noise (t = 1) to data (t = 0): for t = i/N, i = N..1: x <- x - v(x, t) / N.
-
-  velocity_fn(x [b, ...], t scalar, carry, inputs of the step) -> (velocity, carry): the carry holds what guidance
-  remembers between steps, inputs [num_steps, ...] what is known of every step beforehand.
-  """
-  return euler_steps(velocity_fn, noise, num_steps, (0, num_steps), carry, inputs)[0]
-
-
 def euler_steps(
-  velocity_fn: Callable, x: jax.Array, num_steps: int, span: tuple[int, int], carry: Any, inputs: Any
+  velocity_fn: Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]],
+  x: jax.Array,
+  num_steps: int,
+  span: tuple[int, int],
+  carry: Any,
+  inputs: Any,
 ) -> tuple[jax.Array, Any]:
-  """Takes the steps span[0] .. span[1] - 1 of the num_steps of euler_sample; returns (x, carry)."""
+  """Takes Euler steps from noise (t = 1) towards data (t = 0): x <- x - v(x, t) / N for t = i / N, i = N..1.
+
+  Args:
+    velocity_fn: (x [b, ...], t [], carry, inputs of the step) -> (velocity [b, ...], carry).
+    x: [b, ...] before the first step of the span.
+    num_steps: N.
+    span: takes the steps span[0] .. span[1] - 1 of the num_steps.
+    carry: what guidance remembers between steps.
+    inputs: tree of arrays [num_steps, ...], of each step.
+
+  Returns:
+    x [b, ...] float32 after the span, and the carry.
+  """
 
   def step(state, scanned):
     (x, carry), (t, inputs) = state, scanned

@@ -16,6 +16,11 @@ def normals(*shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def euler_sample(velocity_fn, noise, num_steps, carry=(), inputs=()):
+  """Takes all steps."""
+  return flow.euler_steps(velocity_fn, noise, num_steps, (0, num_steps), carry, inputs)[0]
+
+
 @pytest.mark.parametrize(
   "mode, scale, cdf",
   [
@@ -81,7 +86,7 @@ def test_noising_ends_and_loss_of_the_exact_velocity():
 def test_euler_is_exact_on_straight_lines(num_steps):
   """The flow to a single picture is v = (x - x0) / t: its paths are straight, so any number of steps ends at x0."""
   x0, noise = normals(2, 4, 4, 3), normals(2, 4, 4, 3, seed=1)
-  sample = jax.jit(lambda noise: flow.euler_sample(lambda x, t, c, _: ((x - x0) / t, c), noise, num_steps))
+  sample = jax.jit(lambda noise: euler_sample(lambda x, t, c, _: ((x - x0) / t, c), noise, num_steps))
   np.testing.assert_allclose(sample(noise), x0, atol=1e-5)
 
 
@@ -98,13 +103,13 @@ def test_euler_times_carry_and_linear_field():
     return scale * (v + times[0] - 1), (times, i)  # the first time, 1, is still in the carry at every later step
 
   noise, scales = normals(3, 5), np.linspace(0.5, 1.5, n)
-  x = jax.jit(lambda z: flow.euler_sample(velocity_and_check, z, n, (jnp.zeros(n), 0), scales))(noise)
+  x = jax.jit(lambda z: euler_sample(velocity_and_check, z, n, (jnp.zeros(n), 0), scales))(noise)
   expected = noise
   for t, scale in zip(1 - np.arange(n) / n, scales):
     expected = expected - scale * (a * expected + b * t) / n
   np.testing.assert_allclose(x, expected, atol=1e-6)
   # More steps approach the differential equation dx/dt = a x + b t, integrated from t = 1 to 0.
   exact = scipy.integrate.solve_ivp(lambda t, x: a * x + b * t, (1, 0), noise[0].astype(float), rtol=1e-9).y[:, -1]
-  fine = flow.euler_sample(lambda x, t, c, _: (a * x + b * t, c), jnp.asarray(noise), 2000)
+  fine = euler_sample(lambda x, t, c, _: (a * x + b * t, c), jnp.asarray(noise), 2000)
   np.testing.assert_allclose(fine[0], exact, atol=1e-3)
-  assert flow.euler_sample(lambda x, t, c, _: (x, c), jnp.ones((1, 2), jnp.bfloat16), 3).dtype == jnp.float32
+  assert euler_sample(lambda x, t, c, _: (x, c), jnp.ones((1, 2), jnp.bfloat16), 3).dtype == jnp.float32
