@@ -21,6 +21,7 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from flextok_jax import cli
+from flextok_jax.config import float_dtype
 from flextok_jax.data import transforms
 from flextok_jax.data.shards import writer as shard_writer
 from flextok_jax.data.shards.features import FeatureShards
@@ -172,7 +173,7 @@ def _latents(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> ArrayRecords:
 
 def _features(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> ArrayRecords:
   config = values.config
-  sizes, params = teacher.read(config)
+  sizes, params = teacher.read_teacher(config.repa.teacher, config.repa.features)
   facts = {
     "fingerprint": fingerprints.teacher(sizes, params),
     "teacher": config.repa.teacher,
@@ -181,7 +182,10 @@ def _features(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> ArrayRecords
     "shape": [repa.teacher_grid(config) ** 2, config.repa.features],
     "dtype": values.dtype,
   }
-  features = teacher.make_features_fn(config, sizes, params, mesh)
+  options = dict(
+    grid=repa.teacher_grid(config), dtype=float_dtype("repa.dtype", config.repa.dtype), attention=config.attention
+  )
+  features = teacher.make_features_fn(sizes, params, mesh, **options)
   del params
 
   encode = lambda images: features(images).astype(values.dtype)

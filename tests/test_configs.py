@@ -24,7 +24,8 @@ from flextok_jax.data import pipeline
 from flextok_jax.evals import from_config
 from flextok_jax.inference import decoding
 from flextok_jax.stages import repa
-from flextok_jax.training import checkpoint, inputs, optim
+from flextok_jax.training import inputs, optim
+from flextok_jax.training.warm_start import check_params
 from flextok_jax.weights import fingerprints, loading
 from tests.conftest import ROOT
 from tests.support.configs import SPECS, parse
@@ -161,7 +162,7 @@ def test_a_trained_vae_fits_the_tokenizer_over_it(channels, tmp_path):
   """The arrays that vae:cN trains are those that a tokenizer with N latent channels starts from."""
   vae = joined_shapes(parse(f"vae:c{channels}"))
   tokenizer = joined_shapes(parse("flextok:d12_d12_in1k", f"--config.vae.latent_channels={channels}"))
-  checkpoint.check_params(vae, {"vae": tokenizer["vae"]}, "the VAE")
+  check_params(vae, {"vae": tokenizer["vae"]}, "the VAE")
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))
@@ -243,7 +244,7 @@ def test_the_shipped_models(asset):
   path = ASSETS / f"{asset}.safetensors"
   assert path.stat().st_size < 10e6
   config, params = loading.load(str(path))
-  checkpoint.check_params(params, joined_shapes(config), path.name)
+  check_params(params, joined_shapes(config), path.name)
   assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
   expected = parse(asset.replace("_stop", ":stop"))
   if config.stage == "ar":  # which tokenizer's ids it draws, and what they mean, came with the shards

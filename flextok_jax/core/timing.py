@@ -1,6 +1,6 @@
 """Compiles programs, times them side by side, and reports their memory and FLOPs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class Compiled:
   """A compiled function."""
 
   run: Any  # jax's compiled object, callable
@@ -26,9 +26,9 @@ class Compiler:
   """Compiles functions ahead of time; a program only once."""
 
   def __init__(self):
-    self._programs = {}
+    self._programs: dict[str, Compiled] = {}
 
-  def __call__(self, fn: Callable, args: tuple, precision: str | None = None, donated: bool = False) -> Program:
+  def __call__(self, fn: Callable, args: tuple, precision: str | None = None, donated: bool = False) -> Compiled:
     """Compiles fn for args.
 
     Args:
@@ -42,18 +42,18 @@ class Compiler:
       lowered = jax.jit(fn, donate_argnums=0 if donated else ()).lower(*args)
     digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
     if digest not in self._programs:
-      self._programs[digest] = Program(lowered.compile(), time.perf_counter() - begun, digest)
+      self._programs[digest] = Compiled(lowered.compile(), time.perf_counter() - begun, digest)
     return self._programs[digest]
 
 
 def time_rounds(
-  programs: dict[str, Callable],
+  programs: Mapping[Any, Callable],
   args: tuple,
   repeats: int,
   limit: float = float("inf"),
   carried: bool = False,
-  warm_up: dict[str, Callable] | None = None,
-) -> dict[str, list[float]]:
+  warm_up: Mapping[Any, Callable] | None = None,
+) -> dict[Any, list[float]]:
   """Times programs in rounds: a round calls each once, in alternating order.
 
   Args:
@@ -67,7 +67,7 @@ def time_rounds(
   Returns:
     {name: seconds of each timed call}.
   """
-  seconds: dict[str, list[float]] = {name: [] for name in programs}
+  seconds: dict[Any, list[float]] = {name: [] for name in programs}
   begun = time.perf_counter()
   for index in range(repeats + 1):
     if index > 1 and time.perf_counter() - begun > limit:

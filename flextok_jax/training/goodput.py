@@ -1,4 +1,4 @@
-"""What a run's time goes into: shares by what the host waits for, MFU, and a profile of a few steps."""
+"""Where the time of a run goes: shares by activity of the host, MFU, and a profile of a few steps."""
 
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
@@ -10,6 +10,7 @@ from flax.core.meta import unbox
 import jax
 from ml_collections import ConfigDict
 
+from flextok_jax.config import with_fields
 from flextok_jax.core import accelerators, flops
 from flextok_jax.stages import make_stage
 from flextok_jax.training import inputs, optim
@@ -19,51 +20,51 @@ KINDS = ("step", "data", "save", "evaluate", "compile", "other")
 
 
 class Goodput:
-  """The wall-clock time since it was made, shared out among KINDS.
+  """Divides the wall-clock time since its creation among KINDS.
 
-  Nothing waits for the devices: they compute while the host does other things, so what is "step" is also the time in
-  which the host waits for their results.
+  It never waits for the devices, which compute while the host does other things: "step" includes the time in which the
+  host waits for their results.
 
   Args:
-    clock: seconds, rising.
+    clock: monotonic, in seconds.
   """
 
   def __init__(self, clock: Callable[[], float] = time.monotonic):
     self._clock, self._since, self._kind = clock, clock(), "other"
     self._seconds = dict.fromkeys(KINDS, 0.0)
 
-  def _turn(self, kind: str):
+  def _switch(self, kind: str) -> None:
     now = self._clock()
     self._seconds[self._kind] += now - self._since
     self._since, self._kind = now, kind
 
   @contextlib.contextmanager
   def spending(self, kind: str, behind: Any = ()):
-    """Counts the time inside as `kind`, and not as what it is inside of.
+    """Counts the time inside as `kind`, instead of as the kind of the enclosing block.
 
     Args:
-      kind: of KINDS.
-      behind: arrays that are being computed, if any. Where they still are at the end, the devices lacked nothing, and
-        the time counts as "step".
+      kind: one of KINDS.
+      behind: arrays that the devices may still be computing. If they are not ready at the end, the devices did not have
+        to wait, and the time counts as "step".
     """
     before = self._kind
-    self._turn(kind)
+    self._switch(kind)
     try:
       yield
     finally:
       if not all(x.is_ready() for x in jax.tree.leaves(behind)):
         self._kind = "step"
-      self._turn(before)
+      self._switch(before)
 
   def shares(self) -> dict[str, float]:
     """Returns the share of each kind as time/KIND; they add up to 1."""
-    self._turn(self._kind)
+    self._switch(self._kind)
     total = sum(self._seconds.values())
     return {f"time/{kind}": seconds / total if total else 0.0 for kind, seconds in self._seconds.items()}
 
 
-def line(scalars: Mapping[str, float]) -> str:
-  """Returns MFU and the shares that are at least one percent, as far as the scalars have them, for the console."""
+def summary(scalars: Mapping[str, float]) -> str:
+  """Returns a line for the console: MFU, if the scalars have it, and the shares of at least one percent."""
   mfu = [f"MFU {scalars['mfu']:.1%}"] if "mfu" in scalars else []
   shares = {kind: scalars.get(f"time/{kind}", 0.0) for kind in KINDS}
   return "  ".join([*mfu, " ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share >= 0.01)])
@@ -74,8 +75,7 @@ def update_flops(config: ConfigDict) -> int:
 
   Not included is what runs outside of the update: the encoder of texts and REPA's teacher.
   """
-  config = config.copy_and_resolve_references()
-  config.attention = "xla"  # other implementations compute the same in kernels that cannot be counted
+  config = with_fields(config, {"attention": "xla"})  # other implementations use kernels that cannot be counted
   stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, config.train.num_steps)
   key = jax.eval_shape(jax.random.key, 0)
   state = unbox(jax.eval_shape(lambda key: init_state(stage, optimizer, key), key))
@@ -91,21 +91,19 @@ def make_mfu(config: ConfigDict, devices: Sequence[jax.Device]) -> Callable[[flo
   device = accelerators.known(devices[0])
   if device is None:
     return lambda rate: {}
-  config = config.copy_and_resolve_references()
-  config.remat = "none"
-  share = update_flops(config) / config.data.global_batch / (device.flops * len(devices))
-  return lambda rate: {"mfu": rate * share}
+  image_flops = update_flops(with_fields(config, {"remat": "none"})) / config.data.global_batch
+  return lambda rate: {"mfu": rate * image_flops / (device.flops * len(devices))}
 
 
 class Profile:
-  """jax's profile of the steps from `start` to before `stop`, on the first process, for TensorBoard or Perfetto.
+  """JAX profile of the steps from `start` to `stop` - 1 on process 0, for TensorBoard or Perfetto.
 
   Args:
-    steps: (start, stop), or () for none.
-    folder: where it is written.
+    steps: (start, stop), or () for no profile.
+    folder: where the profile is written.
 
   Raises:
-    ValueError: steps that are no such pair.
+    ValueError: steps are neither () nor such a pair.
   """
 
   def __init__(self, steps: tuple[int, ...], folder: str):
@@ -115,8 +113,8 @@ class Profile:
     self._steps, self._folder = range(*steps or (0,)), os.path.abspath(folder)
     self._running = False
 
-  def before(self, step: int, state: Any):
-    """To be called before each step: starts or ends the profile, at whose end it waits for the state."""
+  def before(self, step: int, state: Any) -> None:
+    """Starts or ends the profile; call it before each step. At the end it waits for the state."""
     if self._running and step not in self._steps:
       jax.block_until_ready(state)
       self.close()
@@ -124,8 +122,8 @@ class Profile:
       jax.profiler.start_trace(self._folder)
       self._running = True
 
-  def close(self):
-    """Ends a profile that has begun."""
+  def close(self) -> None:
+    """Ends the profile if it is running."""
     if self._running:
       self._running = False
       jax.profiler.stop_trace()

@@ -1,27 +1,29 @@
-"""What a stage is fed: batches of images or latents, with REPA a teacher's features, or of tokens and texts."""
+"""Training inputs of every stage: images or latents, features of REPA's teacher, tokens and texts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from flextok_jax.config import read_config, with_fields
+from flextok_jax.config import float_dtype, read_config, with_fields
 from flextok_jax.data import pipeline
 from flextok_jax.data.shards import features, latents, tokens
 from flextok_jax.inference.text_encoder import load_t5_encoder
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
 from flextok_jax.stages.stage import Stage
+from flextok_jax.stages.tokenizer import TokenizerStage
 from flextok_jax.training import teacher as teacher_lib
 from flextok_jax.weights import fingerprints, loading
 from flextok_jax.weights.perception import networks
 
 
 def image_data(config: ConfigDict) -> pipeline.ImageData:
-  """Returns the choices of config.data about images; ValueError for a value out of range."""
+  """Returns the image options of config.data; ValueError if a value is out of range."""
   data = config.data
   return pipeline.ImageData(
     sources=data.sources.to_dict(),
@@ -34,7 +36,7 @@ def image_data(config: ConfigDict) -> pipeline.ImageData:
 
 
 def open_tokens(config: ConfigDict, split: str) -> tuple[tokens.TokenShards, tokens.TokenFormat]:
-  """Returns the shards of config.data.tokens, and the format in which stage "ar" reads them.
+  """Returns the shards in config.data.tokens and the format in which stage "ar" reads them.
 
   Raises:
     FileNotFoundError, ValueError: the shards are missing, damaged or of another format.
@@ -52,12 +54,12 @@ def open_tokens(config: ConfigDict, split: str) -> tuple[tokens.TokenShards, tok
 
 
 def with_tokenizer(config: ConfigDict) -> ConfigDict:
-  """Returns the config of stage "ar" with the fingerprint of the tokenizer whose token shards it names.
+  """Returns the config of stage "ar" with the fingerprint of the tokenizer that wrote its token shards.
 
-  So a run, and the weights that it leaves, belong to one tokenizer. Other stages' configs come back as they are.
+  With it a run and its weights belong to one tokenizer. Configs of other stages are returned unchanged.
 
   Raises:
-    FileNotFoundError, ValueError: no shards there, or such as do not suit the config.
+    FileNotFoundError, ValueError: the shards are missing or do not fit the config.
   """
   if config.stage != "ar":
     return config
@@ -67,34 +69,35 @@ def with_tokenizer(config: ConfigDict) -> ConfigDict:
 
 
 def with_vae(config: ConfigDict, workdir: str) -> ConfigDict:
-  """Returns the config of stage "tokenizer" with the scaling factor of its VAE, where it has 0.
+  """Returns the config of stage "tokenizer" with the scaling factor of its VAE, if it is 0 in the config.
 
-  That is the one of a run in the workdir already, else that of config.init_from. Other configs come back as they are.
+  It is read from a run in the workdir if there is one, else from the weights at config.init_from. Other configs are
+  returned unchanged.
 
   Raises:
-    FileNotFoundError, ValueError: there are no weights, or they do not tell it.
+    FileNotFoundError, ValueError: there are no weights, or they have no scaling factor.
   """
   if config.stage != "tokenizer" or config.vae.scaling_factor:
     return config
   if os.path.exists(os.path.join(workdir, "config.json")):
     factor = read_config(workdir).vae.scaling_factor
   elif not config.init_from:
-    raise ValueError("vae.scaling_factor=0 is that of the weights to start from: give --config.init_from=PATH")
+    raise ValueError("vae.scaling_factor=0 takes the factor of the weights to start from: set init_from to their path")
   else:
     factor = loading.load_config(config.init_from).get("vae", {}).get("scaling_factor", 0.0)
   if not factor:
     raise ValueError(
-      f"init_from={config.init_from} does not tell the scaling factor of its latents: give "
-      "--config.vae.scaling_factor, one over their deviation"
+      f"init_from={config.init_from} has no scaling factor of its latents: set vae.scaling_factor to 1 / their "
+      "standard deviation"
     )
   return with_fields(config, {"vae.scaling_factor": factor})
 
 
 def check_latents(config: ConfigDict, frozen: dict):
-  """Checks that the latents on which a tokenizer trains, if any, are of its frozen VAE; all processes call it.
+  """Checks that the latent shards of a tokenizer, if any, are of its frozen VAE; all processes call it.
 
   Raises:
-    FileNotFoundError, ValueError: no shards there, or such as do not suit the config or are of another VAE.
+    FileNotFoundError, ValueError: the shards are missing, do not fit the config or are of another VAE.
   """
   if config.stage == "tokenizer" and config.data.latents:
     _open_latents(config, fingerprints.vae(config, frozen))
@@ -107,19 +110,22 @@ def _open_latents(config: ConfigDict, fingerprint: str | None = None) -> latents
   return latents.open_latents(config.data.latents, **sizes, fingerprint=fingerprint)
 
 
-def read_networks(config: ConfigDict, stage: Stage) -> dict:
-  """Returns the weights of stage.pretrained_networks, {part: parameters}; their folder is vae_loss.lpips.
+def read_networks(names: Mapping[str, str], folder: str) -> dict[str, dict]:
+  """Returns {part: parameters} of the pretrained networks that a loss needs.
+
+  Args:
+    names: {part: name of its network}, stage.pretrained_networks.
+    folder: of LPIPS's files, config.vae_loss.lpips.
 
   Raises:
-    FileNotFoundError, ValueError: a network is missing or damaged; the message says what to put there.
+    FileNotFoundError, ValueError: a network is missing or damaged; the message says what to put where.
   """
-  params, folder = {}, config.vae_loss.lpips
-  for part, name in stage.pretrained_networks.items():
+  params = {}
+  for part, name in names.items():
     path = networks.path_in(folder, name) if folder else None
     if path is None:
-      where = f"{folder} has no {name}: put there" if folder else f"give vae_loss.lpips=DIR, a folder with {name}:"
-      weight = f"vae_loss.lpips_weight={config.vae_loss.lpips_weight:g}"
-      raise ValueError(f"{weight} needs LPIPS; {where} {networks.SOURCES[name]}")
+      what = f"vae_loss.lpips={folder!r} must be a folder with {name}, which vae_loss.lpips_weight above 0 needs"
+      raise ValueError(f"{what}: put there {networks.SOURCES[name]}")
     params[part] = networks.read_lpips(path, name.removeprefix("lpips_"))
   return params
 
@@ -127,7 +133,7 @@ def read_networks(config: ConfigDict, stage: Stage) -> dict:
 def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) -> Iterator[dict]:
   """Returns an endless iterator over the batches of steps start_step, start_step + 1, ...
 
-  Of each it has the rows that the devices of this process need, in their order.
+  Each batch has the rows that the devices of this process need, in their order.
   """
   blocks, count = sharding.process_blocks(mesh)
 
@@ -144,7 +150,7 @@ def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) 
       drop_condition = config.ar.drop_condition
       return tokens.train_batches(*open_tokens(config, "train"), data.loading, drop_condition=drop_condition, **batches)
     if config.stage == "tokenizer" and config.data.latents:
-      records = _open_latents(config)
+      records: Any = _open_latents(config)
       if repa.section(config) is not None:
         teacher = features.FeatureShards(config.data.teacher)
         size = dict(grid=repa.teacher_grid(config), width=config.repa.features)
@@ -164,49 +170,68 @@ def abstract_batch(config: ConfigDict, stage: Stage) -> dict[str, jax.ShapeDtype
   shape = lambda dtype, *dims: jax.ShapeDtypeStruct((size, *dims), jnp.dtype(dtype))
   batch = {"label": shape("int32"), "unreadable": shape("int32")}
   if config.stage == "ar":
-    return batch | {
-      "token_ids": shape("int32", config.ar.num_tokens),
-      "length": shape("int32"),
-      **abstract_text(config, size),
-    }
-  if config.stage == "tokenizer" and config.data.latents:  # moments of the VAE, in float16 or bfloat16
+    batch |= {"token_ids": shape("int32", config.ar.num_tokens), "length": shape("int32")}
+    return batch | (abstract_text(size, config.dtype, **config.text) if config.ar.condition == "text" else {})
+  if isinstance(stage, TokenizerStage) and config.data.latents:  # moments of the VAE, in float16 or bfloat16
     *sides, channels = stage.model.latent_shape(image_size)
     batch["latents"] = shape("bfloat16", *sides, 2 * channels)
   else:
     batch["image"] = shape("uint8", image_size, image_size, 3)
   if repa.section(config) is not None:  # computed by the teacher, or read from shards
-    teacher_lib.check_source(config)
+    teacher_lib.check_source(config.data.latents, config.data.teacher)
     dtype = "float16" if config.data.teacher else config.repa.dtype
     batch["teacher"] = shape(dtype, repa.teacher_grid(config) ** 2, config.repa.features)
   return batch
 
 
-def abstract_text(config: ConfigDict, count: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns shapes and dtypes of the texts in a batch of `count` rows, {} if the generator reads no text."""
-  if config.stage != "ar" or config.ar.condition != "text":
-    return {}
-  text, lengths = config.text, jax.ShapeDtypeStruct((count,), jnp.int32)
-  if text.encoder == "bytes":
-    return {"text_ids": jax.ShapeDtypeStruct((count, text.max_length), jnp.int32), "text_lengths": lengths}
-  features = jax.ShapeDtypeStruct((count, text.max_length, text.features), jnp.dtype(config.dtype))
-  return {"text_features": features, "text_lengths": lengths}
+def abstract_text(
+  rows: int, dtype: jnp.dtype | str, *, encoder: str, max_length: int, features: int, **_: Any
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns shapes and dtypes of the texts of a batch: ids of bytes, or features of a frozen encoder.
+
+  Args:
+    rows: of the batch.
+    dtype: of the features.
+    encoder: "bytes" or "t5"; this and the rest are fields of config.text.
+    max_length: tokens per text.
+    features: per token.
+  """
+  lengths = jax.ShapeDtypeStruct((rows,), jnp.int32)
+  if encoder == "bytes":
+    return {"text_ids": jax.ShapeDtypeStruct((rows, max_length), jnp.int32), "text_lengths": lengths}
+  return {
+    "text_features": jax.ShapeDtypeStruct((rows, max_length, features), jnp.dtype(dtype)),
+    "text_lengths": lengths,
+  }
 
 
 def make_prepare(config: ConfigDict, mesh: jax.sharding.Mesh, train: bool = False) -> Callable[[dict], dict]:
-  """Returns a function of a batch on the devices that replaces text ids by the features of a frozen T5.
+  """Returns a function of a batch on the devices that adds what frozen networks compute outside of the update.
 
-  Its encoder computes in config.dtype, outside of the update: neither state nor checkpoints hold it. Everything else
-  stays as it is.
+  Text ids are replaced by the features of a T5, computed in config.dtype; with REPA and `train`, the features of its
+  teacher are added as "teacher" [b, g * g, d], unless they are read from shards. Neither the state nor checkpoints hold
+  these networks. Other batches are returned unchanged.
 
   Args:
-    train: batches are trained on, so with REPA they get the features of its teacher (training/teacher.py).
+    config: of the run.
+    mesh: of its devices.
+    train: whether batches are trained on.
 
   Raises:
-    FileNotFoundError, ValueError: there is no T5 at config.text.path, or it is not that of config.text.features; or as
-      of the teacher.
+    FileNotFoundError, ValueError: a network is missing or has another width than config.text.features or
+      config.repa.features; or the teacher's features have no source.
   """
-  if config.stage == "tokenizer" and train:
-    return teacher_lib.make_teach(config, mesh)
+  if train and repa.section(config) is not None:
+    path, width, shards = config.repa.teacher, config.repa.features, config.data.teacher
+    teacher_lib.check_source(config.data.latents, shards)
+    if shards:
+      teacher_lib.check_shards(shards, path, width)
+      return lambda batch: batch
+    options = dict(
+      grid=repa.teacher_grid(config), dtype=float_dtype("repa.dtype", config.repa.dtype), attention=config.attention
+    )
+    features_fn = teacher_lib.make_features_fn(*teacher_lib.read_teacher(path, width), mesh, **options)
+    return lambda batch: batch | {"teacher": features_fn(batch["image"])}
   if config.stage != "ar" or config.ar.condition != "text" or config.text.encoder != "t5":
     return lambda batch: batch
   encode = load_t5_encoder(config.text.path, config.dtype, config.text.features, mesh)

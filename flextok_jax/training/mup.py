@@ -1,19 +1,20 @@
-"""Learning rates by width (muP): those found for a narrow model serve a wide one.
+"""muP: learning rates found with a narrow model transfer to a wide one.
 
 Yang et al. 2022, "Tensor Programs V" (arXiv 2203.03466), table 8: under Adam the updates of a matrix from width to
-width are divided by the width, and all others stay; what a readout reads is divided by the width too, which is the
-models' field readout_multiplier. Everything is relative to a base width, where muP changes nothing. Attention is as it
-should be: the tokenizer's logits scale with 1 / head_dim, and a generator grows by the number of its heads.
+width are divided by the width, and all others are unchanged; the input of a readout is divided by the width too, by the
+models' field readout_multiplier. Everything is relative to a base width, at which muP changes nothing. Attention needs
+no change: the tokenizer's logits scale with 1 / head_dim, and a wider generator has more heads of the same size.
 
 An orthogonalised update (Muon at Adam's root mean square) has all its singular values at 0.2 sqrt(max(fan-in,
-fan-out)), which grow with the root of the width. They ought to stay (Yang, Simon & Bernstein 2023, arXiv 2310.17813,
-condition 1), so there the divisor is that root.
+fan-out)), which grow with the square root of the width. They should not (Yang, Simon & Bernstein 2023, arXiv
+2310.17813, condition 1), so those updates are divided by the square root.
 
-REPA's projector has sizes of its own but for what its first matrix reads, the decoder's width: its updates are divided
-by that as a hidden matrix's are, and not as a readout's, as a cosine undoes any factor of what it reads.
+Of the sizes of REPA's projector only the input of its first matrix follows the decoder's width. The updates of that
+matrix are divided as a hidden matrix's; its input is not divided as a readout's, as a cosine is invariant to any
+factor.
 
-Initialisation is untouched. It is that of table 8 but for the matrices into the width: Xavier's variance, 2 / (fan-in +
-width), falls with the width, where the table keeps it.
+Initialisation is unchanged. It agrees with table 8 except for matrices into the width: their Xavier variance, 2 /
+(fan-in + width), falls with the width, and is constant in the table.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +22,8 @@ from collections.abc import Callable, Sequence
 import jax
 import optax
 
-# "hidden": a matrix from width to width; "readout": out of the width; "input": from sizes that do not follow it, into
-# it or elsewhere; "vector": biases, norms, embeddings, registers, tables; "vae": the autoencoder, which has no width.
+# "hidden": matrices from width to width; "readout": from the width to a fixed size; "input": from a fixed size;
+# "vector": biases, norms, embeddings, registers, tables; "vae": the autoencoder, which has no width.
 GROUPS = ("hidden", "readout", "input", "vector", "vae")
 
 
@@ -32,7 +33,7 @@ def names_of(path: Sequence) -> list[str]:
 
 
 def group(names: Sequence[str]) -> str:
-  """Returns which of GROUPS the parameter at these keys belongs to."""
+  """Returns the group, one of GROUPS, of the parameter at these keys."""
   if names[0] == "vae":
     return "vae"
   if names[-1] != "kernel":
@@ -48,24 +49,25 @@ def group(names: Sequence[str]) -> str:
 
 
 def width(names: Sequence[str], shape: Sequence[int]) -> int:
-  """Returns the width of the model of a hidden matrix: its fan-in is that, or (an MLP's output) a fixed multiple."""
+  """Returns the model's width from a hidden matrix's shape: its fan-in is that, or a fixed multiple (in MLPs)."""
   if names[-2] == "out":
     return shape[-1]
-  return shape[1 if "blocks" in names or names[-2] == "adaln" else 0]  # those are stacked along the layers
+  return shape[1 if "blocks" in names or names[-2] == "adaln" else 0]  # these are stacked along the layers
 
 
 def scale_gradients(base_width: int) -> optax.GradientTransformation:
-  """Multiplies gradients by width / base_width of their part of the model, to undo that they fall with its width.
+  """Multiplies gradients by width / base_width of their part of the model, as gradients are proportional to 1 / width.
 
-  For what follows the size of gradients means nothing but for Adam's eps, which so has the same effect at all widths
-  (Everett et al. 2024, arXiv 2407.05872): those of an encoder whose heads start at zero are at first as small as that.
+  The optimisers are invariant to the scale of gradients except for Adam's eps, which then has the same effect at all
+  widths (Everett et al. 2024, arXiv 2407.05872): gradients of an encoder whose head starts at zero are at first as
+  small as eps.
   """
 
   def scale(updates, params):
     widths = {}
     for path, x in jax.tree.leaves_with_path(updates):
       names = names_of(path)
-      if group(names) == "hidden" and names[0] != "repa":  # a cosine's gradients do not fall
+      if group(names) == "hidden" and names[0] != "repa":  # a cosine's gradients do not depend on the width
         widths[names[0]] = width(names, x.shape)
     factors = {part: widths.get(part, base_width) / base_width for part in updates}
     return {part: jax.tree.map(lambda x, part=part: x * factors[part], tree) for part, tree in updates.items()}
@@ -74,10 +76,11 @@ def scale_gradients(base_width: int) -> optax.GradientTransformation:
 
 
 def scale_by_width(base_width: int, orthogonalised: Callable[[Sequence[str]], bool]) -> optax.GradientTransformation:
-  """Multiplies the updates of hidden matrices by base_width / width, or where they are orthogonalised by its root.
+  """Multiplies the updates of hidden matrices by base_width / width, or its square root if they are orthogonalised.
 
   Args:
-    orthogonalised: tells it from the keys of a parameter.
+    base_width: the width at which nothing changes.
+    orthogonalised: whether the updates of the parameter at these keys are.
   """
 
   def scale(path, update):

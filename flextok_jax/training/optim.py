@@ -1,4 +1,4 @@
-"""AdamW or Muon with warm-up and cosine decay, by width where muP is on; and what looks wrong in their settings."""
+"""AdamW or Muon with warm-up, cosine decay and optional muP; warnings about unusual settings."""
 
 from collections.abc import Sequence
 import math
@@ -11,12 +11,12 @@ from optax import contrib
 from flextok_jax.training import mup
 
 OPTIMIZERS = ("adamw", "muon")
-_DISCRIMINATOR = "discriminator"  # the top-level part of stage "vae" that works against the rest
-_USUAL_RATE = 5e-4  # about the geometric mean of the configs' learning rates
+_DISCRIMINATOR = "discriminator"  # top-level part of stage "vae" that is trained against the others
+_USUAL_RATE = 5e-4  # about the geometric mean of the learning rates in configs/
 
 
 def make_schedule(optim: ConfigDict, num_steps: int) -> optax.Schedule:
-  """Returns step -> learning rate: linear warm-up, then a cosine to the end value at num_steps."""
+  """Returns step -> learning rate: linear warm-up, then cosine decay to the end value at num_steps."""
   warmup = min(optim.warmup_steps, num_steps)
   return optax.warmup_cosine_decay_schedule(
     0.0, optim.learning_rate, warmup, max(num_steps, warmup + 1), optim.end_learning_rate
@@ -24,19 +24,19 @@ def make_schedule(optim: ConfigDict, num_steps: int) -> optax.Schedule:
 
 
 def decay_mask(params):
-  """True for the matrices and convolutions, which alone are decayed; params boxed or not."""
+  """Returns True for matrices and convolutions, which are decayed, and False for the rest; params boxed or not."""
   return jax.tree.map_with_path(lambda path, _: "kernel" in mup.names_of(path), params)
 
 
 def by_muon(names: Sequence[str]) -> bool:
-  """Whether Muon moves the parameter at these keys: the matrices of all transformer blocks."""
+  """Returns whether Muon updates the parameter at these keys: it does for all matrices of transformer blocks."""
   return "kernel" in names and bool({"attention", "cross", "mlp"} & set(names))
 
 
 def muon_dimensions(params):
-  """Returns the MuonDimensionNumbers of the matrices of all transformer blocks, None of everything else.
+  """Returns MuonDimensionNumbers for the matrices of transformer blocks and None for other parameters.
 
-  Layers of a scanned stack are matrices of their own, and so are the queries, keys, values and gates of one kernel.
+  The layers of a scanned stack are separate matrices, and so are the queries, keys, values and gates in one kernel.
   """
 
   def dimensions(path, x):
@@ -53,18 +53,23 @@ def muon_dimensions(params):
 
 
 def make_optimizer(optim: ConfigDict, num_steps: int) -> optax.GradientTransformation:
-  """Returns the optimiser of config.optim for a run of num_steps; a {"discriminator"} has one of its own.
+  """Returns the optimiser for a run of num_steps; the top-level part "discriminator", if any, has its own.
 
-  "adamw", or "muon" (Jordan et al. 2024): the blocks' matrices move along the orthogonalised momentum, at the root mean
-  square of Adam's updates (Liu et al. 2025, section 2.2) so that one learning rate serves both; the rest by Adam. With
-  mup_base_width the learning rate is that of a model of this width (training/mup.py); weight decay is not by width.
+  "adamw", or "muon" (Jordan et al. 2024): the matrices of transformer blocks move along the orthogonalised momentum,
+  scaled to the root mean square of Adam's updates (Liu et al. 2025, section 2.2) so that one learning rate suits both;
+  the rest by Adam. With mup_base_width the learning rate is that of a model of this width (training/mup.py); weight
+  decay does not depend on the width.
 
-  The discriminator's is Adam with the settings of optim.discriminator, clipped by its own norm, its schedule of the
+  The discriminator has Adam with the settings of optim.discriminator, its own gradient clipping and a schedule of the
   same shape.
+
+  Args:
+    optim: section config.optim.
+    num_steps: length of the run.
   """
   main = _make_main(optim, num_steps)
 
-  def pick(params):  # by the tree: where there is no discriminator, the state is that of one optimiser alone
+  def pick(params):  # without a discriminator the state is that of a single optimiser
     if _DISCRIMINATOR not in params:
       return main
     parts = {"rest": main, _DISCRIMINATOR: _make_for_discriminator(optim, num_steps)}
@@ -103,7 +108,7 @@ def _make_main(optim: ConfigDict, num_steps: int) -> optax.GradientTransformatio
   clip = optax.clip_by_global_norm(optim.clip_norm)
   if not base_width:
     return optax.chain(clip, optimizer)
-  # Decay follows the schedule alone: a share of the weights that is the same at every width, as in the authors' code.
+  # Weight decay follows the schedule and not the width, as in the authors' code.
   mask = (lambda p: jax.tree.map_with_path(lambda path, _: by_muon(mup.names_of(path)), p)) if muon else decay_mask
   return optax.chain(
     clip,
@@ -115,13 +120,14 @@ def _make_main(optim: ConfigDict, num_steps: int) -> optax.GradientTransformatio
 
 
 def check(config: ConfigDict) -> list[str]:
-  """Returns a line for each setting of config.optim that is possible but rarely meant.
+  """Returns a warning for each setting of config.optim that is valid but probably a mistake.
 
   Raises:
-    ValueError: naming the first value that is not possible.
+    ValueError: a value is out of range; the message names the field.
   """
-  c, num_steps, lines = config.optim, config.train.num_steps, []
-  possible = {
+  c, num_steps = config.optim, config.train.num_steps
+  warnings: list[str] = []
+  ranges = {
     "above 0": (("learning_rate", "eps", "clip_norm"), lambda x: x > 0),
     "of at least 0": (("end_learning_rate", "weight_decay"), lambda x: x >= 0),
     "in [0, 1)": (("b1", "b2", "ema_decay"), lambda x: 0 <= x < 1),
@@ -129,42 +135,37 @@ def check(config: ConfigDict) -> list[str]:
   }
   for section in ("", "discriminator."):
     values = c[_DISCRIMINATOR] if section else c
-    for words, (names, holds) in possible.items():
+    for words, (names, holds) in ranges.items():
       for name in names:
         if name in values and not holds(values[name]):
           raise ValueError(f"optim.{section}{name} must be a number {words}, got {values[name]!r}")
   if config.stage == "vae" and c.name == "muon":
-    raise ValueError("optim.name='muon' is of transformers: stage 'vae' has no blocks of them, use 'adamw'")
+    raise ValueError("optim.name='muon' is for transformers and stage 'vae' has no transformer blocks: use 'adamw'")
   off = c.learning_rate / _USUAL_RATE
   if not 1 / 100 <= off <= 100:
-    lines.append(
+    warnings.append(
       f"optim.learning_rate={c.learning_rate:g} is over 100 times {'above' if off > 1 else 'below'} the usual, which "
       f"is about {_USUAL_RATE:g} with {c.name} (Muon's updates have the size of Adam's here)"
     )
   if c.warmup_steps >= num_steps:
-    lines.append(
+    warnings.append(
       f"optim.warmup_steps={c.warmup_steps} is not below train.num_steps={num_steps}: the learning rate only rises"
     )
   horizon = 1 / (1 - c.ema_decay)
   if horizon > num_steps:
-    lines.append(
+    warnings.append(
       f"optim.ema_decay={c.ema_decay:g} averages {horizon:.0f} steps, the run has train.num_steps={num_steps}: the "
-      "average will be that of its last tenth, as it warms up"
+      "average will cover about its last tenth, as the decay warms up"
     )
-  return lines + _check_mup(config)
-
-
-def _check_mup(config: ConfigDict) -> list[str]:
-  base_width, lines = config.optim.mup_base_width, []
-  if not base_width:
-    return lines
+  if not c.mup_base_width:
+    return warnings
   if config.stage == "vae":
-    raise ValueError(f"optim.mup_base_width={base_width} is of transformers: stage 'vae' has no width, use 0")
+    raise ValueError(f"optim.mup_base_width={c.mup_base_width} is for transformers and stage 'vae' has no width: use 0")
   for part in ("ar",) if config.stage == "ar" else ("encoder", "decoder"):
-    expected, given = base_width / config[part].width, config[part].readout_multiplier
+    expected, given = c.mup_base_width / config[part].width, config[part].readout_multiplier
     if not math.isclose(expected, given, rel_tol=0.01):
-      lines.append(
-        f"optim.mup_base_width={base_width} goes with {part}.readout_multiplier={expected:.5g} (that over "
-        f"{part}.width), got {given:g}"
+      warnings.append(
+        f"optim.mup_base_width={c.mup_base_width} goes with {part}.readout_multiplier={expected:.5g} "
+        f"(mup_base_width / {part}.width), got {given:g}"
       )
-  return lines
+  return warnings

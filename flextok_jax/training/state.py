@@ -13,23 +13,22 @@ from flextok_jax.training import metrics as metrics_lib
 Params = Any
 
 
-@flax.struct.dataclass
-class TrainState:
-  """Everything that a run needs to go on; all float leaves float32."""
+class TrainState(flax.struct.PyTreeNode):
+  """The state of a run; all float leaves are float32."""
 
-  step: jax.Array  # int32, updates done
-  params: Params  # trainable top-level parts, of the model and auxiliary ones
-  frozen: Params  # the others
-  ema: Params  # average of params
+  step: jax.Array  # int32 [], number of updates done
+  params: Params  # trained top-level parts, of the model and auxiliary ones
+  frozen: Params  # frozen top-level parts
+  ema: Params  # moving average of params
   opt_state: Any
 
   def joined(self, average: bool = False) -> Params:
-    """Returns the whole tree that predict functions take."""
+    """Returns the parameters that predict functions take, trained and frozen; `average`: the moving average."""
     return {**(self.ema if average else self.params), **self.frozen}
 
 
 def init_state(stage, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-  """Initialises; leaves are boxed with their logical axes (flax.linen.get_partition_spec reads them)."""
+  """Returns a new state; leaves are boxed with their logical axes."""
   params, frozen = stage.init(key)
   helpers, networks = stage.init_auxiliary(jax.random.fold_in(key, 1))
   params, frozen = {**params, **helpers}, {**frozen, **networks}
@@ -43,17 +42,17 @@ def init_state(stage, optimizer: optax.GradientTransformation, key: jax.Array) -
 
 
 def ema_decay(decay: float, step: jax.Array) -> jax.Array:
-  """Warm-up of the average: min(decay, (1 + step) / (10 + step)), so that early averages forget the initialisation."""
+  """Returns the decay at a step: min(decay, (1 + step) / (10 + step)), so early averages forget the initial values."""
   return jnp.minimum(decay, (1 + step) / (10 + step))
 
 
 def make_update(
   stage, optimizer: optax.GradientTransformation, *, accumulate_steps: int, decay: float
 ) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]:
-  """Returns update(state, batch, key) -> (state, metrics), pure; jit it with the state donated.
+  """Returns the pure function update(state, batch, key) -> (state, metrics); jit it with the state donated.
 
-  The key is folded by state.step (and by the part when gradients accumulate over equal parts of the batch). Metrics are
-  those of training/metrics.py, to be merged over steps.
+  It folds state.step into the key (and the index of the part, if gradients are accumulated over equal parts of the
+  batch). Metrics are those of training/metrics.py, to be merged over steps.
   """
 
   def grads_of(params, frozen, batch, key, step):
@@ -62,7 +61,7 @@ def make_update(
     return grads, metrics
 
   def accumulated(params, frozen, batch, key, step):
-    # Row r goes to part r % accumulate_steps: every device keeps its own rows.
+    # Row r goes to part r % accumulate_steps, so every device keeps its own rows: [b, ...] -> [parts, b / parts, ...].
     parts = jax.tree.map(lambda x: x.reshape(-1, accumulate_steps, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def body(total, part):

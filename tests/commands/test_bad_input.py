@@ -127,7 +127,7 @@ def test_folders(held_out, tmp_path):
 def test_workdir_of_another_config_or_no_folder(tmp_path):
   checkpoint.claim_workdir(str(tmp_path / "run"), config_of())
   (tmp_path / "run" / "metrics.jsonl").write_text("precious\n")
-  refused("belongs to another config: seed is 0 there and 1 here; use another --workdir", tmp_path / "run", seed=1)
+  refused("belongs to another config: seed is 0 there and 1 here; use another workdir", tmp_path / "run", seed=1)
   refused(
     "belongs to another config: stage is",
     tmp_path / "run",

@@ -313,7 +313,7 @@ def dinov2(tmp_path_factory):
 def test_the_teacher_sees_the_clean_image_at_the_grid_of_the_decoder(dinov2):
   config = config_of(dict(teacher=str(dinov2)))
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-  sizes, params = teacher.read(config)
+  sizes, params = teacher.read_teacher(config.repa.teacher, config.repa.features)
   assert "num_classes" not in sizes and "head" not in params
   images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
   batch = {"image": jax.device_put(images, sharding.batch_sharding(mesh)), "label": 1}
@@ -330,7 +330,9 @@ def test_the_teacher_sees_the_clean_image_at_the_grid_of_the_decoder(dinov2):
   config.repa.grid = 0
   rough = np.float32(inputs.make_prepare(config, mesh, train=True)(batch)["teacher"])
   assert np.abs(rough - want).mean() < 0.03 * np.std(want)
-  assert fingerprints.teacher(sizes, params) == fingerprints.teacher(*teacher.read(config))
+  assert fingerprints.teacher(sizes, params) == fingerprints.teacher(
+    *teacher.read_teacher(config.repa.teacher, config.repa.features)
+  )
   other = jax.tree.map(lambda x: 1.02 * x, params)
   assert fingerprints.teacher(sizes, other) != fingerprints.teacher(sizes, params)
 
@@ -378,11 +380,11 @@ def test_the_benchmarks_job(monkeypatch):
   config = config_of(fast=False)
   with pytest.raises(ValueError, match="repa.features 32 is the width of no DINOv2: they have 384, 768, 1024, 1536"):
     benchmark_repa.check(config)
-  with pytest.raises(ValueError, match="the job 'repa' needs REPA: give --config.repa.weight=1"):
+  with pytest.raises(ValueError, match="the job 'repa' needs REPA: set repa.weight=1"):
     benchmark_repa.check(config_of(dict(weight=0.0)))
   sizes = dict(patch_size=14, grid=4, width=FEATURES, depth=1, head_dim=16, mlp_hidden=32)
   monkeypatch.setattr(benchmark_repa, "teacher_sizes", lambda width: sizes)
-  rows = benchmark_repa.Benchmark(config, ("plain",), 2, True).run("repa", None, 2, 100.0)
+  rows = benchmark_repa.RepaBenchmark(config, ("plain",), 2, True).run("repa", None, 2, 100.0)
   assert [(row.path, len(row.seconds)) for row in rows] == [(way, 2) for way in benchmark_repa.WAYS]
   off, ready, in_step = (row.flops for row in rows)
   assert (ready - off, in_step - ready) == (6 * flops.projector(config), 2 * flops.vit(sizes, GRID))
@@ -431,7 +433,7 @@ def test_values_that_mean_nothing(fields, words):
 def test_no_teacher_or_another(dinov2, tmp_path):
   mesh = sharding.make_mesh()
   prepare = functools.partial(inputs.make_prepare, mesh=mesh, train=True)
-  missing = "REPA needs its teacher: .*config.repa.teacher=DIR.*--config.repa.weight=0 .*no such vision transformer"
+  missing = "REPA needs its teacher: set repa.teacher to .*repa.weight=0 .*no such vision transformer"
   refused(
     missing,
     lambda: train.train(config_of(dict(teacher=str(tmp_path / "none"))), str(tmp_path / "run")),
@@ -439,9 +441,9 @@ def test_no_teacher_or_another(dinov2, tmp_path):
   )
   assert not (tmp_path / "run" / "config.json").exists()
   wide = config_of(dict(teacher=str(dinov2), features=64))
-  refused("repa.features=64, but the teacher .* gives 32: pass --config.repa.features=32", lambda: prepare(wide))
+  refused("repa.features=64, but the features of the teacher .* have 32: set repa.features=32", lambda: prepare(wide))
   config = config_of(dict(teacher=str(dinov2)))
   config.data.latents = "somewhere"
-  refused("no images for REPA's teacher.*--what=dino.*--config.data.teacher=DIR", lambda: prepare(config))
+  refused("no images for REPA's teacher.*--what=dino.*set data.teacher to", lambda: prepare(config))
   config.data.update(dict(latents="", teacher="somewhere"))
-  refused("config.data.teacher goes with config.data.latents", lambda: prepare(config))
+  refused("data.teacher goes with data.latents", lambda: prepare(config))

@@ -171,7 +171,7 @@ def projector(config: ConfigDict) -> int:
 
 
 def vit(sizes: Mapping, grid: int) -> int:
-  """A vision transformer (models/perception/vit.py) of these sizes, without a head, for one image of grid x grid patches.
+  """A vision transformer (models/perception/vit.py) of these sizes without a head: one image of grid x grid patches.
 
   Of n tokens, d the width: 8 n d^2 and 4 n^2 d of attention, and the MLP's two or three products, in every block.
   """

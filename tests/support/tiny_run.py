@@ -1,9 +1,11 @@
 """A tiny run to be started, killed and resumed as processes: a generator on token shards, which compiles fastest.
 
-python -m tests.support.tiny_run RUNS, a JSON list of what to do, one after the other. A run is {"workdir", "shards"} and, if
-wanted, "mesh" and "train" of the config; {"checkpoint"} is evaluated. A run that is to be disturbed has "moment":
-{"kind", "step", "process", "name", "delay"}: that process gets the signal `name` as many seconds after it has begun the
-step, the saving of its checkpoint ("save") or its evaluation ("evaluate"), so that no clock decides which.
+python -m tests.support.tiny_run RUNS
+
+RUNS is a JSON list of jobs, done one after the other: a training {"workdir", "shards"} with the optional config
+sections "mesh" and "train", or the evaluation of a {"checkpoint"}. A training with "moment" {"kind", "step", "process",
+"name", "delay"} is disturbed: that process gets the signal `name` `delay` seconds after it has begun the step ("step"),
+the saving of its checkpoint ("save") or its evaluation ("evaluate"), so that the moment does not depend on a clock.
 """
 
 import contextlib
@@ -20,7 +22,7 @@ from flextok_jax import cli, train
 from flextok_jax.config import derive
 from flextok_jax.evals import from_config
 from flextok_jax.parallel import processes, sharding
-from flextok_jax.training import checkpoint
+from flextok_jax.training import checkpoint, loop
 from flextok_jax.weights import loading
 from tests.support import token_shards
 
@@ -69,11 +71,11 @@ def disturbed(kind: str, step: int, process: int = 0, name: str = "SIGKILL", del
       send = lambda: os.kill(os.getpid(), getattr(signal, name))
       threading.Timer(delay, send).start() if delay else send()
 
-  evaluate, save, preemption = train._evaluate, checkpoint.Checkpoints.save, processes.preemption
+  evaluate_state, save, preemption = loop._evaluate, checkpoint.Checkpoints.save, processes.preemption
 
-  def evaluating(evaluator, state, at, *args):
-    reached("evaluate", at)
-    evaluate(evaluator, state, at, *args)
+  def evaluating(evaluation, state, *args):
+    reached("evaluate", int(state.step))
+    evaluate_state(evaluation, state, *args)
 
   def saving(self, state, *args):
     save(self, state, *args)  # goes on in the background
@@ -92,7 +94,7 @@ def disturbed(kind: str, step: int, process: int = 0, name: str = "SIGKILL", del
       yield ask
 
   with (
-    mock.patch.object(train, "_evaluate", evaluating),
+    mock.patch.object(loop, "_evaluate", evaluating),
     mock.patch.object(checkpoint.Checkpoints, "save", saving),
     mock.patch.object(processes, "preemption", watched),
   ):

@@ -15,6 +15,7 @@ from flextok_jax.configs import debug
 from flextok_jax.core import timing
 from flextok_jax.tools.benchmark import generator as benchmark_ar
 from flextok_jax.tools.benchmark import jobs as benchmark_jobs
+from flextok_jax.tools.benchmark import run as run_jobs
 from tests.support.commands import fails, run, shell
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +112,7 @@ def test_images_one_path_and_another_dtype(tmp_path):
 def test_models_without_vae_and_without_tokens(tmp_path):
   out = tmp_path / "rows.jsonl"
   pixels = f"--config={ROOT / 'configs' / 'debug.py'}"
-  assert benchmark.jobs_of(debug.get_config()) == ("tokenize", "detokenize", "train")
+  assert run_jobs.jobs_of(debug.get_config()) == ("tokenize", "detokenize", "train")
   run(benchmark, pixels, "--jobs=tokenize", "--repeats=9", "--seconds=0", f"--out={out}", "--paths=plain")
   rows = read(out)[0]
   assert [row["num_tokens"] for row in rows] == [1, 4] and all(len(row["seconds"]) == 1 for row in rows)
@@ -129,7 +130,7 @@ def test_paths_see_the_same_and_training_is_the_update_of_a_run(tmp_path):
   values = flags.FlagValues()
   benchmark.define_flags(values)
   values(["benchmark", f"--config={config_file(tmp_path)}"])
-  bench = benchmark_jobs.Benchmark(values.config, benchmark.PATHS, 2, True)
+  bench = benchmark_jobs.TokenizerBenchmark(values.config, benchmark.PATHS, 2, True)
   for job, k in (("tokenize", 8), ("detokenize", 8)):
     args, made = bench.prepare(job, k)
     assert all(np.any(x) for x in jax.tree.leaves(args[0]))
@@ -183,7 +184,7 @@ def test_generators_paths_see_the_same(condition, tmp_path):
   benchmark.define_flags(values)
   config = config_file(tmp_path, **{**GENERATOR, "ar": dict(GENERATOR["ar"], condition=condition)})
   values(["benchmark", f"--config={config}"])
-  bench = benchmark_ar.Benchmark(values.config, benchmark.PATHS, 2, True)
+  bench = benchmark_ar.GeneratorBenchmark(values.config, benchmark.PATHS, 2, True)
   args, made = bench.prepare("ar", 40)
   parts = {"ar", "text_mlp", "text"} if condition == "text" else {"ar"}
   assert all(np.any(x) for x in jax.tree.leaves(args[0])) and set(args[0]) == parts
@@ -230,7 +231,7 @@ def test_bad_input_is_refused(tmp_path):
   fails("--seconds=nan must be at least 0", benchmark, given, "--seconds=nan")
   fails("dtype must be a floating-point type .*'int8'", benchmark, given, "--dtype=int8")
   fails(
-    "--batch_size=3 is not a multiple of optim.accumulate_steps 2",
+    "batch_size=3 is not a multiple of optim.accumulate_steps 2",
     benchmark,
     f"--config={config_file(tmp_path, optim=dict(accumulate_steps=2))}",
     "--batch_size=3",

@@ -20,6 +20,7 @@ from flextok_jax.core import accelerators
 from flextok_jax.parallel import sharding
 from flextok_jax.tools.compile import jobs as compile_jobs
 from flextok_jax.tools.compile import report as compile_report
+from flextok_jax.tools.compile import run as compile_run
 from flextok_jax.tools.compile import search as compile_search
 from tests.support import analytic_flops as flops
 from tests.support import analytic_flops_ar as flops_ar
@@ -219,8 +220,9 @@ def test_links_along_one_axis_are_a_part_of_all():
 
 def test_what_does_not_fit_is_a_report(train):
   job = train[0]
-  assert compile_report.too_large({}, job, CHIP) is None
+  assert compile_report.arguments_fit(job, CHIP)
   small = dataclasses.replace(CHIP, memory=1e5)
+  assert not compile_report.arguments_fit(job, small)
   report = compile_report.too_large({}, job, small)
   assert not report.fits
   assert report.memory["total"] > 1e5
@@ -238,8 +240,8 @@ def test_what_does_not_fit_is_a_report(train):
 def tried(config, batch, seconds):
   settings = dict(mesh=config.mesh.to_dict(), remat=config.remat, per_device_batch=batch, global_batch=16 * batch)
   if seconds is None:
-    return compile_report.Report(settings, False, {"total": 2e9, "limit": 1e9})
-  return compile_report.Report(
+    return compile_report.CompileReport(settings, False, {"total": 2e9, "limit": 1e9})
+  return compile_report.CompileReport(
     settings,
     True,
     {"total": 5e8, "limit": 1e9},
@@ -305,7 +307,7 @@ def test_flags_are_checked_before_anything_else(pattern, args):
   ("error", "pattern"),
   [
     ("JAX TPU support not installed; cannot generate TPU topology.", r'pip install "flextok-jax\[tpu\]"'),
-    ("INVALID_ARGUMENT: Invalid TPU external name: TPU v9", "--topology=v9:1x1: INVALID_ARGUMENT.*known are v5e"),
+    ("INVALID_ARGUMENT: Invalid TPU external name: TPU v9", "topology=v9:1x1: INVALID_ARGUMENT.*known are v5e"),
   ],
 )
 def test_no_compiler_and_no_such_topology(monkeypatch, error, pattern):
@@ -321,11 +323,11 @@ def test_no_compiler_and_no_such_topology(monkeypatch, error, pattern):
 @pytest.mark.parametrize(
   ("config", "job", "batch", "tokens", "pattern"),
   [
-    (generator(), "sample", 2, None, "--job=sample is none of stage 'ar', which has train, ar"),
-    (debug.get_config(), "ar", 2, None, "--job=ar is none of stage 'tokenizer', which has train, sample"),
-    (debug.get_config(), "train", 0, None, "--per_device_batch=0 must be at least 1"),
-    (debug.get_config(), "train", 2, 3, "--num_tokens is of the jobs sample and ar"),
-    (debug.get_config(), "sample", 2, 5, "--num_tokens=5 is out of range: this model has 1 to 4 tokens"),
+    (generator(), "sample", 2, None, "stage 'ar' has no job 'sample', only train, ar"),
+    (debug.get_config(), "ar", 2, None, "stage 'tokenizer' has no job 'ar', only train, sample"),
+    (debug.get_config(), "train", 0, None, "per_device_batch=0 must be at least 1"),
+    (debug.get_config(), "train", 2, 3, "num_tokens=3 must be None for the job 'train'"),
+    (debug.get_config(), "sample", 2, 5, "num_tokens=5 is out of range: this model has 1 to 4 tokens"),
     (generator(data=dict(global_batch=12)), "train", None, None, "global_batch=12 is not divisible"),
   ],
 )
@@ -336,7 +338,7 @@ def test_jobs_that_do_not_fit_the_config(config, job, batch, tokens, pattern):
 
 def test_devices_without_figures_are_refused():
   with pytest.raises(ValueError, match="no figures of 'cpu'"):
-    compile.compile_job(debug.get_config(), "debug", "train", "cpu", jax.devices(), 1, None)
+    compile_run.compile_job(debug.get_config(), "debug", "train", "cpu", jax.devices(), 1, None)
 
 
 def test_a_job_is_made_for_its_devices(monkeypatch):
@@ -348,7 +350,7 @@ def test_a_job_is_made_for_its_devices(monkeypatch):
   monkeypatch.setattr(compile, "make_job", make_job)
   monkeypatch.setattr(accelerators, "known", lambda device: True)
   with pytest.raises(ValueError) as caught:
-    compile.compile_job(debug.get_config(), "debug", "train", "cpu", jax.devices()[5:6], 1, None)
+    compile_run.compile_job(debug.get_config(), "debug", "train", "cpu", jax.devices()[5:6], 1, None)
   assert caught.value.args == (jax.devices()[5],)
 
 

@@ -65,15 +65,16 @@ def zero_params(monkeypatch):
     params, frozen = shapes(FrozenConfigDict(self.config))
     return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), {name: {**params, **frozen}[name] for name in names})
 
-  monkeypatch.setattr(benchmark_jobs.Benchmark, "_random_params", zeros)
+  monkeypatch.setattr(benchmark_jobs.TokenizerBenchmark, "_random_params", zeros)
 
 
 def programs(config, job, num_tokens, paths, latents):
   """Returns by path the traced program, whose arguments are shapes alone, and our count."""
-  module, made = benchmark_ar if config.stage == "ar" else benchmark_jobs, {}
+  make = benchmark_ar.GeneratorBenchmark if config.stage == "ar" else benchmark_jobs.TokenizerBenchmark
+  made = {}
 
   def prepare():
-    args, by_path = module.Benchmark(config, paths, BATCH, latents).prepare(job, num_tokens)
+    args, by_path = make(config, paths, BATCH, latents).prepare(job, num_tokens)
     made.update(by_path)
     return args
 

@@ -121,7 +121,7 @@ ENTRY %main (ws.0: bf16[7,256,1024], x.0: bf16[512,1024], g.0: bf16[1024,1024], 
 
 @pytest.fixture(scope="module")
 def tpu():
-  return hlo.Program(TPU)
+  return hlo.Module(TPU)
 
 
 def test_loops_of_a_stored_program_are_multiplied_out(tpu):
@@ -151,7 +151,7 @@ def test_a_collective_beside_a_loop_runs_once(tpu):
   place = "  %next = s32[]{:T(128)} add("
   text = TPU.replace(place, within + place, 1)
   assert text != TPU
-  assert hlo_traffic.collectives(hlo.Program(text), 4) == hlo_traffic.collectives(tpu, 4)
+  assert hlo_traffic.collectives(hlo.Module(text), 4) == hlo_traffic.collectives(tpu, 4)
 
 
 def test_memory_traffic_of_a_stored_program(tpu):
@@ -168,7 +168,7 @@ def test_memory_traffic_of_a_stored_program(tpu):
 
 def test_an_unknown_loop_takes_the_count_that_is_given():
   text = TPU.replace("direction=LT", "direction=NE")
-  program = hlo.Program(text, unknown_trips=40)
+  program = hlo.Module(text, unknown_trips=40)
   assert hlo.matmul_flops(program) == 40 * 2 * 512 * 1024 * 1024
   assert program.unknown_loops == 1
 
@@ -190,7 +190,7 @@ def test_trips_by_start_bound_and_step(start, bound, direction, step, trips):
   text = text.replace("%seven = s32[]{:T(128)} constant(7)", f"%seven = s32[]{{:T(128)}} constant({bound})")
   text = text.replace("direction=LT", f"direction={direction}")
   text = text.replace("%one = s32[]{:T(128)} constant(1)", f"%one = s32[]{{:T(128)}} constant({step})")
-  assert hlo.matmul_flops(hlo.Program(text)) == trips * 2 * 512 * 1024 * 1024
+  assert hlo.matmul_flops(hlo.Module(text)) == trips * 2 * 512 * 1024 * 1024
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def compile_for(mesh, fn, out, *args):
 
 
 def program_of(*args):
-  return hlo.Program(compile_for(*args).as_text())
+  return hlo.Module(compile_for(*args).as_text())
 
 
 def sent(program, devices=8):
@@ -286,7 +286,7 @@ def test_convolutions_count_what_xla_counts(stride):
     x, w, (stride, stride), ((1, 1), (1, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC")
   )
   compiled = compile_for(mesh_of(data=1), fn, P(), ((2, 12, 16, 4), P()), ((3, 3, 4, 8), P()))
-  assert hlo.matmul_flops(hlo.Program(compiled.as_text())) == compiled.cost_analysis()["flops"]
+  assert hlo.matmul_flops(hlo.Module(compiled.as_text())) == compiled.cost_analysis()["flops"]
 
 
 def test_a_dilated_convolution_counts_pairs_by_hand():
@@ -299,9 +299,9 @@ def test_a_dilated_convolution_counts_pairs_by_hand():
     "ENTRY %main (a: f32[3,2,4], b: f32[3,5,4]) -> f32[3,2,5] {\n  %a = f32[3,2,4]{2,1,0} parameter(0)\n"
     f"  %b = f32[3,5,4]{{2,1,0}} parameter(1)\n{line}\n}}\n"
   )
-  assert hlo.matmul_flops(hlo.Program(text)) == 2 * 3 * 2 * 5 * 4
+  assert hlo.matmul_flops(hlo.Module(text)) == 2 * 3 * 2 * 5 * 4
 
 
 def test_text_without_a_program_is_refused():
   with pytest.raises(ValueError, match="no HLO program"):
-    hlo.Program("nothing")
+    hlo.Module("nothing")

@@ -13,7 +13,7 @@ from flextok_jax.training import goodput
 from tests.support import analytic_flops as flops
 from tests.support import analytic_flops_ar as flops_ar
 from tests.support.configs import parse
-from tests.training.test_update import config_of
+from tests.support.runs import config_of
 
 
 class Clock:
@@ -104,9 +104,9 @@ def test_the_line_for_the_console(clock):
   for kind, seconds in (("step", 900), ("data", 70), ("save", 26), ("compile", 4)):
     with spent.spending(kind):
       clock.passes(seconds)
-  assert goodput.line(spent.shares()) == "step 90% data 7% save 3%"
-  assert goodput.line(spent.shares() | {"mfu": 0.4321}) == "MFU 43.2%  step 90% data 7% save 3%"
-  assert goodput.line({}) == ""
+  assert goodput.summary(spent.shares()) == "step 90% data 7% save 3%"
+  assert goodput.summary(spent.shares() | {"mfu": 0.4321}) == "MFU 43.2%  step 90% data 7% save 3%"
+  assert goodput.summary({}) == ""
 
 
 # MFU.

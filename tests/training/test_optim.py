@@ -11,7 +11,7 @@ import pytest
 
 from flextok_jax.stages import make_stage
 from flextok_jax.training import optim
-from tests.training.test_update import config_of
+from tests.support.runs import config_of
 
 
 def test_only_kernels_are_decayed():
@@ -120,7 +120,8 @@ def test_readouts_that_do_not_go_with_mup():
   config = settings_of(mup_base_width=16)
   config.decoder.update(width=64, readout_multiplier=0.25)
   (line,) = optim.check(config)
-  assert line == ("optim.mup_base_width=16 goes with encoder.readout_multiplier=0.5 (that over encoder.width), got 1")
+  expected = "encoder.readout_multiplier=0.5 (mup_base_width / encoder.width), got 1"
+  assert line == f"optim.mup_base_width=16 goes with {expected}"
   config.encoder.readout_multiplier = 0.5
   assert optim.check(config) == []
   config = settings_of(mup_base_width=16)
@@ -128,7 +129,8 @@ def test_readouts_that_do_not_go_with_mup():
   (line,) = optim.check(config)
   assert "ar.readout_multiplier=0.25" in line
   config.stage = "vae"
-  with pytest.raises(ValueError, match="optim.mup_base_width=16 is of transformers: stage 'vae' has no width, use 0"):
+  words = "optim.mup_base_width=16 is for transformers and stage 'vae' has no width: use 0"
+  with pytest.raises(ValueError, match=words):
     optim.check(config)
 
 

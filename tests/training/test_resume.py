@@ -34,10 +34,10 @@ COMMAND = [
 DRIVER = """
 import os, signal, sys
 from flextok_jax import cli, train
-from flextok_jax.training import checkpoint, metrics
+from flextok_jax.training import checkpoint, loop, metrics
 moment, step, signum = sys.argv.pop(1).split()
 step, send = int(step), lambda: os.kill(os.getpid(), getattr(signal, signum))
-write, save, evaluate, last = metrics.Writer.write, checkpoint.Checkpoints.save, train._evaluate, []
+write, save, evaluate, last = metrics.Writer.write, checkpoint.Checkpoints.save, loop._evaluate, []
 
 def writing(self, at, *args):
   write(self, at, *args)
@@ -52,12 +52,12 @@ def saving(self, state, *args):
   if moment == "saving" and int(state.step) == step:
     send()
 
-def evaluating(evaluator, state, at, *args):
-  if moment == "evaluating" and at == step:
+def evaluating(evaluation, state, *args):
+  if moment == "evaluating" and int(state.step) == step:
     send()
-  evaluate(evaluator, state, at, *args)
+  evaluate(evaluation, state, *args)
 
-metrics.Writer.write, checkpoint.Checkpoints.save, train._evaluate = writing, saving, evaluating
+metrics.Writer.write, checkpoint.Checkpoints.save, loop._evaluate = writing, saving, evaluating
 cli.run(train.main)
 """
 

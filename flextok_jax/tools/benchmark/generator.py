@@ -1,4 +1,4 @@
-"""The generator's jobs: "ar", which draws tokens with guidance, and "train"."""
+"""The benchmark's jobs for generators: "ar", which draws tokens with guidance, and "train"."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -13,28 +13,28 @@ from ml_collections import ConfigDict
 from flextok_jax.core import timing
 from flextok_jax.models.ar import sampling as ar_sampling
 from flextok_jax.ops import attention
-from flextok_jax.tools.benchmark import jobs as benchmark_jobs
+from flextok_jax.tools.benchmark import jobs
 
-_NUM_TOKENS = 5  # place among the arguments of "ar"
+_NUM_TOKENS = 5  # index among the arguments of "ar"
 
 
-class Benchmark(benchmark_jobs.Benchmark):
-  """A generator of random parameters; see benchmark_jobs.Benchmark.
+class GeneratorBenchmark(jobs.TokenizerBenchmark):
+  """A generator with random parameters; see jobs.TokenizerBenchmark.
 
-  "ar" samples as config.ar says: guidance, temperature, top-k, top-p; an image is one sequence. Texts have their full
-  length. An encoder that is trained jointly takes part; a T5 does not, here its features are random.
+  "ar" samples with the guidance, temperature, top-k and top-p of config.ar; an image is one sequence. Texts have full
+  length. A jointly trained text encoder is included; a T5 is not: its features are random.
   """
 
   def __init__(self, config: ConfigDict, paths: tuple[str, ...], batch_size: int, latents: bool):
     super().__init__(config, paths, batch_size, latents)
-    self.latents = True  # no VAE takes part
+    self.latents = True  # there is no VAE
     self.guided = config.ar.condition != "none" and config.ar.guidance_scale != 1
     self.has_text = config.ar.condition == "text"
 
-  def run(self, job: str, num_tokens: int | None, repeats: int, limit: float) -> list[benchmark_jobs.Row]:
-    """See the base; rows of "ar" also say what a token reads."""
+  def run(self, job: str, num_tokens: int | None, repeats: int, limit: float) -> list[jobs.Row]:
+    """Measures a job as the base class does; rows of "ar" also have token_bytes."""
     rows = super().run(job, num_tokens, repeats, limit)
-    if job == "train":
+    if num_tokens is None:
       return rows
     read = self.token_bytes(num_tokens)
     return [dataclasses.replace(row, token_bytes=read) if row.path == "fast" else row for row in rows]
@@ -43,7 +43,7 @@ class Benchmark(benchmark_jobs.Benchmark):
     if job == "train":
       return super()._time(job, num_tokens, runs, args, repeats, limit)
 
-    def fewer(path: str, count: int, *args) -> tuple:  # the count is an argument of the program: nothing is compiled
+    def fewer(path: str, count: int, *args) -> tuple:  # the count is an argument of the program: nothing is recompiled
       return runs[path](*args[:_NUM_TOKENS], jnp.int32(count), *args[_NUM_TOKENS + 1 :])
 
     counts = sorted({1, *(i * num_tokens // 4 for i in range(1, 4))} - {0, num_tokens}) if "fast" in runs else ()
@@ -89,7 +89,7 @@ class Benchmark(benchmark_jobs.Benchmark):
     return jax.random.randint(self._key(purpose), shape, 0, bound, jnp.int32)
 
   def _text(self, count: int) -> dict[str, jax.Array]:
-    """Texts of full length as a batch of training holds them; {} without text."""
+    """Returns texts of full length as in a training batch, {} if the generator reads no text."""
     if not self.has_text:
       return {}
     c = self.config.text
@@ -107,7 +107,7 @@ class Benchmark(benchmark_jobs.Benchmark):
 
   def _ar(self, num_tokens: int):
     c, size, guided = self.config.ar, self.batch_size, self.guided
-    text = self._text(size + guided)  # the last one in the place of the empty text
+    text = self._text(size + guided)  # the last one stands for the empty text
 
     def make(stage, fast: bool) -> Callable:
       length = ar_sampling.padded_length(num_tokens, self.config.ar.num_tokens)
@@ -152,7 +152,7 @@ class Benchmark(benchmark_jobs.Benchmark):
     return self._update_args(optimizer, self._parts, (), inputs), make
 
   def _attention(self, job: str, path: str) -> str:
-    """Implementation of attention to the tokens, and to the text; cached keys are looked up by two products of XLA."""
+    """Returns the implementation of attention to tokens and text; attention to cached keys is two products of XLA."""
     if path == "fast":
       return "xla"
     c, dtype = self.config, jnp.dtype(self.config.dtype)

@@ -1,9 +1,10 @@
-"""The jobs of python -m flextok_jax.benchmark for tokenizers and VAEs; benchmark_ar.py has the generator's."""
+"""The benchmark's jobs for tokenizers and VAEs."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
 import statistics
 import types
+from typing import Any
 
 from flax.core.meta import unbox
 import jax
@@ -20,30 +21,32 @@ from flextok_jax.training import optim
 from flextok_jax.training.state import init_state, make_update
 
 PATHS = ("plain", "fast")
-ONLY = "-"  # the path of a job that has but one
+ONLY = "-"  # the path of a job that has only one
 Compute = tuple[str, str | None]  # dtype, and precision of its products
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """What was measured of one job on one path."""
+  """The measurement of a job on a path."""
 
   job: str
   path: str
   num_tokens: int | None
   batch_size: int
-  latents: bool  # the VAE takes no part
+  latents: bool  # without the VAE
   compute: Compute
-  seconds: tuple[float, ...]  # of each timed call; the i-th of both paths are of one round
+  seconds: tuple[float, ...]  # of each timed call; index i of both paths is the same round
   compile_seconds: float  # to lower and compile
   program: str  # the same for the same program
-  flops: int  # of a call
-  xla_flops: float | None  # of a call, loop bodies once
+  flops: int  # per call
+  xla_flops: float | None  # per call, with loop bodies counted once
   program_bytes: int | None
-  device_peak_bytes: int | None  # most that the process ever held on the device, where the device tells
+  device_peak_bytes: int | None  # peak of the process on the device, if the device reports it
   attention: str
-  shorter: dict[int, tuple[float, ...]] = dataclasses.field(default_factory=dict)  # seconds for fewer tokens, by number
-  token_bytes: int | None = None  # that a generated token reads at least
+  shorter: dict[int, tuple[float, ...]] = dataclasses.field(
+    default_factory=dict
+  )  # seconds of calls for fewer tokens, by their number
+  token_bytes: int | None = None  # bytes that a generated token reads at least
 
   @property
   def name(self) -> str:
@@ -51,26 +54,27 @@ class Row:
 
   @property
   def rates(self) -> tuple[float, float, float]:
-    """Images a second: median, least, most."""
-    return tuple(self.batch_size / f(self.seconds) for f in (statistics.median, max, min))
+    """Images per second: median, least, most."""
+    median, most, least = (f(self.seconds) for f in (statistics.median, max, min))
+    return self.batch_size / median, self.batch_size / most, self.batch_size / least
 
   @property
   def ms_per_token(self) -> float | None:
-    """Of a job that draws tokens one after another: median, with all that a call does besides."""
-    return 1e3 * statistics.median(self.seconds) / self.num_tokens if self.job == "ar" else None
+    """Median time of a call per token, for jobs that draw tokens one after another."""
+    return 1e3 * statistics.median(self.seconds) / self.num_tokens if self.job == "ar" and self.num_tokens else None
 
   @property
   def flops_per_second(self) -> float:
     return self.flops / statistics.median(self.seconds)
 
 
-class Benchmark:
-  """A model of random parameters, and the programs that run it.
+class TokenizerBenchmark:
+  """A model with random parameters and the programs that run it.
 
   Args:
     config: of stage "tokenizer" or "vae".
     paths: of PATHS.
-    batch_size: images a call.
+    batch_size: images per call.
     latents: leaves the VAE out of tokenize, detokenize and train.
 
   Raises:
@@ -80,25 +84,27 @@ class Benchmark:
   def __init__(self, config: ConfigDict, paths: tuple[str, ...], batch_size: int, latents: bool):
     if batch_size % config.optim.accumulate_steps:
       raise ValueError(
-        f"--batch_size={batch_size} is not a multiple of optim.accumulate_steps {config.optim.accumulate_steps}"
+        f"batch_size={batch_size} is not a multiple of optim.accumulate_steps {config.optim.accumulate_steps}"
       )
     self.config, self.paths, self.batch_size = config, paths, batch_size
     self.has_tokens = config.stage == "tokenizer"
     self.latents = latents and self.has_tokens
-    self._compiler, self._kept = timing.Compiler(), {}
+    self._compiler = timing.Compiler()
+    self._kept: dict[str, Any] = {}
 
   def compute(self, job: str) -> Compute:
-    """Returns what a job computes in.
+    """Returns dtype and precision of a job.
 
-    As in flextok_jax.load, float32 means float32 outside of training: accelerators would multiply in fewer bits.
+    As in flextok_jax.load, outside of training float32 means full precision: by default accelerators multiply in fewer
+    bits.
     """
     c = self.config
     return self._dtype(job), "highest" if c.dtype == "float32" and job != "train" else None
 
   def prepare(self, job: str, num_tokens: int | None) -> tuple[tuple, dict[str, tuple[Callable, int]]]:
-    """Returns the arguments of a job, and by path the function to compile for them and its FLOPs (core/flops.py).
+    """Returns the arguments of a job and {path: (function to compile for them, its FLOPs)}.
 
-    That of "train" is the update of a run, whose state may be donated.
+    The function of "train" is the update of a run, whose state may be donated.
     """
     if job == "train":
       self._kept.clear()  # room for the state
@@ -118,7 +124,7 @@ class Benchmark:
     return ()
 
   def run(self, job: str, num_tokens: int | None, repeats: int, limit: float) -> list[Row]:
-    """Measures a job, a row a path, in `repeats` rounds or as many as begin within `limit` seconds."""
+    """Measures a job in `repeats` rounds, or as many as begin within `limit` seconds; returns a row for each path."""
     args, made = self.prepare(job, num_tokens)
     compute, train = self.compute(job), job == "train"
     programs = {path: self._compiler(fn, args, compute[1], donated=train) for path, (fn, _) in made.items()}
@@ -140,15 +146,15 @@ class Benchmark:
         program_bytes=timing.program_bytes(program.run),
         device_peak_bytes=timing.device_peak_bytes(),
         attention=self._attention(job, path),
-        shorter={n: tuple(s) for n, s in seconds.items() if path == "fast" and n not in programs},
+        shorter={n: tuple(s) for n, s in seconds.items() if path == "fast" and isinstance(n, int)},
       )
       for path, program in programs.items()
     ]
 
   def _time(
     self, job: str, num_tokens: int | None, runs: dict[str, Callable], args: tuple, repeats: int, limit: float
-  ) -> dict[str | int, list[float]]:
-    """Returns the seconds of each path's calls, and of the fast program's for fewer tokens by their number, if any."""
+  ) -> dict[Any, list[float]]:
+    """Returns seconds of the calls by path, and of the fast program's calls for fewer tokens by their number."""
     return timing.time_rounds(runs, args, repeats, limit, carried=job == "train")
 
   def _dtype(self, job: str) -> str:
@@ -165,14 +171,14 @@ class Benchmark:
     return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
 
   def _params(self, *names: str) -> dict:
-    """Parts of the parameters, each in the type that computes with it, as flextok_jax.load keeps them."""
+    """Returns parts of the parameters, each in its compute dtype, as flextok_jax.load does."""
     for name in names:
       if name not in self._kept:
         self._kept |= self._random_params((name,), self.config.vae.dtype if name == "vae" else self.config.dtype)
     return {name: self._kept[name] for name in names}
 
   def _random_params(self, names: tuple[str, ...], dtype: str) -> dict:
-    """Initialises parts; what starts at zero (modulations, heads, biases) becomes small random numbers."""
+    """Initialises parts; parameters that start at zero (modulations, heads, biases) become small random numbers."""
 
     def init(key):
       stage, parts = self._stage(ONLY), {}
@@ -187,7 +193,7 @@ class Benchmark:
 
   @property
   def _with_vae(self) -> tuple[str, ...]:
-    """The VAE's part, where a job of images has one."""
+    """The VAE's part, if a job takes images and the model has one."""
     return () if self.latents or self.config.vae.kind == "pixels" else ("vae",)
 
   def _images(self) -> jax.Array:
@@ -247,7 +253,7 @@ class Benchmark:
     optimizer = self._optimizer()
 
     def make(stage, _: bool):
-      if self.latents:  # the update's images are latents
+      if self.latents:  # the batch's images are latents
         loss = lambda params, batch, key, step: stage.latents_loss(params, batch["image"], key, batch.get("teacher"))
         return self._update(types.SimpleNamespace(loss_fn=loss), optimizer)
       return self._update(stage, optimizer)
@@ -262,10 +268,10 @@ class Benchmark:
 
   @property
   def _vae_parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the parts that stage "vae" trains, and of those that it reads besides."""
+    """Names of the parts that stage "vae" trains, and of its frozen parts."""
     stage = self._stage(ONLY)
-    shapes = (jax.eval_shape(init, self._key(0)) for init in (stage.init, stage.init_auxiliary))
-    return tuple(tuple(name for parts in kind for name in parts) for kind in zip(*shapes))
+    model, auxiliary = (jax.eval_shape(init, self._key(0)) for init in (stage.init, stage.init_auxiliary))
+    return (*model[0], *auxiliary[0]), (*model[1], *auxiliary[1])
 
   def _optimizer(self) -> optax.GradientTransformation:
     return optim.make_optimizer(self.config.optim, self.config.train.num_steps)
@@ -279,13 +285,12 @@ class Benchmark:
   ) -> tuple:
     """Returns state, batch and key of an update whose stage has these parts."""
     given = self._random_params(trained, "float32"), self._random_params(frozen, "float32") if frozen else {}
-    none = lambda key: ({}, {})
-    stage = types.SimpleNamespace(init=lambda key: given, init_auxiliary=none)
+    stage = types.SimpleNamespace(init=lambda key: given, init_auxiliary=lambda key: ({}, {}))
     state = init_state(stage, optimizer, self._key(5))
     return state, {**inputs, "unreadable": jnp.zeros(self.batch_size, jnp.int32)}, self._key(6)
 
   def _attention(self, job: str, path: str) -> str:
-    """Implementation of attention, of encoder and decoder where a job has both; the VAE's is XLA's."""
+    """Returns the implementation of attention, of encoder and decoder if a job has both; the VAE's is XLA's."""
     c, dtype = self.config, jnp.dtype(self.config.dtype)
     halves = {"tokenize": ("encoder",), "detokenize": ("decoder",), "train": ("encoder", "decoder")}.get(job, ())
     names = [

@@ -1,7 +1,7 @@
-"""The job "repa" of python -m flextok_jax.benchmark: what REPA adds to a training step on latents, in one run.
+"""The benchmark's job "repa": the cost of REPA in a training step on latents.
 
-Three ways of a step: "off", without it; "features", where the batch brings the teacher's features, as from shards;
-"teacher", where a DINOv2 of random weights computes them from the images first.
+A step in three ways: "off", without REPA; "features", with the teacher's features in the batch, as read from shards;
+"teacher", with a DINOv2 of random weights that computes them from the images first.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from flextok_jax.core import flops, timing
 from flextok_jax.models.perception.vit import ViT
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
-from flextok_jax.tools.benchmark import jobs as benchmark_jobs
+from flextok_jax.tools.benchmark import jobs
 from flextok_jax.tools.benchmark.jobs import Compute, Row
 from flextok_jax.training import teacher
 
@@ -52,11 +52,11 @@ def teacher_flops(sizes: dict, grid: int, batch_size: int) -> int:
   vit, side = ViT(**sizes, attention="xla"), grid * sizes["patch_size"]
   images = jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.float32)
   params = unbox(jax.eval_shape(vit.init, jax.random.key(0), images))
-  return flops.count(lambda params, images: vit.apply(params, images)["patches"], params, images)
+  return flops.count(vit.apply, params, images)
 
 
-class Benchmark(benchmark_jobs.Benchmark):
-  """The jobs of a tokenizer, "repa" with them."""
+class RepaBenchmark(jobs.TokenizerBenchmark):
+  """The jobs of a tokenizer, including "repa"."""
 
   def compute(self, job: str) -> Compute:
     return super().compute("train" if job == "repa" else job)
@@ -67,16 +67,17 @@ class Benchmark(benchmark_jobs.Benchmark):
     path, size = "fast" if self.config.fast else "plain", self.batch_size
     config = self.config.copy_and_resolve_references()
     config.repa.weight = 0.0
-    programs, shapes, inputs, counts, arrays = {}, {}, {}, {}, {}
+    programs, shapes, inputs, counts = {}, {}, {}, {}
+    arrays: dict[str, jax.Array] = {}
     for way, bench in (
-      ("off", Benchmark(config, (path,), size, True)),
-      ("features", Benchmark(self.config, (path,), size, True)),
+      ("off", RepaBenchmark(config, (path,), size, True)),
+      ("features", RepaBenchmark(self.config, (path,), size, True)),
     ):
       (state, *inputs[way]), made = bench.prepare("train", None)
       fn, counts[way] = made[path]
       programs[way] = self._compiler(fn, (state, *inputs[way]), self.compute(job)[1], donated=True)
       shapes[way] = jax.eval_shape(lambda x: x, state)
-      arrays |= _by_path(state)  # in the end those of the state with REPA, which has all of the other
+      arrays |= _by_path(state)  # finally those of the state with REPA, which contains the other
       del state
     sizes = teacher_sizes(self.config.repa.features)
     features, images = self._features_fn(sizes), self._images()
@@ -116,27 +117,29 @@ class Benchmark(benchmark_jobs.Benchmark):
     ]
 
   def _features_fn(self, sizes: dict):
-    """The teacher of training (training/teacher.py), of random weights."""
+    """Returns the teacher of training (training/teacher.py) with random weights."""
     side = sizes["grid"] * sizes["patch_size"]
     init = jax.jit(lambda key: unbox(ViT(**sizes).init(key, jnp.zeros((1, side, side, 3)))["params"]))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return teacher.make_features_fn(self.config, sizes, init(self._key(7)), mesh)
+    c = self.config
+    options = dict(grid=repa.teacher_grid(c), dtype=c.repa.dtype, attention=c.attention)
+    return teacher.make_features_fn(sizes, init(self._key(7)), mesh, **options)
 
 
 def _by_path(state) -> dict[str, jax.Array]:
-  """The arrays of a state by their places: two states of one model share what both have, and so fit into memory."""
+  """Returns the arrays of a state by path: two states of a model share them, so that both fit into memory."""
   return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
 
 
 def check(config: ConfigDict):
-  """Raises ValueError where a config has no job "repa"."""
+  """Raises ValueError if a config has no job "repa"."""
   if repa.section(config) is None:
-    raise ValueError("--jobs: the job 'repa' needs REPA: give --config.repa.weight=1")
+    raise ValueError("the job 'repa' needs REPA: set repa.weight=1")
   teacher_sizes(config.repa.features)
 
 
 def costs(rows: Iterable[Row]) -> list[dict]:
-  """Returns how many times as long as without REPA a step takes: of the medians, and least and most in a round."""
+  """Returns the time of a step relative to one without REPA: ratio of the medians, and range over the rounds."""
   by_way = {row.path: row for row in rows if row.job == "repa"}
   result = []
   for way in WAYS[1:] if by_way else ():

@@ -1,7 +1,7 @@
-"""Reads a compiled program's text (HLO): what runs how often, and what it computes, moves and sends.
+"""Parses compiled HLO: instructions, how often each runs, FLOPs and cycles.
 
 XLA's own cost analysis counts the body of a loop once. Here loops over blocks, sampler steps and tokens are multiplied
-out: by the trip count that XLA notes (CPU), or by start, step and bound of the loop's counter (TPU).
+out: by the trip count that XLA annotates (CPU), or by start, step and bound of the loop's counter (TPU).
 """
 
 from collections.abc import Callable, Iterator
@@ -10,16 +10,25 @@ import functools
 import math
 import re
 
-_ITEM_BITS = {"pred": 8, "token": 0, "bf16": 16}  # of other types the name says it: f32, s8, ...
+from flextok_jax.core.flops import joined_pairs
+
+_ITEM_BITS = {"pred": 8, "token": 0, "bf16": 16}  # other types have it in their name: f32, s8, ...
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _CALLED_LISTS = re.compile(r"(?:called_computations|branch_computations)=\{([^}]*)\}")
-_UNARY = ("copy", "convert", "bitcast", "copy-start", "copy-done", "optimization-barrier")  # keep a counter's value
+_UNARY = (
+  "copy",
+  "convert",
+  "bitcast",
+  "copy-start",
+  "copy-done",
+  "optimization-barrier",
+)  # do not change a counter's value
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """An array of a program; space 0 is the device's main memory, others lie on the chip."""
+  """An array; memory space 0 is the device's main memory, others are on the chip."""
 
   dtype: str
   dims: tuple[int, ...]
@@ -31,10 +40,10 @@ class Array:
 
   @property
   def bytes(self) -> int:
-    """Without the padding of tiles."""
+    """Size without the padding of tiles."""
     bits = _ITEM_BITS.get(self.dtype)
     if bits is None:
-      bits = int(re.search(r"\d+", self.dtype)[0])
+      bits = int(re.sub(r"^\D*(\d+).*", r"\1", self.dtype))
     return -(-self.size * bits // 8)
 
 
@@ -45,12 +54,12 @@ class Instruction:
   name: str
   opcode: str
   type: str
-  arguments: str  # what stands in the parentheses
-  attributes: str  # and after them
+  arguments: str  # text in the parentheses
+  attributes: str  # text after them
 
   @functools.cached_property
   def arrays(self) -> tuple[Array, ...]:
-    """What it gives, tuples flattened."""
+    """Outputs, with tuples flattened."""
     return _arrays(self.type)
 
   @functools.cached_property
@@ -65,13 +74,17 @@ class Instruction:
     return tuple(names)
 
   def attribute(self, name: str) -> str | None:
-    """Returns the value of name=value, as far as the next comma; of name={...} what stands inside."""
+    """Returns the value of name=value up to the next comma, or the contents of name={...}; None if there is none."""
     found = re.search(rf"\b{name}=(?:\{{([^{{}}]*)\}}|([^,\s]+))", self.attributes)
     return None if found is None else found[1] if found[1] is not None else found[2]
 
+  def index(self) -> int:
+    """Returns the attribute "index" of a get-tuple-element."""
+    return int(self.attribute("index") or 0)
 
-class Computation(dict):
-  """Instructions by name, in their order; `root` is what it returns."""
+
+class Computation(dict[str, Instruction]):
+  """Instructions by name, in order; `root` is the output."""
 
   root: Instruction
 
@@ -84,7 +97,7 @@ class Computation(dict):
 
   @functools.cached_property
   def users(self) -> dict[str, list[Instruction]]:
-    users = {}
+    users: dict[str, list[Instruction]] = {}
     for instruction in self.values():
       for name in dict.fromkeys(instruction.operands):
         users.setdefault(name, []).append(instruction)
@@ -93,45 +106,44 @@ class Computation(dict):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """An instruction where it runs."""
+  """An instruction in its context, with the number of times that it runs."""
 
   instruction: Instruction
   computation: Computation
   times: int
-  home: str  # the computation whose schedule it is a part of
-  scheduled: bool  # False: a part of a kernel in that schedule
+  home: str  # name of the computation whose schedule it belongs to
+  scheduled: bool  # False: inside a kernel of that schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class _Frame:
-  """A computation as it is called: its parameters stand for operands of `call` in `caller`."""
+  """A computation with its call: its parameters are the operands of `call` in `caller`."""
 
   computation: Computation
   call: Instruction | None = None
   caller: "_Frame | None" = None
 
 
-class Program:
-  """A compiled program.
+class Module:
+  """A compiled HLO module.
 
   Args:
-    text: as of jax's compiled.as_text() or of XLA's dump after all optimisations.
-    unknown_trips: how often the body of a loop runs whose count does not stand in the program, as it ends when data
-      say so (the generator's loop over tokens).
+    text: of compiled.as_text() or of XLA's dump after all optimisations.
+    unknown_trips: trip count assumed for data-dependent loops (the generator's loop over tokens).
 
   Raises:
-    ValueError: no HLO module with an entry.
+    ValueError: the text has no HLO module with an entry.
   """
 
   def __init__(self, text: str, unknown_trips: int = 1):
     self.computations, self._entry = _parse(text)
     self.unknown_trips, self.unknown_loops = unknown_trips, 0
-    self._trips = {}
+    self._trips: dict[str, int] = {}
 
   def runs(self) -> Iterator[Run]:
-    """Yields all instructions with how often they run, those inside of fused kernels too.
+    """Yields all instructions, including those in fused kernels, with the number of times that they run.
 
-    Of a conditional every branch counts as if it ran.
+    Every branch of a conditional is counted as if it ran.
     """
     return self._walk(_Frame(self.computations[self._entry]), 1, self._entry)
 
@@ -143,7 +155,7 @@ class Program:
       elif x.opcode in ("call", "conditional", "async-start", "fusion", "custom-call"):
         inner = times
       else:
-        continue  # what a reduction or a sort calls is as good as nothing
+        continue  # the computations of reductions and sorts are negligible
       kernel = x.opcode in ("fusion", "custom-call")
       for name in x.called:
         deeper = (home, False) if kernel or not scheduled else (name, True)
@@ -153,7 +165,7 @@ class Program:
     return _Frame(self.computations[name], call, frame)
 
   def trips(self, loop: Instruction, frame: _Frame) -> int:
-    """Returns how often the body of a while loop runs: unknown_trips where the program does not say it."""
+    """Returns how often the body of a while loop runs; unknown_trips if the count is not in the program."""
     if loop.name not in self._trips:
       known = re.search(r'known_trip_count"?[=:]\s*\{"?n"?:"?(\d+)', loop.attributes)
       trips = int(known[1]) if known else self._counted(loop, frame)
@@ -162,8 +174,8 @@ class Program:
     return self._trips[loop.name]
 
   def _counted(self, loop: Instruction, frame: _Frame) -> int | None:
-    """The trips of `for (i = start; i < bound; i += step)`, None where the loop is no such."""
-    condition, body = (self._enter(loop, frame, loop.attribute(name).lstrip("%")) for name in ("condition", "body"))
+    """Returns the trip count of `for (i = start; i < bound; i += step)`, None for other loops."""
+    condition, body = (self._enter(loop, frame, _computation(loop, name)) for name in ("condition", "body"))
     test, at = self._resolve(condition, condition.computation.root)
     if test.opcode != "compare":
       return None
@@ -171,7 +183,7 @@ class Program:
     direction = test.attribute("direction")
     if self._carried(*sides[0]) is None:
       sides.reverse()
-      direction = {"GT": "LT", "GE": "LE", "LT": "GT", "LE": "GE"}.get(direction)
+      direction = {"GT": "LT", "GE": "LE", "LT": "GT", "LE": "GE"}.get(direction or "")
     index, bound = self._carried(*sides[0]), self._constant(*sides[1])
     if index is None or bound is None or direction not in ("LT", "LE", "GT", "GE"):
       return None
@@ -181,10 +193,9 @@ class Program:
       return None
     terms = [self._resolve(at, x) for x in at.computation.operands(step)]
     counter = [self._carried(*term) == index for term in terms]
-    by = [self._constant(*term) for term in terms]
     if counter not in ([True, False], [False, True]) or (step.opcode == "subtract" and counter[1]):
       return None
-    by = by[counter.index(False)]
+    by = self._constant(*terms[counter.index(False)])
     if not by:
       return None
     by = -by if step.opcode == "subtract" else by
@@ -192,27 +203,27 @@ class Program:
     return max(0, math.ceil(span / by)) if (by > 0) == (direction in ("LT", "LE")) else None
 
   def _resolve(self, frame: _Frame, x: Instruction) -> tuple[Instruction, _Frame]:
-    """Follows copies, fusions and parameters to the instruction that makes a value, and where that stands."""
-    computation = frame.computation
+    """Follows copies, fusions and parameters to the instruction that computes a value; returns it with its frame."""
+    computation, call, caller = frame.computation, frame.call, frame.caller
     if x.opcode in _UNARY:
       return self._resolve(frame, computation.operands(x)[0])
     if x.opcode == "fusion":
       inner = self._enter(x, frame, x.called[0])
       return self._resolve(inner, inner.computation.root)
-    if x.opcode == "parameter" and frame.call is not None and frame.call.opcode in ("fusion", "call"):
-      return self._resolve(frame.caller, frame.caller.computation.operands(frame.call)[int(x.arguments)])
+    if x.opcode == "parameter" and call and caller and call.opcode in ("fusion", "call"):
+      return self._resolve(caller, caller.computation.operands(call)[int(x.arguments)])
     if x.opcode == "get-tuple-element":
-      index, source = int(x.attribute("index")), computation.operands(x)[0]
-      if source.opcode == "parameter" and frame.call is not None and frame.call.opcode == "while":
-        body = self.computations[frame.call.attribute("body").lstrip("%")]
-        if _unchanged(body, index):  # what the loop leaves as it is has the value from before
-          return self._element(frame.caller, frame.call, index)
+      index, source = x.index(), computation.operands(x)[0]
+      if source.opcode == "parameter" and call and caller and call.opcode == "while":
+        body = self.computations[_computation(call, "body")]
+        if _unchanged(body, index):  # an element that the loop does not change has its initial value
+          return self._element(caller, call, index)
       elif source.opcode in ("tuple", "fusion"):
         return self._element(frame, source, index)
     return x, frame
 
   def _element(self, frame: _Frame, x: Instruction, index: int) -> tuple[Instruction, _Frame]:
-    """Resolves an element of a tuple: of one that is made, of a fusion's, or of what a loop starts from."""
+    """Resolves an element of a tuple: of a tuple instruction, a fusion's output, or the initial state of a loop."""
     if x.opcode == "while":
       return self._element(frame, frame.computation.operands(x)[0], index)
     if x.opcode == "fusion":
@@ -223,24 +234,25 @@ class Program:
     return x, frame
 
   def _carried(self, x: Instruction, frame: _Frame) -> int | None:
-    """The place in the loop's state that x reads, None if it is no such."""
+    """Returns the index in the loop's state that x reads, None for other instructions."""
     if x.opcode != "get-tuple-element" or frame.computation.operands(x)[0].opcode != "parameter":
       return None
-    return int(x.attribute("index"))
+    return x.index()
 
   def _constant(self, x: Instruction, frame: _Frame) -> int | None:
     return int(x.arguments) if x.opcode == "constant" and re.fullmatch(r"-?\d+", x.arguments) else None
+
+
+def _computation(call: Instruction, name: str) -> str:
+  """Returns the name of the computation that an attribute of a call refers to."""
+  return (call.attribute(name) or "").lstrip("%")
 
 
 def _unchanged(body: Computation, index: int) -> bool:
   if body.root.opcode != "tuple":
     return False
   x = body.operands(body.root)[index]
-  return (
-    x.opcode == "get-tuple-element"
-    and int(x.attribute("index")) == index
-    and (body.operands(x)[0].opcode == "parameter")
-  )
+  return x.opcode == "get-tuple-element" and x.index() == index and (body.operands(x)[0].opcode == "parameter")
 
 
 def _parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -271,7 +283,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-  """The place of the parenthesis that closes the one at `start`."""
+  """Returns the position of the parenthesis that closes the one at `start`."""
   depth = 0
   for match in re.compile(r"[()]").finditer(text, start):
     depth += 1 if match[0] == "(" else -1
@@ -289,10 +301,10 @@ def _arrays(text: str) -> tuple[Array, ...]:
   return tuple(arrays)
 
 
-def matmul_flops(program: Program) -> int:
-  """Returns 2 a multiply-add of all products and convolutions, padding left out; none of custom kernels."""
+def matmul_flops(module: Module) -> int:
+  """Returns the FLOPs of products and convolutions, 2 per multiply-add, without padding and custom kernels."""
   return sum(
-    run.times * _FLOPS[run.instruction.opcode](run) for run in program.runs() if run.instruction.opcode in _FLOPS
+    run.times * _FLOPS[run.instruction.opcode](run) for run in module.runs() if run.instruction.opcode in _FLOPS
   )
 
 
@@ -303,10 +315,10 @@ def _dot_flops(run: Run) -> int:
 
 
 def _convolution_flops(run: Run) -> int:
-  """Pairs of an output and an input that the kernel joins; TPUs' batched products are convolutions too."""
+  """Counts pairs of an output and an input that the kernel joins; batched products are convolutions on TPUs."""
   x = run.instruction
   left, right = (operand.arrays[0] for operand in run.computation.operands(x)[:2])
-  inputs, kernel, outputs = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes).groups()
+  inputs, kernel, outputs = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes)[0]
   window = dict(re.findall(r"(\w+)=([\w\-]+)", x.attribute("window") or ""))
   pairs = 1
   for axis in range(len(inputs) - 2):
@@ -314,7 +326,7 @@ def _convolution_flops(run: Run) -> int:
       [int(v) for v in window[name].split("x")[axis].split("_")] if name in window else [default, default]
     )
     size_in, size_out = left.dims[inputs.index(str(axis))], x.arrays[0].dims[outputs.index(str(axis))]
-    pairs *= _pairs(
+    pairs *= joined_pairs(
       size_in,
       right.dims[kernel.index(str(axis))],
       size_out,
@@ -328,29 +340,19 @@ def _convolution_flops(run: Run) -> int:
   return 2 * batch * features * right.dims[kernel.index("i")] * pairs // groups
 
 
-@functools.lru_cache(maxsize=4096)
-def _pairs(size_in: int, taps: int, size_out: int, stride: int, low: int, dilate_in: int, dilate_taps: int) -> int:
-  """Along an axis, (output, tap) that meet an input and not its padding or the holes of its dilation."""
-  last, count = (size_in - 1) * dilate_in, 0
-  for tap in range(taps):
-    places = (o * stride + tap * dilate_taps - low for o in range(size_out))
-    count += sum(0 <= place <= last and place % dilate_in == 0 for place in places)
-  return count
-
-
 _FLOPS: dict[str, Callable[[Run], int]] = {"dot": _dot_flops, "convolution": _convolution_flops}
 
 
-def cycles(program: Program) -> int:
-  """Returns the cycles that a TPU's compiler reckons with for all kernels, one after another; 0 on other devices."""
+def cycles(module: Module) -> int:
+  """Returns the TPU compiler's estimate of cycles for all kernels in sequence; 0 on other devices."""
   total = 0
-  for run in program.runs():
+  for run in module.runs():
     if run.scheduled and (found := re.search(r'"estimated_cycles":"(\d+)"', run.instruction.attributes)):
       total += run.times * int(found[1])
   return total
 
 
-def custom_kernels(program: Program) -> int:
-  """Returns how often kernels of Pallas run, whose FLOPs and cycles the program's text does not tell."""
+def custom_kernels(module: Module) -> int:
+  """Returns how often Pallas kernels run, whose FLOPs and cycles are not in the HLO."""
   target = 'custom_call_target="tpu_custom_call"'
-  return sum(run.times for run in program.runs() if target in run.instruction.attributes)
+  return sum(run.times for run in module.runs() if target in run.instruction.attributes)

@@ -1,4 +1,4 @@
-"""The programs that python -m flextok_jax.compile compiles: those of the commands, their arguments as shapes alone."""
+"""The programs that are compiled ahead of time: those of the commands, with abstract arguments."""
 
 from collections.abc import Callable
 import dataclasses
@@ -25,23 +25,23 @@ STAGES = {"train": ("tokenizer", "vae", "ar"), "sample": ("tokenizer",), "ar": (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A program to compile, and what is known of it without compiling."""
+  """A program to compile and what is known about it before."""
 
   fn: Callable
   args: tuple  # ShapeDtypeStructs with shardings
-  parts: dict[str, Any]  # the same, by what memory they are
+  parts: dict[str, Any]  # the arguments by kind of memory
   out_shardings: Any
-  donated: bool  # the first argument is overwritten
-  precision: str | None  # of products that set none; None: jax's own
-  batch: int  # images of a call
+  donated: bool  # whether the first argument may be overwritten
+  precision: str | None  # of products without one of their own; None: JAX's default
+  batch: int  # images per call
   flops: int  # per call on all devices (core/flops.py)
   model_flops: int  # the same without what remat recomputes
   loop_trips: int = 1  # trip count assumed for data-dependent loops
 
   def lower(self) -> jax.stages.Lowered:
-    """Traces and lowers the program, for the devices of its arguments, as if they were the default ones.
+    """Traces and lowers the program for the devices of its arguments, as if they were the default devices.
 
-    Arguments that it does not read (the encoder, in sampling) are kept: they lie in memory all the same.
+    Arguments that it does not read (the encoder in sampling) are kept, as they occupy memory all the same.
     """
     device = next(iter(jax.tree.leaves(self.args)[0].sharding.device_set))
     donated = 0 if self.donated else ()
@@ -58,35 +58,35 @@ def make_job(
   Args:
     config: of a stage that has the job.
     name: a key of STAGES.
-    mesh: devices, which need not exist.
-    per_device_batch: images a device and call; None: those of config.data.global_batch.
-    num_tokens: that "sample" decodes from and "ar" draws; None: all.
+    mesh: of devices, which need not exist.
+    per_device_batch: images per device and call; None: those of config.data.global_batch.
+    num_tokens: tokens that "sample" decodes and "ar" draws; None: all.
 
   Raises:
-    ValueError: a stage without the job, settings that do not fit together, a batch that does not divide.
+    ValueError: a stage without the job, settings that do not fit together, or a batch that does not divide.
   """
   if config.stage not in STAGES[name]:
     jobs = ", ".join(job for job, stages in STAGES.items() if config.stage in stages)
-    raise ValueError(f"--job={name} is none of stage {config.stage!r}, which has {jobs}")
+    raise ValueError(f"stage {config.stage!r} has no job {name!r}, only {jobs}")
   config = config.copy_and_resolve_references()
   if per_device_batch is not None:
     if per_device_batch < 1:
-      raise ValueError(f"--per_device_batch={per_device_batch} must be at least 1")
+      raise ValueError(f"per_device_batch={per_device_batch} must be at least 1")
     config.data.global_batch = per_device_batch * mesh.size
   sharding.check_batch(config.data.global_batch, config.optim.accumulate_steps if name == "train" else 1, mesh)
   if name == "train":
     if num_tokens is not None:
-      raise ValueError("--num_tokens is of the jobs sample and ar: a training step draws its own")
+      raise ValueError(f"num_tokens={num_tokens} must be None for the job 'train': a step draws its own numbers")
     return _train(config, mesh)
   most = config.ar.num_tokens if name == "ar" else config.tokens.num_registers
   num_tokens = most if num_tokens is None else num_tokens
   if not 1 <= num_tokens <= most:
-    raise ValueError(f"--num_tokens={num_tokens} is out of range: this model has 1 to {most} tokens")
+    raise ValueError(f"num_tokens={num_tokens} is out of range: this model has 1 to {most} tokens")
   return {"sample": _sample, "ar": _ar}[name](config, mesh, num_tokens)
 
 
-def _placed(tree, shardings):
-  """ShapeDtypeStructs of a tree of arrays or shapes, with their places."""
+def _placed(tree: Any, shardings: Any) -> Any:
+  """Returns ShapeDtypeStructs of a tree of arrays or shapes, with shardings."""
   one = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   if isinstance(shardings, jax.sharding.Sharding):
     return jax.tree.map(lambda x: one(x, shardings), tree)
@@ -128,7 +128,7 @@ def _train(config: ConfigDict, mesh) -> Job:
 
 
 def _params(config: ConfigDict, stage, mesh):
-  """The joined parameters, each in the type that computes with it, as flextok_jax.load places them."""
+  """Returns all parameters, each in its compute dtype and sharded as flextok_jax.load does."""
   trained, frozen = jax.eval_shape(stage.init, jax.eval_shape(lambda: jax.random.key(0)))
   boxed = {**trained, **frozen}
   types = {name: jnp.dtype(config.vae.dtype if name == "vae" else config.dtype) for name in boxed}
@@ -144,7 +144,7 @@ def _keys(size: int):
 
 
 def _precision(config: ConfigDict) -> str | None:
-  """As in flextok_jax.load: outside of training float32 means float32, accelerators would multiply in fewer bits."""
+  """Returns the precision of products: as in flextok_jax.load, float32 means full precision outside of training."""
   return "highest" if config.dtype == "float32" else None
 
 
@@ -174,8 +174,8 @@ def _ar(config: ConfigDict, mesh, num_tokens: int) -> Job:
   guided = c.ar.condition != "none" and c.ar.guidance_scale != 1
   params, rows = _params(c, stage, mesh), sharding.batch_sharding(mesh)
   twice = 2 * size if guided else size
-  text = inputs_lib.abstract_text(c, twice)
-  if "text_ids" in text:  # the generator gets features, of a text encoder that runs before it
+  text = inputs_lib.abstract_text(twice, c.dtype, **c.text) if c.ar.condition == "text" else {}
+  if "text_ids" in text:  # the generator gets features of a text encoder that runs before it
     text["text_features"] = _shape(jnp.dtype(c.dtype), *text.pop("text_ids").shape, c.text.features)
   inputs = (
     _keys(size),
@@ -184,20 +184,20 @@ def _ar(config: ConfigDict, mesh, num_tokens: int) -> Job:
     text.get("text_lengths"),
     _shape(jnp.int32, size, 0),
   )
-  number = _shape(jnp.float32)
+  number: Any = _shape(jnp.float32)
   sampler = ar_sampling.TokenSampler(
     number if guided else None, number, number if c.ar.top_p else None, top_k=c.ar.top_k
   )
   scalars = _shape(jnp.int32), sampler  # the first is num_tokens
-  inputs = _placed(inputs, rows), _placed(scalars, sharding.replicated(mesh))
+  placed, placed_scalars = _placed(inputs, rows), _placed(scalars, sharding.replicated(mesh))
   length = ar_sampling.padded_length(num_tokens, c.ar.num_tokens)
   make = lambda stage: functools.partial(ar_sampling.generate, stage.model, length=length, fast=c.fast)
-  args = params, *inputs[0], *inputs[1]
+  args = params, *placed, *placed_scalars
   count = flops.count(make(make_stage(with_fields(c, {"attention": "xla"}))), *args, while_trips=num_tokens)
   return Job(
     make(stage),
     args,
-    {"parameters": params, "batch": inputs},
+    {"parameters": params, "batch": (placed, placed_scalars)},
     (rows, rows),
     False,
     _precision(c),

@@ -1,4 +1,4 @@
-"""What a compiled job takes of a device: memory, FLOPs, traffic, and by all of these the time of a step."""
+"""Report on a compiled job: memory, FLOPs and traffic of a device, and the time of a step estimated from them."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -20,44 +20,44 @@ _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-  """A job on a mesh of devices. Bytes, FLOPs and seconds are of one device and one call."""
+class CompileReport:
+  """A job on a mesh of devices. Bytes, FLOPs and seconds are per device and call."""
 
   settings: dict[str, Any]  # what was compiled: config, job, topology, mesh, batch, ...
   fits: bool
-  memory: dict[str, int]  # bytes; "total" is all of it, "limit" what the device has
+  memory: dict[str, int]  # bytes by part; "total", and "limit" of the device
   flops: dict[str, float] = dataclasses.field(default_factory=dict)
   collectives: list[dict] = dataclasses.field(default_factory=list)
-  seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # that each resource takes by itself
+  seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by resource, if nothing else limited the job
   notes: tuple[str, ...] = ()
 
   @property
   def bound(self) -> str:
-    """What takes the longest of compute, memory and interconnect: the roofline."""
+    """The resource that takes the longest, of compute, memory and interconnect: the roofline."""
     return max(("compute", "memory", "interconnect"), key=lambda name: self.seconds[name])
 
   @property
   def step_seconds(self) -> float:
-    """The estimate: the roofline, or the compiler's reckoning where that is longer."""
+    """The estimate: the roofline, or the compiler's schedule if that is longer."""
     return max(self.seconds.values())
 
   @property
   def mfu(self) -> float:
-    """Share of the peak that FLOPs of the model have by the estimate; what remat computes again does not count."""
+    """Model FLOPs, without those that remat recomputes, over the estimated time and the peak."""
     return self.flops["model"] / self.flops["peak"] / self.step_seconds
 
   @property
   def mfu_roofline(self) -> float:
-    """The same if a step takes no longer than the roofline says: a bound."""
+    """The same with the roofline as the time: an upper bound."""
     return self.flops["model"] / self.flops["peak"] / self.seconds[self.bound]
 
   @property
   def images_per_second(self) -> float:
-    """On all devices."""
+    """Of all devices."""
     return self.settings["global_batch"] / self.step_seconds
 
   def to_json(self) -> dict:
-    """Returns a dict for a JSON file: the fields, and what follows from them."""
+    """Returns a dict for a JSON file: the fields and the properties."""
     fields = dataclasses.asdict(self)
     if self.fits:
       derived = ("bound", "step_seconds", "mfu", "mfu_roofline", "images_per_second")
@@ -66,15 +66,15 @@ class Report:
 
 
 def local_bytes(tree) -> int:
-  """Returns the bytes that one device holds of a tree of arrays or shapes with shardings."""
+  """Returns the bytes per device of a tree of arrays or shapes with shardings."""
   one = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
   return sum(map(one, jax.tree.leaves(tree)))
 
 
 def memory(job: Job, stats, limit: float) -> dict[str, int]:
-  """Returns what lies in a device's memory, by part; stats as of compiled.memory_analysis().
+  """Returns the bytes in a device's memory by part; `stats` is that of compiled.memory_analysis().
 
-  Donated arguments count once, where they are arguments. "padding" is what the compiler's layout adds to them.
+  Donated arguments are counted once, as arguments. "padding" is what the compiler's layout adds to the arguments.
   """
   parts = {name: local_bytes(tree) for name, tree in job.parts.items()}
   parts = {name: size for name, size in parts.items() if size}
@@ -85,58 +85,62 @@ def memory(job: Job, stats, limit: float) -> dict[str, int]:
   return {**parts, "total": sum(parts.values()), "limit": int(limit)}
 
 
-def make_report(settings: dict, job: Job, compiled, text: str, accelerator: Accelerator, mesh) -> Report:
-  """Returns the report of a compiled job; `text` is its HLO."""
-  program = hlo.Program(text, job.loop_trips)
-  sent = hlo_traffic.collectives(program, mesh.size)
-  cycles, kernels = hlo.cycles(program), hlo.custom_kernels(program)
+def make_report(settings: dict, job: Job, compiled, text: str, accelerator: Accelerator, mesh) -> CompileReport:
+  """Returns the report of a compiled job from its HLO."""
+  module = hlo.Module(text, job.loop_trips)
+  sent = hlo_traffic.collectives(module, mesh.size)
+  cycles, kernels = hlo.cycles(module), hlo.custom_kernels(module)
   flops = {
     "analytic": job.flops / mesh.size,
     "model": job.model_flops / mesh.size,
-    "compiled": hlo.matmul_flops(program),
+    "compiled": hlo.matmul_flops(module),
     "compiled_loops_once": timing.xla_flops(compiled),
     "peak": accelerator.flops,
   }
   seconds = {
     "compute": flops["analytic"] / accelerator.flops,
-    "memory": hlo_traffic.memory_bytes(program) / accelerator.bandwidth,
+    "memory": hlo_traffic.memory_bytes(module) / accelerator.bandwidth,
     "interconnect": sum(link_seconds(c, accelerator, mesh) for c in sent),
   }
   if cycles and accelerator.clock:
     seconds["schedule"] = cycles / accelerator.clock
   notes = []
   if kernels:
-    notes.append(f"{kernels} runs of Pallas kernels: neither compiled FLOPs nor the schedule have what is in them")
-  if program.unknown_loops:
-    notes.append(f"{program.unknown_loops} loops end when data say so: counted as {job.loop_trips} rounds")
+    notes.append(f"{kernels} runs of Pallas kernels, which neither the compiled FLOPs nor the schedule include")
+  if module.unknown_loops:
+    notes.append(f"{module.unknown_loops} data-dependent loops: {job.loop_trips} trips assumed")
   table = memory(job, compiled.memory_analysis(), accelerator.memory)
-  return Report(settings, table["total"] <= table["limit"], table, flops, _summed(sent), seconds, tuple(notes))
+  return CompileReport(settings, table["total"] <= table["limit"], table, flops, _summed(sent), seconds, tuple(notes))
 
 
-def too_large(settings: dict, job: Job, accelerator: Accelerator, error: Exception | None = None) -> Report | None:
+def arguments_fit(job: Job, accelerator: Accelerator) -> bool:
+  """Returns whether the arguments of a job fit into memory."""
+  return sum(local_bytes(tree) for tree in job.parts.values()) <= accelerator.memory
+
+
+def too_large(settings: dict, job: Job, accelerator: Accelerator, error: Exception | None = None) -> CompileReport:
   """Returns the report of a job that does not fit.
 
   Args:
-    error: of the compiler, when it ran out of the device's memory; None: before anything is compiled.
-
-  Returns:
-    None where no error says so, and the arguments by themselves would fit.
+    settings: of the report.
+    job: the job.
+    accelerator: of the devices.
+    error: of the compiler when it ran out of the device's memory; None: nothing was compiled.
   """
-  parts, notes = {name: local_bytes(tree) for name, tree in job.parts.items()}, ()
-  if error is None and sum(parts.values()) <= accelerator.memory:
-    return None
+  parts = {name: local_bytes(tree) for name, tree in job.parts.items()}
+  notes: tuple[str, ...] = ()
   if error is not None:
     notes = (str(error).splitlines()[0],)
     if found := re.search(r"temporaries \(([\d.]+)([KMG]?)\) exceeds", notes[0]):
       parts["temporaries"] = int(float(found[1]) * _SIZES[found[2]])
   table = {**parts, "total": sum(parts.values()), "limit": int(accelerator.memory)}
-  return Report(settings, False, table, notes=notes)
+  return CompileReport(settings, False, table, notes=notes)
 
 
 def link_seconds(collective: hlo_traffic.Collective, accelerator: Accelerator, mesh) -> float:
-  """Returns the time that a collective takes by bandwidth alone; latency is left out.
+  """Returns the time of a collective from bandwidth alone, without latency.
 
-  A group uses the links along those axes of the torus in which its devices differ.
+  A group uses the links along the axes of the torus in which its devices differ.
   """
   devices = mesh.devices.flat
   places = np.array([getattr(devices[i], "coords", (i,)) for i in collective.group])
@@ -146,8 +150,9 @@ def link_seconds(collective: hlo_traffic.Collective, accelerator: Accelerator, m
 
 
 def _summed(collectives: Iterable[hlo_traffic.Collective]) -> list[dict]:
-  """Collectives by kind and size of group: how many run, and the bytes that a device sends."""
-  count, sent = Counter(), Counter()
+  """Sums collectives by kind and size of group: number of runs, and bytes that a device sends."""
+  count: Counter[tuple[str, int]] = Counter()
+  sent: Counter[tuple[str, int]] = Counter()
   for c in collectives:
     key = c.kind, len(c.group)
     count[key] += c.times
@@ -158,13 +163,13 @@ def _summed(collectives: Iterable[hlo_traffic.Collective]) -> list[dict]:
   ]
 
 
-def format_report(report: Report) -> str:
+def format_report(report: CompileReport) -> str:
   """Returns a report as a table for the console."""
   s, m = report.settings, report.memory
   mesh = " x ".join(f"{axis} {size}" for axis, size in s["mesh"].items())
   lines = [
     f"{s['config']}, {s['job']}: {s['devices']} x {s['kind']} ({s['topology']}), mesh {mesh}",
-    f"{s['per_device_batch']:g} images a device, {s['global_batch']} a call; remat {s['remat']}, "
+    f"{s['per_device_batch']:g} images per device, {s['global_batch']} per call; remat {s['remat']}, "
     f"attention {s['attention']}",
     "",
     "memory of a device",
@@ -173,13 +178,13 @@ def format_report(report: Report) -> str:
   share = f"{_amount(m['total'], 'B')} of {_amount(m['limit'], 'B')}, {m['total'] / m['limit']:.0%}"
   lines += _columns([*rows, ("total", share)])
   if not report.fits:
-    return "\n".join([*lines, "it does not fit", *report.notes])
+    return "\n".join([*lines, "does not fit", *report.notes])
   f, t = report.flops, report.seconds
   remat, compiled = 1 - f["model"] / f["analytic"], f["compiled"] / f["analytic"]
   lines += ["", "FLOPs of a device"]
   lines += _columns(
     [
-      ("analytic", _amount(f["analytic"], "FLOP") + (f", {remat:.0%} of it by remat" if remat else "")),
+      ("analytic", _amount(f["analytic"], "FLOP") + (f", {remat:.0%} of them by remat" if remat else "")),
       ("compiled, loops multiplied out", f"{_amount(f['compiled'], 'FLOP')}, {compiled:.2f} of it"),
       ("by XLA's count, loops once", _amount(f["compiled_loops_once"] or 0, "FLOP")),
     ]
@@ -188,7 +193,7 @@ def format_report(report: Report) -> str:
   lines += _columns(
     [(c["kind"], str(c["group"]), str(c["count"]), _amount(c["bytes"], "B")) for c in report.collectives] or [("none",)]
   )
-  lines += ["", "time of a call, if nothing but this took any"]
+  lines += ["", "time of a call if only this resource limited it"]
   lines += _columns([(name, _amount(seconds, "s")) for name, seconds in t.items()])
   lines += [
     "",
@@ -205,7 +210,7 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _amount(value: float, unit: str) -> str:
-  """A number with three digits: 1.23 GB, 45.6 ms."""
+  """Formats a number with three digits: 1.23 GB, 45.6 ms."""
   if not value:
     return f"0 {unit}"
   if unit == "s":
@@ -221,7 +226,7 @@ _TABLE = (
   "job",
   "TPUs",
   "mesh",
-  "images a device",
+  "images/device",
   "remat",
   "memory",
   "FLOPs",

@@ -1,4 +1,4 @@
-"""The search for a mesh, a remat policy and a batch: what fits and is the fastest by the estimate."""
+"""Search for the mesh, remat policy and batch that fit and are the fastest by the estimate."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,14 +7,17 @@ from ml_collections import ConfigDict
 from flextok_jax.models import layers, transformer
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import ar
-from flextok_jax.tools.compile.report import Report
+from flextok_jax.tools.compile.report import CompileReport
 
-_TENSOR, _FSDP = (1, 2, 4, 8), (1, 4, 16, 64)  # sizes that are tried, and "fsdp" over all that "tensor" leaves
-_GAIN = 0.01  # a larger batch goes on growing while an image takes less time by this share
+_TENSOR, _FSDP = (
+  (1, 2, 4, 8),
+  (1, 4, 16, 64),
+)  # sizes that are tried, besides "fsdp" over all devices that "tensor" leaves
+_GAIN = 0.01  # the batch is doubled while the time per image falls by this share
 
 
 def meshes(config: ConfigDict, devices: int) -> Iterator[dict[str, int]]:
-  """Yields the sizes of mesh axes that divide the devices and, for "tensor", heads and hidden units of every part."""
+  """Yields mesh axis sizes that divide the devices and, for "tensor", the heads and hidden units of every part."""
   counts = _divided_by_tensor(config)
   for tensor in _TENSOR:
     if devices % tensor or any(count % tensor for count in counts) or (tensor > 1 and not counts):
@@ -33,17 +36,21 @@ def _divided_by_tensor(config: ConfigDict) -> list[int]:
 
 
 def search(
-  config: ConfigDict, job: str, devices: int, batch: int, try_one: Callable[[ConfigDict, int], Report]
-) -> list[Report]:
-  """Compiles all that may be fast: meshes x remat policies x batches from `batch` on, doubled while they pay.
+  config: ConfigDict, job: str, devices: int, batch: int, try_one: Callable[[ConfigDict, int], CompileReport]
+) -> list[CompileReport]:
+  """Compiles meshes x remat policies x batches, which are doubled from `batch` on while the time per image falls.
 
   Args:
-    try_one: compiles a config with so many images a device; what does not fit is a report too.
+    config: of the model.
+    job: a key of jobs.STAGES.
+    devices: number of devices.
+    batch: first number of images per device.
+    try_one: compiles a config with a number of images per device; returns a report even if that does not fit.
 
   Returns:
-    A report of every try, the fastest first by the estimated time of an image, what does not fit last.
+    All reports, ordered by estimated time per image; those that do not fit come last.
   """
-  reports = []
+  reports: list[CompileReport] = []
   for mesh in meshes(config, devices):
     for remat in layers.REMATS if job == "train" else (config.remat,):
       tried = config.copy_and_resolve_references()
@@ -53,7 +60,7 @@ def search(
   return sorted(reports, key=_image_seconds)
 
 
-def _grow(config: ConfigDict, batch: int, try_one) -> Iterator[Report]:
+def _grow(config: ConfigDict, batch: int, try_one) -> Iterator[CompileReport]:
   best = float("inf")
   while True:
     report = try_one(config, batch)
@@ -64,17 +71,17 @@ def _grow(config: ConfigDict, batch: int, try_one) -> Iterator[Report]:
     best, batch = seconds, 2 * batch
 
 
-def _image_seconds(report: Report) -> float:
+def _image_seconds(report: CompileReport) -> float:
   return 1 / report.images_per_second if report.fits else float("inf")
 
 
-def format_search(reports: list[Report]) -> str:
-  """Returns a line for each try."""
+def format_search(reports: list[CompileReport]) -> str:
+  """Returns a line for each report."""
   lines = []
   for r in reports:
     s = r.settings
     mesh = " x ".join(str(s["mesh"][axis]) for axis in sharding.AXES)
-    line = f"mesh {mesh}, remat {s['remat']}, {s['per_device_batch']:g} images a device"
+    line = f"mesh {mesh}, remat {s['remat']}, {s['per_device_batch']:g} images per device"
     line += f": {r.memory['total'] / 1e9:.1f} GB"
     if r.fits:
       line += f", MFU {r.mfu:.1%} (roofline {r.mfu_roofline:.1%}, {r.bound}), {r.images_per_second:.0f} images/s"

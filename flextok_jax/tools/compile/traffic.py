@@ -1,15 +1,15 @@
-"""What a compiled program sends between devices, and what it reads and writes in their memory."""
+"""Traffic of a compiled program: bytes sent between devices, and bytes read and written in their main memory."""
 
 import dataclasses
 import re
 
 import numpy as np
 
-from flextok_jax.tools.compile.hlo import Array, Computation, Instruction, Program, Run
+from flextok_jax.tools.compile.hlo import Array, Computation, Instruction, Module, Run
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "collective-broadcast")
 
-# Give names to arrays, or belong to a step that is counted elsewhere.
+# Instructions that only name arrays, or whose traffic is counted elsewhere.
 _FREE = (
   "parameter",
   "constant",
@@ -30,30 +30,30 @@ _FREE = (
   "domain",
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
-_ASYNC = 'custom_call_target="AsyncCollective'  # in kernels where a TPU starts a collective, goes on with it, ends it
+_ASYNC = 'custom_call_target="AsyncCollective'  # in TPU kernels that start, continue or end a collective
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """A collective operation of a program."""
+  """A collective operation of a module."""
 
   kind: str
   times: int
-  sent: int  # bytes that a device sends each time
-  group: tuple[int, ...]  # places in the mesh of the devices of the first group
+  sent: int  # bytes per device each time
+  group: tuple[int, ...]  # indices in the mesh of the devices of the first group
 
 
-def collectives(program: Program, devices: int) -> list[Collective]:
-  """Returns the collectives of a program for so many devices.
+def collectives(module: Module, devices: int) -> list[Collective]:
+  """Returns the collectives of a program for this number of devices.
 
   Bytes are those of the ring algorithms, n devices in a group and S bytes of operands on each: all-reduce
   2 (n - 1) / n S, all-gather (n - 1) S, reduce-scatter and all-to-all (n - 1) / n S, permute and broadcast S. Groups
   of a single device are left out.
   """
   found, seen = [], set()
-  runs = [run for run in program.runs() if run.instruction.opcode.removesuffix("-start") in KINDS]
-  # One that runs beside other work stands in several kernels, those of a loop's body among them; its channel says that
-  # it is the same. It runs as often as the kernel that starts it.
+  runs = [run for run in module.runs() if run.instruction.opcode.removesuffix("-start") in KINDS]
+  # A collective that overlaps other work is part of several kernels, possibly in a loop's body, with the same channel
+  # id. It runs as often as the kernel that starts it.
   starts = {run.instruction.attribute("channel_id") for run in runs if _starts(run)} - {None}
   for run in runs:
     x = run.instruction
@@ -68,7 +68,7 @@ def collectives(program: Program, devices: int) -> list[Collective]:
       seen.add(key)
       users = run.computation.users.get(x.name, [])
       if kind == "all-reduce" and users and all(user.opcode == "dynamic-slice" for user in users):
-        kind = "reduce-scatter"  # how TPUs say it
+        kind = "reduce-scatter"  # its form on TPUs
     group = first_group(x.attributes, devices)
     size = sum(array.bytes for operand in run.computation.operands(x) for array in operand.arrays)
     if len(group) > 1:
@@ -87,10 +87,10 @@ def _sent(kind: str, size: int, n: int) -> int:
 
 
 def first_group(attributes: str, devices: int) -> tuple[int, ...]:
-  """Returns the first group of a collective's devices, of a permutation the first sender and receiver.
+  """Returns the first group of a collective's devices; for a permutation, the first sender and receiver.
 
   Raises:
-    ValueError: groups in words that are not known.
+    ValueError: the groups have an unknown notation.
   """
   if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
     return tuple(map(int, found.groups()))
@@ -105,9 +105,10 @@ def first_group(attributes: str, devices: int) -> tuple[int, ...]:
   if found := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", text):
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
     ids = _iota(found[2], found[3]) if found[2] else np.arange(np.prod(list(sizes.values())))
-    ids, index = ids.reshape(tuple(sizes.values())), [0] * len(sizes)
+    ids = ids.reshape(tuple(sizes.values()))
+    index: list[int | slice] = [0] * len(sizes)
     for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[4]):
-      whole = sizes[name]  # or a part of the axis: `size` of them, in steps of what comes after it
+      whole = sizes[name]  # or a part of the axis: `size` devices, with a stride
       step = whole // (int(before) * int(size)) if size else 1
       index[list(sizes).index(name)] = slice(0, (int(size) if size else whole) * step, step)
     return tuple(int(i) for i in np.ravel(ids[tuple(index)]))
@@ -123,22 +124,22 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
   return ids.transpose(_numbers(order)) if order else ids
 
 
-def memory_bytes(program: Program) -> int:
+def memory_bytes(module: Module) -> int:
   """Returns the bytes that a program reads and writes in the device's main memory.
 
-  A kernel reads its operands and writes its outputs, once, without the padding of tiles; of what it takes slices of, or
-  writes slices into, only those. What the compiler keeps on the chip is free.
+  A kernel reads its operands and writes its outputs once, without the padding of tiles; of arrays that it slices or
+  updates in place, only the slices. Arrays that the compiler keeps on the chip are not counted.
   """
-  traffic = _Traffic(program)
-  return sum(run.times * traffic.bytes(run) for run in program.runs() if run.scheduled)
+  traffic = _Traffic(module)
+  return sum(run.times * traffic.bytes(run) for run in module.runs() if run.scheduled)
 
 
 class _Traffic:
-  """Bytes of single instructions of a schedule."""
+  """Bytes of the instructions of a schedule."""
 
-  def __init__(self, program: Program):
-    self._computations = program.computations
-    self._known = {}
+  def __init__(self, module: Module):
+    self._computations = module.computations
+    self._known: dict[tuple[str, str], int] = {}
 
   def bytes(self, run: Run) -> int:
     key = run.home, run.instruction.name
@@ -162,7 +163,7 @@ class _Traffic:
 
   def _kernel(self, inner: Computation, outputs: tuple[Array, ...], operands: list[tuple[Array, ...]]) -> int:
     if any(_ASYNC + "Start" in x.attributes for x in inner.values()):
-      return _main(outputs)  # the operand, given on, and the result; what follows in other kernels goes on with these
+      return _main(outputs)  # the forwarded operand and the result; other kernels continue with these
     total = 0
     for place, arrays in enumerate(operands):
       if _main(arrays):
@@ -174,7 +175,7 @@ class _Traffic:
     return total
 
   def _read(self, computation: Computation, x: Instruction, whole: int) -> int:
-    """Numbers that a kernel reads of what x holds, of `whole` at most."""
+    """Returns the number of elements of x, at most `whole`, that a kernel reads."""
     total = 0
     for user in computation.users.get(x.name, ()):
       first = user.operands[0] == x.name
@@ -183,7 +184,7 @@ class _Traffic:
       elif (
         (first and user.opcode == "dynamic-update-slice") or user.opcode == "tuple" or (self._async(computation, user))
       ):
-        continue  # written in place, or given on
+        continue  # updated in place, or forwarded
       elif self._passes(user):
         total += self._read(computation, user, whole)
       elif user.opcode == "fusion":
@@ -194,7 +195,7 @@ class _Traffic:
     return min(total, whole)
 
   def _written(self, computation: Computation, x: Instruction, whole: int) -> int:
-    """Numbers that a kernel writes to give x."""
+    """Returns the number of elements that a kernel writes to produce x."""
     while self._passes(x):
       x = computation.operands(x)[0]
     if x.opcode == "dynamic-update-slice":
@@ -202,14 +203,14 @@ class _Traffic:
     return 0 if x.opcode in ("parameter", "get-tuple-element") or self._async(computation, x) else whole
 
   def _passes(self, x: Instruction) -> bool:
-    """Whether x is its operand in another layout or type."""
+    """Returns whether x is its operand in another layout or type."""
     if x.opcode != "fusion":
       return x.opcode in ("bitcast", "copy", "convert", "reshape")
     inner = self._computations[x.called[0]]
     return len(x.operands) == 1 and all(y.opcode == "parameter" or self._passes(y) for y in inner.values())
 
   def _async(self, computation: Computation, x: Instruction) -> bool:
-    """Whether x is a collective that other kernels begin or end, and that this one only hands on."""
+    """Returns whether x is a collective that other kernels start or end and this one only forwards."""
     users = computation.users.get(x.name, ())
     handed_on = bool(users) and all(user.opcode == "tuple" or _ASYNC in user.attributes for user in users)
     return _ASYNC in x.attributes or (x.opcode in KINDS and handed_on)
@@ -220,5 +221,5 @@ def _size(arrays: tuple[Array, ...]) -> int:
 
 
 def _main(arrays: tuple[Array, ...]) -> int:
-  """Bytes of those arrays that lie in main memory."""
+  """Returns the bytes of arrays in main memory."""
   return sum(array.bytes for array in arrays if not array.space)

@@ -73,7 +73,8 @@ def crops(root):
   images = SplitImages(inputs.image_data(config(data=data_of(root))), "train", seed=0, image_size=SIZE, copies=COPIES)
   crops = np.concatenate([images[i]["crops"] for i in range(IMAGES)])
   cfg = train_config(root)
-  features = teacher.make_features_fn(cfg, *teacher.read(cfg), sharding.make_mesh(devices=jax.devices()[:1]))
+  mesh, options = sharding.make_mesh(devices=jax.devices()[:1]), dict(grid=GRID, dtype="float32")
+  features = teacher.make_features_fn(*teacher.read_teacher(cfg.repa.teacher, FEATURES), mesh, **options)
   return crops, np.asarray(features(crops))
 
 
@@ -83,7 +84,7 @@ def test_records_are_features_of_the_crops_of_the_latents(root, crops):
   latents, read = LatentShards(root / "latents"), FeatureShards(root / "dino")
   assert len(read) == len(latents) == IMAGES * COPIES and len(read.meta["shard_records"]) == 3
   assert (read.meta["shape"], read.meta["dtype"], read.meta["image_size"]) == ([GRID**2, FEATURES], "float16", SIZE)
-  assert read.meta["fingerprint"] == fingerprints.teacher(*teacher.read(train_config(root)))
+  assert read.meta["fingerprint"] == fingerprints.teacher(*teacher.read_teacher(root / "own", FEATURES))
   assert (read.meta["copies"], read.meta["crop"], read.meta["flip"]) == (COPIES, "random", True)
   cfg, params = loading.load(root / "weights.safetensors")
   moments = np.concatenate(make_vae(cfg).apply({"params": params["vae"]}, to_float(images), method="encode"), -1)

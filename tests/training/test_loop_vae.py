@@ -28,8 +28,8 @@ from flextok_jax.training import checkpoint, inputs, optim
 from flextok_jax.training.state import init_state
 from flextok_jax.weights import loading
 from tests.support import lpips_reference
+from tests.support.runs import checkpoint_steps, read_checkpoint, read_metrics, step_of_weights
 from tests.support.vae_stage import KEY, START, assert_close, batch_of, config_of, params_of, plain_step
-from tests.training.test_train import checkpoint_steps, read_checkpoint, read_metrics, step_of_weights
 
 STEPS = 4
 
@@ -136,14 +136,14 @@ def test_a_tokenizer_takes_the_factor_of_its_vae(run, tmp_path):
   checkpoint.claim_workdir(str(workdir), found)
   config.init_from = ""  # a run that goes on has it already
   assert inputs.with_vae(config, str(workdir)).vae.scaling_factor == factor
-  with pytest.raises(ValueError, match="vae.scaling_factor=0 is that of the weights to start from: give --config.init"):
+  with pytest.raises(ValueError, match="vae.scaling_factor=0 takes the factor of the weights to start from: set init"):
     train.train(config, str(tmp_path / "other"))
   bare = loading.load(str(run.weights))
   unknown = bare[0].copy_and_resolve_references().unlock()
   unknown.vae.scaling_factor = 0.0
   flextok_jax.weights.saving.save_weights(tmp_path / "bare.safetensors", unknown, bare[1])
   config.init_from = str(tmp_path / "bare.safetensors")
-  with pytest.raises(ValueError, match="bare.safetensors does not tell the scaling factor of its latents: give --con"):
+  with pytest.raises(ValueError, match="bare.safetensors has no scaling factor of its latents: set vae.scaling_factor"):
     train.train(config, str(tmp_path / "other"))
 
 
@@ -170,7 +170,7 @@ def lpips_config(folder, **overrides):
 def test_perceptual_loss_is_lpips_and_its_gradient_takes_part(networks):
   config = lpips_config(networks, discriminator=dict(start_step=START))
   stage = make_stage(config)
-  params = {**params_of(stage), **inputs.read_networks(config, stage)}
+  params = {**params_of(stage), **inputs.read_networks(stage.pretrained_networks, config.vae_loss.lpips)}
   batch = batch_of(size=16)
   (loss, told), grads = jax.jit(jax.value_and_grad(stage.loss_fn, has_aux=True))(params, batch, KEY, START)
   expected, plain, weight = jax.jit(lambda *args: plain_step(stage, *args))(params, batch, KEY)
@@ -189,16 +189,20 @@ def test_a_run_with_lpips_keeps_its_weights_out_of_the_autoencoder(networks, tmp
   config = lpips_config(networks, train=dict(num_steps=1, checkpoint_every=1))
   train.train(config, str(tmp_path / "run"))
   frozen = read_checkpoint(tmp_path / "run", 1, "frozen")
-  jax.tree.map(np.testing.assert_array_equal, frozen, inputs.read_networks(config, make_stage(config)))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    frozen,
+    inputs.read_networks(make_stage(config).pretrained_networks, config.vae_loss.lpips),
+  )
   assert set(loading.load(str(tmp_path / "run"))[1]) == {"vae"}
   assert read_metrics(tmp_path / "run")[0][0]["lpips"] > 0
 
 
 def test_lpips_without_its_weights_is_one_line(networks, tmp_path):
-  read_networks = lambda config: inputs.read_networks(config, make_stage(config))
-  with pytest.raises(ValueError, match=r"lpips_weight=0.7 needs LPIPS; give vae_loss.lpips=DIR, a .*vgg16-397923af"):
+  read_networks = lambda config: inputs.read_networks(make_stage(config).pretrained_networks, config.vae_loss.lpips)
+  with pytest.raises(ValueError, match=r"vae_loss.lpips='' must be a folder with lpips_vgg, .*vgg16-397923af"):
     train.train(lpips_config(""), str(tmp_path / "run"))
-  with pytest.raises(ValueError, match="has no lpips_vgg: put there the state_dict of"):
+  with pytest.raises(ValueError, match="must be a folder with lpips_vgg, .*: put there the state_dict of"):
     read_networks(lpips_config(tmp_path))
   save_file({"features.0.weight": np.zeros((64, 3, 3, 3), np.float32)}, tmp_path / "lpips_vgg.safetensors")
   with pytest.raises(ValueError, match="lpips_vgg.safetensors lacks the tensor"):
@@ -208,7 +212,7 @@ def test_lpips_without_its_weights_is_one_line(networks, tmp_path):
 
 def test_a_benchmark_has_all_parts(networks):
   config = lpips_config(networks)
-  args, made = benchmark_jobs.Benchmark(config, ("fast",), 2, False).prepare("train", None)
+  args, made = benchmark_jobs.TokenizerBenchmark(config, ("fast",), 2, False).prepare("train", None)
   state, _ = jax.eval_shape(made[benchmark_jobs.ONLY][0], *args)
   assert set(state.params) == {"vae", "discriminator"} and set(state.frozen) == {"lpips"}
 
@@ -251,7 +255,7 @@ def test_without_a_discriminator_the_state_is_that_of_one_optimiser():
 @pytest.mark.parametrize(
   "overrides, words",
   [
-    (dict(name="muon"), "optim.name='muon' is of transformers: stage 'vae' has no blocks of them, use 'adamw'"),
+    (dict(name="muon"), "optim.name='muon' is for transformers and stage 'vae' has no transformer blocks: use 'adamw'"),
     (dict(discriminator=dict(b1=1.0)), r"optim.discriminator.b1 must be a number in \[0, 1\), got 1.0"),
     (dict(discriminator=dict(learning_rate=0.0)), "optim.discriminator.learning_rate must be a number above 0, got 0"),
     (dict(discriminator=dict(clip_norm=-1.0)), "optim.discriminator.clip_norm must be a number above 0, got -1"),

@@ -9,12 +9,13 @@ import pytest
 
 from flextok_jax import benchmark_loader
 from flextok_jax.data import transforms
+from flextok_jax.tools import loader
 from tests.conftest import ROOT
 from tests.support.commands import config_file, fails, run
 
 
 def test_rows_table_and_lines(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(benchmark_loader, "WAYS", ("plain", "threads"))  # without worker processes, which start slowly
+  monkeypatch.setattr(loader, "WAYS", ("plain", "threads"))  # without worker processes, which start slowly
   config = config_file(tmp_path / "config.py", data=dict(global_batch=4))
   out = tmp_path / "loader.jsonl"
   run(
@@ -40,7 +41,7 @@ def test_rows_table_and_lines(tmp_path, capsys, monkeypatch):
 
 
 def test_files_are_of_the_size_and_the_same_each_time(tmp_path):
-  one, other = (benchmark_loader.write_photographs(tmp_path / name, 5, (50, 40)) for name in ("one", "other"))
+  one, other = (loader.write_photographs(tmp_path / name, 5, (50, 40)) for name in ("one", "other"))
   assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]
   assert all(Image.open(path).size == (50, 40) and Image.open(path).format == "JPEG" for path in one)
   assert len({path.read_bytes() for path in one}) == 5
@@ -49,14 +50,14 @@ def test_files_are_of_the_size_and_the_same_each_time(tmp_path):
 
 def test_the_plain_loop_makes_crops_of_the_same_law(tmp_path):
   """The same regions, drawn by the same generator: what both make of them is much nearer than other regions."""
-  paths = benchmark_loader.write_photographs(tmp_path, 8, (100, 80))
+  paths = loader.write_photographs(tmp_path, 8, (100, 80))
   rng = np.random.default_rng(0)
   ours, others = ([transforms.random_resized_crop(path, 16, rng, 0.4) for path in paths] for _ in range(2))
-  plain = np.stack(list(benchmark_loader.plain_loop(paths, 16, 0.4))).astype(int)
+  plain = np.stack(list(loader.plain_loop(paths, 16, 0.4))).astype(int)
   apart = lambda crops: np.abs(np.stack(crops) - plain)[:, 2:-2, 2:-2].mean((1, 2, 3))
   assert (apart(ours) < apart(others) / 4).all()
 
 
 def test_bad_input_is_one_line():
-  fails("nothing to measure: give --config=configs/loader.py", benchmark_loader)
+  fails("nothing to measure: give --config=loader", benchmark_loader)
   fails("--images=0 must be at least 1", benchmark_loader, f"--config={ROOT}/configs/loader.py", "--images=0")

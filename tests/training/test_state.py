@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from flextok_jax.configs import debug
 from flextok_jax.data import pipeline
 from flextok_jax.ops import nested
 from flextok_jax.parallel import sharding
@@ -17,17 +16,7 @@ from flextok_jax.stages.stage import Stage
 from flextok_jax.training import inputs, optim
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training.state import ema_decay, init_state, make_update
-
-
-def config_of(**overrides):
-  c = debug.get_config()
-  c.update(overrides)
-  return c
-
-
-def assert_trees_equal(a, b):
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
-
+from tests.support.runs import assert_trees_equal, config_of
 
 # The update.
 

@@ -1,6 +1,5 @@
 """Whole runs of the train loop on tiny configurations: what they write, and what stops them."""
 
-import json
 from pathlib import Path
 import shutil
 import signal
@@ -11,10 +10,8 @@ import types
 from flax.core.meta import unbox
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from PIL import Image
 import pytest
-import safetensors
 import skimage.data
 
 from flextok_jax import train
@@ -22,10 +19,18 @@ from flextok_jax.config import read_config
 from flextok_jax.core import hub
 from flextok_jax.data import pipeline
 from flextok_jax.stages import make_stage
-from flextok_jax.training import goodput, optim
+from flextok_jax.training import goodput, loop, optim
 from flextok_jax.weights import loading, saving
 from tests.support.commands import environment
-from tests.training.test_update import assert_trees_equal, config_of
+from tests.support.runs import (
+  assert_trees_equal,
+  checkpoint_steps,
+  config_of,
+  files_of,
+  read_checkpoint,
+  read_metrics,
+  step_of_weights,
+)
 
 ROOT = Path(__file__).parents[2]
 VAE = dict(
@@ -38,35 +43,11 @@ VAE = dict(
 )
 
 
-def read_metrics(workdir):
-  """(training lines, evaluation lines) of a workdir."""
-  lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-  return [x for x in lines if "loss" in x], [x for x in lines if "loss" not in x]
-
-
-def read_checkpoint(workdir, step, name):
-  return ocp.StandardCheckpointer().restore(Path(workdir).absolute() / "checkpoints" / str(step) / name)
-
-
-def checkpoint_steps(workdir):
-  return sorted(int(path.name) for path in (Path(workdir) / "checkpoints").iterdir())
-
-
-def files_of(folder):
-  """Path -> content of all files below."""
-  return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
-
-
 def config_of_run(**settings):
   train_settings = dict(
     num_steps=20, log_every=4, checkpoint_every=8, eval_every=10, keep_checkpoints=2, keep_period=0, tensorboard=True
   )
   return config_of(train=train_settings | settings)
-
-
-def step_of_weights(workdir):
-  with safetensors.safe_open(Path(workdir) / "weights.safetensors", "numpy") as f:
-    return f.metadata()["flextok_jax.step"]
 
 
 @pytest.fixture(scope="module")
@@ -234,16 +215,16 @@ def asked_for(repository):
 @pytest.mark.parametrize(
   "vae,init_from,error,words",
   [
-    (VAE, "", ValueError, "the frozen vae needs trained weights: give --config.init_from=PATH"),
+    (VAE, "", ValueError, "the frozen vae needs trained weights: give config.init_from"),
     (VAE, "/absent/run", FileNotFoundError, "no such checkpoint: /absent/run"),
     ({}, "absent/vae.safetensors", FileNotFoundError, "no such checkpoint: absent/vae.safetensors"),
-    (VAE, __file__, ValueError, "test_train.py is not a whole safetensors file"),
+    (VAE, __file__, ValueError, "test_loop.py is not a whole safetensors file"),
     (VAE, "EPFL-VILAB/flextok_vae_c16", FileNotFoundError, "asked the hub for EPFL-VILAB/flextok_vae_c16"),
   ],
 )
 def test_a_wrong_init_from_is_said_before_anything_is_compiled(tmp_path, monkeypatch, vae, init_from, error, words):
   inits, init_state = [], train.init_state
-  monkeypatch.setattr(train, "init_state", lambda *args: inits.append(1) or init_state(*args))
+  monkeypatch.setattr(loop, "init_state", lambda *args: inits.append(1) or init_state(*args))
   monkeypatch.setattr(hub, "fetch", asked_for)
   with pytest.raises(error, match=words) as caught:
     train.train(config_of(vae=vae, init_from=init_from), str(tmp_path))
@@ -279,7 +260,7 @@ def test_autoencoder_then_tokenizer_over_it(tmp_path, capsys):
   _, weights = loading.load(str(tmp_path / "tokenizer"))
   assert_trees_equal(weights["vae"], average["vae"])
   # Without trained weights a frozen autoencoder would be noise.
-  with pytest.raises(ValueError, match="vae needs trained weights: give --config.init_from"):
+  with pytest.raises(ValueError, match="vae needs trained weights: give config.init_from"):
     train.train(config_of(vae=VAE), str(tmp_path / "random"))
   with pytest.raises(ValueError, match="encoder, decoder; needed: vae|needed: vae"):
     pixels = tmp_path / "pixels.safetensors"

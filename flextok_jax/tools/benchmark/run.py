@@ -1,0 +1,84 @@
+"""Runs jobs of the benchmark on the first device."""
+
+from collections.abc import Callable, Sequence
+
+from ml_collections import ConfigDict
+
+from flextok_jax.core import timing
+from flextok_jax.inference import decoding
+from flextok_jax.tools.benchmark.generator import GeneratorBenchmark
+from flextok_jax.tools.benchmark.jobs import Row
+from flextok_jax.tools.benchmark.repa import RepaBenchmark
+from flextok_jax.tools.benchmark.report import Peaks
+
+JOBS = ("tokenize", "detokenize", "vae", "ar", "train", "repa")  # in the order in which they run
+
+
+def benchmark(
+  config: ConfigDict,
+  jobs: Sequence[str],
+  paths: tuple[str, ...],
+  *,
+  num_tokens: Sequence[int] = (),
+  batch_size: int = 4,
+  latents: bool = True,
+  repeats: int = 5,
+  seconds: float = float("inf"),
+  save: Callable[[list[Row], Peaks], None] = lambda rows, peaks: None,
+) -> tuple[list[Row], Peaks]:
+  """Measures jobs of a model with random parameters.
+
+  Args:
+    config: of the model and its training.
+    jobs: of jobs_of(config), and "repa" for a tokenizer with REPA.
+    paths: "plain" and "fast", or one of them.
+    num_tokens: token counts of tokenize, detokenize and ar; (): see token_counts.
+    batch_size: images per call.
+    latents: leaves the VAE out of tokenize, detokenize and train.
+    repeats: timed rounds of each job.
+    seconds: no round of a job begins after this time; one is timed in any case.
+    save: is called with the results so far after each job.
+
+  Returns:
+    (rows, peaks): results, and the peaks of matrix products measured before and after.
+
+  Raises:
+    ValueError: settings that do not fit together.
+  """
+  counts = token_counts(num_tokens, config)
+  make = GeneratorBenchmark if config.stage == "ar" else RepaBenchmark
+  bench = make(config, paths, batch_size, latents)
+  computes = sorted({bench.compute(job) for job in jobs}, key=str)
+  peaks: Peaks = {compute: [timing.matmul_peak(*compute)] for compute in computes}
+  rows: list[Row] = []
+  for job in jobs:
+    for count in counts if job in ("tokenize", "detokenize", "ar") else (None,):
+      for row in bench.run(job, count, repeats, seconds):
+        rows.append(row)
+        print(f"measured {row.name}, {row.path}: {timing.digits(row.rates[0])} images/s", flush=True)
+      save(rows, peaks)
+  for compute in computes:
+    peaks[compute].append(timing.matmul_peak(*compute))
+  save(rows, peaks)
+  return rows, peaks
+
+
+def jobs_of(config: ConfigDict) -> tuple[str, ...]:
+  """Returns the jobs of a config, without "repa"."""
+  if config.stage != "tokenizer":
+    return (config.stage, "train")
+  return tuple(job for job in ("tokenize", "detokenize", "vae", "train") if job != "vae" or config.vae.kind != "pixels")
+
+
+def token_counts(requested: Sequence[int], config: ConfigDict) -> tuple[int, ...]:
+  """Returns the token counts to measure, ascending; by default 1, 8, 32 and all of a tokenizer, all of a generator.
+
+  Raises:
+    ValueError: a count that the model does not have.
+  """
+  if config.stage == "vae":
+    return ()
+  if config.stage == "ar":
+    return decoding.token_counts(requested or [config.ar.num_tokens], config.ar.num_tokens)
+  total = config.tokens.num_registers
+  return decoding.token_counts(requested or [k for k in (1, 8, 32) if k < total] + [total], total)

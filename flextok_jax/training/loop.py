@@ -1,0 +1,251 @@
+"""The training loop of every stage."""
+
+from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import functools
+import os
+import time
+from typing import Any, Protocol
+
+from flax.core.meta import unbox
+import jax
+from ml_collections import ConfigDict
+import safetensors
+
+from flextok_jax import stages
+from flextok_jax.config import check_at_least_one, float_dtype, with_fields
+from flextok_jax.parallel import processes, sharding
+from flextok_jax.stages.stage import Params
+from flextok_jax.training import checkpoint, goodput, inputs, optim
+from flextok_jax.training import metrics as metrics_lib
+from flextok_jax.training.state import TrainState, init_state, make_update
+from flextok_jax.training.warm_start import warm_start
+from flextok_jax.weights import loading, saving
+
+_STEP = "flextok_jax.step"  # metadata entry of weights.safetensors: the step whose averaged parameters it holds
+
+
+class Evaluation(Protocol):
+  """An evaluation that runs every train.eval_every steps."""
+
+  def run(self, params: Params) -> Any:
+    """Returns a report with scalars, table() and write(folder)."""
+
+
+Measure = Callable[[Params], Mapping[str, float]]  # params -> {dotted name of a config field: its measured value}
+# (config, stage, mesh, prepare) -> what to run; `prepare` is that of inputs.make_prepare.
+MakeEvaluation = Callable[..., tuple[Evaluation, Measure]]
+
+
+def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | None = None) -> None:
+  """Trains config.stage in workdir until config.train.num_steps, resuming from the newest checkpoint there.
+
+  Step n is, in this order:
+
+  1. batch n, which depends on config.seed and n alone;
+  2. the update;
+  3. every train.log_every steps and before each checkpoint, metrics: the run ends here if the loss was not finite or
+     too many files were unreadable, so that a checkpoint never holds such a state;
+  4. every train.checkpoint_every steps, at the last step and after SIGTERM, the checkpoint: after SIGTERM the run ends;
+  5. every train.eval_every steps, the evaluation of the averaged parameters, which changes no state.
+
+  After the last step it evaluates once more and then writes weights.safetensors: that file with the last step in it
+  means that the run is complete. A run stopped anywhere and resumed does the same updates as one that was not stopped,
+  bit for bit if the devices compute deterministically.
+
+  Several processes (parallel/processes.py) call it with the same arguments; process 0 writes and prints.
+
+  Args:
+    config: complete config of a run (flextok_jax/config.py).
+    workdir: folder of checkpoints, metrics, evaluations and weights; made if missing.
+    make_evaluation: returns the evaluation and a function that measures config fields on the averaged parameters;
+      None: no evaluation.
+
+  Raises:
+    FileNotFoundError: nothing is at config.init_from.
+    OSError: the disk is full.
+    ValueError: bad settings, a workdir that another run uses, unusable weights at config.init_from, no readable
+      checkpoint, too many unreadable files, or a loss that is not finite.
+  """
+  # Settings. Everything is validated before anything is written.
+  time_spent = goodput.Goodput()
+  every = ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints", "num_steps")
+  check_at_least_one(config, "optim.accumulate_steps", "eval.num_images", "eval.batch_size", "eval.grid_images")
+  check_at_least_one(config, *(f"train.{name}" for name in every))
+  float_dtype("train.export_dtype", config.train.export_dtype)
+  config = inputs.with_vae(inputs.with_tokenizer(config), workdir)
+  mesh = sharding.make_mesh(**config.mesh)
+  batch_size, num_steps = config.data.global_batch, config.train.num_steps
+  sharding.check_batch(batch_size, config.optim.accumulate_steps, mesh)
+  for warning in optim.check(config):
+    processes.log_on_process_0(f"warning: {warning}")
+  profile = goodput.Profile(config.profile_steps, os.path.join(workdir, "profile"))
+  stage = stages.make_stage(config)
+  schedule = optim.make_schedule(config.optim, num_steps)
+  init_key, run_key = jax.random.split(jax.random.key(config.seed))
+  prepare = inputs.make_prepare(config, mesh, train=True)
+  evaluation, measure = make_evaluation(config, stage, mesh, prepare) if make_evaluation else (None, lambda params: {})
+  checkpoint.check_workdir(workdir, config)
+
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(checkpoint.locked(workdir))
+    keep = config.train.keep_checkpoints, config.train.keep_period
+    checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(workdir, *keep, own=True)))
+
+    # State: a new one is made in its place on the mesh, an old one is restored into the same places.
+    optimizer = optim.make_optimizer(config.optim, num_steps)
+    init = functools.partial(init_state, stage, optimizer)
+    boxed = jax.eval_shape(init, init_key)
+    shardings = sharding.tree_shardings(boxed, mesh)
+    exported = loading.abstract_params(config)  # top-level parts of the model, without those that only the loss needs
+    if checkpoints.latest_step() is None:
+      frozen = [name for name in boxed.frozen if name in exported]
+      weights = _read_initial_weights(config.init_from, frozen, mesh)
+      networks = inputs.read_networks(stage.pretrained_networks, config.vae_loss.lpips)
+      networks = {k: jax.tree.map(sharding.place, tree, shardings.frozen[k]) for k, tree in networks.items()}
+      with time_spent.spending("compile"):
+        state = jax.jit(lambda key: unbox(init(key)), out_shardings=shardings)(init_key)
+      state = state.replace(frozen={**state.frozen, **networks})
+      if weights:
+        state = jax.device_put(warm_start(state, weights, config.init_from, networks), shardings)
+      del weights, networks  # they would keep the arrays that were replaced on the devices
+    else:
+      abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), unbox(boxed), shardings)
+      state = checkpoints.restore(abstract)
+      processes.log_on_process_0(f"resuming from step {int(state.step)} of {workdir}")
+    inputs.check_latents(config, state.frozen)
+    first = int(state.step)
+
+    # Update and batches.
+    update = jax.jit(
+      make_update(stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=config.optim.ema_decay),
+      donate_argnums=0,
+      out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+    local_batches = inputs.train_batches(config, first, mesh)
+    batches = map(prepare, sharding.device_batches(local_batches, sharding.batch_sharding(mesh)))
+
+    # Outputs.
+    processes.run_on_process_0(lambda: checkpoint.claim_workdir(workdir, config))
+    preempted = stack.enter_context(processes.preemption())
+    writer = stack.enter_context(contextlib.closing(metrics_lib.Writer(workdir, config.train.tensorboard)))
+    stack.enter_context(contextlib.closing(profile))
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    processes.log_on_process_0(
+      f"stage {config.stage}: {count / 1e6:.1f}M trained parameters, {mesh.size} devices, steps {first}..{num_steps}"
+    )
+
+    pending, measured = None, None  # metrics since the last log, and fields measured at the last checkpoint
+    logged_at, logged_step = time.monotonic(), first
+    with time_spent.spending("step"):
+      for step in range(first + 1, num_steps + 1):
+        profile.before(step, state)
+
+        # Batch and update.
+        with time_spent.spending("data", behind=pending):
+          batch = next(batches)
+        with time_spent.spending("compile" if step == first + 1 else "step"):
+          state, metrics = update(state, batch, run_key)
+          if step == first + 1:  # traced while the devices compute the first step
+            mfu = goodput.make_mfu(config, list(mesh.devices.flat))
+        pending = metrics if pending is None else metrics_lib.merge(pending, metrics)
+        stop, save = preempted(step), step % config.train.checkpoint_every == 0 or step == num_steps
+
+        # Metrics.
+        if stop or save or step % config.train.log_every == 0:
+          images = (step - logged_step) * batch_size
+          scalars = metrics_lib.compute(pending)
+          _check_scalars(scalars, images, config.data.max_unreadable, checkpoints.latest_step())
+          rate = images / (time.monotonic() - logged_at)
+          scalars["learning_rate"] = float(schedule(step - 1))
+          scalars["images_per_second"] = rate
+          scalars |= mfu(rate) | time_spent.shares()
+          scalars["eta_seconds"] = (num_steps - step) * batch_size / rate
+          writer.write(step, scalars, _progress_line(step, num_steps, scalars))
+          pending, logged_at, logged_step = None, time.monotonic(), step
+
+        # Checkpoint.
+        if stop or save:
+          with time_spent.spending("save"):
+            measured = measure(state.joined(average=True))
+            checkpoints.save(state, measured)
+        if stop:
+          processes.log_on_process_0(f"stopped by a signal at step {step}; rerun the same command to go on")
+          return
+
+        # Evaluation, whose time is not part of the training rate.
+        if evaluation and step % config.train.eval_every == 0 and step < num_steps:
+          begun = time.monotonic()
+          with time_spent.spending("evaluate"):
+            _evaluate(evaluation, state, workdir, writer)
+          logged_at += time.monotonic() - begun
+
+      # Last evaluation, then the weights: without those of the last step, an earlier run was stopped before this.
+      path = os.path.join(workdir, "weights.safetensors")
+      if first >= num_steps and _step_of_weights(path) == first:
+        processes.log_on_process_0(f"nothing to do: {workdir} is at step {first} of train.num_steps={num_steps}")
+        return
+      if evaluation:
+        _evaluate(evaluation, state, workdir, writer)
+      if measured is None:  # no step was left to do
+        measured = measure(state.joined(average=True))
+      params = {name: tree for name, tree in state.joined(average=True).items() if name in exported}
+      params = processes.gather_on_process_0(params)
+      if processes.is_process_0():
+        extra = {_STEP: str(int(state.step))}
+        saving.save_weights(path, with_fields(config, measured), params, config.train.export_dtype, extra=extra)
+      fields = "".join(f"; measured {name}={value:.5g}" for name, value in measured.items())
+      processes.log_on_process_0(f"averaged weights ({config.train.export_dtype}): {path}{fields}")
+
+
+def _read_initial_weights(path: str, frozen: Sequence[str], mesh: jax.sharding.Mesh) -> dict:
+  """Returns the weights at config.init_from, {} if that is empty; ValueError if frozen parts need them."""
+  if frozen and not path:
+    raise ValueError(f"the frozen {', '.join(frozen)} needs trained weights: give config.init_from")
+  return loading.load(path, mesh=mesh)[1] if path else {}
+
+
+def _step_of_weights(path: str) -> int | None:
+  """Returns the step of the weights that train wrote to path; None if there is no readable file with a step."""
+  try:
+    with safetensors.safe_open(path, "numpy") as f:
+      step = (f.metadata() or {}).get(_STEP, "")
+  except (OSError, safetensors.SafetensorError):
+    return None
+  return int(step) if step.isdecimal() else None
+
+
+def _check_scalars(scalars: dict[str, float], images: int, max_unreadable: float, saved_step: int | None) -> None:
+  """Raises ValueError if a loss was not finite or too many files were unreadable; takes out "first_bad_step"."""
+  bad = int(scalars.pop("first_bad_step"))
+  if bad != metrics_lib.NEVER:
+    saved = "there is no checkpoint yet" if saved_step is None else f"the checkpoint of step {saved_step} is untouched"
+    raise ValueError(
+      f"loss or gradient not finite at step {bad}; {saved}. "
+      "Lower optim.learning_rate or optim.clip_norm, or look at the data of that step"
+    )
+  if scalars["unreadable"] > max_unreadable * images:
+    raise ValueError(
+      f"{int(scalars['unreadable'])} unreadable files among the last {images} images, a larger share than "
+      f"data.max_unreadable={max_unreadable}; the log names them"
+    )
+
+
+def _evaluate(evaluation: Evaluation, state: TrainState, workdir: str, writer: metrics_lib.Writer) -> None:
+  """Evaluates the averaged parameters and writes numbers and pictures to workdir/eval/STEP."""
+  report = evaluation.run(state.joined(average=True))
+  if not processes.is_process_0():
+    return
+  step = int(state.step)
+  folder = os.path.join(workdir, "eval", f"{step:08d}")
+  report.write(folder)
+  writer.write(step, report.scalars, f"{report.table()}\npictures of step {step}: {folder}")
+
+
+def _progress_line(step: int, num_steps: int, scalars: Mapping[str, Any]) -> str:
+  s, (minutes, seconds) = scalars, divmod(int(scalars["eta_seconds"]), 60)
+  eta = f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
+  return (
+    f"step {step}/{num_steps}  loss {s['loss']:.4f}  |grad| {s['grad_norm']:.3f}  lr {s['learning_rate']:.2e}  "
+    f"{s['images_per_second']:.1f} images/s  ETA {eta}  {goodput.summary(s)}"
+  )

@@ -1,0 +1,69 @@
+"""Configs, states and outputs of small training runs."""
+
+import json
+from pathlib import Path
+
+from flax.core.meta import unbox
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import safetensors
+
+from flextok_jax.configs import debug
+from flextok_jax.stages import make_stage
+from flextok_jax.training.state import TrainState, init_state
+
+
+def config_of(**overrides) -> ConfigDict:
+  """The debug config with overrides."""
+  c = debug.get_config()
+  c.update(overrides)
+  return c
+
+
+def random_state(config: ConfigDict, step: int = 3, seed: int = 0) -> TrainState:
+  """A train state of random numbers, with Adam's moments; its average differs from its parameters."""
+  optimizer = optax.adam(1e-3)
+  shapes = unbox(jax.eval_shape(lambda key: init_state(make_stage(config), optimizer, key), jax.random.key(0)))
+  rng = np.random.default_rng(seed)
+  draw = lambda x: jnp.asarray(rng.normal(size=x.shape) if x.dtype == jnp.float32 else rng.integers(9), x.dtype)
+  return jax.tree.map(draw, shapes).replace(step=jnp.int32(step))
+
+
+def assert_trees_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def fails(pattern, fn, *args):
+  """Asserts an error of one short line."""
+  with pytest.raises((ValueError, FileNotFoundError), match=pattern) as error:
+    fn(*args)
+  assert "\n" not in str(error.value) and len(str(error.value)) < 600, str(error.value)
+
+
+def files_of(folder) -> dict[Path, bytes]:
+  """Path -> content of all files below."""
+  return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def read_metrics(workdir):
+  """(training lines, evaluation lines) of a workdir."""
+  lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+  return [x for x in lines if "loss" in x], [x for x in lines if "loss" not in x]
+
+
+def read_checkpoint(workdir, step, name):
+  return ocp.StandardCheckpointer().restore(Path(workdir).absolute() / "checkpoints" / str(step) / name)
+
+
+def checkpoint_steps(workdir):
+  return sorted(int(path.name) for path in (Path(workdir) / "checkpoints").iterdir())
+
+
+def step_of_weights(workdir):
+  with safetensors.safe_open(Path(workdir) / "weights.safetensors", "numpy") as f:
+    return f.metadata()["flextok_jax.step"]
