@@ -39,16 +39,16 @@ class Accumulator:
     }
 
   def add(
-    self, column: str, images: np.ndarray | None, values: Mapping[str, np.ndarray], features: Mapping[str, np.ndarray]
+    self, column: str, images: np.ndarray | None, scores: Mapping[str, np.ndarray], features: Mapping[str, np.ndarray]
   ):
     """Adds a batch.
 
     Args:
       images: uint8 [b, h, w, 3], or None.
-      values: {name: [b, ...]}, all kept.
+      scores: {name: [b, ...]}, all kept.
       features: {layer: [b, d]}, whose moments are kept.
     """
-    for name, array in values.items():
+    for name, array in scores.items():
       self._values.setdefault(column, {}).setdefault(name, []).append(array)
     for layer, array in features.items():
       layers = self._moments.setdefault(column, {})
@@ -90,11 +90,11 @@ class Accumulator:
     return arrays
 
 
-def means_and_intervals(values: Mapping[str, np.ndarray]) -> tuple[dict[str, float], dict[str, list[float]]]:
+def means_and_intervals(scores: Mapping[str, np.ndarray]) -> tuple[dict[str, float], dict[str, list[float]]]:
   """Returns the means of {metric: [n]}, and their 95% intervals by bootstrap if n > 1."""
-  values = {metric: x.astype(np.float64) for metric, x in values.items()}
-  several = {metric: x for metric, x in values.items() if len(x) > 1 and np.isfinite(x).all()}
+  scores = {metric: x.astype(np.float64) for metric, x in scores.items()}
+  several = {metric: x for metric, x in scores.items() if len(x) > 1 and np.isfinite(x).all()}
   return (
-    {metric: float(x.mean()) for metric, x in values.items()},
+    {metric: float(x.mean()) for metric, x in scores.items()},
     {metric: list(sample_metrics.bootstrap_interval(x)) for metric, x in several.items()},
   )

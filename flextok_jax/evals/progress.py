@@ -100,10 +100,10 @@ class Progress:
     assert self.folder is not None
     return self.folder / f"{part}.npz"
 
-  def _write(self, part: str, settings: Mapping[str, Any], values: Any, arrays: Mapping[str, Any]):
+  def _write(self, part: str, settings: Mapping[str, Any], result: Any, arrays: Mapping[str, Any]):
     content = io.BytesIO()
     named: dict[str, Any] = {f"array_{name}": x for name, x in arrays.items()}
-    np.savez(content, **named, settings=_json(settings), values=json.dumps(values))
+    np.savez(content, **named, settings=_json(settings), values=json.dumps(result))
     files.write_file(self._path(part), content.getvalue())
 
   def _read(self, part: str, settings: Mapping[str, Any]) -> Result | None:

@@ -68,28 +68,28 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
   return float(np.concatenate(among_real).mean()), float(among_fake.mean())
 
 
-def bootstrap_interval(values: np.ndarray, level: float = 0.95, num: int = 1000, seed: int = 0) -> tuple[float, float]:
-  """Returns the percentile bootstrap interval of the mean of values [n] (Efron and Tibshirani 1993, chapter 13).
+def bootstrap_interval(samples: np.ndarray, level: float = 0.95, num: int = 1000, seed: int = 0) -> tuple[float, float]:
+  """Returns the percentile bootstrap interval of the mean of samples [n] (Efron and Tibshirani 1993, chapter 13).
 
   Args:
-    values: one per sample.
+    samples: the values [n].
     level: fraction of the resampled means inside the interval; half of the others are on each side.
     num: number of resamplings.
     seed: of the resamplings.
 
   Raises:
-    ValueError: fewer than 2 values, a value that is not finite, or a level outside (0, 1).
+    ValueError: fewer than 2 samples, a value that is not finite, or a level outside (0, 1).
   """
-  values = np.asarray(values, np.float64)
-  if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
+  samples = np.asarray(samples, np.float64)
+  if samples.ndim != 1 or len(samples) < 2 or not np.isfinite(samples).all():
     raise ValueError(
-      f"an interval needs at least 2 finite values, got {values.shape} with {np.isfinite(values).sum()} finite"
+      f"an interval needs at least 2 finite values, got {samples.shape} with {np.isfinite(samples).sum()} finite"
     )
   if not 0 < level < 1:
     raise ValueError(f"level {level} is out of range: it must be above 0 and below 1, such as 0.95")
-  batch = max(1, 2**22 // len(values))  # resamplings at once: 32 MiB
+  batch = max(1, 2**22 // len(samples))  # resamplings at once: 32 MiB
   result = scipy.stats.bootstrap(
-    (values,),
+    (samples,),
     np.mean,
     n_resamples=num,
     batch=batch,
@@ -101,10 +101,10 @@ def bootstrap_interval(values: np.ndarray, level: float = 0.95, num: int = 1000,
   return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def mean_with_interval(values: np.ndarray) -> list[float]:
-  """Returns [mean, low, high] of values [n] with the 95% interval of the mean; [mean] if n is 1."""
-  mean = float(np.mean(values, dtype=np.float64))
-  return [mean, *bootstrap_interval(values)] if len(values) > 1 else [mean]
+def mean_with_interval(samples: np.ndarray) -> list[float]:
+  """Returns [mean, low, high] of samples [n] with the 95% interval of the mean; [mean] if n is 1."""
+  mean = float(np.mean(samples, dtype=np.float64))
+  return [mean, *bootstrap_interval(samples)] if len(samples) > 1 else [mean]
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -133,7 +133,7 @@ def study(progress: Progress, subject: Subject, metric: str, thresholds: Sequenc
     ]
     columns = ["tokens", "mean length", "within", *plain[0]["means"]]
     tables.append(Table(f"{name}: {plain[0]['num_images']} images", columns, rows))
-    by_length = sorted((values for values, _ in results), key=lambda values: values["length"][0])
+    by_length = sorted((values for values, _ in results), key=lambda result: result["length"][0])
     for key in plain[0]["means"]:
       panel = panels.setdefault(metrics_lib.title(key), {})
       mean_lengths = [values["length"][0] for values in by_length]
