@@ -203,7 +203,7 @@ def make_measure(config):
     x_t = 0.7 * latents + 0.3 * noise
     codes, none = jnp.zeros((len(images), 1, 6)), jnp.ones(len(images), bool)  # only patches, no condition
     taps = [
-      apply(x_t, t, codes, jnp.ones(len(images), int), none, None, block, method="velocity")[1].mean(1)
+      apply(x_t, t, codes, jnp.ones(len(images), int), none, None, block, method="velocity_and_features")[1].mean(1)
       for block in (1, 2)
     ]
     return jnp.concatenate([z, *taps], -1)
