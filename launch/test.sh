@@ -20,7 +20,7 @@ for version in 3.11 3.12 3.13; do
   if [[ $(python -c 'import sys; print("%d.%d" % sys.version_info[:2])') == "$version" ]]; then continue; fi
   if interpreter=$(flextok_python "$version"); then
     versions+=("$version")
-    flextok_install "$PWD/.venv-$version" "$interpreter" packaging 'pytest>=8' >&2 &
+    flextok_install "$PWD/.venv-$version" "$interpreter" packaging 'pytest>=8' 'setuptools>=77' >&2 &
   else
     echo "no Python $version here: its tests are left out"
   fi
