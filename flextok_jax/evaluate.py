@@ -135,7 +135,7 @@ def _evaluate_checkpoint(values: flags.FlagValues, out: Path) -> tuple[Report, d
   if config.stage == "vae" and values.num_tokens:
     raise ValueError("--num_tokens has no meaning for a model of stage 'vae', which has no tokens")
   config = with_fields(config, cli.eval_fields(values))
-  settings = {"weights": hash_tree({}, params), "networks": values.weights, "config": config.to_dict()}
+  settings = {"weights": hash_tree({}, params, exact=True), "networks": values.weights, "config": config.to_dict()}
   progress = Progress(out / _PARTIAL, settings | {"metrics": values.metrics}, values.keep_every)
   report = from_config.evaluate(config, params, values.metrics, values.weights, progress)
   written = {"checkpoint": str(source), "image_size": config.image_size}
@@ -198,7 +198,7 @@ def _evaluate_samples(values: flags.FlagValues, out: Path) -> tuple[Report, dict
     **choices,
     "decoder": config.sampler.to_dict(),
   }
-  models = [hash_tree({}, x) for x in (params, gen.params, networks)]
+  models = [hash_tree({}, x, exact=True) for x in (params, gen.params, networks)]
   progress = Progress(
     out / _PARTIAL,
     written | {"models": models, "metrics": names, "all": conditions, "num_images": num_images},

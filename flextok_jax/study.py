@@ -117,7 +117,7 @@ def main(values: flags.FlagValues):
   c = subject.config
   settings = {
     "image_size": c.image_size,
-    "weights": hash_tree({}, subject.params),
+    "weights": hash_tree({}, subject.params, exact=True),
     "metrics": list(values.metrics),
     "networks": values.weights,
     "seed": c.seed,
@@ -188,7 +188,7 @@ def _study_sampling(values: flags.FlagValues, subject: Subject, progress: Progre
     return ids, np.array([len(sequence) for sequence in sequences]), log_probs
 
   asked = {
-    "generator": hash_tree({}, gen.params),
+    "generator": hash_tree({}, gen.params, exact=True),
     "conditions": repeated,
     "judges": list(values.judges),
     "reference": values.reference,

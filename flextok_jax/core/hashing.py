@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def hash_tree(settings: Mapping[str, Any], arrays: Any) -> str:
+def hash_tree(settings: Mapping[str, Any], arrays: Any, *, exact: bool = False) -> str:
   """Returns 16 hex digits of the SHA-256 of settings and arrays.
 
-  Arrays are rounded to bfloat16 first, so the same weights in float32 and bfloat16 have the same hash. Arrays may be
-  distributed over processes; then all processes call this together.
+  Arrays may be distributed over processes; then all processes call this together.
 
   Args:
     settings: JSON-serialisable values.
     arrays: a pytree of floating-point arrays, boxed with logical axes or not.
+    exact: hashes the arrays as they are. False: rounded to bfloat16, so that the same weights in float32 and bfloat16
+      have the same hash.
   """
   digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode())
   named = [
@@ -30,7 +31,7 @@ def hash_tree(settings: Mapping[str, Any], arrays: Any) -> str:
   for path, x in sorted(named, key=lambda item: item[0]):
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
       x = multihost_utils.process_allgather(x, tiled=True)
-    x = np.ascontiguousarray(np.asarray(x).astype(jnp.bfloat16))
+    x = np.ascontiguousarray(np.asarray(x) if exact else np.asarray(x).astype(jnp.bfloat16))
     digest.update(f"\n{path} {list(x.shape)}\n".encode())
-    digest.update(x.view(np.uint16).astype("<u2").tobytes())
+    digest.update(x.view(f"u{x.itemsize}").astype(f"<u{x.itemsize}").tobytes())
   return digest.hexdigest()[:16]

@@ -37,3 +37,11 @@ def test_settings_paths_shapes_and_values_count():
     ({"x": 1}, {"a": ARRAYS["a"]}),
   ]
   assert len({hash_tree(*other) for other in [({"x": 1}, ARRAYS), *others]}) == len(others) + 1
+
+
+def test_an_exact_hash_tells_weights_apart_that_round_alike():
+  other = jax.tree.map(np.array, ARRAYS)
+  assert hash_tree({}, ARRAYS, exact=True) == hash_tree({}, other, exact=True)
+  other["b"][0] += 1e-6
+  assert hash_tree({}, ARRAYS) == hash_tree({}, other)
+  assert hash_tree({}, ARRAYS, exact=True) != hash_tree({}, other, exact=True)
