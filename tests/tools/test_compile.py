@@ -347,7 +347,7 @@ def test_a_job_is_made_for_its_devices(monkeypatch):
   def make_job(*args):
     raise ValueError(jax.config.jax_default_device)
 
-  monkeypatch.setattr(compile, "make_job", make_job)
+  monkeypatch.setattr(compile_run, "make_job", make_job)
   monkeypatch.setattr(accelerators, "known", lambda device: True)
   with pytest.raises(ValueError) as caught:
     compile_run.compile_job(debug.get_config(), "debug", "train", "cpu", jax.devices()[5:6], 1, None)
