@@ -17,6 +17,7 @@ from typing import Any
 from absl import flags
 from flax.traverse_util import flatten_dict
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax import cli
@@ -159,12 +160,15 @@ def reconstruct(model: FlexTok, image: np.ndarray) -> tuple[np.ndarray, np.ndarr
     (token ids [n], or of a VAE alone latents [h', w', c]; reconstruction [h, w, 3] in [-1, 1]).
   """
   if model.config.stage != "tokenizer":
-    code = model.encode_latents(image[None])
-    restored = model.decode_latents(code)
-  else:
-    code = model.tokenize(image[None])
-    restored = model.detokenize(code, key=jax.random.key(0))
-  return np.asarray(code[0]), np.clip(np.asarray(restored[0]), -1, 1)
+    latents = model.encode_latents(image[None])
+    return np.asarray(latents[0]), _clip(model.decode_latents(latents))
+  ids = np.asarray(model.tokenize(image[None]))
+  return ids[0], _clip(model.detokenize(ids, key=jax.random.key(0)))
+
+
+def _clip(images: jax.Array) -> np.ndarray:
+  """Returns the first of images [b, h, w, 3], clipped to [-1, 1]."""
+  return np.clip(np.asarray(images[0]), -1, 1)
 
 
 def compare(before: tuple, after: tuple, image: np.ndarray, target: Path):
@@ -182,7 +186,7 @@ def compare(before: tuple, after: tuple, image: np.ndarray, target: Path):
   pair = np.concatenate([image, np.asarray(images_lib.round_to_8bit(again) * 255).round().astype(np.uint8)], axis=1)
   picture = target.with_name(f"{target.stem}_check.png")
   files.write_file(picture, grids.to_png(pair))
-  psnr = float(metrics.psnr(image[None] / np.float32(255), images_lib.round_to_8bit(again[None]))[0])
+  psnr = float(metrics.psnr(jnp.asarray(image[None] / np.float32(255)), images_lib.round_to_8bit(again[None]))[0])
   kind = "tokens" if code.ndim == 1 else "latent values"
   print(f"checked: all {code.size} {kind} equal, images within {gap:.0e}, PSNR {psnr:.2f} dB")
   print(f"photograph and reconstruction: {picture}")

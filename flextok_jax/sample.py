@@ -95,9 +95,11 @@ def main(values: flags.FlagValues):
     tokenizer = prompts.load_matching_tokenizer(values.tokenizer, gen, **cli.decoder_flags(values))
 
   # Token ids.
-  originals, names, prefix, kept = None, [None], None, values.prefix_tokens or 0
+  names: list[str | None] = [None]
+  originals, prefix, kept = None, None, values.prefix_tokens or 0
   if kept:
-    originals, names = transforms.load_images(values.prefix_images, tokenizer.image_size)
+    originals, found = transforms.load_images(values.prefix_images, tokenizer.image_size)
+    names = list(found)
     prefix = batches.tokenize(tokenizer, originals, kept, values.batch_size)
     originals, prefix = (np.repeat(x, len(conditions) * values.num_samples, axis=0) for x in (originals, prefix))
   samples = [
@@ -124,14 +126,13 @@ def main(values: flags.FlagValues):
   shown = _shown(values.grid_rows, values.num_samples, len(samples))
   columns = [[(i, min(count, len(sequences[i]))) for i in shown] for count in counts]
   growing = [(0, count) for count in range(1, min(values.strip_tokens, len(sequences[0])) + 1)]
-  pictures: dict[batches.Job, np.ndarray | None] = dict.fromkeys(
-    (*growing, *(job for column in columns for job in column))
-  )
+  drawn = [*growing, *(job for column in columns for job in column)]
+  pictures: dict[batches.Job, np.ndarray] = {}  # those of `drawn`
   everything = np.zeros((len(samples), size, size, 3), np.uint8) if values.npz else None
-  jobs = list(dict.fromkeys((*complete, *pictures)))  # each once
+  jobs = list(dict.fromkeys((*complete, *drawn)))  # each once
   decoded = batches.decode_prefixes(tokenizer, sequences, jobs, jax.random.key(values.seed), values.batch_size)
   for done, (job, picture) in enumerate(decoded, 1):
-    if job in pictures:
+    if job in drawn:
       pictures[job] = picture
     if job == complete[job[0]]:
       files.write_file(paths[job[0]], grids.to_png(picture))
@@ -160,8 +161,8 @@ def main(values: flags.FlagValues):
     grid = grids.grid([*left, *cells], ["", "original"][: len(left)] + _headers(counts), ended)
     outputs["grid.png"] = grids.to_png(grid)
   if growing:
-    cells = np.stack([pictures[job] for job in growing])
-    outputs["strip.png"] = grids.to_png(grids.strip(cells, _headers([count for _, count in growing])))
+    row = np.stack([pictures[job] for job in growing])
+    outputs["strip.png"] = grids.to_png(grids.strip(row, _headers([count for _, count in growing])))
   for name, content in outputs.items():
     files.write_file(out / name, content)
   if everything is not None:

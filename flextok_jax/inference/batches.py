@@ -43,7 +43,11 @@ def detokenize(
 
 
 def decode_prefixes(
-  model: FlexTok, sequences: Sequence[Sequence[int]], jobs: Sequence[Job], key: jax.Array, batch_size: int = 32
+  model: FlexTok,
+  sequences: Sequence[Sequence[int] | np.ndarray],
+  jobs: Sequence[Job],
+  key: jax.Array,
+  batch_size: int = 32,
 ) -> Iterator[tuple[Job, np.ndarray]]:
   """Yields (job, image uint8 [h, w, 3]) in any order; job (i, k) is sequence i cut to k tokens, with the noise of i.
 
@@ -57,7 +61,7 @@ def decode_prefixes(
 
 
 def _decode(
-  model: FlexTok, sequences: Sequence[Sequence[int]], jobs: Sequence[Job], key: jax.Array, batch_size: int
+  model: FlexTok, sequences: Sequence[Sequence[int] | np.ndarray], jobs: Sequence[Job], key: jax.Array, batch_size: int
 ) -> Iterator[np.ndarray]:
   """Yields batches of the images uint8 [b, h, w, 3] of jobs, which run on the same number of slots."""
   validation.at_least_one("batch_size", batch_size)

@@ -20,7 +20,7 @@ from flextok_jax.models.tokenizer.flextok import Sampler
 
 Array = jax.Array | np.ndarray
 Images = jax.Array | np.ndarray | Sequence[Image.Image | str | os.PathLike]
-TokenIds = jax.Array | np.ndarray | Sequence[Sequence[int]]
+TokenIds = jax.Array | np.ndarray | Sequence[Sequence[int] | np.ndarray]
 Scale = float | Callable[[float], float] | jax.Array
 
 
