@@ -34,7 +34,7 @@ def load_t5_encoder(
   if sizes["d_model"] != features:
     raise ValueError(
       f"config.text.features={features}, but the T5 encoder {path} has {sizes['d_model']}: "
-      f"pass --config.text.features={sizes['d_model']}"
+      f"set text.features={sizes['d_model']}"
     )
   encoder = T5Encoder(**sizes, dtype=jnp.dtype(dtype))
   encode = jax.jit(

@@ -84,7 +84,7 @@ def with_vae(config: ConfigDict, workdir: str) -> ConfigDict:
   elif not config.init_from:
     raise ValueError("vae.scaling_factor=0 takes the factor of the weights to start from: set init_from to their path")
   else:
-    factor = loading.load_config(config.init_from).get("vae", {}).get("scaling_factor", 0.0)
+    factor = loading.load_config(config.init_from).vae.scaling_factor
   if not factor:
     raise ValueError(
       f"init_from={config.init_from} has no scaling factor of its latents: set vae.scaling_factor to 1 / their "

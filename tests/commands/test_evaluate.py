@@ -102,7 +102,7 @@ def test_bad_flags_are_refused_in_one_line(model, tmp_path):
   given = f"--checkpoint={model}", f"--out={tmp_path / 'out'}"
   fails("unknown metric 'fid': one of psnr, .*lpips_alex", evaluate, *given, "--metrics=fid")
   for metric, name in (("rfid", "inception"), ("lpips_vgg", "lpips_vgg"), ("dreamsim", "dreamsim"), ("dinov2",) * 2):
-    fails(f"metric {metric} needs weights, a folder with {name}: ", evaluate, *given, f"--metrics={metric}")
+    fails(f"metric {metric!r} needs weights=DIR, a folder with {name}: ", evaluate, *given, f"--metrics={metric}")
     fails(
       f"metric {metric}: {tmp_path} has no {name}.safetensors, .npz or folder: put there ",
       evaluate,

@@ -247,7 +247,7 @@ def test_bad_flags_are_refused_in_one_line(models, weights, reference, tmp_path)
   fails("--metrics=rfid is not a metric of samples", evaluate, *base, "--metrics=rfid")
   fails("--metrics=sfid needs --reference", evaluate, *base, "--metrics=sfid")
   fails("metrics=clip compares samples with their prompts", evaluate, *base, "--metrics=clip")
-  fails("--metrics=is needs --weights=DIR, a folder with inception: pt_inception", evaluate, *base, "--metrics=is")
+  fails("metric 'is' needs weights=DIR, a folder with inception: pt_inception", evaluate, *base, "--metrics=is")
   fails(
     "metrics=top1 compares samples with their class",
     evaluate,

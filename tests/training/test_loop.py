@@ -223,7 +223,7 @@ def asked_for(repository):
   ],
 )
 def test_a_wrong_init_from_is_said_before_anything_is_compiled(tmp_path, monkeypatch, vae, init_from, error, words):
-  inits, init_state = [], train.init_state
+  inits, init_state = [], loop.init_state
   monkeypatch.setattr(loop, "init_state", lambda *args: inits.append(1) or init_state(*args))
   monkeypatch.setattr(hub, "fetch", asked_for)
   with pytest.raises(error, match=words) as caught:

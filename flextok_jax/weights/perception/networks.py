@@ -49,7 +49,7 @@ def find(folder: str | None, name: str, metric: str) -> str:
     ValueError: they are missing; the line names the file to get.
   """
   if folder is None:
-    raise ValueError(f"metric {metric} needs weights, a folder with {name}: {SOURCES[name]}")
+    raise ValueError(f"metric {metric!r} needs weights=DIR, a folder with {name}: {SOURCES[name]}")
   found = path_in(folder, name)
   if found is None:
     raise ValueError(f"metric {metric}: {folder} has no {name}.safetensors, .npz or folder: put there {SOURCES[name]}")

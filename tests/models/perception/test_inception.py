@@ -115,7 +115,7 @@ def test_benchmark_without_pytorch(tmp_path, capsys, monkeypatch):
   run(benchmark_features, "--batch=2", "--size=8", "--rounds=3", f"--out={out}")
   printed = capsys.readouterr().out
   assert "no comparison with PyTorch" in printed and "pip install torch" in printed
-  assert "2 images of 8 px at once on cpu" in printed
+  assert "2 images of 8 px per batch on cpu" in printed
   (row,) = map(json.loads, out.read_text().splitlines())
   assert row["way"] == "jax" and len(row["images_per_second"]) == 3 and row["gap"] == 0
 

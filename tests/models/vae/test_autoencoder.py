@@ -5,7 +5,6 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
@@ -130,15 +129,10 @@ def test_bfloat16_compute_keeps_float32_outputs(params):
 
 
 def test_computes_in_the_type_of_its_section():
-  """Not in that of the rest, but for configs that lack the field: older weights files."""
   config = common.derive(vae=dict(block_out_channels=CHANNELS, norm_groups=4))
   assert make_vae(config).dtype == jnp.float32 and config.dtype == "bfloat16"
   config.vae.dtype = "bfloat16"
   assert make_vae(config).dtype == jnp.bfloat16
-  older = config.to_dict()
-  del older["vae"]["dtype"]
-  older["dtype"] = "float16"
-  assert make_vae(ConfigDict(older)).dtype == jnp.float16
   config.vae.dtype = "int8"
   with pytest.raises(ValueError, match="vae.dtype must be a floating-point type .*, got 'int8'"):
     make_vae(config)
