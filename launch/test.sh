@@ -14,7 +14,7 @@ fi
 
 # The environments of other versions are installed while the checks run.
 fast=(tests/core tests/ops tests/models/test_golden.py tests/models/test_golden_ar.py
-  tests/weights/test_fingerprints.py tests/test_configs.py tests/test_versions.py)
+  tests/weights/test_fingerprints.py tests/test_versions.py)
 versions=()
 for version in 3.11 3.12 3.13; do
   if [[ $(python -c 'import sys; print("%d.%d" % sys.version_info[:2])') == "$version" ]]; then continue; fi

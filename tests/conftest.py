@@ -20,6 +20,14 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
+# The files that take the longest. A file is one unit of work for pytest-xdist: the long ones go first, so that all
+# workers finish at about the same time.
+LONG_FILES = (
+  "test_repa.py test_evaluate_samples.py test_loop.py test_resume.py test_flops.py test_launch.py test_sweep.py "
+  "test_processes.py test_loop_vae.py test_fast.py test_benchmark.py test_goodput.py test_study.py test_commands.py "
+  "test_vae_adversarial.py test_training_options.py test_evaluate.py test_mup_check.py test_convert.py"
+).split()
+
 SHARED = ROOT.parent / "shared" if (ROOT.parent / "shared" / "golden").is_dir() else None
 
 
@@ -29,3 +37,8 @@ def shared() -> Path:
   if SHARED is None:
     pytest.skip("no ../shared/golden beside the repository: reference numbers not at hand")
   return SHARED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  order = {name: i for i, name in enumerate(LONG_FILES)}
+  items.sort(key=lambda item: order.get(item.path.name, len(order)))
