@@ -22,11 +22,27 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # The files that take the longest. A file is one unit of work for pytest-xdist: the long ones go first, so that all
 # workers finish at about the same time.
-LONG_FILES = (
-  "test_repa.py test_evaluate_samples.py test_loop.py test_resume.py test_flops.py test_launch.py test_sweep.py "
-  "test_processes.py test_loop_vae.py test_fast.py test_benchmark.py test_goodput.py test_study.py test_commands.py "
-  "test_vae_adversarial.py test_training_options.py test_evaluate.py test_mup_check.py test_convert.py"
-).split()
+LONG_FILES = [
+  "test_repa.py",
+  "test_evaluate_samples.py",
+  "test_loop.py",
+  "test_resume.py",
+  "test_flops.py",
+  "test_launch.py",
+  "test_sweep.py",
+  "test_processes.py",
+  "test_loop_vae.py",
+  "test_fast.py",
+  "test_benchmark.py",
+  "test_goodput.py",
+  "test_study.py",
+  "test_commands.py",
+  "test_vae_adversarial.py",
+  "test_training_options.py",
+  "test_evaluate.py",
+  "test_mup_check.py",
+  "test_convert.py",
+]
 
 SHARED = ROOT.parent / "shared" if (ROOT.parent / "shared" / "golden").is_dir() else None
 
