@@ -157,7 +157,7 @@ def test_samples_by_choice_and_decoder(models, args, tmp_path):
     ("unknown metric 'fid'", ("--metrics=fid",)),
     ("--metrics= compare no two images: give at least one of psnr", ("--metrics=",)),
     ("--metrics=rfid compare no two images", ("--metrics=rfid",)),
-    ("metric rfid needs weights", ("--study=tokens", "--metrics=rfid")),
+    ("metric 'rfid' needs weights=DIR", ("--study=tokens", "--metrics=rfid")),
     ("--quality_metric=ssim is not among --metrics", ("--quality_metric=ssim",)),
     ("--qualities takes numbers separated by commas, got 'x'", ("--study=halting", "--qualities=x")),
     ("num_tokens=5 is out of range: this model takes 1 to 4", ("--num_tokens=5",)),

@@ -111,12 +111,15 @@ class TokenizerBenchmark:
     args, make = getattr(self, f"_{job}")(*(() if num_tokens is None else (num_tokens,)))
     paths = self.paths if self._has_paths(job) else (ONLY,)
     return args, {
-      path: (make(self._stage(path), path == "fast"), self._count(make, path, args, num_tokens)) for path in paths
+      path: (fn, self._count(fn, make, path, args, num_tokens))
+      for path in paths
+      for fn in [make(self._stage(path), path == "fast")]
     }
 
-  def _count(self, make: Callable, path: str, args: tuple, num_tokens: int | None) -> int:
-    """Returns the FLOPs of a call, with the attention that can be counted."""
-    fn = make(self._stage(path, attention="xla"), path == "fast")
+  def _count(self, fn: Callable, make: Callable, path: str, args: tuple, num_tokens: int | None) -> int:
+    """Returns the FLOPs of a call of fn, with the attention that can be counted."""
+    if jax.default_backend() != "cpu" or self.config.attention not in ("auto", "xla"):  # else fn has it already
+      fn = make(self._stage(path, attention="xla"), path == "fast")
     return flops.count(fn, *args, while_trips=self._while_trips(path, num_tokens))
 
   def _while_trips(self, path: str, num_tokens: int | None) -> int | Sequence[int]:
