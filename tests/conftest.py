@@ -1,6 +1,6 @@
-"""Settings and fixtures of the whole suite; set before jax starts: 8 virtual CPU devices, exact float32 products.
+"""Settings and fixtures of the whole suite, set before jax starts: 8 virtual CPU devices, float32 matmul precision.
 
-Nearly all time of these tiny models goes into compiling: so it optimises little and never compiles the same twice.
+These tiny models spend nearly all their time compiling, so XLA optimises little and compiled programs are cached.
 """
 
 import os
@@ -20,8 +20,8 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# The files that take the longest. A file is one unit of work for pytest-xdist: the long ones go first, so that all
-# workers finish at about the same time.
+# The slowest test files. pytest-xdist distributes whole files, so the slowest ones run first and all workers finish
+# at about the same time.
 LONG_FILES = [
   "test_repa.py",
   "test_evaluate_samples.py",
@@ -49,7 +49,7 @@ SHARED = ROOT.parent / "shared" if (ROOT.parent / "shared" / "golden").is_dir() 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-  """The folder with numbers of the reference implementation, which stands beside the repository where there is one."""
+  """The folder with the reference implementation's numbers, next to the repository; skips the test if it is absent."""
   if SHARED is None:
     pytest.skip("no ../shared/golden beside the repository: reference numbers not at hand")
   return SHARED

@@ -1,4 +1,4 @@
-"""Every config and what it builds (shapes only), config files, the set of packages, and the shipped models."""
+"""All configs and what they build (shapes only), config files, package metadata, and the shipped models."""
 
 import ast
 import importlib.metadata
@@ -73,25 +73,25 @@ def count(params):
   return sum(x.size for x in jax.tree.leaves(params))
 
 
-def test_all_configs_are_here():
+def test_all_configs_are_listed():
   assert set(SIZES) | set(AR_SIZES) | SMALL <= set(SPECS)
   assert {"quickstart:scratch", "shapes_ar:stop"} < set(SPECS)
 
 
-def test_has_the_fields_of_common_and_is_locked(name):
+def test_has_all_config_fields_and_is_locked(name):
   config = parse(name)
   assert flat(config).keys() == flat(common.get_config()).keys()
   assert config.is_locked and config.data.sources.folder.is_locked
 
 
-def test_overrides_of_known_fields_alone(name):
+def test_only_known_fields_can_be_overridden(name):
   assert parse(name, "--config.optim.learning_rate=0.5").optim.learning_rate == 0.5
   for section, field in (("optim.", "lerning_rate"), ("", "extra")):
     with pytest.raises((KeyError, AttributeError), match=field):
       parse(name, f"--config.{section}{field}=0.5")
 
 
-def test_settings_fit_together(name):
+def test_settings_are_consistent(name):
   c = parse(name)
   assert c.data.global_batch % (8 * c.optim.accumulate_steps) == 0
   assert 0 < c.optim.warmup_steps < c.train.num_steps and c.train.log_every <= c.train.num_steps
@@ -102,12 +102,12 @@ def test_settings_fit_together(name):
   weights = {key: source.weight for key, source in c.data.sources.items()}
   assert sum(weights.values()) == pytest.approx(1)
   for source in c.eval.sources:
-    assert weights[source] > 0  # what is evaluated is what is trained on
+    assert weights[source] > 0  # evaluation sources are also trained on
   decoding.token_counts(c.eval.num_tokens, c.tokens.num_registers)
 
 
 def token_batch(c):
-  """Shapes of a batch of two sequences."""
+  """Returns shapes of a batch of two sequences."""
   of = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((2, *shape), dtype)
   batch = dict(token_ids=of(c.ar.num_tokens), length=of(), label=of())
   if c.ar.condition == "text":
@@ -117,7 +117,7 @@ def token_batch(c):
 
 
 def test_builds_loss_and_predictions(name):
-  """Shapes alone: every size in it fits, the patches divide the latents, and the settings have known names."""
+  """Shapes only: all sizes fit, patches divide the latents, and settings have known names."""
   c = parse(name)
   stage, params = stages.make_stage(c), joined_shapes(c)
   images = jax.ShapeDtypeStruct((2, c.image_size, c.image_size, 3), jnp.uint8)
@@ -158,7 +158,7 @@ def test_published_sizes_of_generators(name):
 
 
 @pytest.mark.parametrize("channels", [4, 8, 16])
-def test_a_trained_vae_fits_the_tokenizer_over_it(channels, tmp_path):
+def test_a_trained_vae_fits_a_tokenizer_on_top(channels, tmp_path):
   """The arrays that vae:cN trains are those that a tokenizer with N latent channels starts from."""
   vae = joined_shapes(parse(f"vae:c{channels}"))
   tokenizer = joined_shapes(parse("flextok:d12_d12_in1k", f"--config.vae.latent_channels={channels}"))
@@ -166,12 +166,12 @@ def test_a_trained_vae_fits_the_tokenizer_over_it(channels, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))
-def test_a_frozen_vae_computes_in_float32_and_a_trained_one_in_bfloat16(name):
+def test_vae_is_float32_when_frozen_and_bfloat16_when_trained(name):
   c = parse(name)
   assert (c.dtype, c.vae.dtype) == ("bfloat16", "bfloat16" if c.stage == "vae" else "float32")
 
 
-def test_the_folder_of_dfn_must_be_given():
+def test_dfn_folder_is_required():
   data = inputs.image_data(parse("flextok:d18_d28_dfn"))
   for read in (
     lambda: pipeline.eval_set(data, "folder", image_size=256, num_images=1),
@@ -181,12 +181,12 @@ def test_the_folder_of_dfn_must_be_given():
       read()
 
 
-def test_quickstart_variants_are_one_model_and_scratch_runs_on_any_machine():
+def test_quickstart_variants_share_one_model_and_scratch_runs_anywhere():
   whole, scratch = quickstart.get_config(), quickstart.get_config("scratch")
   for variant in (scratch, quickstart.get_config("coarse")):
     from_config.check_same_model(variant, whole)
   assert flat(whole) == flat(quickstart.get_config(""))
-  assert scratch.data.sources.emoji.weight == 0 and "emoji" not in scratch.eval.sources  # its font may be missing
+  assert scratch.data.sources.emoji.weight == 0 and "emoji" not in scratch.eval.sources  # the emoji font may be missing
   with pytest.raises(ValueError, match="config quickstart takes no argument or one of coarse, scratch.*got 'scrach'"):
     quickstart.get_config("scrach")
 
@@ -195,7 +195,7 @@ def test_quickstart_variants_are_one_model_and_scratch_runs_on_any_machine():
 
 
 @pytest.mark.parametrize("file", ["flextok", "vae", "ar"])
-def test_a_family_lists_its_members(file):
+def test_a_config_family_lists_its_members(file):
   members = [name.partition(":")[2] for name in (*SIZES, *AR_SIZES) if name.startswith(file + ":")]
   for spec in (file, f"{file}:none"):
     with pytest.raises(ValueError, match=f"config {file} takes one of .*; got '{spec.partition(':')[2]}'") as error:
@@ -203,7 +203,7 @@ def test_a_family_lists_its_members(file):
     assert all(re.search(rf"\b{member}\b", str(error.value)) for member in members)
 
 
-def test_names_and_paths_from_any_folder(tmp_path, monkeypatch):
+def test_config_names_and_paths_work_from_any_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert flat(common.load_config("shapes:coarse")) == flat(common.load_config(f"{ROOT}/configs/shapes.py:coarse"))
   (tmp_path / "debug.py").write_text(
@@ -229,35 +229,35 @@ def test_names_and_paths_from_any_folder(tmp_path, monkeypatch):
     ("", "debug:x", ValueError, "config debug takes no argument, got 'x'"),
   ],
 )
-def test_config_files_that_do_not_work(text, spec, error, pattern, tmp_path, monkeypatch):
+def test_invalid_config_files(text, spec, error, pattern, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "file.py").write_text(text)
   with pytest.raises(error, match=pattern):
     common.load_config(spec)
 
 
-# What ships.
+# Shipped models.
 
 
 @pytest.mark.parametrize("asset", ["quickstart", "shapes", "shapes_ar", "shapes_ar_stop"])
-def test_the_shipped_models(asset):
+def test_shipped_models(asset):
   path = ASSETS / f"{asset}.safetensors"
   assert path.stat().st_size < 10e6
   config, params = loading.load(str(path))
   check_params(params, joined_shapes(config), path.name)
   assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
   expected = parse(asset.replace("_stop", ":stop"))
-  if config.stage == "ar":  # which tokenizer's ids it draws, and what they mean, came with the shards
+  if config.stage == "ar":  # fields that describe the tokenizer of its ids are taken from the token shards
     tokenizer = loading.load(str(ASSETS / "shapes.safetensors"))
     assert config.ar.tokenizer == fingerprints.tokenizer(*tokenizer)
     expected.ar.tokenizer = config.ar.tokenizer
   from_config.check_same_model(expected, config)
-  assert flat(config).keys() <= flat(expected).keys()  # fields are added, not renamed
+  assert flat(config).keys() <= flat(expected).keys()  # fields may be added but not renamed
 
 
 @pytest.fixture(scope="module")
 def declared():
-  """What setup.py hands to setuptools."""
+  """Returns the arguments that setup.py passes to setuptools."""
   given = {}
   original, setuptools.setup = setuptools.setup, lambda **kwargs: given.update(kwargs)
   try:
@@ -268,7 +268,7 @@ def declared():
 
 
 def pins():
-  """{distribution: version} of requirements.txt."""
+  """Returns {distribution: version} from requirements.txt."""
   lines = (ROOT / "requirements.txt").read_text().splitlines()
   parsed = [Requirement(line) for line in lines if line and not line.startswith("#")]
   exact = {}
@@ -276,22 +276,22 @@ def pins():
     (specifier,) = requirement.specifier
     assert specifier.operator == "==" and "*" not in specifier.version, requirement
     exact[canonicalize_name(requirement.name)] = specifier.version
-  assert len(exact) == len(parsed)  # none twice
+  assert len(exact) == len(parsed)  # no duplicates
   return exact
 
 
-def test_every_pin_lies_in_its_range(declared):
+def test_pins_satisfy_declared_ranges(declared):
   pinned = pins()
   assert declared["python_requires"] == ">=3.11"
   for line in (*declared["install_requires"], *declared["extras_require"]["test"]):
     requirement = Requirement(line)
     assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, requirement
-    assert not any(s.operator in ("<", "<=", "==", "~=") for s in requirement.specifier)  # newer versions are welcome
+    assert not any(s.operator in ("<", "<=", "==", "~=") for s in requirement.specifier)  # no upper bounds
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the pins are for Python 3.11")
-def test_the_pins_are_complete(declared):
-  """Whatever a pinned distribution asks for, for this machine and the extras it is asked with, is pinned and fits."""
+def test_pins_are_complete(declared):
+  """Every requirement of a pinned distribution, for this platform and its requested extras, is pinned and satisfied."""
   pinned, seen = pins(), set()
   todo = [Requirement(line) for line in (*declared["install_requires"], *declared["extras_require"]["test"])]
   while todo:
@@ -306,12 +306,12 @@ def test_the_pins_are_complete(declared):
       extras = requirement.extras or {""}
       if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
         todo.append(needed)
-  assert {name for name, _ in seen} == pinned.keys()  # and nothing else is
+  assert {name for name, _ in seen} == pinned.keys()  # and no others are pinned
 
 
 def test_every_import_is_declared(declared):
-  """The package imports nothing that setup.py does not name, and without extras only through extras.require."""
-  extras = (*itertools.chain(*declared["extras_require"].values()), "flextok-jax", "tensorflow")  # of tensorflow-cpu
+  """The package imports only what setup.py declares, and optional packages only through extras.require."""
+  extras = (*itertools.chain(*declared["extras_require"].values()), "flextok-jax", "tensorflow")  # by tensorflow-cpu
   names = {canonicalize_name(Requirement(line).name) for line in (*declared["install_requires"], *extras)}
   providers = importlib.metadata.packages_distributions()
   used = set()
@@ -324,7 +324,7 @@ def test_every_import_is_declared(declared):
   used -= sys.stdlib_module_names | {"flextok_jax"}
   assert "jax" in used and "tensorflow" in used
   for module in used:
-    given = {canonicalize_name(d) for d in providers.get(module, (module,))}  # what is not installed has its own name
+    given = {canonicalize_name(d) for d in providers.get(module, (module,))}  # if not installed, the module's own name
     assert given & names, f"{module} comes from {given}, which setup.py does not name"
 
 

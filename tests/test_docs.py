@@ -1,4 +1,4 @@
-"""The documents: the site builds without a network, links resolve, and the commands that they name exist."""
+"""The documentation: the site builds offline, links resolve, and the commands it mentions exist."""
 
 import functools
 from html.parser import HTMLParser
@@ -31,7 +31,7 @@ document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.
 
 
 def code(text: str) -> list[str]:
-  """Returns fenced blocks, with continued lines joined, and spans of code."""
+  """Returns fenced blocks, with continuation lines joined, and code spans."""
   blocks = re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
   prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
   spans = [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", prose)]
@@ -39,7 +39,7 @@ def code(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[tuple[str, str]]:
-  """Returns (module, rest of the line) of every `python -m flextok_jax.X ...` and `python -m experiments.X ...`."""
+  """Returns (module, rest of the line) for every `python -m flextok_jax.X ...` and `python -m experiments.X ...`."""
   found = []
   for part in code(text):
     for line in part.splitlines():
@@ -51,7 +51,7 @@ def commands(text: str) -> list[tuple[str, str]]:
 
 @functools.cache
 def flag_names(module: str) -> set[str]:
-  """Returns the names of a command's flags: those of its define_flags, and those that its source defines itself."""
+  """Returns the names of a command's flags, from its define_flags and from its source."""
   loaded, values = importlib.import_module(module), flags.FlagValues()
   if hasattr(loaded, "define_flags"):
     loaded.define_flags(values)
@@ -63,7 +63,7 @@ def flag_names(module: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def fields() -> set[str]:
-  """Returns the dotted names of all fields of a config, and of their groups."""
+  """Returns the dotted names of all config fields and their groups."""
   names = set(flatten(get_config()))
   return names | {name.rsplit(".", i)[0] for name in names for i in range(1, name.count(".") + 1)}
 
@@ -121,7 +121,7 @@ def test_configs_exist(path):
 
 
 def test_table_of_configs(fields):
-  """Every name in the table is a config, and every config is in the table."""
+  """The table lists exactly the configs that exist."""
   text = read(ROOT / "docs" / "commands.md")
   table = text[text.index("| config | what | size |") :]
   names = re.findall(r"`([a-z]\w*(?::\w+)?)`", " ".join(row.split("|")[1] for row in table.splitlines() if "|" in row))
@@ -134,7 +134,7 @@ def test_table_of_configs(fields):
 
 @document
 def test_fields_and_files_exist(path, fields):
-  """Spans of code that look like fields of a config, or like files of the repository, are that."""
+  """Code spans that look like config fields or repository files refer to existing ones."""
   groups = {name.partition(".")[0] for name in fields if "." in name}
   for span in re.findall(r"`([^`\n]+)`", read(path)):
     if match := re.fullmatch(r"(?:config\.)?((\w+)\.[\w.]+?)(?:=.*)?", span):
@@ -151,7 +151,7 @@ def test_experiments_are_listed():
 
 
 class Requests(HTMLParser):
-  """Collects what a browser fetches from other hosts when it opens a page, ordinary links aside."""
+  """Collects the URLs that a browser fetches from other hosts when it opens a page, except ordinary links."""
 
   def __init__(self):
     super().__init__()
@@ -172,7 +172,7 @@ def site(tmp_path_factory) -> Path:
     if importlib.util.find_spec(name) is None:
       pytest.skip(f"{name} is not installed: pip install 'flextok-jax[docs]'")
   folder = tmp_path_factory.mktemp("site")
-  # A proxy that nobody listens to: whatever needs the network fails.
+  # A proxy that nobody listens on: any network access fails.
   env = os.environ | {"NO_MKDOCS_2_WARNING": "1"} | dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
   command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
   done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)

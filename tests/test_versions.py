@@ -1,4 +1,4 @@
-"""One short training from start to use: with the other fast tests, launch/test.sh runs it with every Python version."""
+"""One short run from training to inference; launch/test.sh runs it and other fast tests on every Python version."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from tests.support.commands import ROOT
 
 
 def test_train_load_and_use(tmp_path):
-  from flextok_jax import train  # late: it defines flags
+  from flextok_jax import train  # imported late because it defines flags
 
   config = load_config("debug")
   config.train.update(num_steps=3, log_every=1, checkpoint_every=2)
@@ -29,4 +29,4 @@ def test_shipped_models():
   ids = generator.generate(jax.random.key(0), [0, 5])
   model = flextok_jax.load(str(folder / "shapes.safetensors"))
   pixels = np.asarray(model.detokenize(ids, key=jax.random.key(1)))
-  assert pixels.shape == (2, 32, 32, 3) and pixels.std() > 0.1  # not one colour
+  assert pixels.shape == (2, 32, 32, 3) and pixels.std() > 0.1  # not a single colour

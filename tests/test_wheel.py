@@ -1,4 +1,4 @@
-"""The wheel, installed into an environment of its own: commands from an empty folder, away from this checkout."""
+"""The wheel in its own environment: commands run from an empty folder, outside this checkout."""
 
 from pathlib import Path
 import shutil
@@ -18,7 +18,7 @@ ROOT = commands.ROOT
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-  """Returns the folder of the programs of an environment with the wheel."""
+  """Returns the program folder of an environment in which the wheel is installed."""
   source, wheels, home = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "home"))
   for name in ("configs", "flextok_jax"):
     shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -31,7 +31,7 @@ def installed(tmp_path_factory):
   python = home / "bin" / "python"
   (wheel,) = wheels.glob("*.whl")
   subprocess.run([*pip, "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)], check=True)
-  # The dependencies are those of this environment; its .pth files, such as that of this checkout, have no effect there.
+  # Dependencies come from this environment; its .pth files, e.g. the one of this checkout, have no effect there.
   (packages,) = home.glob("lib/python*/site-packages")
   (packages / "dependencies.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
   return python.parent
@@ -39,7 +39,7 @@ def installed(tmp_path_factory):
 
 @pytest.fixture
 def run(installed, tmp_path):
-  """Runs a program of that environment in an empty folder; returns what it prints."""
+  """Runs a program of that environment in an empty folder; returns its output."""
   environ = {k: v for k, v in commands.environment().items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
   def run(program, *args):
@@ -52,7 +52,7 @@ def run(installed, tmp_path):
   return run
 
 
-def test_a_run_and_a_picture_from_an_empty_folder(run, tmp_path):
+def test_train_and_decode_from_an_empty_folder(run, tmp_path):
   home = Path(run("python", "-c", "import flextok_jax; print(flextok_jax.__file__)").strip()).parent
   assert not home.is_relative_to(ROOT) and (home / "configs" / "debug.py").is_file()
   asset = home / "assets" / "quickstart.safetensors"
@@ -71,7 +71,7 @@ def test_a_run_and_a_picture_from_an_empty_folder(run, tmp_path):
   assert pixels.shape == (32, 32) and pixels[12:20, 12:20].mean() > pixels[:4].mean() + 50
 
 
-def test_the_commands_are_listed(run):
+def test_commands_are_listed(run):
   listed = run("flextok-jax", "--help")
   modules = {path.stem for path in (ROOT / "flextok_jax").glob("*.py")} - {"__init__", "cli", "config"}
   lines = {line.split()[0]: line.split()[1:] for line in listed.splitlines() if line.startswith("  ")}

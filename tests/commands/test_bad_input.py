@@ -1,7 +1,7 @@
-"""Bad input to the train command: one clear line, exit code 1, and nothing lost.
+"""Bad input to the train command: a one-line error, exit code 1, and no file changed.
 
-Most cases call train() in this process and check the error that cli.run prints (test_a_line_and_an_exit_code); what
-concerns the command line itself runs as a user's process. The other commands: test_commands.py.
+Most cases call train() in this process and check its error; test_errors_print_one_line_and_exit_with_code_1 checks how
+it is printed. Cases of the command line itself run as a user's process. Other commands: test_commands.py.
 """
 
 from pathlib import Path
@@ -31,13 +31,13 @@ def sources(**settings):
 
 
 def files_of(folder):
-  """Returns all files and what is in them, but for the lock of a run, which stays behind it."""
+  """Returns the contents of all files, except the run's lock, which is not removed."""
   files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != ".lock"]
   return {path: path.read_bytes() for path in files}
 
 
 def refused(pattern, workdir, **overrides):
-  """Asserts that train() ends in one line, of a kind that cli.run expects, before it writes anything."""
+  """Asserts that train() raises a one-line error of a kind that cli.run prints, before it writes anything."""
   workdir = Path(workdir)
   before = files_of(workdir) if workdir.is_dir() else {}
   with pytest.raises((ValueError, OSError), match=pattern) as error:
@@ -95,20 +95,20 @@ def refused(pattern, workdir, **overrides):
     ("train.eval_every", dict(train=dict(eval_every=0))),
     ("train.keep_checkpoints", dict(train=dict(keep_checkpoints=0))),
     ("sampler.num_steps", dict(sampler=dict(num_steps=0))),
-    # Weights to start from (others: test_checkpoint.py).
+    # Weights to start from (others: tests/training/test_checkpoint.py).
     ("setup.py is not a whole safetensors file", dict(init_from=str(ROOT / "setup.py"))),
     # No data.
     ("set data.sources.folder.path", dict(data=sources(folder=dict(weight=1.0)))),
     ("no data source has a weight above 0", dict(data=sources())),
   ],
 )
-def test_settings(pattern, overrides, tmp_path):
+def test_bad_settings_are_refused(pattern, overrides, tmp_path):
   refused(pattern, tmp_path / "new", **overrides)
 
 
 @pytest.mark.parametrize("held_out", [True, False])
-def test_folders(held_out, tmp_path):
-  """With the evaluation on that folder, or only the training."""
+def test_bad_folders_are_refused(held_out, tmp_path):
+  """The bad folder is used for training, or for training and evaluation."""
   (tmp_path / "empty" / "class").mkdir(parents=True)
   (tmp_path / "empty" / "class" / "notes.txt").write_text("no picture")
   (tmp_path / "broken").mkdir()
@@ -124,7 +124,7 @@ def test_folders(held_out, tmp_path):
     refused("consecutive images are unreadable", workdir, **folder(tmp_path / "broken"))
 
 
-def test_workdir_of_another_config_or_no_folder(tmp_path):
+def test_workdir_of_another_config_or_not_a_folder_is_refused(tmp_path):
   checkpoint.claim_workdir(str(tmp_path / "run"), config_of())
   (tmp_path / "run" / "metrics.jsonl").write_text("precious\n")
   refused("belongs to another config: seed is 0 there and 1 here; use another workdir", tmp_path / "run", seed=1)
@@ -164,7 +164,7 @@ DEBUG = "--config=configs/debug.py"
     ("give --config=NAME and --workdir=DIR", [DEBUG, "--workdir="]),
   ],
 )
-def test_command_lines(pattern, args, tmp_path):
+def test_bad_command_lines_are_refused(pattern, args, tmp_path):
   (tmp_path / "empty.py").write_text("")
   (tmp_path / "broken.py").write_text("def get_config(:\n")
   workdir = [] if "--workdir=" in args else [f"--workdir={tmp_path / 'new'}"]
@@ -178,8 +178,8 @@ def one_line(pattern, code, printed, err):
   assert err.startswith("error: ") and re.search(pattern, err) and len(err.splitlines()) == 1, err
 
 
-def test_a_line_and_an_exit_code(tmp_path):
-  """Errors inside train(): before the first step, and in the middle, when reading threads are at work."""
+def test_errors_print_one_line_and_exit_with_code_1(tmp_path):
+  """Errors inside train(): before the first step, and during training, while reader threads are running."""
   one_line(
     "the image folder /absent does not exist",
     *shell(

@@ -18,7 +18,7 @@ NUM_CODES = 8 * 5 * 5
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-  """Path of a tokenizer of 16 px images, 4 registers and 200 codes."""
+  """Returns the path of a tokenizer of 16 px images, 4 registers and 200 codes."""
   config = tiny_config(eval=dict(sources=("synthetic",), num_images=3, batch_size=2, grid_images=2))
   path = tmp_path_factory.mktemp("model") / "weights.safetensors"
   saving.save_weights(str(path), config, make_params(make_stage(config)))
@@ -37,7 +37,7 @@ def vae(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-  """A folder of five photographs, one in a subfolder."""
+  """Returns a folder of five photographs, one of them in a subfolder."""
   folder = tmp_path_factory.mktemp("pictures")
   (folder / "more").mkdir()
   picture = skimage.data.astronaut()
@@ -55,7 +55,7 @@ def tokens(model, pictures, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def decoded(model, tokens):
-  """The images of all tokens, by file name."""
+  """Returns the images decoded from all tokens, by file name."""
   run(detokenize, f"--checkpoint={model}", f"--tokens={tokens}", f"--out={tokens.parent / 'decoded'}")
   return read_folder(tokens.parent / "decoded")
 
@@ -65,7 +65,7 @@ def write(path, **fields):
   return path
 
 
-def test_tokens_of_a_folder(tokens):
+def test_tokenize_folder(tokens):
   fields = json.loads(tokens.read_text())
   assert fields["image_size"] == 16 and fields["num_tokens"] == 4
   assert fields["names"] == ["a.png", "b.png", "c.png", "d.png", "more/e.png"]
@@ -75,7 +75,7 @@ def test_tokens_of_a_folder(tokens):
   assert [path.name for path in tokens.parent.iterdir() if path.is_file()] == ["tokens.json"]
 
 
-def test_batch_size_files_and_first_tokens(model, pictures, tokens, tmp_path):
+def test_tokenize_options(model, pictures, tokens, tmp_path):
   whole = json.loads(tokens.read_text())["token_ids"]
   out = tmp_path / "tokens.npz"
   files = f"{pictures / 'more'},{pictures / 'b.png'}"
@@ -87,7 +87,7 @@ def test_batch_size_files_and_first_tokens(model, pictures, tokens, tmp_path):
     assert arrays["num_tokens"] == 2 and arrays["image_size"] == 16
 
 
-def test_round_trip_as_a_user_runs_it(model, pictures, tokens, decoded, tmp_path):
+def test_round_trip_in_user_processes(model, pictures, tokens, decoded, tmp_path):
   code, out, err = shell(
     "flextok_jax.tokenize", f"--checkpoint={model}", f"--images={pictures}", f"--out={tmp_path / 't.json'}"
   )
@@ -105,14 +105,14 @@ def test_round_trip_as_a_user_runs_it(model, pictures, tokens, decoded, tmp_path
   assert len({image.tobytes() for image in decoded.values()}) == 5
   for name, image in read_folder(tmp_path / "out").items():
     assert image.shape == (16, 16, 3)
-    np.testing.assert_allclose(image, decoded[name], atol=1)  # an image's noise is its own, not its batch's
+    np.testing.assert_allclose(image, decoded[name], atol=1)  # an image's noise does not depend on its batch
 
 
-def test_sequences_of_any_length_and_token_files_by_hand(model, tokens, decoded, tmp_path):
-  """A short sequence is decoded as a longer one cut to its length; what follows the cut has no influence."""
+def test_detokenize_ragged_and_handwritten_token_files(model, tokens, decoded, tmp_path):
+  """A short sequence decodes like a longer one cut to its length; tokens past the cut have no effect."""
   ids = json.loads(tokens.read_text())["token_ids"]
   ragged = write(tmp_path / "ragged.json", token_ids=[ids[0][:1], ids[1][:3], ids[2]])
-  names = ["../../x.jpg", "/x.png", "folder/y"]  # none leaves --out
+  names = ["../../x.jpg", "/x.png", "folder/y"]  # all are written inside --out
   tails = write(tmp_path / "tails.json", token_ids=[[ids[0][0], 7, 8, 9], [*ids[1][:3], 11], ids[2]], names=names)
   run(detokenize, f"--checkpoint={model}", f"--tokens={ragged}", f"--out={tmp_path / 'ragged'}")
   run(detokenize, f"--checkpoint={model}", f"--tokens={tails}", f"--out={tmp_path / 'one'}", "--num_tokens=1")
@@ -132,7 +132,7 @@ def test_sampler_flags_and_seed_take_effect(model, tokens, decoded, tmp_path, ar
   assert all((abs(image - decoded[name]) > 1).any() for name, image in images.items())
 
 
-def test_detokenize_refuses_bad_input(model, vae, tokens, tmp_path):
+def test_detokenize_rejects_bad_input(model, vae, tokens, tmp_path):
   given = (f"--checkpoint={model}", f"--tokens={tokens}", f"--out={tmp_path / 'out'}")
   fails("--tokens is missing", detokenize, given[0], given[2])
   fails("no token file at .*absent.json", detokenize, given[0], "--tokens=absent.json", given[2])
@@ -160,7 +160,7 @@ def test_detokenize_refuses_bad_input(model, vae, tokens, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
-def test_tokenize_refuses_bad_input(model, vae, pictures, tmp_path):
+def test_tokenize_rejects_bad_input(model, vae, pictures, tmp_path):
   given = (f"--checkpoint={model}", f"--images={pictures}", f"--out={tmp_path / 'new.json'}")
   fails("--checkpoint is missing", tokenize, *given[1:])
   fails("absent.png", tokenize, given[0], "--images=absent.png", given[2])
@@ -177,7 +177,7 @@ def test_tokenize_refuses_bad_input(model, vae, pictures, tmp_path):
   assert not (tmp_path / "new.json").exists()
 
 
-def test_evaluate_by_the_checkpoints_settings_and_by_others(model, pictures, tmp_path, capsys):
+def test_evaluate_with_checkpoint_settings_and_with_overrides(model, pictures, tmp_path, capsys):
   out = tmp_path / "eval"
   run(evaluate, f"--checkpoint={model}", f"--workdir={tmp_path}")
   printed = capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_evaluate_by_the_checkpoints_settings_and_by_others(model, pictures, tmp
   assert lines[1]["sets"]["folder"]["num_images"] == 2
 
 
-def test_evaluate_refuses_the_config_of_another_model(model, tmp_path):
+def test_evaluate_rejects_the_config_of_another_model(model, tmp_path):
   other = config_file(tmp_path / "other.py", tokens=dict(num_registers=8, levels=(8, 5, 5)))
   fails(
     "tokens.num_registers = 8, but the checkpoint was trained with 4",
@@ -221,7 +221,7 @@ def test_evaluate_refuses_the_config_of_another_model(model, tmp_path):
   )
 
 
-def test_evaluate_refuses_bad_input(model, vae, pictures, tmp_path):
+def test_evaluate_rejects_bad_input(model, vae, pictures, tmp_path):
   given = (f"--checkpoint={model}", f"--out={tmp_path / 'out'}")
   fails("give --workdir or --checkpoint", evaluate, given[1])
   fails("give --out or --workdir", evaluate, given[0])
@@ -244,7 +244,7 @@ def test_evaluate_refuses_bad_input(model, vae, pictures, tmp_path):
     (("detokenize", "--tokens=absent.json", "--num_steps=many"), "num_steps"),
   ],
 )
-def test_bad_input_is_one_line_and_exit_code_1(model, tmp_path, args, pattern):
+def test_bad_input_prints_one_line_and_exits_with_code_1(model, tmp_path, args, pattern):
   out = () if args[0] == "tokenize" else (f"--out={tmp_path}",)
   code, printed, err = shell(f"flextok_jax.{args[0]}", f"--checkpoint={model}", *args[1:], *out)
   assert (code, printed) == (1, "")

@@ -1,4 +1,4 @@
-"""The command that converts, on tokenizers."""
+"""The convert command on tokenizers."""
 
 from pathlib import Path
 import subprocess
@@ -26,7 +26,7 @@ def convert(*args):
   return subprocess.CompletedProcess(args, *shell("flextok_jax.convert", *args))
 
 
-def test_convert_there_and_back(model, tmp_path):
+def test_convert_round_trip(model, tmp_path):
   model.to_official(tmp_path / "a.safetensors")
   groups = f"--vae_norm_num_groups={GROUPS}"
   done = convert(tmp_path / "a.safetensors", tmp_path / "ours", groups, "--check")
@@ -44,7 +44,7 @@ def test_convert_there_and_back(model, tmp_path):
   assert first == second
 
 
-def test_convert_refuses_in_one_line(model, tmp_path):
+def test_convert_errors_are_one_line(model, tmp_path):
   model.save(tmp_path / "ours")
   for args, pattern in (
     ((tmp_path / "absent", tmp_path / "x"), "no such checkpoint"),
@@ -59,8 +59,8 @@ def test_convert_refuses_in_one_line(model, tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"]
 
 
-def test_a_failed_check_says_so(model, tmp_path, monkeypatch):
-  """A writer that spoils a number is found out."""
+def test_check_detects_a_bad_conversion(model, tmp_path, monkeypatch):
+  """--check fails if the writer changes the weights."""
   from absl import flags
 
   from flextok_jax import convert as command

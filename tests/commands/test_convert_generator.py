@@ -1,4 +1,4 @@
-"""The command that converts, on generators in the released format."""
+"""The convert command on generators in the released format."""
 
 from absl import flags
 import jax
@@ -19,7 +19,7 @@ def run(source, target, *args):
 
 
 @pytest.mark.parametrize("name", ["class", "text"])
-def test_released_generators_become_ours(name, tmp_path, capsys):
+def test_convert_released_generators(name, tmp_path, capsys):
   params, official = tensors(name)
   source = write(tmp_path / "official.safetensors", official)
   for target, dtype in ((tmp_path / "ours", "float32"), (tmp_path / "ours.safetensors", "bfloat16")):
@@ -31,7 +31,7 @@ def test_released_generators_become_ours(name, tmp_path, capsys):
   assert printed.count("logits of 8 random ids are equal") == 2 and "ar blocks" in printed
 
 
-def test_what_does_not_fit_is_one_line(tmp_path):
+def test_incompatible_files_are_one_line_errors(tmp_path):
   source = write(tmp_path / "official.safetensors", tensors("class")[1])
   for pattern, args in (
     ("holds a generator: load it by flextok_jax.load_ar", ()),

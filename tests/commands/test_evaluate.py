@@ -1,4 +1,4 @@
-"""The evaluate command on reconstructions: processes, interruptions, bad flags."""
+"""The evaluate command on reconstructions: several processes, interruptions, bad flags."""
 
 import json
 import os
@@ -59,7 +59,7 @@ cli.run(lambda: evaluate.main(flags.FLAGS))
 """
 
 
-def test_a_killed_evaluation_goes_on(model, whole, tmp_path, capsys):
+def test_killed_evaluation_resumes(model, whole, tmp_path, capsys):
   given = [f"--checkpoint={model}", "--metrics=psnr,mse", "--num_tokens=1,4", "--keep_every=1", f"--out={tmp_path}"]
   done = subprocess.run(
     [sys.executable, "-c", KILLED, *given], cwd=ROOT, env=environment(8), capture_output=True, text=True, check=False
@@ -73,7 +73,7 @@ def test_a_killed_evaluation_goes_on(model, whole, tmp_path, capsys):
 
 
 def test_two_processes(model, whole, tmp_path):
-  """Three devices in all: the batches differ from those of one process."""
+  """Three devices in total, so the batches differ from those of one process."""
   command = [
     "python",
     "-m",
@@ -98,7 +98,7 @@ def test_two_processes(model, whole, tmp_path):
   assert done.stdout.count("21 of 21 images") == 1
 
 
-def test_bad_flags_are_refused_in_one_line(model, tmp_path):
+def test_bad_flags_are_one_line_errors(model, tmp_path):
   given = f"--checkpoint={model}", f"--out={tmp_path / 'out'}"
   fails("unknown metric 'fid': one of psnr, .*lpips_alex", evaluate, *given, "--metrics=fid")
   for metric, name in (("rfid", "inception"), ("lpips_vgg", "lpips_vgg"), ("dreamsim", "dreamsim"), ("dinov2",) * 2):

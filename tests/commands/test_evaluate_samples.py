@@ -33,7 +33,7 @@ def models(tmp_path_factory):
 
 
 def write_inception(path):
-  """Random weights under which activations keep their size."""
+  """Writes random weights that keep the scale of the activations."""
   rng, tensors = np.random.default_rng(0), {}
   for name, shape in inception_files.parameter_shapes().items():
     if name.startswith("fc/"):
@@ -108,7 +108,7 @@ def pictures(out, count):
   return read_images(out / f"samples_{count}.npz")
 
 
-def test_samples_are_those_of_the_sample_command(models, report, tmp_path):
+def test_samples_equal_those_of_the_sample_command(models, report, tmp_path):
   run(
     sample,
     f"--checkpoint={models['class']}",
@@ -127,7 +127,7 @@ def test_samples_are_those_of_the_sample_command(models, report, tmp_path):
 
 
 def distance_of_few(a, b):
-  """The Fréchet distance of fewer samples than features, by the singular values of their products."""
+  """Returns the Fréchet distance of fewer samples than features, from the singular values of their product."""
   a, b = np.float64(a), np.float64(b)
   (mu, x), (nu, y) = ((z.mean(0), (z - z.mean(0)) / np.sqrt(len(z) - 1)) for z in (a, b))
   return np.square(mu - nu).sum() + (x**2).sum() + (y**2).sum() - 2 * np.linalg.norm(x @ y.T, "nuc")
@@ -145,7 +145,7 @@ def read_images(path):
     return arrays["arr_0"]
 
 
-def test_metrics_are_those_of_the_pictures(weights, reference, report, look):
+def test_metrics_equal_those_of_the_saved_images(weights, reference, report, look):
   sizes, head = load_vit(weights / "classifier")
   classify = jax.jit(lambda images: vit.ViT(**sizes).apply({"params": head}, vit.preprocess(images / np.float32(255))))
   real = look(read_images(reference))
@@ -163,7 +163,7 @@ def test_metrics_are_those_of_the_pictures(weights, reference, report, look):
   np.testing.assert_allclose(saved["mu_s"], np.float64(real["spatial"]).mean(0), rtol=1e-4, atol=1e-6)
 
 
-def test_distances_to_statistics_and_an_interruption(
+def test_distances_to_saved_statistics_and_resuming(
   models, weights, reference, report, look, tmp_path, monkeypatch, capsys
 ):
   args = flags_of(models, weights, report / "stats.npz", tmp_path, "--num_tokens=4", "--keep_every=1", "--samples_npz")
@@ -180,7 +180,7 @@ def test_distances_to_statistics_and_an_interruption(
   with monkeypatch.context() as patched:
     patched.setattr(Progress, "after_batch", stop)
     fails("stopped", evaluate, *args, "--metrics=gfid,sfid")
-  with monkeypatch.context() as patched:  # between the samples' file and the report
+  with monkeypatch.context() as patched:  # between writing the samples' file and the report
     patched.setattr(Report, "write", stop_writing)
     fails("stopped", evaluate, *args, "--metrics=gfid,sfid")
   assert "samples: resuming after 8 images" in capsys.readouterr().out
@@ -216,7 +216,7 @@ def test_two_processes(models, weights, report, tmp_path):
   np.testing.assert_allclose(pictures(tmp_path, 4).astype(int), pictures(report, 4), atol=1)
 
 
-def test_texts_by_clip(models, weights, tmp_path):
+def test_clip_score_of_text_prompts(models, weights, tmp_path):
   (tmp_path / "prompts.txt").write_text("red bee\nace\n")
   run(
     evaluate,
@@ -239,7 +239,7 @@ def test_texts_by_clip(models, weights, tmp_path):
   assert low <= found["by_tokens"]["4"]["clip"] <= high
 
 
-def test_bad_flags_are_refused_in_one_line(models, weights, reference, tmp_path):
+def test_bad_flags_are_one_line_errors(models, weights, reference, tmp_path):
   base = [f"--checkpoint={models['class']}", f"--tokenizer={models['tokenizer']}", f"--out={tmp_path / 'out'}"]
   fails("--metrics is missing: of samples there are gfid", evaluate, *base)
   fails("--sources has no meaning with --tokenizer", evaluate, *base, "--sources=photos")

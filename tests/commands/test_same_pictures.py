@@ -1,4 +1,4 @@
-"""The methods and the commands give the same images, bit for bit, with all settings left to the checkpoint."""
+"""Methods and commands give bit-identical images when all settings come from the checkpoint."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ SEED = 7
 
 
 def to_8bit(images):
-  """Float images in [-1, 1] as the commands store them."""
+  """Converts float images in [-1, 1] to 8 bits as the commands do."""
   return np.round(np.clip((np.asarray(images) + 1) * 127.5, 0, 255)).astype(int)
 
 
@@ -38,7 +38,7 @@ def test_tokenize_and_detokenize(name, tmp_path):
   images = to_8bit(model.detokenize(ids, key=jax.random.key(SEED)))
   written = read_folder(tmp_path / "out")
   np.testing.assert_array_equal([written[file] for file in sorted(written)], images)
-  # The checkpoint's own sampler, not another: the same with its settings given, and others without guidance.
+  # The checkpoint's own sampler is used: passing its settings changes nothing, turning guidance off does.
   s = model.config.sampler
   assert (s.guidance, s.guidance_scale) == ("cfg", 1.5)
   given = dict(num_steps=s.num_steps, guidance=s.guidance, guidance_scale=s.guidance_scale)
@@ -76,7 +76,7 @@ def test_sample(name, flag, condition, tmp_path):
   assert len(written) == len(images) == 3
   for path, image in zip(written, images, strict=True):
     np.testing.assert_array_equal(np.asarray(Image.open(path)), image)
-  # The checkpoint's own choices, not others.
+  # The checkpoint's own sampling settings are used.
   c = gen.config.ar
   assert (c.guidance_scale, c.temperature, c.top_k, c.top_p) == (2.0, 1.0, 0, pytest.approx(0.9))
   given = dict(guidance_scale=c.guidance_scale, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p)

@@ -18,7 +18,7 @@ from tests.support.commands import fails, read_folder, run
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-  """Paths of a tokenizer of 16 px images, 4 registers and 200 codes, and of generators for it, by name."""
+  """Returns paths by name: a tokenizer of 16 px images, 4 registers and 200 codes, and generators for it."""
   return tiny_generators.save(tmp_path_factory.mktemp("models"))
 
 
@@ -40,7 +40,7 @@ def read(folder, name):
 
 @pytest.fixture(scope="module")
 def by_class(models, tmp_path_factory):
-  """Four samples of two classes, in batches of 3."""
+  """Returns four samples of two classes, drawn in batches of 3."""
   out = tmp_path_factory.mktemp("class")
   run(
     sample,
@@ -61,14 +61,14 @@ def by_class(models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def by_text(models, tmp_path_factory):
-  """Six samples of two prompts, of different lengths."""
+  """Returns six samples of two prompts, with different lengths."""
   out = tmp_path_factory.mktemp("text")
   (out / "prompts.txt").write_text("A red star!\nzwei Äpfel\n", "utf-8")
   run(sample, *given(models, "text", out, f"--prompts_file={out / 'prompts.txt'}", "--num_samples=3", "--counts=4,1,3"))
   return out
 
 
-def test_files_of_a_run(by_class):
+def test_output_files(by_class):
   names = [f"0000{i}_class_{c}.png" for i, c in enumerate((3, 3, 0, 0))]
   others = ["grid.png", "samples.json", "samples.npz", "strip.png", "tokens.json"]
   assert sorted(path.name for path in by_class.iterdir()) == [*names, *others]
@@ -83,8 +83,8 @@ def test_files_of_a_run(by_class):
   assert all(entry["length"] == 4 and entry["log_prob"] < 0 for entry in report["samples"])
 
 
-def test_a_run_is_what_the_methods_give(models, by_class):
-  """The same as generate with one key, whatever the batches: sample i draws by fold_in(key, i)."""
+def test_samples_equal_those_of_the_methods(models, by_class):
+  """Equals generate with one key, for any batch size: sample i uses fold_in(key, i)."""
   ids, log_probs = load_ar(models["class"]).generate(
     jax.random.key(5), labels=[3, 3, 0, 0], guidance_scale=2.0, return_log_probs=True
   )
@@ -94,7 +94,7 @@ def test_a_run_is_what_the_methods_give(models, by_class):
 
 
 @pytest.mark.parametrize("name", ["by_class", "by_text"])
-def test_detokenize_reads_the_tokens_and_gives_the_same_pictures(models, name, request, tmp_path):
+def test_detokenize_of_saved_tokens_gives_the_same_images(models, name, request, tmp_path):
   out = request.getfixturevalue(name)
   run(
     detokenize,
@@ -109,7 +109,7 @@ def test_detokenize_reads_the_tokens_and_gives_the_same_pictures(models, name, r
     np.testing.assert_allclose(image, np.asarray(Image.open(out / file)).astype(int), atol=1)
 
 
-def test_samples_do_not_depend_on_batches_or_neighbours(models, by_text, tmp_path):
+def test_samples_are_independent_of_batch_and_neighbours(models, by_text, tmp_path):
   run(
     sample,
     *given(
@@ -135,7 +135,7 @@ def test_samples_do_not_depend_on_batches_or_neighbours(models, by_text, tmp_pat
     np.testing.assert_allclose(one, other, atol=1)
 
 
-def test_lengths_of_a_model_that_stops(by_text):
+def test_lengths_of_a_model_with_stop(by_text):
   tokens, report = read(by_text, "tokens.json"), read(by_text, "samples.json")
   lengths = [len(ids) for ids in tokens["token_ids"]]
   assert [entry["length"] for entry in report["samples"]] == lengths
@@ -145,13 +145,13 @@ def test_lengths_of_a_model_that_stops(by_text):
 
 
 def test_grid_and_strip(models, by_text):
-  """A cell is the sequence cut to the column's count, framed where it is shorter; each row has one noise."""
+  """A cell shows the sequence cut to the column's length, framed if it is shorter; each row shares one noise."""
   tokens = read(by_text, "tokens.json")["token_ids"]
   grid, tok = np.asarray(Image.open(by_text / "grid.png")).astype(int), load(models["tokenizer"])
   assert grid.shape[1] - 20 < grids.cell_box(0, 3, 16, 16)[2] < grid.shape[1]
   for row, ids in enumerate(tokens):
     left, top, right, bottom = grids.cell_box(row, 0, 16, 16)
-    assert (grid[top:bottom, left:right] < 100).any()  # its label
+    assert (grid[top:bottom, left:right] < 100).any()  # the cell's label
     for column, count in enumerate((1, 3, 4), 1):
       left, top, right, bottom = grids.cell_box(row, column, 16, 16)
       cell = grid[top:bottom:6, left:right:6]
@@ -166,7 +166,7 @@ def test_grid_and_strip(models, by_text):
   assert 0 < strip.shape[1] - right < 20
 
 
-def test_first_tokens_of_pictures_are_kept(models, pictures, tmp_path):
+def test_prefix_tokens_of_images_are_kept(models, pictures, tmp_path):
   run(
     sample,
     *given(
@@ -201,7 +201,7 @@ def test_first_tokens_of_pictures_are_kept(models, pictures, tmp_path):
   np.testing.assert_array_equal(grid[top:bottom:6, left:right:6], transforms.center_crop(pictures / "b.png", 16))
 
 
-def test_unconditional_and_greedy(models, tmp_path):
+def test_unconditional_and_greedy_sampling(models, tmp_path):
   args = ("--greedy", "--num_samples=2", "--grid_rows=0", "--strip_tokens=0", "--num_tokens=2")
   run(sample, *given(models, "class", tmp_path, *args))
   one, other = read(tmp_path, "tokens.json")["token_ids"]
@@ -211,14 +211,14 @@ def test_unconditional_and_greedy(models, tmp_path):
   assert read(tmp_path, "samples.json")["settings"]["guidance_scale"] == 1
 
 
-def test_grid_rows_are_shared_by_the_conditions():
+def test_grid_rows_are_divided_among_the_conditions():
   assert sample._shown(16, 1, 5) == [0, 1, 2, 3, 4]
   assert sample._shown(4, 8, 16) == [0, 1, 8, 9]
   assert sample._shown(3, 2, 10) == [0, 2, 4]
   assert sample._shown(0, 2, 10) == []
 
 
-def test_texts_in_a_grid_fit_their_cell():
+def test_grid_labels_fit_their_cells():
   images = np.zeros((4, 16, 16, 3), np.uint8)
   texts = ["short", "many words " * 20, "onelongword" * 9, "ein Löffel, çà et là, …\nlast line"]
   grid = np.asarray(grids.grid([texts, images], ["", "1"])).astype(int)
@@ -264,12 +264,12 @@ def test_texts_in_a_grid_fit_their_cell():
     ("tokenizer", [], "is a model of stage 'tokenizer', not a generator"),
   ],
 )
-def test_bad_input_is_refused_in_one_line(models, tmp_path, model, args, pattern):
+def test_bad_input_is_a_one_line_error(models, tmp_path, model, args, pattern):
   fails(pattern, sample, *given(models, model, tmp_path / "out", *args))
   assert not (tmp_path / "out").exists()
 
 
-def test_more_bad_input(models, tmp_path):
+def test_more_bad_input_is_refused(models, tmp_path):
   full = given(models, "none", tmp_path / "out")
   for i, name in enumerate(("checkpoint", "tokenizer", "out")):
     fails(f"--{name} is missing", sample, *full[:i], *full[i + 1 :])

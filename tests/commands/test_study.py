@@ -27,7 +27,7 @@ def mse(a, b):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-  """Paths of a tokenizer of 16 px images, 4 registers and 200 codes, and of generators by class and without."""
+  """Returns paths of a tokenizer (16 px, 4 registers, 200 codes) and of conditional and unconditional generators."""
   folder = tmp_path_factory.mktemp("models")
   config = tiny_config(eval=dict(sources=("synthetic",), num_images=5, batch_size=3, grid_images=2))
   params = make_params(make_stage(config))
@@ -45,7 +45,7 @@ def args(models):
 
 @pytest.fixture(scope="module")
 def out(args, tmp_path_factory):
-  """What all studies of the tokenizer write."""
+  """Runs all studies of the tokenizer and returns their output folder."""
   folder = tmp_path_factory.mktemp("out")
   run(study, *args, f"--out={folder}")
   return folder
@@ -56,8 +56,8 @@ def table(out, name, number=0):
   return found["columns"], found["rows"]
 
 
-def test_quality_and_variation_are_those_of_the_decoder(models, out):
-  """By the API: the reconstruction from noise 0, and three decodes of image 1 from noises 3, 4, 5."""
+def test_quality_and_variation_match_the_decoder(models, out):
+  """Compared with the API: the reconstruction from noise 0, and decodes of image 1 from noises 3, 4 and 5."""
   model = load(models["tokenizer"])
   config = model.config
   images = pipeline.eval_set(inputs.image_data(config), "synthetic", image_size=16, num_images=5)["image"]
@@ -85,7 +85,7 @@ def test_quality_and_variation_are_those_of_the_decoder(models, out):
   np.testing.assert_allclose(kept[1], [decode(1, 2, number) for number in (3, 4, 5)], atol=1)
 
 
-def test_lengths_reach_their_thresholds(out):
+def test_chosen_lengths_reach_their_thresholds(out):
   columns, rows = table(out, "halting")
   assert columns == ["tokens", "mean length", "within", "psnr", "mse"]
   fixed, chosen = rows[:3], rows[3:]
@@ -101,7 +101,7 @@ def test_lengths_reach_their_thresholds(out):
   assert columns[:2] == ["objects", "scenes"] and sum(row[1] for row in rows[:-1]) == 5 == rows[-1][1]
 
 
-def test_report_needs_no_other_file(out):
+def test_report_is_self_contained(out):
   markdown, page = (out / "report.md").read_text(), (out / "report.html").read_text()
   for name in ("tokens", "variation", "halting"):
     assert f"![]({name}.png)" in markdown and f"![]({name}_grid.png)" in markdown
@@ -113,7 +113,7 @@ def test_report_needs_no_other_file(out):
   assert not (out / study.PARTS / "tokens").exists()
 
 
-def test_nothing_is_computed_twice(args, out, monkeypatch, capsys):
+def test_a_rerun_computes_nothing(args, out, monkeypatch, capsys):
   monkeypatch.setattr(batching.Batched, "__call__", lambda *_: pytest.fail("computed again"))
   before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".png"}
   run(study, *args, f"--out={out}")
@@ -121,7 +121,7 @@ def test_nothing_is_computed_twice(args, out, monkeypatch, capsys):
   assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".png"}
 
 
-def test_samples_by_choice_and_decoder(models, args, tmp_path):
+def test_samples_by_sampling_and_decoder_settings(models, args, tmp_path):
   run(
     study,
     *args[:1],
@@ -140,7 +140,7 @@ def test_samples_by_choice_and_decoder(models, args, tmp_path):
   own, drawn, diverse = (table(tmp_path, "sampling", i) for i in range(3))
   assert dict(own[1])["temperature"] == 1 and dict(own[1])["decoder num_steps"] == 2
   assert [row[0] for row in drawn[1]] == ["own settings", "temperature 5", "top k 1"]
-  assert [row[3] for row in drawn[1]] == [4, 4, 2]  # the likeliest alone: the same for a class
+  assert [row[3] for row in drawn[1]] == [4, 4, 2]  # top k 1: one distinct sample per class
   assert diverse[0] == ["choice", "own settings", "decoder steps 1"] and len(diverse[1]) == 3
   assert diverse[1][0][1] > 0
   assert Image.open(tmp_path / "sampling.png").width > 300
@@ -163,7 +163,7 @@ def test_samples_by_choice_and_decoder(models, args, tmp_path):
     ("num_tokens=5 is out of range: this model takes 1 to 4", ("--num_tokens=5",)),
   ],
 )
-def test_bad_flags(args, tmp_path, pattern, given):
+def test_bad_flags_are_refused(args, tmp_path, pattern, given):
   fails(pattern, study, *args[:2], f"--out={tmp_path}", *given)
 
 
@@ -180,5 +180,5 @@ def test_bad_flags(args, tmp_path, pattern, given):
     ("--decoder_scales has no effect with a decoder without guidance", "none", ("--decoder_scales=2",)),
   ],
 )
-def test_bad_flags_of_sampling(models, args, tmp_path, pattern, name, given):
+def test_bad_sampling_flags_are_refused(models, args, tmp_path, pattern, name, given):
   fails(pattern, study, *args[:2], f"--out={tmp_path}", "--study=sampling", f"--generator={models[name]}", *given)

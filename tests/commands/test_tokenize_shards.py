@@ -1,4 +1,4 @@
-"""The tokenize command writes shards."""
+"""The tokenize command writing token shards."""
 
 import json
 
@@ -23,7 +23,7 @@ def pictures(tmp_path_factory):
   return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
-def test_the_command_writes_what_tokenizing_files_gives(pictures, tmp_path, capsys):
+def test_shards_equal_tokenizing_files(pictures, tmp_path, capsys):
   cfg = tiny_config()
   checkpoint = tmp_path / "weights.safetensors"
   saving.save_weights(checkpoint, cfg, make_params(make_stage(cfg)))
@@ -69,7 +69,7 @@ def test_the_command_writes_what_tokenizing_files_gives(pictures, tmp_path, caps
   fails("is a file: shards need a folder", tokenize, *given[:2], f"--out={checkpoint}")
 
 
-def test_flags_of_other_kinds_are_refused(tmp_path):
+def test_flags_of_other_modes_are_refused(tmp_path):
   file = config_file(tmp_path / "data.py", data=dict(sources=dict(tfds=dict(weight=0.0), photos=dict(weight=1.0))))
   given = ("--what=images", f"--config={file}", f"--out={tmp_path / 'out'}")
   for flag in ("--copies=2", "--num_tokens=1", "--quality=0.1", "--dtype=bfloat16", "--checkpoint=x"):

@@ -1,4 +1,4 @@
-"""Optional packages: what a user reads where one is not installed."""
+"""Optional packages: the error message if one is not installed."""
 
 import sys
 
@@ -18,7 +18,7 @@ from flextok_jax.evals.metrics import samples
     ("skimage", lambda: photos.photo_path("skimage", "coffee.png"), r"coffee.png needs scikit-image.*\[toy\]"),
   ],
 )
-def test_a_missing_package_is_one_line_with_its_extra(module, call, message, monkeypatch):
+def test_a_missing_package_is_one_line_naming_its_extra(module, call, message, monkeypatch):
   for name in [name for name in sys.modules if name.partition(".")[0] == module]:
     monkeypatch.delitem(sys.modules, name)
   monkeypatch.setitem(sys.modules, module, None)
@@ -27,7 +27,7 @@ def test_a_missing_package_is_one_line_with_its_extra(module, call, message, mon
   assert len(str(error.value).splitlines()) == 1
 
 
-def test_an_error_inside_a_package_is_its_own(tmp_path, monkeypatch):
+def test_import_errors_inside_a_package_are_not_hidden(tmp_path, monkeypatch):
   (tmp_path / "halfway.py").write_text("import nothing_such")
   monkeypatch.syspath_prepend(tmp_path)
   with pytest.raises(ModuleNotFoundError, match="nothing_such") as error:

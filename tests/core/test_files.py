@@ -1,11 +1,11 @@
-"""Atomic writing of files."""
+"""Atomic file writes."""
 
 import pytest
 
 from flextok_jax.core import files
 
 
-def test_files_are_whole_or_absent(tmp_path):
+def test_writes_are_atomic(tmp_path):
   (tmp_path / "taken").mkdir()
   with pytest.raises(ValueError, match="cannot write"):
     files.write_file(tmp_path / "taken", b"x")

@@ -12,11 +12,11 @@ from flextok_jax.parallel import sharding
 ARRAYS = {"a": {"kernel": np.arange(64, dtype=np.float32).reshape(8, 8)}, "b": np.ones(3, np.float32)}
 
 
-def test_the_value_is_fixed():
+def test_hash_value_is_stable():
   assert hash_tree({"width": 4}, ARRAYS) == "529db49329355d22"
 
 
-def test_types_boxes_placement_and_order_have_no_effect():
+def test_types_boxes_sharding_and_order_have_no_effect():
   expected = hash_tree({"x": 1, "y": 2}, ARRAYS)
   assert hash_tree({"y": 2, "x": 1}, dict(reversed(ARRAYS.items()))) == expected
   assert hash_tree({"x": 1, "y": 2}, jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), ARRAYS)) == expected
@@ -26,7 +26,7 @@ def test_types_boxes_placement_and_order_have_no_effect():
   assert hash_tree({"x": 1, "y": 2}, {"a": {"kernel": split}, "b": boxed}) == expected
 
 
-def test_settings_paths_shapes_and_values_count():
+def test_settings_paths_shapes_and_values_change_the_hash():
   kernel, b = ARRAYS["a"]["kernel"], ARRAYS["b"]
   others = [
     ({"x": 2}, ARRAYS),
@@ -39,7 +39,7 @@ def test_settings_paths_shapes_and_values_count():
   assert len({hash_tree(*other) for other in [({"x": 1}, ARRAYS), *others]}) == len(others) + 1
 
 
-def test_an_exact_hash_tells_weights_apart_that_round_alike():
+def test_exact_hash_distinguishes_weights_that_round_alike():
   other = jax.tree.map(np.array, ARRAYS)
   assert hash_tree({}, ARRAYS, exact=True) == hash_tree({}, other, exact=True)
   other["b"][0] += 1e-6

@@ -1,4 +1,4 @@
-"""Rounding of images to 8 bits."""
+"""Rounding images to 8 bits."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +6,7 @@ import numpy as np
 from flextok_jax.core import images as images_lib
 
 
-def test_rounding_is_that_of_a_png():
+def test_rounding_matches_saved_pngs():
   levels = np.arange(256, dtype=np.float32)
   np.testing.assert_array_equal(np.round(images_lib.round_to_8bit(jnp.asarray(levels / 127.5 - 1)) * 255), levels)
   np.testing.assert_array_equal(images_lib.round_to_8bit(jnp.asarray([-3.0, 3.0])), [0, 1])

@@ -1,4 +1,4 @@
-"""Untrusted text: plain data is parsed, everything else is refused in one line."""
+"""Untrusted text: plain data is parsed, everything else is refused with a one-line error."""
 
 import json
 
@@ -10,7 +10,7 @@ from tests.support.official_configs import NO_LITERALS, refused
 
 class TestText:
   @pytest.mark.parametrize("text", NO_LITERALS, ids=lambda text: repr(text[:20]))
-  def test_what_is_no_literal(self, text):
+  def test_invalid_literals(self, text):
     refused("vae", parse_literals, {"vae": text})
 
   @pytest.mark.parametrize(
@@ -31,10 +31,10 @@ class TestText:
     assert parse_literals({"entry": "(1, (2,), [3,])"}) == {"entry": [1, [2], [3]]}
 
   @pytest.mark.parametrize("metadata", [None, 3, [], {"vae": 3}, {"vae": None}, {3: "1"}], ids=str)
-  def test_what_is_no_metadata(self, metadata):
+  def test_invalid_metadata(self, metadata):
     refused("metadata", parse_literals, metadata)
 
-  def test_no_configuration_in_it(self):
+  def test_metadata_without_configuration(self):
     assert parse_literals({"format": "pt"}) == {} == parse_literals({})
 
   @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ class TestText:
     ],
     ids=lambda text: repr(text)[:20],
   )
-  def test_what_is_no_json(self, text):
+  def test_invalid_json(self, text):
     refused("some file", parse_json, text, "some file")
 
   def test_json(self):

@@ -15,7 +15,7 @@ NO_PHOTOS = dict(photos=dict(weight=0.0, min_crop=64))
 
 
 def images(sources=(), num_threads=2, num_workers=0, prefetch=1, **kwargs) -> pipeline.ImageData:
-  """Scenes and photographs, three to one."""
+  """Returns scenes and photographs, three to one."""
   known = dict(synthetic=dict(weight=0.75, render_size=16), photos=dict(weight=0.25, min_crop=64))
   crops = dict(crop="random", crop_min_area=0.4, flip=True, reduce_jpeg=True) | kwargs
   loading = pipeline.Loading(num_threads, num_workers, prefetch)
@@ -50,7 +50,7 @@ def test_steps_and_seeds_differ(reference):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_hold_contiguous_rows(reference, processes):
+def test_processes_read_contiguous_rows(reference, processes):
   parts = [steps(images(), 4, process_index=p, process_count=processes) for p in range(processes)]
   for s, batch in enumerate(reference):
     joined = {k: np.concatenate([part[s][k] for part in parts]) for k in batch}
@@ -64,30 +64,30 @@ def test_restart_at_a_step(reference):
   assert all(equal(r, {k: v[6:] for k, v in full.items()}) for r, full in zip(restarted, reference[2:]))
 
 
-def test_far_steps_are_random_access():
+def test_distant_steps_are_random_access():
   far = steps(images(), 2, start_step=10_000_000)
   assert equal(far[1], steps(images(), 1, start_step=10_000_001)[0])
 
 
 @pytest.mark.parametrize("threads", [0, 1, 5])
-def test_threads(reference, threads):
+def test_number_of_threads_has_no_effect(reference, threads):
   assert all(equal(a, b) for a, b in zip(steps(images(num_threads=threads, prefetch=3), 3), reference))
 
 
-def test_workers(reference):
+def test_worker_processes_have_no_effect(reference):
   assert all(equal(a, b) for a, b in zip(steps(images(num_workers=2), 3), reference))
 
 
 def test_weights_are_respected():
   counts = np.zeros(2)
   for batch in steps(images(), 5, global_batch=40):
-    drawn = (batch["num_objects"] > 0).sum()  # only scenes know their number of objects
+    drawn = (batch["num_objects"] > 0).sum()  # only scenes have a number of objects
     counts += (drawn, 40 - drawn)
   assert counts.tolist() == [150, 50]
 
 
-def test_a_source_does_not_change_with_the_mixture():
-  """Scenes have the same order, whatever the other sources."""
+def test_a_source_is_independent_of_the_mixture():
+  """Scenes come in the same order for any set of other sources."""
   alone = steps(images(sources=NO_PHOTOS), 2)
   scenes = [image.tobytes() for b in steps(images(), 2) for image, n in zip(b["image"], b["num_objects"]) if n > 0]
   assert scenes == [i.tobytes() for b in alone for i in b["image"]][: len(scenes)]
@@ -113,7 +113,7 @@ def test_every_epoch_visits_every_record_in_a_new_order(tmp_path):
   assert orders[0] != orders[1] != orders[2]
 
 
-def test_unreadable_files_are_counted_in_their_rows(tmp_path):
+def test_unreadable_files_are_counted_per_row(tmp_path):
   data = folder_data(tmp_path, 12, crop="center")
   (tmp_path / "train" / "3.png").write_text("broken")
   batches = steps(data, 2)
@@ -125,7 +125,7 @@ def test_unreadable_files_are_counted_in_their_rows(tmp_path):
   assert all(equal(a, {k: v[4:8] for k, v in b.items()}) for a, b in zip(again, batches))
 
 
-def test_crop_and_flip_leave_composed_scenes_whole():
+def test_composed_scenes_are_not_cropped_or_flipped():
   only = NO_PHOTOS
   still, flipped = steps(images(sources=only, flip=False), 1)[0], steps(images(sources=only, flip=True), 1)[0]
   mirrored = 0
@@ -152,13 +152,13 @@ def test_crop_and_flip_leave_composed_scenes_whole():
     (lambda: images(sources=dict(synthetic=dict(weight=1.0, render_size=4))), {}, "render_size"),
   ],
 )
-def test_bad_settings_are_one_clear_line(make, kwargs, words):
+def test_bad_settings_are_one_line(make, kwargs, words):
   with pytest.raises(ValueError, match=words) as caught:
     steps(make(), 1, **kwargs)
   assert "\n" not in str(caught.value)
 
 
-def test_unknown_source():
+def test_unknown_source_is_refused():
   with pytest.raises(ValueError, match="unknown data source 'imagenet'"):
     images(sources=dict(imagenet=dict(weight=1.0)))
   with pytest.raises(ValueError, match="unknown data source 'laion'"):
@@ -185,7 +185,7 @@ def jpeg_data(root, **kwargs) -> pipeline.ImageData:
 
 
 @pytest.mark.parametrize("crop", ["random", "center"])
-def test_reduced_decoding_changes_pixels_little(crop, tmp_path):
+def test_reduced_decoding_is_close_to_full_decoding(crop, tmp_path):
   data = jpeg_data(tmp_path, crop=crop)
   pair = (dataclasses.replace(data, reduce_jpeg=reduce) for reduce in (False, True))
   full, reduced = (next(pipeline.train_batches(d, global_batch=8, image_size=64, seed=0)) for d in pair)
@@ -194,6 +194,6 @@ def test_reduced_decoding_changes_pixels_little(crop, tmp_path):
   assert 0 < gap.mean() < 3 and gap.mean((1, 2, 3)).max() < 4
 
 
-def test_evaluation_images_are_decoded_in_full(tmp_path):
+def test_evaluation_images_are_decoded_at_full_size(tmp_path):
   held_out = pipeline.eval_set(jpeg_data(tmp_path), "folder", image_size=32, num_images=1)
   assert np.array_equal(held_out["image"][0], transforms.center_crop(tmp_path / "validation" / "0.jpg", 32))

@@ -1,4 +1,4 @@
-"""Captions become token ids."""
+"""Converting captions to token ids."""
 
 import pickle
 
@@ -17,14 +17,14 @@ def test_bytes():
   assert lengths.tolist() == [1, 4, 9, 9, 10, 10, 2]
   for row, length, caption in zip(ids, lengths, captions[:-1]):
     assert row[length - 1] == 256 and not row[length:].any()
-    assert caption.startswith(bytes(row[: length - 1].tolist()).decode())  # a character is never cut in two
+    assert caption.startswith(bytes(row[: length - 1].tolist()).decode())  # characters are never split
   assert tokenizer([])[0].shape == (0, 10)
   np.testing.assert_array_equal(pickle.loads(pickle.dumps(tokenizer))(captions)[0], ids)
 
 
 def test_tokenizer_json(tmp_path):
   word_level(tmp_path)
-  sentence_pieces(tmp_path)  # the other one is not looked at
+  sentence_pieces(tmp_path)  # ignored, since tokenizer.json comes first
   tokenizer = text.make_tokenizer("t5", 10, str(tmp_path))
   ids, lengths = tokenizer(["", "a red cube", "a green ball", "red and " * 20])
   assert tokenizer.vocab_size == len(WORDS) and ids.dtype == lengths.dtype == np.int32

@@ -1,4 +1,4 @@
-"""Pictures of every stored mode become the RGB array that a person would expect."""
+"""Images of every stored mode become the expected RGB arrays."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ def rgb(image) -> np.ndarray:
 
 
 def halves() -> np.ndarray:
-  """Left half red, right half blue: uint8 [8, 16, 3]."""
+  """Returns a red left half and a blue right half: uint8 [8, 16, 3]."""
   array = np.zeros((8, 16, 3), np.uint8)
   array[:, :8, 0] = 200
   array[:, 8:, 2] = 200
@@ -61,7 +61,7 @@ def test_palette():
   assert (rgb(stored(image)) == halves()).all()
 
 
-def test_alpha_is_composited_on_white():
+def test_alpha_is_composited_onto_white():
   array = np.concatenate([halves(), np.full((8, 16, 1), 255, np.uint8)], -1)
   array[:, :8, 3] = 0  # the red half is invisible
   array[:, 8:12, 3] = 128
@@ -116,13 +116,13 @@ def test_bad_arrays():
 
 
 def pattern(height: int, width: int) -> np.ndarray:
-  """A picture of fine and coarse stripes: uint8 [height, width, 3]."""
+  """Returns an image of fine and coarse stripes: uint8 [height, width, 3]."""
   y, x = np.mgrid[:height, :width]
   return np.stack([5 * x + 3 * y, x * y, (x - y) ** 2 // 7], -1).astype(np.uint8)
 
 
 def reference_crop(image: Image.Image, size: int) -> np.ndarray:
-  """What the reference does to a picture, said by its formulas: the whole resized bilinearly, then a slice."""
+  """Crops like the reference implementation: resizes the whole image bilinearly, then takes the central slice."""
   width, height = image.size
   if width <= height:
     width, height = size, int(size * height / width)
@@ -156,7 +156,7 @@ def reference_crop(image: Image.Image, size: int) -> np.ndarray:
     (2, 3, 16),
   ],
 )
-def test_center_crop_is_a_bilinear_resize_of_the_whole_and_a_slice(height, width, size):
+def test_center_crop_equals_resizing_the_whole_image(height, width, size):
   image = Image.fromarray(pattern(height, width))
   crop = transforms.center_crop(image, size)
   assert crop.shape == (size, size, 3) and crop.dtype == np.uint8 and crop.flags.writeable
@@ -177,14 +177,14 @@ def test_center_crop_is_a_bilinear_resize_of_the_whole_and_a_slice(height, width
     (45, 30, 64, [[22, 0, 7], [115, 213, 23], [59, 42, 9]], "8248cce4d7858e13"),  # enlarged
   ],
 )
-def test_center_crop_has_the_pixels_of_torchvision(height, width, size, pixels, digest):
+def test_center_crop_equals_torchvision(height, width, size, pixels, digest):
   crop = transforms.center_crop(pattern(height, width), size)
   assert [crop[p].tolist() for p in ((0, 0), (size // 2, size // 3), (-1, -1))] == pixels
   assert hashlib.sha256(crop.tobytes()).hexdigest()[:16] == digest
 
 
 def test_center_crop_of_every_mode():
-  """Grey, half-transparent, 16-bit grey and palette pictures are made RGB first and then cropped like any other."""
+  """Greyscale, half-transparent, 16-bit and palette images are first converted to RGB, then cropped like any other."""
   array = pattern(40, 60)
   grey = Image.fromarray(array[..., 0])
   crop = transforms.center_crop(stored(grey), 16)
@@ -219,8 +219,8 @@ def test_center_crop_takes_the_middle():
   assert transforms.center_crop(array, 64).shape == (64, 64, 3)  # small images are enlarged
 
 
-def test_the_middle_of_an_absurd_strip(monkeypatch):
-  """What is resized stays small, and its middle is the strip's."""
+def test_center_crop_of_an_extremely_long_strip(monkeypatch):
+  """The resized image stays small, and its centre is the centre of the strip."""
   sizes, resize = [], Image.Image.resize
   monkeypatch.setattr(Image.Image, "resize", lambda self, size, *args: sizes.append(size) or resize(self, size, *args))
   strip = np.zeros((16, 40_000, 3), np.uint8)
@@ -235,7 +235,7 @@ def test_resizing_is_antialiased():
   fine = np.zeros((256, 256, 3), np.uint8)
   fine[:, ::2] = 255
   for size in (24, 32):
-    assert np.abs(transforms.center_crop(fine, size).astype(int) - 127).max() < 20  # else 0 and 255
+    assert np.abs(transforms.center_crop(fine, size).astype(int) - 127).max() < 20  # without antialiasing 0 and 255
 
 
 def test_extreme_shapes():
@@ -259,8 +259,8 @@ def test_random_resized_crop_respects_the_area():
   assert np.array_equal(*same)
 
 
-def test_random_resized_crop_draws_and_filter_stay():
-  """The numbers of the first release: a change here changes what every run sees."""
+def test_random_resized_crop_is_unchanged():
+  """Values of the first release: a change here changes the data of every run."""
   rng, crops = np.random.default_rng(0), []
   for height, width, size in ((120, 160, 32), (301, 199, 24), (640, 480, 16), (20, 30, 64)):
     crops.append(transforms.random_resized_crop(pattern(height, width), size, rng, 0.3).tobytes())
@@ -268,7 +268,7 @@ def test_random_resized_crop_draws_and_filter_stay():
   assert int(rng.integers(1000)) == 257
 
 
-def test_random_resized_crop_falls_back_on_the_centre_square():
+def test_random_resized_crop_falls_back_to_the_centre_square():
   strip = pattern(40, 400)
   crop = transforms.random_resized_crop(strip, 40, np.random.default_rng(0), 0.9)
   assert np.array_equal(crop, strip[:, 180:220])
@@ -301,7 +301,7 @@ def test_load_images(tmp_path):
     transforms.load_images(tmp_path, 8)
 
 
-def test_iter_images_reads_one_at_a_time(tmp_path, monkeypatch):
+def test_iter_images_reads_lazily(tmp_path, monkeypatch):
   for i in range(4):
     Image.new("RGB", (12, 9), (i, 0, 0)).save(tmp_path / f"{i}.png")
   read, crop = [], transforms.center_crop
@@ -313,12 +313,12 @@ def test_iter_images_reads_one_at_a_time(tmp_path, monkeypatch):
     assert (image == (i, 0, 0)).all() and len(read) == i + 1
 
 
-def test_iter_images_checks_before_it_reads(tmp_path, monkeypatch):
+def test_iter_images_checks_paths_before_reading(tmp_path, monkeypatch):
   Image.new("RGB", (12, 9)).save(tmp_path / "a.png")
   (tmp_path / "empty").mkdir()
   (tmp_path / "bad.png").write_text("x")
   with monkeypatch.context() as patch:
-    patch.setattr(transforms, "center_crop", None)  # reading would fail
+    patch.setattr(transforms, "center_crop", None)  # any read would fail
     for paths, error, words in (
       ([tmp_path / "a.png", tmp_path / "gone.png"], FileNotFoundError, "gone.png does not exist"),
       ([tmp_path / "a.png", tmp_path / "empty"], ValueError, "empty has no jpg"),
@@ -332,7 +332,7 @@ def test_iter_images_checks_before_it_reads(tmp_path, monkeypatch):
     next(images)
 
 
-# Large JPEG files are decoded at a fraction of their size, and the crops stay what they were.
+# Large JPEG files are decoded at a fraction of their size; crops must stay nearly the same.
 
 PHOTOS = [photo[:2] for photo in photos.TRAIN + photos.VALIDATION if photo[0] == "skimage"]
 
@@ -349,7 +349,7 @@ def jpeg(image: Image.Image, orientation: int = 1) -> io.BytesIO:
 
 
 def crops(file: io.BytesIO, size: int, seed: int):
-  """{kind of crop: (of the full decode, of the reduced one)}."""
+  """Returns {kind of crop: [crop of the full decode, crop of the reduced decode]}."""
 
   def both(crop):
     results = []
@@ -366,7 +366,7 @@ def crops(file: io.BytesIO, size: int, seed: int):
 
 @pytest.fixture
 def drafts(monkeypatch):
-  """The sides that JPEG files are asked for."""
+  """Records the sizes requested from the JPEG decoder."""
   asked, draft = [], JpegImagePlugin.JpegImageFile.draft
   monkeypatch.setattr(
     JpegImagePlugin.JpegImageFile, "draft", lambda self, mode, size: asked.append(size) or draft(self, mode, size)
@@ -375,11 +375,11 @@ def drafts(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for _, name in PHOTOS])
-def test_crops_of_photographs_are_close_to_those_of_the_full_decode(name, drafts):
-  """The worst are those of the finest texture: grass, gravel, spokes of a motorcycle.
+def test_reduced_crops_of_photographs_are_close_to_full_crops(name, drafts):
+  """The finest textures differ most: grass, gravel, the spokes of a motorcycle.
 
-  Seen over all of them, these sizes and three seeds: mean gap at most 4.9 (random) and 5.4 (centre) of 255, 0.7 and
-  1.7 on average; PSNR at least 31.2 and 30.9 dB.
+  Measured over all photographs, these sizes and three seeds: mean gap at most 4.9 (random) and 5.4 (centre) of 255,
+  0.7 and 1.7 on average; PSNR at least 31.2 and 30.9 dB.
   """
   picture = photograph(name)
   file = jpeg(picture)
@@ -391,19 +391,19 @@ def test_crops_of_photographs_are_close_to_those_of_the_full_decode(name, drafts
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_reduced_pictures_lie_where_they_did(orientation, drafts):
-  """Of a smooth picture, where a shift by half a pixel would show, whose sides no reduction divides."""
+def test_reduced_crops_are_aligned_with_full_crops(orientation, drafts):
+  """Uses a smooth image, which reveals a shift by half a pixel, with sides that no reduction factor divides."""
   y, x = np.mgrid[:301, :403] / 60
   smooth = np.stack([np.sin(x + y), np.cos(2 * x), np.sin(3 * y)], -1) * 100 + 128
   file = jpeg(Image.fromarray(smooth.astype(np.uint8)), orientation)
   for size, seed in ((32, 0), (32, 1), (61, 2), (130, 3)):
     for full, reduced in crops(file, size, seed).values():
-      assert np.abs(full.astype(float) - reduced).mean() < 1  # 0.85 at most was seen; half a pixel makes 3 and more
+      assert np.abs(full.astype(float) - reduced).mean() < 1  # at most 0.85 measured; half a pixel would give 3 or more
   assert {403 // width for width, _ in drafts} == {2, 4, 8}
 
 
-def test_no_reduction_means_the_same_pixels(drafts):
-  """Nothing changes for crops less than twice as large as wanted, for other files, and for what is decoded."""
+def test_unreduced_crops_are_bit_identical(drafts):
+  """Nothing changes for crops below twice the output size, for other formats, and for decoded images."""
   picture = photograph("coffee.png")  # 600 x 400
   for size in (201, 256, 400, 500):
     for full, reduced in crops(jpeg(picture), size, seed=size).values():
@@ -419,8 +419,8 @@ def test_no_reduction_means_the_same_pixels(drafts):
     assert np.array_equal(*(transforms.center_crop(image, 32, reduce) for reduce in (False, True)))
 
 
-def test_a_reduced_crop_has_all_the_pixels_it_needs(monkeypatch):
-  """Nothing is enlarged that a full decode would not enlarge, and the draws are those of a full decode."""
+def test_reduced_crops_have_enough_pixels(monkeypatch):
+  """A reduced crop is never upscaled unless the full crop would be, and random draws are those of a full decode."""
   regions, resize = [], Image.Image.resize
   file = jpeg(photograph("coffee.png").resize((331, 509)))
   monkeypatch.setattr(
@@ -441,5 +441,5 @@ def test_a_reduced_crop_has_all_the_pixels_it_needs(monkeypatch):
     full, reduced = ((box[2] - box[0], box[3] - box[1]) for box in regions[-2:])
     assert states[0] == states[1] and (full == reduced or min(reduced) >= size)
     assert full[0] / reduced[0] == full[1] / reduced[1] in (1, 2, 4, 8)
-    assert min(full) / size < 2 * full[0] / reduced[0] or full[0] / reduced[0] == 8  # no pixel more than it needs
+    assert min(full) / size < 2 * full[0] / reduced[0] or full[0] / reduced[0] == 8  # no more pixels than needed
   assert len(regions) == 120

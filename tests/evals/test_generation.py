@@ -1,4 +1,4 @@
-"""Metrics of samples, with a few features per image in place of a network's."""
+"""Metrics of samples, with a few features per image instead of a network's."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def features(images):
 
 
 def measure(mesh, batch_size, folder=None):
-  """Samples that are noise around their label, by every metric of Inception."""
+  """Computes all Inception metrics of samples that are noise around their label."""
   draw = lambda rows: jnp.asarray(np.stack([rows % 7, np.where(rows % 3, 5, 9)], 1), jnp.int32)  # 9 ends a sequence
   keys = lambda rows: jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), rows)
 
@@ -48,7 +48,7 @@ def measure(mesh, batch_size, folder=None):
   return evaluator.run(jnp.float32(0.3))
 
 
-def test_devices_and_batches_change_no_metric(tmp_path):
+def test_metrics_are_independent_of_devices_and_batches(tmp_path):
   one = measure(sharding.make_mesh(devices=jax.devices()[:1]), 5, folder=tmp_path).scores["sets"]["samples"]
   many = measure(sharding.make_mesh(), 16).scores["sets"]["samples"]
   for column in ("1", "2"):
@@ -56,7 +56,7 @@ def test_devices_and_batches_change_no_metric(tmp_path):
     for name, value in one["by_tokens"][column].items():
       np.testing.assert_allclose(many["by_tokens"][column][name], value, rtol=1e-4, err_msg=name)
   images = np.concatenate([read_images(tmp_path / f"samples_{count}.npz") for count in (1, 2)])
-  ended = np.flatnonzero(np.arange(21) % 3 == 0)  # they have no second token
+  ended = np.flatnonzero(np.arange(21) % 3 == 0)  # these have no second token
   same = (images[:21] == images[21:]).all((1, 2, 3))
   np.testing.assert_array_equal(np.flatnonzero(same), ended)
   fake, real = (features(jnp.float32(x) / 255) for x in (images[21:], IMAGES))

@@ -3,6 +3,6 @@
 from flextok_jax.evals import grids
 
 
-def test_grid_keeps_large_images_at_their_size():
+def test_large_images_keep_their_size():
   left, top, right, bottom = grids.cell_box(0, 0, 100, 128)
   assert (right - left, bottom - top) == (128, 100)

@@ -1,4 +1,4 @@
-"""Partial results of studies; those of evaluations are tested in test_reconstruction.py."""
+"""Partial results of studies; those of evaluations are tested in tests/evals/test_reconstruction.py."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from flextok_jax.evals.progress import Progress
 
 
 def test_an_interrupted_study_resumes_after_its_last_part(tmp_path, capsys):
-  """Results of other settings and damaged files are computed again."""
+  """Results with other settings and damaged files are computed again."""
   computed = []
 
   def part(name, alive=True):

@@ -44,7 +44,7 @@ def evaluator(stage, sets, batch_size, **kwargs):
 
 @pytest.fixture(scope="module")
 def in_parts(stage, images):
-  """Batches of 3 + 2 and a padded row, and of 1 and two padded rows."""
+  """Uses batches of 3 and of 2 + 1 padding row, then of 1 + 2 padding rows."""
   return evaluator(stage, {"left": images, "right": images[:1]}, 3)
 
 
@@ -53,16 +53,16 @@ def report(in_parts, params):
   return in_parts.run(params)
 
 
-def test_same_noise_at_every_token_count_and_another_for_every_image(in_parts, params):
+def test_noise_is_shared_by_token_counts_and_differs_between_images(in_parts, params):
   zero_head = jax.tree.map(lambda x: x, params)
   zero_head["decoder"] = jax.tree.map(jnp.zeros_like, params["decoder"])
-  shown = in_parts.run(zero_head).examples["left"]  # the velocity is zero: a decoded image is its starting noise
+  shown = in_parts.run(zero_head).examples["left"]  # zero velocity: the decoded image is its initial noise
   np.testing.assert_array_equal(shown["1"], shown["2"])
   np.testing.assert_array_equal(shown["1"], shown["4"])
   assert len({image.tobytes() for image in shown["1"]}) == len(shown["1"]) == 4
 
 
-def test_padding_is_counted_once_and_batches_do_not_matter(stage, images, params, report):
+def test_padding_is_ignored_and_batches_do_not_matter(stage, images, params, report):
   tokenize, detokenize = (jax.jit(stage.predict_fns[k]) for k in ("tokenize", "detokenize"))
   scores = []
   for i, image in enumerate(images):  # one by one
@@ -82,11 +82,11 @@ def test_metrics_keep_their_order(report):
   assert report.table().splitlines()[1].split() == ["tokens", "PSNR", "dB", "SSIM", "MAE"]
 
 
-def test_token_counts_matter_to_the_decoder(report):
+def test_token_count_affects_the_decoder(report):
   assert (report.examples["left"]["1"] != report.examples["left"]["4"]).any()
 
 
-def test_batches_over_devices_give_the_same_report(stage, images, params, report):
+def test_batches_on_several_devices_give_the_same_report(stage, images, params, report):
   mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
   many = evaluator(stage, {"left": images}, 3, mesh=mesh)  # rounded up to 4
   scores = many.run(jax.device_put(params, jax.NamedSharding(mesh, jax.P()))).scores["sets"]["left"]
@@ -95,7 +95,7 @@ def test_batches_over_devices_give_the_same_report(stage, images, params, report
     np.testing.assert_allclose(list(scores["by_tokens"][column].values()), list(values.values()), rtol=1e-3)
 
 
-def test_bad_sets_and_diverged_weights_are_refused(stage, images, in_parts, params):
+def test_bad_sets_and_non_finite_weights_are_refused(stage, images, in_parts, params):
   with pytest.raises(ValueError, match="eval.sources"):
     evaluator(stage, {}, 4)
   with pytest.raises(ValueError, match="'a' has no images"):
@@ -137,7 +137,7 @@ def test_vae_report_has_one_column_and_no_curve(images, tmp_path):
   assert sorted(path.name for path in paths) == ["grid_a.png", "report.json"]
 
 
-# Metrics of networks, and interrupted evaluations.
+# Network metrics and interrupted evaluations.
 
 FEATURES = np.random.default_rng(5).normal(size=(16 * 16 * 3, 6)).astype(np.float32)
 
@@ -184,8 +184,8 @@ def scores(stage, params, noise_images):
   return make(stage, noise_images).run(params).scores["sets"]["set"]
 
 
-def test_rfid_and_means_are_those_of_the_pictures(stage, params, noise_images, scores):
-  """By the pictures themselves, all at once, and plain formulas."""
+def test_rfid_and_means_equal_those_of_all_images(stage, params, noise_images, scores):
+  """Compared with plain formulas on all images at once."""
   settings = reconstruction.Settings((1, 4), 11, seed=3, grid_images=11)
   evaluator = reconstruction.Reconstruction(
     stage.predict_fns, {"set": noise_images}, settings, metrics=metrics.make_metrics(("psnr",))
@@ -202,7 +202,7 @@ def test_rfid_and_means_are_those_of_the_pictures(stage, params, noise_images, s
     assert low < scores["by_tokens"][column]["psnr"] < high
 
 
-def test_devices_and_batches_change_nothing(stage, params, noise_images, scores):
+def test_scores_are_independent_of_devices_and_batches(stage, params, noise_images, scores):
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   placed = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
   many = make(stage, noise_images, mesh=mesh).run(placed)
@@ -210,19 +210,19 @@ def test_devices_and_batches_change_nothing(stage, params, noise_images, scores)
   assert_same_scores(make(stage, noise_images, 11).run(params).scores["sets"]["set"], scores)
 
 
-def test_what_was_done_is_not_done_again(stage, params, noise_images, scores, tmp_path, capsys):
+def test_interrupted_evaluation_resumes(stage, params, noise_images, scores, tmp_path, capsys):
   keep = lambda settings: Progress(tmp_path / "kept", settings, every=1)
   with pytest.raises(Killed):
     make(stage, Reader(noise_images, 2), progress=keep({"a": 1})).run(params)
   (kept,) = (tmp_path / "kept").iterdir()
   before = kept.read_bytes()
-  report = make(stage, Reader(noise_images, 3), progress=keep({"a": 1})).run(params)  # two batches, and the grid
+  report = make(stage, Reader(noise_images, 3), progress=keep({"a": 1})).run(params)  # two batches and the grid
   assert "set: resuming after 4 images" in capsys.readouterr().out
   assert_same_scores(report.scores["sets"]["set"], scores)
   assert len(report.examples["set"]["4"]) == 2
 
   kept.write_bytes(before)
-  with pytest.raises(Killed):  # of other settings: everything is read again
+  with pytest.raises(Killed):  # other settings: everything is read again
     make(stage, Reader(noise_images, 2), progress=keep({"a": 2})).run(params)
   assert "with other settings or weights: set starts over" in capsys.readouterr().out
   kept.write_bytes(before[:-30])

@@ -1,4 +1,4 @@
-"""Adaptive length: the search against brute force, the distances against numpy, and the API end to end."""
+"""Adaptive length: the search against brute force, distances against numpy, and the API end to end."""
 
 import math
 
@@ -23,7 +23,7 @@ from flextok_jax.ops import distances
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 
-# The search. A table [b, n] says how far each prefix is: the fake decoder paints the number that the distance reads.
+# The search. A table [b, n] has the distance of each prefix; the fake decoder paints it, the fake metric reads it.
 
 SIZES = (1, 2, 3, 5, 8, 16, 37, 256)
 BATCH = 64
@@ -34,7 +34,7 @@ def far(images, restored):
 
 
 def searcher(function):
-  """Returns (table, threshold) -> (what the search finds, as numpy arrays; the lengths that it decoded [rounds, b])."""
+  """Returns (table, threshold) -> (the search's results as numpy arrays, the lengths it decoded [rounds, b])."""
   tried = []
 
   @jax.jit
@@ -59,18 +59,18 @@ def searcher(function):
 
 
 def tables(most):
-  """Distances in (0, 1), falling and not."""
+  """Returns distances in (0, 1): a decreasing table and an unsorted one."""
   rng = np.random.default_rng(most)
   table = rng.uniform(0.01, 0.99, (BATCH, most)).astype(np.float32)
   return np.sort(table, 1)[:, ::-1].copy(), table
 
 
 @pytest.mark.parametrize("most", SIZES)
-def test_search_of_falling_distances_is_brute_force(most):
+def test_search_of_decreasing_distances_equals_brute_force(most):
   table, _ = tables(most)
   rounds = math.ceil(math.log2(most))
   prefix, length = searcher(adaptive.shortest_prefix), searcher(adaptive.shortest_length)
-  for threshold in (0.0, 0.02, 0.3, 0.6, 1.0):  # the first is met by nothing, the last by everything
+  for threshold in (0.0, 0.02, 0.3, 0.6, 1.0):  # no prefix meets the first, all prefixes meet the last
     within = table <= threshold
     expected = np.where(within.any(1), within.argmax(1) + 1, most)
     (lengths, gaps), tried = prefix(table, threshold)
@@ -80,23 +80,23 @@ def test_search_of_falling_distances_is_brute_force(most):
     assert len(tried) <= rounds + (lengths == most).any()
     alone, tried = length(table, threshold)
     np.testing.assert_array_equal(alone, expected)
-    assert len(tried) <= rounds  # whether all tokens suffice does not change the length
+    assert len(tried) <= rounds  # whether all tokens suffice does not affect the length
 
 
 @pytest.mark.parametrize("most", SIZES)
-def test_search_of_other_distances_returns_what_it_measured(most):
+def test_search_of_unsorted_distances_returns_measured_values(most):
   _, table = tables(most)
   table[::5, most // 2 :] = np.nan  # a decoder that diverges
-  thresholds = np.linspace(0.02, 0.98, BATCH, dtype=np.float32)  # one an image
+  thresholds = np.linspace(0.02, 0.98, BATCH, dtype=np.float32)  # one per image
   (lengths, gaps), tried = searcher(adaptive.shortest_prefix)(table, thresholds)
   np.testing.assert_array_equal(gaps, table[np.arange(BATCH), lengths - 1])
   assert ((lengths == tried).any(0)).all()
   assert ((gaps <= thresholds) | (lengths == most)).all()
   missed = ~(gaps <= thresholds)
-  assert not (table[np.arange(BATCH), tried - 1] <= thresholds)[:, missed].any()  # then nothing that was tried is
+  assert not (table[np.arange(BATCH), tried - 1] <= thresholds)[:, missed].any()  # no prefix that was tried meets it
 
 
-def test_search_refuses_what_is_no_distance():
+def test_search_rejects_invalid_distances():
   images, ids = jnp.zeros((2, 8, 8, 3)), jnp.zeros((2, 4), jnp.int32)
   decode = lambda ids, keep_k: images
   bad = [
@@ -112,12 +112,12 @@ def test_search_refuses_what_is_no_distance():
     adaptive.shortest_prefix(lambda *_: images[:, ::2, ::2], distances.mse, images, ids, 0.1)
 
 
-# The distances.
+# Distances.
 
 
 @pytest.fixture(scope="module")
 def pictures():
-  """{side: two photographs, a flat field and an edge, float32 [4, side, side, 3]}."""
+  """Returns {side: two photographs, a constant image and an edge, float32 [4, side, side, 3]}."""
   photos = [skimage.data.astronaut(), skimage.data.coffee()]
 
   def at(side):
@@ -133,7 +133,7 @@ measure = jax.jit(lambda a, b: {name: distance(a, b) for name, distance in dista
 
 
 def reference_perceptual(a, b):
-  """The same of two images [h, w, 3] in float64, with each filter as a matrix of 5x5 weights."""
+  """The perceptual distance of two images [h, w, 3] in float64, with each filter as a matrix of 5x5 weights."""
   smooth, slope, curve = np.array([1, 4, 6, 4, 1]) / 16, np.array([-1, -2, 0, 2, 1]) / 8, np.array([1, 0, -2, 0, 1]) / 4
   outer = [
     np.outer(smooth, slope),
@@ -176,13 +176,13 @@ def test_distances_equal_numpy(shape):
 
 
 @pytest.mark.parametrize("side", [32, 256])
-def test_distances_are_distances(pictures, side):
+def test_distances_are_symmetric_and_zero_for_equal_images(pictures, side):
   x = pictures[side]
   for name, values in measure(x, x).items():
     np.testing.assert_array_equal(values, np.zeros(len(x)), err_msg=name)
   y = x[::-1]
   both, swapped = measure(x, y), measure(y, x)
-  turned = measure(x.swapaxes(1, 2)[:, ::-1], y.swapaxes(1, 2)[:, ::-1])  # no direction counts more than another
+  turned = measure(x.swapaxes(1, 2)[:, ::-1], y.swapaxes(1, 2)[:, ::-1])  # no direction is preferred
   for name, values in both.items():
     assert values.dtype == jnp.float32 and (np.asarray(values) > 0).all()
     np.testing.assert_array_equal(values, swapped[name])
@@ -193,7 +193,7 @@ KINDS = ("noise", "blur", "shift", "brightness", "colour")
 
 
 @pytest.mark.parametrize("kind, side", [*((kind, 32) for kind in KINDS), ("noise", 256), ("shift", 256)])
-def test_distances_rise_with_damage(pictures, kind, side):
+def test_distances_increase_with_damage(pictures, kind, side):
   x = pictures[side]
   noise = np.random.default_rng(1).normal(size=x.shape)
   blur = lambda s: np.stack([skimage.filters.gaussian(image, s, channel_axis=-1) for image in x])
@@ -205,20 +205,20 @@ def test_distances_rise_with_damage(pictures, kind, side):
     "colour": lambda s: x + 0.05 * s * np.array([1, -1, 0]),
   }[kind]
   steps = [measure(x, damage(s).astype(np.float32)) for s in (1, 2, 4)]
-  rows = [0, 1, 3] if kind in ("blur", "shift") else [0, 1, 2, 3]  # a flat field has no edge to lose
+  rows = [0, 1, 3] if kind in ("blur", "shift") else [0, 1, 2, 3]  # a constant image has no edges to lose
   for name in distances.DISTANCES:
     values = np.stack([np.asarray(step[name]) for step in steps])[:, rows]
     assert (values[0] > 0).all() and (np.diff(values, axis=0) > 0).all(), (name, values)
 
 
-def test_perceptual_sees_other_damage_than_mse(pictures):
-  """A lost texture is worse than a shade that mse finds as far."""
+def test_perceptual_distance_differs_from_mse(pictures):
+  """Lost texture is worse than a change of shade with the same mse."""
   x = pictures[256]
   blurred = np.stack([skimage.filters.gaussian(image, 2, channel_axis=-1) for image in x]).astype(np.float32)
   shade = np.sqrt(np.asarray(measure(x, blurred)["mse"]))[:, None, None, None]
   a, b = measure(x, blurred), measure(x, x + shade)
   np.testing.assert_allclose(a["mse"], b["mse"], rtol=1e-3)
-  assert (np.asarray(a["perceptual"]) > 1.3 * np.asarray(b["perceptual"]))[:2].all()  # of the photographs
+  assert (np.asarray(a["perceptual"]) > 1.3 * np.asarray(b["perceptual"]))[:2].all()  # for the photographs
 
 
 # End to end.
@@ -228,7 +228,7 @@ QUIET = dict(num_steps=2, guidance="cfg", guidance_scale=1.5)
 
 @pytest.fixture(scope="module")
 def model():
-  """A pixel-space tokenizer of 9 registers for 16 px images, so that there are two sizes of slots; random weights."""
+  """A pixel-space tokenizer of 9 registers for 16 px images, which gives two slot counts; random weights."""
   part = dict(width=32, depth=1, head_dim=16, patch_size=4)
   config = common.derive(
     image_size=16,
@@ -258,7 +258,7 @@ def noise(model):
 
 @pytest.fixture(scope="module")
 def gaps(model, images, noise):
-  """{metric: distance of every prefix [b, n]}, by detokenize."""
+  """Returns {metric: distance of every prefix [b, n]}, using detokenize."""
   ids = model.tokenize(images)
   restored = [model.detokenize(ids, k, noise=noise, **QUIET) for k in range(1, 10)]
   truth = images.astype(np.float32) / 127.5 - 1
@@ -267,7 +267,7 @@ def gaps(model, images, noise):
 
 
 def bisect(row, threshold):
-  """The search over one image's distances, in plain words."""
+  """A plain bisection over one image's distances."""
   low, high = 1, len(row)
   while low < high:
     middle = (low + high) // 2
@@ -276,7 +276,7 @@ def bisect(row, threshold):
 
 
 def between(table):
-  """A threshold amid the distances but near none, so that rounding decides nothing."""
+  """Returns a threshold between distances and not close to any, so that rounding has no effect."""
   values = np.sort(table.ravel())
   middle = values[len(values) // 4 : -(len(values) // 4)]
   i = int(np.argmax(np.diff(middle)))
@@ -284,7 +284,7 @@ def between(table):
 
 
 @pytest.mark.parametrize("metric", distances.DISTANCES)
-def test_tokenize_by_quality(model, images, noise, gaps, metric):
+def test_tokenize_with_quality(model, images, noise, gaps, metric):
   table = gaps[metric]
   quality = between(table)
   sequences = model.tokenize(images, quality=quality, metric=metric, **QUIET)
@@ -294,23 +294,23 @@ def test_tokenize_by_quality(model, images, noise, gaps, metric):
   for row, all_ids in zip(sequences, ids):
     assert isinstance(row, np.ndarray) and row.dtype == np.int32
     np.testing.assert_array_equal(row, all_ids[: len(row)])
-  # The list is what detokenize takes; each image is within, or no prefix that was tried is.
+  # detokenize accepts the list; each image meets the quality unless no prefix that was tried does.
   restored = np.clip(model.detokenize(sequences, noise=noise, **QUIET), -1, 1)
   found = np.asarray(measure(images.astype(np.float32) / 127.5 - 1, restored)[metric])
   assert ((found <= quality) | (np.array(lengths) == 9)).all() and (found <= quality).any()
-  # A function is a metric, and given noise is used.
+  # A function works as a metric, and explicit noise is used.
   again = model.tokenize(images, quality=quality, metric=distances.DISTANCES[metric], noise=noise, **QUIET)
   assert [row.tolist() for row in again] == [row.tolist() for row in sequences]
 
 
-def test_tokenize_by_extreme_quality_and_few_tokens(model, images, gaps):
+def test_tokenize_with_extreme_quality_and_few_tokens(model, images, gaps):
   api._lengths.clear_cache()
   assert [len(row) for row in model.tokenize(images, quality=1e-9, **QUIET)] == [9] * 6
   assert [len(row) for row in model.tokenize(images, quality=1e9, **QUIET)] == [1] * 6
   quality = between(gaps["mse"])
   given = dict(QUIET, guidance_scale=lambda t: 1.5)
   assert len(set(map(len, model.tokenize(images, quality=quality, **given)))) > 1
-  assert api._lengths._cache_size() == 1  # one program for all qualities and scales
+  assert api._lengths._cache_size() == 1  # one compilation for all qualities and scales
   few = model.tokenize(images, num_tokens=5, quality=quality, **QUIET)
   assert [len(row) for row in few] == [bisect(row[:5], quality) for row in gaps["mse"]]
   one = model.tokenize(images.astype(np.float32) / 127.5 - 1, num_tokens=1, quality=quality, **QUIET)
@@ -318,7 +318,7 @@ def test_tokenize_by_extreme_quality_and_few_tokens(model, images, gaps):
 
 
 def test_lengths_for_shards(model, images, gaps):
-  """prefix_lengths, by the config's own sampler: those of tokenize, and an image's own whatever its neighbours."""
+  """prefix_lengths with the config's sampler equals tokenize; an image's length does not depend on its neighbours."""
   quality = between(gaps["mse"])
   ids = np.asarray(model.tokenize(images))
   lengths_fn = lambda images, ids: api.prefix_lengths(model, images, ids, quality)
@@ -351,7 +351,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("pattern, given", BAD, ids=range(len(BAD)))
-def test_bad_quality_and_metric(model, images, pattern, given):
+def test_bad_quality_and_metric_are_refused(model, images, pattern, given):
   given = {"quality": 0.1, **given}
   calls = [
     lambda: model.tokenize(images, **given, **QUIET),
@@ -363,7 +363,7 @@ def test_bad_quality_and_metric(model, images, pattern, given):
     assert "\n" not in str(error.value) and len(str(error.value)) < 250
 
 
-def test_bad_ways_to_decode(model, images, noise):
+def test_bad_decoding_options_are_refused(model, images, noise):
   refused = lambda pattern: pytest.raises(ValueError, match=pattern)
   with refused("num_steps=0 must"):
     model.tokenize(images, quality=0.1, num_steps=0)

@@ -1,4 +1,4 @@
-"""Generation of token ids: cached against recomputed against teacher forcing, stopping, keys, files."""
+"""Token generation: cached against recomputed against teacher forcing; stopping, keys, files."""
 
 import dataclasses
 import functools
@@ -17,9 +17,9 @@ from tests.support import numpy_ar
 
 KEY = jax.random.key(3)
 LABELS = np.array([0, 4, -1])
-PROMPTS = ["red", "a blue disc", "ä"]  # the second is too long and is cut
+PROMPTS = ["red", "a blue disc", "ä"]  # the second is too long and is truncated
 DRAWS = dict(temperature=1.2, top_k=9, top_p=0.95)
-MODELS = {  # few of them, and the same arguments again and again: a program is compiled once
+MODELS = {  # few models, always called with the same arguments: each program is compiled once
   "class": dict(bias=True),
   "text": dict(condition="text", depth=1),
   "none": dict(condition="none", depth=1),
@@ -33,7 +33,7 @@ def close(actual, desired, atol=1e-4):
 
 
 def with_stop_bias(gen, bias):
-  """The generator with another readiness to stop."""
+  """Returns the generator with another bias of the stop logit."""
   readout = gen.params["ar"]["readout"]
   readout = {**readout, "bias": readout["bias"].at[-1].set(bias)}
   return dataclasses.replace(gen, params={**gen.params, "ar": {**gen.params["ar"], "readout": readout}})
@@ -42,11 +42,11 @@ def with_stop_bias(gen, bias):
 @functools.cache
 def tiny(name):
   gen = numpy_ar.tiny_generator(**MODELS[name])
-  return with_stop_bias(gen, 2.0) if gen.stop_id else gen  # in most samples before the end
+  return with_stop_bias(gen, 2.0) if gen.stop_id else gen  # most samples stop before the end
 
 
 def condition(gen, rows=slice(None)):
-  """Arguments of three samples, or of some of them."""
+  """Returns the arguments of three samples, or of some of them."""
   if gen.num_classes:
     return dict(labels=LABELS[rows])
   if gen.config.ar.condition == "text":
@@ -64,7 +64,7 @@ def prefix_of(count):
 
 
 def forced_log_probs(gen, ids, guidance_scale=1.0):
-  """Log-probabilities [b, n, v] of every token at each place of ids, by teacher forcing, guided."""
+  """Log-probabilities [b, n, v] of all tokens at each position of ids, by teacher forcing, with guidance."""
   read = np.minimum(ids, gen.num_ids - 1)
   given = condition(gen)
   if "prompts" in given:
@@ -82,7 +82,7 @@ def forced_log_probs(gen, ids, guidance_scale=1.0):
 
 
 def assert_log_probs(gen, ids, log_probs, given, guidance_scale=1.0):
-  """Those of teacher forcing; 0 for the prefix and behind a stop."""
+  """Asserts that they equal teacher forcing, and are 0 in the prefix and after a stop."""
   forced = forced_log_probs(gen, ids, guidance_scale)
   expected = np.take_along_axis(forced, ids[..., None], -1)[..., 0]
   expected[:, :given] = 0
@@ -92,12 +92,12 @@ def assert_log_probs(gen, ids, log_probs, given, guidance_scale=1.0):
   return forced
 
 
-# Cached, recomputed, teacher forcing
+# Cached, recomputed, teacher forcing.
 
 
 @pytest.mark.parametrize("name, given", [("class", 0), ("class", 5), ("text_stop", 1)])
-def test_greedy(name, given):
-  """Cached and recomputed generation take the likeliest token of teacher forcing at each step, with guidance."""
+def test_greedy_equals_teacher_forcing(name, given):
+  """Cached and recomputed generation take teacher forcing's most likely token at each step, with guidance."""
   gen = tiny(name)
   kwargs = dict(prefix=prefix_of(given), greedy=True, guidance_scale=2.0)
   ids, log_probs = sample(gen, None, **kwargs)
@@ -111,8 +111,8 @@ def test_greedy(name, given):
 
 
 @pytest.mark.parametrize("name, given", [("text", 3), ("class_stop", 11)])
-def test_draws(name, given):
-  """The same of draws, without guidance."""
+def test_sampling_equals_teacher_forcing(name, given):
+  """The same for random samples, without guidance."""
   gen = tiny(name)
   kwargs = dict(prefix=prefix_of(given), **DRAWS)
   ids, log_probs = sample(gen, **kwargs)
@@ -124,23 +124,23 @@ def test_draws(name, given):
   assert (ids[:, given:] != np.asarray(gen.generate(jax.random.key(4), **condition(gen), **kwargs))[:, given:]).any()
 
 
-def test_more_tokens_than_a_plain_chunk():
+def test_more_tokens_than_one_chunk_of_the_plain_path():
   length = ar_sampling.SLOW_CHUNK + 8
   gen = numpy_ar.tiny_generator(condition="none", depth=1, num_tokens=length)
   prefix = np.arange(24)[None]
   (ids, log_probs), again = (sample(gen, prefix=prefix, fast=fast) for fast in (True, False))
-  np.testing.assert_array_equal(ids[:, :24], np.repeat(prefix, 3, 0))  # one row serves all
+  np.testing.assert_array_equal(ids[:, :24], np.repeat(prefix, 3, 0))  # one row is broadcast to all
   assert ids.shape == (3, length)
   assert_log_probs(gen, ids, log_probs, 24)
   np.testing.assert_array_equal(again[0], ids)
   close(again[1], log_probs)
 
 
-# Properties
+# Properties.
 
 
-def test_samples_do_not_depend_on_their_neighbours():
-  """Nor on the size of the batch: each has its key."""
+def test_samples_are_independent_of_their_neighbours():
+  """They do not depend on the batch size either: each has its own key."""
   gen, keys = tiny("class_stop"), jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(3))
   ids, log_probs = sample(gen)
   order = np.array([2, 0, 1])
@@ -153,17 +153,17 @@ def test_samples_do_not_depend_on_their_neighbours():
     close(alone[1], log_probs[row], 1e-5)
 
 
-def test_texts_do_not_depend_on_their_neighbours():
+def test_texts_are_independent_of_their_neighbours():
   gen, keys, order = tiny("text"), jax.random.split(KEY, 3), np.array([2, 0, 1])
   ids = sample(gen, keys, guidance_scale=1.5)[0]
   np.testing.assert_array_equal(sample(gen, keys[order], order, guidance_scale=1.5)[0], ids[order])
 
 
 def test_guidance_scales():
-  """1 is the conditional model, 0 the unconditional one; without a class every scale is the unconditional one."""
+  """Scale 1 is the conditional model, 0 the unconditional one; without a class every scale is unconditional."""
   gen = tiny("class")
   conditional = sample(gen)
-  guided = sample(gen, guidance_scale=1 + 1e-12)  # 1 in float32, by the program with guidance
+  guided = sample(gen, guidance_scale=1 + 1e-12)  # 1 in float32, but runs the program with guidance
   np.testing.assert_array_equal(guided[0], conditional[0])
   close(guided[1], conditional[1])
   unconditional = gen.generate(KEY, batch_size=3)
@@ -174,7 +174,7 @@ def test_guidance_scales():
   assert (conditional[0] != unconditional).any(1)[:2].all()
 
 
-def test_no_text_is_the_empty_text():
+def test_no_text_equals_the_empty_text():
   gen = tiny("text")
   features, lengths = gen.encode_text([""])
   assert lengths.tolist() == [1] and features.shape == (1, 10, 16)
@@ -186,8 +186,8 @@ def test_no_text_is_the_empty_text():
   close(gen.logits(ids), gen.logits(ids, None, *empty.values()), 1e-6)
 
 
-def test_features_in_place_of_prompts():
-  """Also features of another length than those of the empty text."""
+def test_text_features_replace_prompts():
+  """Also with another length than the features of the empty text."""
   gen = tiny("text")
   features, lengths = gen.encode_text(PROMPTS)
   assert lengths.tolist() == [4, 10, 3]
@@ -199,7 +199,7 @@ def test_features_in_place_of_prompts():
   np.testing.assert_array_equal(gen.generate(KEY, **given, **cut), ids)
 
 
-def test_fewer_tokens_are_the_beginning():
+def test_fewer_tokens_are_a_prefix():
   gen = tiny("class_stop")
   ids, log_probs = sample(gen)
   for num_tokens in (1, 5, 8, 11):
@@ -210,7 +210,7 @@ def test_fewer_tokens_are_the_beginning():
 
 @pytest.mark.parametrize("name", ["text", "class_stop"])
 def test_log_probs_sum_to_the_loss(name):
-  """Of draws and lengths as the stage trains on them; the first token alone knows that it is no stop."""
+  """For samples with lengths as in training; except the first token, whose loss does not exclude the stop."""
   gen = tiny(name)
   ids, log_probs = sample(gen, temperature=0.9)
   trimmed = gen.trim(ids)
@@ -226,11 +226,11 @@ def test_log_probs_sum_to_the_loss(name):
     close(log_probs[:, 0], -losses[:, 0])
 
 
-# Stopping
+# Stopping.
 
 
 def test_stop():
-  """From the stop on ids are the stop's; its log-probability stands at its place, then there are zeros."""
+  """After a stop all ids are the stop id; its log-probability is at its position and zeros follow."""
   gen = tiny("class_stop")
   assert (gen.stop_id, gen.num_ids) == (24, 24)
   runs = [sample(gen, jax.random.key(seed)) for seed in range(20)]
@@ -244,8 +244,8 @@ def test_stop():
     assert (probs[: len(kept) + 1] < 0).all() and not probs[len(kept) + 1 :].any()
 
 
-def test_stop_is_never_first_even_if_it_is_likeliest():
-  """Also when everyone stops at once; with a prefix it may be the first that is drawn."""
+def test_stop_is_never_the_first_token():
+  """Even if all samples stop at once; after a prefix it may be the first token that is drawn."""
   gen = with_stop_bias(tiny("class_stop"), 50.0)
   ids, log_probs = sample(gen)
   assert (ids[:, 0] < 24).all() and (ids[:, 1:] == 24).all()
@@ -281,7 +281,7 @@ def test_generation_ends_when_all_have_stopped(monkeypatch):
     assert ((ids == 24).sum(1) == 8 - min(steps, 8) + (steps == 2)).all()
 
 
-def test_no_stop():
+def test_model_without_stop():
   gen = tiny("class")
   assert gen.stop_id is None and gen.logits(np.zeros((1, 3), int)).shape == (1, 3, 24)
   ids = sample(gen)[0]
@@ -289,10 +289,10 @@ def test_no_stop():
   assert [row.tolist() for row in gen.trim(ids)] == ids.tolist()
 
 
-# Keys, programs, files
+# Keys, programs, files.
 
 
-def test_a_generator_goes_through_jit():
+def test_a_generator_is_a_jit_argument():
   """As an argument of a compiled function, with traced arguments."""
   gen, kwargs = tiny("class"), dict(guidance_scale=2.0, greedy=True, return_log_probs=True)
   draw = lambda gen, key, labels, prefix: gen.generate(key, labels=labels, prefix=prefix, **kwargs)
@@ -303,7 +303,7 @@ def test_a_generator_goes_through_jit():
 
 
 @pytest.mark.parametrize("batch", [2, 3])
-def test_old_keys(batch):
+def test_legacy_prng_keys(batch):
   """The key of jax.random.PRNGKey is an array of two numbers, also when there are two samples."""
   gen, labels = tiny("class"), LABELS[:batch]
   ids = gen.generate(jax.random.PRNGKey(3), labels=labels)
@@ -323,7 +323,7 @@ def test_save_and_load(name, tmp_path):
 
 
 def test_bfloat16():
-  """Logits near those of float32, and tokens whose log-probabilities are near theirs; cached, too."""
+  """Logits are close to float32, and so are log-probabilities of the drawn tokens; with and without the cache."""
   gen = tiny("none")
   config = numpy_ar.tiny(**MODELS["none"])
   config.dtype = "bfloat16"

@@ -1,4 +1,4 @@
-"""Token files: what is read back, and what is refused in one line."""
+"""Token files: reading, and one-line errors."""
 
 import json
 
@@ -33,7 +33,7 @@ def write(path, **fields):
     ("tokens of 32 px images, but this checkpoint makes 16 px", dict(token_ids=[[1]], image_size=32)),
   ],
 )
-def test_bad_token_files(pattern, fields, tmp_path):
+def test_invalid_token_files(pattern, fields, tmp_path):
   with pytest.raises(ValueError, match=pattern):
     token_files.read_tokens(write(tmp_path / "t.json", **fields), 16, 4, NUM_CODES)
 
@@ -56,7 +56,7 @@ def test_damaged_token_files(tmp_path):
   assert read(archive) == (["a", "b"], [[1, 2], [3, 4]])
   whole = archive.read_bytes()
   rng = np.random.default_rng(0)
-  for _ in range(100):  # cut short, or one byte wrong: one line or, where the byte does not matter, the same tokens
+  for _ in range(100):  # truncated, or one wrong byte: a one-line error or, if the byte has no effect, the same tokens
     if rng.random() < 0.5:
       archive.write_bytes(whole[: rng.integers(len(whole))])
     else:

@@ -1,4 +1,4 @@
-"""The public interface: against golden numbers, against numpy, and what it accepts and refuses."""
+"""The public interface: against golden numbers, against numpy, accepted and rejected arguments."""
 
 import dataclasses
 
@@ -39,12 +39,12 @@ def noise():
   return np.random.default_rng(3).normal(size=(3, 8, 8, 4)).astype(np.float32)
 
 
-# The same numbers.
+# Golden numbers.
 
 
 @pytest.fixture(scope="module")
 def official(shared):
-  """The golden model, loaded as a user does."""
+  """The golden model, loaded as by a user."""
   return flextok_jax.load(shared / "golden" / "flextok_tiny.safetensors", vae_norm_num_groups=4, image_size=64)
 
 
@@ -55,7 +55,7 @@ def golden(shared):
 
 
 def close(actual, desired, atol):
-  np.testing.assert_allclose(actual, desired, rtol=1e-4, atol=atol)  # the golden set's own tolerances
+  np.testing.assert_allclose(actual, desired, rtol=1e-4, atol=atol)  # tolerances of the golden set
 
 
 def test_golden_latents_and_tokens(official, golden):
@@ -83,7 +83,7 @@ def test_golden_velocities(official, golden):
   "name, settings",
   [
     ("cfg", dict(guidance="cfg", guidance_scale=3.0)),
-    ("apg", {}),  # the defaults are the authors'
+    ("apg", {}),  # the defaults are those of the authors
     ("apg_full", dict(guidance_scale=lambda t: 7.5)),
     ("noguid", dict(num_steps=4, guidance="none")),
   ],
@@ -97,7 +97,7 @@ def test_golden_images(official, golden, name, settings):
 
 
 def test_against_numpy(model, images, ids, noise):
-  """Gaps as in test_reference.py: latents 5e-6, velocities 1e-4, samples 5e-5, through the VAE's decoder 2e-4."""
+  """Gaps as in tests/models/test_reference.py: latents 5e-6, velocities 1e-4, samples 5e-5, decoded by the VAE 2e-4."""
   w = reference.float64(to_official(model.params))
   scale, levels = model.config.vae.scaling_factor, tuple(model.config.tokens.levels)
   mean, _ = reference.vae_encode(w, images.astype(np.float64), GROUPS)
@@ -115,11 +115,11 @@ def test_against_numpy(model, images, ids, noise):
   np.testing.assert_allclose(actual, expected, atol=2e-4 * np.abs(expected).max())
 
 
-# What may be given in several ways.
+# Arguments of several types.
 
 
 def test_uint8_and_float_images(model):
-  pixels = np.random.default_rng(4).integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)  # any multiple of the patch
+  pixels = np.random.default_rng(4).integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)  # any multiple of the patch size
   ids = model.tokenize(pixels[:, :, :32])
   np.testing.assert_array_equal(ids, model.tokenize(pixels[:, :, :32].astype(np.float32) / 127.5 - 1))
   np.testing.assert_array_equal(ids, model.tokenize(jnp.asarray(pixels[:, :, :32])))
@@ -128,7 +128,7 @@ def test_uint8_and_float_images(model):
 
 
 def test_lists_of_pictures(model, tmp_path):
-  """Grey, RGBA, a strip and a path: RGB, shorter side to 32 by bilinear interpolation, the centre."""
+  """Greyscale, RGBA, a strip and a path become RGB: shorter side to 32 by bilinear interpolation, centre crop."""
   photo = Image.fromarray(skimage.data.astronaut()).resize((100, 75))
   pictures = [photo, photo.convert("L"), photo.convert("RGBA"), photo.resize((512, 37)), photo.resize((31, 33))]
   photo.save(tmp_path / "photo.png")
@@ -152,7 +152,7 @@ def test_ragged_ids_and_keep_k(model, ids, noise):
   np.testing.assert_array_equal(decode([ids[0, :2], ids[1], ids[2, :5]], np.array([2, 6, 3])), expected)
   np.testing.assert_array_equal(decode(ids[:, :4]), decode(ids, 4))
   changed = ids.copy()
-  changed[0, 2:], changed[2, 3:] = 0, 63999  # behind keep_k
+  changed[0, 2:], changed[2, 3:] = 0, 63999  # past keep_k
   np.testing.assert_array_equal(decode(changed, [2, 6, 3]), expected)
 
 
@@ -164,18 +164,18 @@ def test_keys_and_noise(model, ids, noise):
   np.testing.assert_allclose(with_key, model.detokenize(ids, noise=drawn, num_steps=1), rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(model.detokenize(ids, key=keys, num_steps=1), with_key)
   np.testing.assert_array_equal(model.detokenize(ids, key=jax.random.PRNGKey(5), num_steps=1), with_key)
-  wide = np.zeros((3, 4, 8, 4), np.float32)  # another size than the default: 16 x 32 pixels
+  wide = np.zeros((3, 4, 8, 4), np.float32)  # not the default size: 16 x 32 pixels
   assert model.detokenize(ids, noise=wide, num_steps=1).shape == (3, 16, 32, 3)
 
 
-def test_the_posterior_is_sampled_with_a_key(model, images):
+def test_posterior_is_sampled_with_a_key(model, images):
   mode = np.asarray(model.encode_latents(images))
   draws = np.stack([model.encode_latents(images, key=jax.random.key(i)) for i in range(40)])
   assert draws.std(0).min() > 0
   w = reference.float64(to_official(model.params))
   _, logvar = reference.vae_encode(w, images.astype(np.float64), GROUPS)
   std = model.config.vae.scaling_factor * np.exp(0.5 * logvar)
-  deviation = (draws - mode) / std  # standard normals: 40 x 768 of them
+  deviation = (draws - mode) / std  # 40 x 768 standard normals
   assert abs(deviation.mean()) < 0.03 and abs(deviation.std() - 1) < 0.03
   first, second, third = (model.tokenize(images, key=jax.random.key(i)) for i in (7, 7, 8))
   np.testing.assert_array_equal(first, second)
@@ -190,7 +190,7 @@ def test_guidance(model, ids, noise):
   np.testing.assert_allclose(decode(guidance="cfg", guidance_scale=1 + 1e-7), plain, atol=1e-3)
   constant = decode(guidance="cfg", guidance_scale=3.0)
   np.testing.assert_array_equal(decode(guidance="cfg", guidance_scale=lambda t: 3.0), constant)
-  # By hand, at a scale that depends on t.
+  # Explicit steps, with a scale that depends on t.
   times, x = [], jnp.asarray(noise)
   for t in (1.0, 2 / 3, 1 / 3):
     v_c, v_u = model.velocity(x, t, ids), model.velocity(x, t, ids, drop_condition=True)
@@ -204,7 +204,7 @@ def test_guidance(model, ids, noise):
 # A frozen pytree.
 
 
-def test_it_is_frozen_and_a_pytree(model, images, ids, noise):
+def test_model_is_a_frozen_pytree(model, images, ids, noise):
   with pytest.raises(dataclasses.FrozenInstanceError):
     model.params = {}
   leaves, structure = jax.tree.flatten(model)
@@ -222,12 +222,12 @@ def test_it_is_frozen_and_a_pytree(model, images, ids, noise):
   expected = model.detokenize(tokens, [1, 2, 3], noise=noise, num_steps=2)
   np.testing.assert_allclose(restored, expected, atol=1e-4 * np.abs(expected).max())
   assert decoded.shape == images.shape
-  # Differentiable in the parameters, as any function of a pytree.
+  # Differentiable in the parameters, like any function of a pytree.
   loss = lambda model: jnp.square(model.velocity(noise, 0.5, ids)).mean()
   assert float(jnp.abs(jax.grad(loss)(model).params["decoder"]["patch_embed"]["kernel"]).max()) > 0
 
 
-def test_every_method_is_compiled_once_a_shape(model, images, ids, noise):
+def test_each_method_compiles_once_per_shape(model, images, ids, noise):
   functions = (api._tokenize, api._encode_latents, api._decode_latents, api._velocity, api._detokenize)
   for f in functions:
     f.clear_cache()
@@ -236,12 +236,12 @@ def test_every_method_is_compiled_once_a_shape(model, images, ids, noise):
     model.encode_latents(images)
     model.decode_latents(noise)
     model.velocity(noise, 0.1 + 0.2 * i, ids, keep_k=i + 1, drop_condition=i == 1)
-    model.detokenize(ids[:, : i + 2], noise=noise, num_steps=2, guidance_scale=2.0 + i)  # nor by count or scale
+    model.detokenize(ids[:, : i + 2], noise=noise, num_steps=2, guidance_scale=2.0 + i)  # nor per count or scale
     model.detokenize([row[: i + 1] for row in ids], noise=noise, num_steps=2, guidance_scale=lambda t, i=i: 1 + i + t)
   assert [f._cache_size() for f in functions] == [1] * 5
 
 
-# What is refused, in one line that names it.
+# Rejected arguments: one line that names the argument.
 
 KEY = dict(key=jax.random.key(0))
 BAD = [
@@ -294,7 +294,7 @@ def test_bad_arguments(model, pattern, call):
   assert "\n" not in str(error.value) and len(str(error.value)) < 250
 
 
-def test_a_vae_alone_has_latents_but_no_tokens(model, images):
+def test_a_vae_has_latents_but_no_tokens(model, images):
   vae = api.FlexTok({"vae": model.params["vae"]}, with_fields(model, stage="vae"))
   np.testing.assert_array_equal(vae.encode_latents(images), model.encode_latents(images))
   np.testing.assert_array_equal(vae.decode_latents(np.ones((1, 8, 8, 4))), model.decode_latents(np.ones((1, 8, 8, 4))))
@@ -303,8 +303,8 @@ def test_a_vae_alone_has_latents_but_no_tokens(model, images):
       call()
 
 
-def test_bfloat16_is_near_float32(model, images, ids, noise):
-  """The types asked for, FSQ and sampler in float32, and numbers within a few of bfloat16's 3e-3."""
+def test_bfloat16_is_close_to_float32(model, images, ids, noise):
+  """Types are as requested, FSQ and sampler are float32, and values are within a few multiples of bfloat16's 3e-3."""
   cast = lambda path, x: x if path[0].key == "vae" else x.astype(jnp.bfloat16)
   params = jax.tree_util.tree_map_with_path(cast, model.params)
   low = api.FlexTok(params, with_fields(model, dtype="bfloat16"))
@@ -312,11 +312,11 @@ def test_bfloat16_is_near_float32(model, images, ids, noise):
   assert v.dtype == jnp.float32
   assert float(jnp.abs(v - exact).mean() / jnp.abs(exact).mean()) < 0.05
   codes = [fsq.ids_to_codes(m.tokenize(images), m.config.tokens.levels) for m in (model, low)]
-  assert float(jnp.abs(codes[0] - codes[1]).mean()) < 0.1  # of 2: a few round to the neighbour
+  assert float(jnp.abs(codes[0] - codes[1]).mean()) < 0.1  # out of 2: a few round to the neighbouring level
   assert low.detokenize(ids, noise=noise, num_steps=1).dtype == jnp.float32
 
 
-def test_nothing_but_the_public_names_is_exported():
+def test_only_public_names_are_exported():
   assert sorted(flextok_jax.__all__) == ["ARGenerator", "FlexTok", "__version__", "load", "load_ar"]
   assert flextok_jax.load is api.load and flextok_jax.FlexTok is api.FlexTok
   assert flextok_jax.load_ar is generation.load_ar and flextok_jax.ARGenerator is generation.ARGenerator

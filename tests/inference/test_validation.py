@@ -1,4 +1,4 @@
-"""Bad arguments of the generator: one line each, that names the value."""
+"""Bad arguments of the generator: one-line errors that contain the value."""
 
 import functools
 import math
@@ -122,7 +122,7 @@ def test_bad_files(tmp_path):
     gen.encode_text(["red"])
 
 
-def test_a_tokenizer_is_no_generator(tmp_path):
+def test_a_tokenizer_is_not_a_generator(tmp_path):
   config = numpy_ar.common.derive(stage="vae", vae=dict(block_out_channels=(8,), norm_groups=4, layers_per_block=1))
   draw = lambda x: np.zeros(x.shape, np.float32)
   saving.save_folder(tmp_path / "vae", config, jax.tree.map(draw, loading.abstract_params(config)))

@@ -44,7 +44,7 @@ def test_queries_are_a_slice(bias):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
 
 
-def test_parameters_are_those_of_a_dense_layer():
+def test_parameters_match_a_dense_layer():
   """Names, shapes, logical axes and initial numbers of one fused projection."""
   x = jnp.zeros((1, 3, 16))
 

@@ -94,7 +94,7 @@ def decode(model, params):
   return jax.jit(lambda latents: model.apply({"params": params}, latents, method="decode_latents"))
 
 
-def test_import_and_export_lose_nothing(loaded, tmp_path):
+def test_import_and_export_are_lossless(loaded, tmp_path):
   """Written again, the file has the same tensors, bit for bit, and the same configuration; so has the hub's layout."""
   golden = SHARED / "golden" / "flextok_tiny.safetensors"
   official = load_file(golden)
@@ -311,8 +311,8 @@ def test_nested_rounding_goes_up(stats):
   assert_alike(frequencies(256, "uniform_pow2"), {int(k): n / 256 for k, n in expected.items()})
 
 
-def test_nested_maximum_that_is_no_power_of_two(stats):
-  """Where the reference draws 256 of 200 registers, which keeps all, ours says 200."""
+def test_nested_maximum_that_is_not_a_power_of_two(stats):
+  """Where the reference draws 256 of 200 registers, which keeps all of them, ours draws 200."""
   recorded = {min(int(k), 200): p for k, p in stats["uniform_pow2_N200"].items()}
   assert_alike(frequencies(200, "uniform_pow2"), recorded)
   with pytest.raises(ValueError, match="200"):

@@ -1,6 +1,6 @@
 """The generator against numbers of the public PyTorch implementation: tiny models with random weights.
 
-Tolerances are those that the golden set's README derives from float64 against float32. Sampling: test_sampling.py.
+Tolerances: the golden set's README derives them from float64 against float32. Sampling: tests/ops/test_sampling.py.
 """
 
 import functools
@@ -50,7 +50,7 @@ def golden_batch(gen, io, conditional):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_import(golden, name):
-  """Every tensor of the file has its place in the tree, the fixed table of positions aside."""
+  """Every tensor of the file is imported, except the fixed position table."""
   gen, _, weights = golden(name)
   ours = numpy_ar.to_official(gen.params)
   if gen.config.ar.pos_embed == "sincos1d":

@@ -160,7 +160,7 @@ def test_choose(name, head_dim, dtype, device, chosen):
     ("pallas", 256, jnp.bfloat16, TPU, "at most 128 features, not 256"),
   ],
 )
-def test_what_cannot_run_is_refused(name, head_dim, dtype, device, why):
+def test_unsupported_implementations_are_refused(name, head_dim, dtype, device, why):
   with pytest.raises(ValueError, match=why):
     choose_implementation(name, head_dim, dtype, device)
 

@@ -26,7 +26,7 @@ def test_every_id_survives_the_round_trip():
 
 
 @pytest.mark.parametrize("levels", [LEVELS, (8, 6, 5), (7, 5, 5, 5, 5), (2, 3, 4)])
-def test_quantising_reaches_every_code_and_nothing_else(levels):
+def test_quantize_reaches_exactly_the_codes(levels):
   """An even level n lies on -n/2..n/2-1 and an odd one on -(n-1)/2..(n-1)/2, both divided by n // 2."""
   points = [(np.arange(level) - level // 2) / (level // 2) for level in levels]
   grid = np.stack(np.meshgrid(*points, indexing="ij"), -1).reshape(-1, len(levels))

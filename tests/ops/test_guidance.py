@@ -26,7 +26,7 @@ def test_scale_one_is_the_conditional_velocity(v):
   np.testing.assert_allclose(guidance.cfg(v_c, v_u, 1.0), v_c, atol=1e-6)
   np.testing.assert_array_equal(guidance.apg(v_c, v_u, 1.0, jnp.zeros_like(v_c))[0], v_c)
   np.testing.assert_array_equal(guidance.cfg(v_c, v_u, 0.0), v_u)
-  # Equal velocities: there is no direction.
+  # Equal velocities have no direction of guidance.
   np.testing.assert_allclose(guidance.apg(v_c, v_c, 9.0, jnp.zeros_like(v_c))[0], v_c, atol=1e-6)
 
 
@@ -64,7 +64,7 @@ def test_apg_momentum_adds_up(v):
   np.testing.assert_allclose(running, (1 - 0.5 + 0.25) * (v_c - v_u), atol=1e-5)
 
 
-def test_apg_treats_samples_apart_and_survives_zeros(v):
+def test_apg_treats_samples_independently_and_handles_zeros(v):
   v_c, v_u = v
   out, running = guidance.apg(v_c, v_u, 7.5, jnp.zeros_like(v_c))
   other_c, other_u = v_c.copy(), v_u.copy()

@@ -43,7 +43,7 @@ def test_every_row_may_be_null_or_none():
 
 @pytest.mark.parametrize("num", [1, 2, 5, 8, 9, 16, 100, 256])
 def test_slots(num):
-  """Few sizes; room for every kept register and, where any is masked, for a masked one."""
+  """There are few sizes, with room for every kept register and, if any is masked, for one masked register."""
   sizes = nested.padded_lengths(num)
   assert sizes[-1] == num and list(sizes) == sorted(set(sizes)) and len(sizes) <= 2 + num.bit_length()
   for k in range(1, num + 1):

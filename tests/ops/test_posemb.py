@@ -7,7 +7,7 @@ import pytest
 from flextok_jax.ops import posemb
 
 
-def test_positions_tell_every_place_apart():
+def test_positions_are_distinct():
   table = np.asarray(posemb.sincos_2d(16, 16, 32)).reshape(256, 32)
   distances = np.linalg.norm(table[:, None] - table[None], axis=-1)
   assert distances[~np.eye(256, dtype=bool)].min() > 0.5

@@ -74,7 +74,7 @@ def same_weights(workdir, other):
     np.testing.assert_allclose(array, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_processes_that_are_stopped_and_killed_compute_what_one_does(shards, undisturbed, tmp_path, monkeypatch):
+def test_stopped_and_killed_processes_compute_the_same_as_one(shards, undisturbed, tmp_path, monkeypatch):
   expected = tiny_run.losses(undisturbed)
   stopped, killed = tmp_path / "stopped", tmp_path / "killed"
   # Of the second run there are checkpoints of steps 4 and 6 by one process, the latter damaged.
@@ -100,7 +100,7 @@ def test_processes_that_are_stopped_and_killed_compute_what_one_does(shards, und
   same_losses(tiny_run.losses(killed), expected)
   assert {(8, "loss"), (6, "eval/loss")} <= tiny_run.losses(killed).keys()
 
-  # The killed run goes on to its end; the first process writes. Its checkpoint and its weights are evaluated alike.
+  # The killed run resumes to its end; the first process writes. Its checkpoint and its weights evaluate equally.
   sources = str(killed), str(killed / "weights.safetensors")
   done = launch_runs(run_of(shards, killed), *(dict(checkpoint=source) for source in sources))
   assert done.returncode == 0 and "resuming from step" in done.stdout, done.stderr
@@ -142,7 +142,7 @@ def test_the_launcher_passes_sigterm_on(code, tmp_path):
   assert done.returncode == code, done.stderr
 
 
-def test_the_launcher_tells_what_it_wants():
+def test_the_launcher_prints_its_usage():
   for arguments in ((), ("2",), ("0", "true"), ("python", "-m", "flextok_jax.train")):
     command = ["bash", "launch/local.sh", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -170,7 +170,7 @@ def test_a_single_process_does_not_connect(joins, monkeypatch):
   monkeypatch.setenv("SLURM_NTASKS", "1")
   processes.initialize()
   monkeypatch.setenv("SLURM_NTASKS", "8")
-  monkeypatch.setenv("JAX_NUM_PROCESSES", "1")  # whatever else is there
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "1")  # other variables are ignored
   processes.initialize()
   assert joins == []
 

@@ -106,7 +106,7 @@ def test_slices_of_tpus_must_be_given():
   ],
 )
 def test_processes_read_the_rows_of_their_devices(monkeypatch, sizes, owners):
-  """Also where tensor parts of a row are in several processes, and where those of a process are no neighbours."""
+  """Also if tensor shards of a row are in several processes, and if the rows of a process are not contiguous."""
   mesh, batch = mesh_of(*sizes), np.arange(16)
   parts = sharding.batch_parts(mesh)
   placed = sharding.batch_sharding(mesh)
@@ -247,7 +247,7 @@ def batches_of(config):
 
 
 def update_on(config, mesh):
-  """The jitted update, and the state at birth as a jitted function of the key."""
+  """Returns the jitted update, and the initial state as a jitted function of the key."""
   stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, STEPS)
   init = lambda key: init_state(stage, optimizer, key)
   shardings = sharding.tree_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
@@ -282,7 +282,7 @@ def alone():
 
 @pytest.mark.parametrize("make, name", [*((ar_config, name) for name in MESHES), (tokenizer_config, "mixed")])
 def test_a_mesh_changes_no_loss(monkeypatch, alone, make, name):
-  """Twenty steps of AdamW, to the rounding of float32; and every matrix lies where the mesh says."""
+  """Twenty steps of AdamW, up to float32 rounding; every matrix is sharded according to the mesh."""
   monkeypatch.setattr(sharding, "SMALL", 1024)
   config, batches, (expected, _) = alone[make]
   mesh = mesh_of(*MESHES[name])
@@ -340,7 +340,7 @@ def rows_are_shared_out(x, parts):
 
 
 def test_a_tokenizer_on_a_mesh(monkeypatch):
-  """Arrays without a place, as a caller has them, are worked on by parts of the batch."""
+  """Arrays without a sharding, as callers pass them, are processed in shards of the batch."""
   config = tokenizer_config()
   images = np.random.default_rng(1).integers(0, 256, (8, 16, 16, 3), np.uint8)
   noise = np.random.default_rng(2).normal(size=(8, 16, 16, 3)).astype(np.float32)

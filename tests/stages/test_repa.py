@@ -120,7 +120,7 @@ def test_features_of_another_grid_are_resized_bilinearly():
     ops.resize_features(x[:, [0, 1, 2, 3, 0]], 4, 4)
 
 
-def test_features_are_the_stream_after_each_block():
+def test_features_are_the_hidden_states_after_each_block():
   """Compared with calling the blocks one after another, without the scan."""
   stage = make_stage(config_of())
   params, rng = random_params(stage)["decoder"], np.random.default_rng(2)
@@ -153,7 +153,7 @@ def test_features_are_the_stream_after_each_block():
 
 
 @pytest.mark.parametrize("grid", [GRID, 2])
-def test_the_loss_of_every_row_is_that_of_its_own_features(grid, monkeypatch):
+def test_each_row_is_aligned_with_its_own_features(grid, monkeypatch):
   """The stage shuffles rows and splits them into buckets; each is aligned with the features of its image."""
   stage = make_stage(config_of())
   params, (latents, wanted) = random_params(stage), inputs_of(grid=grid)
@@ -197,7 +197,7 @@ def test_fast_and_plain_path_and_every_remat_agree():
       assert float(jnp.abs(a - b).max() / jnp.abs(b).max()) < 2e-5, jax.tree_util.keystr(path)
 
 
-def test_what_the_gradient_of_the_alignment_reaches():
+def test_parameters_that_the_alignment_gradient_reaches():
   """Gradients reach the encoder and blocks up to that of the features, and are exactly 0 after it."""
   stage = make_stage(config_of())
   latents, wanted = inputs_of()
@@ -214,8 +214,8 @@ def test_what_the_gradient_of_the_alignment_reaches():
 # Off.
 
 
-def test_without_weight_nothing_is_there():
-  """The same parameters, batch and program, whatever the other settings of REPA."""
+def test_zero_weight_disables_repa_completely():
+  """Parameters, batch and program are unchanged, regardless of REPA's other settings."""
   new = config_of(dict(weight=0.0, block=99))
   stages = [make_stage(c) for c in (new, config_of(dict(weight=0.0)))]
   assert stages[0].init_auxiliary(jax.random.key(0)) == ({}, {})
@@ -276,7 +276,7 @@ def test_flops_of_the_teacher(width, gflop):
 # On: many devices, runs, jobs.
 
 
-def test_an_update_on_many_devices_is_that_of_one():
+def test_an_update_on_many_devices_equals_one_device():
   """Divided over data, fsdp and tensor, gradients accumulated over two parts."""
   config = config_of()
   stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, 4)
@@ -375,7 +375,7 @@ def test_compiled_ahead_of_time_without_a_teachers_files():
     assert job.lower().out_info is not None
 
 
-def test_the_benchmarks_job(monkeypatch):
+def test_benchmark_job(monkeypatch):
   """Three variants in turn, which share common parts of their states; FLOPs of each."""
   config = config_of(fast=False)
   with pytest.raises(ValueError, match="repa.features 32 is the width of no DINOv2: they have 384, 768, 1024, 1536"):
@@ -395,7 +395,7 @@ def test_the_benchmarks_job(monkeypatch):
   assert costs[0]["flops_over_off"] == ready / off
 
 
-def test_the_papers_configs_have_it():
+def test_configs_of_the_paper_use_repa():
   for model in ("d12_d12_in1k", "d18_d18_in1k", "d18_d28_in1k", "d18_d28_dfn"):
     c = parse(f"flextok:{model}")
     assert (c.repa.weight, c.repa.block, c.repa.features, repa.teacher_grid(c)) == (1.0, 1, 1024, 16)
@@ -426,11 +426,11 @@ def refused(words, call, error=ValueError):
     (dict(dtype="int8"), "repa.dtype must be a floating-point type"),
   ],
 )
-def test_values_that_mean_nothing(fields, words):
+def test_invalid_values(fields, words):
   refused(words, lambda: make_stage(config_of(fields)))
 
 
-def test_no_teacher_or_another(dinov2, tmp_path):
+def test_missing_or_different_teacher(dinov2, tmp_path):
   mesh = sharding.make_mesh()
   prepare = functools.partial(inputs.make_prepare, mesh=mesh, train=True)
   missing = "REPA needs its teacher: set repa.teacher to .*repa.weight=0 .*no such vision transformer"

@@ -1,9 +1,10 @@
 """Effects of training options on a step of the tokenizer, with a stand-in for its networks; and invalid values.
 
-Tested elsewhere: the distributions of nested dropout, their strata, and times by each sampling and shift (tests/ops,
-test_reference.py, test_golden.py); that the loss is shared out by kept tokens (test_update.py); that buckets have the
-plain path's loss and gradients, with the options too, and that what stands behind the kept registers changes nothing
-(test_fast.py); names that are no mode (test_bad_input.py), official fields of the same kind (test_tokenizer.py).
+Tested elsewhere: the distributions of nested dropout and of times, stratified and shifted (tests/ops,
+tests/models/test_reference.py, tests/models/test_golden.py); how the loss is divided by kept tokens
+(tests/training/test_state.py); that buckets have the loss and gradients of the plain path, also with these options, and
+that tokens past keep_k have no effect (tests/models/tokenizer/test_fast.py); unknown modes
+(tests/commands/test_bad_input.py); official fields of the same kind (tests/weights/official/test_tokenizer.py).
 """
 
 import dataclasses
@@ -97,12 +98,12 @@ def near_share(hits, share):
   assert abs(np.mean(hits) - share) <= 5 * np.sqrt(share * (1 - share) / np.size(hits))
 
 
-def test_off_the_decoder_gets_quantised_codes():
+def test_by_default_the_decoder_gets_quantised_codes():
   *_, codes, z, counted = observed(stage_of())
   np.testing.assert_array_equal(codes[counted], np.asarray(fsq.quantize(z, LEVELS))[counted])
 
 
-def test_off_nothing_is_computed():
+def test_disabled_options_compute_nothing():
   """The program is that of the defaults, and nothing is drawn."""
   tokens = dict(num_registers=N, levels=LEVELS)
   off = make_stage(config_of(tokens=tokens | dict(quantization_dropout=0.0, corruption=0.0)))
@@ -145,8 +146,8 @@ def test_quantisation_dropout_skips_whole_samples(share):
   near_share(whole[some], share)
 
 
-def test_both_options_are_the_same_in_all_cuts():
-  """A bucket gets what the plain path has in its place, in any number of rows to a group."""
+def test_both_options_are_independent_of_the_bucketing():
+  """A bucket gets the same inputs as its rows on the plain path, for any number of rows per group."""
   options = dict(quantization_dropout=0.5, corruption=0.3)
   fast, plain = (observed(stage_of(fast, **options), 256) for fast in (True, False))
   counted = fast[-1]
@@ -173,7 +174,7 @@ def test_gradients_pass_where_nothing_is_rounded_and_stop_where_a_code_was_repla
   assert (straight != 0).all()
 
 
-def test_all_skipped_is_a_tokenizer_of_bounded_codes():
+def test_skipping_all_quantisation_trains_on_bounded_codes():
   """The real networks: loss and gradients of quantization_dropout=1 are those of codes that are never rounded."""
   one = dict(tokens=dict(num_registers=4, quantization_dropout=1.0))
   stages = make_stage(config_of(**one)), make_stage(config_of())
@@ -195,7 +196,7 @@ def test_all_skipped_is_a_tokenizer_of_bounded_codes():
   assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(grads["encoder"]))
 
 
-def test_no_option_reaches_inference():
+def test_options_do_not_affect_inference():
   plain, disturbed = (
     make_stage(config_of(tokens=dict(num_registers=4) | more))
     for more in ({}, dict(quantization_dropout=1.0, corruption=1.0, null_prob=1.0, nested_dropout="none"))
@@ -213,7 +214,7 @@ def test_no_option_reaches_inference():
 
 
 @pytest.mark.parametrize("null_prob", [0.0, 0.25, 0.3, 1.0])
-def test_the_share_without_condition_is_stratified(null_prob):
+def test_the_unconditional_fraction_is_stratified(null_prob):
   _, _, drop, *_ = observed(stage_of(null_prob=null_prob))
   by_group = drop.reshape(-1, ROWS).sum(1)
   expected = ROWS * null_prob
@@ -221,8 +222,8 @@ def test_the_share_without_condition_is_stratified(null_prob):
   assert abs(drop.mean() - null_prob) < 5 * np.sqrt(0.25 / len(by_group)) / ROWS + 1e-9
 
 
-def test_which_image_is_without_condition_and_how_much_of_it_is_kept_is_chance():
-  """Over steps every image of the batch has the same law, whatever its place."""
+def test_dropped_conditions_and_kept_lengths_are_random_per_image():
+  """Over many steps all images of the batch have the same distribution, regardless of their position."""
   stage, latents = stage_of(), latents_of(2 * ROWS)
   steps = 2000
   _, keep_k, drop, _, z = jax.vmap(lambda key: watch(stage, latents, key))(jax.random.split(jax.random.key(0), steps))
@@ -234,8 +235,8 @@ def test_which_image_is_without_condition_and_how_much_of_it_is_kept_is_chance()
 
 
 @pytest.mark.parametrize("mode", nested.MODES)
-def test_the_kept_lengths_of_a_step_have_the_law_of_the_mode(mode):
-  """Stratified over 16 rows without null ones: every length as often as its law says, but for one in a group."""
+def test_kept_lengths_of_a_step_follow_the_distribution_of_the_mode(mode):
+  """Stratified over 16 conditional rows: each length occurs as often as expected, up to one per group."""
   _, keep_k, *_ = observed(stage_of(nested_dropout=mode, null_prob=0.0))
   counts = np.bincount(keep_k, minlength=N + 1)[1:] / SIZE
   np.testing.assert_allclose(counts, nested.length_distribution(mode, N), atol=5 * np.sqrt(0.25 / (SIZE / ROWS)) / ROWS)
@@ -252,7 +253,7 @@ def test_the_kept_lengths_of_a_step_have_the_law_of_the_mode(mode):
   ],
 )
 @pytest.mark.parametrize("shift", [1.0, 4.0])
-def test_the_times_of_a_step_have_the_law_of_the_config(mode, cdf, shift):
+def test_times_of_a_step_follow_the_distribution_of_the_config(mode, cdf, shift):
   tokens = dict(num_registers=N, levels=LEVELS, bucket_rows=ROWS)
   stage = make_stage(config_of(tokens=tokens, flow=dict(t_sampling=mode, t_shift=shift)))
   t, keep_k, *_ = observed(stage)
@@ -272,7 +273,7 @@ def test_the_times_of_a_step_have_the_law_of_the_config(mode, cdf, shift):
     ("flow.t_shift must be a number above 0, got nan", dict(flow=dict(t_shift=float("nan")))),
   ],
 )
-def test_shares_out_of_range_are_one_line(words, fields):
+def test_fractions_out_of_range_are_one_line_errors(words, fields):
   with pytest.raises(ValueError, match=words) as error:
     make_stage(config_of(**fields))
   assert "\n" not in str(error.value)
@@ -301,7 +302,7 @@ def test_any_count_and_levels_train_load_and_decode(registers, levels, mode, tmp
   assert np.isfinite(float(metrics["loss"].compute()))
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), start, jax.device_get(state.params))
   unmoved = {path[-1].key for path, x in jax.tree_util.tree_leaves_with_path(moved) if not x}
-  assert unmoved == ({"mask_token"} if mode == "none" else set())  # where all registers are kept, it is never seen
+  assert unmoved == ({"mask_token"} if mode == "none" else set())  # if all registers are kept, it is unused
 
   path = tmp_path / "weights.safetensors"
   saving.save_weights(str(path), config, jax.device_get(state.joined()), "float32")

@@ -27,7 +27,7 @@ def compiled(**overrides):
   return stage, params_of(stage), jax.jit(jax.value_and_grad(stage.loss_fn, has_aux=True))
 
 
-def test_one_gradient_is_that_of_all_losses_apart():
+def test_one_gradient_equals_separate_backward_passes():
   stage, params, step = compiled()
   (loss, metrics), grads = step(params, batch_of(), KEY, START)
   expected, plain, weight = jax.jit(functools.partial(plain_step, stage))(params, batch_of(), KEY)
@@ -72,7 +72,7 @@ def test_metrics_are_the_parts_of_the_loss():
   )
 
 
-def test_the_two_sides_do_not_see_each_others_loss():
+def test_the_two_sides_do_not_depend_on_each_others_loss():
   """The gradient of the discriminator does not depend on the weight, nor that of the VAE on the hinge loss."""
   _, params, step = compiled()
   _, other_params, other = compiled(weight=7.0)
@@ -87,7 +87,7 @@ def test_the_two_sides_do_not_see_each_others_loss():
   assert_close(three["vae"], one["vae"], rtol=1e-6)
 
 
-def test_before_the_start_it_is_the_loss_without_a_discriminator():
+def test_before_its_start_the_discriminator_does_not_change_the_loss():
   _, params, step = compiled()
   _, _, without = compiled(weight=0.0)
   (loss, metrics), grads = step(params, batch_of(), KEY, START - 1)
@@ -133,7 +133,7 @@ def numpy_discriminator(params, images, num_layers):
 
 
 @pytest.mark.parametrize("num_layers, size", [(2, (17, 14)), (3, (26, 40)), (1, (7, 6))])
-def test_discriminator_is_the_published_one(num_layers, size):
+def test_discriminator_equals_the_published_one(num_layers, size):
   model = PatchDiscriminator(4, num_layers)
   images = np.random.default_rng(0).uniform(-1, 1, (3, *size, 3)).astype(np.float32)
   params = unbox(jax.jit(model.init)(jax.random.key(0), images))["params"]
@@ -182,7 +182,7 @@ def run_on(config, mesh, steps=5):
   return losses, metrics_lib.compute(metrics), state
 
 
-def test_eight_devices_compute_what_one_does(monkeypatch):
+def test_eight_devices_compute_the_same_as_one(monkeypatch):
   """Losses across the start of the discriminator; its statistics are those of the whole batch."""
   monkeypatch.setattr(sharding, "SMALL", 256)
   config = config_of(optim=dict(warmup_steps=2))
@@ -238,7 +238,7 @@ def test_bfloat16_has_nearly_the_same_gradient():
     (dict(num_layers=2), "discriminator.num_layers=2 leaves no patch of images of 8 px: they need 12 px"),
   ],
 )
-def test_settings_that_cannot_be_are_one_line(overrides, words):
+def test_invalid_settings_are_one_line_errors(overrides, words):
   config = config_of()
   config.discriminator.update(overrides)
   with pytest.raises(ValueError, match=words):

@@ -1,10 +1,10 @@
-"""FLOPs of every job by formula: a second statement beside core/flops.py, which counts in traced programs.
+"""FLOPs of every job by formula, independent of core/flops.py, which counts them in traced programs.
 
-A product [m, k] x [k, n] counts 2 m k n; a convolution 2 for each pair of an output and an input that its kernel joins,
-products with padding left out. Left out too is all elementwise work (norms, activations, softmax, modulation, FSQ,
-optimiser), a few percent of models of usable size, and what a fused attention kernel computes twice. Every function
-mirrors the path that runs, plain or fast: so these are FLOPs executed, and the fast path has fewer. Arguments are a
-config (flextok_jax/config.py) or a section of it, and whole numbers; results are whole numbers.
+A product [m, k] x [k, n] counts 2 m k n; a convolution 2 for each pair of an output and an input that its kernel
+connects, excluding padding. Elementwise work (norms, activations, softmax, modulation, FSQ, optimiser) is not counted:
+it is a few percent for models of usable size. Nor is what a fused attention kernel recomputes. Every function follows
+the path that runs, plain or fast, so these are executed FLOPs, fewer on the fast path. Arguments are a config
+(flextok_jax/config.py) or a section of it, and integers; results are integers.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def linear(rows: int, fan_in: int, fan_out: int) -> int:
 
 
 def attention(part: ConfigDict, queries: int, length: int) -> int:
-  """`queries` of `length` tokens look at all of them; d = part.width.
+  """`queries` of `length` tokens attend to all of them; d = part.width.
 
   q: 2 q d^2; k and v: 4 l d^2; logits and weighted sum: 2 q l d each; output projection: 2 q d^2.
   """
@@ -37,26 +37,26 @@ def attention(part: ConfigDict, queries: int, length: int) -> int:
 
 
 def mlp(part: ConfigDict, tokens: int) -> int:
-  """2 n d h in, twice that where gated, and 2 n h d out; h the hidden width."""
+  """2 n d h in, twice that if gated, and 2 n h d out; h is the hidden width."""
   hidden = mlp_hidden(part.width, part.mlp_ratio, part.gated_mlp)
   return linear(tokens, part.width, (2 if part.gated_mlp else 1) * hidden) + linear(tokens, hidden, part.width)
 
 
 def block(part: ConfigDict, queries: int, length: int) -> int:
-  """Attention and MLP of `queries` of `length` tokens; modulations are apart."""
+  """Attention and MLP for `queries` of `length` tokens, without modulations."""
   return attention(part, queries, length) + mlp(part, queries)
 
 
 def blocks(part: ConfigDict, queries: int, length: int) -> int:
-  """All blocks: depth - 1 of `length` queries, and a last one of `queries`."""
+  """All blocks: depth - 1 with `length` queries, and a last one with `queries`."""
   return (part.depth - 1) * block(part, length, length) + block(part, queries, length)
 
 
 def computed_again(part: ConfigDict, queries: int, length: int, remat: str, outputs: bool) -> int:
-  """What the backward pass of `blocks` computes a second time under a name of layers.REMATS.
+  """FLOPs of `blocks` that the backward pass recomputes under a name of layers.REMATS.
 
   Args:
-    outputs: whether gradients need the MLPs' outputs, as those of a gate do; else they are left out.
+      outputs: whether gradients need the MLPs' outputs, as those of a gate do; otherwise they are not recomputed.
   """
   if remat == "none":
     return 0
@@ -68,29 +68,29 @@ def computed_again(part: ConfigDict, queries: int, length: int, remat: str, outp
 
 
 def latent_side(config: ConfigDict) -> int:
-  """Latent pixels a side of an image of config.image_size."""
+  """Latent pixels per side of an image of config.image_size."""
   if config.vae.kind == "pixels":
     return config.image_size
   return config.image_size // 2 ** (len(config.vae.block_out_channels) - 1)
 
 
 def patches(config: ConfigDict, part: ConfigDict) -> tuple[int, int]:
-  """Number of patches of an image, and numbers in each."""
+  """Number of patches of an image, and number of values per patch."""
   channels = 3 if config.vae.kind == "pixels" else config.vae.latent_channels
   return (latent_side(config) // part.patch_size) ** 2, part.patch_size**2 * channels
 
 
 def encoder(config: ConfigDict, num_tokens: int) -> int:
-  """Encoder of one image on num_tokens registers: patch embedding, blocks, head; the last block asks for registers."""
+  """Encoder for one image and num_tokens registers: patch embedding, blocks, head; the last block queries registers."""
   part, (count, size) = config.encoder, patches(config, config.encoder)
   ends = linear(count, size, part.width) + linear(num_tokens, part.width, len(config.tokens.levels))
   return ends + blocks(part, num_tokens, count + num_tokens)
 
 
 def decoder(config: ConfigDict, slots: int) -> int:
-  """Decoder of one image on `slots` registers, at one time: embeddings of codes and patches, blocks, head.
+  """Decoder for one image, `slots` registers and one time: embeddings of codes and patches, blocks, head.
 
-  The last block asks for patches; modulations are apart.
+  The last block queries patches; modulations are not included.
   """
   part, (count, size) = config.decoder, patches(config, config.decoder)
   ends = linear(slots, len(config.tokens.levels), part.width) + 2 * linear(count, size, part.width)
@@ -98,9 +98,9 @@ def decoder(config: ConfigDict, slots: int) -> int:
 
 
 def modulations(config: ConfigDict) -> int:
-  """What depends on one time alone: its embedding, shift, scale and gate of every block and the head's; d = width.
+  """Work that depends only on the time: its embedding; shift, scale and gate of every block and the head; d = width.
 
-  2 (256 d + d^2) + 2 depth d 6 d s + 2 d 2 d; s is 2 for patches and registers apart, else 1.
+  2 (256 d + d^2) + 2 depth d 6 d s + 2 d 2 d; s is 2 if patches and registers have separate ones, else 1.
   """
   part = config.decoder
   d, sets = part.width, 2 if part.modulation == "per_segment" else 1
@@ -109,13 +109,13 @@ def modulations(config: ConfigDict) -> int:
 
 
 def encoded(config: ConfigDict, num_tokens: int, fast: bool) -> int:
-  """Registers that the encoder runs for num_tokens: all in the plain path."""
+  """Registers that the encoder processes for num_tokens: all of them on the plain path."""
   total = config.tokens.num_registers
   return nested.padded_length(num_tokens - 1, total) if fast else total
 
 
 def decoded(config: ConfigDict, num_tokens: int, fast: bool) -> int:
-  """Registers that the decoder runs for num_tokens: all in the plain path."""
+  """Registers that the decoder processes for num_tokens: all of them on the plain path."""
   total = config.tokens.num_registers
   return nested.padded_length(num_tokens, total) if fast else total
 
@@ -128,9 +128,9 @@ def tokenize(config: ConfigDict, num_tokens: int, batch: int, fast: bool) -> int
 def sampler(config: ConfigDict, num_tokens: int, batch: int, fast: bool) -> int:
   """Token ids to latents by the sampler of config.sampler.
 
-  Plain: every call of the decoder runs all registers, each row with modulations of its own; a guided step has twice the
-  rows. Fast: modulations once a step for all rows; the unconditional half of a guided step has one register where it is
-  a call of its own.
+  Plain: every call of the decoder processes all registers, and computes modulations per row; a guided step has twice
+  the rows. Fast: modulations are computed once per step for all rows; if the unconditional half of a guided step is a
+  separate call, it has one register.
   """
   s, slots = config.sampler, decoded(config, num_tokens, fast)
   guided = 0
@@ -145,12 +145,12 @@ def sampler(config: ConfigDict, num_tokens: int, batch: int, fast: bool) -> int:
 
 
 def train(config: ConfigDict, batch: int, fast: bool) -> int:
-  """Forward and backward pass over latents: three times the forward pass, as backward each product becomes two.
+  """Forward and backward pass over latents: three times the forward pass, since each product has two in the backward.
 
-  But there is no gradient of latents and times, which saves one product each of their embeddings; and config.remat lets
-  blocks run forward once more, or parts of them. With REPA its projector counts, its teacher does not.
-  Plain: all registers in every row. Fast: as many as a row's bucket needs; none in the encoder where all rows of the
-  bucket have no condition.
+  Except: latents and times have no gradient, which saves one product in each of their embeddings; and config.remat
+  recomputes blocks or parts of them. REPA's projector is included, its teacher is not.
+  Plain: all registers in every row. Fast: as many as a row's bucket needs, and none in the encoder if all rows of the
+  bucket are unconditional.
   """
   tokens, total = config.tokens, config.tokens.num_registers
   rows = bucket_rows(batch, tokens.bucket_rows)
@@ -162,7 +162,7 @@ def train(config: ConfigDict, batch: int, fast: bool) -> int:
 
 
 def projector(config: ConfigDict) -> int:
-  """The projector of REPA for one image, 0 where it is off: n (2 d h + 2 h h + 2 h f), h its hidden width."""
+  """REPA's projector for one image, 0 if disabled: n (2 d h + 2 h h + 2 h f); h is its hidden width."""
   if repa.section(config) is None:
     return 0
   (count, _), hidden = patches(config, config.decoder), config.repa.hidden
@@ -173,7 +173,7 @@ def projector(config: ConfigDict) -> int:
 def vit(sizes: Mapping, grid: int) -> int:
   """A vision transformer (models/perception/vit.py) of these sizes without a head: one image of grid x grid patches.
 
-  Of n tokens, d the width: 8 n d^2 and 4 n^2 d of attention, and the MLP's two or three products, in every block.
+  For n tokens and width d, each block has 8 n d^2 and 4 n^2 d for attention, and the MLP's two or three products.
   """
   d, tokens = sizes["width"], 1 + sizes.get("num_registers", 0) + grid**2
   hidden = (3 if sizes.get("gated_mlp") else 2) * linear(tokens, d, sizes["mlp_hidden"])
@@ -182,7 +182,7 @@ def vit(sizes: Mapping, grid: int) -> int:
 
 
 def _train_row(config: ConfigDict, slots: int) -> int:
-  """One image of the training batch; slots 0: without condition, one register in the decoder alone."""
+  """One image of the training batch; slots=0: unconditional, with one register in the decoder only."""
   sum_, remat = 0, config.remat
   if slots:
     part, (count, size) = config.encoder, patches(config, config.encoder)
@@ -203,7 +203,7 @@ def train_vae(config: ConfigDict, batch: int) -> int:
 
 
 def perceptual_loss(config: ConfigDict) -> int:
-  """LPIPS by VGG16 of an image and its reconstruction, and its gradient in the latter."""
+  """LPIPS with VGG16 of an image and its reconstruction, and its gradient in the reconstruction."""
   if not config.vae_loss.lpips_weight:
     return 0
   sum_, side, before = 0, config.image_size, 3
@@ -216,9 +216,9 @@ def perceptual_loss(config: ConfigDict) -> int:
 
 
 def adversarial_losses(config: ConfigDict) -> int:
-  """Discriminator of an image and its reconstruction, its gradient in its weights and, for the generator, in pixels.
+  """Discriminator of an image and its reconstruction, with gradients in its weights and, for the generator, in pixels.
 
-  And both gradients of the decoder's last kernel, for the adaptive weight.
+  Includes both gradients of the decoder's last kernel, for the adaptive weight.
   """
   c = config.discriminator
   if not c["weight"]:
@@ -242,9 +242,9 @@ def conv(
   low: int = 1,
   outputs: int | None = None,
 ) -> int:
-  """A square convolution of a square map of `side` pixels, padded by `low` pixels at the top and left.
+  """A square convolution of a square map with `side` pixels, padded by `low` pixels at the top and left.
 
-  Along an axis, output o and tap j meet pixel o stride + j - low: those that exist are counted. By default there are
+  Along an axis, tap j of output o reads pixel o stride + j - low; only existing pixels count. By default there are
   side / stride outputs.
   """
   outputs = side // stride if outputs is None else outputs
@@ -253,7 +253,7 @@ def conv(
 
 
 def resnet(side: int, channels_in: int, channels: int) -> int:
-  """Two 3x3 convolutions, and a 1x1 one where the channels change."""
+  """Two 3x3 convolutions, and a 1x1 one if the number of channels changes."""
   shortcut = linear(side**2, channels_in, channels) if channels_in != channels else 0
   return conv(side, channels_in, channels) + conv(side, channels, channels) + shortcut
 

@@ -1,4 +1,4 @@
-"""Analytic FLOPs of the generator, counted as in analytic_flops.py, and the bytes that a token reads at least."""
+"""Analytic FLOPs of the generator, counted as in analytic_flops.py, and the minimum bytes read per token."""
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -10,15 +10,15 @@ from tests.support.analytic_flops import linear
 
 
 def is_guided(config: ConfigDict) -> bool:
-  """Whether a model of this config is sampled with guidance: then every sample is two rows."""
+  """Whether a model of this config is sampled with guidance, so that each sample has two rows."""
   return config.ar.condition != "none" and config.ar.guidance_scale != 1
 
 
 def block(c: ConfigDict, queries: int, keys: int, text: int) -> int:
-  """A block of config.ar: `queries` tokens look at `keys`, which `queries` of them are added to, and at `text` tokens.
+  """A block of config.ar: `queries` tokens attend to `keys` tokens, which include them, and to `text` tokens.
 
   Self-attention: q, k, v, output 8 q d^2; logits and weighted sum 2 q l d each. Cross-attention: query and output
-  4 q d^2, and 2 q t d each; the text's keys and values are apart (look_at). MLP: 2 q d h, twice that where gated, and
+  4 q d^2, and 2 q t d each; the text's keys and values are separate (look_at). MLP: 2 q d h, twice that if gated, and
   2 q h d.
   """
   d, hidden = c.width, mlp_hidden(c)
@@ -29,7 +29,7 @@ def block(c: ConfigDict, queries: int, keys: int, text: int) -> int:
 
 
 def text_tokens(config: ConfigDict) -> int:
-  """Tokens of a text, padding included; 0 without text."""
+  """Tokens of a text including padding; 0 without text."""
   return config.text.max_length if config.ar.condition == "text" else 0
 
 
@@ -45,14 +45,14 @@ def look_at(config: ConfigDict) -> int:
 
 
 def encode_text(config: ConfigDict) -> int:
-  """One text by the encoder that is trained jointly; a T5 is no part of the generator: 0."""
+  """One text in the jointly trained encoder; 0 for a T5, which is not part of the generator."""
   if text_tokens(config) == 0 or config.text.encoder != "bytes":
     return 0
   return config.text.depth * flops.block(_bytes_part(config), config.text.max_length, config.text.max_length)
 
 
 def _bytes_part(config: ConfigDict) -> ConfigDict:
-  """The byte encoder's blocks as a section of the tokenizer's kind, whose blocks they are."""
+  """The byte encoder's blocks as a config section of the tokenizer, which has the same blocks."""
   c = config.text
   return ConfigDict(dict(width=c.features, depth=c.depth, mlp_ratio=4.0, gated_mlp=True))
 
@@ -63,12 +63,12 @@ def readout(config: ConfigDict) -> int:
 
 
 def ar_generate(config: ConfigDict, num_tokens: int, batch: int, guided: bool, fast: bool) -> int:
-  """Draws num_tokens tokens a sample; where the text encoder is trained jointly, with the texts and an empty one.
+  """Draws num_tokens tokens per sample, and encodes the texts and an empty one if the text encoder is trained jointly.
 
-  Fast: keys and values of the text once; then each step runs one position, which looks at all slots of the cache, and
-  one readout. Plain: each step projects the text anew and runs the whole prefix, its length rounded up to SLOW_CHUNK,
-  and one readout. Guidance mixes what the readout reads: that of a sample, not of its two rows. No model is taken to
-  stop by itself.
+  Fast: keys and values of the text are computed once; then each step runs one position, which attends to all slots of
+  the cache, and one readout. Plain: each step projects the text again and runs the whole prefix, its length rounded up
+  to SLOW_CHUNK, and one readout. Guidance mixes the readout's inputs, so a sample has one readout, not two. No sample
+  stops early.
   """
   c, text, total = config.ar, text_tokens(config), padded_length(num_tokens, config.ar.num_tokens)
   rows = batch * (2 if guided else 1)
@@ -84,8 +84,8 @@ def ar_generate(config: ConfigDict, num_tokens: int, batch: int, guided: bool, f
 def ar_train(config: ConfigDict, batch: int) -> int:
   """Forward and backward pass over all num_tokens positions: three times the forward pass.
 
-  But the readout runs forward once more, as its logits are not kept; features of a T5 have no gradient; and
-  config.remat lets blocks run forward once more, or parts of them, but for the MLPs' outputs, which no gradient needs.
+  Except: the readout runs forward twice, since its logits are not kept; T5 features have no gradient; and config.remat
+  recomputes blocks or parts of them, without the MLPs' outputs, which no gradient needs.
   """
   c, text, length = config.ar, text_tokens(config), config.ar.num_tokens
   blocks = c.depth * block(c, length, length, text) + look_at(config)
@@ -103,12 +103,12 @@ def ar_train(config: ConfigDict, batch: int) -> int:
 
 
 def token_bytes(config: ConfigDict, num_tokens: int, batch: int, guided: bool) -> int:
-  """Bytes that a step of the fast path reads at least: matrices of blocks and readout once, and the rows' caches.
+  """Minimum bytes that a step of the fast path reads: matrices of blocks and readout once, and the caches of all rows.
 
-  Caches are of all slots, and of the text's tokens. Norms, vectors and what is written (one position) are left out.
+  Caches include all slots and the text's tokens. Norms, vectors and writes (one position) are not counted.
   """
   c, rows = config.ar, batch * (2 if guided else 1)
-  # A product with one row has two FLOPs for each number of its matrix.
+  # A product with one row has two FLOPs per element of its matrix.
   matrices = (c.depth * block(c, 1, 0, 0) + readout(config)) // 2
   if text_tokens(config):
     matrices += 2 * c.depth * c.width**2  # cross-attention: query and output

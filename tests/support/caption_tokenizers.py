@@ -1,4 +1,4 @@
-"""Small tokenizers of captions in the formats of a T5."""
+"""Small caption tokenizers in the file formats of a T5."""
 
 import io
 from pathlib import Path

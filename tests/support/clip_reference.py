@@ -1,8 +1,8 @@
-"""CLIP by transformers: random weights, and what comes out of them.
+"""CLIP as computed by transformers: random weights and the resulting outputs.
 
 python -m tests.support.clip_reference
 
-writes tests/data/clip.npz, which stands in where torch and transformers are not installed. Weights are by numpy.
+writes tests/support/data/clip.npz, used where torch and transformers are not installed. Weights come from numpy.
 """
 
 import json
@@ -29,7 +29,7 @@ TEXT = dict(
   bos_token_id=58,
   pad_token_id=0,
 )
-CONFIGS = {  # config.json: OpenAI's activation, left out as transformers leaves it out, and LAION's
+CONFIGS = {  # config.json: OpenAI's activation, omitted as transformers omits it, and LAION's
   "openai": dict(model_type="clip", projection_dim=16, vision_config=IMAGE, text_config=TEXT),
   "laion": dict(
     model_type="clip",
@@ -66,7 +66,7 @@ def weights():
 
 def write(case, folder):
   (folder / "config.json").write_text(json.dumps(CONFIGS[case]))
-  found = weights() | {"text_model.embeddings.position_ids": np.arange(11)[None]}  # as old files have it
+  found = weights() | {"text_model.embeddings.position_ids": np.arange(11)[None]}  # as in old files
   save_file(found, folder / "model.safetensors", {"format": "pt"})
   return folder
 
@@ -77,7 +77,7 @@ def images():
 
 
 def ids():
-  """Token ids [3, 11], ended by 59 at LENGTHS."""
+  """Token ids [3, 11], which end with 59 at LENGTHS."""
   rows = np.random.default_rng(1).integers(1, 58, (3, 11)).astype(np.int32)
   rows[:, 0] = 58
   rows[np.arange(3), LENGTHS - 1] = 59
@@ -85,7 +85,7 @@ def ids():
 
 
 def outputs(case, folder):
-  """Returns {"image" [2, 16], "text" [3, 16]} by transformers, of the files that write has written."""
+  """Returns {"image" [2, 16], "text" [3, 16]} computed by transformers from the files that `write` has written."""
   import torch
   import transformers
 

@@ -1,6 +1,6 @@
-"""Commands as tests run them: in this process with errors raised, or in one of their own as a user does.
+"""Running commands in tests: in this process with errors raised, or in a process of their own as a user does.
 
-Imported before jax starts, so without it.
+Imported before jax starts, so it does not import jax.
 """
 
 from importlib import metadata
@@ -17,7 +17,7 @@ from PIL import Image
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Programs compile in a third of the time; in other versions the flags may be unknown, which is fatal.
+# Programs compile in a third of the time; other jax versions may not know these flags, which would be fatal.
 XLA_FLAGS = (
   "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
   if metadata.version("jaxlib").startswith("0.10.")
@@ -26,7 +26,7 @@ XLA_FLAGS = (
 
 
 def run(command, *args):
-  """Runs a module with define_flags and main; raises what it raises."""
+  """Runs a module with define_flags and main; errors are raised."""
   values = flags.FlagValues()
   command.define_flags(values)
   values([command.__name__, *args])
@@ -34,14 +34,14 @@ def run(command, *args):
 
 
 def fails(pattern, command, *args):
-  """Asserts that a command ends with one line of the errors that cli.run turns into exit code 1."""
+  """Asserts that a command raises a one-line error of a kind that cli.run turns into exit code 1."""
   with pytest.raises((ValueError, FileNotFoundError), match=pattern) as caught:
     run(command, *args)
   assert len(str(caught.value).splitlines()) == 1
 
 
 def environment(devices: int = 1, **changes) -> dict[str, str]:
-  """Returns the variables of a process with so many CPU devices."""
+  """Returns the environment variables of a process with `devices` CPU devices."""
   count = f"--xla_force_host_platform_device_count={devices}"
   return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{XLA_FLAGS} {count}".strip(), **changes}
 
@@ -50,7 +50,7 @@ _servers: list[subprocess.Popen] = []
 
 
 def shell(*args) -> tuple[int, str, str]:
-  """Runs a module as a user does, in a process of its own (fork_server.py): (exit code, stdout, stderr)."""
+  """Runs a module in its own process (fork_server.py), as a user does; returns (exit code, stdout, stderr)."""
   if not _servers:
     command = [sys.executable, "-m", "tests.support.fork_server"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

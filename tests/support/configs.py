@@ -1,4 +1,4 @@
-"""Configs as commands get them."""
+"""Configs as commands parse them."""
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -19,11 +19,11 @@ _ARGUMENTS = {
   "shapes_ar": ["", "text", "stop"],
   "vae": list(vae.CHANNELS),
 }
-SPECS = [f"{file}:{arg}".rstrip(":") for file in FILES for arg in _ARGUMENTS.get(file, [""])]  # all that are shipped
+SPECS = [f"{file}:{arg}".rstrip(":") for file in FILES for arg in _ARGUMENTS.get(file, [""])]  # all shipped configs
 
 
 def parse(spec: str, *args: str) -> ConfigDict:
-  """Returns the config that --config=SPEC and more arguments give."""
+  """Returns the config given by --config=SPEC and further arguments."""
   values, argv = flags.FlagValues(), ["test", f"--config={spec}", *args]
   holder = cli.define_config_flag("", values, argv)
   values(argv)

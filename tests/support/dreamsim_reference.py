@@ -1,8 +1,8 @@
-"""Distances and embeddings of the dreamsim package under random weights; writes the numbers that tests compare with.
+"""Distances and embeddings of the dreamsim package for random weights; writes the numbers that tests compare with.
 
 python -m tests.support.dreamsim_reference
 
-Needs torch, torchvision, peft and dreamsim, which the library itself does not. Weights and images come from seeds.
+Needs torch, torchvision, peft and dreamsim, which the library does not use. Weights and images come from seeds.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ BACKBONE, LORA = "backbone.safetensors", "dino_vitb16_single_lora"
 
 
 def weights() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-  """Returns the tensors of a small DINO in facebookresearch's names and of its LoRA in peft's."""
+  """Returns the tensors of a small DINO with facebookresearch's names, and of its LoRA with peft's names."""
   rng = np.random.default_rng(0)
   normal = lambda deviation, *shape: rng.normal(0, deviation, shape).astype(np.float32)
   linear = lambda name, *shape: {
@@ -46,7 +46,7 @@ def weights() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 
 def write(folder: Path):
-  """Writes BACKBONE and LORA as load_dreamsim takes them."""
+  """Writes BACKBONE and LORA in the form that load_dreamsim reads."""
   backbone, lora = weights()
   (folder / LORA).mkdir()
   save_file(backbone, folder / BACKBONE)
@@ -65,7 +65,7 @@ def write(folder: Path):
 
 
 def images() -> np.ndarray:
-  """Returns pairs that differ in grain, in brightness and altogether: uint8 [2, 3, 150, 280, 3]."""
+  """Returns pairs that differ in grain, in brightness and entirely: uint8 [2, 3, 150, 280, 3]."""
   rng = np.random.default_rng(0)
   a, other = rng.uniform(size=(2, 3, 150, 280, 3))
   a[1] = np.linspace(0, 1, 280)[:, None]
@@ -93,7 +93,7 @@ def measure() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _unused_head(tensor) -> Iterator[tuple]:
-  """Yields what the package reads of DINO's head, without use for the cls token."""
+  """Yields the parts of DINO's head that the package reads but does not use for the cls token."""
   for layer in (0, 2, 4):
     yield from ((f"module.head.mlp.{layer}.{kind}", tensor) for kind in ("weight", "bias"))
   yield "module.head.last_layer.weight", tensor

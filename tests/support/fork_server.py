@@ -14,7 +14,7 @@ import warnings
 
 
 def preload():
-  """Imports the packages of flextok_jax and the slow modules that they import late."""
+  """Imports the packages of flextok_jax and the slow modules that they import lazily."""
   import matplotlib.figure  # noqa: F401
 
   import flextok_jax
@@ -31,7 +31,7 @@ def preload():
 
 
 def serve() -> list[str] | None:
-  """Answers requests; returns the arguments in the forks, and None at the end of the requests."""
+  """Answers requests; returns the arguments in each fork, and None when there are no more requests."""
   for line in sys.stdin:
     request = json.loads(line)
     child = os.fork()

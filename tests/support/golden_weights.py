@@ -1,4 +1,4 @@
-"""Parameters of a tokenizer under the names and in the layouts of official checkpoints."""
+"""Parameters of a tokenizer with the names and layouts of official checkpoints."""
 
 from flax.traverse_util import flatten_dict
 import numpy as np
@@ -7,7 +7,7 @@ from flextok_jax.weights.official.tokenizer_names import DEFAULT_ROLES, entries
 
 
 def to_official(params: dict) -> dict[str, np.ndarray]:
-  """Returns our tree {"vae", "encoder", "decoder"} (any of them) as a flat dict; fixed tables are left out."""
+  """Returns our tree {"vae", "encoder", "decoder"} (any subset) as a flat dict, without fixed tables."""
   flat = flatten_dict(params, sep="/")
   shapes = {path: np.shape(x) for path, x in flat.items()}
   return {

@@ -1,11 +1,11 @@
-"""Stands in for programs that the launchers call: launch_stand_ins.py NAME FOLDER [arguments of NAME].
+"""Stand-ins for the programs that the launchers call: launch_stand_ins.py NAME FOLDER [arguments of NAME].
 
-Everything happens in FOLDER. Each call is a line of FOLDER/calls.jsonl; FOLDER/cloud.json says what the cloud holds:
+Everything happens in FOLDER. Each call adds a line to FOLDER/calls.jsonl; FOLDER/cloud.json is the state of the cloud:
 
   {"nodes": {NAME: STATE}, "requests": {NAME: [STATE, NODE, INITIATOR]}, "workers": 2, "fail": {"scp": 1, ...}}
 
-`gcloud` runs what it is told to run over ssh in FOLDER/hosts/TPU/N, the home of worker N; `uv` puts `train` there as
-the environment's Python, which does what FOLDER/train says: finish, fail, or run (until SIGTERM, then save and leave
+`gcloud` runs ssh commands in FOLDER/hosts/TPU/N, the home of worker N; `uv` installs `train` there as the environment's
+Python, which does what FOLDER/train says: finish, fail, or run (until SIGTERM, then it saves and exits
 with 0).
 """
 
@@ -100,7 +100,7 @@ def scp(cloud: dict, folder: Path, rest: list) -> int:
 
 def uv(folder: Path, arguments: list) -> int:
   record(folder, program="uv", argv=arguments, cwd=os.getcwd())
-  refuse = folder / "uv_refuses"  # the home of a worker where nothing can be installed
+  refuse = folder / "uv_refuses"  # the home of a worker on which installation fails
   if refuse.exists() and refuse.read_text() == os.environ["HOME"]:
     return 1
   if arguments[0] == "venv":
@@ -117,7 +117,7 @@ def train(folder: Path, arguments: list) -> int:
   signal.signal(signal.SIGTERM, lambda *_: received.append(time.monotonic()))
   record(folder, program="python", argv=arguments, cwd=os.getcwd(), environ=environ)
   if arguments[:2] != ["-m", "flextok_jax.train"]:
-    return 0  # pip, and looking for jax
+    return 0  # pip, and the check for jax
   print("step 1", flush=True)
   while not received:
     if not Path(os.environ["HOME"]).is_dir():
@@ -126,13 +126,13 @@ def train(folder: Path, arguments: list) -> int:
     if todo != "run":
       return {"finish": 0, "fail": 3}[todo]
     time.sleep(0.02)
-  time.sleep(0.1)  # another signal would come now
+  time.sleep(0.1)  # time for another signal to arrive
   record(folder, program="saved", argv=arguments, signals=len(received))
   return 0
 
 
 def srun(folder: Path, arguments: list) -> int:
-  """Starts the tasks here; where FOLDER/preempt is, all of them get SIGTERM once all are at work."""
+  """Starts the tasks here; if FOLDER/preempt exists, all of them get SIGTERM once all are running."""
   record(folder, program="srun", argv=arguments)
   command = list(arguments)
   while command[0].startswith("--"):
@@ -145,7 +145,7 @@ def srun(folder: Path, arguments: list) -> int:
     trains = 0
     while trains < count:
       time.sleep(0.02)
-      trains = (folder / "calls.jsonl").read_text().count('"flextok_jax.train"') - 1  # srun's own line has it too
+      trains = (folder / "calls.jsonl").read_text().count('"flextok_jax.train"') - 1  # srun's own line contains it too
     for task in tasks:
       os.killpg(task.pid, signal.SIGTERM)
   return max(code if code >= 0 else 128 - code for code in [task.wait() for task in tasks])

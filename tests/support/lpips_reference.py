@@ -1,8 +1,8 @@
-"""Distances and gradients of the lpips package under random weights; writes the numbers that tests compare with.
+"""Distances and gradients of the lpips package for random weights; writes the numbers that tests compare with.
 
 python -m tests.support.lpips_reference
 
-Needs torch, torchvision and lpips, which the library itself does not. Weights and images come from seeds.
+Needs torch, torchvision and lpips, which the library does not use. Weights and images come from seeds.
 """
 
 from pathlib import Path
@@ -12,11 +12,11 @@ import numpy as np
 from flextok_jax.models.perception import lpips
 
 STORED = Path(__file__).parent / "data" / "lpips.npz"
-STEP = 8  # pixels between those whose gradients are stored
+STEP = 8  # distance between pixels whose gradients are stored
 
 
 def weights(net: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-  """Returns the tensors of torchvision's features and of the package's heads; activations stay of about one size."""
+  """Returns the tensors of torchvision's features and of the package's heads; activations keep about the same scale."""
   rng = np.random.default_rng(len(net))
   backbone, heads, fan_in = {}, {}, 3
   for scale, (_, convolutions) in enumerate(lpips.NETS[net]):
@@ -31,7 +31,7 @@ def weights(net: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 
 def images() -> np.ndarray:
-  """Returns pairs that differ in grain, in brightness and altogether: [2, 3, 50, 66, 3] in [0, 1]."""
+  """Returns pairs that differ in grain, in brightness and entirely: [2, 3, 50, 66, 3] in [0, 1]."""
   rng = np.random.default_rng(0)
   a, other = rng.uniform(size=(2, 3, 50, 66, 3))
   a[1] = np.linspace(0, 1, 66)[:, None]
@@ -40,7 +40,7 @@ def images() -> np.ndarray:
 
 
 def distances(net: str) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the package's distances [3] and the gradients of their sum in the first images, every STEP pixels."""
+  """Returns the package's distances [3], and the gradients of their sum in the first images at every STEP-th pixel."""
   import lpips as package
   import torch
 

@@ -1,7 +1,7 @@
-"""The generator's maths stated a second time: plain numpy, float64, sample by sample, no cache, nothing shared.
+"""Independent reference implementation of the generator: plain numpy, float64, one sample at a time, no cache.
 
-Parameters are the package's tree (its layouts are named where they are read); `c` is config.ar. Beside it what the
-tests of the generator share: tiny models with no parameter at a special value, and the names of the authors' weights.
+Parameters are the package's tree (layouts are noted where they are read); `c` is config.ar. Also contains what the
+generator's tests share: tiny models whose parameters all have generic values, and the names of the authors' weights.
 """
 
 import math
@@ -40,7 +40,7 @@ def abstract_params(config):
 
 
 def random_params(config, seed=0):
-  """Returns parameters that are all random, norms and biases too, so that none can be left out unnoticed."""
+  """Returns parameters that are all random, including norms and biases, so that omitting any is noticed."""
   rng = np.random.default_rng(seed)
   shapes = flatten_dict(abstract_params(config))
   flat = {}
@@ -101,7 +101,7 @@ def _sample(p, c, ids, label, text):
 
 
 def _linear(x, p, part=None):
-  """kernel [d, ...] or [d, parts, ...], of which one is taken."""
+  """Applies kernel [d, ...], or one part of kernel [d, parts, ...]."""
   kernel, bias = p["kernel"], p.get("bias", 0.0)
   if part is not None:
     kernel, bias = kernel[:, part], bias[part] if "bias" in p else 0.0
@@ -115,7 +115,7 @@ def _norm(x, p, kind, eps=0.0):
 
 
 def _attend(q, k, v, p, c, seen):
-  """q [n, h, e], k and v [m, h, e], which keys each query sees -> [n, d]."""
+  """q [n, h, e], k and v [m, h, e], a mask of the keys that each query sees -> [n, d]."""
   if c.qk_norm != "none":
     q, k = _norm(q, p["q_norm"], c.qk_norm), _norm(k, p["k_norm"], c.qk_norm)
   out = np.zeros_like(q)
@@ -139,7 +139,7 @@ def _gelu_tanh(x):
 
 
 def to_official(params):
-  """Returns our arrays, or gradients, by the names and in the layouts of the authors' weights."""
+  """Returns our arrays, or gradients, with the names and layouts of the authors' weights."""
   params = jax.tree.map(np.asarray, params)
   ar, out, own = params["ar"], {}, "models.ar_image_model."
 

@@ -1,7 +1,7 @@
-"""The tokenizer's maths stated a second time: plain numpy, float64, no loop fused and nothing shared with the package.
+"""Independent reference implementation of the tokenizer: plain numpy, float64, no fused loops, no code of the package.
 
 Weights `w` are a flat dict with the names and layouts of the official checkpoints (linear [out, in], convolution
-[out, in, kh, kw]); arrays are channels-last. Speed does not matter here, being obvious does.
+[out, in, kh, kw]); arrays are channels-last. The code favours clarity over speed.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ ENC, DEC = "encoder.module_dict.enc_", "decoder.module_dict.dec_"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What the weights' names and shapes do not tell of a transformer; the defaults are those of released models."""
+  """Transformer settings that the weights do not determine; the defaults are those of released models."""
 
   activation: str = "silu"
   qk_norm: bool = True
@@ -102,7 +102,7 @@ def sincos_2d(h, width, dim):
 
 
 def bilinear(table, h, width):
-  """Resizes [g, g, d] to [h, width, d]; the four corners stay where they are."""
+  """Resizes [g, g, d] to [h, width, d] with fixed corners."""
   out, last = np.zeros((h, width, table.shape[-1])), len(table) - 1
   for i, j in itertools.product(range(h), range(width)):
     row = i * last / (h - 1) if h > 1 else 0.0
@@ -113,7 +113,7 @@ def bilinear(table, h, width):
 
 
 def patch_positions(w, name, h, width, dim, options):
-  """[h * width, dim], from a table of all places of the largest grid; only the learned vectors are in w."""
+  """Returns [h * width, dim] from a table of all positions of the largest grid; only learned vectors are in w."""
   if options.posemb == "sincos":
     side = options.max_grid or max(h, width)
     table = sincos_2d(side, side, dim)
@@ -165,7 +165,7 @@ def fsq_lookup(ids, levels):
 
 
 def fsq_grad(z, grad_codes, levels):
-  """Gradient of quantize, the rounding taken as the identity: bound's derivative over level // 2."""
+  """Gradient of quantize, with rounding treated as the identity: bound's derivative over level // 2."""
   grad = np.empty(z.shape)
   for i, level in enumerate(levels):
     half_l = (level - 1) * (1 + 1e-3) / 2
@@ -254,7 +254,7 @@ def velocity(w, x, t, codes, keep_k=None, null=None, head_dim=64, options=RELEAS
   patches = patches + patch_positions(w, DEC + "patches_posemb_module", h // p, width // p, patches.shape[-1], options)
   registers = registers_in(w, codes, keep_k, null)
   condition = silu(time_embedding(w, t, options.max_timestep))
-  if options.single_null and null is not None:  # sequences of two lengths: one sample at a time
+  if options.single_null and null is not None:  # sequences have two lengths: one sample at a time
     count = np.where(null, 1, registers.shape[1])
     out = np.concatenate(
       [
@@ -275,7 +275,7 @@ def denoise(w, patches, registers, condition, head_dim, options):
     block = f"{DEC}transformer.blocks.{i}"
     values = linear(w, f"{block}.adaLN_modulation.1", condition)
     chunks = np.split(values, values.shape[1] // y.shape[2], -1)
-    modulation = []  # six arrays [b, l, d]: a patch takes chunk i, a register chunk 6 + i, or i where there are but six
+    modulation = []  # six arrays [b, l, d]: patches use chunk i, registers chunk 6 + i, or i if there are only six
     for for_patches, for_registers in zip(chunks[:6], chunks[-6:]):
       modulation.append(
         np.concatenate(
@@ -298,7 +298,7 @@ def denoise(w, patches, registers, condition, head_dim, options):
 
 
 def t_from_draw(draw, mode, mode_scale):
-  """Training times [b] of a normal draw ("logit_normal") or a uniform one (else)."""
+  """Training times [b] from a normal draw ("logit_normal") or a uniform one (other modes)."""
   if mode == "uniform":
     return draw
   if mode == "mode":
@@ -314,7 +314,7 @@ def add_noise(x0, noise, t):
 
 
 def flow_loss(w, latents, codes, t, noise, keep_k=None, null=None):
-  """Per sample [b]."""
+  """Loss per sample, [b]."""
   v = velocity(w, add_noise(latents, noise, t), t, codes, keep_k, null)
   return ((v - (noise - latents)) ** 2).mean((1, 2, 3))
 
@@ -335,7 +335,7 @@ def apg(v_c, v_u, scale, running, momentum=-0.5, eta=0.0, threshold=2.5):
 
 
 def sample(w, noise, codes, keep_k, num_steps, guidance="none", scale=1.0, head_dim=64):
-  """Returns the latents after every Euler step [num_steps, b, h, w, c]; APG with its default settings."""
+  """Returns the latents after each Euler step [num_steps, b, h, w, c]; APG has its default settings."""
   x, b = noise, len(noise)
   running, states = np.zeros(noise.shape), []
   for i in range(num_steps, 0, -1):
@@ -356,7 +356,7 @@ def sample(w, noise, codes, keep_k, num_steps, guidance="none", scale=1.0, head_
 
 
 def conv(w, name, x, stride=1, pad=None):
-  """x [b, h, w, c]; pad ((top, bottom), (left, right)), by default the one that keeps the size."""
+  """x [b, h, w, c]; pad is ((top, bottom), (left, right)), by default such that the size is unchanged."""
   kernel = w[f"{name}.weight"]
   size = kernel.shape[2]
   same = (size // 2, size // 2)
@@ -422,7 +422,7 @@ def vae_decode(w, latents, groups):
 
 
 def mode_cdf(scale):
-  """P(t <= x) of mode sampling, by inverting its falling map of u on a fine grid."""
+  """P(t <= x) for mode sampling, by inverting its decreasing map of u on a fine grid."""
   u = np.linspace(0, 1, 100_001)
   t = 1 - u - scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u)
   assert (np.diff(t) < 0).all()

@@ -1,4 +1,4 @@
-"""A small tokenizer's configuration in our form and in the official one, for the tests of both."""
+"""A small tokenizer's configuration in our form and in the official one, used by tests of both."""
 
 import copy
 import functools
@@ -98,7 +98,7 @@ DEEP = functools.reduce(lambda inner, _: [inner], range(100), 1)
 
 
 def put(config, path, value):
-  """Sets, adds or (DELETE) removes the entry at a dotted path, in place; returns the config."""
+  """Sets, adds or removes (DELETE) the entry at a dotted path, in place; returns the config."""
   *parents, name = path.split(".")
   for part in parents:
     config = config[part]
@@ -110,7 +110,7 @@ def put(config, path, value):
 
 
 def ours(**changes):
-  """Returns OURS with dotted changes (a double underscore is the dot)."""
+  """Returns OURS with changed entries; a double underscore stands for the dot of a path."""
   config = copy.deepcopy(OURS)
   for path, value in changes.items():
     put(config, path.replace("__", "."), value)
@@ -134,7 +134,7 @@ def metadata_of(config):
 
 
 def refused(pattern, call, *args):
-  """Asserts that a call ends in one line that matches."""
+  """Asserts that a call raises a one-line error that matches."""
   with pytest.raises(ValueError, match=pattern) as error:
     call(*args)
   line = str(error.value)

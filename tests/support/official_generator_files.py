@@ -1,4 +1,4 @@
-"""Files of the authors' generators, of random weights: what is said of their format, stated once more."""
+"""Files of the authors' generators with random weights: an independent implementation of their format."""
 
 import functools
 
@@ -15,7 +15,7 @@ from flextok_jax.weights.official import generator
 MODEL = "models.ar_image_model."
 BLOCK = f"{MODEL}trunk.blocks.0."
 TINY = dict(width=16, depth=2, head_dim=8, num_ids=20, num_tokens=8, num_classes=3)
-CHOICES = {  # ours, and what a file with nothing else does not tell
+CHOICES = {  # our settings, and those that the weights alone do not determine
   "class": (dict(norm="layernorm", qk_norm="layernorm", ffn="mlp_gelu"), {}),
   "class_apart": (dict(norm="layernorm", qk_norm="rmsnorm", ffn="mlp_gelu", bias=True), {}),
   "gated": (
@@ -55,7 +55,7 @@ def random_params(config):
 
 
 def sincos(length, width):
-  """The fixed table, said once more: position i > 0 is that of place i - 1; half of the width encodes nothing."""
+  """The fixed table, implemented independently: position i > 0 encodes i - 1; half of the width encodes nothing."""
   table = np.zeros((length, width), np.float32)
   for i in range(1, length):
     for j in range(width // 4):
@@ -65,7 +65,7 @@ def sincos(length, width):
 
 
 def to_official(params, config, apart=False):
-  """Our arrays under the authors' names, in their layouts."""
+  """Returns our arrays with the authors' names and layouts."""
   c, ar, out = config.ar, params["ar"], {}
   put = lambda name, x: out.__setitem__(name, np.ascontiguousarray(x))
 
@@ -148,7 +148,7 @@ def error(source, **settings):
     generator.load(source, settings)
   text = str(e.value)
   assert "\n" not in text and str(source) in text
-  return text.replace(str(source), "")  # a temporary path may hold any word
+  return text.replace(str(source), "")  # a temporary path may contain any word
 
 
 SETTINGS = dict(
@@ -168,7 +168,7 @@ SETTINGS = dict(
   head_layernorm=False,
 )
 
-# The authors' configurations; what the tables of the reader do not name is not in them.
+# Config files of the authors, without fields that the reader's tables do not name.
 TEXT_YAML = """
 constants: {dim: 16, depth: "${div_int:${constants.dim},8}", norm: {_target_: l3m.model.layers.normalization.RMSNorm,
   _partial_: true, eps: 1e-6}}

@@ -1,4 +1,4 @@
-"""Folders of pictures, and comparing records of sources."""
+"""Folders of pictures, and comparison of source records."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def same_record(a: dict, b: dict) -> bool:
 
 
 def write_classes(root: Path, count=4, size=(40, 30), classes=("bird", "tree_frog")) -> Path:
-  """Writes `count` pictures of one colour per class and returns root."""
+  """Writes `count` single-colour pictures per class and returns root."""
   for c, name in enumerate(classes):
     (root / name).mkdir(parents=True)
     for i in range(count):
@@ -35,7 +35,7 @@ def write_jpegs(folder: Path, count: int) -> Path:
 
 
 def write_damaged_jpegs(root: Path) -> Path:
-  """Writes eight photographs to root/train, 3.jpg truncated and 6.jpg damaged, and one to root/validation."""
+  """Writes eight photographs to root/train, with 3.jpg truncated and 6.jpg damaged, and one to root/validation."""
   path = write_jpegs(root / "train", 8)
   whole = (path / "3.jpg").read_bytes()
   (path / "3.jpg").write_bytes(whole[: len(whole) // 2])

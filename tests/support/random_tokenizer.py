@@ -1,4 +1,4 @@
-"""A tiny tokenizer of random weights, with a VAE."""
+"""A tiny tokenizer with random weights and a VAE."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ GROUPS = 2
 
 
 def random_model(**overrides):
-  """A tiny model of random weights: 32 px, 8 x 8 latents, 4 x 4 patches, 6 registers."""
+  """Returns a tiny random model: 32 px, 8 x 8 latents, 4 x 4 patches, 6 registers."""
   config = common.derive(
     image_size=32,
     dtype="float32",

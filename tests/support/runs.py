@@ -26,7 +26,7 @@ def config_of(**overrides) -> ConfigDict:
 
 
 def random_state(config: ConfigDict, step: int = 3, seed: int = 0) -> TrainState:
-  """A train state of random numbers, with Adam's moments; its average differs from its parameters."""
+  """Returns a train state of random numbers, including Adam's moments; its average differs from its parameters."""
   optimizer = optax.adam(1e-3)
   shapes = unbox(jax.eval_shape(lambda key: init_state(make_stage(config), optimizer, key), jax.random.key(0)))
   rng = np.random.default_rng(seed)
@@ -39,19 +39,19 @@ def assert_trees_equal(a, b):
 
 
 def fails(pattern, fn, *args):
-  """Asserts an error of one short line."""
+  """Asserts that a call raises an error of one short line."""
   with pytest.raises((ValueError, FileNotFoundError), match=pattern) as error:
     fn(*args)
   assert "\n" not in str(error.value) and len(str(error.value)) < 600, str(error.value)
 
 
 def files_of(folder) -> dict[Path, bytes]:
-  """Path -> content of all files below."""
+  """Returns {path: content} of all files below a folder."""
   return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 
 def read_metrics(workdir):
-  """(training lines, evaluation lines) of a workdir."""
+  """Returns (training lines, evaluation lines) of a workdir."""
   lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
   return [x for x in lines if "loss" in x], [x for x in lines if "loss" not in x]
 

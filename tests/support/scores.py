@@ -1,10 +1,10 @@
-"""Comparison of the scores of two evaluations."""
+"""Comparing the scores of two evaluations."""
 
 import numpy as np
 
 
 def assert_same_scores(scores, expected):
-  """Asserts that the scores of a set are equal up to rounding."""
+  """Asserts that the scores of an evaluation set are equal up to rounding."""
   assert scores["num_images"] == expected["num_images"]
   for part in ("by_tokens", "intervals"):
     assert scores[part].keys() == expected[part].keys()

@@ -1,4 +1,4 @@
-"""A tiny T5: its definition in plain numpy, and random weights in files of Hugging Face's format."""
+"""A tiny T5: a reference implementation in plain numpy, and random weights in Hugging Face's file format."""
 
 import json
 import math
@@ -25,7 +25,7 @@ LENGTHS = np.array([14, 5, 1], np.int32)
 
 
 def tensors(gated=True, seed=0):
-  """Random weights {name: array} as Hugging Face names them, with a bit of a decoder."""
+  """Returns random weights {name: array} with Hugging Face's names, including a few decoder tensors."""
   rng, c = np.random.default_rng(seed), CONFIG
   inner, mlp = c["num_heads"] * c["d_kv"], ("wi_0", "wi_1") if gated else ("wi",)
   normal = lambda *shape, scale=0.5: (scale * rng.normal(size=shape)).astype(np.float32)
@@ -50,7 +50,7 @@ def tensors(gated=True, seed=0):
 
 
 def write(folder, found, *, shards=0, **config):
-  """Writes a folder in Hugging Face's format, the tensors dealt out to `shards` files, or in one."""
+  """Writes a folder in Hugging Face's format, with the tensors in one file or distributed over `shards` files."""
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "config.json").write_text(json.dumps(CONFIG | config))
   if not shards:
@@ -64,7 +64,7 @@ def write(folder, found, *, shards=0, **config):
 
 
 def bucket(distance: int, buckets: int, furthest: int) -> int:
-  """T5's bucket of a key so many positions behind the query."""
+  """T5's bucket of a key that is `distance` positions before the query."""
   first = buckets // 2 if distance > 0 else 0
   distance, half = abs(distance), buckets // 2
   exact = half // 2
@@ -75,7 +75,7 @@ def bucket(distance: int, buckets: int, furthest: int) -> int:
 
 
 def t5_reference(found, ids, gated):
-  """The encoder's definition, float64: ids [t] of one text without padding -> [t, d_model]."""
+  """Reference encoder in float64: ids [t] of one text without padding -> [t, d_model]."""
   c = CONFIG
   w = {k.removeprefix("encoder.").removesuffix(".weight"): v.astype(np.float64) for k, v in found.items()}
   norm = lambda x, scale: scale * x / np.sqrt((x**2).mean(-1, keepdims=True) + c["layer_norm_epsilon"])
@@ -106,5 +106,5 @@ def some_ids(vocab=30, length=14):
 
 
 def kept(features, lengths=LENGTHS):
-  """The features that mean something, in a row."""
+  """Returns the features that are not padding, concatenated."""
   return np.concatenate([np.asarray(f, np.float32)[:n] for f, n in zip(features, lengths)])

@@ -34,7 +34,7 @@ VAE = dict(
 
 
 def latent_config(**overrides) -> ConfigDict:
-  """A tokenizer over a VAE of 8 x 8 x 4 latents, of 16 px images."""
+  """A tokenizer for 16 px images over a VAE with 8 x 8 x 4 latents."""
   part = dict(width=32, depth=1, head_dim=16, patch_size=2)
   return tiny_config(**(dict(vae=VAE, encoder=part, decoder=part) | overrides))
 

@@ -1,4 +1,4 @@
-"""Tiny random generators of token ids, and the tokenizer that they belong to."""
+"""Tiny random generators of token ids, and the tokenizer of these ids."""
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -13,7 +13,7 @@ NUM_CODES = 8 * 5 * 5
 
 
 def generator_config(**ar) -> ConfigDict:
-  """A generator of up to 4 tokens of tiny_config's tokenizer, for 5 classes."""
+  """A generator of up to 4 tokens of tiny_config's tokenizer, with 5 classes."""
   settings = dict(width=16, depth=1, head_dim=8, num_ids=NUM_CODES, num_tokens=4, num_classes=5)
   return derive(
     stage="ar",

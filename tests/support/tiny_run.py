@@ -1,11 +1,11 @@
-"""A tiny run to be started, killed and resumed as processes: a generator on token shards, which compiles fastest.
+"""A tiny run for starting, killing and resuming as processes: a generator on token shards, which compiles fastest.
 
 python -m tests.support.tiny_run RUNS
 
-RUNS is a JSON list of jobs, done one after the other: a training {"workdir", "shards"} with the optional config
-sections "mesh" and "train", or the evaluation of a {"checkpoint"}. A training with "moment" {"kind", "step", "process",
-"name", "delay"} is disturbed: that process gets the signal `name` `delay` seconds after it has begun the step ("step"),
-the saving of its checkpoint ("save") or its evaluation ("evaluate"), so that the moment does not depend on a clock.
+RUNS is a JSON list of jobs, executed in order: a training {"workdir", "shards"} with the optional config
+sections "mesh" and "train", or an evaluation of a {"checkpoint"}. A training with "moment" {"kind", "step", "process",
+"name", "delay"} is disturbed: that process gets the signal `name` `delay` seconds after it starts the step ("step"),
+saving its checkpoint ("save") or its evaluation ("evaluate"), so the timing does not depend on a clock.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def write_shards(root):
 
 
 def config_of(shards, mesh=None, **train_settings):
-  """Twelve steps; a checkpoint every second one, an evaluation every third one."""
+  """Returns the config: twelve steps, a checkpoint every second step, an evaluation every third."""
   settings = dict(
     num_steps=STEPS,
     log_every=1,
@@ -64,7 +64,7 @@ def config_of(shards, mesh=None, **train_settings):
 
 @contextlib.contextmanager
 def disturbed(kind: str, step: int, process: int = 0, name: str = "SIGKILL", delay: float = 0.0):
-  """Makes the process signal itself at that moment of the run that is trained inside."""
+  """Makes the process signal itself at the given moment of the run that is trained inside this context."""
 
   def reached(here: str, at: int):
     if (here, at, jax.process_index()) == (kind, step, process):
@@ -78,7 +78,7 @@ def disturbed(kind: str, step: int, process: int = 0, name: str = "SIGKILL", del
     evaluate_state(evaluation, state, *args)
 
   def saving(self, state, *args):
-    save(self, state, *args)  # goes on in the background
+    save(self, state, *args)  # continues in the background
     reached("save", int(state.step))
 
   @contextlib.contextmanager
@@ -88,7 +88,7 @@ def disturbed(kind: str, step: int, process: int = 0, name: str = "SIGKILL", del
       def ask(at):
         reached("step", at)
         if name == "SIGTERM" and at > step:
-          time.sleep(1)  # so long other processes may not know of it, and the whole run takes no longer
+          time.sleep(1)  # the other processes may learn of it this much later, without making the run longer
         return preempted(at)
 
       yield ask
@@ -102,7 +102,7 @@ def disturbed(kind: str, step: int, process: int = 0, name: str = "SIGKILL", del
 
 
 def losses(workdir):
-  """step -> its loss and, where there was an evaluation, that of the held-out sequences; the last word counts."""
+  """Returns (step, name) -> training or evaluation loss; for repeated steps the last one."""
   seen = {}
   for line in (workdir / "metrics.jsonl").read_text().splitlines():
     values = json.loads(line)
@@ -112,12 +112,12 @@ def losses(workdir):
 
 
 def trained(workdir):
-  """The steps of the run; evaluations are not among them: one that a signal cuts off is not made up for."""
+  """Returns the trained steps. Evaluations are excluded: one interrupted by a signal is not repeated."""
   return sorted(step for step, name in losses(workdir) if name == "loss")
 
 
 def main(text: str):
-  sharding.SMALL = 1024  # else nothing of this size would be split
+  sharding.SMALL = 1024  # otherwise nothing this small would be sharded
   for run in json.loads(text):
     if "checkpoint" in run:
       report = from_config.evaluate(*loading.load(run["checkpoint"], mesh=sharding.make_mesh()))

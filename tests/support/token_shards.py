@@ -1,4 +1,4 @@
-"""Pictures, a stand-in for a tokenizer, and token shards, for tests."""
+"""Pictures, a stand-in for a tokenizer, and token shards."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ TOKENIZER = dict(fingerprint="0123456789abcdef", dtype="float32", image_size=SIZ
 
 
 def encode(images):
-  """Stands in for a tokenizer: ids are means of quadrants, the length is the first id modulo 4, plus 1."""
+  """Stand-in for a tokenizer: ids are means of quadrants, the length is the first id modulo 4, plus 1."""
   quarters = images.reshape(len(images), 2, SIZE // 2, 2, SIZE // 2, 3).mean((2, 4, 5)).reshape(len(images), TOKENS)
   ids = quarters.astype(np.int32) % IDS
   return ids, ids[:, 0] % TOKENS + 1
@@ -43,7 +43,7 @@ def config(pictures: Path, **data: Any):
 
 
 def write(out, cfg, encode=encode, **kwargs):
-  """Writes token shards of the images of a config; arguments as of TokenRecords and write_shards."""
+  """Writes token shards of a config's images; arguments are those of TokenRecords and write_shards."""
   given = dict(num_shards=4, batch_size=3, quality=0.1, metric="mse") | kwargs
   kind = tokens.TokenRecords(encode, TOKENIZER, *(given.pop(name) for name in ("batch_size", "quality", "metric")))
   return write_records(out, kind, cfg, **given)

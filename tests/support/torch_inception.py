@@ -1,6 +1,6 @@
-"""Features of a few images from the original networks with random weights, in PyTorch.
+"""Features of a few images computed by the original networks with random weights, in PyTorch.
 
-python -m tests.support.torch_inception writes them anew to FEATURES; it needs torch, pytorch-fid and torch-fidelity.
+python -m tests.support.torch_inception rewrites FEATURES; it needs torch, pytorch-fid and torch-fidelity.
 """
 
 from pathlib import Path
@@ -11,11 +11,11 @@ import numpy as np
 from experiments.benchmark_features import random_tensors
 
 FEATURES = Path(__file__).parent / "data" / "inception.npz"
-SEED = 3  # of the weights
+SEED = 3  # for the weights
 
 
 def some_images() -> np.ndarray:
-  """Returns uint8 [6, 80, 96, 3]: three of noise, three of smooth colours."""
+  """Returns uint8 [6, 80, 96, 3]: three images of noise, three of smooth colours."""
   rng = np.random.default_rng(0)
   noise = rng.integers(0, 256, (3, 80, 96, 3))
   down, right = np.mgrid[:80, :96] / 20
@@ -24,8 +24,8 @@ def some_images() -> np.ndarray:
 
 
 def originals() -> dict[str, np.ndarray]:
-  """Returns {"pytorch_pool": [6, 2048], of all images by pytorch-fid; "pool": [2, 2048], "spatial": [2, 2023],
-  "logits": [2, 1008], of the first and the last image by torch-fidelity}, float32."""
+  """Returns {"pytorch_pool": [6, 2048], for all images by pytorch-fid; "pool": [2, 2048], "spatial": [2, 2023],
+  "logits": [2, 1008], for the first and the last image by torch-fidelity}, float32."""
   from pytorch_fid import inception
   import torch
   from torch_fidelity import feature_extractor_inceptionv3 as fidelity

@@ -1,4 +1,4 @@
-"""Stage "vae": a small config, random parameters and batches, and its losses with one backward pass each."""
+"""Stage "vae": a small config, random parameters and batches, and its losses with a separate backward pass each."""
 
 from flax.core.meta import unbox
 import flax.linen as nn
@@ -15,7 +15,7 @@ KEY = jax.random.key(5)
 
 
 def config_of(weight=0.5, **overrides):
-  """A VAE of one level on images of 8 px, and a discriminator with one layer of stride 2: they compile fast."""
+  """A one-level VAE for images of 8 px and a discriminator with one layer of stride 2, which compile fast."""
   c = debug.get_config()
   c.update(
     stage="vae",
@@ -69,7 +69,7 @@ def plain_losses(stage, images, key, lpips=None):
 
 
 def plain_step(stage, params, batch, key):
-  """Returns loss, gradients and adaptive weight, with one backward pass for each loss."""
+  """Returns loss, gradients and adaptive weight, with a separate backward pass for each loss."""
   images = batch["image"].astype(np.float32) / 127.5 - 1
   reconstruction, kl, generator, hinge = plain_losses(stage, images, key, params.get("lpips"))
   vae, discriminator = params["vae"], params["discriminator"]

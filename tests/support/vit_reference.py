@@ -1,8 +1,8 @@
-"""Vision transformers by transformers and, of DINO, by its authors' names: random weights, and what comes out of them.
+"""Vision transformers as computed by transformers and by DINO's own code: random weights and the resulting outputs.
 
 python -m tests.support.vit_reference
 
-writes tests/data/vit.npz, which stands in where torch and transformers are not installed. Weights are by numpy.
+writes tests/support/data/vit.npz, used where torch and transformers are not installed. Weights come from numpy.
 """
 
 import json
@@ -26,18 +26,18 @@ COMMON = dict(
 )
 DINOV2 = COMMON | dict(model_type="dinov2", mlp_ratio=4, use_swiglu_ffn=False)
 LABELS = {"id2label": {str(i): f"class {i}" for i in range(5)}, "label2id": {f"class {i}": i for i in range(5)}}
-CONFIGS = {  # config.json; tables of positions of 9 x 9 patches, or 3 x 3
+CONFIGS = {  # config.json; position tables of 9 x 9 or 3 x 3 patches
   "vit": COMMON | dict(model_type="vit", intermediate_size=48, layer_norm_eps=1e-12),
   "dinov2": DINOV2,
   "giant": DINOV2 | LABELS | dict(use_swiglu_ffn=True),
   "registers": DINOV2 | LABELS | dict(model_type="dinov2_with_registers", num_register_tokens=3, image_size=42),
 }
 CASES = (*CONFIGS, "dino")
-WIDTH, PATCH, GRID = 128, 16, 7  # of "dino": authors' names, two heads, two blocks
+WIDTH, PATCH, GRID = 128, 16, 7  # for "dino": the authors' names, two heads, two blocks
 
 
 def random(shapes):
-  """Random weights {name: array}, each by its name; factors are around 1."""
+  """Random weights {name: array}, seeded by name; scales are around 1."""
   found = {}
   for name, shape in shapes.items():
     x = np.random.default_rng(zlib.crc32(name.encode())).normal(0, 0.2, shape)
@@ -111,7 +111,7 @@ def weights(case):
 
 
 def write(case, folder):
-  """Writes the weights; returns what load_vit takes."""
+  """Writes the weights; returns the argument for load_vit."""
   if case == "dino":
     save_file(weights(case), folder / "dino.safetensors")
     return folder / "dino.safetensors"
@@ -129,7 +129,7 @@ def images(case, of_the_table=False):
 
 
 def outputs(case, folder):
-  """Returns {"features" [2, 1 + r + n, d], "logits" of a head} by torch, of the files that write has written."""
+  """Returns {"features" [2, 1 + r + n, d], "logits" of a head} computed by torch from the files that `write` wrote."""
   import torch
 
   pixels = torch.from_numpy(images(case)).movedim(-1, 1)
@@ -158,7 +158,7 @@ def outputs(case, folder):
 
 
 def _dino():
-  """DINO's own network, of which the dreamsim package has a copy."""
+  """DINO's own network, of which the dreamsim package contains a copy."""
   import functools
   import importlib.util
 
@@ -166,7 +166,7 @@ def _dino():
 
   package = Path(importlib.util.find_spec("dreamsim").origin).parent
   place = package / "feature_extraction" / "vision_transformer.py"
-  spec = importlib.util.spec_from_file_location("dino_vision_transformer", place)  # without what the package imports
+  spec = importlib.util.spec_from_file_location("dino_vision_transformer", place)  # without the package's own imports
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)

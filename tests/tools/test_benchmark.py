@@ -1,4 +1,4 @@
-"""The benchmark command on a tiny model: rows, ratios, table, files and errors; nothing is said about times."""
+"""The benchmark command on a tiny model: rows, ratios, table, files and errors; times are not checked."""
 
 import json
 import math
@@ -55,18 +55,18 @@ def config_file(folder, **overrides):
 
 
 def read(path):
-  """The JSON lines by kind."""
+  """Returns the JSON lines by kind."""
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   return [[line for line in lines if line["kind"] == kind] for kind in ("row", "ratio", "peak", "span")]
 
 
 @pytest.fixture(autouse=True)
 def small_peak(monkeypatch):
-  """The peak's products are of no interest here and take seconds."""
+  """Shrinks the matrix products that measure the peak, which take seconds and are not tested here."""
   monkeypatch.setattr(timing, "matmul_peak", lambda dtype, precision: 1e9)
 
 
-def test_every_job_on_both_paths(tmp_path, capsys):
+def test_all_jobs_on_both_paths(tmp_path, capsys):
   out = tmp_path / "deep" / "rows.jsonl"
   given = f"--config={config_file(tmp_path)}"
   run(benchmark, given, "--num_tokens=32,1", "--repeats=2", "--batch_size=2", f"--out={out}")
@@ -97,7 +97,7 @@ def test_every_job_on_both_paths(tmp_path, capsys):
   assert sum("fast is" in line for line in table) == 5 and "MFU" in table[0] and "peak of matrix products" in printed
 
 
-def test_images_one_path_and_another_dtype(tmp_path):
+def test_images_with_one_path_and_another_dtype(tmp_path):
   out = tmp_path / "rows.jsonl"
   given = (f"--config={config_file(tmp_path)}", "--repeats=1", "--batch_size=2", "--paths=fast", f"--out={out}")
   run(benchmark, *given, "--jobs=detokenize,tokenize", "--num_tokens=8", "--nolatents", "--dtype=bfloat16")
@@ -105,11 +105,11 @@ def test_images_one_path_and_another_dtype(tmp_path):
   assert [row["job"] for row in rows] == ["tokenize", "detokenize"] and not ratios
   assert all(row["dtype"] == "bfloat16" and row["precision"] is None and not row["latents"] for row in rows)
   run(benchmark, *given, "--jobs=tokenize", "--num_tokens=8")
-  (row,), *_ = read(out)  # written anew
+  (row,), *_ = read(out)  # overwritten
   assert row["latents"] and row["flops"] < rows[0]["flops"]  # without the VAE
 
 
-def test_models_without_vae_and_without_tokens(tmp_path):
+def test_models_without_vae_or_tokens(tmp_path):
   out = tmp_path / "rows.jsonl"
   pixels = f"--config={ROOT / 'configs' / 'debug.py'}"
   assert run_jobs.jobs_of(debug.get_config()) == ("tokenize", "detokenize", "train")
@@ -125,8 +125,8 @@ def test_models_without_vae_and_without_tokens(tmp_path):
   fails("no job 'vae' with .*'pixels', only tokenize, detokenize, train", benchmark, pixels, "--jobs=vae")
 
 
-def test_paths_see_the_same_and_training_is_the_update_of_a_run(tmp_path):
-  """Both paths agree on what they compute from one set of arguments; nothing in them is trivially zero."""
+def test_paths_agree_and_training_is_the_run_update(tmp_path):
+  """Both paths compute the same from the same arguments, and no result is trivially zero."""
   values = flags.FlagValues()
   benchmark.define_flags(values)
   values(["benchmark", f"--config={config_file(tmp_path)}"])
@@ -148,7 +148,7 @@ def test_paths_see_the_same_and_training_is_the_update_of_a_run(tmp_path):
 
 
 def test_generator(tmp_path, capsys):
-  """Every span of the tokens has its cost; the round that is not timed draws one token."""
+  """Each range of tokens has its cost; the untimed round draws one token."""
   out = tmp_path / "rows.jsonl"
   given = f"--config={config_file(tmp_path, **GENERATOR)}"
   run(benchmark, given, "--num_tokens=40", "--repeats=2", "--batch_size=2", f"--out={out}")
@@ -178,8 +178,8 @@ def test_generator(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("condition", ["class", "text"])
-def test_generators_paths_see_the_same(condition, tmp_path):
-  """Both draw the same, past a chunk of the plain path; fewer tokens need no other program."""
+def test_generator_paths_agree(condition, tmp_path):
+  """Both draw the same tokens, beyond one chunk of the plain path; fewer tokens need no recompilation."""
   values = flags.FlagValues()
   benchmark.define_flags(values)
   config = config_file(tmp_path, **{**GENERATOR, "ar": dict(GENERATOR["ar"], condition=condition)})
@@ -248,6 +248,6 @@ def test_bad_input_is_refused(tmp_path):
   )
 
 
-def test_as_a_user_runs_it(tmp_path):
+def test_command_as_a_user_process(tmp_path):
   done = shell("flextok_jax.benchmark", f"--config={config_file(tmp_path)}", "--repeats=0")
   assert done == (1, "", "error: --repeats=0 must be at least 1\n")

@@ -1,4 +1,4 @@
-"""The compile command: what it says of small programs against counts by hand, its search, and what it refuses."""
+"""The compile command: reports of small programs against counts by hand, its search, and its errors."""
 
 import dataclasses
 import importlib.util
@@ -70,7 +70,7 @@ def parameters(tree):
 
 @pytest.fixture(scope="module")
 def train():
-  """A tiny generator's update on 8 devices."""
+  """Compiles a tiny generator's update for 8 devices."""
   return compiled(generator(), "train", mesh_of(data=8), 8)
 
 
@@ -79,11 +79,11 @@ def test_memory_adds_up(train):
   count, stats = parameters(job.args[0].params), program.memory_analysis()
   m = report.memory
   assert m["parameters"] == m["EMA"] == 4 * count
-  assert 2 * m["parameters"] <= m["optimizer"] <= 2 * m["parameters"] + 64  # two moments, and counters
-  assert m["batch"] == 8 * 4 * (8 + 3)  # token ids; label, length, unreadable
+  assert 2 * m["parameters"] <= m["optimizer"] <= 2 * m["parameters"] + 64  # two moments and counters
+  assert m["batch"] == 8 * 4 * (8 + 3)  # token ids; label, length and unreadable flag
   assert "frozen" not in m
   assert m["padding"] >= 0
-  # What is donated is an argument and an output, in one place.
+  # A donated buffer is both argument and output, and is stored once.
   assert m["outputs"] < 2000  # the metrics
   assert stats.alias_size_in_bytes >= 4 * 4 * count
   assert m["total"] == sum(size for name, size in m.items() if name not in ("total", "limit"))
@@ -97,21 +97,21 @@ def test_memory_adds_up(train):
   assert report.fits == (m["total"] <= 1e9)
 
 
-def test_flops_are_those_of_the_benchmark_and_of_the_program(train):
+def test_flops_match_the_benchmark_and_the_program(train):
   job, _, report = train
   assert job.flops == job.model_flops == flops_ar.ar_train(generator(), 64)
   assert report.flops["analytic"] == job.flops / 8
-  again = 2 * 8 * 8 * 32 * 100  # the readout's second time, which one chunk of positions does not need
+  again = 2 * 8 * 8 * 32 * 100  # recomputing the readout, which a single chunk of positions does not need
   assert report.flops["compiled"] == pytest.approx(report.flops["analytic"] - again, rel=1e-3)
 
 
-def test_gradients_are_sent_once(train):
+def test_gradients_are_communicated_once(train):
   job, _, report = train
   reduced = {c["kind"]: c for c in report.collectives}["all-reduce"]
   assert reduced["group"] == 8
   gradients = 2 * 7 / 8 * 4 * parameters(job.args[0].params)
-  assert gradients <= reduced["bytes"] <= gradients + 2000  # and the metrics
-  half = CHIP.links / 2  # these devices are a line, and CHIP's links go along two axes
+  assert gradients <= reduced["bytes"] <= gradients + 2000  # plus the metrics
+  half = CHIP.links / 2  # these devices form a line, while CHIP's links go along two axes
   assert report.seconds["interconnect"] == pytest.approx(sum(c["bytes"] for c in report.collectives) / half)
 
 
@@ -119,7 +119,7 @@ def test_estimates_follow_from_the_resources(train):
   report = train[2]
   assert report.seconds["compute"] == pytest.approx(report.flops["analytic"] / CHIP.flops)
   longest = max(report.seconds.values())
-  assert report.step_seconds == longest == report.seconds[report.bound]  # no cycles from a CPU's compiler
+  assert report.step_seconds == longest == report.seconds[report.bound]  # CPU compilers report no cycles
   assert report.mfu == report.mfu_roofline == pytest.approx(report.flops["model"] / CHIP.flops / longest)
   assert report.images_per_second == pytest.approx(64 / longest)
   slow = dataclasses.replace(report, seconds=report.seconds | {"schedule": 2 * longest})
@@ -141,7 +141,7 @@ def test_report_as_table_and_json(train):
   assert "8 x 1 x 1" in row
 
 
-def test_what_remat_computes_again_is_no_work_of_the_model():
+def test_rematerialisation_does_not_count_as_model_flops():
   config = debug.get_config()
   config.remat = "full"
   job = compile_jobs.make_job(config, "train", mesh_of(data=8), 8, None)
@@ -151,7 +151,7 @@ def test_what_remat_computes_again_is_no_work_of_the_model():
   assert job.model_flops < job.flops
 
 
-def test_fsdp_divides_the_state_and_gathers_it():
+def test_fsdp_shards_and_gathers_the_state():
   config = generator(ar=dict(width=128, num_ids=4096))
   made, _, report = compiled(config, "train", mesh_of(data=2, fsdp=4), 2)
   whole = 4 * parameters(made.args[0].params)
@@ -162,7 +162,7 @@ def test_fsdp_divides_the_state_and_gathers_it():
   assert made.flops == flops_ar.ar_train(config, 16)
 
 
-def test_generation_counts_every_token():
+def test_generation_counts_all_tokens():
   config = generator()
   made, _, report = compiled(config, "ar", mesh_of(data=8), 2)
   assert made.flops == flops_ar.ar_generate(config, 8, 16, True, True)
@@ -171,7 +171,7 @@ def test_generation_counts_every_token():
   assert report.memory["parameters"] == 4 * parameters(made.args[0])
 
 
-def test_sampling_counts_every_step():
+def test_sampling_counts_all_steps():
   config = debug.get_config()
   made, _, report = compiled(config, "sample", mesh_of(data=8), 2)
   assert made.flops == flops.sampler(config, 4, 16, True)
@@ -180,7 +180,7 @@ def test_sampling_counts_every_step():
 
 @pytest.mark.parametrize("condition", ["text", "class"])
 @pytest.mark.parametrize("encoder", ["t5", "bytes"])
-def test_generators_of_every_condition_are_traced(condition, encoder):
+def test_generators_of_all_conditions_are_traced(condition, encoder):
   config = generator(
     ar=dict(condition=condition),
     text=dict(encoder=encoder, max_length=6, features=16, mlp_hidden=8, depth=1, head_dim=16),
@@ -196,19 +196,19 @@ def device(kind, cores, **fields):
 def test_kinds_of_devices():
   assert accelerators.known(jax.devices()[0]) is None
   assert accelerators.known(device("TPU v5 lite", 1)).flops == 197e12
-  assert accelerators.known(device("TPU v5", 2)).flops == 459e12  # both cores are one device
+  assert accelerators.known(device("TPU v5", 2)).flops == 459e12  # both cores form one device
   core, chip = accelerators.known(device("TPU7x", 1)), accelerators.known(device("TPU7x", 2))
-  for name in ("flops", "memory", "bandwidth", "links"):  # one core of two is a device
+  for name in ("flops", "memory", "bandwidth", "links"):  # one of two cores is a device
     assert getattr(core, name) == getattr(chip, name) / 2
   assert (core.clock, core.axes) == (chip.clock, chip.axes)
   assert accelerators.known(types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")).flops == 989e12
   for kind in ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"):
     chip = accelerators.known(device(kind, 2))
     assert 1e9 < chip.clock < 3e9
-    assert 100 < chip.flops / chip.bandwidth < 700  # FLOPs in the time of a byte
+    assert 100 < chip.flops / chip.bandwidth < 700  # FLOPs in the time of one byte
 
 
-def test_links_along_one_axis_are_a_part_of_all():
+def test_links_along_one_axis_are_a_fraction_of_all():
   corners = [device("x", 1, coords=[i % 2, i // 2, 0]) for i in range(4)]
   mesh = types.SimpleNamespace(devices=types.SimpleNamespace(flat=corners))
   seconds = lambda *group: compile_report.link_seconds(
@@ -218,7 +218,7 @@ def test_links_along_one_axis_are_a_part_of_all():
   assert seconds(0, 1, 2, 3) == pytest.approx(3 * 1e9 / 1e10)
 
 
-def test_what_does_not_fit_is_a_report(train):
+def test_out_of_memory_gives_a_report(train):
   job = train[0]
   assert compile_report.arguments_fit(job, CHIP)
   small = dataclasses.replace(CHIP, memory=1e5)
@@ -250,7 +250,7 @@ def tried(config, batch, seconds):
   )
 
 
-def test_search_grows_the_batch_while_it_pays_and_fits():
+def test_search_increases_the_batch_while_it_is_faster_and_fits():
   config = generator()
 
   def try_one(c, batch):
@@ -271,7 +271,7 @@ def test_search_grows_the_batch_while_it_pays_and_fits():
   assert "does not fit" in lines[-1]
 
 
-def test_search_tries_no_other_remat_where_there_is_no_gradient():
+def test_search_tries_no_other_remat_without_gradients():
   reports = compile_search.search(generator(), "ar", 4, 4, lambda c, batch: tried(c, batch, float(batch)))
   assert {r.settings["remat"] for r in reports} == {"none"}
 
@@ -298,7 +298,7 @@ CONFIG = f"--config={ROOT / 'configs' / 'debug.py'}"
     ("unknown --job=fly: one of train, sample, ar", (CONFIG, "--topology=v5e:2x2", "--job=fly")),
   ],
 )
-def test_flags_are_checked_before_anything_else(pattern, args):
+def test_flags_are_checked_first(pattern, args):
   with pytest.raises(ValueError, match=pattern):
     run(compile, *args)
 
@@ -310,7 +310,7 @@ def test_flags_are_checked_before_anything_else(pattern, args):
     ("INVALID_ARGUMENT: Invalid TPU external name: TPU v9", "topology=v9:1x1: INVALID_ARGUMENT.*known are v5e"),
   ],
 )
-def test_no_compiler_and_no_such_topology(monkeypatch, error, pattern):
+def test_missing_compiler_and_unknown_topology(monkeypatch, error, pattern):
   def fail(*_):
     raise RuntimeError(error)
 
@@ -331,18 +331,18 @@ def test_no_compiler_and_no_such_topology(monkeypatch, error, pattern):
     (generator(data=dict(global_batch=12)), "train", None, None, "global_batch=12 is not divisible"),
   ],
 )
-def test_jobs_that_do_not_fit_the_config(config, job, batch, tokens, pattern):
+def test_jobs_incompatible_with_the_config(config, job, batch, tokens, pattern):
   with pytest.raises(ValueError, match=pattern):
     compile_jobs.make_job(config, job, mesh_of(data=8), batch, tokens)
 
 
-def test_devices_without_figures_are_refused():
+def test_devices_with_unknown_specifications_are_refused():
   with pytest.raises(ValueError, match="no figures of 'cpu'"):
     compile_run.compile_job(debug.get_config(), "debug", "train", "cpu", jax.devices(), 1, None)
 
 
-def test_a_job_is_made_for_its_devices(monkeypatch):
-  """A kernel that the devices lack is refused by their kind, not by that of this process."""
+def test_jobs_use_the_target_devices(monkeypatch):
+  """Whether a kernel is supported depends on the target devices, not on those of this process."""
 
   def make_job(*args):
     raise ValueError(jax.config.jax_default_device)
@@ -360,7 +360,7 @@ def test_a_folder_without_reports_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler of TPUs, is not installed")
-def test_a_tpu_that_is_not_there(tmp_path):
+def test_compile_for_an_absent_tpu(tmp_path):
   command = [
     sys.executable,
     "-m",

@@ -1,4 +1,4 @@
-"""PyTorch files as safetensors: what can be said without PyTorch, and the rest where it is installed."""
+"""Converting PyTorch files to safetensors: what works without PyTorch, and the rest if it is installed."""
 
 import sys
 
@@ -11,7 +11,7 @@ from flextok_jax.tools import convert_torch
 
 
 class Tensor:
-  """As much of a PyTorch tensor as names are found by."""
+  """The parts of a PyTorch tensor that finding names needs."""
 
   def __init__(self, floating=True):
     self.floating = floating
@@ -40,7 +40,7 @@ def test_without_pytorch(tmp_path, monkeypatch):
   assert "\n" not in str(error.value)
 
 
-def test_targets_and_sources(tmp_path):
+def test_bad_targets_and_sources(tmp_path):
   with pytest.raises(ValueError, match="x.npz must end with .safetensors"):
     convert_torch.convert("x.pth", "x.npz")
   with pytest.raises(FileNotFoundError, match="no such file: x.pth"):
@@ -55,7 +55,7 @@ def torch():
   return pytest.importorskip("torch", reason="torch is not installed: its files can be neither written nor read")
 
 
-def test_tensors_stay_what_they_are(torch, tmp_path, capsys):
+def test_tensors_are_unchanged(torch, tmp_path, capsys):
   numbers = torch.arange(6.0).reshape(2, 3)
   values = dict(
     half=numbers.half(),
@@ -77,13 +77,13 @@ def test_tensors_stay_what_they_are(torch, tmp_path, capsys):
 
 
 class Harmful:
-  """What runs a function when it is unpickled."""
+  """An object that runs a function when it is unpickled."""
 
   def __reduce__(self):
     return (print, ("unpickled",))
 
 
-def test_files_that_are_refused(torch, tmp_path, capsys):
+def test_refused_files(torch, tmp_path, capsys):
   torch.save({"a": Harmful()}, tmp_path / "harmful.pth")
   torch.save([torch.zeros(3)], tmp_path / "list.pth")
   torch.save({"a": torch.tensor(1)}, tmp_path / "count.pth")

@@ -1,4 +1,4 @@
-"""FLOPs counted in the programs that the benchmark runs, against formulas and against XLA's count."""
+"""FLOPs counted in the benchmark's programs, against formulas and against XLA's count."""
 
 import functools
 
@@ -24,7 +24,7 @@ BATCH = 4
 
 
 def small_config(**overrides):
-  """64 patches and up to 64 registers, all widths unlike."""
+  """64 patches and up to 64 registers; all widths differ."""
   part = dict(width=96, depth=3, head_dim=32)
   config = common.derive(
     image_size=32,
@@ -53,13 +53,13 @@ def generator(**overrides):
 
 @functools.cache
 def shapes(config):
-  """Of the parameters, trained and frozen."""
+  """Returns shapes of the trained and the frozen parameters."""
   return unbox(jax.eval_shape(make_stage(config).init, jax.random.key(0)))
 
 
 @pytest.fixture(autouse=True)
 def zero_params(monkeypatch):
-  """Parameters are zeros: random ones that look at themselves cannot be shapes alone."""
+  """Makes all parameters zero: the benchmark's random parameters depend on values, so they cannot be traced."""
 
   def zeros(self, names, dtype):
     params, frozen = shapes(FrozenConfigDict(self.config))
@@ -69,7 +69,7 @@ def zero_params(monkeypatch):
 
 
 def programs(config, job, num_tokens, paths, latents):
-  """Returns by path the traced program, whose arguments are shapes alone, and our count."""
+  """Returns {path: (program traced with shapes only, our count)}."""
   make = benchmark_ar.GeneratorBenchmark if config.stage == "ar" else benchmark_jobs.TokenizerBenchmark
   made = {}
 
@@ -83,7 +83,7 @@ def programs(config, job, num_tokens, paths, latents):
 
 
 def formula(config, job, num_tokens, path, latents):
-  """FLOPs of a job by the formulas of tests/support."""
+  """Returns a job's FLOPs from the formulas in tests/support."""
   fast, parts = path == "fast", config.optim.accumulate_steps
   vae = not latents and config.vae.kind != "pixels"
   encode, decode = (f(config, BATCH) if vae else 0 for f in (flops.vae_encode, flops.vae_decode))
@@ -103,11 +103,11 @@ def formula(config, job, num_tokens, path, latents):
 
 
 def check(config, job, num_tokens=None, *, paths=benchmark_jobs.PATHS, latents=True, trips=()):
-  """Asserts that the program has as many FLOPs as the formulas say, loops multiplied out; returns the counts."""
+  """Asserts that the program's FLOPs, with loops multiplied out, equal the formulas; returns the counts."""
   made = programs(config, job, num_tokens, paths, latents)
   for path, (traced, count) in made.items():
     assert count == count_jaxpr(traced.jaxpr.jaxpr, trips)
-    # The fast training step: what a learned vector gives to each of six codes.
+    # The fast training step: the gradient of one learned vector at each of six codes.
     expected = formula(config, job, num_tokens, path, latents)
     assert count == pytest.approx(expected, rel=3e-6), (job, num_tokens, path)
   return {path: count for path, (_, count) in made.items()}
@@ -131,11 +131,11 @@ def test_training():
 
 
 @pytest.mark.parametrize("job", ["tokenize", "detokenize", "train", "vae", "ar", "train_ar"])
-def test_xla_counts_the_same(job, monkeypatch):
-  """XLA finds nothing to leave out of a program that was counted: up to 3% more, by elementwise work, and hardly less.
+def test_xla_count_agrees(job, monkeypatch):
+  """XLA removes hardly any counted work and adds up to 3% of elementwise operations.
 
-  Loops are unrolled, as XLA counts the body of a loop once; of a loop over tokens the only one. Sizes are such that
-  products are nearly all of the work.
+  Loops are unrolled, since XLA counts a loop's body once; a loop over tokens has one step. Sizes are chosen so that
+  nearly all of the work is matrix products.
   """
   monkeypatch.setattr(jax.lax, "scan", lambda *args, scan=jax.lax.scan, **kw: scan(*args, **{**kw, "unroll": True}))
   part = dict(width=384, depth=2, head_dim=64)
@@ -153,8 +153,8 @@ def test_xla_counts_the_same(job, monkeypatch):
     assert -0.002 < gap < 0.03, (path, gap)
 
 
-def test_what_the_vae_is_trained_by():
-  """LPIPS and the discriminator, each gradient traced apart."""
+def test_vae_training_losses():
+  """LPIPS and the discriminator, with each gradient traced separately."""
   config = small_config(
     stage="vae",
     image_size=64,
@@ -177,7 +177,7 @@ def test_what_the_vae_is_trained_by():
   assert more == 3 * (flops.perceptual_loss(config) + flops.adversarial_losses(config))
 
 
-def test_the_vae_and_whole_images():
+def test_vae_and_whole_images():
   config = small_config(vae=dict(latent_channels=4))
   vae = check(config, "vae")[benchmark_jobs.ONLY]
   check(small_config(stage="vae"), "train")
@@ -221,7 +221,7 @@ def test_options(fields):
   ids=["class", "bytes", "t5", "remat full", "remat dots", "none"],
 )
 def test_generator(fields):
-  """Fast: one loop of as many steps as tokens. Plain: a loop for each length of the prefix."""
+  """Fast: one loop with one step per token. Plain: one loop for each prefix length."""
   config = generator(**fields)
   check(config, "train")
   check(config, "ar", 20, paths=("plain",), trips=(20,))
@@ -231,8 +231,8 @@ def test_generator(fields):
   assert flops_ar.is_guided(config) == (config.ar.condition != "none" and config.ar.guidance_scale != 1)
 
 
-def test_what_a_token_reads():
-  """Every matrix once but those that only the text sees, and the caches of guided rows, of 72 slots for 70 tokens."""
+def test_bytes_read_per_token():
+  """All matrices once, except those used only for text, and the caches of guided rows, of 72 slots for 70 tokens."""
   config = generator(ar=dict(condition="text"))
   named = flax.traverse_util.flatten_dict(shapes(FrozenConfigDict(config))[0]["ar"])
   matrices = sum(x.size for path, x in named.items() if path[-1] == "kernel" and "kv" not in path)
@@ -242,8 +242,8 @@ def test_what_a_token_reads():
   assert flops_ar.token_bytes(config, 70, BATCH, True) == 2 * (matrices + caches)
 
 
-def test_logits_of_all_positions_never_exist_at_once():
-  """The gradient of the loss at 12 x 768: no array over the ids but of loss_chunk positions, and the weights' own."""
+def test_logits_of_all_positions_are_never_materialised():
+  """In the loss gradient at 12 x 768, arrays over the ids cover loss_chunk positions at most, or are weights."""
   most = {}
   for chunk in (16, 256):
     config = common.derive(stage="ar", ar=dict(loss_chunk=chunk))
@@ -262,7 +262,7 @@ def test_logits_of_all_positions_never_exist_at_once():
   assert most == {chunk: BATCH * chunk * 64_000 for chunk in (16, 256)}
 
 
-def test_formulas_by_hand():
+def test_formulas_against_counts_by_hand():
   part = small_config(encoder=dict(width=64, gated_mlp=False)).encoder
   assert flops.linear(2, 3, 4) == 48
   q, k, v, logits, weighted, out = (
@@ -280,8 +280,8 @@ def test_formulas_by_hand():
   assert flops.conv(4, 2, 3, stride=2, low=0) == 2 * 5**2 * 2 * 3  # pixels 0 1 2 and 2 3
 
 
-def test_the_released_size():
-  """d12-d12: whole numbers, savings near what the sequence lengths promise, at no count of tokens a loss."""
+def test_released_size():
+  """d12-d12: whole numbers, savings close to what the sequence lengths imply, and never a loss."""
   config = common.derive()
   plain = flops.sampler(config, 1, 4, False)
   fast = [flops.sampler(config, k, 4, True) for k in range(1, 257)]
@@ -292,11 +292,11 @@ def test_the_released_size():
 
 
 def test_generator_at_the_released_size():
-  """12 x 768: a token costs 2 FLOPs a weight and row, and the cache; recomputing 256 costs over 80 times that."""
+  """12 x 768: a token costs 2 FLOPs per weight and row plus the cache; recomputing 256 costs over 80 times that."""
   config = common.derive(stage="ar")
   blocks, readout = 12 * (4 * 768**2 + 3 * 768 * 2048), 768 * 64_000
   row = 2 * blocks + 12 * 2 * 2 * 768 * 256
-  guided = 4 * 256 * (2 * row + 2 * readout)  # of both rows one readout
+  guided = 4 * 256 * (2 * row + 2 * readout)  # both rows share one readout
   assert flops_ar.ar_generate(config, 256, 4, True, True) == guided
   assert flops_ar.ar_generate(config, 256, 4, False, True) == 4 * 256 * (row + 2 * readout)
   assert 80 < flops_ar.ar_generate(config, 256, 4, True, False) / guided < 120

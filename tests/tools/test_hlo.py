@@ -1,4 +1,4 @@
-"""Reading compiled programs: loops, products, collectives and memory traffic, against counts by hand."""
+"""Reading compiled programs: loops, matrix products, collectives and memory traffic, against counts by hand."""
 
 import jax
 from jax.experimental import mesh_utils
@@ -11,9 +11,9 @@ import pytest
 from flextok_jax.tools.compile import hlo
 from flextok_jax.tools.compile import traffic as hlo_traffic
 
-# A TPU's program for 4 devices, shortened. A layer's weights, split over the devices, are gathered in a loop of 7
-# rounds (its counter is read inside a fusion, its bound comes with the state); a kernel scatters the gradient; one
-# collective runs beside other work, in two kernels. S(1) is memory on the chip.
+# A shortened TPU program for 4 devices. The sharded weights of a layer are gathered in a loop of 7 iterations (its
+# counter is read inside a fusion, its bound is part of the state); a kernel scatters the gradient; one collective runs
+# concurrently with other work, in two kernels. S(1) is on-chip memory.
 TPU = """
 HloModule jit_f, is_scheduled=true, num_partitions=4
 
@@ -124,24 +124,24 @@ def tpu():
   return hlo.Module(TPU)
 
 
-def test_loops_of_a_stored_program_are_multiplied_out(tpu):
+def test_loops_of_a_saved_program_are_multiplied_out(tpu):
   assert hlo.matmul_flops(tpu) == 7 * 2 * 512 * 1024 * 1024
   assert hlo.cycles(tpu) == 7 * 21_000
   assert tpu.unknown_loops == 0
 
 
-def test_collectives_of_a_stored_program(tpu):
+def test_collectives_of_a_saved_program(tpu):
   found = hlo_traffic.collectives(tpu, 4)
   assert [(c.kind, c.times, c.sent) for c in found] == [
     ("all-gather", 7, 3 * 2 * 256 * 1024),
     ("reduce-scatter", 1, 3 * 2 * 1024 * 1024 // 4),  # an all-reduce of which each device keeps its slice
-    ("all-gather", 1, 3 * 2 * 64 * 64),  # in two kernels, but one channel
+    ("all-gather", 1, 3 * 2 * 64 * 64),  # in two kernels, but on one channel
   ]
   assert all(c.group == (0, 1, 2, 3) for c in found)
 
 
-def test_a_collective_beside_a_loop_runs_once(tpu):
-  """Started before the loop, it goes on in kernels of the loop: seven times in the program, once over the network."""
+def test_an_asynchronous_collective_is_counted_once(tpu):
+  """It starts before the loop and continues in the loop's kernels: seven times in the program, once on the network."""
   kinds = "bf16[64,64]{1,0}", "bf16[256,64]{1,0}", "u32[]", "f32[8]{0}"
   constants = "\n".join(f"  %v.{i} = {kind} constant(0)" for i, kind in enumerate(kinds, 1))
   within = f"""
@@ -154,19 +154,19 @@ def test_a_collective_beside_a_loop_runs_once(tpu):
   assert hlo_traffic.collectives(hlo.Module(text), 4) == hlo_traffic.collectives(tpu, 4)
 
 
-def test_memory_traffic_of_a_stored_program(tpu):
+def test_memory_traffic_of_a_saved_program(tpu):
   shard, rows = 2 * 256 * 1024, 2 * 512 * 1024
-  loop = shard + rows + rows + rows  # reads a layer's weights and x; writes x, and x once more as a row of the history
-  scattered = 2 * 1024 * 1024  # read; the result stays on the chip
+  loop = shard + rows + rows + rows  # reads a layer's weights and x; writes x, and x again as a row of the history
+  scattered = 2 * 1024 * 1024  # is read; the result stays on the chip
   gathered = 2 * 64 * 64 + 2 * 256 * 64
-  counter = 4 + 4 + 4 + 1  # add and compare read and write single numbers: the copy on the chip is free
+  counter = 4 + 4 + 4 + 1  # add and compare access single numbers; the copy on the chip is free
   beside = 2 * 8 * 4
   total = hlo_traffic.memory_bytes(tpu)
   by_hand = 7 * loop + scattered + gathered + beside
   assert by_hand <= total <= by_hand + 7 * 2 * counter
 
 
-def test_an_unknown_loop_takes_the_count_that_is_given():
+def test_unknown_trip_counts_use_the_given_number():
   text = TPU.replace("direction=LT", "direction=NE")
   program = hlo.Module(text, unknown_trips=40)
   assert hlo.matmul_flops(program) == 40 * 2 * 512 * 1024 * 1024
@@ -214,7 +214,7 @@ def test_groups_in_every_notation(text, group):
   assert hlo_traffic.first_group(text, 8) == group
 
 
-def test_groups_in_unknown_words_are_refused():
+def test_unknown_group_notation_is_refused():
   with pytest.raises(ValueError, match="unknown groups"):
     hlo_traffic.first_group("replica_groups=@mesh", 8)
 
@@ -226,7 +226,7 @@ def mesh_of(**axes):
 
 
 def compile_for(mesh, fn, out, *args):
-  """Compiles fn for arguments (shape, spec), with its result placed by `out`."""
+  """Compiles fn for arguments (shape, spec), with its result sharded as `out`."""
   shapes = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for shape, spec in args]
   return jax.jit(fn, out_shardings=NamedSharding(mesh, out)).lower(*shapes).compile()
 
@@ -242,23 +242,23 @@ def sent(program, devices=8):
   return totals
 
 
-def test_a_product_of_split_rows_sends_its_gradient():
+def test_data_parallel_product_reduces_its_gradient():
   mesh = mesh_of(data=8)
   grad = jax.grad(lambda w, x: jnp.square(x @ w).sum())
   program = program_of(mesh, grad, P(), ((64, 32), P()), ((80, 64), P("data")))
   assert sent(program) == {"all-reduce": 2 * 7 * 4 * 64 * 32 // 8}
-  assert hlo.matmul_flops(program) == 2 * 2 * 10 * 64 * 32  # x w, and x^T times its gradient
+  assert hlo.matmul_flops(program) == 2 * 2 * 10 * 64 * 32  # x w, and x^T times the output's gradient
 
 
-def test_a_product_along_split_columns_gathers():
+def test_column_sharded_product_gathers():
   mesh = mesh_of(data=2, tensor=4)
   program = program_of(mesh, lambda x, w: x @ w, P("data"), ((16, 64), P("data")), ((64, 32), P(None, "tensor")))
-  assert sent(program) == {"all-gather": 3 * 4 * 8 * 8}  # each device has 8 x 8 of the 8 x 32 that its group wants
+  assert sent(program) == {"all-gather": 3 * 4 * 8 * 8}  # each device has 8 x 8 of the 8 x 32 that its group needs
   (gather,) = hlo_traffic.collectives(program, 8)
   assert gather.group == (0, 1, 2, 3)
 
 
-def test_a_scan_over_layers_counts_every_layer():
+def test_a_scan_counts_every_layer():
   mesh, layers = mesh_of(data=8), 5
 
   def fn(ws, x):
@@ -281,7 +281,7 @@ def test_a_scan_over_layers_counts_every_layer():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_convolutions_count_what_xla_counts(stride):
+def test_convolution_flops_equal_xla(stride):
   fn = lambda x, w: jax.lax.conv_general_dilated(
     x, w, (stride, stride), ((1, 1), (1, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC")
   )
@@ -289,8 +289,8 @@ def test_convolutions_count_what_xla_counts(stride):
   assert hlo.matmul_flops(hlo.Module(compiled.as_text())) == compiled.cost_analysis()["flops"]
 
 
-def test_a_dilated_convolution_counts_pairs_by_hand():
-  """How TPUs write 3 products of 2 rows with 5 columns, over 4 numbers: a diagonal of a convolution full of holes."""
+def test_dilated_convolution_by_hand():
+  """TPUs write 3 products of 2 rows with 5 columns over 4 numbers like this: the diagonal of a dilated convolution."""
   line = (
     "  ROOT %y = f32[3,2,5]{2,1,0} convolution(%a, %b), window={size=3 stride=2 pad=0_0 lhs_dilate=3}, "
     "dim_labels=0bf_0oi->0bf"

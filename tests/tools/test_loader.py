@@ -1,4 +1,4 @@
-"""The loader benchmark on a few small files: rows, table, lines and errors; nothing is said about times."""
+"""The loader benchmark on a few small files: rows, table, JSON lines and errors; times are not checked."""
 
 import json
 import threading
@@ -40,7 +40,7 @@ def test_rows_table_and_lines(tmp_path, capsys, monkeypatch):
   assert not any(thread.name.startswith("grain-prefetch") for thread in threading.enumerate())
 
 
-def test_files_are_of_the_size_and_the_same_each_time(tmp_path):
+def test_files_have_the_requested_size_and_are_reproducible(tmp_path):
   one, other = (loader.write_photographs(tmp_path / name, 5, (50, 40)) for name in ("one", "other"))
   assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]
   assert all(Image.open(path).size == (50, 40) and Image.open(path).format == "JPEG" for path in one)
@@ -48,8 +48,8 @@ def test_files_are_of_the_size_and_the_same_each_time(tmp_path):
   assert len(list((tmp_path / "one" / "validation").iterdir())) == 1
 
 
-def test_the_plain_loop_makes_crops_of_the_same_law(tmp_path):
-  """The same regions, drawn by the same generator: what both make of them is much nearer than other regions."""
+def test_plain_loop_draws_the_same_crops(tmp_path):
+  """Both draw the same regions from the same random numbers: crops are much closer than for other regions."""
   paths = loader.write_photographs(tmp_path, 8, (100, 80))
   rng = np.random.default_rng(0)
   ours, others = ([transforms.random_resized_crop(path, 16, rng, 0.4) for path in paths] for _ in range(2))

@@ -1,4 +1,4 @@
-"""The coordinate check: activations change alike at all widths with muP only; bad input."""
+"""The coordinate check: only with muP do activations change equally at all widths; bad input."""
 
 import json
 
@@ -24,7 +24,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
-  """A generator of pictures' tokens, class-conditional."""
+  """Writes the config of a class-conditional generator of image tokens."""
   root = tmp_path_factory.mktemp("mup")
   token_shards.write(root / "shards", token_shards.config(token_shards.make_pictures(root / "pictures")), num_shards=1)
   text = CONFIG
@@ -34,7 +34,7 @@ def config_file(tmp_path_factory):
   return root / "config.py"
 
 
-def test_activations_change_alike_at_all_widths_under_mup_alone(config_file, tmp_path, capsys):
+def test_activations_change_equally_at_all_widths_only_with_mup(config_file, tmp_path, capsys):
   run(mup_check, f"--config={config_file}", "--widths=512,64", "--steps=4", f"--out={tmp_path / 'new' / 'folder'}")
   out = tmp_path / "new" / "folder"
   report = json.loads((out / "coordinates.json").read_text())
@@ -51,7 +51,7 @@ def test_activations_change_alike_at_all_widths_under_mup_alone(config_file, tmp
   for (_, width, step), row in rows.items():
     assert set(row["mean_abs"]) == set(row["mean_change"]) == layers
     assert all((change > 0) == (step > 0) for change in row["mean_change"].values())
-    if width == report["base_width"] == 64:  # where muP changes nothing
+    if width == report["base_width"] == 64:  # where muP has no effect
       assert row["mean_abs"] == pytest.approx(rows["standard", width, step]["mean_abs"], rel=1e-3)
   picture = np.asarray(Image.open(out / "coordinates.png").convert("RGB"))
   assert picture.shape[0] > 500 and picture.std() > 10

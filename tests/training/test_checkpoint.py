@@ -1,4 +1,4 @@
-"""Weights files, checkpoints and the claim of a working folder."""
+"""Weights files, checkpoints and claiming a workdir."""
 
 import errno
 import functools
@@ -43,7 +43,7 @@ def params(config):
 
 @pytest.fixture(scope="module")
 def workdir(config, tmp_path_factory):
-  """A working folder with checkpoints of steps 3 and 5."""
+  """Returns a workdir with checkpoints of steps 3 and 5."""
   path = tmp_path_factory.mktemp("workdir")
   save_states(path, config, random_state(config, 3, seed=3), random_state(config, 5, seed=5))
   return path
@@ -71,7 +71,7 @@ def test_weights_round_trip(config, params, tmp_path):
 
 
 def test_bfloat16_weights(config, params, tmp_path):
-  """Half the size; exact where the numbers are bfloat16's own, else to its 8 bits."""
+  """Half the size; exact for values that bfloat16 represents, otherwise rounded to its 8 bits."""
   small, large = str(tmp_path / "small.safetensors"), str(tmp_path / "large.safetensors")
   saving.save_weights(small, config, params, "bfloat16")
   saving.save_weights(large, config, params)
@@ -83,7 +83,7 @@ def test_bfloat16_weights(config, params, tmp_path):
   assert_trees_equal(loading.load(small)[1], rounded)
 
 
-def test_a_failed_write_leaves_the_old_file(config, params, tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(config, params, tmp_path, monkeypatch):
   path = tmp_path / "weights.safetensors"
   saving.save_weights(str(path), config, params)
   before = path.read_bytes()
@@ -97,7 +97,7 @@ def test_a_failed_write_leaves_the_old_file(config, params, tmp_path, monkeypatc
   assert path.read_bytes() == before
 
 
-def test_damaged_and_foreign_weights_are_one_line(config, params, tmp_path):
+def test_damaged_and_foreign_weights_are_one_line_errors(config, params, tmp_path):
   path = tmp_path / "weights.safetensors"
   saving.save_weights(str(path), config, params)
   good = path.read_bytes()
@@ -131,7 +131,7 @@ def test_damaged_and_foreign_weights_are_one_line(config, params, tmp_path):
     ("text", "is not one of flextok_jax: .*patch_size"),
   ],
 )
-def test_absurd_configs_in_weights_are_one_line(config, params, tmp_path, text, pattern):
+def test_invalid_configs_in_weights_are_one_line_errors(config, params, tmp_path, text, pattern):
   values = json.loads(config.to_json())
   changes = dict(
     width=("encoder", "width", 48),
@@ -166,7 +166,7 @@ def test_checkpoint_round_trip(config, workdir):
   assert jax.tree.structure(again) == jax.tree.structure(state)
 
 
-def test_weights_of_a_workdir_are_the_average_and_the_frozen_parts(workdir, tmp_path):
+def test_weights_of_a_workdir_are_the_average_and_frozen_parts(workdir, tmp_path):
   before = files_of(workdir)
   _, params = loading.load(str(workdir))
   assert_trees_equal(params, random_state(config_of(), 5, seed=5).ema)
@@ -177,7 +177,7 @@ def test_weights_of_a_workdir_are_the_average_and_the_frozen_parts(workdir, tmp_
   config, params = loading.load(str(tmp_path))
   assert config.vae.kind == "autoencoder_kl"
   assert_trees_equal(params, {**state.ema, **state.frozen})
-  # Reading writes nothing.
+  # Reading writes no files.
   assert files_of(workdir) == before
   empty = tmp_path / "empty"
   checkpoint.claim_workdir(str(empty), over_vae)
@@ -186,14 +186,14 @@ def test_weights_of_a_workdir_are_the_average_and_the_frozen_parts(workdir, tmp_
 
 
 def test_kept_checkpoints(config, tmp_path):
-  """The newest two, and those at a multiple of ten; a step that is there already is not written again."""
+  """Keeps the newest two and those at a multiple of ten; a step that already exists is not written again."""
   state = random_state(config)
   states = [state.replace(step=jnp.int32(step)) for step in (5, 10, 15, 20, 20, 25, 30, 35)]
   save_states(tmp_path, config, *states, keep=2, keep_period=10)
   assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [10, 20, 30, 35]
 
 
-def test_what_the_loss_alone_needs_is_restored_by_a_run_and_left_unread_by_loaders(config, tmp_path):
+def test_loss_only_parts_are_restored_by_runs_and_skipped_by_loaders(config, tmp_path):
   plain = random_state(config, 5)
   helper, network = {"bias": jnp.arange(3.0)}, {"scale": jnp.ones(2)}
   state = plain.replace(
@@ -207,7 +207,7 @@ def test_what_the_loss_alone_needs_is_restored_by_a_run_and_left_unread_by_loade
   assert_trees_equal(loaded, plain.ema)
   checkpoints = checkpoint.Checkpoints(str(tmp_path))
   assert_trees_equal(checkpoints.restore(shapes_of(state)), state)
-  # A part that is asked for and is not there is no damage to be silent about.
+  # A requested part that is missing is an error.
   fails(
     "checkpoint .*/5 cannot be read", orbax.restore_average, str(tmp_path), shapes_of(plain.ema | {"other": helper}), {}
   )
@@ -228,8 +228,8 @@ def harm(folder, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "garbled", "missing"])
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(config, workdir, tmp_path, how, caplog):
-  """With a line that names it. Weights are read around it; a run sets it aside, and saves that step again."""
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(config, workdir, tmp_path, how, caplog):
+  """A warning names it. Loaders use the previous one; a run renames the damaged one and saves that step again."""
   path = tmp_path / "copy"
   shutil.copytree(workdir, path)
   folder = path / "checkpoints" / "5"
@@ -237,7 +237,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(config, workdir
   before, third = files_of(path), random_state(config, 3, seed=3)
   assert_trees_equal(loading.load(str(path))[1], third.ema)
   assert files_of(path) == before
-  # (asyncio may log here too, when it collects what orbax left of a case before.)
+  # (asyncio may log here too, when orbax objects of an earlier case are collected.)
   (warning,) = [r.getMessage() for r in caplog.records if r.name == "absl"]
   assert warning.startswith(f"checkpoint {folder} cannot be read (") and "\n" not in warning
 
@@ -250,7 +250,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(config, workdir
   checkpoints.close()
   assert_trees_equal(loading.load(str(path))[1], fifth.ema)
 
-  # Damaged once more, beside what is left from the first time; then the other one as well.
+  # Damage it again, while the first damaged one is still there; then damage the other one as well.
   harm(folder, how)
   checkpoints = checkpoint.Checkpoints(str(path), own=True)
   assert int(checkpoints.restore(shapes_of(third)).step) == 3
@@ -258,15 +258,15 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(config, workdir
   fails(f"checkpoint {path}/checkpoints/3 cannot be read .*, nor any before it", checkpoints.restore, shapes_of(third))
   checkpoints.close()
   fails(f"checkpoint {path}/checkpoints/3 cannot be read", loading.load, str(path))
-  assert {p.name for p in folder.parent.iterdir()} == {"3", "5.unreadable"}  # nothing is renamed in vain
+  assert {p.name for p in folder.parent.iterdir()} == {"3", "5.unreadable"}  # no needless renaming
 
 
-def test_what_a_killed_run_has_left_half_written_is_removed_by_the_next_one(config, workdir, tmp_path):
+def test_partial_checkpoints_of_a_killed_run_are_removed_by_the_next_run(config, workdir, tmp_path):
   path = tmp_path / "copy"
   shutil.copytree(workdir, path)
   half = path / "checkpoints" / "7.orbax-checkpoint-tmp"
   shutil.copytree(path / "checkpoints" / "5", half)
-  loading.load(str(path))  # may be while another run writes
+  loading.load(str(path))  # may happen while another run writes
   assert half.exists()
   checkpoints = checkpoint.Checkpoints(str(path), own=True)
   assert checkpoints.latest_step() == 5
@@ -277,7 +277,7 @@ def test_what_a_killed_run_has_left_half_written_is_removed_by_the_next_one(conf
 
 @pytest.fixture
 def small_disk(tmp_path):
-  """A folder on a file system of its own: (path, function that fills it up to so many bytes)."""
+  """A folder on its own file system: (path, function that fills it until so many bytes are left)."""
   path = tmp_path / "disk"
   path.mkdir()
   done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True, check=False)
@@ -293,7 +293,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 40_000])  # bytes; a checkpoint has some 200,000
-def test_a_full_disk_is_one_line_and_leaves_older_checkpoints(config, small_disk, left):
+def test_a_full_disk_is_a_one_line_error_and_keeps_older_checkpoints(config, small_disk, left):
   disk, fill = small_disk
   third, fifth = random_state(config, 3, seed=3), random_state(config, 5, seed=5)
   save_states(disk, config, third)
@@ -302,7 +302,7 @@ def test_a_full_disk_is_one_line_and_leaves_older_checkpoints(config, small_disk
 
   def save():
     checkpoints.save(fifth)
-    checkpoints.close()  # by then at the latest
+    checkpoints.close()  # raises at the latest
 
   with pytest.raises(OSError, match=f"checkpoint {disk}/checkpoints/5 cannot be written .*older ones are un") as error:
     save()
@@ -313,7 +313,7 @@ def test_a_full_disk_is_one_line_and_leaves_older_checkpoints(config, small_disk
   assert_trees_equal(loading.load(str(disk))[1], fifth.ema)
 
 
-# Which working folder belongs to which config.
+# Matching workdirs and configs.
 
 
 def test_a_workdir_belongs_to_one_config(config, tmp_path):
@@ -345,7 +345,7 @@ def test_a_workdir_belongs_to_one_config(config, tmp_path):
   assert (tmp_path / "a" / "b" / "config.json").read_text() == text
 
 
-def test_a_run_whose_config_lacks_a_field_is_refused(config, tmp_path):
+def test_a_workdir_config_without_a_field_is_refused(config, tmp_path):
   for name in ("tokens.corruption", "repa.weight", "optim.discriminator.eps"):
     old = config.to_dict()
     *sections, field = name.split(".")
@@ -355,7 +355,7 @@ def test_a_run_whose_config_lacks_a_field_is_refused(config, tmp_path):
     fails(words, checkpoint.check_workdir, str(tmp_path), config)
 
 
-def test_what_a_resumed_run_may_change(config, tmp_path):
+def test_fields_that_a_resumed_run_may_change(config, tmp_path):
   checkpoint.claim_workdir(str(tmp_path), config)
   changed = config_of(
     train=dict(num_steps=999, log_every=1, tensorboard=True),
@@ -374,16 +374,16 @@ def test_what_a_resumed_run_may_change(config, tmp_path):
   "text, pattern",
   [("", "is not JSON"), ("{", "is not JSON"), ("[]", "does not name a stage"), ("\0\xff", "is not JSON")],
 )
-def test_damaged_config_of_a_workdir_is_one_line(config, tmp_path, text, pattern):
+def test_damaged_config_of_a_workdir_is_a_one_line_error(config, tmp_path, text, pattern):
   (tmp_path / "config.json").write_text(text, encoding="latin-1")
   fails(rf"{tmp_path}/config.json.*{pattern}", checkpoint.claim_workdir, str(tmp_path), config)
   assert (tmp_path / "config.json").read_text(encoding="latin-1") == text
 
 
-# One run at a time.
+# One run per workdir.
 
 
-def test_a_workdir_in_use_is_refused_and_free_again(config, tmp_path):
+def test_a_workdir_in_use_is_refused_until_released(config, tmp_path):
   workdir = str(tmp_path / "a" / "b")
   with checkpoint.locked(workdir):
     words = rf"another run \(process {os.getpid()} on .*\) uses {workdir}: stop it, or use another workdir"
@@ -408,7 +408,7 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
     pass
 
 
-def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+def test_file_systems_without_locks_give_a_warning(tmp_path, monkeypatch, caplog):
   def unsupported(*args):
     raise OSError(errno.ENOTSUP, "Operation not supported")
 

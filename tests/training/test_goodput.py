@@ -1,4 +1,4 @@
-"""Where the time of a run goes, by a clock of the test's own; MFU; the profile of a few steps."""
+"""Where a run spends its time, measured with a fake clock; MFU; the profile of a few steps."""
 
 import dataclasses
 import types
@@ -17,7 +17,7 @@ from tests.support.runs import config_of
 
 
 class Clock:
-  """Seconds that pass when told to."""
+  """A clock that only advances when told to."""
 
   def __init__(self):
     self.now = 100.0
@@ -31,7 +31,7 @@ class Clock:
 
 @dataclasses.dataclass
 class Computing:
-  """An array that is done, or not yet."""
+  """An array that is ready, or not yet."""
 
   done: bool
 
@@ -45,7 +45,7 @@ def clock():
 
 
 def seconds_of(time_spent, clock):
-  """Seconds by kind, from the shares; those that are none left out."""
+  """Seconds by kind, computed from the shares, without kinds that are zero."""
   shares = time_spent.shares()
   assert set(shares) == {f"time/{kind}" for kind in goodput.KINDS}
   seconds = {name.removeprefix("time/"): share * (clock.now - 100) for name, share in shares.items()}
@@ -53,7 +53,7 @@ def seconds_of(time_spent, clock):
   return {kind: pytest.approx(value) for kind, value in seconds.items() if value}
 
 
-def test_time_counts_once_and_as_the_innermost(clock):
+def test_nested_time_counts_only_as_the_innermost_kind(clock):
   spent = goodput.Goodput(clock)
   clock.passes(3)
   with spent.spending("step"):
@@ -72,7 +72,7 @@ def test_time_counts_once_and_as_the_innermost(clock):
   assert seconds_of(spent, clock) == {"other": 4, "step": 7, "data": 1, "compile": 7, "save": 4, "evaluate": 6}
 
 
-def test_a_wait_that_is_cut_short_counts(clock):
+def test_an_interrupted_wait_counts(clock):
   spent = goodput.Goodput(clock)
   with pytest.raises(StopIteration), spent.spending("step"), spent.spending("data"):
     clock.passes(2)
@@ -81,10 +81,10 @@ def test_a_wait_that_is_cut_short_counts(clock):
   assert seconds_of(spent, clock) == {"data": 2, "other": 1}
 
 
-def test_a_wait_behind_what_is_still_computed_costs_nothing(clock):
-  """It counts as stepping: the devices had work all the time. Else all of it is a wait."""
+def test_waiting_while_devices_compute_counts_as_stepping(clock):
+  """The devices are busy, so no time is lost; otherwise all of it is waiting time."""
   spent = goodput.Goodput(clock)
-  with spent.spending("data"):  # nothing is being computed yet
+  with spent.spending("data"):  # devices are idle
     clock.passes(1)
   with spent.spending("data", behind={"loss": Computing(False), "norm": Computing(True)}):
     clock.passes(2)
@@ -95,11 +95,11 @@ def test_a_wait_behind_what_is_still_computed_costs_nothing(clock):
   assert seconds_of(spent, clock) == {"data": 13, "step": 2}
 
 
-def test_before_any_time_has_passed(clock):
+def test_shares_are_zero_at_the_start(clock):
   assert set(goodput.Goodput(clock).shares().values()) == {0.0}
 
 
-def test_the_line_for_the_console(clock):
+def test_summary_line(clock):
   spent = goodput.Goodput(clock)
   for kind, seconds in (("step", 900), ("data", 70), ("save", 26), ("compile", 4)):
     with spent.spending(kind):
@@ -112,8 +112,8 @@ def test_the_line_for_the_console(clock):
 # MFU.
 
 
-def test_mfu_is_of_all_devices_and_not_raised_by_remat():
-  """A step of the analytic FLOPs in just the time that 4 devices take for them at their peak is an MFU of 1."""
+def test_mfu_covers_all_devices_and_ignores_remat():
+  """MFU is 1 if a step takes the time that 4 devices at peak need for its analytic FLOPs."""
   devices = [types.SimpleNamespace(device_kind="TPU v5 lite", num_cores=1)] * 4
   peak = 4 * accelerators.known(devices[0]).flops
   config = common.derive(data=dict(global_batch=64))
@@ -123,7 +123,7 @@ def test_mfu_is_of_all_devices_and_not_raised_by_remat():
     assert goodput.make_mfu(config, devices)(64 / step) == {"mfu": pytest.approx(1, rel=3e-6)}
     assert config.remat == remat
   assert goodput.update_flops(config) > 1.2 * flops.train(common.derive(), 64, True)
-  assert goodput.make_mfu(config, jax.devices())(1.0) == {}  # of a CPU no peak is known
+  assert goodput.make_mfu(config, jax.devices())(1.0) == {}  # the peak of a CPU is unknown
 
 
 def test_flops_of_an_update():
@@ -150,7 +150,7 @@ def calls(monkeypatch):
 
 
 def profiled(steps, first, last, calls):
-  """The calls of a run of steps first..last, each as a call of its own."""
+  """Returns the calls during a run of steps first..last, with each step as a call of its own."""
   profile = goodput.Profile(steps, "/runs/a/profile")
   for step in range(first, last + 1):
     profile.before(step, f"state {step - 1}")
@@ -162,7 +162,7 @@ def profiled(steps, first, last, calls):
 START, STOP = ("start", "/runs/a/profile"), ("stop",)
 
 
-def test_a_profile_of_the_steps_asked_for(calls, capsys):
+def test_profile_of_the_requested_steps(calls, capsys):
   assert profiled((3, 5), 1, 6, calls) == [1, 2, START, 3, 4, ("wait", "state 4"), STOP, 5, 6]
   assert capsys.readouterr().out == "profile of steps 3 to 4: /runs/a/profile\n"
 
@@ -171,27 +171,27 @@ def test_a_profile_of_the_steps_asked_for(calls, capsys):
   "steps, first, last, expected",
   [
     ((), 1, 3, [1, 2, 3]),
-    ((3, 5), 4, 5, [START, 4, ("wait", "state 4"), STOP, 5]),  # resumed in between
+    ((3, 5), 4, 5, [START, 4, ("wait", "state 4"), STOP, 5]),  # resumed in the range
     ((3, 5), 5, 6, [5, 6]),  # or after it
-    ((3, 9), 2, 4, [2, START, 3, 4, STOP]),  # ended before it
+    ((3, 9), 2, 4, [2, START, 3, 4, STOP]),  # ended before its last step
   ],
 )
-def test_a_profile_of_a_part_of_them(calls, steps, first, last, expected):
+def test_profile_of_a_part_of_the_steps(calls, steps, first, last, expected):
   assert profiled(steps, first, last, calls) == expected
 
 
 @pytest.mark.parametrize("steps", [(3,), (5, 3), (0, 2), (3, 3), (1.0, 2.0), (1, 2, 3), ("1", "2")])
-def test_steps_that_are_no_stretch(steps):
+def test_invalid_step_ranges_are_refused(steps):
   with pytest.raises(ValueError, match=r"profile_steps must be \(\) or two step numbers \(start, stop\)") as error:
     goodput.Profile(steps, "folder")
   assert str(steps) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_they_can_be_given_on_the_command_line():
+def test_profile_steps_can_be_given_on_the_command_line():
   assert parse("debug", "--config.profile_steps=(3, 5)").profile_steps == (3, 5)
 
 
-def test_other_processes_write_none(calls, monkeypatch):
+def test_only_process_0_writes_a_profile(calls, monkeypatch):
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   assert profiled((1, 2), 1, 2, calls) == [1, 2]
 

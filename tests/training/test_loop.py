@@ -1,4 +1,4 @@
-"""Whole runs of the train loop on tiny configurations: what they write, and what stops them."""
+"""Whole runs of the train loop on tiny configs: what they write, and what stops them."""
 
 from pathlib import Path
 import shutil
@@ -61,7 +61,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def sigterm_handler():
-  """A handler of SIGTERM that the caller of train() has installed."""
+  """Installs a SIGTERM handler, as a caller of train() may."""
   handler = lambda signum, frame: None
   before = signal.signal(signal.SIGTERM, handler)
   yield handler
@@ -127,14 +127,14 @@ def test_tensorboard_holds_the_same_numbers(run):
     assert written == pytest.approx(expected, rel=1e-5)
 
 
-def test_rerun_of_a_finished_run_has_nothing_to_do(run, capsys):
+def test_rerunning_a_finished_run_does_nothing(run, capsys):
   before = files_of(run.workdir / "checkpoints"), (run.workdir / "metrics.jsonl").read_bytes()
   train.train(run.config, str(run.workdir))
   assert "nothing to do" in capsys.readouterr().out
   assert (files_of(run.workdir / "checkpoints"), (run.workdir / "metrics.jsonl").read_bytes()) == before
 
 
-def test_weights_are_written_even_if_a_kill_came_between_them_and_the_last_checkpoint(run):
+def test_weights_are_exported_even_if_the_run_was_killed_after_its_last_checkpoint(run):
   path = run.workdir / "weights.safetensors"
   before = loading.load(str(path))[1]
   path.unlink()
@@ -143,8 +143,8 @@ def test_weights_are_written_even_if_a_kill_came_between_them_and_the_last_check
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors file", None])
-def test_weights_that_do_not_tell_their_step_are_written_anew(run, tmp_path, content):
-  """A damaged file, or one that was put there by hand."""
+def test_weights_without_a_step_are_written_again(run, tmp_path, content):
+  """A damaged file, or one that a user put there."""
   workdir = tmp_path / "copy"
   shutil.copytree(run.workdir, workdir)
   path = workdir / "weights.safetensors"
@@ -158,7 +158,7 @@ def test_weights_that_do_not_tell_their_step_are_written_anew(run, tmp_path, con
   assert_trees_equal(loading.load(str(path))[1], weights)
 
 
-def test_an_extended_run_killed_before_its_export_does_not_keep_the_old_weights(
+def test_an_extended_run_killed_before_its_export_replaces_the_old_weights(
   run, tmp_path, monkeypatch, capsys, sigterm_handler
 ):
   workdir = tmp_path / "copy"
@@ -184,13 +184,13 @@ def test_an_extended_run_killed_before_its_export_does_not_keep_the_old_weights(
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype("bfloat16").astype("float32")), weights, average)
   train.train(config, str(workdir))
   assert "nothing to do" in capsys.readouterr().out
-  # A shorter run than what is there has nothing to do either.
+  # A shorter run than the existing one does nothing either.
   train.train(run.config, str(workdir))
   assert "nothing to do" in capsys.readouterr().out and step_of_weights(workdir) == "28"
 
 
-def test_the_callers_handler_of_sigterm_comes_back(run, tmp_path, monkeypatch, sigterm_handler):
-  """After a run with nothing to do, and after one that a signal stopped."""
+def test_the_callers_sigterm_handler_is_restored(run, tmp_path, monkeypatch, sigterm_handler):
+  """After a run that had nothing to do, and after one stopped by a signal."""
   train.train(run.config, str(run.workdir))
   assert signal.getsignal(signal.SIGTERM) is sigterm_handler
   make = pipeline.train_batches
@@ -222,19 +222,19 @@ def asked_for(repository):
     (VAE, "EPFL-VILAB/flextok_vae_c16", FileNotFoundError, "asked the hub for EPFL-VILAB/flextok_vae_c16"),
   ],
 )
-def test_a_wrong_init_from_is_said_before_anything_is_compiled(tmp_path, monkeypatch, vae, init_from, error, words):
+def test_a_bad_init_from_fails_before_compilation(tmp_path, monkeypatch, vae, init_from, error, words):
   inits, init_state = [], loop.init_state
   monkeypatch.setattr(loop, "init_state", lambda *args: inits.append(1) or init_state(*args))
   monkeypatch.setattr(hub, "fetch", asked_for)
   with pytest.raises(error, match=words) as caught:
     train.train(config_of(vae=vae, init_from=init_from), str(tmp_path))
   assert "\n" not in str(caught.value)
-  assert len(inits) == 1  # its shapes alone
+  assert len(inits) == 1  # only its shapes
   assert not (tmp_path / "config.json").exists()
 
 
-def test_autoencoder_then_tokenizer_over_it(tmp_path, capsys):
-  """Stage "vae" learns; a tokenizer run takes its average, keeps it frozen and out of its optimiser."""
+def test_train_an_autoencoder_then_a_tokenizer_on_top(tmp_path, capsys):
+  """Stage "vae" learns; a tokenizer run loads its average, keeps it frozen and outside its optimiser."""
   data = dict(global_batch=16)
   quick = dict(num_steps=40, log_every=2, checkpoint_every=40, eval_every=40)
   vae_config = config_of(stage="vae", vae=VAE, data=data, train=quick, optim=dict(learning_rate=5e-3, warmup_steps=5))
@@ -259,7 +259,7 @@ def test_autoencoder_then_tokenizer_over_it(tmp_path, capsys):
   assert "vae" not in str(jax.tree_util.tree_structure(opt_state))
   _, weights = loading.load(str(tmp_path / "tokenizer"))
   assert_trees_equal(weights["vae"], average["vae"])
-  # Without trained weights a frozen autoencoder would be noise.
+  # Without trained weights, a frozen autoencoder would produce noise.
   with pytest.raises(ValueError, match="vae needs trained weights: give config.init_from"):
     train.train(config_of(vae=VAE), str(tmp_path / "random"))
   with pytest.raises(ValueError, match="encoder, decoder; needed: vae|needed: vae"):
@@ -272,7 +272,7 @@ def test_autoencoder_then_tokenizer_over_it(tmp_path, capsys):
 
 
 def poisoned_batches(monkeypatch, bad_step):
-  """From here on, images are no numbers at one step."""
+  """Makes the images of one step NaN from here on."""
 
   make = pipeline.train_batches
 
@@ -284,7 +284,7 @@ def poisoned_batches(monkeypatch, bad_step):
   monkeypatch.setattr(pipeline, "train_batches", batches)
 
 
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
   config = config_of(train=dict(num_steps=20, log_every=5, checkpoint_every=10, eval_every=20))
   poisoned_batches(monkeypatch, 3)
   with pytest.raises(ValueError, match="not finite at step 3; there is no checkpoint yet.*optim.learning_rate"):
@@ -306,14 +306,14 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp
   with pytest.raises(ValueError, match="not finite at step 13; the checkpoint of step 10 is untouched"):
     train.train(config, str(workdir))
   assert files_of(workdir / "checkpoints" / "10") == good
-  monkeypatch.undo()  # the cause is mended: the run goes on
+  monkeypatch.undo()  # the cause is removed: the run continues
   train.train(config, str(workdir))
   assert checkpoint_steps(workdir) == [10, 20]
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-  """60 jpg files in two classes, every sixth truncated, and two whole ones to evaluate on."""
+  """60 JPEG files in two classes, every sixth truncated, and two undamaged ones for evaluation."""
   folder, photo = tmp_path_factory.mktemp("pictures"), skimage.data.astronaut()
   for i in range(62):
     path = folder / ("val" if i >= 60 else "train") / ("even", "odd")[i % 2] / f"{i}.jpg"
@@ -335,14 +335,14 @@ def folder_config(pictures, max_unreadable, **settings):
   )
 
 
-def test_a_few_unreadable_files_are_passed_over_and_counted(pictures, tmp_path):
+def test_a_few_unreadable_files_are_skipped_and_counted(pictures, tmp_path):
   train.train(folder_config(pictures, 0.5, log_every=4), str(tmp_path))
   lines, _ = read_metrics(tmp_path)
-  assert 20 <= sum(x["unreadable"] for x in lines) <= 40  # one in six of the files, 160 images
+  assert 20 <= sum(x["unreadable"] for x in lines) <= 40  # one file in six; 160 images
 
 
-def test_the_share_of_unreadable_files_is_that_of_all_images_since_the_last_count(pictures, tmp_path):
-  """An evaluation in between does not make the count one of fewer images."""
+def test_the_unreadable_fraction_covers_all_images_since_the_last_check(pictures, tmp_path):
+  """An evaluation in between does not shorten the interval."""
   train.train(folder_config(pictures, 0.5, log_every=20, eval_every=19, checkpoint_every=20), str(tmp_path))
 
 
@@ -354,7 +354,7 @@ def test_too_many_unreadable_files_stop_the_run(pictures, tmp_path):
 
 
 def test_training_runs_without_tensorflow(tmp_path):
-  """As a user's process in which tensorflow cannot be imported: console and JSON lines, said once."""
+  """In a user process in which tensorflow cannot be imported: console and JSON lines, and one message about it."""
   code = """
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec

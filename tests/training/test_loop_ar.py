@@ -53,7 +53,7 @@ def config_of(written, **overrides):
 
 @pytest.fixture(scope="module")
 def run(written, tmp_path_factory):
-  """A run conditioned on text that stops by itself: (config, workdir)."""
+  """A text-conditional run with a stop token: (config, workdir)."""
   workdir = tmp_path_factory.mktemp("run")
   config = config_of(written, ar=dict(condition="text", stop=True))
   train.train(config, str(workdir))
@@ -76,14 +76,14 @@ def test_a_run_learns_and_reports(run):
   assert {path.name for path in folder.iterdir()} == {"report.json", "loss.png"}
   report = json.loads((folder / "report.json").read_text())
   assert report["num_sequences"] == 7 and len(report["by_position"]) == TOKENS
-  # A sequence of length n has n tokens and, where it ends early, a stop.
+  # A sequence of length n has n tokens and, if it ends early, a stop.
   assert report["by_position"][0]["count"] == 7 and report["by_position"][-1]["count"] <= 7
   places = [(place["loss"], place["count"]) for place in report["by_position"] if place["count"]]
   mean = sum(loss * count for loss, count in places) / sum(count for _, count in places)
   assert report["loss"] == pytest.approx(mean)
 
 
-def test_weights_generate_and_know_their_tokenizer(run):
+def test_weights_generate_and_identify_their_tokenizer(run):
   _, workdir = run
   gen = flextok_jax.load_ar(workdir / "weights.safetensors", "float32")
   assert gen.config.ar.tokenizer == token_shards.TOKENIZER["fingerprint"]
@@ -91,7 +91,7 @@ def test_weights_generate_and_know_their_tokenizer(run):
   assert ids.shape == (2, TOKENS) and all(1 <= len(row) <= TOKENS for row in gen.trim(ids))
   again = flextok_jax.load_ar(workdir, "float32")  # the newest checkpoint's average, in float32
   tokens = np.zeros((1, TOKENS), np.int32)
-  np.testing.assert_allclose(gen.logits(tokens), again.logits(tokens), atol=0.1)  # of bfloat16's rounding
+  np.testing.assert_allclose(gen.logits(tokens), again.logits(tokens), atol=0.1)  # bfloat16 rounding
 
 
 def test_evaluate_command_measures_the_same(run, tmp_path):
@@ -104,7 +104,7 @@ def test_evaluate_command_measures_the_same(run, tmp_path):
     run_command(evaluate, f"--workdir={workdir}", f"--out={tmp_path}", "--sources=synthetic")
 
 
-def test_resumed_run_ends_like_the_whole_one(run, tmp_path):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(run, tmp_path):
   config, workdir = run
   parts = tmp_path / "parts"
   shutil.copytree(workdir, parts)
@@ -123,7 +123,7 @@ def test_shards_of_another_tokenizer_are_refused(run, tmp_path):
     train.train(config_of(config.data.tokens, ar=dict(tokenizer="feedfeedfeedfeed")), str(tmp_path / "new"))
   assert not (tmp_path / "new").exists()
   other = json.loads((workdir / "config.json").read_text())
-  other["ar"]["tokenizer"] = "feedfeedfeedfeed"  # as if the workdir's run had been on tokens of another
+  other["ar"]["tokenizer"] = "feedfeedfeedfeed"  # as if the workdir's run had used tokens of another one
   moved = tmp_path / "moved"
   moved.mkdir()
   (moved / "config.json").write_text(json.dumps(other))
@@ -131,7 +131,7 @@ def test_shards_of_another_tokenizer_are_refused(run, tmp_path):
     train.train(config, str(moved))
 
 
-def test_classes_train(written, tmp_path):
+def test_class_conditional_training(written, tmp_path):
   train.train(config_of(written, train=dict(num_steps=2, log_every=1)), str(tmp_path))
   gen = flextok_jax.load_ar(tmp_path, "float32")
   assert gen.generate(jax.random.key(0), [0, 2]).shape == (2, TOKENS) and gen.stop_id is None
@@ -152,8 +152,8 @@ def test_bad_settings_are_one_line(written, tmp_path, settings, pattern):
   assert not (tmp_path / "new").exists()
 
 
-def test_t5_features_come_from_outside_of_the_state(written, tmp_path):
-  """A frozen T5 turns text ids into features on the devices; the state does not hold it, a generator loads it alone."""
+def test_t5_features_are_computed_outside_the_state(written, tmp_path):
+  """A frozen T5 turns text ids into features on the devices; the state excludes it, a generator loads it itself."""
   folder = t5_reference.write(tmp_path / "t5", t5_reference.tensors())
   word_level(folder)
   config = config_of(written, ar=dict(condition="text"))

@@ -1,4 +1,4 @@
-"""Runs of stage "vae" with all losses: what they leave, resuming, the scaling factor, LPIPS, optimisers, export."""
+"""Runs of stage "vae" with all losses: outputs, resuming, the scaling factor, LPIPS, optimisers, export."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ STEPS = 4
 
 
 def config_of_run(**overrides):
-  """Four steps, the discriminator in the last two; a checkpoint after two."""
+  """Four steps with a checkpoint after two; the discriminator is active in the last two."""
   run = dict(
     num_steps=STEPS, log_every=1, checkpoint_every=2, eval_every=STEPS, keep_checkpoints=2, export_dtype="float32"
   )
@@ -64,7 +64,7 @@ def eval_images(config):
   return pipeline.eval_set(inputs.image_data(config), "synthetic", **size)["image"]
 
 
-def test_a_run_trains_both_and_leaves_the_autoencoder(run):
+def test_a_run_trains_both_networks_and_exports_the_autoencoder(run):
   lines, evals = read_metrics(run.workdir)
   assert [x["step"] for x in lines] == [1, 2, 3, 4]
   for line in lines:
@@ -83,8 +83,8 @@ def test_a_run_trains_both_and_leaves_the_autoencoder(run):
   np.testing.assert_allclose(evals[-1]["eval/synthetic/psnr_vae"], psnr, rtol=1e-5)
 
 
-def test_a_killed_run_goes_on_to_the_same_end(run, tmp_path):
-  """As if killed after its first checkpoint, which is before the discriminator's start."""
+def test_a_killed_run_resumes_to_the_same_result(run, tmp_path):
+  """As if killed after its first checkpoint, before the discriminator starts."""
   again = tmp_path / "again"
   shutil.copytree(run.workdir, again)
   shutil.rmtree(again / "checkpoints" / "4")
@@ -99,14 +99,14 @@ def test_a_killed_run_goes_on_to_the_same_end(run, tmp_path):
 # The scaling factor.
 
 
-def test_scaling_factor_brings_latents_to_deviation_one(run, tmp_path):
+def test_scaling_factor_gives_latents_unit_deviation(run, tmp_path):
   config, params = loading.load(str(run.weights))
   images = eval_images(config)
   vae = make_stage(config).vae
   mean, logvar = vae.apply({"params": params["vae"]}, images / np.float32(127.5) - 1, method="encode")
   draws = jax.vmap(lambda key: sample_posterior(mean, logvar, key))(jax.random.split(KEY, 50))
   np.testing.assert_allclose(config.vae.scaling_factor * np.std(draws), 1, rtol=5e-3)
-  # Each checkpoint has its own, wherever in the run it is.
+  # Each checkpoint has its own factor.
   half = tmp_path / "half"
   shutil.copytree(run.workdir, half)
   shutil.rmtree(half / "checkpoints" / "4")
@@ -121,12 +121,12 @@ def test_scaling_factor_brings_latents_to_deviation_one(run, tmp_path):
   assert loading.load_config(run.workdir) == loading.load(run.workdir)[0]
 
 
-def test_a_given_scaling_factor_is_kept(run):
+def test_an_explicit_scaling_factor_is_kept(run):
   config = config_of_run(vae=dict(scaling_factor=0.3))
   assert make_measure(config, None, None, None)({}) == {}
 
 
-def test_a_tokenizer_takes_the_factor_of_its_vae(run, tmp_path):
+def test_a_tokenizer_uses_the_factor_of_its_vae(run, tmp_path):
   config = config_of_run(stage="tokenizer", init_from=str(run.weights))
   workdir, factor = tmp_path / "tokenizer", loading.load_config(run.weights).vae.scaling_factor
   found = inputs.with_vae(config, str(workdir))
@@ -134,7 +134,7 @@ def test_a_tokenizer_takes_the_factor_of_its_vae(run, tmp_path):
   assert make_stage(found).model.scaling_factor == factor
   workdir.mkdir()
   checkpoint.claim_workdir(str(workdir), found)
-  config.init_from = ""  # a run that goes on has it already
+  config.init_from = ""  # a resumed run already has it
   assert inputs.with_vae(config, str(workdir)).vae.scaling_factor == factor
   with pytest.raises(ValueError, match="vae.scaling_factor=0 takes the factor of the weights to start from: set init"):
     train.train(config, str(tmp_path / "other"))
@@ -152,7 +152,7 @@ def test_a_tokenizer_takes_the_factor_of_its_vae(run, tmp_path):
 
 @pytest.fixture
 def networks(tmp_path, monkeypatch):
-  """A folder with random weights of LPIPS by a VGG of two layers; all: tests/models/perception/test_lpips.py."""
+  """A folder with random weights of LPIPS on a two-layer VGG; full size: tests/models/perception/test_lpips.py."""
   monkeypatch.setitem(lpips.NETS, "vgg", ((0, ((0, 64, 3, 1, 1),)), (2, ((5, 8, 3, 1, 1),))))
   folder = tmp_path / "networks"
   folder.mkdir()
@@ -167,7 +167,7 @@ def lpips_config(folder, **overrides):
   return config_of_run(vae_loss=loss, **overrides)
 
 
-def test_perceptual_loss_is_lpips_and_its_gradient_takes_part(networks):
+def test_perceptual_loss_is_lpips_and_contributes_gradients(networks):
   config = lpips_config(networks, discriminator=dict(start_step=START))
   stage = make_stage(config)
   params = {**params_of(stage), **inputs.read_networks(stage.pretrained_networks, config.vae_loss.lpips)}
@@ -185,7 +185,7 @@ def test_perceptual_loss_is_lpips_and_its_gradient_takes_part(networks):
   np.testing.assert_allclose(told["lpips"][0], apart.sum(), rtol=1e-4)
 
 
-def test_a_run_with_lpips_keeps_its_weights_out_of_the_autoencoder(networks, tmp_path):
+def test_lpips_weights_are_not_exported_with_the_autoencoder(networks, tmp_path):
   config = lpips_config(networks, train=dict(num_steps=1, checkpoint_every=1))
   train.train(config, str(tmp_path / "run"))
   frozen = read_checkpoint(tmp_path / "run", 1, "frozen")
@@ -198,7 +198,7 @@ def test_a_run_with_lpips_keeps_its_weights_out_of_the_autoencoder(networks, tmp
   assert read_metrics(tmp_path / "run")[0][0]["lpips"] > 0
 
 
-def test_lpips_without_its_weights_is_one_line(networks, tmp_path):
+def test_missing_lpips_weights_are_a_one_line_error(networks, tmp_path):
   read_networks = lambda config: inputs.read_networks(make_stage(config).pretrained_networks, config.vae_loss.lpips)
   with pytest.raises(ValueError, match=r"vae_loss.lpips='' must be a folder with lpips_vgg, .*vgg16-397923af"):
     train.train(lpips_config(""), str(tmp_path / "run"))
@@ -210,7 +210,7 @@ def test_lpips_without_its_weights_is_one_line(networks, tmp_path):
   assert read_networks(config_of()) == {}
 
 
-def test_a_benchmark_has_all_parts(networks):
+def test_benchmark_includes_all_parts(networks):
   config = lpips_config(networks)
   args, made = benchmark_jobs.TokenizerBenchmark(config, ("fast",), 2, False).prepare("train", None)
   state, _ = jax.eval_shape(made[benchmark_jobs.ONLY][0], *args)
@@ -220,8 +220,8 @@ def test_a_benchmark_has_all_parts(networks):
 # Optimisers.
 
 
-def test_the_discriminator_has_an_optimiser_of_its_own():
-  """Each side is clipped by its own norm, and moved by its own Adam at its own rate."""
+def test_discriminator_has_its_own_optimiser():
+  """Each side has its own norm for clipping, its own Adam and its own learning rate."""
   own = dict(learning_rate=0.02, clip_norm=2.0, b1=0.5, b2=0.9)
   settings = config_of(
     optim=dict(learning_rate=0.1, warmup_steps=0, clip_norm=0.5, weight_decay=0.0, b1=0.0, discriminator=own)
@@ -232,7 +232,7 @@ def test_the_discriminator_has_an_optimiser_of_its_own():
   state = optimizer.init(params)
   for _ in range(3):
     updates, state = optimizer.update(grads, state, params)
-  np.testing.assert_allclose(updates["vae"]["kernel"], np.full(4, -0.1), rtol=2e-2)  # of the cosine
+  np.testing.assert_allclose(updates["vae"]["kernel"], np.full(4, -0.1), rtol=2e-2)  # from the cosine schedule
   np.testing.assert_allclose(updates["discriminator"]["kernel"], np.full(4, -0.02), rtol=2e-2)
   mu = {
     name: next(s.mu for s in jax.tree.leaves(inner, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
@@ -242,8 +242,8 @@ def test_the_discriminator_has_an_optimiser_of_its_own():
   np.testing.assert_allclose(optax.tree.norm(mu["discriminator"]), 2.0 * (1 - 0.5**3), rtol=1e-5)
 
 
-def test_without_a_discriminator_the_state_is_that_of_one_optimiser():
-  """So that older checkpoints can go on: clipping and AdamW, nothing around them."""
+def test_without_a_discriminator_there_is_one_plain_optimiser():
+  """Older checkpoints can therefore be resumed: only clipping and AdamW, without a wrapper."""
   config = config_of(weight=0.0)
   state = unbox(
     jax.eval_shape(lambda key: init_state(make_stage(config), optim.make_optimizer(config.optim, 9), key), KEY)
@@ -261,7 +261,7 @@ def test_without_a_discriminator_the_state_is_that_of_one_optimiser():
     (dict(discriminator=dict(clip_norm=-1.0)), "optim.discriminator.clip_norm must be a number above 0, got -1"),
   ],
 )
-def test_settings_of_the_optimisers_that_cannot_be(overrides, words):
+def test_invalid_optimiser_settings(overrides, words):
   with pytest.raises(ValueError, match=words):
     optim.check(config_of(optim=overrides))
 
@@ -269,7 +269,7 @@ def test_settings_of_the_optimisers_that_cannot_be(overrides, words):
 # Export.
 
 
-def test_a_trained_one_is_exported_with_its_measured_factor(run, tmp_path):
+def test_trained_vae_is_exported_with_its_measured_factor(run, tmp_path):
   model = flextok_jax.load(run.workdir)
   model.to_official(tmp_path / "vae")
   written = json.loads((tmp_path / "vae" / "config.json").read_text())
@@ -281,7 +281,7 @@ def test_a_trained_one_is_exported_with_its_measured_factor(run, tmp_path):
 
 
 @pytest.mark.parametrize("channels", [4, 8, 16])
-def test_diffusers_makes_the_same_of_an_export(channels, tmp_path):
+def test_diffusers_computes_the_same_from_an_export(channels, tmp_path):
   diffusers = pytest.importorskip("diffusers", exc_type=ImportError)
   import torch
 

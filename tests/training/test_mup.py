@@ -1,4 +1,4 @@
-"""muP: which parameter belongs where, how its updates scale, and that activations then change alike at all widths."""
+"""muP: groups of parameters, scaling of updates, and that activations then change equally at all widths."""
 
 import functools
 
@@ -19,21 +19,21 @@ WIDE = {"embed", "mlp", "heads", "head_dim", "modulation", "embed_out"}  # axes 
 
 @functools.cache
 def boxed_params(name):
-  """The trained parameters of an experiment, boxed shapes by path."""
+  """Returns shapes of an experiment's trained parameters, with their axis names, by path."""
   params, _ = jax.eval_shape(make_stage(parse(name)).init, jax.random.key(0))
   is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
   return {tuple(mup.names_of(path)): box for path, box in jax.tree.leaves_with_path(params, is_leaf=is_box)}
 
 
 def structure(name):
-  """What decides which parameters an experiment has, and not how large they are."""
+  """Returns what determines which parameters an experiment has, regardless of their sizes."""
   c = parse(name)
   parts = {"ar": (c.ar, c.text), "vae": ()}.get(c.stage, (c.encoder, c.decoder))
   flat = [(key, value) for part in parts for key, value in sorted(part.items()) if isinstance(value, str | bool)]
   return c.stage, tuple(flat)
 
 
-def test_every_parameter_of_every_config_has_the_group_that_its_axes_say():
+def test_every_parameter_of_every_config_has_the_group_of_its_axes():
   found = set()
   for name in {structure(name): name for name in SPECS}.values():
     for path, box in boxed_params(name).items():
@@ -44,7 +44,7 @@ def test_every_parameter_of_every_config_has_the_group_that_its_axes_say():
         assert group == "vae", where
       elif path[-1] != "kernel":
         assert group == "vector", where
-      elif path[0] == "text_mlp":  # of the sizes of config.text
+      elif path[0] == "text_mlp":  # sized by config.text
         assert group == "input", where
       else:
         ends = axes[0] in WIDE, axes[-1] in WIDE
@@ -55,8 +55,8 @@ def test_every_parameter_of_every_config_has_the_group_that_its_axes_say():
 
 
 @pytest.mark.parametrize("name, power", [("adamw", 1.0), ("muon", 0.5)])
-def test_updates_scale_by_the_own_width_and_decay_does_not(name, power):
-  """An encoder twice and a decoder four times as wide as the base: against the same optimiser without muP."""
+def test_updates_scale_with_the_width_and_decay_does_not(name, power):
+  """The encoder is twice and the decoder four times as wide as the base; compared with the optimiser without muP."""
   config = config_of(encoder=dict(depth=2), decoder=dict(width=64))
   rng = np.random.default_rng(0)
   shapes = unbox(jax.eval_shape(make_stage(config).init, jax.random.key(0))[0])
@@ -67,7 +67,7 @@ def test_updates_scale_by_the_own_width_and_decay_does_not(name, power):
     choices = dict(name=name, mup_base_width=base_width, learning_rate=0.5, warmup_steps=0, weight_decay=0.1, eps=1e-16)
     optimizer = optim.make_optimizer(config_of(optim=choices).optim, 100)
     step = jax.jit(lambda grads, params: optimizer.update(grads, optimizer.init(params), params)[0])
-    return step(grads, zeros), step(zeros, ones)  # of directions alone, and of decay alone
+    return step(grads, zeros), step(zeros, ones)  # direction only, and decay only
 
   (standard, decay), (scaled, scaled_decay) = updates(0), updates(16)
   decayed = 0
@@ -85,10 +85,10 @@ def test_updates_scale_by_the_own_width_and_decay_does_not(name, power):
 
 
 @pytest.mark.parametrize("name, slope", [("adamw", 1.0), ("muon", 0.5)])
-def test_one_step_changes_what_a_matrix_puts_out_alike_at_all_widths(name, slope):
-  """The gradient of a matrix for one input x is x's outer product with what comes back: dy = x dW.
+def test_one_step_changes_outputs_of_a_matrix_equally_at_all_widths(name, slope):
+  """The gradient of a matrix for one input x is the outer product of x and the output's gradient: dy = x dW.
 
-  Under Adam dW is its sign, and dy grows as the width; orthogonalised and at Adam's size, as its root.
+  With Adam, dW is the sign of that, and dy grows linearly with the width; with Muon, as its square root.
   """
   rng = np.random.default_rng(0)
 
@@ -106,8 +106,8 @@ def test_one_step_changes_what_a_matrix_puts_out_alike_at_all_widths(name, slope
     assert abs(growth - expected) < 0.12, (base_width, growth)
 
 
-def test_eps_means_the_same_at_all_widths():
-  """A gradient as small as eps that falls with the width: under muP it moves a bias alike."""
+def test_eps_has_the_same_effect_at_all_widths():
+  """A gradient of about eps that decreases with the width: with muP it moves a bias equally."""
 
   def change(width):
     params = {"encoder": {"head": {"bias": jnp.zeros(3)}, "adaln": {"head": {"kernel": jnp.zeros((width, 2))}}}}
@@ -115,5 +115,5 @@ def test_eps_means_the_same_at_all_widths():
     grads = jax.tree.map(lambda x: jnp.full(x.shape, 32 / width * 1e-8), params)
     return optimizer.update(grads, optimizer.init(params), params)[0]["encoder"]["head"]["bias"]
 
-  np.testing.assert_allclose(change(32), np.full(3, -1e-3 / 2), rtol=1e-3)  # of debug's learning rate, halved by eps
+  np.testing.assert_allclose(change(32), np.full(3, -1e-3 / 2), rtol=1e-3)  # debug's learning rate, halved by eps
   np.testing.assert_allclose(change(128), change(32), rtol=1e-5)

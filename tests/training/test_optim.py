@@ -1,4 +1,4 @@
-"""The optimisers, their schedule, and what is said of their settings."""
+"""Optimisers, their schedule, and checks of their settings."""
 
 import re
 
@@ -14,8 +14,8 @@ from flextok_jax.training import optim
 from tests.support.runs import config_of
 
 
-def test_only_kernels_are_decayed():
-  """A step with gradients of zero moves what is decayed, by learning rate * decay, and nothing else."""
+def test_only_kernels_have_weight_decay():
+  """A step with zero gradients moves only decayed parameters, by learning rate * decay."""
   stage = make_stage(config_of())
   params = jax.tree.map(lambda x: jnp.ones(x.shape), unbox(jax.eval_shape(stage.init, jax.random.key(0))[0]))
   settings = config_of(optim=dict(learning_rate=0.5, warmup_steps=0, weight_decay=0.2)).optim
@@ -30,8 +30,8 @@ def test_only_kernels_are_decayed():
   assert names >= {"kernel", "bias", "registers", "mask_token", "null_token", "register_positions"}
 
 
-def test_muon_moves_the_blocks_matrices_along_orthogonal_ones_and_the_rest_as_adam_does():
-  """Against singular value decompositions: of every layer, and of queries, keys, values, gates apart."""
+def test_muon_orthogonalises_block_matrices_and_uses_adam_for_the_rest():
+  """Compared with singular value decompositions, for each layer and separately for queries, keys, values and gates."""
   stage = make_stage(config_of())
   rng = np.random.default_rng(0)
   params = unbox(jax.eval_shape(stage.init, jax.random.key(0))[0])
@@ -50,7 +50,7 @@ def test_muon_moves_the_blocks_matrices_along_orthogonal_ones_and_the_rest_as_ad
   ):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     if not name.endswith("kernel") or "transformer" not in name:
-      # Adam's first step is the sign of the gradient; with Nesterov's momentum, almost twice of it.
+      # Adam's first step is the gradient's sign; with Nesterov momentum almost twice that.
       np.testing.assert_array_equal(np.sign(update), np.sign(adam), err_msg=name)
       assert np.abs(update).max() < 1.1 * 0.5 * 1.9, name
       continue
@@ -64,10 +64,10 @@ def test_muon_moves_the_blocks_matrices_along_orthogonal_ones_and_the_rest_as_ad
       u, g = u.reshape(inputs, -1), g.reshape(inputs, -1)
       left, values, right = np.linalg.svd(g.astype(np.float64), full_matrices=False)
       values /= np.linalg.norm(values)
-      for _ in range(5):  # Newton-Schulz, quintic: all but the smallest come near 1
+      for _ in range(5):  # quintic Newton-Schulz: all but the smallest approach 1
         values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
       assert 0.7 < np.median(values) < 1.2
-      scale = -0.5 * 0.2 * np.sqrt(max(u.shape))  # the root mean square of Adam's steps is about 0.2 of the rate
+      scale = -0.5 * 0.2 * np.sqrt(max(u.shape))  # Adam's steps have a root mean square of about 0.2 of the rate
       np.testing.assert_allclose(u / scale, (left * values) @ right, atol=1e-4, err_msg=name)
       matrices += 1
   c = config_of()
@@ -80,7 +80,7 @@ def test_gradients_are_clipped_by_their_global_norm():
   grads = {"kernel": jnp.full(4, 30.0), "bias": jnp.full(3, -40.0)}
   _, state = optimizer.update(grads, optimizer.init(params), params)
   (moments,) = (s.mu for s in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
-  np.testing.assert_allclose(optax.global_norm(moments), 0.5, rtol=1e-5)  # with b1 = 0 the clipped gradient itself
+  np.testing.assert_allclose(optax.global_norm(moments), 0.5, rtol=1e-5)  # with b1 = 0 the clipped gradient
   np.testing.assert_allclose(moments["kernel"][0] / moments["bias"][0], -0.75, rtol=1e-5)
 
 
@@ -89,7 +89,7 @@ def test_schedule():
   schedule = optim.make_schedule(settings, 110)
   values = np.array([schedule(i) for i in (0, 5, 10, 60, 110, 200)])
   np.testing.assert_allclose(values, [0, 0.5, 1, 0.55, 0.1, 0.1], atol=1e-6)
-  for num_steps in (1, 5, 10, 11):  # shorter than the warm-up, too
+  for num_steps in (1, 5, 10, 11):  # also shorter than the warm-up
     assert np.isfinite([optim.make_schedule(settings, num_steps)(i) for i in range(13)]).all()
 
 
@@ -97,7 +97,7 @@ def settings_of(num_steps=100_000, **overrides):
   return config_of(optim=dict(dict(ema_decay=0.9999), **overrides), train=dict(num_steps=num_steps))
 
 
-def test_sensible_settings_say_nothing():
+def test_usual_settings_give_no_warnings():
   assert optim.check(settings_of()) == []
   assert optim.check(settings_of(mup_base_width=32)) == []  # the width of both halves
 
@@ -111,12 +111,12 @@ def test_sensible_settings_say_nothing():
     (dict(ema_decay=0.999995), "ema_decay=0.999995 averages 200000 steps, the run has train.num_steps=100000"),
   ],
 )
-def test_settings_that_are_rarely_meant_are_one_line(overrides, words):
+def test_unusual_settings_give_one_line_warnings(overrides, words):
   (line,) = optim.check(settings_of(**overrides))
   assert re.search(words, line) and line.startswith("optim.") and "\n" not in line
 
 
-def test_readouts_that_do_not_go_with_mup():
+def test_readouts_inconsistent_with_mup():
   config = settings_of(mup_base_width=16)
   config.decoder.update(width=64, readout_multiplier=0.25)
   (line,) = optim.check(config)
@@ -147,6 +147,6 @@ def test_readouts_that_do_not_go_with_mup():
     (dict(mup_base_width=-64), "optim.mup_base_width must be a number of at least 0 and whole, got -64"),
   ],
 )
-def test_settings_that_cannot_be_are_refused(overrides, words):
+def test_invalid_settings_are_refused(overrides, words):
   with pytest.raises(ValueError, match=words):
     optim.check(settings_of(**overrides))

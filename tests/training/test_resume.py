@@ -1,7 +1,7 @@
-"""Real processes that are killed: what a rerun ends with is bit-identical to a run that nothing disturbed (CPU).
+"""Killed processes: a resumed run ends bit-identical to an undisturbed one (on CPU).
 
-One working folder is killed at four points and stopped by SIGTERM once, and rerun each time: if any restart lost or
-changed a bit, the end would differ from the undisturbed run's. Many more kills, at random: experiments/elastic.py.
+One workdir is killed at four points and stopped once by SIGTERM, and rerun each time: if any restart lost or changed a
+bit, the result would differ from that of the undisturbed run. Many more random kills: experiments/elastic.py.
 """
 
 import json
@@ -30,7 +30,7 @@ COMMAND = [
   "--config.optim.name=muon",
 ]  # Adam's moments and Muon's; fmt: skip
 
-# The command with a signal to itself at a chosen moment: no clock decides where it falls.
+# The command, with a signal sent to itself at a chosen moment, so the timing does not depend on a clock.
 DRIVER = """
 import os, signal, sys
 from flextok_jax import cli, train
@@ -63,7 +63,7 @@ cli.run(train.main)
 
 
 def start(workdir, moment="", cache=None):
-  """Runs the train command on one device, signalled at a moment if one is given; compiled anew without a cache."""
+  """Runs the train command on one device, with a signal at `moment` if given; without a cache it compiles anew."""
   program = ["-c", DRIVER, moment] if moment else ["-m", "flextok_jax.train"]
   env = environment(
     JAX_ENABLE_COMPILATION_CACHE=str(bool(cache)),
@@ -92,7 +92,7 @@ def read_checkpoint(workdir, step):
 
 
 def losses(workdir):
-  """step -> the losses that were logged for it, by every process that came so far."""
+  """Returns step -> the losses logged for it by all processes that reached it."""
   seen = {}
   for line in (workdir / "metrics.jsonl").read_text().splitlines():
     values = json.loads(line)
@@ -110,24 +110,24 @@ def undisturbed(tmp_path_factory):
 
 
 def test_killed_runs_end_bit_identical(undisturbed, tmp_path, tmp_path_factory):
-  cache = tmp_path_factory.mktemp("cache")  # the six processes here compile once; the undisturbed one on its own
-  # Before any checkpoint: the rerun starts anew.
+  cache = tmp_path_factory.mktemp("cache")  # six processes share it; the undisturbed one compiles on its own
+  # Before any checkpoint: the rerun starts from the beginning.
   assert start(tmp_path, "logged 4 SIGKILL", cache=cache).returncode == -9
   assert checkpoint_steps(tmp_path) == []
   # Between two checkpoints: seven steps are lost.
   done = start(tmp_path, "logged 17 SIGKILL", cache=cache)
   assert done.returncode == -9 and "resuming" not in done.stdout
   assert checkpoint_steps(tmp_path) == [10]
-  # While a checkpoint is being written: whole or not there, never in between.
+  # While a checkpoint is being written: it is complete or absent.
   done = start(tmp_path, "saving 20 SIGKILL", cache=cache)
   assert done.returncode == -9 and "resuming from step 10" in done.stdout
   assert checkpoint_steps(tmp_path) in ([10], [10, 20])
-  # SIGTERM: saves at once, and that is no failure.
+  # SIGTERM saves immediately and is not a failure.
   done = start(tmp_path, "logged 26 SIGTERM", cache=cache)
   assert done.returncode == 0, done.stderr
   assert "resuming from step " in done.stdout and "stopped by a signal at step 27" in done.stdout
   assert checkpoint_steps(tmp_path) == [10, 20, 27] and not (tmp_path / "weights.safetensors").exists()
-  # Before the evaluation at the end, while the last checkpoint may still be on its way.
+  # Before the final evaluation, while the last checkpoint may still be being written.
   done = start(tmp_path, f"evaluating {STEPS} SIGKILL", cache=cache)
   assert done.returncode == -9 and "resuming from step 27" in done.stdout, done.stderr
   assert checkpoint_steps(tmp_path) in ([10, 20, 27, 30], [10, 20, 27, 30, 40])
@@ -146,15 +146,15 @@ def test_killed_runs_end_bit_identical(undisturbed, tmp_path, tmp_path_factory):
   for name in weights:
     np.testing.assert_array_equal(weights[name], others[name])
 
-  # Steps that were computed twice or thrice had the same loss each time: same batch, same noise.
+  # Steps computed two or three times had the same loss each time: same batch, same noise.
   once, often = losses(undisturbed), losses(tmp_path)
   assert sorted(once) == sorted(often) == list(range(1, STEPS + 1))
   assert all(set(often[step]) == set(once[step]) for step in once)
   assert len(often[3]) == 2 and len(often[12]) >= 2 and len(often[27]) == 1
 
 
-def test_the_average_and_the_moments_have_moved(undisturbed):
-  """The comparison above would mean nothing if nothing were trained."""
+def test_average_and_moments_have_changed(undisturbed):
+  """Otherwise the comparison above would mean nothing."""
   early, late = read_checkpoint(undisturbed, EVERY), read_checkpoint(undisturbed, STEPS)
   for name in ("params", "ema", "opt_state"):
     changed = [(np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (early[name], late[name])))]
@@ -163,7 +163,7 @@ def test_the_average_and_the_moments_have_moved(undisturbed):
   assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (average, params))))
 
 
-def test_a_finished_run_has_nothing_to_do(undisturbed):
+def test_rerunning_a_finished_run_does_nothing(undisturbed):
   before = {p: p.stat().st_mtime_ns for p in sorted(undisturbed.rglob("*")) if p.is_file() and "checkpoints" in p.parts}
   done = start(undisturbed)
   assert done.returncode == 0 and "nothing to do" in done.stdout and f"step {STEPS}" in done.stdout

@@ -1,4 +1,4 @@
-"""The update of the train state, its metrics, and its devices."""
+"""The update of the train state, its metrics, and moving batches to devices."""
 
 from flax.core.meta import unbox
 import flax.linen as nn
@@ -22,7 +22,7 @@ from tests.support.runs import assert_trees_equal, config_of
 
 
 class LinearStage(Stage):
-  """A stage double: mean squared error of a linear map of the image, and a draw of the key."""
+  """A stand-in stage: mean squared error of a linear map of the image, and a random draw."""
 
   def init(self, key):
     weights = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("in", "out"))(key, (12, 3))
@@ -58,18 +58,18 @@ def linear_run(steps=1, accumulate_steps=1, optimizer=None, decay=0.5, stage=Non
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
-def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
+def test_accumulated_gradients_equal_those_of_the_whole_batch(parts):
   (_, whole), (expected,) = linear_run()
   (_, state), (metrics,) = linear_run(accumulate_steps=parts)
   np.testing.assert_allclose(state.params["linear"]["kernel"], whole.params["linear"]["kernel"], rtol=1e-6)
   for name in ("loss", "low", "grad_norm", "unreadable"):
     np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)
   assert expected["unreadable"] == 8 and expected["low"] < expected["loss"]
-  assert metrics["draw"] != expected["draw"]  # the mean of other draws, a key for every part
+  assert metrics["draw"] != expected["draw"]  # the mean of other draws, as each part has its own key
 
 
 class HelpedStage(LinearStage):
-  """A loss that needs more than the model: a trained bias, a frozen factor, and to know the step."""
+  """A loss with parts outside the model: a trained bias and a frozen factor; it also depends on the step."""
 
   def init_auxiliary(self, key):
     return {"bias": {"bias": jax.random.normal(key, (3,))}}, {"factor": {"scale": jnp.float32(2)}}
@@ -81,7 +81,7 @@ class HelpedStage(LinearStage):
 
 
 @pytest.mark.parametrize("accumulate_steps", [1, 4])
-def test_auxiliary_parts_are_trained_beside_the_model_and_losses_know_the_step(accumulate_steps):
+def test_auxiliary_parts_are_trained_and_losses_receive_the_step(accumulate_steps):
   plain, _ = linear_run(3)
   states, metrics = linear_run(3, stage=HelpedStage(), accumulate_steps=accumulate_steps)
   for step, (alone, state) in enumerate(zip(plain, states)):
@@ -93,7 +93,7 @@ def test_auxiliary_parts_are_trained_beside_the_model_and_losses_know_the_step(a
   assert [m["step"] for m in metrics] == [0, 1, 2]
 
 
-def test_every_step_has_its_own_key_and_one_alone():
+def test_each_step_has_one_key_of_its_own():
   _, metrics = linear_run(3)
   assert len({m["draw"] for m in metrics}) == 3
   assert linear_run(3)[1] == metrics
@@ -121,7 +121,7 @@ def test_frozen_parts_are_not_trained():
   assert_trees_equal(states[-1].joined(average=True)["linear"], states[-1].ema["linear"])
 
 
-def test_a_gradient_that_is_not_finite_is_noticed():
+def test_a_non_finite_gradient_is_reported():
   class Kink(LinearStage):  # a finite loss with an infinite slope
     def loss_fn(self, params, batch, key, step):
       loss, metrics = super().loss_fn(params, batch, key, step)
@@ -145,7 +145,7 @@ def test_metrics_merge_as_weighted_means():
 
 
 @pytest.mark.parametrize("mode, registers", [("pow2", 4), ("uniform", 6), ("uniform_pow2", 6)])
-def test_buckets_share_out_the_loss(mode, registers):
+def test_bucket_losses_sum_to_the_loss(mode, registers):
   tokens = dict(num_registers=registers, nested_dropout=mode, null_prob=0.3, saturation_weight=0.5)
   stage = make_stage(config_of(tokens=tokens))
   params = unbox(jax.eval_shape(stage.init, jax.random.key(0))[0])
@@ -157,12 +157,12 @@ def test_buckets_share_out_the_loss(mode, registers):
   assert count == 64 and sum(n for _, n in metrics.values()) == 64
   assert all(n > 0 for _, n in metrics.values()) and 8 < metrics["loss_null"][1] < 32
   np.testing.assert_allclose(sum(x for x, _ in metrics.values()), total, rtol=1e-5)
-  assert saturation > 0  # a penalty beside the loss that is reported
+  assert saturation > 0  # added to the reported loss
   np.testing.assert_allclose(loss, (total + 0.5 * saturation) / 64, rtol=1e-6)
 
 
-def test_loss_falls_on_a_few_pictures():
-  """Sixteen pictures are learned: at first the loss is the spread of noise - x0, about 1 + var(x0)."""
+def test_loss_decreases_on_a_few_images():
+  """Sixteen images are learned: initially the loss is the variance of noise - x0, about 1 + var(x0)."""
   config = config_of(optim=dict(learning_rate=5e-3, warmup_steps=20), flow=dict(t_sampling="uniform"))
   stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, 300)
   state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)))(jax.random.key(0))
@@ -176,11 +176,11 @@ def test_loss_falls_on_a_few_pictures():
   assert np.mean(losses[-50:]) < 0.6 * np.mean(losses[:5]), (losses[:5], losses[-50:])
 
 
-# Devices (more of them: test_sharding.py).
+# Devices (more: tests/parallel/test_sharding.py).
 
 
-def test_batches_reach_the_devices_whole_and_in_order():
-  """The global arrays are the rows of one process, or of two together, whatever is prefetched."""
+def test_batches_arrive_on_devices_complete_and_in_order():
+  """The global arrays are the rows of one process, or of two together, for any prefetching."""
   config = config_of()
   given = dict(data=inputs.image_data(config), global_batch=config.data.global_batch, image_size=16, seed=0)
   whole = pipeline.train_batches(**given)

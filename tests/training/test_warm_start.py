@@ -1,4 +1,4 @@
-"""Starting a run from given weights."""
+"""Starting a run from existing weights."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from tests.support.runs import assert_trees_equal, config_of, fails, random_stat
 VAE = dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(4,), layers_per_block=1, norm_groups=2)
 
 
-def test_check_params_names_the_first_mismatch():
+def test_check_params_reports_the_first_mismatch():
   want = {"a": {"x": np.zeros(2), "y": np.zeros((3, 4))}, "b": {"z": np.zeros(1)}}
   warm_start.check_params(want, want, "here")
   less, more = {"a": {"x": np.zeros(2)}, "b": want["b"]}, {**want, "c": {"w": np.zeros(1)}}
@@ -30,9 +30,9 @@ def test_warm_start(tmp_path):
   assert_trees_equal(warm.ema, given.params)
   assert_trees_equal(warm.opt_state, state.opt_state)
   pointers = {x.unsafe_buffer_pointer() for x in jax.tree.leaves((warm.params, warm.ema))}
-  assert len(pointers) == 2 * len(jax.tree.leaves(warm.params))  # donated later: no buffer may be shared
+  assert len(pointers) == 2 * len(jax.tree.leaves(warm.params))  # donated later, so no buffer may be shared
 
-  # Over a VAE: the frozen part must come, encoder and decoder may stay random; and never anything of another shape.
+  # With a VAE: the frozen part is required, encoder and decoder may stay random; all shapes must match.
   over_vae = config_of(vae=VAE)
   state, vae_config = random_state(over_vae, 0), config_of(stage="vae", vae=VAE)
   vae = random_state(vae_config, 0, seed=2).params

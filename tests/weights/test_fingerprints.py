@@ -24,7 +24,7 @@ def model():
 
 
 def changed(params, *path):
-  """The parameters with one number of an array a hundredth larger."""
+  """Returns the parameters with one value of an array increased by 1%."""
   if not path:
     array = np.array(params)
     array.flat[0] *= 1.01
@@ -34,7 +34,7 @@ def changed(params, *path):
 
 @pytest.mark.parametrize("name, expected", [("quickstart", "11986cdb48825796"), ("shapes", "aaf43dd63e212e92")])
 def test_fingerprints_of_shipped_tokenizers(name, expected):
-  """Generators and token shards store them: a change here would separate them from their tokenizer."""
+  """Generators and token shards store them: a change here would break the link to their tokenizer."""
   assert fingerprints.tokenizer(*loading.load(ASSETS / f"{name}.safetensors")) == expected
 
 
@@ -44,14 +44,14 @@ def test_fingerprint_of_existing_token_shards(model):
   assert fingerprints.tokenizer(cfg, simple) == "d7813e334da4eaa9"
 
 
-def test_fingerprint_is_the_same_in_all_types_and_files(model, tmp_path):
+def test_fingerprint_is_independent_of_dtype_and_file_format(model, tmp_path):
   cfg, params = model
   expected = fingerprints.tokenizer(cfg, params)
   assert fingerprints.tokenizer(cfg, jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)) == expected
   saving.save_weights(tmp_path / "w.safetensors", cfg, params, "bfloat16")
   for dtype in ("float32", "bfloat16"):
     assert fingerprints.tokenizer(*loading.load(tmp_path / "w.safetensors", param_dtype=dtype, dtype=dtype)) == expected
-  saving.save_official(tmp_path / "official.safetensors", cfg, params)  # tells no image size; the settings otherwise
+  saving.save_official(tmp_path / "official.safetensors", cfg, params)  # has no image size, but all other settings
   loaded = loading.load(tmp_path / "official.safetensors", vae_norm_num_groups=4, image_size=16)
   assert fingerprints.tokenizer(*loaded) == expected
 
@@ -66,7 +66,7 @@ def test_fingerprint_is_the_same_in_all_types_and_files(model, tmp_path):
   ],
   ids="/".join,
 )
-def test_fingerprint_changes_with_what_encodes(model, path):
+def test_fingerprint_depends_on_encoder_weights(model, path):
   assert fingerprints.tokenizer(model[0], changed(model[1], *path)) != fingerprints.tokenizer(*model)
 
 
@@ -82,14 +82,14 @@ def test_fingerprint_changes_with_what_encodes(model, path):
   ],
   ids=["levels", "scaling", "groups", "head_dim", "activation", "image_size"],
 )
-def test_fingerprint_changes_with_settings_of_encoding(model, overrides):
+def test_fingerprint_depends_on_encoding_settings(model, overrides):
   cfg = tiny_config(**{**dict(vae=TINY_VAE), **{k: v for k, v in overrides.items() if "." not in k}})
   with cfg.unlocked():
     cfg.update_from_flattened_dict({k: v for k, v in overrides.items() if "." in k})
   assert fingerprints.tokenizer(cfg, model[1]) != fingerprints.tokenizer(*model)
 
 
-def test_decoders_and_ways_to_compute_have_no_influence(model):
+def test_fingerprint_ignores_decoders_and_compute_settings(model):
   cfg, params = model
   other = {**params, "decoder": {}, "vae": changed(params["vae"], "post_quant_conv", "kernel")}
   with_settings = cfg.copy_and_resolve_references()

@@ -1,4 +1,4 @@
-"""Loading and saving: official tokenizers with every option, autoencoders of diffusers, the hub's cache."""
+"""Loading and saving: official tokenizers with all options, diffusers autoencoders, the hub's cache."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ OPTIONS = {
 
 
 def assert_same(a, b):
-  """The same arrays, types included."""
+  """Asserts equal arrays of equal types."""
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a.params, b.params)
   assert jax.tree.map(lambda x: x.dtype, a.params) == jax.tree.map(lambda x: x.dtype, b.params)
 
@@ -60,7 +60,7 @@ def random_of(sections):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_there_and_back(tmp_path, name):
+def test_round_trip_of_all_options(tmp_path, name):
   model = random_of(OPTIONS[name])
   model.to_official(tmp_path / "model.safetensors")
   again = flextok_jax.load(tmp_path / "model.safetensors", **LOAD)
@@ -70,7 +70,7 @@ def test_every_option_there_and_back(tmp_path, name):
       assert again.config[section][field] == value, field
 
 
-def test_a_mup_readout_needs_its_base_width(tmp_path):
+def test_a_mup_readout_requires_its_base_width(tmp_path):
   model = random_of(dict(encoder=dict(readout_multiplier=0.5)))
   model.to_official(tmp_path / "model.safetensors")
   with pytest.raises(ValueError, match="mup_base_width"):
@@ -85,8 +85,8 @@ def model():
   return random_model()
 
 
-def test_both_types_both_formats(model, tmp_path):
-  """bfloat16 halves the tokenizer, leaves the VAE its float32, and survives every format bit for bit."""
+def test_both_dtypes_in_both_formats(model, tmp_path):
+  """bfloat16 halves the tokenizer, keeps the VAE in float32, and is bit-exact in both formats."""
   model.to_official(tmp_path / "exact.safetensors")
   low = flextok_jax.load(tmp_path / "exact.safetensors", dtype="bfloat16", **LOAD)
   types = {k: {x.dtype.name for x in jax.tree.leaves(v)} for k, v in low.params.items()}
@@ -103,7 +103,7 @@ def test_both_types_both_formats(model, tmp_path):
   assert_same(model, flextok_jax.load(tmp_path / "exact.safetensors", dtype="float32", **LOAD))
 
 
-def test_onto_a_mesh(model, tmp_path):
+def test_load_onto_a_mesh(model, tmp_path):
   model.to_official(tmp_path / "model.safetensors")
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
   spread = flextok_jax.load(tmp_path / "model.safetensors", mesh=mesh, **LOAD)
@@ -111,14 +111,14 @@ def test_onto_a_mesh(model, tmp_path):
   assert {len(x.sharding.device_set) for x in jax.tree.leaves(spread.params)} == {8}
 
 
-def test_a_pixel_model_has_no_official_form():
+def test_a_pixel_model_cannot_be_saved_in_the_official_format():
   model = flextok_jax.load(ROOT / "flextok_jax" / "assets" / "quickstart.safetensors")
   with pytest.raises(ValueError, match="vae.kind.*pixels"):
     model.to_official("/absent/model.safetensors")
 
 
-def test_the_image_size(model, tmp_path):
-  """The authors' 32 latent pixels a side, or what the tables reach; or what is asked for."""
+def test_image_size(model, tmp_path):
+  """The authors' 32 latent pixels per side, or less if position tables are smaller, or the requested size."""
   path = tmp_path / "model.safetensors"
   model.to_official(path)
   load = lambda **kwargs: flextok_jax.load(path, vae_norm_num_groups=GROUPS, **kwargs).image_size
@@ -134,13 +134,13 @@ def test_the_image_size(model, tmp_path):
 
 @pytest.fixture(scope="module")
 def autoencoder(model, tmp_path_factory):
-  """A folder as diffusers writes it."""
+  """Returns a folder as written by diffusers."""
   folder = tmp_path_factory.mktemp("vae") / "vae"
   api.FlexTok({"vae": model.params["vae"]}, with_fields(model, stage="vae")).to_official(folder)
   return folder
 
 
-def test_an_autoencoder_there_and_back(model, autoencoder, tmp_path):
+def test_autoencoder_round_trip(model, autoencoder, tmp_path):
   assert sorted(p.name for p in autoencoder.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
   again = flextok_jax.load(autoencoder)
   jax.tree.map(np.testing.assert_array_equal, again.params["vae"], model.params["vae"])
@@ -151,7 +151,7 @@ def test_an_autoencoder_there_and_back(model, autoencoder, tmp_path):
     again.to_official(tmp_path / "vae.safetensors")
 
 
-def test_old_attention_names(autoencoder, model, tmp_path):
+def test_legacy_attention_names(autoencoder, model, tmp_path):
   old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
   weights = {}
   for name, value in load_file(autoencoder / hub.WEIGHTS[1]).items():
@@ -178,7 +178,7 @@ def test_weights_and_config_must_agree(autoencoder, tmp_path):
 
 
 def cached(cache: Path, repository: str, files: Path):
-  """Puts files into a cache as huggingface_hub lays it out."""
+  """Copies files into a cache with the layout of huggingface_hub."""
   folder = cache / f"models--{repository.replace('/', '--')}"
   snapshot = folder / "snapshots" / ("0" * 40)
   snapshot.mkdir(parents=True)
@@ -190,7 +190,7 @@ def cached(cache: Path, repository: str, files: Path):
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-  """An empty cache and no network."""
+  """Sets an empty cache and disables the network."""
   from huggingface_hub import constants
 
   monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -206,8 +206,8 @@ def test_a_cached_repository_loads_offline(model, autoencoder, offline, tmp_path
   assert flextok_jax.load("EPFL-VILAB/flextok_vae").config.stage == "vae"
 
 
-def test_the_vae_may_be_named_by_repository(model, autoencoder, offline, tmp_path):
-  """Weights without a VAE, whose configuration names one; and the scaling factor of that one."""
+def test_vae_by_repository_name(model, autoencoder, offline, tmp_path):
+  """The weights lack the VAE and the config names its repository, which also provides the scaling factor."""
   model.to_official(tmp_path / "hub")
   config = json.loads((tmp_path / "hub" / "config.json").read_text())
   weights = {k: v for k, v in load_file(tmp_path / "hub" / hub.WEIGHTS[0]).items() if not k.startswith("vae.")}
@@ -228,7 +228,7 @@ def test_the_vae_may_be_named_by_repository(model, autoencoder, offline, tmp_pat
     flextok_jax.load(tmp_path / "hub", **LOAD)
 
 
-def test_offline_and_not_cached_is_one_line(offline):
+def test_an_uncached_repository_offline_is_a_one_line_error(offline):
   with pytest.raises(FileNotFoundError) as error:
     flextok_jax.load("EPFL-VILAB/flextok_d18_d28_dfn")
   line = str(error.value)
@@ -238,6 +238,6 @@ def test_offline_and_not_cached_is_one_line(offline):
 
 
 @pytest.mark.parametrize("source", ["runs/absent.safetensors", "./absent", "/absent", "a/b/c", "absent", ""])
-def test_what_is_no_repository_is_not_looked_up(offline, source):
+def test_invalid_repository_names_are_not_looked_up(offline, source):
   with pytest.raises(FileNotFoundError, match="no such checkpoint"):
     flextok_jax.load(source)

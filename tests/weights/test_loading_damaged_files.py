@@ -1,4 +1,4 @@
-"""Five hundred damaged checkpoints: each gives one clear line, none a library's own error, none runs anything."""
+"""Five hundred damaged files: each raises one clear line of our own, and no code in them runs."""
 
 import ast
 import json
@@ -19,7 +19,7 @@ PACKAGE = str(Path(loading.__file__).parents[1])
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
-  """(header, data) of a whole official file of random weights."""
+  """(header, data) of an undamaged official file with random weights."""
   config = common.derive(
     image_size=32,
     dtype="float32",
@@ -34,12 +34,12 @@ def official(tmp_path_factory):
   saving.save_official(path, config, params)
   blob = path.read_bytes()
   end = 8 + int.from_bytes(blob[:8], "little")
-  assert load(path) is None  # before any damage
+  assert load(path) is None  # undamaged
   return json.loads(blob[8:end]), blob[end:]
 
 
 def load(path):
-  """Returns the error of loading, or None."""
+  """Returns the error raised by loading, or None."""
   try:
     config, params = loading.load(path, vae_norm_num_groups=2)
   except Exception as e:
@@ -57,7 +57,7 @@ def tensor_names(header):
   return [name for name in header if name != "__metadata__"]
 
 
-# Damages: (header, data, rng, canary) -> bytes. They may change the header in place.
+# Kinds of damage: (header, data, rng, canary) -> bytes. They may modify the header in place.
 
 
 def truncated(header, data, rng, canary):
@@ -85,7 +85,7 @@ def wrong_dtype(header, data, rng, canary):
 
 
 def integers(header, data, rng, canary):
-  """All of one size are of an integer type: a well-formed file."""
+  """Gives all tensors of one size an integer type; the file is well-formed."""
   for name in rng.choice(tensor_names(header), 3):
     header[name]["dtype"] = "I32"
   return assemble(header, data)
@@ -102,7 +102,7 @@ def wrong_offsets(header, data, rng, canary):
 
 
 def missing(header, data, rng, canary):
-  """Without one tensor; the offsets of those behind it are mended, so that the file is whole."""
+  """Omits one tensor and adjusts later offsets, so that the file is well-formed."""
   name = rng.choice(tensor_names(header))
   begin, end = header.pop(name)["data_offsets"]
   for name in tensor_names(header):
@@ -176,7 +176,7 @@ def absurd_metadata(header, data, rng, canary):
 
 
 def absurd_values(header, data, rng, canary):
-  """One number, name or switch of the configuration is another."""
+  """Changes one number, name or switch of the config."""
   metadata = header["__metadata__"]
   part = str(rng.choice(["encoder", "decoder"]))
   config = ast.literal_eval(metadata[part])
@@ -255,7 +255,7 @@ DAMAGES = [
 
 
 def assert_clear(error, path):
-  """One line, raised by our own code on purpose, short enough to read."""
+  """Asserts that the error is one short line, raised deliberately by our own code."""
   assert isinstance(error, ValueError), repr(error)
   assert "\n" not in str(error) and len(str(error)) < 700 and str(error).startswith(str(path)), str(error)
   assert traceback.extract_tb(error.__traceback__)[-1].filename.startswith(PACKAGE), traceback.format_exception(error)
@@ -271,16 +271,16 @@ def test_five_hundred_damaged_files(official, tmp_path):
     path.write_bytes(blob)
     error = load(path)
     if error is None and damage is absurd_values:
-      continue  # the other value is none that the model depends on
+      continue  # the model does not depend on that value
     assert error is not None, (i, damage.__name__)
     assert_clear(error, path)
     assert not canary.exists(), damage.__name__
     lines.add(str(error))
-  assert len(lines) > 200  # they tell the damages apart
+  assert len(lines) > 200  # messages distinguish the damages
 
 
 def test_flipped_bytes_in_the_header(official, tmp_path):
-  """Such a file may still be whole (a space, a name that nothing hangs on): else the same."""
+  """Such a file may still be valid (a space, an unused name); otherwise it raises one clear line too."""
   rng = np.random.default_rng(1)
   whole = assemble(*official)
   end = len(whole) - len(official[1])
@@ -312,7 +312,7 @@ def test_flipped_bytes_in_the_header(official, tmp_path):
     '{"_class_name": "AutoencoderKL", "block_out_channels": "os"}',
   ],
 )
-def test_damaged_hub_configurations(official, tmp_path, text):
+def test_damaged_hub_configs(official, tmp_path, text):
   (tmp_path / "model.safetensors").write_bytes(assemble(*official))
   (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
   assert_clear(load(tmp_path), tmp_path)

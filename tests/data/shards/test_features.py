@@ -1,4 +1,4 @@
-"""A teacher's features in shards beside latents: of the same crops, the same loss, and what does not go together."""
+"""Teacher features in shards next to latents: same crops and loss as in training; incompatible data is refused."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ FEATURES, GRID, IMAGES, COPIES = 32, 4, 23, 2
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-  """A folder with pictures, a tokenizer, two tiny DINOv2 and what the command wrote: latents, and features of both."""
+  """Returns a folder of pictures, a tokenizer, two tiny DINOv2, shards of latents and of both models' features."""
   root = tmp_path_factory.mktemp("teacher")
   make_pictures(root / "pictures")
   saving.save_weights(str(root / "weights.safetensors"), config(), make_params(make_stage(config())))
@@ -69,7 +69,7 @@ def train_config(root, data=(), repa=(), **overrides):
 
 @pytest.fixture(scope="module")
 def crops(root):
-  """uint8 [46, 16, 16, 3] in the order of the records, and the teacher's features of them."""
+  """Returns uint8 [46, 16, 16, 3] in record order, and the teacher's features of these crops."""
   images = SplitImages(inputs.image_data(config(data=data_of(root))), "train", seed=0, image_size=SIZE, copies=COPIES)
   crops = np.concatenate([images[i]["crops"] for i in range(IMAGES)])
   cfg = train_config(root)
@@ -78,8 +78,8 @@ def crops(root):
   return crops, np.asarray(features(crops))
 
 
-def test_records_are_features_of_the_crops_of_the_latents(root, crops):
-  """Record by record, though files and batches are others."""
+def test_records_are_features_of_the_crops_behind_the_latents(root, crops):
+  """Compared record by record, although files and batches differ."""
   images, want = crops
   latents, read = LatentShards(root / "latents"), FeatureShards(root / "dino")
   assert len(read) == len(latents) == IMAGES * COPIES and len(read.meta["shard_records"]) == 3
@@ -96,7 +96,7 @@ def test_records_are_features_of_the_crops_of_the_latents(root, crops):
     assert all(record[name] == other[name] for name in ("label", "num_objects", "captions"))
 
 
-def test_batches_have_both_of_each_row_and_depend_on_seed_and_step_alone(root):
+def test_batches_pair_latents_with_features_and_depend_only_on_seed_and_step(root):
   latents, read = LatentShards(root / "latents"), FeatureShards(root / "dino")
   place = {latents[i]["moments"].tobytes(): i for i in range(len(latents))}
   cfg, mesh = train_config(root), sharding.make_mesh(devices=jax.devices()[:1])
@@ -119,11 +119,11 @@ def test_batches_have_both_of_each_row_and_depend_on_seed_and_step_alone(root):
     np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), x)
   off = next(inputs.train_batches(train_config(root, repa=dict(weight=0.0)), 2, mesh))
   assert "teacher" not in off
-  np.testing.assert_array_equal(off["latents"], whole[2]["latents"])  # the same order, with REPA and without
+  np.testing.assert_array_equal(off["latents"], whole[2]["latents"])  # same order with and without REPA
 
 
-def test_the_loss_is_that_of_features_in_the_step(root, crops):
-  """To the rounding of the stored type."""
+def test_loss_equals_that_of_features_computed_in_the_step(root, crops):
+  """Up to rounding in the stored type."""
   cfg = train_config(root, dict(latents="", teacher=""), vae=VAE | dict(sample_posterior=False), fast=False)
   stage, params = make_stage(cfg), loading.load(root / "weights.safetensors")[1]
   params |= unbox(jax.jit(stage.init_auxiliary)(jax.random.key(1))[0])
@@ -136,7 +136,7 @@ def test_the_loss_is_that_of_features_in_the_step(root, crops):
   np.testing.assert_allclose(metrics["loss"], others["loss"])
 
 
-def test_a_run_trains_on_them(root, tmp_path):
+def test_training_run_with_stored_features(root, tmp_path):
   cfg = train_config(
     root,
     init_from=str(root / "weights.safetensors"),
@@ -154,7 +154,7 @@ def refused(words, call):
   assert "\n" not in str(caught.value)
 
 
-def test_features_that_do_not_suit_are_refused(root, tmp_path):
+def test_incompatible_features_are_refused(root, tmp_path):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   batches = lambda **fields: inputs.train_batches(train_config(root, **fields), 0, mesh)
   refused("features of width 32, but repa.features is 8: set repa.features=32", lambda: batches(repa=dict(features=8)))
@@ -163,7 +163,7 @@ def test_features_that_do_not_suit_are_refused(root, tmp_path):
     "the teacher shards are of teacher [0-9a-f]{16}, but .*other is [0-9a-f]{16}",
     lambda: inputs.make_prepare(train_config(root, repa=dict(teacher=str(root / "other"))), mesh, train=True),
   )
-  absent = train_config(root, repa=dict(teacher="facebook/dinov2-large"))  # not here: its shards will do
+  absent = train_config(root, repa=dict(teacher="facebook/dinov2-large"))  # not downloaded: its shards are enough
   batch = object()
   assert inputs.make_prepare(absent, mesh, train=True)(batch) is batch
   for name, value in (("copies", 1), ("seed", 3), ("num_images", 24)):

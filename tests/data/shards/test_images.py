@@ -1,4 +1,4 @@
-"""Image files as they are stored in shards."""
+"""Image files stored in shards."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Latent shards: moments of the images, for training without the encoder of the VAE that wrote them."""
+"""Latent shards: VAE moments of images, for training without running the VAE's encoder."""
 
 import json
 
@@ -36,7 +36,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vae(tokenizer, tmp_path_factory):
-  """The tokenizer's VAE alone, in bfloat16."""
+  """Returns the tokenizer's VAE on its own, in bfloat16."""
   path = tmp_path_factory.mktemp("vae") / "weights.safetensors"
   saving.save_weights(str(path), config(stage="vae"), {"vae": loading.load(tokenizer)[1]["vae"]}, "bfloat16")
   return path
@@ -51,7 +51,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def written(tokenizer, data, tmp_path_factory):
-  """{dtype: shards of all pictures, three copies each}, by the command; bfloat16 of the validation split."""
+  """Returns {dtype: shards of all pictures, three copies each}, written by the command."""
   out = tmp_path_factory.mktemp("latents")
   given = "--what=latents", f"--checkpoint={tokenizer}", f"--config={config_file(out / 'data.py', data=data)}"
   run(tokenize, *given, f"--out={out / 'float16'}", "--copies=3", "--shards=2", "--batch_size=8")
@@ -65,7 +65,7 @@ def train_config(data, written, dtype="float16", **overrides):
 
 @pytest.fixture(scope="module")
 def crops(tokenizer, data):
-  """(elements of SplitImages, the moments of all their crops in float32)."""
+  """Returns (elements of SplitImages, moments of all their crops in float32)."""
   cfg, params = loading.load(tokenizer)
   images = SplitImages(image_data(config(data=data)), "train", seed=0, image_size=SIZE, copies=3)
   elements = [images[i] for i in range(23)]
@@ -74,7 +74,7 @@ def crops(tokenizer, data):
 
 
 @pytest.mark.parametrize("dtype", latents.DTYPES)
-def test_records_are_the_moments_of_crops_as_in_training(tokenizer, crops, written, dtype):
+def test_records_are_moments_of_the_training_crops(tokenizer, crops, written, dtype):
   read, (elements, moments) = LatentShards(written[dtype]), crops
   assert len(read) == read.meta["num_records"] == 3 * 23 and read.meta["copies"] == 3
   assert (read.meta["dtype"], read.meta["shape"], read.meta["image_size"]) == (dtype, SHAPE, SIZE)
@@ -82,14 +82,14 @@ def test_records_are_the_moments_of_crops_as_in_training(tokenizer, crops, writt
   for i in range(69):
     record, element = read[i], elements[i // 3]
     assert record["moments"].dtype == jnp.dtype(dtype) and list(record["moments"].shape) == SHAPE
-    # The type's rounding, half a unit of the last place, and that of the VAE's own float32 in other batches.
+    # Rounding to the type, half a unit in the last place, plus float32 differences of the VAE between batch shapes.
     eps = float(jnp.finfo(dtype).eps) / 2
     np.testing.assert_allclose(record["moments"].astype(np.float32), moments[i], rtol=1.01 * eps, atol=1e-4)
     assert (record["label"], record["captions"]) == (element["label"], element["captions"])
 
 
 @pytest.mark.parametrize("dtype", latents.DTYPES)
-def test_batches_depend_on_seed_and_step_alone(data, written, dtype):
+def test_batches_depend_only_on_seed_and_step(data, written, dtype):
   cfg = train_config(data, written, dtype)
 
   def steps(count, cfg=cfg, **kwargs):
@@ -111,7 +111,7 @@ def test_batches_depend_on_seed_and_step_alone(data, written, dtype):
   parts = [steps(1, start_step=1, process_index=p, process_count=2)[0] for p in range(2)]
   assert equal({k: np.concatenate([part[k] for part in parts]) for k in parts[0]}, reference[1])
   assert not equal(steps(1, train_config(data, written, dtype, seed=1))[0], reference[0])
-  if dtype == "bfloat16":  # which numpy itself does not know
+  if dtype == "bfloat16":  # numpy does not support it natively
     assert equal(steps(1, train_config(data | dict(num_workers=1), written, dtype))[0], reference[0])
   records = LatentShards(written[dtype])
   epoch = steps(1, train_config(data | dict(global_batch=69), written, dtype))[0]
@@ -119,8 +119,8 @@ def test_batches_depend_on_seed_and_step_alone(data, written, dtype):
 
 
 @pytest.mark.parametrize("sample, dtype", [(False, "float16"), (True, "bfloat16")])
-def test_the_loss_is_that_of_the_images(tokenizer, crops, data, written, sample, dtype):
-  """To the rounding of the stored type; with the posterior sampled, too, as its noise is the same."""
+def test_loss_equals_that_of_the_images(tokenizer, crops, data, written, sample, dtype):
+  """Up to rounding in the stored type; also when sampling the posterior, since the noise is the same."""
   cfg = train_config(data, written, dtype, vae=VAE | dict(sample_posterior=sample), fast=False)  # compiles sooner
   stage, params = make_stage(cfg), loading.load(tokenizer)[1]
   records = LatentShards(written[dtype])
@@ -134,7 +134,7 @@ def test_the_loss_is_that_of_the_images(tokenizer, crops, data, written, sample,
   assert one > 0.5 and 0 < abs(one - other) < eps * one
 
 
-def test_the_fingerprint_is_of_the_encoder(tokenizer, vae):
+def test_fingerprint_depends_only_on_the_encoder(tokenizer, vae):
   (cfg, params), own = loading.load(tokenizer), fingerprints.vae(*loading.load(vae))
   assert fingerprints.vae(cfg, params) == own and len(own) == 16
   changed = lambda part: {"vae": params["vae"] | {part: jax.tree.map(lambda x: x * 1.02, params["vae"][part])}}
@@ -157,7 +157,7 @@ def test_the_fingerprint_is_of_the_encoder(tokenizer, vae):
   ],
   ids=["vae", "size", "channels", "pixels"],
 )
-def test_latents_that_do_not_suit_are_refused(data, written, pattern, fingerprint, overrides):
+def test_incompatible_latents_are_refused(data, written, pattern, fingerprint, overrides):
   cfg = train_config(data, written, **overrides)
   with pytest.raises(ValueError, match=pattern) as caught:
     if fingerprint is None:
@@ -167,11 +167,11 @@ def test_latents_that_do_not_suit_are_refused(data, written, pattern, fingerprin
   assert "\n" not in str(caught.value)
 
 
-def test_latents_of_their_vae_suit(vae, data, written):
+def test_latents_of_the_same_vae_are_accepted(vae, data, written):
   inputs.check_latents(train_config(data, written), loading.load(vae)[1])
 
 
-def test_a_run_trains_on_them_and_on_those_of_its_own_vae_alone(tokenizer, data, written, tmp_path):
+def test_a_run_trains_on_latents_and_refuses_those_of_another_vae(tokenizer, data, written, tmp_path):
   settings = dict(
     train=dict(num_steps=2, log_every=1), eval=dict(sources=("folder",), num_images=4, batch_size=4, grid_images=1)
   )

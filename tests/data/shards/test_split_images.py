@@ -1,4 +1,4 @@
-"""The images of a split in a fixed order: centre crops, and copies as in training."""
+"""Images of a split in a fixed order: centre crops, and augmented copies as in training."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from flextok_jax.training.inputs import image_data
 from tests.support.pictures import write_damaged_jpegs
 
 
-def test_images_are_decoded_in_full(tmp_path):
+def test_images_are_decoded_at_full_size(tmp_path):
   folder = write_damaged_jpegs(tmp_path)
   sources = dict(
     tfds=dict(weight=0.0), folder=dict(weight=1.0, path=str(folder), val_path=str(tmp_path / "validation"))
@@ -27,7 +27,7 @@ def test_images_are_decoded_in_full(tmp_path):
   assert np.array_equal(images[0]["crops"], full[0]["crops"])
 
 
-def test_copies_are_never_flipped_where_that_would_be_untrue(monkeypatch):
+def test_copies_are_flipped_only_if_the_source_allows_it(monkeypatch):
   half = np.zeros((20, 20, 3), np.uint8)
   half[:, :10] = 255
 

@@ -1,4 +1,4 @@
-"""Token shards are read back as deterministic batches, and only where they are whole and suit."""
+"""Reading token shards: deterministic batches; incomplete or incompatible shards are refused."""
 
 import json
 
@@ -21,7 +21,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def written(pictures, tmp_path_factory):
-  """Shards of all pictures, three copies each in train."""
+  """Returns shards of all pictures, with three copies each in train."""
   out = tmp_path_factory.mktemp("tokens") / "shards"
   write(out, config(pictures), copies=3)
   write(out, config(pictures), split="validation", num_shards=2)
@@ -63,7 +63,7 @@ def test_batches(written):
       assert by_ids[tuple(ids)]["label"] == label
 
 
-def test_lengths_and_fewer_tokens(written):
+def test_lengths_and_token_counts(written):
   full = steps(ar_config(written), 2)
   for stop, count in ((True, 4), (True, 3), (False, 3)):
     for batch, all_ids in zip(steps(ar_config(written, ar=dict(stop=stop, num_tokens=count)), 2), full):
@@ -73,7 +73,7 @@ def test_lengths_and_fewer_tokens(written):
       np.testing.assert_array_equal(batch["token_ids"], kept)
 
 
-def test_batches_depend_on_seed_and_step_alone(written):
+def test_batches_depend_only_on_seed_and_step(written):
   reference = steps(ar_config(written), 4)
   assert not equal(reference[0], steps(ar_config(written, seed=1), 1)[0])
   for start in (1, 3):
@@ -94,7 +94,7 @@ def test_every_epoch_visits_every_record(written):
   assert rows[0] != rows[1] and sorted(rows[0]) == sorted(rows[1]) == expected
 
 
-def test_text_is_drawn_among_the_captions(tmp_path):
+def test_text_is_drawn_from_the_captions(tmp_path):
   captions = ["x", "long", "longer still"]
   path = tmp_path / "train" / shard_name("tokens", 0, 1)
   path.parent.mkdir()
@@ -130,7 +130,7 @@ def test_text_is_drawn_among_the_captions(tmp_path):
   assert arrays["text_lengths"].tolist() == [len(c) + 1 for c in arrays["captions"]]
 
 
-def test_eval_arrays_are_images_in_a_fixed_order(written):
+def test_eval_arrays_have_images_in_a_fixed_order(written):
   few, more = (eval_arrays(ar_config(written), n) for n in (5, 99))
   first_copies = sorted(tuple(r["ids"]) for r in records(written)[::3])
   assert sorted(map(tuple, more["token_ids"].tolist())) == first_copies
@@ -152,7 +152,7 @@ def test_eval_arrays_are_images_in_a_fixed_order(written):
   ],
   ids=["tokenizer", "num_ids", "num_tokens", "classes", "stop"],
 )
-def test_shards_that_do_not_suit_are_refused(written, pattern, ar, lacks):
+def test_incompatible_shards_are_refused(written, pattern, ar, lacks):
   meta = tokens.TokenShards(written).meta
   known = dict(num_ids=IDS, num_tokens=TOKENS, stop=False, num_classes=3)
   with pytest.raises(ValueError, match=pattern) as caught:
@@ -165,7 +165,7 @@ def test_shards_of_the_expected_tokenizer_are_accepted(written):
   inputs.open_tokens(ar_config(written, ar=dict(num_classes=1, condition="none")), "train")
 
 
-def test_labels_beyond_the_classes_are_refused(pictures, tmp_path):
+def test_labels_out_of_range_are_refused(pictures, tmp_path):
   write(tmp_path, config(pictures))
   path = tmp_path / "train" / "meta.json"
   path.write_text(json.dumps({**json.loads(path.read_text()), "class_names": None}))
@@ -173,7 +173,7 @@ def test_labels_beyond_the_classes_are_refused(pictures, tmp_path):
     steps(ar_config(tmp_path, ar=dict(num_classes=2)), 5)
 
 
-def test_damaged_folders_are_one_line(pictures, tmp_path):
+def test_damaged_folders_are_one_line_errors(pictures, tmp_path):
   write(tmp_path / "x", config(pictures), num_shards=2)
   folder = tmp_path / "x" / "train"
   meta, shard = folder / "meta.json", folder / shard_name("tokens", 1, 2)
@@ -211,7 +211,7 @@ def test_damaged_folders_are_one_line(pictures, tmp_path):
   [b"", b"\x00", b"\xc1", pack(dict(ids=[1], length=1, label=0, num_objects=0, captions=["a"]))[:-1]],
   ids=["empty", "number", "reserved", "cut"],
 )
-def test_foreign_records(data):
+def test_malformed_records_are_refused(data):
   with pytest.raises(ValueError, match="not a record of tokens"):
     tokens.unpack(data)
 

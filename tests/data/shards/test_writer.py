@@ -1,4 +1,4 @@
-"""Token shards are written once, whatever happens on the way."""
+"""Writing token shards: deterministic output, resuming after interruptions."""
 
 import os
 import signal
@@ -23,14 +23,14 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def written(pictures, tmp_path_factory):
-  """Shards of all pictures, three copies each in train."""
+  """Returns shards of all pictures, with three copies each in train."""
   out = tmp_path_factory.mktemp("tokens") / "shards"
   write(out, config(pictures), copies=3)
   write(out, config(pictures), split="validation", num_shards=2)
   return out
 
 
-def test_records_are_those_of_the_source(pictures, written):
+def test_records_match_the_source(pictures, written):
   source = Folder("train", str(pictures), str(pictures.parent / "validation"))
   read, meta = records(written), TokenShards(str(written)).meta
   assert len(read) == meta["num_records"] == 3 * 23 and meta["class_names"] == ["a", "b", "c"]
@@ -51,7 +51,7 @@ def test_records_are_those_of_the_source(pictures, written):
   ]
 
 
-def test_neither_shards_nor_batches_nor_threads_nor_seeds_of_others_matter(pictures, written, tmp_path):
+def test_output_is_independent_of_shards_batches_and_threads(pictures, written, tmp_path):
   write(tmp_path, config(pictures, num_threads=0), copies=3, num_shards=3, batch_size=7)
   assert records(tmp_path) == records(written)
   write(tmp_path / "workers", config(pictures, num_workers=2), copies=3, num_shards=5)
@@ -62,7 +62,7 @@ def test_neither_shards_nor_batches_nor_threads_nor_seeds_of_others_matter(pictu
   assert [r["ids"] for r in other[1::2]] != [r["ids"] for r in records(written)[1::3]]
 
 
-def test_processes_write_what_one_process_writes(pictures, written, tmp_path):
+def test_several_processes_write_the_same_as_one(pictures, written, tmp_path):
   kwargs = dict(copies=3, process_count=2)
   assert write(tmp_path, config(pictures), process_index=1, **kwargs) is None
   with pytest.raises(FileNotFoundError, match=r"meta.json is missing, so .* not complete: rerun"):
@@ -85,8 +85,8 @@ t.write(sys.argv[1], t.config(Path(sys.argv[2])), encode, copies=3)
 """
 
 
-def test_a_killed_run_goes_on(pictures, written, tmp_path):
-  args = [sys.executable, "-c", _KILLED, str(tmp_path), str(pictures), "14"]  # of 24 batches: amid the third shard
+def test_a_killed_run_resumes(pictures, written, tmp_path):
+  args = [sys.executable, "-c", _KILLED, str(tmp_path), str(pictures), "14"]  # of 24 batches: within the third shard
   env = {**os.environ, "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(args, cwd=ROOT, env=env, capture_output=True, check=False)
   assert done.returncode == -signal.SIGKILL, done.stderr.decode()
@@ -97,7 +97,7 @@ def test_a_killed_run_goes_on(pictures, written, tmp_path):
   assert len(calls) == 12 and records(tmp_path) == records(written)
   assert not any(p.name.endswith(".tmp") for p in (tmp_path / "train").iterdir())
   assert all((tmp_path / "train" / name).stat().st_mtime_ns == time for name, time in there.items())
-  # A shard that was cut short later is written again, and nothing else.
+  # A shard truncated afterwards is written again, the others are not.
   damaged = tmp_path / "train" / shard_name("tokens", 3, 4)
   damaged.write_bytes(damaged.read_bytes()[:-1])
   calls.clear()
@@ -118,7 +118,7 @@ def test_a_killed_run_goes_on(pictures, written, tmp_path):
   ],
   ids=lambda value: "" if isinstance(value, dict) else value.split()[0],
 )
-def test_other_settings_are_refused(pictures, written, pattern, kwargs, data):
+def test_resuming_with_other_settings_is_refused(pictures, written, pattern, kwargs, data):
   if "sources" in data:
     data = dict(sources=dict(folder=config(pictures).data.sources.folder.to_dict() | data["sources"]["folder"]))
   with pytest.raises(ValueError, match=rf"begun with other settings: {pattern}; use another folder") as caught:
@@ -126,10 +126,10 @@ def test_other_settings_are_refused(pictures, written, pattern, kwargs, data):
   assert "\n" not in str(caught.value)
 
 
-def test_rerunning_a_whole_folder_does_nothing(pictures, written):
+def test_rerunning_on_a_complete_folder_does_nothing(pictures, written):
   before = {p: p.stat().st_mtime_ns for p in (written / "train").glob("*.array_record")}
   refuse = lambda images: pytest.fail("encoded again")
-  meta = write(written, config(pictures), refuse, copies=3, num_shards=None)  # as many as there are
+  meta = write(written, config(pictures), refuse, copies=3, num_shards=None)  # the existing number
   assert meta["num_records"] == 69 and all(p.stat().st_mtime_ns == t for p, t in before.items())
 
 
@@ -156,11 +156,11 @@ def test_bad_settings_are_one_line(pictures, tmp_path, pattern, kwargs, data):
   assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_unreadable_images_are_passed_over(tmp_path, pictures):
+def test_unreadable_images_are_skipped(tmp_path, pictures):
   folder = write_folder(tmp_path / "train", 23)
   write_folder(tmp_path / "validation", 3)
   write(tmp_path / "whole", config(folder), num_shards=2)
-  (folder / "b" / "04.png").write_text("broken")  # the tenth of all
+  (folder / "b" / "04.png").write_text("broken")  # the tenth image overall
   with pytest.raises(ValueError, match=r"1 of 23 images are unreadable, .*max_unreadable=0.01; the last one is .*04"):
     write(tmp_path / "out", config(folder), num_shards=2)
   meta = write(tmp_path / "out", config(folder, max_unreadable=0.05), num_shards=2)
@@ -168,7 +168,7 @@ def test_unreadable_images_are_passed_over(tmp_path, pictures):
   assert records(tmp_path / "out") == whole[:9] + whole[10:] and meta["shard_records"] == [10, 12]
 
 
-def test_mixtures_mix_as_in_training_and_number_their_classes_on(pictures, tmp_path):
+def test_mixtures_match_training_and_offset_class_numbers(pictures, tmp_path):
   sources = dict(
     folder=dict(config(pictures).data.sources.folder.to_dict(), weight=0.25),
     photos=dict(weight=0.25),

@@ -1,4 +1,4 @@
-"""Image files in ArrayRecord files: written by the command, they are a source like the folder that they came from."""
+"""Image files in ArrayRecord files: the written source equals the folder it was made from."""
 
 import json
 import pickle
@@ -26,7 +26,7 @@ OFF = dict(tfds=dict(weight=0.0))
 
 
 def write_folder(path, count):
-  """Files of every kind, of the classes owl and tree_frog, with sidecar captions for one."""
+  """Writes files of every format in the classes owl and tree_frog, one of them with sidecar captions."""
   rng = np.random.default_rng(count)
   for i in range(count):
     folder = path / ("owl", "tree_frog")[i % 2]
@@ -58,7 +58,7 @@ def written_sources(out):
 
 @pytest.fixture(scope="module")
 def written(pictures, tmp_path_factory):
-  """Both splits, by the command."""
+  """Returns both splits, written by the command."""
   out = tmp_path_factory.mktemp("images") / "shards"
   file = config_file(out.parent / "data.py", data=dict(sources=folder_sources(pictures)))
   run(tokenize, "--what=images", f"--config={file}", f"--out={out}", "--shards=3")
@@ -81,7 +81,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("split, count", [("train", 11), ("validation", 4)])
-def test_the_source_is_that_of_the_folder(pictures, written, split, count):
+def test_source_equals_the_folder(pictures, written, split, count):
   folder = Folder(split, str(pictures), str(pictures.parent / "validation"))
   source = source_of(written, split)
   assert len(source) == len(folder) == count and source.class_names == folder.class_names == ("owl", "tree_frog")
@@ -89,10 +89,10 @@ def test_the_source_is_that_of_the_folder(pictures, written, split, count):
   assert source[1]["captions"] == ("an owl", "another owl") and (source.framed, source.flip) == (False, True)
   stored = [source.view(i, lambda file: file.read())["image"] for i in range(count)]
   assert sorted(stored) == sorted(path.read_bytes() for path in (pictures.parent / split).glob("*/*.[jpw]*"))
-  assert same(pickle.loads(pickle.dumps(source))[2], source[2])  # as worker processes get it
+  assert same(pickle.loads(pickle.dumps(source))[2], source[2])  # as it is sent to worker processes
 
 
-def test_batches_depend_on_seed_and_step_alone(written):
+def test_batches_depend_only_on_seed_and_step(written):
   def steps(count, process=(0, 1), start=0, **data):
     batches = pipeline.train_batches(
       image_data(config(written_sources(written), **data)),
@@ -118,7 +118,7 @@ def test_batches_depend_on_seed_and_step_alone(written):
   assert held_out["image"].shape == (4, 16, 16, 3)
 
 
-def test_processes_and_reruns_write_the_same_files(pictures, written, tmp_path):
+def test_several_processes_and_reruns_write_the_same_files(pictures, written, tmp_path):
   cfg = config(folder_sources(pictures))
   files = lambda out: {p.name: p.read_bytes() for p in (out / "train").glob("*.array_record")}
   assert write(tmp_path, cfg, num_shards=3, process_index=1, process_count=2) is None
@@ -136,7 +136,7 @@ def test_processes_and_reruns_write_the_same_files(pictures, written, tmp_path):
     write(tmp_path, cfg, num_images=5)
 
 
-def test_drawn_pictures_are_stored_without_loss(tmp_path):
+def test_rendered_images_are_stored_losslessly(tmp_path):
   drawn = OFF | dict(synthetic=dict(weight=1.0, render_size=16))
   write(tmp_path, config(drawn), num_images=7, num_shards=2)
   source, scenes = source_of(tmp_path), Synthetic("train", 16)
@@ -146,7 +146,7 @@ def test_drawn_pictures_are_stored_without_loss(tmp_path):
   assert not pipeline.Augment(image_data(config(drawn, flip=False)), source, 16).varies  # composed: never cropped
 
 
-def test_sources_that_may_be_cropped_do_not_mix_with_those_that_may_not(pictures, tmp_path):
+def test_croppable_and_uncroppable_sources_do_not_mix(pictures, tmp_path):
   mixed = folder_sources(pictures) | dict(photos=dict(weight=1.0))
   with pytest.raises(
     ValueError, match="folder and photos do not mix in image shards.*: write them to separate folders"
@@ -155,7 +155,7 @@ def test_sources_that_may_be_cropped_do_not_mix_with_those_that_may_not(pictures
   assert not (tmp_path / "out").exists()
 
 
-def test_unreadable_files_are_passed_over_and_damaged_records_too(tmp_path):
+def test_unreadable_files_and_damaged_records_are_skipped(tmp_path):
   folder = write_folder(tmp_path / "train", 11)
   write_folder(tmp_path / "validation", 2)
   whole = (folder / "owl" / "00.jpg").read_bytes()
@@ -164,7 +164,7 @@ def test_unreadable_files_are_passed_over_and_damaged_records_too(tmp_path):
     write(tmp_path / "out", config(folder_sources(folder)))
   meta = write(tmp_path / "out", config(folder_sources(folder), max_unreadable=0.1))
   assert meta["num_records"] == 10
-  # What goes bad afterwards: the bytes of a picture, and of the file that holds it.
+  # Damage after writing: to the bytes of an image, and to the file that contains it.
   path = tmp_path / "out" / "train" / "images-00000-of-00001.array_record"
   records = [ImageShards(tmp_path / "out")[i] for i in range(10)]
   records[3]["data"] = b"bad" * 20
@@ -185,7 +185,7 @@ def test_unreadable_files_are_passed_over_and_damaged_records_too(tmp_path):
   assert batch["unreadable"].sum() == 2
 
 
-def test_folders_that_do_not_fit_are_one_line(written, tmp_path):
+def test_incompatible_folders_are_one_line_errors(written, tmp_path):
   def refused(pattern, call, error=ValueError):
     with pytest.raises(error, match=pattern) as caught:
       call()

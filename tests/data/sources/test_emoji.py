@@ -1,4 +1,4 @@
-"""Emoji: splits that do not overlap, captions, draws, and errors of fonts."""
+"""Emoji: disjoint splits, captions, draws, and font errors."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def font_path() -> str:
     pytest.skip("NotoColorEmoji.ttf is not installed")
 
 
-def test_base_key_joins_variations():
+def test_base_key_merges_variants():
   wave, tone = 0x1F44B, 0x1F3FD
   assert emoji.base_key((wave,)) == emoji.base_key((wave, tone))
   runner = emoji.base_key((0x1F3C3,))
@@ -27,13 +27,13 @@ def test_base_key_joins_variations():
   assert emoji.base_key((0x1F355,)) != emoji.base_key((0x1F354,))
 
 
-def test_split_is_by_base_and_stable():
+def test_split_is_stable_and_by_base():
   codes = [(c,) for c in range(0x1F300, 0x1F700) if c not in emoji._TONES]
   held_out = [c for c in codes if emoji.is_validation(c)]
   assert 0.04 < len(held_out) / len(codes) < 0.12
   for base in codes:
     assert {emoji.is_validation((*base, tone)) for tone in emoji._TONES} == {emoji.is_validation(base)}
-  # Fixed for good: the reports of trained models depend on it.
+  # These must never change: reports of trained models depend on them.
   assert emoji.is_validation((0x1F680,)) and not emoji.is_validation((0x1F600,))
 
 
@@ -48,7 +48,7 @@ def test_captions():
   assert emoji.CLASS_NAMES[emoji.group_of((0x1F1EF, 0x1F1F5))] == "flag"
 
 
-def test_no_leak_between_the_splits_of_the_font():
+def test_splits_of_the_font_do_not_overlap():
   path = font_path()
   train, validation = emoji.Emoji("train", path), emoji.Emoji("validation", path)
   assert len(train.code_points()) + len(validation.code_points()) == len(emoji.read_glyphs(path)) > 3000

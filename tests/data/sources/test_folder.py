@@ -1,4 +1,4 @@
-"""Folders: classes, splits, captions beside the pictures, unreadable files and clear errors."""
+"""Folders: classes, splits, sidecar captions, unreadable files and error messages."""
 
 import json
 
@@ -32,14 +32,14 @@ def test_split_by_hash(tmp_path):
   assert 2 <= len(files[1]) <= 25
 
 
-def test_links_that_lead_back_up_end(tmp_path):
+def test_cyclic_links_are_not_followed(tmp_path):
   write_classes(tmp_path)
   (tmp_path / "bird" / "loop").symlink_to(tmp_path)
   cfg = dict(path=str(tmp_path), val_path=str(write_classes(tmp_path.parent / "elsewhere")))
   assert len(Folder("train", **cfg)) == 8
 
 
-def test_errors_are_one_clear_line(tmp_path):
+def test_errors_are_one_line(tmp_path):
   (tmp_path / "empty").mkdir()
   (tmp_path / "few").mkdir()
   Image.new("RGB", (4, 4)).save(tmp_path / "few" / "a.png")
@@ -73,10 +73,10 @@ def test_unreadable_files(tmp_path, monkeypatch):
   assert same_record(got[1][0], source[3]) and same_record(
     got[9][0], source[0]
   )  # the next readable one, wrapping around
-  assert len(warnings) == 3 and "1.png" in warnings[0]  # each file is named once
+  assert len(warnings) == 3 and "1.png" in warnings[0]  # each file is reported once
 
 
-def test_captions_beside_the_pictures(tmp_path):
+def test_sidecar_captions(tmp_path):
   write_classes(tmp_path / "a", count=6, classes=("tree_frog",))
   beside = tmp_path / "a" / "tree_frog"
   (beside / "0.txt").write_text("a frog\r\n\n  two  frogs \n", encoding="utf-8-sig")
@@ -125,10 +125,10 @@ def test_damaged_captions(tmp_path, name, data, words):
   with pytest.raises(base.UnreadableRecord, match=f"bird/{name}: .*{words}") as caught:
     source[0]
   assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-  assert base.read(source, 0)[1] == 1  # passed over, as an image would be
+  assert base.read(source, 0)[1] == 1  # skipped, as an unreadable image would be
 
 
-def test_nothing_readable(tmp_path):
+def test_no_readable_files(tmp_path):
   (tmp_path / "a").mkdir()
   for i in range(30):
     (tmp_path / "a" / f"{i}.jpg").write_text("broken")

@@ -1,4 +1,4 @@
-"""Photographs: different ones in each split, and fixed crops."""
+"""Photographs: disjoint splits and fixed crops."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from flextok_jax.data.sources import photos
 from tests.support.pictures import same_record
 
 
-def test_splits_are_different_photographs():
+def test_splits_have_different_photographs():
   train, validation = ({p[:2] for p in table} for table in (photos.TRAIN, photos.VALIDATION))
   assert not train & validation
   seen = [photos.Photos(s, 32) for s in ("train", "validation")]

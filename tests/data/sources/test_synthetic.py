@@ -1,4 +1,4 @@
-"""Procedural scenes: deterministic, and their captions agree with the pictures."""
+"""Procedural scenes: deterministic, with captions that match the images."""
 
 import re
 
@@ -8,7 +8,7 @@ from flextok_jax.data.sources import synthetic
 from tests.support.pictures import same_record
 
 
-def test_depends_on_split_and_index_alone():
+def test_scenes_depend_only_on_split_and_index():
   one, other = synthetic.Synthetic("train", 32), synthetic.Synthetic("train", 32)
   for i in (0, 1, 12345, len(one) - 1):
     assert same_record(one[i], other[i])
@@ -16,7 +16,7 @@ def test_depends_on_split_and_index_alone():
   assert not same_record(one[0], synthetic.Synthetic("validation", 32)[0])
 
 
-def test_caption_counts_the_objects_and_names_the_class():
+def test_caption_gives_object_count_and_class():
   source = synthetic.Synthetic("validation", 32)
   color = "|".join(synthetic.COLORS)
   shape = "|".join(synthetic.CLASS_NAMES)
@@ -38,7 +38,7 @@ def test_scenes_are_diverse():
   assert {r["num_objects"] for r in records} == set(range(1, synthetic.MAX_OBJECTS + 1))
   means = np.stack([r["image"].reshape(-1, 3).mean(0) for r in records])
   assert (means.std(0) > 30).all()  # overall colours differ
-  assert np.mean([r["image"].std() for r in records]) > 30  # and so do the parts of a picture
+  assert np.mean([r["image"].std() for r in records]) > 30  # and so do regions of an image
 
 
 def test_edges_are_antialiased_at_any_size():
@@ -48,7 +48,7 @@ def test_edges_are_antialiased_at_any_size():
     assert np.abs(reduced - small[i]["image"]).mean() < 8.0
 
 
-def test_plain_scenes_have_the_colours_that_their_captions_name_in_cells_of_a_grid():
+def test_plain_scenes_use_the_named_colours_in_grid_cells():
   palette = {name: np.round(np.array(rgb) * 255) for name, rgb in synthetic.COLORS.items()}
   source = synthetic.Synthetic("train", 64, "plain")
   colors = "|".join(palette)
@@ -59,9 +59,9 @@ def test_plain_scenes_have_the_colours_that_their_captions_name_in_cells_of_a_gr
     nearest = {name: np.abs(image - palette[name]).max(1) <= 1 for name in (ground, *things)}
     assert nearest[ground].any() and nearest[things[0]].any(), record["caption"]
     inside = np.any(list(nearest.values()), 0)
-    assert inside.mean() > 0.8  # all but anti-aliased edges
+    assert inside.mean() > 0.8  # all except anti-aliased edges
     assert all(np.linalg.norm(palette[ground] - palette[name]) > 0.48 * 255 for name in things)
     cells = np.abs(record["image"] - palette[ground]).max(-1) > 1
-    cells = cells.reshape(4, 16, 4, 16).any((1, 3))  # each in cells of its own, four of them the first one's
+    cells = cells.reshape(4, 16, 4, 16).any((1, 3))  # each object in its own cells, four of them for the first
     assert cells.sum() == 3 + record["num_objects"]
     assert max(cells[y : y + 2, x : x + 2].sum() for y in range(3) for x in range(3)) == 4

@@ -1,4 +1,4 @@
-"""The tfds source on a real TFDS data set, built here as ArrayRecord files."""
+"""The tfds source on a real TFDS data set, which is built here as ArrayRecord files."""
 
 import io
 import subprocess
@@ -23,7 +23,7 @@ def picture(i: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-  """A directory with the data set tiny_pictures in ArrayRecord files and plain_records in TFRecord files."""
+  """Returns a directory with tiny_pictures in ArrayRecord files and plain_records in TFRecord files."""
   root = str(tmp_path_factory.mktemp("tfds"))
 
   class TinyPictures(tfds.core.GeneratorBasedBuilder):
@@ -48,7 +48,7 @@ def data_dir(tmp_path_factory):
     def _generate_examples(self, count):
       for i in range(count):
         image = picture(i)
-        if count == 8 and i == 5:  # stored bytes that end too early
+        if count == 8 and i == 5:  # truncated bytes
           buffer = io.BytesIO()
           Image.fromarray(np.random.default_rng(0).integers(0, 255, image.shape, np.uint8)).save(buffer, "PNG")
           image = io.BytesIO(buffer.getvalue()[:60])
@@ -67,7 +67,7 @@ def data_dir(tmp_path_factory):
 
 
 def settings(data_dir, **kwargs):
-  """Arguments of Tfds."""
+  """Returns arguments of Tfds."""
   known = dict(name="tiny_pictures", data_dir=data_dir, train_split="train", val_split="test")
   return known | dict(image_key="picture", label_key="kind") | kwargs
 
@@ -138,14 +138,14 @@ def test_captions(data_dir):
     (dict(caption_key="picture"), "no text 'picture'"),
   ],
 )
-def test_errors_are_one_clear_line(data_dir, kwargs, words):
+def test_errors_are_one_line(data_dir, kwargs, words):
   with pytest.raises(ValueError, match=words) as caught:
     Tfds("train", **settings(data_dir, **kwargs))
   assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 def test_works_without_tensorflow(data_dir):
-  """In a process where tensorflow cannot be found."""
+  """In a process in which tensorflow cannot be imported."""
   program = """
 import sys
 from importlib import machinery

@@ -1,4 +1,4 @@
-"""Moments and Fréchet distances against closed forms and other implementations; files of statistics and images."""
+"""Moments and Fréchet distances against closed forms and other implementations; statistics and image files."""
 
 import itertools
 import pickle
@@ -14,7 +14,7 @@ from flextok_jax.evals.metrics.frechet import Moments, SampleFile, load_statisti
 
 
 def make_features(n=60, dim=12, seed=0):
-  """Correlated features far from zero, float32, of standard deviations from 1 to 1e-3."""
+  """Returns correlated float32 features with a mean far from zero and standard deviations from 1 to 1e-3."""
   rng = np.random.default_rng(seed)
   mixed = rng.normal(size=(n, dim)) * np.logspace(0, -3, dim) @ scipy.linalg.qr(rng.normal(size=(dim, dim)))[0]
   return (mixed + 7).astype(np.float32)
@@ -30,10 +30,10 @@ def gaussian(features):
   return features.mean(0, dtype=np.float64), np.cov(features.astype(np.float64), rowvar=False)
 
 
-def test_moments_in_any_order_and_partition():
+def test_moments_are_independent_of_order_and_partition():
   features = make_features()
   mean, covariance = gaussian(features)
-  parts = np.split(features, [1, 1, 20, 35])  # a single row, none, and some
+  parts = np.split(features, [1, 1, 20, 35])  # one part has a single row, one is empty
   for order in itertools.permutations(range(5)):
     streamed, merged = Moments(12), Moments(12)
     for i in order:
@@ -55,7 +55,7 @@ def test_moments_far_from_zero_do_not_cancel():
   assert np.abs(naive - moments.covariance()).max() > 1e-5
 
 
-def test_padding_rows_are_left_out_whatever_they_hold():
+def test_padding_rows_are_ignored():
   features = make_features()
   valid = np.arange(60) % 3 > 0
   expected = moments_of(features[valid])
@@ -68,7 +68,7 @@ def test_padding_rows_are_left_out_whatever_they_hold():
   assert moments.count == 40
 
 
-def test_features_come_from_sharded_batches():
+def test_moments_of_sharded_batches():
   features = make_features(64)
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   network = jax.jit(lambda x: x + 1, out_shardings=jax.NamedSharding(mesh, jax.P()))
@@ -80,7 +80,7 @@ def test_features_come_from_sharded_batches():
   np.testing.assert_allclose(moments.covariance(), expected.covariance(), atol=1e-14)
 
 
-def test_state_goes_on_where_it_was_kept():
+def test_accumulation_continues_from_saved_state():
   features = make_features()
   first = moments_of(features[:25])
   second = Moments.from_arrays(first.to_arrays())
@@ -93,7 +93,7 @@ def test_state_goes_on_where_it_was_kept():
   np.testing.assert_array_equal(first.scatter, kept)  # the state is a copy
 
 
-def test_moments_refuse():
+def test_moments_reject_bad_input():
   moments = Moments(3)
   with pytest.raises(ValueError, match=r"\[4, 2\], not \[n, 3\]"):
     moments.add(np.zeros((4, 2)))
@@ -105,19 +105,19 @@ def test_moments_refuse():
     moments.merge(Moments(2))
 
 
-def test_distance_of_commuting_gaussians_is_the_closed_form():
+def test_distance_of_commuting_gaussians_matches_the_closed_form():
   rng = np.random.default_rng(1)
   basis = scipy.linalg.qr(rng.normal(size=(9, 9)))[0]
   s, t = rng.uniform(0, 3, (2, 9))
-  s[:2] = t[1:3] = 0  # singular, both
+  s[:2] = t[1:3] = 0  # both are singular
   mu, nu = rng.normal(size=(2, 9))
   expected = np.square(mu - nu).sum() + np.square(s - t).sum()
   ours = frechet.frechet_distance(mu, basis * s**2 @ basis.T, nu, basis * t**2 @ basis.T)
   np.testing.assert_allclose(ours, expected, rtol=1e-7)
 
 
-def test_distance_of_two_by_two_is_the_closed_form():
-  """tr (S T)^(1/2) = sqrt(tr S T + 2 sqrt(det S T)), of matrices that do not commute."""
+def test_distance_of_two_by_two_matrices_matches_the_closed_form():
+  """tr (S T)^(1/2) = sqrt(tr S T + 2 sqrt(det S T)), for matrices that do not commute."""
   s, t = np.array([[2.0, 0.7], [0.7, 1.0]]), np.array([[1.0, -0.4], [-0.4, 3.0]])
   product = s @ t
   root = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
@@ -127,8 +127,8 @@ def test_distance_of_two_by_two_is_the_closed_form():
 
 
 @pytest.mark.parametrize("n", [300, 20])  # of 32 features: of full rank, and not
-def test_distance_is_that_of_square_roots_and_of_eigenvalues(n):
-  """Of pytorch_fid (scipy's sqrtm), torch_fidelity (eigenvalues of the product), and of the samples' nuclear norm."""
+def test_distance_matches_other_formulas(n):
+  """Those of pytorch_fid (scipy's sqrtm), torch_fidelity (eigenvalues of the product), and the nuclear norm."""
   a, b = make_features(n, 32, 1).astype(np.float64), 1.3 * make_features(n, 32, 2).astype(np.float64)
   (mu, sigma), (nu, tau) = gaussian(a), gaussian(b)
   ours = frechet.frechet_distance(mu, sigma, nu, tau)
@@ -144,7 +144,7 @@ def test_distance_is_that_of_square_roots_and_of_eigenvalues(n):
   assert frechet.frechet_distance(mu, sigma, mu, sigma) < 1e-7
 
 
-def test_distance_refuses():
+def test_distance_rejects_bad_input():
   eye = np.eye(3)
   with pytest.raises(ValueError, match="3 and of 2 features"):
     frechet.frechet_distance(np.zeros(3), eye, np.zeros(2), np.eye(2))
@@ -156,7 +156,7 @@ def test_distance_refuses():
     frechet.frechet_distance(np.zeros(3), eye, np.zeros(3), np.triu(np.ones((3, 3))))
 
 
-def test_extrapolation_takes_the_bias_away():
+def test_extrapolation_removes_the_bias():
   rng = np.random.default_rng(0)
   dim, n = 16, 2000
   reference = np.zeros(dim), np.eye(dim)
@@ -173,7 +173,7 @@ def test_extrapolation_takes_the_bias_away():
   assert frechet.fid_infinity(features, *reference, num_points=15, smallest=100, seed=1).value != result.value
 
 
-def test_extrapolation_refuses():
+def test_extrapolation_rejects_bad_input():
   reference = np.zeros(3), np.eye(3)
   with pytest.raises(ValueError, match="from smallest=5000 to 40 samples"):
     frechet.fid_infinity(np.zeros((40, 3)), *reference)
@@ -194,11 +194,11 @@ def images():
   return np.random.default_rng(0).integers(0, 256, (11, 4, 6, 3), dtype=np.uint8)
 
 
-def test_statistics_come_back(tmp_path):
+def test_statistics_round_trip(tmp_path):
   both = make_statistics(5) | make_statistics(7, "_s")
   for name, given in (("pool.npz", make_statistics(5)), ("both.npz", both)):
     save_statistics(tmp_path / name, given)
-    with np.load(tmp_path / name, allow_pickle=False) as file:  # what pytorch-fid and ADM read
+    with np.load(tmp_path / name, allow_pickle=False) as file:  # as pytorch-fid and ADM read it
       assert set(file.files) == set(given)
     back = load_statistics(tmp_path / name)
     assert set(back) == set(given)
@@ -209,7 +209,7 @@ def test_statistics_come_back(tmp_path):
 
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
 def test_files_of_other_programs(tmp_path, images, write):
-  """ADM's reference batch: statistics, some in float32 or in Fortran's order, beside images and labels."""
+  """ADM's reference batch: statistics, some in float32 or Fortran order, next to images and labels."""
   given = make_statistics(5) | make_statistics(7, "_s")
   given["mu"] = given["mu"].astype(np.float32)
   given["sigma"] = np.asfortranarray(given["sigma"])
@@ -226,7 +226,7 @@ def test_files_of_other_programs(tmp_path, images, write):
     np.testing.assert_array_equal(np.concatenate(batches), images)
 
 
-def test_files_without_good_statistics_are_refused(tmp_path, images):
+def test_files_without_valid_statistics_are_refused(tmp_path, images):
   path = tmp_path / "x.npz"
   good = make_statistics()
   with pytest.raises(FileNotFoundError, match="no such file"):
@@ -248,7 +248,7 @@ def test_files_without_good_statistics_are_refused(tmp_path, images):
     load_statistics(path)
 
 
-def test_bad_statistics_are_not_saved(tmp_path):
+def test_invalid_statistics_are_not_saved(tmp_path):
   good = make_statistics()
   with pytest.raises(ValueError, match="named mu:"):
     save_statistics(tmp_path / "x.npz", {"mu": good["mu"]})
@@ -259,7 +259,7 @@ def test_bad_statistics_are_not_saved(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_files_without_good_images_are_refused(tmp_path, images):
+def test_files_without_valid_images_are_refused(tmp_path, images):
   path = tmp_path / "x.npz"
   np.savez(path, **make_statistics())
   with pytest.raises(ValueError, match="no array arr_0"):
@@ -270,7 +270,7 @@ def test_files_without_good_images_are_refused(tmp_path, images):
       SampleFile(path)
 
 
-def test_nothing_is_unpickled(tmp_path):
+def test_pickled_objects_are_not_loaded(tmp_path):
   class Canary:
     def __reduce__(self):
       return (tmp_path / "canary").touch, ()

@@ -47,6 +47,6 @@ def test_metrics_of_equal_images_are_finite_and_per_image():
   assert metrics.ssim(a, b)[0] == 1 and metrics.ssim(a, b)[1] < 1
 
 
-def test_ssim_refuses_images_below_its_window():
+def test_ssim_rejects_images_smaller_than_its_window():
   with pytest.raises(ValueError, match="11x11"):
     metrics.ssim(jnp.zeros((1, 10, 16, 3)), jnp.zeros((1, 10, 16, 3)))

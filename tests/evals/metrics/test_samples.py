@@ -1,4 +1,4 @@
-"""Metrics of sets of samples against closed forms, brute force and other implementations."""
+"""Metrics of sample sets against closed forms, brute force and other implementations."""
 
 import numpy as np
 import pytest
@@ -10,15 +10,15 @@ from flextok_jax.evals.metrics import samples as sample_metrics
 RNG = np.random.default_rng
 
 
-def test_inception_score_of_sure_and_of_unsure_networks():
+def test_inception_score_of_confident_and_of_uniform_predictions():
   sure = 1e4 * np.eye(5)[np.arange(100) % 5]
   np.testing.assert_allclose(sample_metrics.inception_score(sure, splits=4), [5, 0], atol=1e-9)
   unsure = np.tile(RNG(0).normal(size=5), (100, 1))
   np.testing.assert_allclose(sample_metrics.inception_score(unsure.astype(np.float32)), [1, 0], atol=1e-9)
 
 
-def test_inception_score_is_the_entropies_difference():
-  """log IS = H(y) - H(y|x), by scipy's entropy; splits of unequal sizes as torch_fidelity makes them."""
+def test_inception_score_is_the_difference_of_entropies():
+  """log IS = H(y) - H(y|x), with scipy's entropy; splits have unequal sizes as in torch_fidelity."""
   logits = 3 * RNG(0).normal(size=(47, 9)).astype(np.float32)
   p = np.exp(logits.astype(np.float64))
   p /= p.sum(1, keepdims=True)
@@ -35,7 +35,7 @@ def test_inception_score_is_the_entropies_difference():
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("memory", [1024, 1e-3])  # MiB: one block, or a few rows at a time
-def test_precision_and_recall_are_those_of_brute_force(k, memory):
+def test_precision_and_recall_equal_brute_force(k, memory):
   real = RNG(1).normal(size=(60, 4)).astype(np.float32) + 50
   fake = (0.6 * RNG(2).normal(size=(45, 4)) + 50.3).astype(np.float32)
 
@@ -52,7 +52,7 @@ def test_precision_and_recall_are_those_of_brute_force(k, memory):
   with sklearn.config_context(working_memory=memory):
     ours = sample_metrics.precision_recall(real, fake, k)
   assert ours == (share(fake, real), share(real, fake))
-  assert ours[0] > ours[1]  # narrower: precise, but not all is covered
+  assert ours[0] > ours[1]  # narrower: high precision, but incomplete coverage
 
 
 def test_precision_and_recall_of_equal_and_of_distant_sets():
@@ -60,12 +60,12 @@ def test_precision_and_recall_of_equal_and_of_distant_sets():
   assert sample_metrics.precision_recall(real, real) == (1, 1)
   assert sample_metrics.precision_recall(real, real[:10])[0] == 1
   assert sample_metrics.precision_recall(real, real + 100) == (0, 0)
-  half = np.concatenate([real[:10], real[10:] + 100])  # half of the samples fell away
+  half = np.concatenate([real[:10], real[10:] + 100])  # half of the samples are far away
   precision, recall = sample_metrics.precision_recall(real, half)
   assert precision == 0.5 and 0.5 <= recall <= 1
 
 
-def test_precision_and_recall_refuse():
+def test_precision_and_recall_reject_bad_input():
   good = RNG(0).normal(size=(20, 3))
   with pytest.raises(ValueError, match=r"\[20, 3\] and \[20, 2\]"):
     sample_metrics.precision_recall(good, good[:, :2])
@@ -75,7 +75,7 @@ def test_precision_and_recall_refuse():
     sample_metrics.precision_recall(good, good * np.nan)
 
 
-def test_bootstrap_interval_is_that_of_the_normal_approximation():
+def test_bootstrap_interval_matches_the_normal_approximation():
   values = RNG(0).exponential(size=2000)
   low, high = sample_metrics.bootstrap_interval(values, num=4000)
   error = values.std(ddof=1) / np.sqrt(2000)
@@ -86,7 +86,7 @@ def test_bootstrap_interval_is_that_of_the_normal_approximation():
   assert sample_metrics.bootstrap_interval(np.full(5, 0.25)) == (0.25, 0.25)
 
 
-def test_bootstrap_interval_refuses():
+def test_bootstrap_interval_rejects_bad_input():
   for values in ([1.0], [1.0, np.nan], np.ones((3, 3))):
     with pytest.raises(ValueError, match="2 finite values"):
       sample_metrics.bootstrap_interval(values)

@@ -1,4 +1,4 @@
-"""Lengths against the number of objects."""
+"""Token counts against the number of objects."""
 
 import numpy as np
 import scipy.stats

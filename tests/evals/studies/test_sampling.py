@@ -1,4 +1,4 @@
-"""Judges of samples, and the settings that are compared."""
+"""Metrics of samples, and the settings that are compared."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def pictures(*shape):
 def test_judges():
   images, conditions = pictures(5), [3, 3, "a star", "a star", "a star"]
   judge = sampling.make_diversity(image.make_compare(image.make_metrics(["mae"]), 4, MESH))
-  gaps = [np.abs(images[i] / 255 - images[i + 1] / 255).mean() for i in (0, 2)]  # as many of each condition
+  gaps = [np.abs(images[i] / 255 - images[i + 1] / 255).mean() for i in (0, 2)]  # both conditions have the same number
   np.testing.assert_allclose(judge(images, conditions)["MAE between samples"], np.mean(gaps), rtol=1e-5)
   with pytest.raises(ValueError, match="num_samples=1: diversity needs at least two samples per condition"):
     judge(images, [3, 3, 1, 1, 2])
@@ -30,7 +30,7 @@ def test_judges():
   assert list(same) == ["gfid", "recall"] and same["gfid"] < 1e-6 < other["gfid"] and same["recall"] == 1
 
 
-def test_one_change_at_a_time():
+def test_settings_change_one_at_a_time():
   rows = sampling.one_at_a_time({"top_k": 0, "num_steps": 4}, {"top_k": [0, 5], "num_steps": [1]}, "decoder ")
   assert rows == {
     "own settings": {"top_k": 0, "num_steps": 4},

@@ -1,4 +1,4 @@
-"""Decoding of the subject of a study."""
+"""Decoding the subject of a study."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +9,7 @@ from flextok_jax.inference import decoding
 from flextok_jax.parallel import sharding
 
 
-def test_pictures_that_are_not_finite_are_refused():
+def test_non_finite_images_are_refused():
   detokenize = lambda value, ids, keep_k, keys: jnp.where(keep_k == 2, value, 0.0)[:, None, None, None]
   by_image = decoding.decoder_by_image(detokenize, 0)
   decode = lambda value: subject.make_decode(by_image, np.float32(value), 4, 3, sharding.make_mesh())(

@@ -24,7 +24,7 @@ def test_byte_encoder():
   other = np.where(np.arange(14) < LENGTHS[:, None], ids, 256 - ids)
   np.testing.assert_array_equal(kept(run(params, other, LENGTHS)), one)
   np.testing.assert_allclose(kept(run(params, ids[:, :5], np.minimum(LENGTHS, 5)), LENGTHS)[-6:], one[-6:], atol=1e-5)
-  # What a text holds does matter, and where.
+  # The bytes of a text affect its features, and so does their order.
   for changed in (np.where(np.arange(14) == 4, 300 - ids, ids) % 257, ids[:, [1, 0, *range(2, 14)]]):
     assert np.abs(kept(run(params, changed, LENGTHS))[: LENGTHS[0]] - one[: LENGTHS[0]]).min(0).max() > 1e-4
   with pytest.raises(ValueError, match="a text of 15 bytes"):

@@ -31,7 +31,7 @@ def run(sizes, params, ids, **fields):
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["stored", "live"])
-def test_features_are_those_of_transformers(case, folder, live):
+def test_features_equal_transformers(case, folder, live):
   if live:
     pytest.importorskip("transformers", exc_type=ImportError)
     want = clip_reference.outputs(case, folder)
@@ -86,7 +86,7 @@ BAD_CONFIGS = [  # (change, part of the error)
 
 
 @pytest.mark.parametrize("change,words", BAD_CONFIGS)
-def test_configurations_that_are_not_computed(tmp_path, change, words):
+def test_unsupported_configs_are_refused(tmp_path, change, words):
   clip_reference.write("openai", tmp_path)
   (tmp_path / "config.json").write_text(json.dumps(CONFIGS["openai"] | change))
   with pytest.raises(ValueError, match=words) as error:

@@ -52,7 +52,7 @@ def computed(loaded, images):
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["stored", "live"])
-def test_distances_and_embeddings_are_those_of_the_package(computed, live):
+def test_distances_and_embeddings_equal_the_package(computed, live):
   if live:
     pytest.importorskip("dreamsim", exc_type=ImportError)
     distances, embeddings = dreamsim_reference.measure()
@@ -87,7 +87,7 @@ def test_resizing_is_pillows(shape):
   assert gaps.max() < 1.01 and (gaps > 0.01).mean() < 1e-3  # where a value lies halfway between two levels
 
 
-def test_adapter_of_alpha_zero_would_be_another_network(folder, computed, images):
+def test_adapter_with_alpha_zero_gives_other_distances(folder, computed, images):
   """That is, the numbers above depend on the LoRA."""
   change(folder, lora_alpha=1e-6)
   distances, _ = compute(load_dreamsim(folder / BACKBONE, folder / LORA), images)

@@ -55,7 +55,7 @@ def test_features_of_torch_fidelity(tensors, stored):
   assert np.abs(got["pool"][0] - stored["pytorch_pool"][0]).max() > 1e-2  # the other way of resizing differs clearly
 
 
-def test_the_originals_still_give_the_stored_features(stored):
+def test_the_original_networks_still_give_the_stored_features(stored):
   for name in ("torch", "pytorch_fid", "torch_fidelity"):
     pytest.importorskip(name, reason=f"{name} is not installed: the stored features stand for what it computes")
   found = torch_inception.originals()
@@ -84,7 +84,7 @@ def test_unknown_resize():
 
 
 def test_a_file_of_weights(tensors, tmp_path):
-  """With PyTorch's counters beside the BatchNorms; what is missing, foreign or of another shape is named."""
+  """PyTorch's BatchNorm counters are ignored; missing or unknown tensors and wrong shapes are named."""
   path = tmp_path / "weights.safetensors"
   save_file({**tensors, "Conv2d_1a_3x3.bn.num_batches_tracked": np.zeros((), np.int64)}, path)
   jax.tree.map(

@@ -49,7 +49,7 @@ def computed(net, params):
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["stored", "live"])
-def test_distances_and_gradients_are_those_of_the_package(net, computed, live):
+def test_distances_and_gradients_equal_the_package(net, computed, live):
   if live:
     pytest.importorskip("lpips", exc_type=ImportError)
     distances, gradients = lpips_reference.distances(net)

@@ -25,7 +25,7 @@ def test_relative_buckets(buckets, furthest):
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "relu"])
-def test_t5_is_its_definition(gated, tmp_path):
+def test_t5_equals_its_definition(gated, tmp_path):
   found = tensors(gated)
   write(tmp_path, found, shards=3, feed_forward_proj="gated-gelu" if gated else "relu")
   sizes, params = t5_files.load_t5(tmp_path, "float32")
@@ -37,7 +37,7 @@ def test_t5_is_its_definition(gated, tmp_path):
   np.testing.assert_allclose(kept(got), want, atol=3e-5)
 
 
-def test_padding_has_no_influence(folder):
+def test_padding_has_no_effect(folder):
   sizes, params = t5_files.load_t5(folder, "float32")
   run = jax.jit(T5Encoder(**sizes).apply)
   ids = some_ids()
@@ -50,7 +50,7 @@ def test_padding_has_no_influence(folder):
 
 
 def test_bfloat16_keeps_the_stream_in_float32(folder):
-  """The features are near, and what a block adds to features in the thousands, where bfloat16 has steps of 16, too."""
+  """Features are close, and so is what a block adds to features in the thousands, where bfloat16 has steps of 16."""
   sizes, params = t5_files.load_t5(folder, "bfloat16")
   assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
   run = lambda dtype: T5Encoder(**sizes, dtype=dtype).apply({"params": params}, some_ids(), LENGTHS)

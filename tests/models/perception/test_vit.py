@@ -35,7 +35,7 @@ def run(sizes, params, images, **fields):
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["stored", "live"])
-def test_features_are_those_of_the_original(case, source, live):
+def test_features_equal_the_original(case, source, live):
   sizes, params = load_vit(source)
   assert all(x.dtype == np.float32 for x in jax.tree.leaves(params))
   features, found = run(sizes, params, vit_reference.images(case))
@@ -87,7 +87,7 @@ def test_authors_names(case, source, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("case", ["giant", "registers"], indirect=True)
 def test_sharded(case, source):
-  """The same features where parameters are divided over devices."""
+  """Parameters sharded over devices give the same features."""
   sizes, params = load_vit(source)
   images = np.tile(vit_reference.images(case), (2, 1, 1, 1))
   want, _ = run(sizes, params, images)
@@ -161,7 +161,7 @@ BAD_CONFIGS = [  # (change, part of the error)
 
 
 @pytest.mark.parametrize("change,words", BAD_CONFIGS)
-def test_configurations_that_are_not_computed(tmp_path, change, words):
+def test_unsupported_configs_are_refused(tmp_path, change, words):
   vit_reference.write("dinov2", tmp_path)
   (tmp_path / "config.json").write_text(json.dumps(vit_reference.CONFIGS["dinov2"] | change))
   with pytest.raises(ValueError, match=words) as error:

@@ -186,7 +186,7 @@ def test_buckets_over_devices():
 
 
 def test_buckets_run_less():
-  """The compiled programs: at least a third fewer FLOPs, as the analytic count says (pow2, 9 rows)."""
+  """The compiled programs have at least a third fewer FLOPs, as in the analytic count (pow2, 9 rows)."""
   config = dict(tokens=dict(num_registers=256, bucket_rows=9), encoder=dict(depth=1), decoder=dict(depth=1))
   params = fill(loading.abstract_params(config_of(**config)))
   latents = np.zeros((9, 16, 16, 3), np.float32)
@@ -202,7 +202,7 @@ def test_buckets_run_less():
 # Compile counts.
 
 
-def test_every_count_and_ragged_batches_compile_once_a_size():
+def test_all_counts_and_ragged_batches_compile_once_per_size():
   config = config_of(encoder=dict(depth=1), decoder=dict(depth=1))
   model = api.FlexTok(fill(loading.abstract_params(config)), FrozenConfigDict(config))
   images, noise = np.zeros((2, 16, 16, 3), np.uint8), np.zeros((2, 16, 16, 3), np.float32)

@@ -1,4 +1,4 @@
-"""Properties of the tokenizer's networks on tiny random models; their numbers: test_golden.py, test_reference.py."""
+"""Properties of the tokenizer's networks on tiny random models; values are compared in tests/models/test_golden.py."""
 
 import functools
 
@@ -95,8 +95,8 @@ def test_mask_of_causal_last():
   assert registers[:, :3].all() and (registers[:, 3:] == np.tri(4, dtype=bool)).all()
 
 
-def test_token_i_depends_on_registers_up_to_i_alone(tiny):
-  """Over two layers this also says that patches see no register: register i would see later ones through them."""
+def test_token_i_depends_only_on_registers_up_to_i(tiny):
+  """With two layers this also shows that patches attend to no register: otherwise register i would see later ones."""
   encoder = tiny.model.encoder.clone(parent=None)
 
   def encode(registers):
@@ -175,7 +175,7 @@ def test_without_condition_codes_and_lengths_do_not_matter(tiny):
 
 @pytest.mark.parametrize("mode, scale, batch", [("none", 3.0, 3), ("cfg", 1.0, 3), ("apg", 1.0, 3), ("cfg", 3.0, 6)])
 def test_no_unconditional_pass_without_guidance(tiny, mode, scale, batch):
-  """The number of samples that the decoder sees: 3, or twice as many where there is guidance."""
+  """Counts the samples that the decoder processes: 3, or twice as many with guidance."""
   seen = []
 
   class Spy(type(tiny.model)):

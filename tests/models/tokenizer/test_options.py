@@ -260,7 +260,7 @@ def test_default_options_build_the_released_model():
     (dict(flow=dict(mode_scale=float("nan"))), "flow.mode_scale must lie in .*, got nan"),
   ],
 )
-def test_values_that_mean_nothing_are_one_line(fields, words):
+def test_invalid_values_are_one_line_errors(fields, words):
   with pytest.raises(ValueError, match=words) as error:
     make_stage(config_of(**fields))
   assert "\n" not in str(error.value)

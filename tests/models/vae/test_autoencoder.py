@@ -161,6 +161,6 @@ def test_reconstruction_is_differentiable_in_every_parameter(params):
 
   grads = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params))
   assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for _, g in grads)
-  # A bias on every key of a query shifts its logits alike: the softmax, so the loss, does not depend on it.
+  # A key bias shifts all logits of a query equally, so the softmax and the loss do not depend on it.
   dead = [jax.tree_util.keystr(path) for path, g in grads if np.abs(g).max() < 1e-9]
   assert all("['to_k']['bias']" in path for path in dead), dead

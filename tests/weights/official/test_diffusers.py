@@ -1,4 +1,4 @@
-"""The config.json of diffusers' autoencoders to our settings and back."""
+"""config.json of diffusers' autoencoders to our settings and back."""
 
 import json
 
@@ -22,7 +22,7 @@ VAE = dict(
 
 
 class TestDiffusers:
-  def test_there_and_back(self):
+  def test_round_trip(self):
     written = to_diffusers(VAE, 64)
     assert from_diffusers(written) == VAE and from_diffusers(parse_json(json.dumps(written), "config.json")) == VAE
     assert written["sample_size"] == 64 and written["down_block_types"] == ["DownEncoderBlock2D"] * 3
@@ -34,7 +34,7 @@ class TestDiffusers:
     )
     assert from_diffusers({"_class_name": "AutoencoderKL"}) == expected
 
-  def test_without_effect(self):
+  def test_fields_without_effect(self):
     extra = dict(
       _diffusers_version="0.32.0",
       _name_or_path="../x",
@@ -74,12 +74,12 @@ class TestDiffusers:
       ("surprise", DEEP, "nested deeper"),
     ],
   )
-  def test_refusals(self, name, value, pattern):
+  def test_unsupported_values_are_refused(self, name, value, pattern):
     config = to_diffusers(VAE, 64)
     put(config, name, value)
     refused(pattern, from_diffusers, config)
 
-  def test_no_configuration(self):
+  def test_invalid_configurations(self):
     for config in (None, [], 3):
       refused("must be", from_diffusers, config)
     refused("vae.kind must be 'autoencoder_kl'", to_diffusers, VAE | dict(kind="pixels"), 64)

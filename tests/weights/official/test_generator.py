@@ -1,4 +1,4 @@
-"""The authors' generators: what their weights and settings tell, and damaged ones."""
+"""The authors' generators: settings derived from weights, explicit settings, and damaged files."""
 
 import json
 
@@ -29,7 +29,7 @@ from tests.support.official_generator_files import (
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_weights_tell_the_model(name, tmp_path):
+def test_settings_are_derived_from_weights(name, tmp_path):
   params, official = tensors(name)
   expected = tiny_config(name)
   path = write(tmp_path / "any.safetensors", official)
@@ -45,7 +45,7 @@ def test_weights_tell_the_model(name, tmp_path):
   assert config.is_locked
 
 
-def test_config_is_whole(tmp_path):
+def test_config_is_complete(tmp_path):
   config, _ = generator.load(write(tmp_path / "m.safetensors", tensors("class")[1]), {})
   base = common.get_config()
   for part in ("ar", "text"):
@@ -62,7 +62,7 @@ def test_types(stored, tmp_path):
   for dtype in (None, "bfloat16"):
     config, loaded = generator.load(path, dict(head_dim=8), dtype)
     assert config.dtype == (dtype or "float32")
-    assert config.ar.pos_embed == "sincos1d"  # also after rounding
+    assert config.ar.pos_embed == "sincos1d"  # even after rounding
     assert_same(loaded, jax.tree.map(lambda x, t=config.dtype: x.astype(stored).astype(t), params))
 
 
@@ -74,7 +74,7 @@ def test_mesh(tmp_path):
 
 
 def test_biases_of_some_layers(tmp_path):
-  """A bias that none of the blocks has, where other layers have some, is zero."""
+  """If some layers have biases, those that no block has are zero."""
   params, official = tensors("text")
   few = {k: v for k, v in official.items() if not k.endswith((".qkv.bias", ".Wq.bias", ".Wk.bias", ".Wv.bias"))}
   few.pop(f"{MODEL}head.linear.bias")
@@ -87,12 +87,12 @@ def test_biases_of_some_layers(tmp_path):
   assert_same(blocks["mlp"], params["ar"]["blocks"]["mlp"])
   assert "qkv_bias is True in the settings (bias), but False in the weights" in error(path, bias=True)
   assert "proj_bias is False in the settings (bias), but True in the weights" in error(path, bias=False)
-  few.pop(f"{BLOCK}mlp.fc1.bias")  # of one block alone
+  few.pop(f"{BLOCK}mlp.fc1.bias")  # missing in one block only
   assert f"lacks the tensor {BLOCK}mlp.fc1.bias" in error(write(tmp_path / "m.safetensors", few))
 
 
 @pytest.mark.parametrize("setting", [dict(readout_multiplier=0.25), dict(mup_base_width=4)], ids=["factor", "base"])
-def test_readout_multiplier_is_in_the_kernel(setting, tmp_path):
+def test_readout_multiplier_is_folded_into_the_kernel(setting, tmp_path):
   params, official = tensors("gated")
   path = write(tmp_path / "m.safetensors", official)
   config, loaded = generator.load(path, dict(head_dim=8, **setting))
@@ -115,7 +115,7 @@ def test_kinds_of_positions(tmp_path):
   assert "differs by 0.1 from it" in error(path, head_dim=8, pos_embed="sincos1d")
 
 
-def test_ignored_parts(tmp_path):
+def test_unused_tensors_are_ignored(tmp_path):
   params, official = tensors("text")
   for name in ("text_encoder.t5_embedder.model.shared.weight", "image_tokenizer.flextok_model.vae.x"):
     official[f"models.{name}"] = np.zeros((2, 2), np.int64)  # of any type
@@ -140,7 +140,7 @@ def test_ignored_parts(tmp_path):
   ],
   ids=lambda wrong: next(iter(wrong)),
 )
-def test_settings_that_contradict_the_weights(wrong, tmp_path):
+def test_settings_that_contradict_the_weights_are_refused(wrong, tmp_path):
   params, official = tensors("class")
   path = write(tmp_path / "m.safetensors", official)
   assert_same(generator.load(path, SETTINGS)[1], params)
@@ -160,7 +160,7 @@ def test_settings_that_contradict_the_weights(wrong, tmp_path):
   ],
   ids=["unknown", "type", "choice", "range"],
 )
-def test_settings_that_are_none(wrong, named, tmp_path):
+def test_invalid_settings_are_refused(wrong, named, tmp_path):
   path = write(tmp_path / "m.safetensors", tensors("class")[1])
   with pytest.raises(ValueError, match="^" + named.replace("[", r"\[")):
     generator.load(path, wrong)
@@ -219,12 +219,12 @@ def test_damaged_weights(damage, named, tmp_path):
   assert named in error(write(tmp_path / "m.safetensors", official))
 
 
-def test_head_size_that_nothing_tells(tmp_path):
+def test_head_size_must_be_given_if_weights_do_not_determine_it(tmp_path):
   path = write(tmp_path / "m.safetensors", tensors("none")[1])
   assert "head_dim 64 (the default) does not divide dim 16" in error(path)
 
 
-def test_nothing_there(tmp_path, monkeypatch):
+def test_missing_files(tmp_path, monkeypatch):
   with pytest.raises(FileNotFoundError, match="no .safetensors file in it"):
     generator.load(tmp_path, {})
   with pytest.raises(FileNotFoundError, match="no such generator"):
@@ -243,7 +243,7 @@ def test_nothing_there(tmp_path, monkeypatch):
 
 
 def fields(settings):
-  """The reference's settings -> ours, by section."""
+  """Converts the reference's settings to ours, by section."""
   names = dict(
     dim="width",
     vocab="num_ids",
@@ -279,7 +279,7 @@ def test_golden_files(name, shared):
   assert stored.keys() == written.keys()
   for key, tensor in stored.items():
     np.testing.assert_allclose(written[key], tensor, rtol=0, atol=1e-5 if "sos" not in key and "pos" in key else 0)
-  # The layouts that a round trip cannot tell from others: the model computes the reference's logits.
+  # Layouts that a round trip cannot verify: the model computes the reference's logits.
   io = load_file(shared / "golden_ar" / f"ar_{name}_io.safetensors")
   ids = io["tokens"].astype(np.int32)
   condition = (

@@ -1,4 +1,4 @@
-"""Configuration files of the authors' generators."""
+"""Config files of the authors' generators."""
 
 import json
 
@@ -17,7 +17,7 @@ from tests.support.official_generator_files import (
 )
 
 
-def test_hub(tmp_path, monkeypatch):
+def test_load_from_the_hub(tmp_path, monkeypatch):
   params, official = tensors("text")
   write(tmp_path / "model.safetensors", official)
   (tmp_path / "config.yaml").write_text(text_yaml())
@@ -28,13 +28,13 @@ def test_hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "config.yml"])
-def test_configuration(name, tmp_path, monkeypatch):
+def test_config_file(name, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   params, official = tensors("text")
   write(tmp_path / "model.safetensors", official)
   (tmp_path / name).write_text(text_yaml())
   config, loaded = generator.load(tmp_path, {})
-  assert_same(loaded, params)  # with the readout as it is: released weights hold the multiplier
+  assert_same(loaded, params)  # the readout is unchanged, since released weights include the multiplier
   c = config.ar
   assert (c.norm_eps, c.mlp_ratio, c.ffn_multiple_of, c.head_dim) == (1e-6, 2.0, 1, 8)
   assert (c.guidance_scale, c.temperature, c.top_k, c.top_p) == (4.5, 0.9, 7, 0.5)
@@ -43,14 +43,14 @@ def test_configuration(name, tmp_path, monkeypatch):
   assert not (tmp_path / "CANARY").exists()
 
 
-def test_configuration_of_defaults(tmp_path):
-  """What the authors' constructors do where nothing is said."""
+def test_config_file_with_defaults(tmp_path):
+  """Missing settings have the defaults of the authors' constructors."""
   params, official = tensors("class")
   write(tmp_path / "model.safetensors", official)
   (tmp_path / "config.yaml").write_text(CLASS_YAML)
   config, loaded = generator.load(tmp_path, {})
   assert_same(loaded, params)
-  assert config.ar.norm_eps == 1e-6  # of their trunks' layer norm
+  assert config.ar.norm_eps == 1e-6  # of layer norms in their trunks
   assert config.ar.ffn == "mlp_gelu"
 
 
@@ -59,7 +59,7 @@ def test_configuration_of_defaults(tmp_path):
   [(json.dumps(SETTINGS), "config.json"), ("dim: 16\nnorm_eps: 0\nqk_norm: layernorm\n", "config.yaml")],
   ids=["json", "yaml"],
 )
-def test_flat_configuration(content, name, tmp_path):
+def test_flat_config_file(content, name, tmp_path):
   params, official = tensors("class")
   write(tmp_path / "model.safetensors", official)
   (tmp_path / name).write_text(content)
@@ -133,7 +133,7 @@ GELU = "{_target_: torch.nn.GELU, _partial_: true, approximate: tanh}"
     "typo",
   ],
 )
-def test_refused_configurations(content, named, tmp_path, monkeypatch):
+def test_unsupported_config_files_are_refused(content, named, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   _, official = tensors("class" if "Transformer\n" in content or "MoE" in content else "text")
   write(tmp_path / "model.safetensors", official)

@@ -1,4 +1,4 @@
-"""Configurations of official tokenizers to our settings and back."""
+"""Configs of official tokenizers to our settings and back."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from tests.support.official_configs import DELETE, OURS, D, E, metadata_of, offi
 
 
 def renamed(config, names):
-  """Returns a copy whose modules have other names, in another order."""
+  """Returns a copy with renamed and reordered modules."""
   config = copy.deepcopy(config)
   for half in ("encoder", "decoder"):
     modules = list(config[half]["module_dict"].items())
@@ -45,25 +45,25 @@ class TestGolden:
     )
     assert read == expected and roles == DEFAULT_ROLES
 
-  def test_written_again_it_is_the_same_in_the_same_order(self, golden):
+  def test_round_trip_keeps_values_and_order(self, golden):
     written = to_official(settings(golden))
     assert written == golden
     for half in ("encoder", "decoder"):
       assert list(written[half]["module_dict"]) == list(golden[half]["module_dict"])
 
-  def test_header_of_the_weights(self, golden, shared):
+  def test_metadata_of_the_weights(self, golden, shared):
     with open(shared / "golden/flextok_tiny.safetensors", "rb") as f:
       header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
     assert parse_literals(header["__metadata__"]) == golden
 
-  def test_roles_are_the_prefixes_of_tensors(self, shared, golden):
+  def test_roles_are_prefixes_of_tensor_names(self, shared, golden):
     keys = json.loads((shared / "golden/flextok_tiny_keys.json").read_text())
     for role in from_official(golden)[1].values():
       assert any(key.startswith(f"{role}.") for key in keys), role
 
 
 class TestForms:
-  """The same configuration in every form in which it is stored."""
+  """The same configuration in all forms in which it is stored."""
 
   def test_metadata(self):
     read = parse_literals(metadata_of(official()) | {"format": "pt"})
@@ -87,7 +87,7 @@ class TestForms:
     assert to_official(ConfigDict(OURS)) == official()
     assert settings(official({E + "enc_patch_emb.patch_sizes": (2, 2)})) == OURS
 
-  def test_the_input_is_not_changed(self):
+  def test_input_is_not_modified(self):
     config = official()
     from_official(config)
     assert config == official()
@@ -101,13 +101,13 @@ class TestForms:
       half, _, name = path.split(".")
       assert config[half]["module_dict"][name] == official()[half]["module_dict"][DEFAULT_ROLES[role].split(".")[2]]
 
-  def test_other_keys_in_the_passed_dictionary(self):
+  def test_renamed_keys_of_the_passed_dictionary(self):
     text = str(official())
     for key in ("enc_patches", "dec_quants", "timesteps", "vae_latents_noised", "eval_keep_k", "dec_temb"):
       text = re.sub(f"(_keys?': )'{key}'", rf"\1'other {key}'", text)
       text = re.sub(f"\\['{key}', ", f"['other {key}', ", text)
       text = re.sub(f", '{key}'\\]", f", 'other {key}']", text)
-    text = text.replace("'enc_latents'", "'enc_registers'")  # the head writes where it reads
+    text = text.replace("'enc_latents'", "'enc_registers'")  # the head writes to the key it reads
     config = parse_literals({"c": text})["c"]
     assert config != official() and settings(config) == OURS
 
@@ -164,14 +164,14 @@ class TestOptions:
     ],
     ids=str,
   )
-  def test_there_and_back(self, changes):
+  def test_round_trip(self, changes):
     config = ours(**changes)
     written = to_official(config)
     assert written != official()
     assert settings(written) == config
     assert settings(parse_literals(metadata_of(written))) == config
 
-  def test_grid_of_the_image(self):
+  def test_grid_is_derived_from_the_image_size(self):
     config = ours(encoder__max_grid=0, decoder__max_grid=0, image_size=128, vae__block_out_channels=(8, 8, 16))
     read = settings(to_official(config))
     assert read["encoder"]["max_grid"] == read["decoder"]["max_grid"] == 128 // 4 // 2
@@ -184,7 +184,7 @@ class TestOptions:
     refused(r"enc_to_latents.use_mup_readout .*pass mup_base_width", from_official, written)
     one = settings(to_official(ours(decoder__readout_multiplier=0.5)), mup_base_width=24)
     assert one["encoder"]["readout_multiplier"] == 1 and one["decoder"]["readout_multiplier"] == 0.5
-    assert settings(official(), mup_base_width=24) == OURS  # nothing to multiply
+    assert settings(official(), mup_base_width=24) == OURS  # no readout multiplier
 
   @pytest.mark.parametrize("width", [0, -1, 1.5, True, "64"])
   def test_mup_base_width(self, width):
@@ -231,7 +231,7 @@ class TestOptions:
       ("flow_matching_noise_module.mode_scale", DELETE, "flow.t_sampling", "uniform"),
     ],
   )
-  def test_other_ways_and_defaults(self, path, value, field, expected):
+  def test_alternative_forms_and_defaults(self, path, value, field, expected):
     section, name = field.split(".")
     assert settings(official({path: value}))[section][name] == expected
 
@@ -276,21 +276,21 @@ class TestOptions:
       ("regularizer.min_corrupt_tokens_p", 0.1),
       ("flow_matching_noise_module.noise_write_key", "noise"),
       ("flow_matching_noise_module.stratisfied", True),
-      ("flow_matching_noise_module.timesteps_write_key", "t"),  # the times are also under "sigmas": see below
+      ("flow_matching_noise_module.timesteps_write_key", "t"),  # the times are also in "sigmas", see below
       ("pipeline.noise_read_key", "noise"),
       ("pipeline.latents_read_key", None),
       ("pipeline.out_channels", DELETE),
     ],
     ids=str,
   )
-  def test_without_effect(self, path, value):
+  def test_fields_without_effect(self, path, value):
     changes = {path: value}
     if path.endswith("timesteps_write_key"):
       changes |= {"pipeline.timesteps_read_key": "sigmas", D + "dec_time_embedder.timesteps_read_key": "sigmas"}
     assert settings(official(changes)) == OURS
 
-  def test_channels_of_a_vae_on_the_hub(self):
-    """Without a hub path latent_channels builds the VAE; with one it is ignored, and its default stands for nothing."""
+  def test_latent_channels_of_a_vae_from_the_hub(self):
+    """latent_channels builds the VAE only without a hub path; with one it is ignored, like its default."""
     refused("enc_patch_emb.channels_in must be 16", from_official, official({"vae.latent_channels": DELETE}))
     config = official({"vae.latent_channels": DELETE, "vae.hf_hub_path": "someone/vae"})
     assert settings(config)["vae"]["latent_channels"] == 8

@@ -1,4 +1,4 @@
-"""What is refused of official configurations: in one line, by name, whatever a file holds."""
+"""Unsupported or damaged official configs are refused with one line that names the field."""
 
 import copy
 import random
@@ -115,7 +115,7 @@ class TestRefusals:
       (E + "enc_transformer.dim", 10**30, r"enc_transformer.dim: a whole number of 100 bits is too large"),
       (E + "enc_transformer.mlp_ratio", 1e-3, r"enc_transformer.mlp_ratio must be a ratio that leaves a hidden"),
       (E + "enc_transformer.head_dim", 5, r"enc_transformer.head_dim must be a divisor of dim 32"),
-      # Widths and sizes that disagree.
+      # Inconsistent widths and sizes.
       (E + "enc_to_latents.dim", 64, r"enc_to_latents.dim must be 32, the width of .*enc_transformer, got 64"),
       (D + "dec_nested_dropout.dim", 64, r"dec_nested_dropout.dim must be 48"),
       (D + "dec_noise_patch_emb.channels_in", 16, r"dec_noise_patch_emb.channels_in must be 8"),
@@ -172,7 +172,7 @@ class TestRefusals:
       ("encoder.module_dict", [], r"encoder.module_dict must be a dictionary"),
       ("decoder", DELETE, r"decoder is missing"),
       ("regularizer", None, r"regularizer must be a dictionary, got None"),
-      # Sizes of the text.
+      # Sizes of the config's text.
       ("vae.images_read_key", DEEP, r"nested deeper than 32"),
       ("vae.images_read_key", [0] * 30_000, r"more than 20000 values"),
       ("vae.images_read_key", "x" * 300, r"vae.images_read_key must be a key"),
@@ -180,11 +180,11 @@ class TestRefusals:
       ("vae.images_read_key", {1: 2}, r"vae.images_read_key: a key must be text, got one of type int"),
     ],
   )
-  def test_named(self, path, value, pattern):
+  def test_refusals_name_the_field(self, path, value, pattern):
     refused(pattern, from_official, official({path: value}))
 
   @pytest.mark.parametrize("config", [None, 3, "x", [], {}, {"config": 3}, {"config": {}}, {1: 2}, b"x"], ids=str)
-  def test_no_configuration(self, config):
+  def test_invalid_configurations(self, config):
     refused(None, from_official, config)
 
   @pytest.mark.parametrize(
@@ -207,12 +207,12 @@ class TestRefusals:
     ],
     ids=str,
   )
-  def test_writing(self, changes, pattern):
+  def test_writing_unsupported_settings(self, changes, pattern):
     refused(pattern, to_official, ours(**changes))
 
 
 @pytest.mark.parametrize("text", NO_LITERALS, ids=lambda text: repr(text[:20]))
-def test_targets_that_are_no_literal(text):
+def test_targets_that_are_not_literals(text):
   refused(None, from_official, {"_target_": text})
 
 
@@ -294,7 +294,7 @@ def mutate(config, rng):
 
 class TestFuzz:
   def check(self, call, *args):
-    """Asserts that a call either succeeds or is refused in one line; returns whether it succeeded."""
+    """Asserts that a call succeeds or raises a one-line error; returns whether it succeeded."""
     try:
       call(*args)
       return True
@@ -303,7 +303,7 @@ class TestFuzz:
       assert line and len(line.splitlines()) == 1 and len(line) < 3000, line
       return False
 
-  def test_trees(self):
+  def test_mutated_configs(self):
     read = 0
     for seed in range(400):
       rng = random.Random(seed)
@@ -311,9 +311,9 @@ class TestFuzz:
       for _ in range(rng.choice([1, 1, 1, 2, 4])):
         mutate(config, rng)
       read += self.check(from_official, config)
-    assert 10 < read < 200  # some changes are harmless; most are not
+    assert 10 < read < 200  # some changes are harmless, most are not
 
-  def test_texts(self):
+  def test_mutated_texts(self):
     metadata = metadata_of(official())
     for seed in range(300):
       rng = random.Random(seed)

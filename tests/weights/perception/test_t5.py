@@ -1,4 +1,4 @@
-"""Files of a T5: whole, in shards, from the hub, and damaged ones."""
+"""Files of a T5: single, sharded, from the hub, and damaged ones."""
 
 import json
 
@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
   return write(tmp_path_factory.mktemp("t5"), tensors())
 
 
-def test_files_whole_and_in_shards_are_one_model(folder, tmp_path):
+def test_single_and_sharded_files_give_the_same_model(folder, tmp_path):
   found = tensors()
   found["encoder.embed_tokens.weight"] = found.pop("shared.weight")  # its other name
   write(tmp_path, found, shards=4)
@@ -32,8 +32,8 @@ def test_files_whole_and_in_shards_are_one_model(folder, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
-def test_a_repository_of_the_hub(tmp_path, monkeypatch):
-  """Of a cached repository; a shard with nothing of the encoder is not asked for."""
+def test_load_from_the_hub(tmp_path, monkeypatch):
+  """Loads a cached repository; a shard without encoder tensors is not needed."""
   from huggingface_hub import constants
 
   monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -71,7 +71,7 @@ BAD_CONFIG = [  # (change, part of the error)
 @pytest.mark.parametrize(
   "change,words", BAD_CONFIG, ids=[next(iter(change)) + str(i) for i, (change, _) in enumerate(BAD_CONFIG)]
 )
-def test_configurations_that_are_not_computed(folder, tmp_path, change, words):
+def test_unsupported_configs_are_refused(folder, tmp_path, change, words):
   (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
   (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
   with pytest.raises(ValueError, match=words) as error:
@@ -92,7 +92,7 @@ def test_configurations_that_are_not_computed(folder, tmp_path, change, words):
     3,
   ],
 )
-def test_an_index_names_files_of_its_folder_alone(tmp_path, place):
+def test_index_may_only_name_files_in_its_folder(tmp_path, place):
   write(tmp_path, tensors(), shards=2)
   index = tmp_path / "model.safetensors.index.json"
   values = json.loads(index.read_text())
