@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: enters the repository, creates or refreshes its virtual environment and puts it first in
-# PATH. FLEXTOK_VENV names another place than .venv.
+# Sourced by the other scripts: changes to the repository, creates or updates its virtual environment (.venv, or
+# FLEXTOK_VENV) and puts it first in PATH.
 
-# flextok_python VERSION: prints the path of a Python interpreter of that version (3.12), from PATH or pyenv.
+# flextok_python VERSION: prints the path of a Python interpreter of a version such as 3.12, from PATH or pyenv.
 flextok_python() {
   local candidate
   for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python; do
-    # a shim of pyenv may exist without working
+    # a pyenv shim may exist without working
     "$candidate" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$1')" 2>/dev/null || continue
     "$candidate" -c 'import sys; print(sys.executable)'
     return
@@ -14,31 +14,31 @@ flextok_python() {
   return 1
 }
 
-# flextok_install VENV PYTHON [PACKAGE...]: creates or refreshes the virtual environment VENV with this package, editable,
-# and with more packages; without any, with those of the test extra. What is up to date is left alone.
+# flextok_install VENV PYTHON [PACKAGE...]: creates or updates the virtual environment VENV and installs this package in
+# editable mode and PACKAGE..., by default those of the test extra. Does nothing if VENV is up to date.
 flextok_install() {
   local venv=$1 python=$2 stamp sum
   shift 2
   stamp=$venv/.flextok-installed
   sum="$(cat requirements.txt setup.py | cksum) $PWD${*:+ $*}"
   if [[ -r $stamp && $(<"$stamp") == "$sum" ]] && "$venv/bin/python" -c 'import jax' 2>/dev/null; then return; fi
-  # An environment that runs and is new enough is kept; a broken or older one is created anew.
+  # Keep an environment that works and has Python 3.11 or newer; recreate any other.
   if ! "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     if [[ -e $venv && ! -e $venv/pyvenv.cfg && -n $(ls -A "$venv") ]]; then
-      echo "error: $venv is not a virtual environment: remove it, or set FLEXTOK_VENV to another place" >&2
+      echo "error: $venv is not a virtual environment: remove it, or set FLEXTOK_VENV to another path" >&2
       return 1
     fi
     "$python" -m venv --clear "$venv" || return 1
   fi
   rm -f "$stamp"
-  echo "installing packages into $venv (once, a minute or two)"
+  echo "installing packages into $venv (only once, takes a minute or two)"
   local pip=("$venv/bin/python" -m pip --disable-pip-version-check install -qq)
   if (($#)); then
     "${pip[@]}" --editable . "$@" || return 1
   elif "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then
     "${pip[@]}" --requirement requirements.txt || return 1
     "${pip[@]}" --no-deps --no-build-isolation --use-pep517 --editable . || return 1
-  else # the pins are for 3.11: newer versions by the ranges of setup.py
+  else # requirements.txt is for 3.11; newer Pythons use the version ranges of setup.py
     "${pip[@]}" --editable '.[test]' || return 1
   fi
   echo "$sum" >"$stamp"
@@ -54,7 +54,7 @@ flextok_env() {
     "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python=$candidate
   done
   if [[ -z $python ]] && ! "$venv/bin/python" -c 'import jax' 2>/dev/null; then
-    echo "error: Python 3.11 or newer is needed, and neither python3.11 nor python3 is one" >&2
+    echo "error: Python 3.11 or newer is required; found neither as python3.11 nor as python3" >&2
     return 1
   fi
   flextok_install "$venv" "$python" || return 1

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Runs a command as N processes on this machine, connected by jax's collectives for CPUs, as on N machines:
+# Runs a command as N processes on this machine, connected by JAX's CPU collectives, as on N machines:
 #
 #   launch/local.sh N python -m flextok_jax.train --config=... --workdir=DIR
 #   launch/local.sh N --config=... --workdir=DIR          the same
 #
-# Each process has one device, or M with XLA_FLAGS=--xla_force_host_platform_device_count=M. When one process fails, the
-# others are killed and the script exits. Ctrl-C and SIGTERM reach all processes. Paths are relative to the current folder.
+# Each process has one device, or M with XLA_FLAGS=--xla_force_host_platform_device_count=M. If a process fails, the
+# script kills the others and exits. Ctrl-C and SIGTERM are sent to all processes. Paths are relative to the current
+# folder.
 set -euo pipefail
 
 if [[ ! ${1:-} =~ ^[1-9][0-9]*$ || $# -lt 2 ]]; then
-  echo "error: launch/local.sh N COMMAND..., N processes, got '$*'" >&2
+  echo "error: expected launch/local.sh N COMMAND..., N the number of processes, got '$*'" >&2
   exit 2
 fi
 count=$1
@@ -28,15 +29,15 @@ export JAX_PLATFORMS=cpu JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESS
 export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 
 declare -A processes=()
-send() { # a signal to the process group of each process
+send_signal() { # to the process group of each process
   local process
   for process in "${!processes[@]}"; do
     kill -s "$1" -- "-$process" 2>/dev/null || true
   done
 }
-trap 'send TERM' TERM
-trap 'send INT' INT
-trap 'send KILL' EXIT
+trap 'send_signal TERM' TERM
+trap 'send_signal INT' INT
+trap 'send_signal KILL' EXIT
 
 set -m # one process group per process
 for ((i = 0; i < count; i++)); do
@@ -48,7 +49,7 @@ set +m
 while ((${#processes[@]})); do
   code=0 ended=""
   wait -n -p ended "${!processes[@]}" || code=$?
-  if [[ -n ${ended:-} ]]; then # otherwise a signal came, which the trap passes on
+  if [[ -n ${ended:-} ]]; then # otherwise a signal arrived, which the trap passes on
     i=${processes[$ended]}
     unset "processes[$ended]"
     if ((code)); then

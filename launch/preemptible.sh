@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs a command and makes interruptions visible in the exit code: launch/preemptible.sh COMMAND [ARGUMENTS].
-# At SIGTERM training saves and exits with 0, as it does when finished, so a scheduler cannot tell the two apart.
+# On SIGTERM, training saves and exits with 0, as it does when finished, so a scheduler cannot tell the two apart.
 # This script passes SIGTERM on and then exits with 143; without a SIGTERM it exits with the code of the command.
-set -uom pipefail # m: the child gets its own process group, so that a signal to ours does not end its data workers
+set -uom pipefail # m: gives the child its own process group, so that a signal to ours does not end its data workers
 if (($# == 0)); then
   echo "error: no command: launch/preemptible.sh COMMAND [ARGUMENTS]" >&2
   exit 2
@@ -12,9 +12,9 @@ interrupted=false child=
 trap 'interrupted=true; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null' TERM
 "$@" &
 child=$!
-if $interrupted; then kill -TERM "$child" 2>/dev/null; fi # it came before the child started
+if $interrupted; then kill -TERM "$child" 2>/dev/null; fi # the signal arrived before the child started
 
-# The trap interrupts wait; the child may take minutes to save.
+# The trap interrupts wait, and the child may take minutes to save.
 while
   wait "$child"
   code=$?

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Shows the tokenizer and a generator in about ten minutes on two cores: launch/quickstart.sh [WORKDIR], by default
-# runs/quickstart. Another run overwrites the pictures of the pretrained models and trains in a new folder.
+# Demonstrates the tokenizer and generators in about ten minutes on two cores: launch/quickstart.sh [WORKDIR]. WORKDIR
+# is runs/quickstart by default. Running it again overwrites the pretrained models' images and trains in a new folder.
 set -euo pipefail
 work=${1:-}
 [[ -z $work || $work == /* ]] || work=$PWD/$work
@@ -20,17 +20,17 @@ mkdir -p "$work" "$photos"
 
 heading() { printf '\n=== %s ===\n\n' "$1"; }
 
-heading "1. The pretrained tokenizer on held-out pictures, from 1 to 16 tokens"
+heading "1. The pretrained tokenizer on held-out images, with 1 to 16 tokens"
 sources=synthetic,photos
 if python -c 'from flextok_jax.data.sources.emoji import find_font; find_font("")' 2>/dev/null; then
   sources+=,emoji
 else
-  echo "no Noto Color Emoji font here: continuing without emoji"
+  echo "Noto Color Emoji font not found: continuing without emoji"
 fi
 python -m flextok_jax.evaluate --checkpoint=$model --sources=$sources --num_images=32 --out="$work/pretrained" |
   tee "$work/pretrained.txt"
 
-for photo in chelsea coffee; do # never trained on
+for photo in chelsea coffee; do # not in the training data
   cp "$(python -c "from flextok_jax.data.sources.photos import photo_path; print(photo_path('skimage', '$photo.png'))")" "$photos"
 done
 echo
@@ -42,14 +42,14 @@ for count in 1 4 16; do
     --out="$photos/from_$count"
 done
 
-heading "2. The same model from scratch, on procedural scenes and photographs"
+heading "2. The same model, trained from scratch on procedural scenes and photographs"
 train=(python -m flextok_jax.train --config=quickstart:scratch --workdir="$scratch")
 "${train[@]}"
 
 heading "3. The same run, resumed for a few more steps"
 "${train[@]}" --config.train.num_steps=275
 
-heading "4. Pretrained generators: token sequences of 6 classes, and of captions, as pictures from 1 to 16 tokens"
+heading "4. Pretrained generators: images of 6 classes and of captions, with 1 to 16 tokens"
 sample=(python -m flextok_jax.sample --tokenizer=flextok_jax/assets/shapes.safetensors)
 "${sample[@]}" --checkpoint=flextok_jax/assets/shapes_ar.safetensors --classes=0,5,9,10,11,12 --num_samples=2 \
   --out="$work/classes"
@@ -58,7 +58,7 @@ captions+=";a black crescent and two green circles on a plain pink background"
 "${sample[@]}" --checkpoint=flextok_jax/assets/shapes_ar_stop.safetensors --prompts="$captions" --num_samples=2 \
   --out="$work/captions"
 
-heading "The pretrained tokenizer once more, and where the pictures are"
+heading "The pretrained tokenizer's metrics again, and the paths of all images"
 cat "$work/pretrained.txt"
 find "$work/classes" "$work/captions" -name '*.png' -not -name '0*' | sort
 find "$photos" "$scratch" -name '*.png' | sort

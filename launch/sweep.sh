@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains the runs that the sweep of a config lists (get_sweep), each in DIR/NAME, and compares them in one table:
+# Trains the runs of a config's sweep (its get_sweep), each in DIR/NAME, and compares them in one table:
 #
 #   bash launch/sweep.sh CONFIG DIR [--only=a,b] [--dry_run] [flags of flextok_jax.train]
 #   bash launch/sweep.sh CONFIG DIR --launcher='sbatch --job-name={name} launch/slurm.sh' [...]
 #
-# One after another on this machine; the same command goes on where it was. A run that fails is told of, the others are
-# trained, and the exit code is 1. --launcher hands each run to a cluster instead: its words, with the run's name in place
-# of {name} (lower case, hyphens), before the run's flags. --dry_run (or -n) prints the commands and runs none.
-# See docs/sweeps.md.
+# The runs are trained one after another on this machine; running the same command again resumes the sweep. If a run
+# fails, the script reports it, trains the others and exits with 1. --launcher submits each run to a cluster instead: it
+# is the command to which the run's flags are appended; {name} is replaced by the run's name in lower case with hyphens.
+# --dry_run (or -n) only prints the commands. See docs/sweeps.md.
 set -euo pipefail
 
 fail() {
@@ -15,17 +15,17 @@ fail() {
   exit 2
 }
 
-if (($# < 2)) || [[ $1 == -* || $2 == -* ]]; then fail "launch/sweep.sh CONFIG DIR [flags], got '$*'"; fi
+if (($# < 2)) || [[ $1 == -* || $2 == -* ]]; then fail "expected launch/sweep.sh CONFIG DIR [flags], got '$*'"; fi
 config=$1 dir=${2%/}
 shift 2
-only=() launcher="" dry_run=false given=()
+only=() launcher="" dry_run=false flags=()
 for word; do
   case $word in
     --only=*) only=("$word") ;;
     --launcher=*) launcher=${word#*=} ;;
     -n | --dry_run | --dry-run) dry_run=true ;;
-    --config=* | --workdir=*) fail "$word: the config comes first, then the folder of the runs" ;;
-    *) given+=("$word") ;;
+    --config=* | --workdir=*) fail "$word: give the config and the folder of the runs as the first two arguments" ;;
+    *) flags+=("$word") ;;
   esac
 done
 
@@ -38,19 +38,19 @@ cd "$here"
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 
-listed=$(python -m flextok_jax.sweep --config="$config" --list "${only[@]}" "${given[@]}") || exit 2
-mapfile -t lines <<<"$listed"
+listing=$(python -m flextok_jax.sweep --config="$config" --list "${only[@]}" "${flags[@]}") || exit 2
+mapfile -t lines <<<"$listing"
 submit=() words=()
-eval "submit=($launcher)" # split into words as a shell does, with quotes
+eval "submit=($launcher)" # split into words by the shell, so that quotes work
 
-# The run is in the background, so that a signal to this script is passed on at once: SIGTERM makes it save.
+# Runs are started in the background, so that signals are passed on immediately: on SIGTERM, training saves.
 child="" stopped=false
 trap 'stopped=true; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
 run() {
   local code=0
   "$@" </dev/null &
   child=$!
-  if $stopped; then kill -TERM "$child" 2>/dev/null || true; fi # it came before the child started
+  if $stopped; then kill -TERM "$child" 2>/dev/null || true; fi # the signal arrived before the child started
   while
     code=0
     wait "$child" || code=$?
@@ -62,9 +62,9 @@ run() {
 
 failed=() trained=()
 for line in "${lines[@]}"; do
-  eval "words=($line)" # quoted by shlex
+  eval "words=($line)" # the words are quoted by shlex
   name=${words[0]}
-  command=(--config="$config" --workdir="$dir/$name" "${words[@]:1}" "${given[@]}")
+  command=(--config="$config" --workdir="$dir/$name" "${words[@]:1}" "${flags[@]}")
   if [[ -z $launcher ]]; then
     command=(python -m flextok_jax.train "${command[@]}")
   else
@@ -79,11 +79,11 @@ for line in "${lines[@]}"; do
   if run "${command[@]}"; then
     trained+=("$name")
   elif ! $stopped; then
-    echo "error: run $name failed, see above" >&2
+    echo "error: the run $name failed, see above" >&2
     failed+=("$name")
   fi
   if $stopped; then
-    echo "stopped; the same command resumes" >&2
+    echo "stopped; run the same command to resume" >&2
     exit 143
   fi
 done
@@ -91,11 +91,11 @@ if $dry_run; then exit; fi
 
 table=(python -m flextok_jax.sweep --dir="$dir")
 if [[ -n $launcher ]]; then
-  printf 'once they have run: %s\n' "${table[*]}"
+  printf 'to compare the runs after training: %s\n' "${table[*]}"
 elif ((${#trained[@]})); then
   "${table[@]}" --only="$(IFS=,; echo "${trained[*]}")"
 fi
 if ((${#failed[@]})); then
-  echo "error: failed: ${failed[*]}" >&2
+  echo "error: failed runs: ${failed[*]}" >&2
   exit 1
 fi

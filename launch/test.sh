@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Checks and tests in the repository's own environment:
+# Runs checks and tests in the repository's own environment:
 #
-#   bash launch/test.sh                        formatting, lint, types, layers, all tests, and the fast tests with every
-#                                              other supported version of Python that is found
-#   bash launch/test.sh tests/ops/test_fsq.py  these tests alone; arguments are pytest's
+#   bash launch/test.sh                        formatting, lint, types, layers, all tests, and the fast tests with each
+#                                              other supported Python version that is installed
+#   bash launch/test.sh tests/ops/test_fsq.py  only these tests; arguments are passed to pytest
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -12,7 +12,7 @@ if (($#)); then
   exec python -m pytest "$@"
 fi
 
-# The environments of other versions are installed while the checks run.
+# Install the environments of the other Python versions while the checks run.
 fast=(tests/core tests/ops tests/models/test_golden.py tests/models/test_golden_ar.py
   tests/weights/test_fingerprints.py tests/test_versions.py)
 versions=()
@@ -22,7 +22,7 @@ for version in 3.11 3.12 3.13; do
     versions+=("$version")
     flextok_install "$PWD/.venv-$version" "$interpreter" packaging 'pytest>=8' 'setuptools>=77' >&2 &
   else
-    echo "no Python $version here: its tests are left out"
+    echo "Python $version not found: skipping its tests"
   fi
 done
 

@@ -1,47 +1,47 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU, a VM or a slice: launch/tpu.sh COMMAND --name=NAME --zone=ZONE [SETTINGS] [-- ARGUMENTS]
 #
-#   create    make the TPU now (or fail)          status    what is there, and what it does
-#   queue     ask for it, to come when it is free logs      follow the run of worker 0 (or --worker=N, all)
-#   setup     send the code, install it           stop      SIGTERM, so that the run saves (--now: SIGKILL)
-#   run       train: -- --config=… --workdir=…    ssh       a shell on worker 0, or -- COMMAND
-#   watch     queue, setup and run, again after every preemption
-#   delete    delete the TPU; its name must stand on the command line
+#   create    create the TPU now, or fail           status    show the request, the TPU and its workers
+#   queue     request it; created when available    logs      follow the log of worker 0 (or --worker=N, --worker=all)
+#   setup     copy and install the code             stop      SIGTERM: the run saves and ends (--now: SIGKILL)
+#   run       train: -- --config=… --workdir=…      ssh       open a shell on worker 0, or run -- COMMAND
+#   watch     queue, setup and run, repeated after every preemption
+#   delete    delete the TPU; requires --name on the command line
 #
-# See docs/launchers.md. Every command may be repeated; --dry_run prints the calls of gcloud and makes none.
+# All commands are safe to repeat. --dry_run prints the gcloud calls without making them. See docs/launchers.md.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=${here%/*}
 
-say() { echo "$*" >&2; }
+info() { echo "$*" >&2; }
 fail() {
-  say "error: $*"
+  info "error: $*"
   exit 1
 }
-misuse() {
-  say "error: $*"
+usage_error() {
+  info "error: $*"
   exit 2
 }
-refuse() { # the command ends, but not what it may be a part of
-  say "error: $*"
+print_error() { # returns 1 instead of exiting, so that watch can try again
+  info "error: $*"
   return 1
 }
 
-# Settings: a flag, else the environment, else what stands here.
+# Settings: the flag, else the environment variable, else the default below.
 name=${FLEXTOK_TPU_NAME:-}
 zone=${FLEXTOK_TPU_ZONE:-}
-project=${FLEXTOK_TPU_PROJECT:-}                 # "": that of gcloud's configuration
-accelerator=${FLEXTOK_TPU_ACCELERATOR:-}         # v4-32, v5litepod-16 (or v5e-16), v5p-64, v6e-256
-runtime=${FLEXTOK_TPU_RUNTIME:-}                 # "": by the accelerator, see default_runtime
+project=${FLEXTOK_TPU_PROJECT:-}                 # "": the project of gcloud's configuration
+accelerator=${FLEXTOK_TPU_ACCELERATOR:-}         # such as v4-32, v5litepod-16 (or v5e-16), v5p-64, v6e-256
+runtime=${FLEXTOK_TPU_RUNTIME:-}                 # "": depends on the accelerator, see default_runtime
 network=${FLEXTOK_TPU_NETWORK:-}                 # "": the project's default network
-subnetwork=${FLEXTOK_TPU_SUBNETWORK:-}           # "": the network's own
-service_account=${FLEXTOK_TPU_SERVICE_ACCOUNT:-} # "": the default account of Compute Engine
-prepare=${FLEXTOK_TPU_PREPARE:-}                 # shell command that setup ends with on every worker: mounts, say
-poll=${FLEXTOK_TPU_POLL:-60}                     # seconds between looks of watch
+subnetwork=${FLEXTOK_TPU_SUBNETWORK:-}           # "": the default of the network
+service_account=${FLEXTOK_TPU_SERVICE_ACCOUNT:-} # "": Compute Engine's default account
+prepare=${FLEXTOK_TPU_PREPARE:-}                 # shell command that setup runs last on every worker, such as a mount
+poll=${FLEXTOK_TPU_POLL:-60}                     # seconds between the polls of watch
 worker=0 spot=false reserved=false now=false dry_run=false
 name_given=false command=${1:-} arguments=() packed=false
 
-(($#)) || misuse "no command: one of create, queue, setup, run, watch, logs, status, stop, ssh, delete; or --help"
+(($#)) || usage_error "no command: use create, queue, setup, run, watch, logs, status, stop, ssh, delete or --help"
 shift
 if [[ $command == --help || $command == -h ]]; then
   sed -n '2,/^set /{/^#/p;}' "${BASH_SOURCE[0]}"
@@ -69,7 +69,7 @@ while (($#)); do
       arguments=("$@")
       break
       ;;
-    *) misuse "unknown setting $1: settings are given as --name=value, what training is to be told stands behind --" ;;
+    *) usage_error "unknown setting $1: settings are given as --name=value; training arguments follow --" ;;
   esac
   shift
 done
@@ -78,49 +78,51 @@ check_settings() {
   local word='^[a-z]([-a-z0-9]*[a-z0-9])?$'
   case $command in
     create | queue | setup | run | watch | logs | status | stop | ssh | delete) ;;
-    *) misuse "unknown command $command: create, queue, setup, run, watch, logs, status, stop, ssh or delete" ;;
+    *) usage_error "unknown command $command: see launch/tpu.sh --help" ;;
   esac
-  [[ -n $name ]] || misuse "no name of the TPU: give --name=NAME or set FLEXTOK_TPU_NAME"
-  [[ $name =~ $word ]] || misuse "--name=$name: a TPU's name has lower-case letters, digits and hyphens only"
-  [[ -n $zone ]] || misuse "no zone: give --zone=ZONE or set FLEXTOK_TPU_ZONE"
-  [[ $worker == all || $worker =~ ^[0-9]+$ ]] || misuse "--worker=$worker: a number, or all"
-  [[ $poll =~ ^[0-9.]+$ ]] || misuse "--poll=$poll: a number of seconds"
-  if $spot && $reserved; then misuse "--spot and --reserved exclude each other"; fi
-  $name_given || [[ $command != delete ]] || misuse "delete wants the name on the command line: --name=$name"
+  [[ -n $name ]] || usage_error "no TPU name: use --name=NAME or set FLEXTOK_TPU_NAME"
+  [[ $name =~ $word ]] ||
+    usage_error "--name=$name: must start with a letter and contain only lower-case letters, digits and hyphens"
+  [[ -n $zone ]] || usage_error "no zone: use --zone=ZONE or set FLEXTOK_TPU_ZONE"
+  [[ $worker == all || $worker =~ ^[0-9]+$ ]] || usage_error "--worker=$worker: must be a number or all"
+  [[ $poll =~ ^[0-9.]+$ ]] || usage_error "--poll=$poll: must be a number of seconds"
+  if $spot && $reserved; then usage_error "--spot and --reserved are mutually exclusive"; fi
+  $name_given || [[ $command != delete ]] || usage_error "delete requires the name on the command line: --name=$name"
   case $command in
     run | watch)
-      ((${#arguments[@]})) || misuse "nothing to run: give -- --config=NAME --workdir=DIR" ;;
+      ((${#arguments[@]})) || usage_error "no arguments for training: add -- --config=NAME --workdir=DIR" ;;
     ssh) ;;
-    *) ((${#arguments[@]} == 0)) || misuse "$command takes no arguments behind --: ${arguments[0]}" ;;
+    *) ((${#arguments[@]} == 0)) || usage_error "$command takes no arguments after --: ${arguments[0]}" ;;
   esac
   case $command in create | queue | watch) default_runtime ;; esac
-  command -v gcloud >/dev/null || $dry_run || fail "no gcloud in PATH: install the Google Cloud CLI"
+  command -v gcloud >/dev/null || $dry_run || fail "gcloud is not in PATH: install the Google Cloud CLI"
 }
 
 # Runtime versions by generation: https://cloud.google.com/tpu/docs/runtimes
 default_runtime() {
-  [[ -n $accelerator ]] || misuse "no accelerator: give --accelerator=v5litepod-16, or set FLEXTOK_TPU_ACCELERATOR"
-  accelerator=${accelerator/#v5e-/v5litepod-} # the name that Cloud TPU has for v5e
+  [[ -n $accelerator ]] ||
+    usage_error "no accelerator: use --accelerator=TYPE, such as v5litepod-16, or set FLEXTOK_TPU_ACCELERATOR"
+  accelerator=${accelerator/#v5e-/v5litepod-} # Cloud TPU's name for v5e
   [[ -z $runtime ]] || return 0
   case $accelerator in
     v2-* | v3-* | v4-*) runtime=tpu-ubuntu2204-base ;;
     v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
     v5p-*) runtime=v2-alpha-tpuv5 ;;
     v6e-*) runtime=v2-alpha-tpuv6e ;;
-    tpu7x-*) misuse "--accelerator=$accelerator: Cloud offers tpu7x through Kubernetes only: launch/gke.yaml" ;;
-    *) misuse "--accelerator=$accelerator: no default runtime for it; give --runtime=VERSION" ;;
+    tpu7x-*) usage_error "--accelerator=$accelerator: tpu7x is only available on Kubernetes: use launch/gke.yaml" ;;
+    *) usage_error "--accelerator=$accelerator: there is no default runtime version; set --runtime=VERSION" ;;
   esac
 }
 
-# quote WORDS: the words as one line for a shell.
+# quote WORDS: prints the words as one line, quoted for a shell.
 quote() {
   printf '%q' "$1"
   shift
   (($# == 0)) || printf ' %q' "$@"
 }
 
-# call WORDS: runs a command, or prints it under --dry_run.
-exec 3>&1 # where a dry run prints, also from within $(…)
+# call WORDS: runs a command, or prints it with --dry_run.
+exec 3>&1 # a dry run prints here, so that its output is not captured by $(…)
 call() {
   if $dry_run; then
     { quote "$@" && echo; } >&3
@@ -132,7 +134,7 @@ call() {
 tpu() { call gcloud compute tpus "$@" --zone="$zone" ${project:+--project="$project"} --quiet; }
 
 # state tpu-vm|queued-resources ASSUMED: prints the state of the TPU VM or request called $name, or "absent"; a dry run
-# goes by ASSUMED. Listing tells absence from an error, which describing does not.
+# prints ASSUMED. `list` distinguishes a missing resource from an error, which `describe` does not.
 state() {
   local field=state rows
   if [[ $1 == queued-resources ]]; then field='state.state,tpu.nodeSpec[0].nodeId,state.stateInitiator'; fi
@@ -143,15 +145,16 @@ state() {
   echo "$rows"
 }
 
-# on WORKERS WORDS: has launch/tpu_worker.sh of workers do something; where it is not yet, prints "unprepared".
-on() {
+# on_workers WORKERS WORDS: runs launch/tpu_worker.sh WORDS on the workers; prints "unprepared" where it does not exist.
+on_workers() {
   local workers=$1 script=flextok_jax/code/launch/tpu_worker.sh
   shift
   tpu tpu-vm ssh "$name" --worker="$workers" \
     --command="if [ -e $script ]; then bash $script $(quote "$@"); else echo unprepared; fi"
 }
 
-remedy() { echo "launch/tpu.sh $1 --name=$name --zone=$zone"; }
+# hint COMMAND: prints the command line for a message.
+hint() { echo "launch/tpu.sh $1 --name=$name --zone=$zone"; }
 
 creation_flags() {
   flags=(--accelerator-type="$accelerator")
@@ -164,57 +167,61 @@ creation_flags() {
 
 create() {
   local found flags
-  found=$(state tpu-vm absent) || refuse "cannot list the TPUs of zone $zone: see above" || return
+  found=$(state tpu-vm absent) || print_error "cannot list the TPUs of zone $zone: see above" || return
   case $found in
     absent) ;;
     CREATING | READY | STARTING | RESTARTING | REIMAGING | REPAIRING)
-      say "$name is there already: $found"
+      info "$name already exists: $found"
       return
       ;;
-    *) refuse "there is a TPU $name already, but it is $found: $(remedy delete), then create it anew" || return ;;
+    *)
+      print_error "the TPU $name already exists, but it is $found: run $(hint delete), then create it again" || return
+      ;;
   esac
   creation_flags
-  tpu tpu-vm create "$name" "${flags[@]}" --version="$runtime" || refuse "the TPU $name was not created: see above"
+  tpu tpu-vm create "$name" "${flags[@]}" --version="$runtime" || print_error "the TPU $name was not created: see above"
 }
 
 queue() {
   local found flags
-  found=$(state queued-resources absent) || refuse "cannot list the requests of zone $zone: see above" || return
+  found=$(state queued-resources absent) || print_error "cannot list the requests of zone $zone: see above" || return
   found=${found%% *}
   case $found in
     absent) ;;
     SUSPENDING | SUSPENDED | FAILED | DELETING)
-      refuse "there is a request $name already, but it is $found: $(remedy delete), then queue it anew" || return ;;
+      print_error "the request $name already exists, but it is $found: run $(hint delete), then queue it again" ||
+        return
+      ;;
     *)
-      say "$name is requested already: $found"
+      info "$name is already requested: $found"
       return
       ;;
   esac
   creation_flags
   tpu queued-resources create "$name" --node-id="$name" "${flags[@]}" --runtime-version="$runtime" ||
-    refuse "the request $name was not made: see above"
+    print_error "the request $name was not created: see above"
 }
 
-# Of the tracked files as they are, uncommitted edits included: $tree and what to call it, $revision.
-look_at_code() {
+# Sets $tree to the git tree of the tracked files, including uncommitted edits, and $revision to its name.
+snapshot_code() {
   local edited untracked
   git -C "$repo" rev-parse --git-dir >/dev/null 2>&1 ||
-    fail "$repo is no git repository, of which the tracked files would be sent"
-  git -C "$repo" update-index -q --refresh || true # else files that were touched, but not changed, make stash fail
+    fail "$repo is not a git repository: only files tracked by git are copied"
+  git -C "$repo" update-index -q --refresh || true # otherwise stash fails on files that were touched but not changed
   edited=$(git -C "$repo" stash create)
   tree=$(git -C "$repo" rev-parse "${edited:-HEAD}^{tree}")
   revision=$(git -C "$repo" rev-parse --short HEAD)
   if [[ -n $edited ]]; then revision+=+$(git -C "$repo" rev-parse --short "$tree"); fi
   untracked=$(git -C "$repo" ls-files --others --exclude-standard | wc -l)
-  ((untracked == 0)) || say "files that git does not track ($((untracked))) are not sent: git add what is needed"
+  ((untracked == 0)) || info "untracked files ($((untracked))) are not copied: git add those that are needed"
 }
 
 setup() {
   local archive=${XDG_CACHE_HOME:-$HOME/.cache}/flextok_jax/$name.tar.gz
   local new=flextok_jax/code.new install
-  need_ready || return
-  say "sending code $revision to all workers of $name"
-  if ! $packed; then # once: a watch sends the same code after every preemption
+  require_ready || return
+  info "copying code $revision to all workers of $name"
+  if ! $packed; then # only once: watch sends the same code after every preemption
     $dry_run || mkdir -p "$(dirname "$archive")" || return
     call git -C "$repo" archive --format=tar.gz --output="$archive" "$tree" || return
     packed=true
@@ -223,42 +230,46 @@ setup() {
   install="bash $new/launch/tpu_worker.sh setup $(quote "$revision" "$prepare")"
   tpu tpu-vm ssh "$name" --worker=all \
     --command="rm -rf $new && mkdir -p $new && tar -xzf flextok_jax.tar.gz -C $new && $install" ||
-    refuse "setup failed on a worker of $name at least, see above; repeat it when that is mended"
+    print_error "setup failed on at least one worker of $name, see above; fix the cause and run it again"
 }
 
-need_ready() {
+require_ready() {
   local found
   found=$(state tpu-vm READY) || return
   case ${found%% *} in
     READY) ;;
-    absent) refuse "there is no TPU $name in zone $zone: $(remedy create), or queue" ;;
-    *) refuse "the TPU $name is ${found%% *}, not READY: see $(remedy status)" ;;
+    absent) print_error "there is no TPU $name in zone $zone: run $(hint create), or queue" ;;
+    *) print_error "the TPU $name is ${found%% *}, not READY: see $(hint status)" ;;
   esac
 }
 
-# worker_states: one line of each worker, as `state` of launch/tpu_worker.sh prints it.
+# worker_states: prints one line per worker, the output of `launch/tpu_worker.sh state`.
 worker_states() {
-  on all state || return
+  on_workers all state || return
   if $dry_run; then echo "idle $revision"; fi
 }
 
 run() {
   local states
-  need_ready || return
+  require_ready || return
   states=$(worker_states) || return
-  # Nothing starts anywhere unless it can start everywhere: the workers that start would wait for the others.
+  # Start nothing unless all workers can start: those that start would wait for the others.
   case $states in
-    *unprepared*) refuse "$name is not set up on every worker, nothing was started: $(remedy setup)" || return ;;
-    *running*) refuse "a run is going on on $name, nothing was started: $(remedy stop), or logs" || return ;;
+    *unprepared*)
+      print_error "$name is not set up on every worker, nothing was started: run $(hint setup)" || return
+      ;;
+    *running*)
+      print_error "a run is in progress on $name, nothing was started: run $(hint stop), or logs" || return
+      ;;
   esac
   if [[ $(awk '{ print $2 }' <<<"$states" | sort -u | wc -l) -ne 1 ]]; then
-    refuse "the workers of $name have different code, nothing was started: $(remedy setup)" || return
+    print_error "the workers of $name have different code versions, nothing was started: run $(hint setup)" || return
   fi
-  if ! on all start "${arguments[@]}"; then
-    on all stop now || true
-    refuse "training did not start on every worker of $name, and was stopped on the others: see above" || return
+  if ! on_workers all start "${arguments[@]}"; then
+    on_workers all stop now || true
+    print_error "training did not start on every worker of $name and was stopped on the others: see above" || return
   fi
-  say "training on $name; $(remedy logs)"
+  info "training on $name; to follow the log, run $(hint logs)"
 }
 
 delete() {
@@ -266,19 +277,19 @@ delete() {
   request=$(state queued-resources ACTIVE) || fail "cannot list the requests of zone $zone: see above"
   node=$(state tpu-vm READY) || fail "cannot list the TPUs of zone $zone: see above"
   if [[ $request == absent && $node == absent ]]; then
-    say "there is no TPU $name in zone $zone, and no request for one"
+    info "there is no TPU $name in zone $zone, and no request for one"
     return
   fi
   if [[ $request == absent ]]; then
-    say "deleting the TPU $name in zone $zone"
+    info "deleting the TPU $name in zone $zone"
     tpu tpu-vm delete "$name"
     return
   fi
   if [[ $(awk '{ print $2 }' <<<"$request") != "$name" ]]; then
-    fail "the request $name is for TPUs of other names: delete it by gcloud compute tpus queued-resources delete"
+    fail "the request $name is for TPUs with other names: delete it with gcloud compute tpus queued-resources delete"
   fi
-  say "deleting the request $name in zone $zone and its TPU ($node)"
-  tpu queued-resources delete "$name" --force # --force: its TPU with it
+  info "deleting the request $name in zone $zone and its TPU ($node)"
+  tpu queued-resources delete "$name" --force # --force: deletes its TPU too
 }
 
 status() {
@@ -286,94 +297,96 @@ status() {
   request=$(state queued-resources ACTIVE) || fail "cannot list the requests of zone $zone: see above"
   node=$(state tpu-vm READY) || fail "cannot list the TPUs of zone $zone: see above"
   $dry_run || printf 'request: %s\nTPU: %s\n' "${request%% *}" "${node%% *}"
-  if [[ $node == READY* ]]; then on all status; fi
+  if [[ $node == READY* ]]; then on_workers all status; fi
 }
 
-# watch: keeps one run going on a spot TPU until it ends. What it asks for anew is only what was taken away: a TPU that
-# someone deleted, a run that someone stopped or that failed, stays so.
+# watch: keeps one run going on a spot TPU until the run ends. Replaces only TPUs that were preempted, not those that
+# someone deleted; does not restart runs that failed or that someone stopped.
 watch() {
-  local last="" attempts=0 wanted=true # wanted: there is nothing yet, or no more, and that is for us to change
+  local last="" failures=0 may_request=true # may_request: false once a request exists, so that it can only be deleted
   if $dry_run; then
     queue && setup && run
-    say "and so on; after a preemption: delete, queue, setup, run"
+    info "then polls the state; after a preemption: delete, queue, setup, run"
     return
   fi
   while :; do
-    look
+    poll_once
     sleep "$poll"
   done
 }
 
-# look: at what there is, and does what is next. A look that fails is tried again.
-look() {
+# poll_once: checks the current state and takes the next step. If the check fails, the next poll repeats it.
+poll_once() {
   local request node
   request=$(state queued-resources) || return 0
   case ${request%% *} in
     absent)
-      $wanted || fail "the request $name was deleted by someone else: ending"
-      if again queue; then wanted=false; fi
+      $may_request || fail "the request $name was deleted by someone else: exiting"
+      if attempt queue; then may_request=false; fi
       ;;
     SUSPENDED)
-      [[ $request != *USER ]] || fail "the request $name was suspended by a user: ending"
-      renew
+      [[ $request != *USER ]] || fail "the request $name was suspended by a user: exiting"
+      request_again
       ;;
-    FAILED) fail "the request $name failed; gcloud compute tpus queued-resources describe $name tells why" ;;
+    FAILED) fail "the request $name failed; gcloud compute tpus queued-resources describe $name shows why" ;;
     ACTIVE)
-      wanted=false
+      may_request=false
       node=$(state tpu-vm) || return 0
       case $node in
-        READY) tend ;;
-        PREEMPTED | TERMINATED) renew ;;
+        READY) check_run ;;
+        PREEMPTED | TERMINATED) request_again ;;
       esac
       ;;
     *)
-      [[ $request == "$last" ]] || say "waiting for $name: ${request%% *}"
+      [[ $request == "$last" ]] || info "waiting for $name: ${request%% *}"
       last=$request
       ;;
   esac
 }
 
-renew() {
-  say "$name was preempted: asking for it anew"
-  last="" attempts=0 wanted=true
-  tpu queued-resources delete "$name" --force || true # the next look finds it gone, or does this again
+request_again() {
+  info "$name was preempted: requesting it again"
+  last="" failures=0 may_request=true
+  tpu queued-resources delete "$name" --force || true # the next poll finds it deleted, or tries again
 }
 
-# tend: looks after the run on a TPU that is there. An end other than `finished` is believed when two looks in a row
-# show it: a TPU about to be taken away shows it too.
-tend() {
+# check_run: starts, resumes or reports the run on an existing TPU. A failed or interrupted run counts only if two
+# consecutive polls find it, because a TPU that is about to be preempted looks the same.
+check_run() {
   local states
   states=$(worker_states | sort -u) || return 0
   case $(awk '{ print $1 }' <<<"$states" | sort -u | tr '\n' ' ') in
     "finished ")
-      say "the run has finished; $name still costs: $(remedy delete)"
+      info "the run has finished; $name is billed until deleted: run $(hint delete)"
       exit 0
       ;;
-    *running*) attempts=0 ;;
+    *running*) failures=0 ;;
     *stopped*)
-      say "the run was stopped; $name still costs: $(remedy delete)"
+      info "the run was stopped; $name is billed until deleted: run $(hint delete)"
       exit 0
       ;;
-    *unprepared*) if again setup; then again run || true; fi ;;
-    *interrupted*) if [[ $states == "$last" ]]; then again run || true; fi ;;
+    *unprepared*) if attempt setup; then attempt run || true; fi ;;
+    *interrupted*) if [[ $states == "$last" ]]; then attempt run || true; fi ;;
     *failed*)
-      [[ $states != "$last" ]] || fail "the run failed, see $(remedy logs); $name still costs: $(remedy delete)"
+      [[ $states != "$last" ]] ||
+        fail "the run failed, see $(hint logs); $name is billed until deleted: run $(hint delete)"
       ;;
-    *) again run || true ;;
+    *) attempt run || true ;;
   esac
   last=$states
 }
 
-# again COMMAND: does it; the third failure in a row ends the watch, as a TPU costs meanwhile.
-again() {
+# attempt COMMAND: runs it; exits after the third failure in a row, because an idle TPU costs money.
+attempt() {
   if "$1"; then return; fi
-  ((++attempts < 3)) || fail "$1 failed three times in a row, see above; if there is a TPU, it costs: $(remedy status)"
+  ((++failures < 3)) ||
+    fail "$1 failed three times in a row, see above; a TPU that exists is still billed: see $(hint status)"
   return 1
 }
 
-stop() { if $now; then on all stop now; else on all stop; fi; }
+stop() { if $now; then on_workers all stop now; else on_workers all stop; fi; }
 
-logs() { on "$worker" logs; }
+logs() { on_workers "$worker" logs; }
 
 ssh() {
   if ((${#arguments[@]})); then
@@ -384,5 +397,5 @@ ssh() {
 }
 
 check_settings
-case $command in setup | run | watch) look_at_code ;; esac
+case $command in setup | run | watch) snapshot_code ;; esac
 "$command"

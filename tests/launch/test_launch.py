@@ -1,4 +1,4 @@
-"""The launchers against stand-ins for gcloud, uv, srun and scontrol (launch_stand_ins.py), which record their calls."""
+"""The launchers, with stand-ins for gcloud, uv, srun and scontrol (launch_stand_ins.py), which record their calls."""
 
 import fcntl
 import importlib.util
@@ -29,12 +29,12 @@ NAMES = ("--name=t", "--zone=z")
 def wait_until(true, seconds=300):
   end = time.monotonic() + seconds
   while not true():
-    assert time.monotonic() < end, "waited in vain"
+    assert time.monotonic() < end, "timed out"
     time.sleep(0.02)
 
 
 class Sandbox:
-  """A folder with stand-ins first in PATH, and a repository of its own with the launchers."""
+  """A folder with stand-ins first in PATH, and its own repository that contains the launchers."""
 
   def __init__(self, folder: Path):
     self.folder, self.repo = folder, folder / "repo"
@@ -65,7 +65,7 @@ class Sandbox:
     subprocess.run(["git", *arguments], cwd=self.repo, env=self.environ, check=True)
 
   def cloud(self, **changes) -> dict:
-    """Changes what the cloud holds, and returns it."""
+    """Updates the state of the cloud and returns it."""
     file = self.folder / "cloud.json"
     with open(self.folder / "cloud.lock", "w") as lock:
       fcntl.flock(lock, fcntl.LOCK_EX)
@@ -106,21 +106,21 @@ class Sandbox:
     return self.run(str(self.repo / "launch" / "tpu.sh"), *arguments, code=code, **environ)
 
   def verbs(self, since=0) -> list[str]:
-    """What gcloud was asked for, as "tpu-vm ssh start": the last word is that of launch/tpu_worker.sh."""
+    """Returns the gcloud calls as, for example, "tpu-vm ssh start": the last word is launch/tpu_worker.sh's command."""
     words = []
     for call in self.calls("gcloud")[since:]:
-      said = re.search(r"tpu_worker\.sh (\w+)", " ".join(call["argv"]))
-      words.append(" ".join(call["argv"][2:4] + ([said[1]] if said else [])))
+      on_worker = re.search(r"tpu_worker\.sh (\w+)", " ".join(call["argv"]))
+      words.append(" ".join(call["argv"][2:4] + ([on_worker[1]] if on_worker else [])))
     return words
 
   def error(self, *arguments, code, **environ) -> str:
-    """The one line with which a command is refused."""
+    """Runs a command that fails and returns its one-line error message."""
     err = self.tpu(*arguments, code=code, **environ).stderr
     assert err.startswith("error: ") and err.count("\n") == 1, err
     return err
 
   def end(self):
-    """Ends what still trains, in this sandbox alone."""
+    """Kills the trainings of this sandbox that are still running."""
     for file in self.folder.glob("hosts/*/*/flextok_jax/run/session"):
       subprocess.run(["pkill", "-KILL", "--session", file.read_text().strip()], check=False)
 
@@ -147,7 +147,7 @@ def box(bare, repo):
 
 @pytest.fixture
 def made(box):
-  """With a TPU of two workers, set up."""
+  """A sandbox with a TPU of two workers that is set up."""
   box.tpu("create", *NAMES, "--accelerator=v5e-16")
   box.tpu("setup", *NAMES)
   return box
@@ -166,10 +166,10 @@ def test_shellcheck():
 # launch/tpu.sh
 
 
-def test_a_whole_life(box):
-  """Every command twice: the second time there is nothing left to do, or it is refused."""
+def test_every_command(box):
+  """Runs every command twice: the second time there is nothing left to do, or it fails."""
   box.tpu("create", *NAMES, "--accelerator=v5e-16", "--project=p")
-  assert "is there already: READY" in box.tpu("create", *NAMES, "--accelerator=v5e-16").stderr
+  assert "t already exists: READY" in box.tpu("create", *NAMES, "--accelerator=v5e-16").stderr
   assert box.verbs() == ["tpu-vm list", "tpu-vm create", "tpu-vm list"]
   create = box.calls("gcloud")[1]["argv"]
   assert create[4:] == [
@@ -187,26 +187,26 @@ def test_a_whole_life(box):
   assert box.verbs(seen) == ["tpu-vm list", "tpu-vm scp", "tpu-vm ssh setup"]
   assert sorted(call["argv"][0] for call in box.calls("uv")) == ["pip", "pip", "venv", "venv"]
   box.tpu("setup", *NAMES)
-  assert len(box.calls("uv")) == 4  # nothing is installed anew
+  assert len(box.calls("uv")) == 4  # nothing is installed again
 
   seen = len(box.verbs())
   box.tpu("run", *NAMES, "--", *TRAIN)
   assert box.verbs(seen) == ["tpu-vm list", "tpu-vm ssh state", "tpu-vm ssh start"]
   wait_until(lambda: len(box.trainings()) == 2)
   refused = box.tpu("run", *NAMES, "--", *TRAIN, code=1).stderr
-  assert "a run is going on on t, nothing was started: launch/tpu.sh stop --name=t --zone=z" in refused
-  assert "a run is going on" in box.tpu("setup", *NAMES, code=1).stderr  # nor does its code change meanwhile
+  assert "a run is in progress on t, nothing was started: run launch/tpu.sh stop --name=t --zone=z" in refused
+  assert "a run is in progress" in box.tpu("setup", *NAMES, code=1).stderr  # the code does not change during a run
   assert box.tpu("status", *NAMES).stdout.count(": running ") == 2
   logs = box.start(str(box.repo / "launch" / "tpu.sh"), "logs", *NAMES)
 
   box.tpu("stop", *NAMES)
   assert [call["signals"] for call in box.calls("saved")] == [1, 1]
-  assert "step 1\n" in logs.communicate(timeout=300)[0]  # ends with the run
-  assert box.tpu("stop", *NAMES).stdout.count("no run is going on") == 2
+  assert "step 1\n" in logs.communicate(timeout=300)[0]  # logs ends with the run
+  assert box.tpu("stop", *NAMES).stdout.count("no run is in progress") == 2
   assert box.tpu("status", *NAMES).stdout.count(": stopped ") == 2
   assert len(box.trainings()) == 2
 
-  box.tpu("run", *NAMES, "--", *TRAIN)  # the same again, to resume
+  box.tpu("run", *NAMES, "--", *TRAIN)  # the same command resumes
   box.tpu("stop", *NAMES, "--now")
   assert len(box.calls("saved")) == 2 and box.tpu("status", *NAMES).stdout.count(": stopped ") == 2
 
@@ -217,10 +217,10 @@ def test_a_whole_life(box):
   assert "there is no TPU t in zone z" in box.tpu("delete", *NAMES).stderr
   assert "deleting" not in box.tpu("delete", *NAMES).stderr
   assert box.tpu("status", *NAMES).stdout == "request: absent\nTPU: absent\n"
-  assert "there is no TPU t in zone z: launch/tpu.sh create" in box.error("run", *NAMES, "--", "x", code=1)
+  assert "there is no TPU t in zone z: run launch/tpu.sh create" in box.error("run", *NAMES, "--", "x", code=1)
 
 
-def test_a_queued_spot_tpu(box):
+def test_queue_requests_a_spot_tpu(box):
   flags = ("--accelerator=v6e-64", "--spot", "--network=n", "--subnetwork=s", "--service_account=a@b")
   box.tpu("queue", *NAMES, *flags)
   assert box.calls("gcloud")[1]["argv"][2:] == [
@@ -237,7 +237,7 @@ def test_a_queued_spot_tpu(box):
     "--zone=z",
     "--quiet",
   ]
-  assert "is requested already: ACTIVE" in box.tpu("queue", *NAMES, *flags).stderr
+  assert "t is already requested: ACTIVE" in box.tpu("queue", *NAMES, *flags).stderr
   box.tpu("delete", *NAMES)
   assert box.calls("gcloud")[-1]["argv"][2:] == ["queued-resources", "delete", "t", "--force", "--zone=z", "--quiet"]
   assert box.cloud()["nodes"] == box.cloud()["requests"] == {}
@@ -275,7 +275,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_dry_run_prints_what_a_real_one_calls(box, command):
+def test_dry_run_prints_the_real_calls(box, command):
   arguments = (command, *NAMES, *COMMANDS[command])
   if command not in ("create", "queue"):
     box.tpu("queue", *NAMES, *CREATION)
@@ -285,7 +285,7 @@ def test_a_dry_run_prints_what_a_real_one_calls(box, command):
     box.tpu("run", *NAMES, "--", "x")
     wait_until(lambda: len(list(box.folder.glob("hosts/t/*/flextok_jax/run/outcome"))) == 2)
   before = (box.folder / "calls.jsonl").read_text(), box.cloud()
-  shutil.rmtree(box.folder / "home", ignore_errors=True)  # where the code is packed
+  shutil.rmtree(box.folder / "home", ignore_errors=True)  # contains the archive of the code
   lines = box.tpu(command, "-n", *arguments[1:]).stdout.splitlines()
   assert ((box.folder / "calls.jsonl").read_text(), box.cloud()) == before
   assert not (box.folder / "home").exists()
@@ -301,7 +301,7 @@ def test_a_dry_run_prints_what_a_real_one_calls(box, command):
     assert out == "a  b $x\n" * 2
 
 
-def test_arguments_arrive_as_they_are(made):
+def test_arguments_are_passed_unchanged(made):
   made.tpu("run", *NAMES, "--", *TRAIN)
   wait_until(lambda: len(made.trainings()) == 2)
   for i, call in enumerate(sorted(made.trainings(), key=lambda call: call["environ"]["HOME"])):
@@ -310,7 +310,7 @@ def test_arguments_arrive_as_they_are(made):
     assert (call["environ"]["HOME"], call["cwd"]) == (str(home), str(home / "flextok_jax" / "code"))
 
 
-def test_setup_sends_what_git_tracks_as_it_is_now(made):
+def test_setup_copies_the_tracked_files(made):
   code = made.folder / "hosts" / "t" / "1" / "flextok_jax" / "code"
   head = (code.parent / "ready").read_text().strip()
   assert (code / "launch" / "quickstart.sh").exists()
@@ -321,26 +321,26 @@ def test_setup_sends_what_git_tracks_as_it_is_now(made):
     (made.repo / name).touch()
   prepare = """echo "it's $PWD" >>~/'prepared twice'"""
   err = made.tpu("setup", *NAMES, f"--prepare={prepare}").stderr
-  assert "files that git does not track (1) are not sent" in err
+  assert "untracked files (1) are not copied" in err
   assert (code / "setup.py").read_text().endswith("# edited\n")
   assert not any((code / name).exists() for name in ("launch/quickstart.sh", "untracked", "ignored"))
   assert re.fullmatch(rf"{head}\+[0-9a-f]+\n", (code.parent / "ready").read_text())
   assert (code.parents[1] / "prepared twice").read_text() == f"it's {code}\n"
-  assert len(made.calls("uv")) == 8  # as setup.py says what to install
+  assert len(made.calls("uv")) == 8  # setup.py changed, so everything is installed again
   assert "the command of --prepare failed: false" in made.tpu("setup", *NAMES, "--prepare=false", code=1).stderr
   assert "is not set up on every worker" in made.tpu("run", *NAMES, "--", "x", code=1).stderr
 
 
-def test_nothing_starts_where_not_all_can_start(made):
+def test_run_starts_on_all_workers_or_none(made):
   ready = made.folder / "hosts" / "t" / "1" / "flextok_jax" / "ready"
   revision = ready.read_text()
   ready.write_text("other\n")
-  assert "the workers of t have different code" in made.error("run", *NAMES, "--", "x", code=1)
+  assert "the workers of t have different code versions" in made.error("run", *NAMES, "--", "x", code=1)
 
   (made.repo / "setup.py").write_text("# other packages\n")
   (made.folder / "uv_refuses").write_text(str(made.folder / "hosts" / "t" / "1"))
   made.tpu("setup", *NAMES, code=1)
-  assert "is not set up on every worker, nothing was started: launch/tpu.sh setup --name=t --zone=z" in made.error(
+  assert "is not set up on every worker, nothing was started: run launch/tpu.sh setup --name=t --zone=z" in made.error(
     "run", *NAMES, "--", "x", code=1
   )
   assert not made.trainings()
@@ -348,7 +348,7 @@ def test_nothing_starts_where_not_all_can_start(made):
   (made.folder / "uv_refuses").unlink()
   made.tpu("setup", *NAMES)
   assert ready.read_text() != revision
-  worker = ready.parent / "code" / "launch" / "tpu_worker.sh"  # says that all is well, but starts nothing
+  worker = ready.parent / "code" / "launch" / "tpu_worker.sh"  # reports idle, but does not start
   worker.write_text(f"[[ $1 != start ]] && echo idle {ready.read_text()}")
   err = made.tpu("run", *NAMES, "--", "x", code=1).stderr
   assert err.splitlines()[-1].startswith("error: training did not start on every worker of t")
@@ -356,7 +356,7 @@ def test_nothing_starts_where_not_all_can_start(made):
   assert out.startswith("stopped ")
 
 
-def test_failures_of_gcloud_end_the_command(made):
+def test_commands_fail_if_gcloud_fails(made):
   for verb, command, arguments in (
     ("list", "create", ("--accelerator=v4-8",)),
     ("list", "delete", ()),
@@ -374,47 +374,47 @@ def test_failures_of_gcloud_end_the_command(made):
   assert not made.trainings()
 
 
-def test_what_is_gone_is_not_taken_for_there(made):
+def test_preempted_tpus_are_not_used(made):
   made.cloud(nodes={"t": "PREEMPTED", "t2": "READY"})
   err = made.error("create", *NAMES, "--accelerator=v4-8", code=1)
-  assert "t already, but it is PREEMPTED: launch/tpu.sh delete --name=t --zone=z" in err
+  assert "the TPU t already exists, but it is PREEMPTED: run launch/tpu.sh delete --name=t --zone=z" in err
   assert "the TPU t is PREEMPTED, not READY" in made.error("run", *NAMES, "--", "x", code=1)
   made.cloud(requests={"t": ["SUSPENDED", "t", "SERVICE"]})
-  assert "it is SUSPENDED: launch/tpu.sh delete" in made.error("queue", *NAMES, "--accelerator=v4-8", code=1)
+  assert "it is SUSPENDED: run launch/tpu.sh delete" in made.error("queue", *NAMES, "--accelerator=v4-8", code=1)
 
 
 @pytest.mark.parametrize(
-  "arguments, said",
+  "arguments, message",
   [
     ((), "no command"),
     (("build", *NAMES), "unknown command build"),
-    (("status", "--zone=z"), "no name of the TPU: give --name=NAME or set FLEXTOK_TPU_NAME"),
-    (("status", "--name=My_TPU", "--zone=z"), "--name=My_TPU: a TPU's name has lower-case letters"),
-    (("status", "--name=t"), "no zone: give --zone=ZONE"),
-    (("create", *NAMES), "no accelerator: give --accelerator="),
-    (("create", *NAMES, "--accelerator=gpu-8"), "no default runtime for it; give --runtime=VERSION"),
+    (("status", "--zone=z"), "no TPU name: use --name=NAME or set FLEXTOK_TPU_NAME"),
+    (("status", "--name=My_TPU", "--zone=z"), "--name=My_TPU: must start with a letter and contain only lower"),
+    (("status", "--name=t"), "no zone: use --zone=ZONE"),
+    (("create", *NAMES), "no accelerator: use --accelerator="),
+    (("create", *NAMES, "--accelerator=gpu-8"), "there is no default runtime version; set --runtime=VERSION"),
     (("create", *NAMES, "--accelerator=tpu7x-128"), "launch/gke.yaml"),
-    (("queue", *NAMES, "--accelerator=v4-8", "--spot", "--reserved"), "exclude each other"),
-    (("run", *NAMES), "nothing to run: give -- --config="),
+    (("queue", *NAMES, "--accelerator=v4-8", "--spot", "--reserved"), "are mutually exclusive"),
+    (("run", *NAMES), "no arguments for training: add -- --config="),
     (("run", *NAMES, "--config=c"), "unknown setting --config=c"),
     (("delete", "t", "--zone=z"), "unknown setting t: settings are given as --name=value"),
     (("delete", *NAMES, "--dryrun"), "unknown setting --dryrun"),
     (("delete", *NAMES, "--", "x"), "delete takes no arguments"),
-    (("logs", *NAMES, "--worker=first"), "--worker=first: a number, or all"),
-    (("watch", *NAMES, "--accelerator=v4-8", "--poll=1m", "--", "x"), "--poll=1m: a number of seconds"),
+    (("logs", *NAMES, "--worker=first"), "--worker=first: must be a number or all"),
+    (("watch", *NAMES, "--accelerator=v4-8", "--poll=1m", "--", "x"), "--poll=1m: must be a number of seconds"),
   ],
 )
-def test_what_is_missing_or_wrong_is_said_in_one_line(box, arguments, said):
-  assert said in box.error(*arguments, code=2)
+def test_usage_errors_are_one_line(box, arguments, message):
+  assert message in box.error(*arguments, code=2)
   assert not box.calls("gcloud")
 
 
-def test_delete_wants_to_be_meant(made):
+def test_delete_requires_the_name(made):
   environ = dict(FLEXTOK_TPU_NAME="t", FLEXTOK_TPU_ZONE="z")
   assert made.tpu("status", **environ).stdout.startswith("request: absent\nTPU: READY\n")
-  assert "delete wants the name on the command line: --name=t" in made.error("delete", code=2, **environ)
+  assert "delete requires the name on the command line: --name=t" in made.error("delete", code=2, **environ)
   made.cloud(requests={"t": ["ACTIVE", "other", ""]})
-  assert "the request t is for TPUs of other names" in made.error("delete", *NAMES, code=1)
+  assert "the request t is for TPUs with other names" in made.error("delete", *NAMES, code=1)
   assert "tpu-vm delete" not in made.verbs() and "queued-resources delete" not in made.verbs()
   made.cloud(requests={})
   made.tpu("delete", "--name=t", **environ)
@@ -426,7 +426,7 @@ def test_delete_wants_to_be_meant(made):
 
 @pytest.fixture
 def watch(box):
-  """A watch that has brought a run about, on a spot TPU of two workers."""
+  """A watch that has started a run on a spot TPU of two workers."""
   process = box.start(
     str(box.repo / "launch" / "tpu.sh"), "watch", *NAMES, "--accelerator=v6e-16", "--spot", "--poll=0.1", "--", *TRAIN
   )
@@ -453,11 +453,12 @@ def test_watch_resumes_after_a_preemption_and_ends_with_the_run(box, watch):
   wait_until(lambda: len(box.trainings()) == 4)
   assert created(box) == 2 and {tuple(call["argv"][2:]) for call in box.trainings()} == {tuple(TRAIN)}
   box.train("finish")
-  assert ended(watch, 0) == "the run has finished; t still costs: launch/tpu.sh delete --name=t --zone=z"
+  billed = "t is billed until deleted: run launch/tpu.sh delete --name=t --zone=z"
+  assert ended(watch, 0) == f"the run has finished; {billed}"
   assert box.cloud()["nodes"] == {"t": "READY"} and len(box.trainings()) == 4
 
 
-def test_watch_resumes_a_run_that_something_else_ended(box, watch):
+def test_watch_resumes_an_interrupted_run(box, watch):
   pids = [file.read_text() for file in box.folder.glob("hosts/t/*/flextok_jax/run/pid")]
   for pid in pids:
     os.kill(int(pid), signal.SIGTERM)
@@ -465,30 +466,30 @@ def test_watch_resumes_a_run_that_something_else_ended(box, watch):
   assert len(box.calls("saved")) == 2 and created(box) == 1
 
 
-def test_watch_leaves_a_failed_run(box, watch):
+def test_watch_does_not_restart_a_failed_run(box, watch):
   box.train("fail")
   assert "the run failed, see launch/tpu.sh logs" in ended(watch, 1)
   assert len(box.trainings()) == 2 and created(box) == 1
 
 
-def test_watch_leaves_what_someone_stopped(box, watch):
+def test_watch_does_not_restart_a_stopped_run(box, watch):
   box.tpu("stop", *NAMES)
-  assert ended(watch, 0).startswith("the run was stopped; t still costs")
+  assert ended(watch, 0).startswith("the run was stopped; t is billed until deleted")
   assert len(box.trainings()) == 2
 
 
-def test_watch_leaves_what_someone_deleted(box, watch):
+def test_watch_does_not_recreate_a_deleted_tpu(box, watch):
   box.tpu("delete", *NAMES)
-  assert "was deleted by someone else: ending" in ended(watch, 1)
+  assert "was deleted by someone else: exiting" in ended(watch, 1)
   assert created(box) == 1 and box.cloud()["nodes"] == {}
 
 
-def test_watch_does_not_try_for_ever(box):
+def test_watch_gives_up_after_three_failures(box):
   box.cloud(fail={"scp": 1})
   process = box.start(
     str(box.repo / "launch" / "tpu.sh"), "watch", *NAMES, "--accelerator=v4-8", "--poll=0.05", "--", "x"
   )
-  assert "setup failed three times in a row, see above; if there is a TPU, it costs" in ended(process, 1)
+  assert "setup failed three times in a row, see above; a TPU that exists is still billed" in ended(process, 1)
   assert box.verbs().count("tpu-vm scp") == 3
 
 
@@ -496,14 +497,14 @@ def test_watch_does_not_try_for_ever(box):
 
 
 @pytest.mark.parametrize("todo, code", [("finish", 0), ("fail", 3)])
-def test_an_end_keeps_its_code(bare, todo, code):
+def test_preemptible_keeps_the_exit_code(bare, todo, code):
   bare.train(todo)
   bare.run("bash", str(LAUNCH / "preemptible.sh"), "train", "-m", "flextok_jax.train", *TRAIN, code=code)
   assert bare.trainings()[0]["argv"][2:] == TRAIN
 
 
-def test_an_interruption_is_told_from_an_end(bare):
-  """SIGTERM to all processes of the group reaches the child once, and waiting for it does not end early."""
+def test_preemptible_exits_with_143_after_sigterm(bare):
+  """SIGTERM to the process group reaches the child once, and the script waits until the child has saved."""
   process = bare.start("bash", str(LAUNCH / "preemptible.sh"), "train", "-m", "flextok_jax.train")
   wait_until(bare.trainings)
   os.killpg(process.pid, signal.SIGTERM)
@@ -524,7 +525,7 @@ class Job:
     (venv / "pyvenv.cfg").touch()
     both = (ROOT / "requirements.txt").read_bytes() + (ROOT / "setup.py").read_bytes()
     cksum = subprocess.run("cksum", input=both, capture_output=True, check=True).stdout.decode().strip()
-    (venv / ".flextok-installed").write_text(f"{cksum} {ROOT}\n")  # as launch/env.sh leaves it
+    (venv / ".flextok-installed").write_text(f"{cksum} {ROOT}\n")  # as written by launch/env.sh
     (box.folder / "job").write_text("JobId=7 JobName=flextok JobState=RUNNING Requeue=1 Restarts=0")
     self.environ = dict(
       FLEXTOK_VENV=str(venv),
@@ -570,7 +571,7 @@ def test_slurm_starts_the_tasks(job, processes, tasks, devices):
   assert not job.requeued()
 
 
-def test_slurm_passes_a_failure_on(job):
+def test_slurm_keeps_the_exit_code_of_a_failure(job):
   job.box.train("fail")
   job.run("x", code=3)
   assert not job.requeued()
@@ -592,7 +593,7 @@ def test_slurm_requeues_an_interrupted_job(job, state, requeued):
   assert job.requeued() == requeued
 
 
-def test_slurm_installs_cuda_in_the_pinned_versions(job):
+def test_slurm_installs_the_pinned_cuda_packages(job):
   job.run("install", SLURM_JOB_ID="")
   pip = next(call["argv"] for call in job.box.calls("python") if call["argv"][:2] == ["-m", "pip"])
   assert pip[-4:] == ["--quiet", "--constraint", "requirements.txt", "flextok-jax[cuda]"]
@@ -600,26 +601,30 @@ def test_slurm_installs_cuda_in_the_pinned_versions(job):
 
 
 @pytest.mark.parametrize(
-  "arguments, environ, said",
+  "arguments, environ, message",
   [
-    (("x",), dict(SLURM_SUBMIT_DIR="/"), "/ is not the repository: call sbatch in its folder"),
-    (("x",), dict(SLURM_JOB_ID=""), "this is a job: sbatch launch/slurm.sh x"),
-    ((), {}, "nothing to run"),
-    (("x",), dict(SLURM_GPUS_ON_NODE=""), "this job has no GPUs: sbatch --gpus-per-node=N"),
-    (("x",), dict(FLEXTOK_PROCESSES="core"), "FLEXTOK_PROCESSES=core: gpu (a process for each) or node"),
+    (("x",), dict(SLURM_SUBMIT_DIR="/"), "/ is not the repository: call sbatch in the repository's folder"),
+    (("x",), dict(SLURM_JOB_ID=""), "not in a Slurm job: use sbatch launch/slurm.sh x"),
+    ((), {}, "no arguments: use sbatch launch/slurm.sh --config=NAME --workdir=DIR"),
+    (("x",), dict(SLURM_GPUS_ON_NODE=""), "this job has no GPUs: use sbatch --gpus-per-node=N"),
+    (
+      ("x",),
+      dict(FLEXTOK_PROCESSES="core"),
+      "FLEXTOK_PROCESSES=core: must be gpu (one process per GPU) or node (one per node)",
+    ),
   ],
 )
-def test_slurm_says_what_is_wrong(job, arguments, environ, said):
+def test_slurm_usage_errors(job, arguments, environ, message):
   err = job.run(*arguments, code=2, **environ).stderr
-  assert err == f"error: {said}\n" or (said == "nothing to run" and err.startswith("error: nothing to run: sbatch"))
+  assert err == f"error: {message}\n"
   assert not job.box.calls("srun")
 
 
-def test_the_flags_of_xla_exist():
+def test_xla_flags_exist():
   spec = importlib.util.find_spec("jaxlib")
   library = Path(spec.origin).parent / "libjax_common.so"
   if not library.exists():
-    pytest.skip("jaxlib has its flags in another file here")
+    pytest.skip("this jaxlib has its flags in another file")
   names = re.findall(r"^  --(xla_\w+)=", (LAUNCH / "slurm.sh").read_text(), re.MULTILINE)
   assert names
   with open(library, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -640,11 +645,11 @@ def test_gke_runs_the_same_command():
   config = container["args"][0].removeprefix("--config=")
   assert load_config(config).stage == "tokenizer"
   assert container["args"][1].startswith(container["volumeMounts"][0]["mountPath"], 10)
-  # as many pods as the slice has hosts, each with all chips of its host
+  # one pod per host of the slice, each with all chips of its host
   topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
   chips = math.prod(map(int, topology.split("x")))
   assert job["parallelism"] == job["completions"] == chips // container["resources"]["limits"]["google.com/tpu"]
-  # one pod's end is the end of all; after an interruption all begin again
+  # if one pod fails, all end; after an interruption all restart
   assert (job["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
   codes = [rule["onExitCodes"] for rule in job["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
   assert codes == [{"containerName": container["name"], "operator": "In", "values": [143]}]
@@ -652,7 +657,7 @@ def test_gke_runs_the_same_command():
   assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
 
 
-def test_gke_marks_what_to_edit():
+def test_gke_marks_the_values_to_edit():
   text = (LAUNCH / "gke.yaml").read_text()
   names = re.findall(r"^#   ([A-Z]+) ", text, re.MULTILINE)
   assert names == ["NAME", "SLICES", "HOSTS", "ACCELERATOR", "TOPOLOGY", "CHIPS", "CLAIM", "IMAGE", "ARGS"]
@@ -661,13 +666,13 @@ def test_gke_marks_what_to_edit():
   assert "name: flextok  # NAME\n" in text
 
 
-def test_help_and_readme_tell_every_command(bare):
+def test_help_and_docs_list_every_command(bare):
   text = (ROOT / "docs" / "launchers.md").read_text()
   commands = re.findall(r"^([a-z]+)\(\)", (LAUNCH / "tpu.sh").read_text(), re.MULTILINE)
-  told = re.findall(r"^\| `(\w+)[ `]", text, re.MULTILINE)
-  assert set(told) == {"create", "queue", "setup", "run", "watch", "logs", "status", "stop", "ssh", "delete"}
-  assert set(told) <= set(commands)
+  documented = re.findall(r"^\| `(\w+)[ `]", text, re.MULTILINE)
+  assert set(documented) == {"create", "queue", "setup", "run", "watch", "logs", "status", "stop", "ssh", "delete"}
+  assert set(documented) <= set(commands)
   out = bare.run(str(LAUNCH / "tpu.sh"), "--help").stdout
-  assert [name for name in told if f" {name}  " not in out] == []
+  assert [name for name in documented if f" {name}  " not in out] == []
   settings = set(re.findall(r"\$\{(FLEXTOK_\w+):", (LAUNCH / "tpu.sh").read_text() + (LAUNCH / "slurm.sh").read_text()))
   assert [name for name in settings if name.removeprefix("FLEXTOK_TPU_") not in text.upper()] == []

@@ -5,8 +5,7 @@ Everything happens in FOLDER. Each call adds a line to FOLDER/calls.jsonl; FOLDE
   {"nodes": {NAME: STATE}, "requests": {NAME: [STATE, NODE, INITIATOR]}, "workers": 2, "fail": {"scp": 1, ...}}
 
 `gcloud` runs ssh commands in FOLDER/hosts/TPU/N, the home of worker N; `uv` installs `train` there as the environment's
-Python, which does what FOLDER/train says: finish, fail, or run (until SIGTERM, then it saves and exits
-with 0).
+Python, which does what FOLDER/train says: finish, fail, or run (until SIGTERM, then it saves and exits with 0).
 """
 
 import fcntl
@@ -121,7 +120,7 @@ def train(folder: Path, arguments: list) -> int:
   print("step 1", flush=True)
   while not received:
     if not Path(os.environ["HOME"]).is_dir():
-      return 137  # its machine was deleted
+      return 137  # its TPU was deleted
     todo = (folder / "train").read_text()
     if todo != "run":
       return {"finish": 0, "fail": 3}[todo]

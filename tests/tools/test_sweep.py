@@ -105,7 +105,7 @@ def test_the_ablation_has_every_mode(capsys):
     ("get_sweep.. of .*: ZeroDivisionError: division by zero", "1 / 0"),
   ],
 )
-def test_a_sweep_that_cannot_be_is_one_line(words, runs, tmp_path, monkeypatch):
+def test_errors_in_a_sweep_are_one_line(words, runs, tmp_path, monkeypatch):
   argv = ["--list", f"--config={config_file(tmp_path, runs)}", "--config.seed=7"]
   monkeypatch.setattr(sys, "argv", ["sweep", *argv])  # where overrides are looked for
   fails(words, sweep, *argv)
@@ -249,7 +249,7 @@ def script(*args, cwd=ROOT, environ=None, wait=True):
 
 @pytest.fixture
 def stand_in(tmp_path):
-  """An environment where training is a note in TMP/calls, and then what TMP/train (a shell script) does."""
+  """An environment in which training records its arguments in TMP/calls and runs the shell script TMP/train."""
   (tmp_path / "bin").mkdir()
   (tmp_path / "calls").touch()
   (tmp_path / "train").write_text("true")
@@ -285,16 +285,16 @@ def expected_calls(config, folder, *more):
   ]
 
 
-def test_a_failure_is_told_and_the_others_go_on(stand_in, tmp_path):
+def test_a_failed_run_is_reported_and_the_others_continue(stand_in, tmp_path):
   config_file(tmp_path, RUNS)
   (tmp_path / "train").write_text('[[ $* != */c* ]] || { echo "error: no luck" >&2; exit 3; }')
   code, out, err = script("config.py", "my runs/", "--config.seed=3", cwd=tmp_path, environ=stand_in)
   assert code == 1 and calls(tmp_path) == expected_calls("config.py", "my runs", "--config.seed=3")
-  assert err.splitlines() == ["error: no luck", "error: run c failed, see above", "error: failed: c"]
+  assert err.splitlines() == ["error: no luck", "error: the run c failed, see above", "error: failed runs: c"]
   assert out.splitlines()[-1] == "table --dir=my runs --only=a_B,d"
 
 
-def test_sigterm_saves_the_run_at_work_and_starts_no_other(stand_in, tmp_path):
+def test_sigterm_saves_the_current_run_and_ends_the_sweep(stand_in, tmp_path):
   config = config_file(tmp_path, RUNS)
   (tmp_path / "train").write_text(f"trap 'touch {tmp_path}/saved; kill $!; exit 0' TERM; sleep 600 & wait")
   process = script(config, tmp_path / "runs", environ=stand_in, wait=False)
@@ -302,7 +302,7 @@ def test_sigterm_saves_the_run_at_work_and_starts_no_other(stand_in, tmp_path):
   for _ in range(2):
     process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=300)
-  assert process.returncode == 143 and "stopped; the same command resumes" in err
+  assert process.returncode == 143 and "stopped; run the same command to resume" in err
   assert (tmp_path / "saved").exists() and len(calls(tmp_path)) == 1
 
 
@@ -316,15 +316,16 @@ def test_a_dry_run_prints_the_commands(stand_in, tmp_path):
   assert code == 0 and shlex.split(out) == ["submit", "as c", *expected_calls(config, "runs")[1]]
 
 
-def test_a_launcher_gets_one_submission_a_run(stand_in, tmp_path):
+def test_a_launcher_submits_each_run(stand_in, tmp_path):
   config = config_file(tmp_path, RUNS)
   launcher = "--launcher=submit --job-name='{name} of me' launch/slurm.sh"
   code, out, err = script(config, "runs", launcher, "--config.seed=3", environ=stand_in)
-  assert (code, err) == (0, "") and out.endswith("once they have run: python -m flextok_jax.sweep --dir=runs\n")
+  assert (code, err) == (0, "") and out.endswith(": python -m flextok_jax.sweep --dir=runs\n")
+  assert "to compare the runs after training: python" in out
   first = [[f"--job-name={name} of me", "launch/slurm.sh"] for name in ("a-b", "c", "d")]
   assert calls(tmp_path) == [a + b for a, b in zip(first, expected_calls(config, "runs", "--config.seed=3"))]
   code, _, err = script(config, "runs", "--launcher=false", "--only=a_B,d", environ=stand_in)
-  assert code == 1 and err.endswith("error: failed: a_B d\n")
+  assert code == 1 and err.endswith("error: failed runs: a_B d\n")
 
 
 def test_on_a_tpu(made, tmp_path):  # noqa: F811
@@ -343,18 +344,18 @@ def test_on_a_tpu(made, tmp_path):  # noqa: F811
   [
     ("launch/sweep.sh CONFIG DIR [flags], got 'x'", ("x",)),
     ("launch/sweep.sh CONFIG DIR [flags], got '--config=x y'", ("--config=x", "y")),
-    ("--workdir=z: the config comes first, then the folder of the runs", ("x", "y", "--workdir=z")),
+    ("--workdir=z: give the config and the folder of the runs as the first two arguments", ("x", "y", "--workdir=z")),
     ("configs/debug.py has no get_sweep()", ("configs/debug.py", "y")),
     ("unknown config key among --config.sed=3", ("configs/ablation_nested.py", "y", "--config.sed=3")),
   ],
 )
-def test_what_cannot_be_run_is_one_line(words, args, stand_in, tmp_path):
+def test_usage_errors_are_one_line(words, args, stand_in, tmp_path):
   code, out, err = script(*args, environ=stand_in)
   assert (code, out) == (2, "") and err.startswith("error: ") and words in err and err.count("\n") == 1
   assert calls(tmp_path) == []
 
 
-def test_a_sweep_from_training_to_the_table(tmp_path):
+def test_a_sweep_with_real_training(tmp_path):
   """Two real runs and one that fails; rerun, the two have nothing to do."""
   runs = {
     "uniform": {"tokens.nested_dropout": "uniform"},
@@ -363,7 +364,7 @@ def test_a_sweep_from_training_to_the_table(tmp_path):
   }
   config = config_file(tmp_path, runs)
   code, out, err = script(config, tmp_path / "runs")
-  assert code == 1 and "error: unknown nested_dropout 'pow3'" in err and err.endswith("error: failed: bad\n")
+  assert code == 1 and "error: unknown nested_dropout 'pow3'" in err and err.endswith("error: failed runs: bad\n")
   text = (tmp_path / "runs" / "table.md").read_text()
   rows = rows_of(text, "Runs")
   assert rows["run"][:2] == ["tokens.nested_dropout", "steps"]
