@@ -32,8 +32,8 @@ mypy
 lint-imports
 for _ in "${versions[@]}"; do wait -n; done
 
-# Three processes for two cores: some tests wait for processes of their own.
-python -m pytest -n 3 --dist loadfile
+# Two processes; most of the time is compilation, which uses one core.
+python -m pytest -n 2 --dist loadfile
 for version in "${versions[@]}"; do
   log=$PWD/.venv-$version/tests.log
   (
