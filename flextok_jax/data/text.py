@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from flextok_jax.core import extras, hub
+from flextok_jax.core.errors import first_line
 
 FILES = ("tokenizer.json", "spiece.model")  # of a T5, the preferred one first
 _END = 256  # of bytes
@@ -124,7 +125,7 @@ def _load_tokenizers(path: str, *tokens: str) -> tuple[Any, ...]:
   try:
     model = tokenizers.Tokenizer.from_file(path)
   except Exception as e:  # it raises nothing more specific
-    raise ValueError(f"{path} is not a complete tokenizer of the tokenizers package ({_first_line(e)})") from None
+    raise ValueError(f"{path} is not a complete tokenizer of the tokenizers package ({first_line(e, 160)})") from None
   model.no_truncation()  # _pad cuts and pads
   model.no_padding()
   return model, model.get_vocab_size(), *map(model.token_to_id, tokens)
@@ -138,9 +139,5 @@ def _load_sentencepiece(path: str) -> tuple[Any, ...]:
     with open(path, "rb") as f:
       model.LoadFromSerializedProto(f.read())
   except (OSError, RuntimeError) as e:
-    raise ValueError(f"{path} is not a complete sentencepiece model ({_first_line(e)})") from None
+    raise ValueError(f"{path} is not a complete sentencepiece model ({first_line(e, 160)})") from None
   return model, model.get_piece_size(), model.eos_id(), model.pad_id()
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -14,11 +14,6 @@ def section(config: ConfigDict) -> ConfigDict | None:
   return repa if config.stage == "tokenizer" and repa is not None and repa.weight else None
 
 
-def teacher_shards(config: ConfigDict) -> str:
-  """Returns the folder with features of the teacher; "" if the training step computes them or needs none."""
-  return config.data.teacher if section(config) is not None else ""
-
-
 def decoder_grid(config: ConfigDict) -> int:
   """Returns the number of patches of the decoder per side."""
   downscale = 1 if config.vae.kind == "pixels" else 2 ** (len(config.vae.block_out_channels) - 1)

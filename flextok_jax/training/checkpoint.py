@@ -161,7 +161,7 @@ class Checkpoints:
       yield
     except Exception as e:  # orbax and tensorstore raise many types for a full disk
       raise OSError(
-        f"checkpoint {self._folder(self._saving)} cannot be written ({type(e).__name__}: {first_line(e)}); older "
+        f"checkpoint {self._folder(self._saving)} cannot be written ({type(e).__name__}: {first_line(e, 200)}); older "
         "ones are untouched: make room, and rerun the same command"
       ) from e
 

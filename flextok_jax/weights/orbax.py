@@ -52,7 +52,7 @@ def restore_newest(
         restored = {name: composite[name] for name in items}
         _check_complete(restored)
       except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
-        problem = f"{type(e).__name__}: {first_line(e)}"
+        problem = f"{type(e).__name__}: {first_line(e, 200)}"
       if processes.true_on_all_processes(not problem):
         return step, restored, unreadable
       problem = problem or "in another process"

@@ -7,6 +7,7 @@ from typing import Any, NotRequired, Protocol, TypedDict
 from absl import logging
 import numpy as np
 
+from flextok_jax.core.errors import first_line
 from flextok_jax.data import transforms
 
 MAX_RUN = 20  # consecutive unreadable records after which reading stops
@@ -130,8 +131,3 @@ def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
   if not cleaned:
     raise ValueError("no caption")
   return cleaned
-
-
-def first_line(error: str | Exception) -> str:
-  """Returns the first line of an error's message, or its type if it has no message."""
-  return (str(error).splitlines() or [type(error).__name__])[0]

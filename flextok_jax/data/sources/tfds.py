@@ -7,15 +7,9 @@ from typing import Any
 import numpy as np
 
 from flextok_jax.core import extras
+from flextok_jax.core.errors import first_line
 from flextok_jax.data import transforms
-from flextok_jax.data.sources.base import (
-  Record,
-  StoredImages,
-  UnreadableRecord,
-  clean_captions,
-  first_line,
-  stored_record,
-)
+from flextok_jax.data.sources.base import Record, StoredImages, UnreadableRecord, clean_captions, stored_record
 
 
 class Tfds(StoredImages):

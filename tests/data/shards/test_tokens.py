@@ -9,23 +9,9 @@ from flextok_jax.config import derive
 from flextok_jax.data.shards import tokens, writer
 from flextok_jax.data.shards.files import shard_name
 from flextok_jax.training import inputs
-from tests.support.token_shards import IDS, TOKENS, config, make_pictures, records, write
+from tests.support.token_shards import IDS, TOKENS, config, records, write
 
 pack = tokens.TokenShards.pack
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-  return make_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def written(pictures, tmp_path_factory):
-  """Returns shards of all pictures, with three copies each in train."""
-  out = tmp_path_factory.mktemp("tokens") / "shards"
-  write(out, config(pictures), copies=3)
-  write(out, config(pictures), split="validation", num_shards=2)
-  return out
 
 
 def ar_config(out, **overrides):

@@ -13,21 +13,7 @@ from flextok_jax.data.shards.tokens import TokenShards
 from flextok_jax.data.sources.folder import Folder
 from flextok_jax.training.inputs import image_data
 from tests.support.commands import ROOT
-from tests.support.token_shards import IDS, SIZE, TOKENS, config, encode, make_pictures, records, write, write_folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-  return make_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def written(pictures, tmp_path_factory):
-  """Returns shards of all pictures, with three copies each in train."""
-  out = tmp_path_factory.mktemp("tokens") / "shards"
-  write(out, config(pictures), copies=3)
-  write(out, config(pictures), split="validation", num_shards=2)
-  return out
+from tests.support.token_shards import IDS, SIZE, TOKENS, config, encode, records, write, write_folder
 
 
 def test_records_match_the_source(pictures, written):
