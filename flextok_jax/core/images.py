@@ -1,7 +1,24 @@
-"""Images as floats and as 8-bit levels."""
+"""Formats of image files; images as floats and as 8-bit levels."""
 
 import jax
 import jax.numpy as jnp
+
+# The formats that are read, {Pillow's name: extensions}: pure codecs, none of which starts a program.
+FORMATS = {
+  "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+  "PNG": (".png", ".apng"),
+  "WEBP": (".webp",),
+  "GIF": (".gif",),
+  "TIFF": (".tif", ".tiff"),
+  "BMP": (".bmp",),
+  "DIB": (".dib",),
+  "AVIF": (".avif", ".avifs"),
+  "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+  "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+  "QOI": (".qoi",),
+  "TGA": (".tga",),
+}
+EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
 
 def to_float(images: jax.Array) -> jax.Array:

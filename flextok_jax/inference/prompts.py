@@ -1,12 +1,12 @@
 """Conditions and choices of sampling: what the commands that draw from a generator share."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from flextok_jax.core import files
 from flextok_jax.inference.generator import ARGenerator
 from flextok_jax.inference.tokenizer import FlexTok, load_tokenizer
 from flextok_jax.parallel import batching
@@ -22,10 +22,8 @@ def read_prompts(path: str) -> list[str]:
     FileNotFoundError: no such file.
     ValueError: not UTF-8, or an empty line between prompts.
   """
-  try:
-    prompts = [line.strip() for line in Path(path).read_text("utf-8").rstrip().splitlines()] or [""]
-  except UnicodeDecodeError:
-    raise ValueError(f"prompts_file={path} is not a UTF-8 text file") from None
+  text = files.read_text(path, name=f"prompts_file={files.printable(path)}")
+  prompts = [line.strip() for line in files.lines(text.rstrip())]
   check_prompts("prompts_file", prompts)
   return prompts
 

@@ -277,7 +277,7 @@ def test_more_bad_input_is_refused(models, tmp_path):
   fails("stage 'ar', which has no tokens", sample, full[0], f"--tokenizer={models['none']}", full[2])
   fails("absent", sample, "--checkpoint=absent", *full[1:])
   (tmp_path / "latin.txt").write_bytes("Äpfel".encode("latin-1"))
-  fails("is not a UTF-8 text file", sample, *full, f"--prompts_file={tmp_path / 'latin.txt'}")
+  fails("is no text in UTF-8", sample, *full, f"--prompts_file={tmp_path / 'latin.txt'}")
   for arg in (
     "--top_p=1.5",
     "--top_p=-0.1",

@@ -1,4 +1,6 @@
-"""Atomic file writes."""
+"""Text files, names in messages, and atomic file writes."""
+
+import os
 
 import pytest
 
@@ -15,3 +17,52 @@ def test_writes_are_atomic(tmp_path):
   files.write_file(tmp_path / "file", b"new")
   assert (tmp_path / "file").read_bytes() == b"new"
   assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
+
+
+@pytest.mark.parametrize(
+  "data,want",
+  [
+    (b"a\nb\n", ["a", "b"]),
+    (b"\xef\xbb\xbfa\r\nb", ["a", "b"]),
+    (b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n", ["a", "b"]),  # two files joined
+    ("a\u2028b\x85c\x0b\x1cd\re\n".encode(), ["a\u2028b\x85c\x0b\x1cd\re"]),
+    (b"", [""]),
+  ],
+)
+def test_text_files(tmp_path, data, want):
+  (tmp_path / "a.txt").write_bytes(data)
+  assert files.lines(files.read_text(tmp_path / "a.txt")) == want
+
+
+@pytest.mark.parametrize(
+  "data,words",
+  [
+    ("café".encode("cp1252"), "line 1 has the byte 0xe9: .*Windows-1252"),
+    (b"a\n\xff", "line 2 has the byte 0xff"),
+    ("a".encode("utf-16"), "is text in UTF-16: save it as UTF-8"),
+    ("a".encode("utf-32"), "is text in UTF-32"),
+    ("a".encode("utf-16-le"), "zero byte: .*UTF-16"),
+    (b"x" * 101, "more than 100 bytes"),
+  ],
+)
+def test_other_texts_are_named(tmp_path, data, words):
+  (tmp_path / "a.txt").write_bytes(data)
+  with pytest.raises(ValueError, match=f"a.txt .*{words}") as caught:
+    files.read_text(tmp_path / "a.txt", 100)
+  assert "\n" not in str(caught.value)
+  with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+    files.read_text(tmp_path)
+  with pytest.raises(FileNotFoundError, match="prompts_file=b does not exist"):
+    files.read_text(tmp_path / "b", name="prompts_file=b")
+
+
+def test_names_in_messages():
+  assert files.printable("a/é.png") == "a/é.png"
+  assert files.printable(os.fsdecode(b"caf\xe9\n\x1b[2J.png")) == "caf\\xe9\\n\\x1b[2J.png"
+
+
+def test_only_regular_files_are_read(tmp_path):
+  os.mkfifo(tmp_path / "pipe")
+  for path, kind in ((tmp_path / "pipe", "FIFO"), ("/dev/zero", "device"), (tmp_path, "folder")):
+    with pytest.raises(OSError, match=f"is a {kind}, not a regular file"):
+      files.check_regular(path)
