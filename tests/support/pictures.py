@@ -1,9 +1,11 @@
 """Folders of pictures, and comparison of source records."""
 
+import functools
+import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin, features
 
 from flextok_jax.data import transforms
 from flextok_jax.data.sources import photos
@@ -42,3 +44,58 @@ def write_damaged_jpegs(root: Path) -> Path:
   (path / "6.jpg").write_bytes(whole[:2] + b"\x00" * 500)
   write_jpegs(root / "validation", 1)
   return path
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+  """Returns the bytes of an image file."""
+  buffer = io.BytesIO()
+  image.save(buffer, kind, **options)
+  return buffer.getvalue()
+
+
+@functools.cache
+def samples() -> dict[str, bytes]:
+  """Returns {name: bytes} of small files of every format and mode that are read."""
+  photograph = transforms.to_rgb(photos.photo_path("skimage", "astronaut.png")).resize((48, 32))
+  grey, alpha, palette = photograph.convert("L"), photograph.convert("RGBA"), photograph.quantize(16)
+  deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+  unit = Image.fromarray(np.asarray(grey).astype(np.float32))
+  alpha.putalpha(grey)
+  exif, text = Image.Exif(), PngImagePlugin.PngInfo()
+  exif[0x010F], exif[0x0112], exif[0x011A] = "maker", 6, 72.0
+  for zipped in (False, True):
+    text.add_text("Comment", "a text", zip=zipped)
+    text.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="3"/>', zip=zipped)
+  facts = dict(exif=exif.tobytes(), icc_profile=bytes(range(256)))
+  files = {
+    "rgb.png": encode(photograph, pnginfo=text, **facts),
+    "palette.png": encode(palette, transparency=bytes(range(16))),
+    "grey_alpha.png": encode(alpha.convert("LA")),
+    "deep.png": encode(deep),
+    "animated.png": encode(photograph, save_all=True, append_images=[grey.convert("RGB")]),
+    "rgb.jpg": encode(photograph, "JPEG", comment=b"a text", **facts),
+    "progressive.jpg": encode(grey, "JPEG", progressive=True, restart_marker_blocks=2),
+    "cmyk.jpg": encode(photograph.convert("CMYK"), "JPEG"),
+    "two.mpo": encode(photograph, "MPO", save_all=True, append_images=[photograph]),
+    "rgb.webp": encode(photograph, "WEBP", **facts),
+    "alpha.webp": encode(alpha, "WEBP", lossless=True),
+    "animated.webp": encode(photograph, "WEBP", save_all=True, append_images=[alpha]),
+    "animated.gif": encode(palette, "GIF", save_all=True, append_images=[grey], comment=b"a text"),
+    "rgb.bmp": encode(photograph, "BMP"),
+    "palette.bmp": encode(palette, "BMP"),
+    "deep.tif": encode(deep, "TIFF", exif=exif),
+    "float.tiff": encode(unit, "TIFF", compression="tiff_adobe_deflate"),
+    "big.tif": encode(photograph, "TIFF", big_tiff=True),
+    "rgb.ppm": encode(photograph, "PPM"),
+    "deep.pgm": encode(deep, "PPM"),
+    "plain.pgm": b"P2\n# a text\n3 2\n15\n0 3 7 11 15 5\n",
+    "float.pfm": encode(unit, "PPM"),
+  }
+  for compression in ("tiff_lzw", "packbits", "jpeg"):
+    files[f"{compression}.tif"] = encode(photograph, "TIFF", compression=compression)
+  files["group4.tif"] = encode(grey.convert("1"), "TIFF", compression="group4")
+  if features.check("avif"):
+    files["alpha.avif"] = encode(alpha, "AVIF", exif=facts["exif"])
+  if features.check("jpg_2000"):
+    files["rgb.jp2"] = encode(photograph, "JPEG2000")
+  return files
