@@ -1,12 +1,15 @@
 """Checkpoints of a run (orbax); one workdir belongs to one config, and to one process group at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import fcntl
+import json
+import math
 import os
 from pathlib import Path
 import shutil
 import socket
+from typing import Any
 
 from absl import logging
 import jax.numpy as jnp
@@ -23,6 +26,10 @@ from flextok_jax.weights import orbax
 # Fields that may change when a run is resumed; a change of any other field is an error.
 _FREE = ("train.", "eval.", "sampler.", "mesh.", "remat", "profile_steps", "init_from")
 _FREE_DATA = ("data.num_threads", "data.num_workers", "data.prefetch", "data.max_unreadable")
+_LOSS = "training"  # JSON item of a checkpoint: {"loss": mean training loss of the steps before it}
+_SANE = (
+  0.1  # a loss above the lowest one by this share of it is not sane: losses of healthy runs differ by a few percent
+)
 FREE_AR = ("ar.loss_chunk", "ar.guidance_scale", "ar.temperature", "ar.top_k", "ar.top_p")
 
 
@@ -89,8 +96,10 @@ def _items(state: TrainState) -> dict:
 class Checkpoints:
   """The checkpoints of a workdir, written asynchronously and atomically.
 
-  The newest `keep` are kept, and those of steps that are multiples of `keep_period` (0: none). All processes of a run
-  call all methods. Arrays can be restored to any mesh, whatever mesh and number of processes wrote them.
+  The newest `keep` are kept, those of steps that are multiples of `keep_period` (0: none), and of those before the
+  newest the one with the lowest training loss: when a run diverges, the newest ones may be useless already. All
+  processes of a run call all methods. Arrays can be restored to any mesh, whatever mesh and number of processes wrote
+  them.
 
   Args:
     workdir: of the run.
@@ -100,23 +109,51 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: str, keep: int = 1, keep_period: int = 0, *, own: bool = False):
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, keep_period=keep_period or None, cleanup_tmp_directories=own
-    )
+    orbax.quiet()
+    self._keep, self._keep_period = keep, keep_period
+    options = ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=own)
     self._workdir = workdir
     self._manager = ocp.CheckpointManager(orbax.directory(workdir), options=options)
+    self._losses = {step: self._read_loss(step) for step in self._manager.all_steps()}
     self._saving: int | None = None  # step of the last checkpoint whose writing began
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Returns which checkpoints, in the order of their steps, to keep (orbax's PreservationPolicy)."""
+    steps = [x.step for x in checkpoints]
+    kept = {*steps[-self._keep :], *(step for step in steps if self._keep_period and step % self._keep_period == 0)}
+    older = [step for step in steps[:-1] if math.isfinite(self._losses.get(step, math.inf))]
+    if older:
+      kept.add(min(older, key=lambda step: (self._losses[step], -step)))
+    return [step in kept for step in steps]
+
+  def sane(self, before: int) -> tuple[int, float] | None:
+    """Returns (step, loss) of the newest checkpoint before a step whose training loss was near the lowest one, if any.
+
+    The checkpoint just before `before` is left out: no update has shown yet that training can go on from it.
+    """
+    losses = {step: x for step, x in self._losses.items() if step < before - 1 and math.isfinite(x)}
+    stored = [step for step in self._manager.all_steps() if step in losses]
+    limit = min(losses.values(), default=0.0)
+    limit += _SANE * abs(limit)
+    return max(((step, losses[step]) for step in stored if losses[step] <= limit), default=None)
+
+  def _read_loss(self, step: int) -> float:
+    try:
+      return float(json.loads((self._manager.directory / str(step) / _LOSS / "metadata").read_text())["loss"])
+    except (OSError, ValueError, KeyError, TypeError):  # saved without it, or damaged
+      return math.inf
 
   def latest_step(self) -> int | None:
     """Returns the step of the newest checkpoint, None if there is none."""
     return self._manager.latest_step()
 
-  def save(self, state: TrainState, measured: Mapping[str, float] | None = None) -> None:
+  def save(self, state: TrainState, measured: Mapping[str, float] | None = None, loss: float = math.inf) -> None:
     """Starts to save the state under its step; does nothing if that step is saved already.
 
     Args:
       state: of the run.
       measured: config fields measured on this state, {dotted name: value}.
+      loss: mean training loss of the steps before it.
 
     Raises:
       OSError: this checkpoint, or the one before in the background, could not be written.
@@ -125,11 +162,12 @@ class Checkpoints:
     if step == self._manager.latest_step():
       return
     args = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
+    args[_LOSS] = ocp.args.JsonSave({"loss": loss})
     if measured:
       args[orbax.MEASURED] = ocp.args.JsonSave(dict(measured))
     with self._failures_named():
       self._manager.wait_until_finished()  # of the one before
-      self._saving = step
+      self._saving, self._losses[step] = step, loss
       self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
   def restore(self, state: TrainState) -> TrainState:

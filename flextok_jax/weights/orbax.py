@@ -1,10 +1,12 @@
 """Reading the orbax checkpoints of a run: the newest that is readable, and its averaged parameters."""
 
 from collections.abc import Callable, Mapping
+import logging
 import os
+import sys
 from typing import Any
 
-from absl import logging
+from absl import logging as absl_logging
 import jax
 import orbax.checkpoint as ocp
 
@@ -12,6 +14,32 @@ from flextok_jax.core.errors import first_line
 from flextok_jax.parallel import processes
 
 MEASURED = "measured"  # JSON item of a checkpoint: config fields measured on the averaged weights, {dotted name: value}
+
+
+def quiet():
+  """Hides the tracebacks that orbax prints of errors that it raises as well; --verbosity=1 shows them.
+
+  On a full disk these are hundreds of lines around the one line of the error.
+  """
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(_worth_printing)
+  if sys.unraisablehook is not _print_unraisable:
+    _previous_hook.append(sys.unraisablehook)
+    sys.unraisablehook = _print_unraisable
+
+
+_previous_hook: list[Callable] = []
+
+
+def _worth_printing(record: logging.LogRecord) -> bool:
+  is_orbax = record.name == "asyncio" or f"{os.sep}orbax{os.sep}" in record.pathname
+  return record.levelno < logging.ERROR or not is_orbax or absl_logging.vlog_is_on(1)
+
+
+def _print_unraisable(unraisable: Any):
+  # From a callback of tensorstore, after orbax has closed the event loop because of an error.
+  if str(unraisable.exc_value) != "Event loop is closed" or absl_logging.vlog_is_on(1):
+    _previous_hook[-1](unraisable)
 
 
 def directory(workdir: str | os.PathLike) -> str:
@@ -36,6 +64,7 @@ def restore_newest(
     FileNotFoundError: the workdir has no checkpoint yet.
     ValueError: no checkpoint can be read.
   """
+  quiet()
   process = jax.process_index()
   # Each process reads on its own: if one meets a damaged file, orbax would leave the others waiting for it.
   alone = ocp.options.MultiprocessingOptions(process, {process}, f"reader_{process}")
@@ -58,7 +87,7 @@ def restore_newest(
       problem = problem or "in another process"
       reason = reason or f"checkpoint {folder} cannot be read ({problem})"
       if processes.is_process_0():
-        logging.warning("checkpoint %s cannot be read (%s): trying the one before", folder, problem)
+        absl_logging.warning("checkpoint %s cannot be read (%s): trying the one before", folder, problem)
       unreadable.append(step)
   if not unreadable:
     raise FileNotFoundError(f"workdir {workdir} has no checkpoint yet")

@@ -193,6 +193,25 @@ def test_kept_checkpoints(config, tmp_path):
   assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [10, 20, 30, 35]
 
 
+def steps_with_losses(config, path, *losses, keep=1):
+  checkpoints = checkpoint.Checkpoints(str(path), keep=keep)
+  for step, loss in losses:
+    checkpoints.save(random_state(config, step), loss=loss)
+  checkpoints.close()
+  return sorted(int(p.name) for p in (path / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_from_before_a_divergence_is_kept(config, tmp_path):
+  """That of the lowest loss; the newest does not count, as nothing shows yet whether training can go on from it."""
+  assert steps_with_losses(config, tmp_path, (2, 3.0), (4, 1.0), (6, 1.05), (8, 0.5)) == [4, 8]
+  assert steps_with_losses(config, tmp_path, (10, 40.0), (12, 1e9)) == [8, 12]  # also after a restart
+  checkpoints = checkpoint.Checkpoints(str(tmp_path))
+  assert checkpoints.sane(before=14) == (8, 0.5)
+  assert checkpoints.sane(before=9) is None
+  (tmp_path / "checkpoints" / "8" / "training" / "metadata").write_text('{"loss": ')
+  assert checkpoint.Checkpoints(str(tmp_path)).sane(before=14) == (12, 1e9)
+
+
 def test_loss_only_parts_are_restored_by_runs_and_skipped_by_loaders(config, tmp_path):
   plain = random_state(config, 5)
   helper, network = {"bias": jnp.arange(3.0)}, {"scale": jnp.ones(2)}
@@ -293,7 +312,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 40_000])  # bytes; a checkpoint has some 200,000
-def test_a_full_disk_is_a_one_line_error_and_keeps_older_checkpoints(config, small_disk, left):
+def test_a_full_disk_is_a_one_line_error_and_keeps_older_checkpoints(config, small_disk, left, capfd, caplog):
   disk, fill = small_disk
   third, fifth = random_state(config, 3, seed=3), random_state(config, 5, seed=5)
   save_states(disk, config, third)
@@ -307,6 +326,7 @@ def test_a_full_disk_is_a_one_line_error_and_keeps_older_checkpoints(config, sma
   with pytest.raises(OSError, match=f"checkpoint {disk}/checkpoints/5 cannot be written .*older ones are un") as error:
     save()
   assert "\n" not in str(error.value)
+  assert not caplog.text and "Traceback" not in capfd.readouterr().err
   assert_trees_equal(loading.load(str(disk))[1], third.ema)
   (disk / "filler").unlink()
   save_states(disk, config, fifth)
