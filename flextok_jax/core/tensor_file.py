@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import safetensors
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+CHECKSUM = "flextok_jax.sha256"  # metadata entry of our files: of the other entries and of all tensors
 _ALIGNMENT = 64  # bytes; on a CPU, jax copies host memory that is not aligned
 
 
@@ -34,6 +36,7 @@ class TensorFile:
       self.metadata: dict[str, str] = f.metadata() or {}
       self.shapes: dict[str, tuple[int, ...]] = {}
       self.dtypes: dict[str, np.dtype] = {}
+      self._digests: dict[str, bytes] = {}
       for name in f.keys():  # noqa: SIM118 not a dict
         if name.startswith(ignored):
           continue
@@ -54,16 +57,25 @@ class TensorFile:
     """Returns a tensor."""
     # Opened for each read: pages of a mapped file count as memory of the process until it is unmapped.
     with self._open() as f:
-      return f.get_tensor(name)
+      tensor = f.get_tensor(name)
+    if CHECKSUM in self.metadata:
+      self._digests[name] = _hash_tensor(name, tensor)
+    return tensor
+
+  def verify(self):
+    """Raises ValueError if the file has a checksum that differs from that of its tensors, all of which were read."""
+    found = self.metadata.get(CHECKSUM)
+    if found is not None and found != _hash_all(self.metadata, self._digests):
+      raise ValueError(f"{self.path} is damaged: it differs from the checksum in it; download or write it again")
 
 
 @contextlib.contextmanager
 def named(path: str):
-  """Puts a file's name before the message of a ValueError about its content."""
+  """Puts a file's name before the message of a ValueError about its content, unless it is there."""
   try:
     yield
   except ValueError as e:
-    raise ValueError(f"{path}: {e}") from None
+    raise ValueError(str(e) if str(e).startswith(path) else f"{path}: {e}") from None
 
 
 def check_names(path: str, have: Iterable[str], want: Iterable[str], allowed: Iterable[str] = ()):
@@ -78,6 +90,19 @@ def check_names(path: str, have: Iterable[str], want: Iterable[str], allowed: It
     raise ValueError(f"{path} has a tensor {extra[0]!r:.120}{more} that its configuration has no place for")
 
 
+def _hash_tensor(name: str, tensor: np.ndarray) -> bytes:
+  digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+  digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+  return digest.digest()
+
+
+def _hash_all(metadata: Mapping[str, str], digests: Mapping[str, bytes]) -> str:
+  """Returns the checksum of a file with these entries and these {name: digest} of tensors, in whatever order."""
+  entries = sorted((name, text) for name, text in metadata.items() if name != CHECKSUM)
+  tensors = sorted((name, digest.hex()) for name, digest in digests.items())
+  return hashlib.sha256(json.dumps([entries, tensors]).encode()).hexdigest()
+
+
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   """Returns an uninitialised array that jax can use on a CPU without a copy."""
   size = math.prod(shape) * dtype.itemsize
@@ -90,14 +115,23 @@ def write(
   path: str | os.PathLike,
   tensors: Mapping[str, tuple[np.dtype, tuple[int, ...], Callable[[], np.ndarray]]],
   metadata: Mapping[str, str],
+  checksum: bool = False,
 ):
   """Writes {name: (dtype, shape, function that returns the tensor)} in this order, atomically.
+
+  Args:
+    path: of the file.
+    tensors: see above.
+    metadata: entries of the header.
+    checksum: add the entry CHECKSUM, which TensorFile.verify checks.
 
   Raises:
     ValueError: the path cannot be written.
   """
   codes = {dtype: code for code, dtype in DTYPES.items()}
-  header: dict = {"__metadata__": dict(metadata)}
+  unknown = "0" * 64  # until all tensors are written
+  header: dict = {"__metadata__": {**metadata, CHECKSUM: unknown} if checksum else dict(metadata)}
+  digests = {}
   offset = 0
   for name, (dtype, shape, _) in tensors.items():
     end = offset + math.prod(shape) * dtype.itemsize
@@ -111,10 +145,15 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, "wb") as f:
       f.write(len(text).to_bytes(8, "little") + text)
-      for dtype, shape, make in tensors.values():
-        tensor = np.ascontiguousarray(np.asarray(jax.device_get(make())), dtype)
+      for name, (dtype, shape, make) in tensors.items():
+        tensor = np.asarray(jax.device_get(make())).astype(dtype, order="C", copy=False)
         assert tensor.shape == shape
         f.write(tensor.reshape(-1).view(np.uint8).data)
+        if checksum:
+          digests[name] = _hash_tensor(name, tensor)
+      if checksum:
+        f.seek(8 + text.index(f'"{CHECKSUM}":"{unknown}"'.encode()) + len(CHECKSUM) + 4)
+        f.write(_hash_all(metadata, digests).encode())
     os.replace(temporary, path)
   except OSError as e:
     raise ValueError(f"cannot write {path}: {e.strerror}") from e

@@ -58,7 +58,11 @@ class Entry:
     return rearrange(self.view(array, index), self.layout)
 
   def from_official(self, read: Callable[[str], np.ndarray], dtype: np.dtype) -> np.ndarray:
-    """Returns our array in a type, made of the official tensors that `read` returns by name, one at a time."""
+    """Returns our array in a type, made of the official tensors that `read` returns by name, one at a time.
+
+    Raises:
+      ValueError: it would not be finite.
+    """
     ours, official = self.layout.split(" -> ")
     array = np.empty(0)
     for i, name in enumerate(self.names):
@@ -66,7 +70,11 @@ class Entry:
       if i == 0:  # after the first tensor is read: a wrong config.json may ask for more memory than there is
         array = tensor_file.empty(self.shape, dtype)
       view = self.view(array, i)
-      view[...] = rearrange(tensor, f"{official} -> {ours}", **parse_shape(view, ours))
+      with np.errstate(over="ignore", invalid="ignore"):
+        view[...] = rearrange(tensor, f"{official} -> {ours}", **parse_shape(view, ours))
+      if not np.isfinite(view).all():
+        wrong = f"values beyond those of {dtype}" if np.isfinite(tensor).all() else "NaN or infinite values"
+        raise ValueError(f"{name} has {wrong}: not usable weights")
     return array
 
   @property
@@ -74,10 +82,10 @@ class Entry:
     """The shape of each official tensor."""
     return self.to_official(np.broadcast_to(np.int8(0), self.shape), 0).shape  # allocates nothing
 
-  def check_shape(self, file: str, name: str, shape: Shape):
-    """Raises ValueError if an official tensor has another shape; `file` is named in the message."""
+  def check_shape(self, name: str, shape: Shape):
+    """Raises ValueError if an official tensor has another shape."""
     if shape != self.official_shape:
-      raise ValueError(f"{file}: {name} has shape {list(shape)}, expected {list(self.official_shape)}")
+      raise ValueError(f"{name} has shape {list(shape)}, expected {list(self.official_shape)}")
 
 
 def identity_entry(path: str, shape: Shape) -> Entry:

@@ -301,17 +301,19 @@ def _read(
   # Check everything before reading.
   wanted = [name for e in entries for name in e.names]
   tensor_file.check_names(file.path, file.shapes, [*wanted, *tables], _UNUSED)
-  for e in entries:
-    for name in e.names:
-      e.check_shape(file.path, name, file.shapes[name])
-  for name, table in tables.items():
-    if file.shapes[name] != table.shape:
-      raise ValueError(f"{file.path}: {name} has shape {list(file.shapes[name])}, expected {list(table.shape)}")
-    if gap := layout.table_error(file, name, table):
-      raise ValueError(f"{file.path}: {name} differs by {gap:.2g} from the sin-cos table that its configuration names")
-
   dtype_of = options.dtype_of(config.dtype, config.vae.dtype)
-  return layout.read_arrays(entries, file.read, dtype_of, layout.placements(boxed, options.mesh)) | loaded
+  with named(file.path):
+    for e in entries:
+      for name in e.names:
+        e.check_shape(name, file.shapes[name])
+    for name, table in tables.items():
+      if file.shapes[name] != table.shape:
+        raise ValueError(f"{name} has shape {list(file.shapes[name])}, expected {list(table.shape)}")
+      if gap := layout.table_error(file, name, table):
+        raise ValueError(f"{name} differs by {gap:.2g} from the sin-cos table that its configuration names")
+    arrays = layout.read_arrays(entries, file.read, dtype_of, layout.placements(boxed, options.mesh))
+  file.verify()
+  return arrays | loaded
 
 
 @functools.lru_cache(maxsize=8)

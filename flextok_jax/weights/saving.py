@@ -38,7 +38,7 @@ def save_weights(
   flat = flatten_dict(unbox(params), sep="/")
   entries = (layout.identity_entry(k, v.shape) for k, v in flat.items())
   metadata = {"format": "flextok_jax", CONFIG_KEY: config.to_json(), **(extra or {})}
-  tensor_file.write(path, _tensors(entries, flat, dtype), metadata)
+  tensor_file.write(path, _tensors(entries, flat, dtype), metadata, checksum=True)
 
 
 def save_folder(folder: str | os.PathLike, config: ConfigDict, params: Mapping):

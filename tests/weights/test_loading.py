@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 import flextok_jax
 from flextok_jax import config as common
-from flextok_jax.core import hub
+from flextok_jax.core import hub, tensor_file
 from flextok_jax.inference import tokenizer as api
-from flextok_jax.weights import loading
+from flextok_jax.weights import loading, saving
 from tests.support.random_tokenizer import GROUPS, random_model, with_fields
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +79,45 @@ def test_a_mup_readout_requires_its_base_width(tmp_path):
   again = flextok_jax.load(tmp_path / "model.safetensors", mup_base_width=32, **LOAD)
   assert again.config.encoder.readout_multiplier == 0.5 and again.config.decoder.readout_multiplier == 1
   assert_same(model, again)
+
+
+ASSETS = sorted((ROOT / "flextok_jax" / "assets").glob("*.safetensors"))
+
+
+def test_shipped_weights_have_a_checksum():
+  assert len(ASSETS) == 4 and all(tensor_file.CHECKSUM in tensor_file.TensorFile(path).metadata for path in ASSETS)
+
+
+@pytest.mark.parametrize("where", ["first array", "last array", "config", "checksum"])
+def test_a_flipped_bit_in_a_weights_file_is_noticed(tmp_path, where):
+  data = bytearray(ASSETS[0].read_bytes())
+  start = 8 + int.from_bytes(data[:8], "little")
+  places = {
+    "first array": start,
+    "last array": len(data) - 1,
+    "config": data.index(rb"guidance_scale\": ") + len(rb"guidance_scale\": "),  # another digit
+    "checksum": data.index(tensor_file.CHECKSUM.encode()) + len(tensor_file.CHECKSUM) + 3,
+  }
+  data[places[where]] ^= 1
+  path = tmp_path / "weights.safetensors"
+  path.write_bytes(data)
+  with pytest.raises(ValueError, match=f"^{path} is damaged: it differs from the checksum in it"):
+    flextok_jax.load(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e6])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+  """Also those that are not in the type that is asked for: 1e6 is beyond float16."""
+  config, params = loading.load(ASSETS[0])
+  bias = np.array(params["encoder"]["head"]["bias"])
+  bias[-1] = value
+  params = {**params, "encoder": {**params["encoder"], "head": {**params["encoder"]["head"], "bias": bias}}}
+  path = tmp_path / "weights.safetensors"
+  saving.save_weights(path, config, params)
+  wrong = "values beyond those of float16" if value == 1e6 else "NaN or infinite values"
+  with warnings.catch_warnings(), pytest.raises(ValueError, match=f"^{path}: encoder/head/bias has {wrong}"):
+    warnings.simplefilter("error")
+    loading.load(path, param_dtype="float16")
 
 
 @pytest.fixture(scope="module")

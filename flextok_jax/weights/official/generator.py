@@ -263,8 +263,9 @@ def _read(
   # Check everything before reading.
   wanted = [(e, name) for e in entries for name in e.names if name not in absent]
   tensor_file.check_names(file.path, file.shapes, [name for _, name in wanted], unused)
-  for e, name in wanted:
-    e.check_shape(file.path, name, file.shapes[name])
+  with named(file.path):
+    for e, name in wanted:
+      e.check_shape(name, file.shapes[name])
 
   def read(name: str) -> np.ndarray:
     if name in absent:
@@ -274,4 +275,5 @@ def _read(
       return tensor.astype(np.float32) * np.float32(multiplier)
     return tensor
 
-  return layout.read_arrays(entries, read, lambda path: dtype, layout.placements(boxed, mesh))
+  with named(file.path):
+    return layout.read_arrays(entries, read, lambda path: dtype, layout.placements(boxed, mesh))

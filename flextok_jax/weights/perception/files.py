@@ -60,9 +60,10 @@ def fill(
   def make(e: Entry) -> np.ndarray:
     def read(name: str) -> np.ndarray:
       tensor = tensors[name]
-      e.check_shape(path, name, tensor.shape)
+      e.check_shape(name, tensor.shape)
       return tensor
 
     return e.from_official(read, np.dtype(np.float32))
 
-  return unflatten_dict({e.path: make(e) for e in entries}, sep="/")
+  with tensor_file.named(path):
+    return unflatten_dict({e.path: make(e) for e in entries}, sep="/")

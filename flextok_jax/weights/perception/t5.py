@@ -67,10 +67,12 @@ def load_t5(source: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | Non
   found = entries(layout.shapes_of(abstract), embedding)
   wanted = {name for e in found for name in e.names}
   tensor_file.check_names(folder.name, wanted.intersection(have), wanted)  # a decoder is ignored
-  for e in found:
-    for name in e.names:
-      e.check_shape(folder.name, name, have.shape(name))
-  return sizes, layout.read_arrays(found, have.__getitem__, lambda path: param_dtype, layout.placements(abstract, mesh))
+  with tensor_file.named(folder.name):
+    for e in found:
+      for name in e.names:
+        e.check_shape(name, have.shape(name))
+    where = layout.placements(abstract, mesh)
+    return sizes, layout.read_arrays(found, have.__getitem__, lambda path: param_dtype, where)
 
 
 def read_sizes(source: str | os.PathLike) -> dict:
