@@ -166,8 +166,9 @@ def main(values: flags.FlagValues):
   for name, content in outputs.items():
     files.write_file(out / name, content)
   if everything is not None:
-    np.savez(out / ".samples.npz", arr_0=everything)  # directly to a file: two copies may not fit into memory
-    (out / ".samples.npz").replace(out / "samples.npz")
+    files.clear_leftovers([out / "samples.npz"])
+    with files.replacing(out / "samples.npz") as temporary, open(temporary, "wb") as file:
+      np.savez(file, arr_0=everything)  # directly to a file: two copies may not fit into memory
   some = " ... ".join(path.name for path in paths[:1] + paths[1:][-1:])
   print(f"wrote to {out}: {some}, {', '.join(outputs)}{', samples.npz' * values.npz}")
 

@@ -25,9 +25,8 @@ from flextok_jax.config import float_dtype
 from flextok_jax.data import transforms
 from flextok_jax.data.shards import writer as shard_writer
 from flextok_jax.data.shards.features import FeatureShards
-from flextok_jax.data.shards.files import ArrayRecords
+from flextok_jax.data.shards.files import DTYPES, ArrayRecords
 from flextok_jax.data.shards.images import ImageRecords
-from flextok_jax.data.shards.latents import DTYPES
 from flextok_jax.data.shards.tokens import TokenRecords
 from flextok_jax.inference import batches, shards, token_files
 from flextok_jax.inference.tokenizer import FlexTok, load_tokenizer

@@ -1,10 +1,18 @@
-"""Reading of text files and of files found in folders, names in messages, and atomic writes."""
+"""Reading of text files and of files found in folders, names of files, atomic writes, and locks."""
 
 import codecs
+from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import fcntl
 import os
 from pathlib import Path
+import re
+import secrets
 import stat
+from typing import BinaryIO
 
+MAX_NAME = 200  # bytes of a name from elsewhere that becomes part of a file's name: file systems take 255
+_TEMPORARY = re.compile(r"\.(.*)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 MAX_TEXT_BYTES = 2**26  # of a text file
 _BOMS = {  # of other encodings than UTF-8; UTF-32's begins with UTF-16's
   codecs.BOM_UTF32_LE: "UTF-32",
@@ -78,17 +86,110 @@ def lines(text: str) -> list[str]:
 
 
 def write_file(path: Path, data: bytes):
-  """Writes a file atomically: to a temporary name in the same folder, which is then renamed.
+  """Writes a file atomically, see `replacing`."""
+  with replacing(path) as temporary:
+    temporary.write_bytes(data)
+
+
+def write_new_file(path: Path, data: bytes):
+  """As write_file, but keeps a file that is there already, even one that another run makes at the same moment."""
+  with _publishing(path, _link) as temporary:
+    temporary.write_bytes(data)
+
+
+def replacing(path: Path) -> contextlib.AbstractContextManager[Path]:
+  """Makes a new, empty file in the same folder, which replaces `path` when the body of the with statement ends.
+
+  No other run uses this file: its name is random, and it is locked until then (see clear_leftovers).
+
+  Returns:
+    A context manager of the new file's path.
 
   Raises:
-    ValueError: the path cannot be written.
+    ValueError: the path cannot be written; an OSError of the body counts as that.
   """
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  return _publishing(path, os.replace)
+
+
+def _link(temporary: Path, path: Path):
+  try:
+    os.link(temporary, path)
+  except FileExistsError:
+    pass
+  except OSError:  # no hard links on this file system
+    if not path.exists():
+      os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _publishing(path: Path, publish: Callable[[Path, Path], None]) -> Iterator[Path]:
+  temporary = path.with_name(f".{shorten(path.name)}.{secrets.token_hex(4)}.tmp")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    try:
+      with open(temporary, "xb") as file:
+        lock(file)
+        yield temporary
+        publish(temporary, path)
+    finally:
+      with contextlib.suppress(OSError):
+        temporary.unlink()
   except OSError as e:
-    if temporary.is_file():
-      temporary.unlink()
-    raise ValueError(f"cannot write {path}: {e.strerror}") from e
+    raise ValueError(f"cannot write {path}: {e.strerror or ' '.join(str(e).split())}") from e
+
+
+def clear_leftovers(paths: Iterable[Path]):
+  """Removes the temporary files that killed runs left beside these paths, which are in one folder.
+
+  Those that a run still writes are locked, and stay; so do all where the file system has no locks.
+  """
+  paths = list(paths)
+  names = {shorten(path.name) for path in paths}
+  with contextlib.suppress(OSError):
+    for entry in list(os.scandir(paths[0].parent)) if paths else []:
+      found = _TEMPORARY.fullmatch(entry.name)
+      if found and found[1] in names and entry.is_file(follow_symlinks=False):
+        with contextlib.suppress(OSError), open(entry.path, "rb+") as file:
+          if lock(file):
+            os.unlink(entry.path)
+
+
+def lock(file: BinaryIO) -> bool:
+  """Locks a file that is open for writing until it is closed; returns whether it is: some file systems have no locks.
+
+  The kernel releases the lock when the process ends for whatever reason. Some file systems (gcsfuse) lock within one
+  machine only.
+
+  Raises:
+    BlockingIOError: another process has locked it.
+  """
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    raise
+  except OSError:
+    return False
+  return True
+
+
+def open_regular(path: Path) -> BinaryIO:
+  """Opens a file for reading and appending, and makes it if it is missing.
+
+  Raises:
+    ValueError: it is a link, a folder, or a pipe or device, which could block.
+    OSError: it cannot be opened.
+  """
+  if path.is_symlink() or (path.exists() and not path.is_file()):
+    raise ValueError(f"{path} is not a regular file: delete it")
+  return open(path, "a+b")
+
+
+def shorten(name: str, limit: int = MAX_NAME) -> str:
+  """Returns the part of a file's name that fits `limit` bytes."""
+  data = os.fsencode(name)
+  return name if len(data) <= limit else data[:limit].decode(errors="ignore")
+
+
+def as_text(name: str) -> str:
+  """Returns a name as text that UTF-8 can encode: bytes of it that are not UTF-8 become \\xNN."""
+  return os.fsencode(name).decode(errors="backslashreplace")

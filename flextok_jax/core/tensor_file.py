@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from flextok_jax.core import files
+
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 CHECKSUM = "flextok_jax.sha256"  # metadata entry of our files: of the other entries and of all tensors
 _ALIGNMENT = 64  # bytes; on a CPU, jax copies host memory that is not aligned
@@ -140,22 +142,15 @@ def write(
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # the format requires aligned data
   path = Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb") as f:
-      f.write(len(text).to_bytes(8, "little") + text)
-      for name, (dtype, shape, make) in tensors.items():
-        tensor = np.asarray(jax.device_get(make())).astype(dtype, order="C", copy=False)
-        assert tensor.shape == shape
-        f.write(tensor.reshape(-1).view(np.uint8).data)
-        if checksum:
-          digests[name] = _hash_tensor(name, tensor)
+  files.clear_leftovers([path])
+  with files.replacing(path) as temporary, open(temporary, "wb") as f:
+    f.write(len(text).to_bytes(8, "little") + text)
+    for name, (dtype, shape, make) in tensors.items():
+      tensor = np.asarray(jax.device_get(make())).astype(dtype, order="C", copy=False)
+      assert tensor.shape == shape
+      f.write(tensor.reshape(-1).view(np.uint8).data)
       if checksum:
-        f.seek(8 + text.index(f'"{CHECKSUM}":"{unknown}"'.encode()) + len(CHECKSUM) + 4)
-        f.write(_hash_all(metadata, digests).encode())
-    os.replace(temporary, path)
-  except OSError as e:
-    raise ValueError(f"cannot write {path}: {e.strerror}") from e
-  finally:
-    temporary.unlink(missing_ok=True)
+        digests[name] = _hash_tensor(name, tensor)
+    if checksum:
+      f.seek(8 + text.index(f'"{CHECKSUM}":"{unknown}"'.encode()) + len(CHECKSUM) + 4)
+      f.write(_hash_all(metadata, digests).encode())

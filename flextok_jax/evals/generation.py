@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flextok_jax.core import files
 from flextok_jax.core import images as images_lib
 from flextok_jax.evals import reconstruction
 from flextok_jax.evals.accumulator import Accumulator, means_and_intervals
@@ -271,10 +272,14 @@ class SampleWriter:
     self._path, self._part = path, path.with_suffix(".part.npy")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
+      self._file = files.open_regular(self._part)
+      files.lock(self._file)
       if done:
         self._images = np.lib.format.open_memmap(self._part, mode="r+")
       else:
         self._images = np.lib.format.open_memmap(self._part, mode="w+", dtype=np.uint8, shape=shape)
+    except BlockingIOError:
+      raise ValueError(f"another run writes {self._part}: stop it, or write to another folder") from None
     except (OSError, ValueError) as e:
       raise ValueError(
         f"cannot {'resume' if done else 'write'} {self._part} ({e}): write to another folder to start over"
@@ -289,7 +294,8 @@ class SampleWriter:
 
   def finish(self):
     """Writes the .npz file atomically, and removes the .part.npy file."""
-    temporary = self._path.with_name(f".{self._path.name}")
-    np.savez(temporary, arr_0=self._images)
-    temporary.replace(self._path)
+    files.clear_leftovers([self._path])
+    with files.replacing(self._path) as temporary, open(temporary, "wb") as file:
+      np.savez(file, arr_0=self._images)
     self._part.unlink()
+    self._file.close()

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -74,19 +73,18 @@ def locked(workdir: str) -> Iterator[None]:
 
 def _lock(workdir: str, stack: contextlib.ExitStack):
   os.makedirs(workdir, exist_ok=True)
-  path = os.path.join(workdir, ".lock")
-  file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 closed with the stack
-  stack.enter_context(file)
+  path = Path(workdir) / ".lock"
+  file = stack.enter_context(files.open_regular(path))
   try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not files.lock(file):
+      logging.warning("%s cannot be locked here: make sure that no other run uses %s", path, workdir)
   except BlockingIOError:
     file.seek(0)
-    owner = file.read(200).strip() or "unknown"
+    owner = file.read(200).decode(errors="replace").strip() or "unknown"
     raise ValueError(f"another run ({owner}) uses {workdir}: stop it, or use another workdir") from None
-  except OSError as e:
-    logging.warning("%s cannot be locked (%s): make sure that no other run uses %s", path, e.strerror, workdir)
   file.truncate(0)
-  print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+  file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+  file.flush()
 
 
 def _items(state: TrainState) -> dict:

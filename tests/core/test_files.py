@@ -66,3 +66,31 @@ def test_only_regular_files_are_read(tmp_path):
   for path, kind in ((tmp_path / "pipe", "FIFO"), ("/dev/zero", "device"), (tmp_path, "folder")):
     with pytest.raises(OSError, match=f"is a {kind}, not a regular file"):
       files.check_regular(path)
+
+
+def test_temporary_files_are_private_and_those_of_killed_runs_are_cleared(tmp_path):
+  path = tmp_path / ("n" * 250)
+  killed, other = (tmp_path / f".{name}.0123abcd.tmp" for name in (files.shorten(path.name), "other"))
+  with files.replacing(path) as one, files.replacing(path) as two:
+    assert one != two
+    one.write_text("one"), two.write_text("two"), killed.write_text("x"), other.write_text("x")
+    files.clear_leftovers([path])
+    assert set(tmp_path.iterdir()) == {one, two, other}
+  assert path.read_text() == "one" and set(tmp_path.iterdir()) == {path, other}
+  with pytest.raises(KeyError), files.replacing(path) as one:
+    raise KeyError
+  files.write_new_file(path, b"late")
+  assert path.read_text() == "one" and set(tmp_path.iterdir()) == {path, other}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("elsewhere", path)])
+def test_only_regular_files_are_locked(tmp_path, make):
+  make(tmp_path / ".lock")
+  with pytest.raises(ValueError, match="lock is not a regular file: delete it"):
+    files.open_regular(tmp_path / ".lock")
+
+
+def test_names_are_shortened_and_made_text():
+  assert files.shorten("é" * 150) == "é" * 100 and files.shorten("a") == "a"
+  name = os.fsdecode(b"caf\xe9.png")
+  assert files.as_text(name) == "caf\\xe9.png" and files.as_text("é") == "é"

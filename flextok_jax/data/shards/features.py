@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from flextok_jax.core.literals import quote
 from flextok_jax.data.shards.files import ArrayShards
 from flextok_jax.data.shards.latents import LatentShards
 
@@ -40,12 +41,13 @@ class LatentsWithFeatures:
   def __init__(self, latents: LatentShards, features: FeatureShards, *, grid: int, width: int):
     self._latents, self._features = latents, features
     for name in _SAME:
-      if latents.meta[name] != features.meta[name]:
+      found, expected = features.meta.get(name), latents.meta.get(name)
+      if found != expected:
         raise ValueError(
           f"the teacher's features (data.teacher) are not of the images of the latents (data.latents): {name} is "
-          f"{features.meta[name]!r} in the features and {latents.meta[name]!r} in the latents; {_REMEDY}"
+          f"{quote(found)} in the features and {quote(expected)} in the latents; {_REMEDY}"
         )
-    found_count, found_width = features.meta["shape"]
+    found_count, found_width = features.meta["shape"][0], features.meta["shape"][-1]
     if found_width != width:
       raise ValueError(
         f"the teacher shards have features of width {found_width}, but repa.features is {width}: set "

@@ -20,11 +20,15 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 
+from flextok_jax.core.errors import first_line
+from flextok_jax.core.literals import quote
 from flextok_jax.data.sources.base import Source
 from flextok_jax.parallel import batching
 
 FORMAT = 1
 META = "meta.json"
+DTYPES = ("float16", "bfloat16")  # of stored arrays
+MAX_JSON = 2**28  # bytes of meta.json or plan.json
 _RERUN = "rerun python -m flextok_jax.tokenize with the settings that wrote this folder; it writes only what is missing"
 
 
@@ -39,14 +43,31 @@ def pack(content: list, record: Mapping[str, Any]) -> bytes:
   return msgpack.packb([*content, *facts], unicode_errors="replace")  # lone surrogates
 
 
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+  """Returns the JSON object in a file; ValueError if there is none."""
+  try:
+    if path.stat().st_size > MAX_JSON or not path.is_file():
+      raise ValueError(f"no file of at most {MAX_JSON} bytes")
+    fields = json.loads(path.read_bytes())
+    if not isinstance(fields, dict):
+      raise ValueError(f"{quote(fields)} is not an object")
+  except (ValueError, OSError, RecursionError) as e:
+    raise ValueError(f"{path} cannot be read ({first_line(e, 200)}): {remedy}") from None
+  return fields
+
+
 def unpack(data: bytes, what: str) -> tuple[list, dict[str, Any]]:
   """Returns (content, {"label", "num_objects": int, "captions": list of str}); ValueError for bytes not from pack."""
   try:
     *content, label, num_objects, captions = msgpack.unpackb(data)
-    facts = dict(label=int(label), num_objects=int(num_objects), captions=[str(caption) for caption in captions])
-    return content, facts
   except (ValueError, TypeError, msgpack.UnpackException) as e:
-    raise ValueError(f"not a record of {what}: {e}") from None
+    raise ValueError(f"not a record of {what}: {first_line(e, 200)}") from None
+  for name, value in (("label", label), ("num_objects", num_objects)):
+    if type(value) is not int or not -1 <= value < 2**31:
+      raise ValueError(f"not a record of {what}: {name} is {quote(value)}")
+  if not _is_list(captions, str):
+    raise ValueError(f"not a record of {what}: captions are {quote(captions)}")
+  return content, dict(label=label, num_objects=num_objects, captions=captions)
 
 
 def unpack_bytes(data: bytes, what: str) -> tuple[bytes, dict[str, Any]]:
@@ -55,6 +76,36 @@ def unpack_bytes(data: bytes, what: str) -> tuple[bytes, dict[str, Any]]:
   if len(content) != 1 or not isinstance(content[0], bytes):
     raise ValueError(f"not a record of {what}")
   return content[0], facts
+
+
+def _is_list(value: Any, kind: type) -> bool:
+  return type(value) is list and all(type(item) is kind for item in value)
+
+
+def _count(value: Any) -> bool:
+  return type(value) is int and 0 < value < 2**63
+
+
+def _counts(value: Any) -> bool:
+  return _is_list(value, int) and len(value) > 0 and min(value) >= 0 and sum(value) < 2**63
+
+
+_is_text = lambda value: type(value) is str
+_is_bool = lambda value: type(value) is bool
+_CHECKS: dict[str, Callable[[Any], bool]] = {  # of the fields of meta.json
+  **dict.fromkeys(("num_records", "copies", "image_size", "num_ids", "num_tokens"), _count),
+  "class_names": lambda value: value is None or _is_list(value, str),
+  "shard_records": _counts,
+  "shard_bytes": _counts,
+  "fingerprint": _is_text,
+  "teacher": _is_text,
+  "dtype": lambda value: value in DTYPES,
+  "shape": lambda value: _counts(value) and min(value) > 0,
+  "quality": lambda value: value is None or type(value) in (int, float),
+  "metric": lambda value: value is None or type(value) is str,
+  "framed": _is_bool,
+  "flip": _is_bool,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,23 +172,19 @@ class Shards:
 
   def _read_meta(self) -> dict[str, Any]:
     path = self._folder / META
-    if not path.is_file():
+    if not path.exists():
       raise FileNotFoundError(f"{path} is missing, so these {self._name} are not complete: {_RERUN}")
-    try:
-      meta = json.loads(path.read_text())
-      if meta["format"] != FORMAT:
-        raise ValueError(f"its format is {meta['format']!r}, this program reads {FORMAT}")
-      if meta["what"] != self.WHAT:
-        raise ValueError(f"it describes {meta['what']!r}")
-      missing = [name for name in (*self._COMMON, *self.FIELDS) if name not in meta]
-      if missing:
-        raise ValueError(f"it has no {missing[0]!r}")
-      if not len(meta["shard_records"]) == len(meta["shard_bytes"]) > 0:
-        raise ValueError("shard_records and shard_bytes differ in length")
-      if not sum(meta["shard_records"]) == meta["num_records"] > 0:
-        raise ValueError(f"num_records {meta['num_records']!r} is not the sum of shard_records")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-      raise ValueError(f"{path} does not describe {self._name} ({e}): delete it and {_RERUN}") from None
+    remedy = f"delete it and {_RERUN}"
+    meta = read_json(path, remedy)
+    expected = {"format": FORMAT, "what": self.WHAT}
+    for name in (*expected, *self._COMMON, *self.FIELDS):
+      if name not in meta or (meta[name] != expected[name] if name in expected else not _CHECKS[name](meta[name])):
+        found = f"{name} is {quote(meta[name])}" if name in meta else f"it has no {name!r}"
+        raise ValueError(f"{path} does not describe {self._name} ({found}): {remedy}")
+    if len(meta["shard_records"]) != len(meta["shard_bytes"]) or sum(meta["shard_records"]) != meta["num_records"]:
+      raise ValueError(
+        f"{path} does not describe {self._name} (shard_records do not match num_records or shard_bytes): {remedy}"
+      )
     return meta
 
   def __len__(self) -> int:
@@ -149,9 +196,9 @@ class Shards:
       raise IndexError(f"record {index} of {len(self)}")
     try:
       return self.parse(self._records[index])
-    except (ValueError, RuntimeError) as e:  # array_record raises RuntimeError for any damage
+    except (ValueError, RuntimeError, IndexError) as e:  # array_record raises RuntimeError for damage
       path = self._paths[int(np.searchsorted(self._ends, index, side="right"))]
-      reason = " ".join(str(e).split())
+      reason = " ".join(str(e).split())[:200]
       raise ValueError(f"{path}: record {index} cannot be read ({reason}): delete the file and {_RERUN}") from e
 
   def __repr__(self) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 from flextok_jax.data import pipeline
 from flextok_jax.data.shards.files import ArrayShards
 
-DTYPES = ("float16", "bfloat16")  # of stored latents and features
 _REMEDY = "write latents with that VAE (python -m flextok_jax.tokenize --what=latents), or use the VAE that wrote these"
 
 

@@ -35,9 +35,9 @@ class TokenShards(files.Shards):
     return files.pack([np.asarray(record["ids"]).astype("<u2").tobytes(), int(record["length"])], record)
 
   def parse(self, data: bytes) -> dict[str, Any]:
-    record = unpack(data)
-    if len(record["ids"]) != self.meta["num_tokens"] or record["ids"].max() >= self.meta["num_ids"]:
-      raise ValueError(f"its ids do not match {files.META}")
+    record, most = unpack(data), self.meta["num_tokens"]
+    if len(record["ids"]) != most or record["ids"].max() >= self.meta["num_ids"] or not 1 <= record["length"] <= most:
+      raise ValueError(f"its ids or their length do not match {files.META}")
     return record
 
 
@@ -47,7 +47,7 @@ def unpack(data: bytes) -> dict[str, Any]:
   try:
     ids, length = content
     return {"ids": np.frombuffer(ids, "<u2").astype(np.uint16), "length": int(length), **facts}
-  except (ValueError, TypeError) as e:
+  except (ValueError, TypeError, OverflowError) as e:
     raise ValueError(f"not a record of tokens: {e}") from None
 
 

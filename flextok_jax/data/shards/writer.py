@@ -20,8 +20,9 @@ from flax.traverse_util import flatten_dict
 import numpy as np
 
 from flextok_jax.core import files
+from flextok_jax.core.literals import quote
 from flextok_jax.data import pipeline
-from flextok_jax.data.shards.files import FORMAT, META, Records, shard_name
+from flextok_jax.data.shards.files import FORMAT, META, Records, read_json, shard_name
 from flextok_jax.data.shards.split_images import SplitImages
 from flextok_jax.data.sources.base import MAX_RUN
 
@@ -29,6 +30,7 @@ PLAN = "plan.json"
 RECORDS = 4096  # records per shard by default,
 MAX_SHARDS = 512  # unless that makes more shards than this: a reader keeps all files open
 _OPTIONS = "group_size:1,uncompressed"  # random access to single records, which do not compress
+_READ = 64  # records that are read at once to check a file
 _REPORT_SECONDS = 10.0
 _CROPS = ("crop", "crop_min_area", "flip")  # fields of ImageData that affect crops
 
@@ -99,10 +101,11 @@ def write_shards(
   paths = [folder / shard_name(what, s, num_shards) for s in range(num_shards)]
   own = range(process_index, num_shards, process_count)
   tally = _Tally(sum(sizes[s] for s in own), max_unreadable)
+  files.clear_leftovers(paths[s] for s in own)
   missing = []
   for s in own:
     found = _count(paths[s])
-    if 0 < found <= sizes[s] * copies and found % copies == 0:
+    if found and found <= sizes[s] * copies and found % copies == 0:
       tally.skip(sizes[s], sizes[s] - found // copies)
     else:
       missing.append(s)
@@ -125,32 +128,33 @@ def _default_shards(num_records: int) -> int:
 
 def _read_plan(folder: Path) -> dict[str, Any] | None:
   path = folder / PLAN
-  if not path.is_file():
+  if not path.exists():
     return None
-  try:
-    plan = json.loads(path.read_text())
-    if not isinstance(plan["shards"], int):
-      raise ValueError(f"shards is {plan['shards']!r}")
-    return plan
-  except (ValueError, TypeError, KeyError, RecursionError) as e:
-    raise ValueError(f"{path} cannot be read ({e}): use another folder, or delete {folder}") from None
+  plan = read_json(path, f"use another folder, or delete {folder}")
+  if type(plan.get("shards")) is not int or plan["shards"] < 1:
+    raise ValueError(
+      f"{path} cannot be read (shards is {quote(plan.get('shards'))}): use another folder, or delete {folder}"
+    )
+  return plan
 
 
 def _claim(folder: Path, plan: dict[str, Any]):
   """Writes the plan, or checks that the folder has the same plan; ValueError names the first field that differs."""
   begun = any(folder.glob("*.array_record"))  # before reading the plan, which another process may be writing
-  old = _read_plan(folder)
-  if old is None:
+  if _read_plan(folder) is None:
     if begun:
       raise ValueError(f"{folder} has shards but no {PLAN}, which describes them: use another folder")
-    files.write_file(folder / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
-    return
-  old, new = (flatten_dict(json.loads(json.dumps(p)), sep=".") for p in (old, plan))
+    files.write_new_file(folder / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
+  _check_plan(folder, plan)
+
+
+def _check_plan(folder: Path, plan: dict[str, Any]):
+  old, new = (flatten_dict(p, sep=".") for p in (_read_plan(folder) or {}, json.loads(json.dumps(plan))))
   for name in [*new, *(old.keys() - new.keys())]:
     if old.get(name) != new.get(name):
       raise ValueError(
-        f"{folder} was begun with other settings: {name} is {old.get(name)!r} there and {new.get(name)!r} here; use "
-        "another folder, or the same settings"
+        f"{folder} was begun with other settings: {name} is {quote(old.get(name))} there and {quote(new.get(name))} "
+        "here; use another folder, or the same settings"
       )
 
 
@@ -227,22 +231,21 @@ class _Tally:
 
 
 def _write_shard(path: Path, records: Iterable[bytes]):
-  """Writes an ArrayRecord file under a temporary name, and renames it when it is complete and on disk."""
-  temporary = path.with_name(f".{path.name}.tmp")  # without a process id, so that a rerun after a kill overwrites it
+  """Writes an ArrayRecord file under a temporary name, and renames it when all its records are on disk."""
   count = 0
-  with _naming(path):
-    writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
-  for record in records:
+  with files.replacing(path) as temporary:
     with _naming(path):
-      writer.write(record)
-    count += 1
-  with _naming(path):
-    writer.close()
-    with open(temporary, "rb+") as f:
-      os.fsync(f.fileno())
-    if _count(temporary) != count:
-      raise OSError("records are missing")
-    os.replace(temporary, path)
+      writer = array_record_module.ArrayRecordWriter(str(temporary), _OPTIONS)
+    for record in records:
+      with _naming(path):
+        writer.write(record)
+      count += 1
+    with _naming(path):
+      writer.close()
+      with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+      if (found := _count(temporary)) != count:
+        raise OSError(f"{found} of {count} records can be read again")
 
 
 @contextlib.contextmanager
@@ -254,16 +257,22 @@ def _naming(path: Path):
     raise ValueError(f"cannot write {path}: {' '.join(str(e).split())}") from e
 
 
-def _count(path: Path) -> int:
-  """Returns the number of records of an ArrayRecord file; 0 if it is missing or truncated."""
+def _count(path: Path, read: bool = True) -> int | None:
+  """Returns the number of records of an ArrayRecord file; None if it is missing or damaged.
+
+  Args:
+    read: whether to read all of them (about 1 GB/s from memory); False: the file's own count.
+  """
   if not path.is_file():
-    return 0
+    return None
   try:
     reader = array_record_module.ArrayRecordReader(str(path), options="readahead_buffer_size:0")
     count = reader.num_records()
+    for first in range(0, count if read else 0, _READ):
+      reader.read(first, min(first + _READ, count))
     reader.close()
-  except RuntimeError:
-    return 0
+  except (RuntimeError, ValueError, IndexError):
+    return None
   return count
 
 
@@ -283,10 +292,14 @@ def _finish(
       flush=True,
     )
     return None
-  counts = [_count(path) for path in paths]
+  _check_plan(folder, plan)
+  counts = [_count(path, read=False) for path in paths]
+  for path, count in zip(paths, counts):
+    if count is None:
+      raise ValueError(f"{path} is damaged: delete it, and rerun the process that wrote it")
   fields = ("format", "what", *records.shards.FIELDS, "num_images", "copies", "seed", "sources", *_CROPS)
   meta = {name: plan[name] for name in fields if name in plan} | {
-    "num_records": sum(counts),
+    "num_records": sum(filter(None, counts)),
     "class_names": list(images.class_names) or None,
     "shard_records": counts,
     "shard_bytes": [path.stat().st_size for path in paths],

@@ -9,7 +9,7 @@ import pytest
 
 from flextok_jax import tokenize, train
 from flextok_jax.core.images import to_float
-from flextok_jax.data.shards import latents
+from flextok_jax.data.shards import files, latents
 from flextok_jax.data.shards.files import ArrayRecords
 from flextok_jax.data.shards.latents import LatentShards
 from flextok_jax.data.shards.split_images import SplitImages
@@ -56,7 +56,7 @@ def written(tokenizer, data, tmp_path_factory):
   given = "--what=latents", f"--checkpoint={tokenizer}", f"--config={config_file(out / 'data.py', data=data)}"
   run(tokenize, *given, f"--out={out / 'float16'}", "--copies=3", "--shards=2", "--batch_size=8")
   run(tokenize, *given, f"--out={out / 'bfloat16'}", "--copies=3", "--dtype=bfloat16", "--batch_size=16")
-  return {dtype: out / dtype for dtype in latents.DTYPES}
+  return {dtype: out / dtype for dtype in files.DTYPES}
 
 
 def train_config(data, written, dtype="float16", **overrides):
@@ -73,7 +73,7 @@ def crops(tokenizer, data):
   return elements, np.concatenate(encode(np.concatenate([element["crops"] for element in elements])), -1)
 
 
-@pytest.mark.parametrize("dtype", latents.DTYPES)
+@pytest.mark.parametrize("dtype", files.DTYPES)
 def test_records_are_moments_of_the_training_crops(tokenizer, crops, written, dtype):
   read, (elements, moments) = LatentShards(written[dtype]), crops
   assert len(read) == read.meta["num_records"] == 3 * 23 and read.meta["copies"] == 3
@@ -88,7 +88,7 @@ def test_records_are_moments_of_the_training_crops(tokenizer, crops, written, dt
     assert (record["label"], record["captions"]) == (element["label"], element["captions"])
 
 
-@pytest.mark.parametrize("dtype", latents.DTYPES)
+@pytest.mark.parametrize("dtype", files.DTYPES)
 def test_batches_depend_only_on_seed_and_step(data, written, dtype):
   cfg = train_config(data, written, dtype)
 

@@ -175,9 +175,13 @@ def test_damaged_folders_are_one_line_errors(pictures, tmp_path):
   with pytest.raises(ValueError, match="set data.tokens to a folder"):
     steps(ar_config(""), 1)
   other = text.replace('"num_records": 23', '"num_records": 2')
-  for content in ("", "{", "[]", '{"format": 2}', '{"format": 1}', other):
+  fields = dict(
+    copies=0, shard_records="x" * 10**6, shard_bytes=[1], num_ids=1e9, class_names=[1], quality=[], metric=1
+  )
+  bad = [json.dumps(json.loads(text) | {name: value}) for name, value in fields.items()]
+  for content in ("", "{", "[]", '{"format": 2}', '{"format": 1}', other, *bad):
     meta.write_text(content)
-    refused("meta.json does not describe token shards .* delete it and rerun")
+    refused(r"meta.json (does not describe token shards|cannot be read) \(.*\): delete it and rerun")
   meta.write_text(text)
   shard.write_bytes(whole[:-70_000])
   refused(f"00001-of-00002.array_record has {len(whole) - 70_000} bytes instead of {len(whole)}: delete it and rerun")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from flextok_jax.core import files
 from flextok_jax.data import pipeline, transforms
 from flextok_jax.data.shards.files import shard_name
 from flextok_jax.data.shards.tokens import TokenShards
@@ -89,6 +90,48 @@ def test_a_killed_run_resumes(pictures, written, tmp_path):
   calls.clear()
   write(tmp_path, config(pictures), lambda images: calls.append(1) or encode(images), copies=3)
   assert len(calls) == 6 and records(tmp_path) == records(written)
+  # So is one with a hole, whose size and number of records are right.
+  data = damaged.read_bytes()
+  damaged.write_bytes(data[:200] + bytes(100) + data[300:])
+  calls.clear()
+  write(tmp_path, config(pictures), lambda images: calls.append(1) or encode(images), copies=3)
+  assert len(calls) == 6 and records(tmp_path) == records(written)
+
+
+def test_two_runs_at_once_lose_nothing(pictures, written, tmp_path):
+  def write_twice(images):
+    if not calls:
+      calls.append(1)
+      write(tmp_path, config(pictures), copies=3)  # another run, while this one is within its first shard
+      leftover.write_bytes(b"of a killed run")
+    return encode(images)
+
+  calls, leftover = [], tmp_path / "train" / f".{shard_name('tokens', 1, 4)}.01234567.tmp"
+  write(tmp_path, config(pictures), write_twice, copies=3)
+  assert records(tmp_path) == records(written)
+  write(tmp_path, config(pictures), copies=3)
+  assert [p.name for p in (tmp_path / "train").iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_run_that_begins_at_the_same_time_with_other_settings_is_refused(pictures, tmp_path, monkeypatch):
+  def begin(path, data, make=files.write_new_file):
+    monkeypatch.undo()
+    write(tmp_path, config(pictures, seed=1), copies=3)
+    make(path, data)
+
+  monkeypatch.setattr(files, "write_new_file", begin)
+  with pytest.raises(ValueError, match="begun with other settings: seed is 1 there and 0 here"):
+    write(tmp_path, config(pictures), copies=3)
+
+
+@pytest.mark.parametrize("content", [None, "[" * 10**5, '{"shards": 0}', '{"shards": "%s"}' % ("x" * 10**5), "[]"])
+def test_damaged_plans_are_one_short_line(pictures, tmp_path, content):
+  (tmp_path / "train").mkdir()
+  plan = tmp_path / "train" / "plan.json"
+  os.mkfifo(plan) if content is None else plan.write_text(content)
+  with pytest.raises(ValueError, match=r"plan.json cannot be read \(.*\): use another folder") as caught:
+    write(tmp_path, config(pictures), num_shards=None)
+  assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize(
