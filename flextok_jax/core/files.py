@@ -24,14 +24,14 @@ _KINDS = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFDIR: "folder"}
 
 
 def printable(path: str | os.PathLike) -> str:
-  """Returns a path for messages: on one line, with escapes in place of bytes that are not UTF-8 and of control codes."""
+  """Returns a path for messages: on one line, with escapes for bytes that are not UTF-8 and for control codes."""
   text = os.fspath(path)
   # Python has the byte 0xe9 of a name as the lone surrogate U+DCE9.
   return "".join(c if c.isprintable() else c.encode("unicode_escape").decode().replace("\\udc", "\\x") for c in text)
 
 
 def check_regular(path: str | os.PathLike):
-  """Raises an OSError unless a path, found in a folder, leads to a regular file: reading a FIFO or a device can hang."""
+  """Raises an OSError unless a path found in a folder leads to a regular file: reading a FIFO or a device can hang."""
   mode = os.stat(path).st_mode
   if not stat.S_ISREG(mode):
     raise OSError(f"is a {_KINDS.get(stat.S_IFMT(mode), 'device')}, not a regular file")
