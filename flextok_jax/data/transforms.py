@@ -1,6 +1,5 @@
 """Converts stored images of any mode to uint8 RGB arrays of one size."""
 
-from collections.abc import Iterator
 import io
 import os
 import struct
@@ -9,6 +8,9 @@ import zlib
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
+
+from flextok_jax.core import files
+from flextok_jax.core.errors import first_line
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 # Pillow's errors for files that are missing, no images, truncated, corrupt or too large.
@@ -185,27 +187,26 @@ def list_images(folder: str) -> list[str]:
     problem = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
     raise FileNotFoundError(f"the image folder {folder} {problem}")
   found, seen = [], set()
-  for root, folders, files in os.walk(folder, followlinks=True):
+  for root, folders, names in os.walk(folder, followlinks=True):
     real = os.path.realpath(root)
     if real in seen:  # a link to a parent, or a second link to the same folder
       folders[:] = []
       continue
     seen.add(real)
     folders[:] = sorted(f for f in folders if not f.startswith("."))
-    found += [os.path.join(root, f) for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+    found += [os.path.join(root, f) for f in names if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
   if not found:
     raise ValueError(f"the image folder {folder} has no jpg, jpeg, png or webp file")
   return sorted(found, key=lambda path: os.path.relpath(path, folder).split(os.sep))
 
 
-def iter_images(paths: Any, size: int) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields (name, centre crop uint8 [size, size, 3]) of images in a folder, a file, or a list of files and folders.
+def name_images(paths: Any) -> list[tuple[str, str]]:
+  """Returns (path, name) of each image in a folder, a file, or a list of files and folders.
 
   A name is the path relative to the folder, or the path as given.
 
   Raises:
-    FileNotFoundError, ValueError: at the call, a path does not exist, a folder has no images, or no path is given;
-      while iterating, ValueError if a file cannot be read.
+    FileNotFoundError, ValueError: a path does not exist, a folder has no images, or no path is given.
   """
   if isinstance(paths, (str, os.PathLike)):
     paths = [paths]
@@ -219,19 +220,26 @@ def iter_images(paths: Any, size: int) -> Iterator[tuple[str, np.ndarray]]:
       raise FileNotFoundError(f"the image {path} does not exist")
   if not named:
     raise ValueError("no image was given: name files or a folder")
+  return named
 
-  def read():
-    for path, name in named:
-      try:
-        image = center_crop(path, size)
-      except DECODE_ERRORS as error:
-        raise ValueError(f"the image {path} cannot be read: {error}") from error
-      yield name, image
 
-  return read()
+def load_image(path: str, size: int) -> np.ndarray:
+  """Returns the centre crop, uint8 [size, size, 3], of an image file; ValueError if it cannot be read."""
+  try:
+    files.check_regular(path)
+    return center_crop(path, size)
+  except DECODE_ERRORS as error:
+    raise ValueError(f"the image {files.printable(path)} cannot be read: {first_line(error)}") from error
 
 
 def load_images(paths: Any, size: int) -> tuple[np.ndarray, list[str]]:
-  """Returns all of iter_images: (uint8 [n, size, size, 3], names)."""
-  names, images = zip(*iter_images(paths, size))
-  return np.stack(images), list(names)
+  """Returns the centre crops, uint8 [n, size, size, 3], and the names of the images of name_images.
+
+  Raises:
+    FileNotFoundError, ValueError: see name_images; or a file cannot be read.
+  """
+  named = name_images(paths)
+  images = np.zeros((len(named), size, size, 3), np.uint8)
+  for image, (path, _) in zip(images, named):
+    image[:] = load_image(path, size)
+  return images, [name for _, name in named]
