@@ -36,7 +36,8 @@ def get_config() -> ConfigDict:
   c.remat = "none"
   # (start, stop): profile the steps start to stop - 1, for TensorBoard or Perfetto, into workdir/profile.
   c.profile_steps = ()
-  c.init_from = ""  # weights to start from (a workdir or a .safetensors file): those of the top-level parts it has
+  # Weights to start from (a workdir, WORKDIR/checkpoints/STEP or a .safetensors file): its top-level parts are used.
+  c.init_from = ""
 
   c.vae = ConfigDict()
   c.vae.kind = "autoencoder_kl"  # or "pixels": no VAE, latents are the scaled image
@@ -257,7 +258,7 @@ def get_config() -> ConfigDict:
   c.train.num_steps = 400_000
   c.train.log_every = 100  # steps
   c.train.checkpoint_every = 5_000  # steps
-  c.train.keep_checkpoints = 3  # newest checkpoints to keep
+  c.train.keep_checkpoints = 3  # newest checkpoints to keep, and of the older ones that of the lowest loss
   c.train.keep_period = 100_000  # also keep checkpoints at multiples of this step; 0: none
   c.train.eval_every = 10_000  # steps
   c.train.tensorboard = True  # if tensorflow is installed

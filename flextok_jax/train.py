@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from flextok_jax import cli
+from flextok_jax.config import flatten
 from flextok_jax.evals.from_config import make_evaluator, make_measure
 from flextok_jax.stages.stage import Stage
 from flextok_jax.training import loop
@@ -34,7 +35,8 @@ def train(config: ConfigDict, workdir: str) -> None:
 def main() -> None:
   if CONFIG.value is None or not WORKDIR.value:
     raise ValueError("give --config=NAME and --workdir=DIR")
-  train(CONFIG.value, WORKDIR.value)
+  with cli.renamed(**{name: f"config.{name}" for name in flatten(CONFIG.value)}):
+    train(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":

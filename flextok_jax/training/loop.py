@@ -136,6 +136,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
     )
 
     pending, measured = None, None  # metrics since the last log, and fields measured at the last checkpoint
+    losses: list[float] = []  # of the steps since the last checkpoint, averaged between logs
     logged_at, logged_step = time.monotonic(), first
     with time_spent.spending("step"):
       for step in range(first + 1, num_steps + 1):
@@ -155,7 +156,10 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
         if stop or save or step % config.train.log_every == 0:
           images = (step - logged_step) * batch_size
           scalars = metrics_lib.compute(pending)
-          _check_scalars(scalars, images, config.data.max_unreadable, checkpoints.latest_step())
+          _check_finite(scalars, checkpoints, workdir, config.optim.learning_rate)
+          _check_unreadable(scalars, images, config.data.max_unreadable)
+          # Of stage "vae" l1: its adversarial loss has no floor, so it can fall while the run diverges.
+          losses += [scalars.get("l1", scalars["loss"])] * (step - logged_step)
           rate = images / (time.monotonic() - logged_at)
           scalars["learning_rate"] = float(schedule(step - 1))
           scalars["images_per_second"] = rate
@@ -168,7 +172,8 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
         if stop or save:
           with time_spent.spending("save"):
             measured = measure(state.joined(average=True))
-            checkpoints.save(state, measured)
+            checkpoints.save(state, measured, loss=sum(losses) / len(losses))
+            losses = []
         if stop:
           processes.log_on_process_0(f"stopped by a signal at step {step}; rerun the same command to go on")
           return
@@ -215,15 +220,27 @@ def _step_of_weights(path: str) -> int | None:
   return int(step) if step.isdecimal() else None
 
 
-def _check_scalars(scalars: dict[str, float], images: int, max_unreadable: float, saved_step: int | None) -> None:
-  """Raises ValueError if a loss was not finite or too many files were unreadable; takes out "first_bad_step"."""
+def _check_finite(
+  scalars: dict[str, float], checkpoints: checkpoint.Checkpoints, workdir: str, learning_rate: float
+) -> None:
+  """Raises ValueError if a loss was not finite; takes out "first_bad_step"."""
   bad = int(scalars.pop("first_bad_step"))
-  if bad != metrics_lib.NEVER:
-    saved = "there is no checkpoint yet" if saved_step is None else f"the checkpoint of step {saved_step} is untouched"
-    raise ValueError(
-      f"loss or gradient not finite at step {bad}; {saved}. "
-      "Lower optim.learning_rate or optim.clip_norm, or look at the data of that step"
-    )
+  if bad == metrics_lib.NEVER:
+    return
+  newest, sane = checkpoints.latest_step(), checkpoints.sane(before=bad)
+  saved = "there is no checkpoint yet" if newest is None else f"the checkpoint of step {newest} is untouched"
+  start, origin = "from the beginning", ""
+  if sane:
+    start = f"from step {sane[0]} (loss {sane[1]:.4g}, near the lowest)"
+    origin = f" init_from={os.path.join(workdir, 'checkpoints', str(sane[0]))}"
+  raise ValueError(
+    f"loss or gradient not finite at step {bad}; {saved}. Look at the data of that step, or start a new run {start} "
+    f"with a lower learning rate: the same command with workdir=NEW{origin} optim.learning_rate={learning_rate / 2:.3g}"
+  )
+
+
+def _check_unreadable(scalars: Mapping[str, float], images: int, max_unreadable: float) -> None:
+  """Raises ValueError if too many files were unreadable."""
   if scalars["unreadable"] > max_unreadable * images:
     raise ValueError(
       f"{int(scalars['unreadable'])} unreadable files among the last {images} images, a larger share than "

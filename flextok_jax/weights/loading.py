@@ -47,8 +47,9 @@ def load(
   """Loads a model.
 
   Args:
-    source: a weights file, a run's workdir or a folder of ours; an official .safetensors file, or folder of config.json
-      and model.safetensors; a folder of diffusers' AutoencoderKL; or a repository of the Hugging Face hub.
+    source: a weights file, a run's workdir, a checkpoint of it (WORKDIR/checkpoints/STEP) or a folder of ours; an
+      official .safetensors file, or folder of config.json and model.safetensors; a folder of diffusers' AutoencoderKL;
+      or a repository of the Hugging Face hub.
     param_dtype: type of all arrays; None: each part has its compute type.
     dtype: compute type that replaces the checkpoint's (official checkpoints: float32). The VAE keeps its own.
     vae_norm_num_groups: groups of the VAE's GroupNorms, which official files do not store.
@@ -78,8 +79,8 @@ def load(
 def load_config(source: str | os.PathLike) -> ConfigDict:
   """Returns the config of a model, without reading the arrays of our own formats. Arguments and errors are load's."""
   source = os.fspath(source)
-  if os.path.isdir(os.path.join(source, "checkpoints")):
-    config = read_config(source)
+  if os.path.isdir(os.path.join(source, "checkpoints")) or orbax.split(source)[1] is not None:
+    config = read_config(orbax.split(source)[0])
     return with_fields(config, orbax.restore_average(source, {}, {}, _has_measured(config.stage, config.vae))[1])
   path = os.path.join(source, WEIGHTS) if os.path.isdir(source) else source
   if is_ours(path):
@@ -88,9 +89,11 @@ def load_config(source: str | os.PathLike) -> ConfigDict:
 
 
 def is_ours(source: str | os.PathLike) -> bool:
-  """Whether a path exists and is a workdir, a folder or a weights file in our own format."""
+  """Whether a path exists and is a workdir, a folder, a checkpoint or a weights file in our own format."""
   if os.path.isdir(source):
-    return any(os.path.exists(os.path.join(source, name)) for name in (WEIGHTS, "checkpoints"))
+    return orbax.split(source)[1] is not None or any(
+      os.path.exists(os.path.join(source, name)) for name in (WEIGHTS, "checkpoints")
+    )
   return os.path.isfile(source) and CONFIG_KEY in TensorFile(source).metadata
 
 
@@ -142,6 +145,8 @@ class _Options:
 def _load_folder(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
   inside = functools.partial(os.path.join, folder)
   config_path = inside(hub.CONFIG)
+  if orbax.split(folder)[1] is not None:
+    return _load_workdir(folder, options)
   if os.path.isfile(inside(WEIGHTS)) and not os.path.isdir(inside("checkpoints")):
     return _load_file(inside(WEIGHTS), options)
   for name in hub.WEIGHTS:
@@ -157,7 +162,7 @@ def _load_folder(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
 
 
 def _load_workdir(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
-  config = options.apply(read_config(folder))
+  config = options.apply(read_config(orbax.split(folder)[0]))
   with _named_config_errors(folder):
     trained, frozen = _init_shapes(FrozenConfigDict(config))
   where = layout.placements({**trained, **frozen}, options.mesh)

@@ -47,13 +47,20 @@ def directory(workdir: str | os.PathLike) -> str:
   return os.path.abspath(os.path.join(workdir, "checkpoints"))
 
 
+def split(source: str | os.PathLike) -> tuple[str, int | None]:
+  """Returns (workdir, step) of WORKDIR/checkpoints/STEP, one checkpoint of a run; (source, None) of other paths."""
+  head, _, step = os.fspath(source).rstrip("/").rpartition("/")
+  workdir, _, name = head.rpartition("/")
+  return (workdir or ".", int(step)) if name == "checkpoints" and step.isdecimal() else (os.fspath(source), None)
+
+
 def restore_newest(
   workdir: str | os.PathLike, items: Mapping[str, Any], restore_args: Callable = ocp.args.StandardRestore
 ) -> tuple[int, dict[str, Any], list[int]]:
   """Restores the newest checkpoint that every process can read. All processes call it together; nothing is written.
 
   Args:
-    workdir: of the run.
+    workdir: of the run; or WORKDIR/checkpoints/STEP, for this checkpoint alone.
     items: {name of an item: abstract tree with the shapes, dtypes and shardings to restore to}.
     restore_args: from an item's abstract tree to orbax's arguments.
 
@@ -65,6 +72,7 @@ def restore_newest(
     ValueError: no checkpoint can be read.
   """
   quiet()
+  workdir, only = split(workdir)
   process = jax.process_index()
   # Each process reads on its own: if one meets a damaged file, orbax would leave the others waiting for it.
   alone = ocp.options.MultiprocessingOptions(process, {process}, f"reader_{process}")
@@ -74,7 +82,7 @@ def restore_newest(
   if not os.path.isdir(directory(workdir)):
     raise FileNotFoundError(f"workdir {workdir} has no checkpoint yet")
   with ocp.CheckpointManager(directory(workdir), options=options) as reader:
-    for step in sorted(reader.all_steps(), reverse=True):
+    for step in sorted(reader.all_steps(), reverse=True) if only is None else [only]:
       folder, problem, restored = os.path.join(directory(workdir), str(step)), "", {}
       try:
         composite = reader.restore(step, args=ocp.args.Composite(**{k: restore_args(v) for k, v in items.items()}))
@@ -86,6 +94,8 @@ def restore_newest(
         return step, restored, unreadable
       problem = problem or "in another process"
       reason = reason or f"checkpoint {folder} cannot be read ({problem})"
+      if only is not None:
+        raise ValueError(f"{reason}: take another step in {directory(workdir)}")
       if processes.is_process_0():
         absl_logging.warning("checkpoint %s cannot be read (%s): trying the one before", folder, problem)
       unreadable.append(step)
@@ -100,7 +110,7 @@ def restore_average(
   """Restores the newest readable averaged parameters of a run.
 
   Args:
-    workdir: of the run.
+    workdir: of the run; or WORKDIR/checkpoints/STEP, for this checkpoint alone.
     params: abstract tree of the trained parameters; top-level parts that it lacks are not read.
     frozen: abstract tree of the frozen parameters, likewise.
     measured: whether the checkpoint holds measured config fields (item MEASURED).
