@@ -13,7 +13,6 @@ from pathlib import Path
 from absl import flags
 
 from flextok_jax import cli
-from flextok_jax.config import check_at_least_one
 from flextok_jax.core import files
 from flextok_jax.tools import mup_check
 
@@ -33,7 +32,6 @@ def main(values: flags.FlagValues) -> None:
   widths = _widths(values.widths)
   if values.steps < 1:
     raise ValueError(f"--steps={values.steps} must be at least 1")
-  check_at_least_one(values.config, "data.global_batch")
   report, out = mup_check.check(values.config, widths, values.steps), Path(values.out)
   files.write_file(out / "coordinates.json", (json.dumps(report, indent=1) + "\n").encode())
   files.write_file(out / "coordinates.png", mup_check.picture(report))

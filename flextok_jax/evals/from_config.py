@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from flextok_jax.config import check_at_least_one, flatten
+from flextok_jax.config import flatten
 from flextok_jax.data import pipeline
 from flextok_jax.data.shards import tokens
 from flextok_jax.evals.metrics import image as metrics_lib
@@ -61,7 +61,6 @@ def make_evaluator(
   Raises:
     ValueError: a setting out of range, or nothing to evaluate on.
   """
-  check_at_least_one(config, "eval.num_images", "eval.batch_size", "eval.grid_images")
   c = config.eval
   if config.stage == "ar":
     if metrics:

@@ -77,13 +77,6 @@ class BlockChoices:
   attention: str = "auto"
 
 
-def check_remat(remat: str) -> str:
-  """Returns `remat`; raises ValueError if it is not a key of REMATS."""
-  if remat not in REMATS:
-    raise ValueError(f"unknown remat {remat!r}: one of {', '.join(REMATS)}")
-  return remat
-
-
 def with_remat(block: type[nn.Module], remat: str) -> type[nn.Module]:
   """Returns a block class that saves for its backward pass what REMATS[remat] says."""
   policy = REMATS[remat]

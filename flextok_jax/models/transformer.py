@@ -14,7 +14,6 @@ from flextok_jax.models.attention import SelfAttention
 from flextok_jax.ops import layout, posemb
 
 Segments = tuple[jax.Array, ...]  # parts [b, l_i, d] of one sequence
-MODULATIONS = ("per_segment", "shared")
 
 
 def mlp_hidden(width: int, ratio: float, gated: bool) -> int:

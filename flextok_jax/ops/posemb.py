@@ -4,9 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-KINDS = ("sincos", "learnable_sum", "learnable_prod")
-SCALINGS = ("absolute", "interpolate")
-
 
 def sincos_axes(size: int, dim: int) -> np.ndarray:
   """Returns the row table and the column table [2, size, dim], float64: [sin, cos, 0, 0] and [0, 0, sin, cos].

@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from flextok_jax.config import check
 from flextok_jax.stages.ar import ARStage
 from flextok_jax.stages.stage import Stage
 from flextok_jax.stages.tokenizer import TokenizerStage
@@ -14,8 +15,7 @@ def make_stage(config: ConfigDict) -> Stage:
   """Returns the stage named by config.stage.
 
   Raises:
-    ValueError: the stage is unknown, or sizes do not fit together.
+    ValueError: a field is out of its range, or sizes do not fit together.
   """
-  if config.stage not in _STAGES:
-    raise ValueError(f"unknown stage {config.stage!r}: one of {', '.join(_STAGES)}")
+  check(config)
   return _STAGES[config.stage](config)

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax.config import check_at_least_one, float_dtype
 from flextok_jax.models.tokenizer.decoder import Decoder
 from flextok_jax.models.tokenizer.repa import Projector
 
@@ -29,17 +28,11 @@ def make_projector(config: ConfigDict, decoder: Decoder) -> Projector | None:
   """Returns the projector of config.repa; None if REPA is off.
 
   Raises:
-    ValueError: naming an invalid value.
+    ValueError: the decoder has no such block.
   """
   repa = section(config)
   if repa is None:
     return None
-  if not 0 < repa.weight < float("inf"):
-    raise ValueError(f"repa.weight must be a number of at least 0, got {repa.weight!r}")
-  check_at_least_one(config, "repa.block", "repa.hidden", "repa.features")
-  float_dtype("repa.dtype", repa.dtype)
   if repa.block > decoder.depth:
     raise ValueError(f"repa.block {repa.block} is not one of the {decoder.depth} blocks of the decoder, counted from 1")
-  if not isinstance(repa.grid, int) or repa.grid < 0:
-    raise ValueError(f"repa.grid must be a number of patches per side, or 0 for that of the decoder, got {repa.grid!r}")
   return Projector(repa.hidden, repa.features, jnp.dtype(config.dtype))

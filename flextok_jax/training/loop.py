@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import safetensors
 
 from flextok_jax import stages
-from flextok_jax.config import check_at_least_one, float_dtype, with_fields
+from flextok_jax.config import check, with_fields
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages.stage import Params
 from flextok_jax.training import checkpoint, goodput, inputs, optim
@@ -69,10 +69,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
   """
   # Settings. Everything is validated before anything is written.
   time_spent = goodput.Goodput()
-  every = ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints", "num_steps")
-  check_at_least_one(config, "optim.accumulate_steps", "eval.num_images", "eval.batch_size", "eval.grid_images")
-  check_at_least_one(config, *(f"train.{name}" for name in every))
-  float_dtype("train.export_dtype", config.train.export_dtype)
+  check(config)
   config = inputs.with_vae(inputs.with_tokenizer(config), workdir)
   mesh = sharding.make_mesh(**config.mesh)
   batch_size, num_steps = config.data.global_batch, config.train.num_steps

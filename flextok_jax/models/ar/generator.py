@@ -13,8 +13,6 @@ from flextok_jax.models.attention import CrossAttention, KeysValues, SelfAttenti
 from flextok_jax.ops import attention, layout
 
 FFNS = ("swiglu", "mlp_gelu")
-POS_EMBEDS = ("absolute", "sincos1d")
-CONDITIONS = ("class", "text", "none")
 
 
 class CausalBlock(nn.Module):

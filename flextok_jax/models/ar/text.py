@@ -8,7 +8,6 @@ from flextok_jax.models import layers
 from flextok_jax.models.transformer import Transformer, mlp_hidden
 from flextok_jax.ops import attention as attention_lib
 
-ENCODERS = ("t5", "bytes")
 BYTES_VOCAB = 257  # the bytes of UTF-8, and the end
 
 

@@ -9,8 +9,6 @@ from flextok_jax.models import layers
 from flextok_jax.models.transformer import AdaLN, PatchTransformer
 from flextok_jax.ops import nested, posemb
 
-NULL_CONDITIONS = ("learned", "single", "zero")
-
 
 class TimeEmbedding(nn.Module):
   """256 sinusoids > Linear > SiLU > Linear."""
