@@ -7,7 +7,7 @@ They train on the shards that python -m flextok_jax.tokenize --config writes:
 
   python -m flextok_jax.train --config=ar:85m --workdir=DIR --config.data.tokens=SHARDS
 
-What the public record does not give is ours: a LLaMA-like block (flextok_jax/config.py), and AdamW at 3e-4 in batches
+What the public record does not give is ours: a LLaMA-like block (flextok_jax/config), and AdamW at 3e-4 in batches
 of 1,024 sequences.
 
 Hardware: 49m to 393m are meant for one host of accelerators, 1b3 and 3b for a slice: state and gradients of 3b take

@@ -25,7 +25,7 @@ def get_config(channels: str = ""):
   return common.derive(
     stage="vae",
     vae=dict(latent_channels=CHANNELS[channels], dtype="bfloat16", scaling_factor=0.0),
-    # [LDM] perceptual_weight 1.0 and kl_weight 1e-6, converted to means over pixels (flextok_jax/config.py).
+    # [LDM] perceptual_weight 1.0 and kl_weight 1e-6, converted to means over pixels (flextok_jax/config/defaults.py).
     vae_loss=dict(l1_weight=1.0, lpips_weight=1.0, kl_weight=1e-6 / (3 * 256 * 256)),
     discriminator=dict(weight=0.5, start_step=50_000),  # [LDM] disc_weight 0.5, disc_start 50001
     data=dict(global_batch=256),

@@ -50,7 +50,7 @@ def draw_rooms(ax, x, top, width, height):
     ax.text(x + 1.75, y + step / 2, what, fontsize=8.8, va="center", color=INK)
   arrow(ax, (x + 0.2, top - 0.06), (x + 0.2, top - height + 0.06), linewidth=1.8, mutation_scale=18)
   ax.text(x, top - height / 2, "imports", fontsize=10, rotation=90, va="center", ha="center", color=INK)
-  note = "config.py (every default) is below core; __init__.py and cli.py are beside the commands."
+  note = "config/ (defaults, ranges) is below core; __init__.py and cli.py are beside the commands."
   ax.text(x + 0.45, top - height - 0.22, note, fontsize=8.6, color=SOFT, va="center")
 
 

@@ -98,7 +98,7 @@ def _parse(argv: list[str], arguments: Sequence[str]) -> list[str]:
     rest = flags.FLAGS(argv)
   except (AttributeError, KeyError) as e:
     overrides = [arg for arg in argv if arg.startswith("--config.")]
-    _fail(e, f"unknown config key among {' '.join(overrides)} ({e}): flextok_jax/config.py lists all keys")
+    _fail(e, f"unknown config key among {' '.join(overrides)} ({e}): flextok_jax/config/defaults.py lists all keys")
   except Exception as e:  # whatever is wrong with a config file
     _fail(e)
   if not flags.FLAGS["verbosity"].present:

@@ -4,7 +4,7 @@ Fields without a range here are switches (True or False) and texts such as paths
 fields, such as a width that is a multiple of head_dim, are checked where the fields are used.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ def one_of(*names: str) -> Range:
   return Range(f"one of {', '.join(names)}", lambda x: isinstance(x, str) and x in names)
 
 
-def several(each: Range, words: str, holds: Callable[[tuple], bool] = lambda x: True) -> Range:
+def several(each: Range, words: str, holds: Callable[[Sequence], bool] = lambda x: True) -> Range:
   """A tuple of values of one range, with a property of the whole."""
   return Range(words, lambda x: isinstance(x, tuple | list) and all(map(each.holds, x)) and holds(x))
 
@@ -223,7 +223,7 @@ RANGES = {
 
 def flat(section: Mapping[str, Any], path: str = "") -> dict[str, Any]:
   """Returns {dotted name: value} of nested mappings, such as a config."""
-  found = {}
+  found: dict[str, Any] = {}
   for name, value in section.items():
     found |= flat(value, f"{path}{name}.") if isinstance(value, Mapping | ConfigDict) else {f"{path}{name}": value}
   return found

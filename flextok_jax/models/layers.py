@@ -36,7 +36,7 @@ REMATS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockChoices:
-  """Sizes and options of the blocks of a stack; flextok_jax/config.py explains those that a config sets.
+  """Sizes and options of the blocks of a stack; flextok_jax/config/defaults.py explains those that a config sets.
 
   Attributes:
     width: features of the stream.

@@ -171,7 +171,7 @@ class AdaLN(nn.Module):
 
 
 class PatchTransformer(nn.Module, kw_only=True):
-  """Base of encoder and decoder: sizes and options, which flextok_jax/config.py explains.
+  """Base of encoder and decoder: sizes and options, which flextok_jax/config/defaults.py explains.
 
   max_grid must be above 0 here: where the modules are built, 0 is replaced by the grid of image_size.
   """

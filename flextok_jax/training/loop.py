@@ -56,7 +56,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
   Several processes (parallel/processes.py) call it with the same arguments; process 0 writes and prints.
 
   Args:
-    config: complete config of a run (flextok_jax/config.py).
+    config: complete config of a run (flextok_jax/config/defaults.py).
     workdir: folder of checkpoints, metrics, evaluations and weights; made if missing.
     make_evaluation: returns the evaluation and a function that measures config fields on the averaged parameters;
       None: no evaluation.

@@ -22,9 +22,7 @@ def test_make_text_encoder(folder):
   for kwargs, given, words in (
     (dict(), sizes, "text.features=12"),
     (dict(), None, "config.json"),
-    (dict(encoder="clip"), None, "'clip': use one of t5, bytes"),
     (dict(encoder="bytes", features=100), None, "features=100 is not a multiple"),
-    (dict(encoder="bytes", depth=0), None, "depth must be at least 1"),
   ):
     with pytest.raises(ValueError, match=words):
       make_text_encoder(derive(text=kwargs), given)

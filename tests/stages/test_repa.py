@@ -418,12 +418,12 @@ def refused(words, call, error=ValueError):
   "fields, words",
   [
     (dict(block=4), "repa.block 4 is not one of the 3 blocks of the decoder"),
-    (dict(block=0), "repa.block must be at least 1, got 0"),
-    (dict(weight=-1.0), "repa.weight must be a number of at least 0, got -1.0"),
-    (dict(weight=float("nan")), "repa.weight must be a number of at least 0, got nan"),
-    (dict(grid=-1), "repa.grid must be a number of patches per side"),
-    (dict(hidden=0), "repa.hidden must be at least 1"),
-    (dict(dtype="int8"), "repa.dtype must be a floating-point type"),
+    (dict(block=0), "repa.block must be a whole number from 1 .*, got 0"),
+    (dict(weight=-1.0), "repa.weight must be a finite number of at least 0, got -1.0"),
+    (dict(weight=float("nan")), "repa.weight must be a finite number of at least 0, got nan"),
+    (dict(grid=-1), "repa.grid must be a whole number from 0"),
+    (dict(hidden=0), "repa.hidden must be a whole number from 1"),
+    (dict(dtype="int8"), "repa.dtype must be one of bfloat16"),
   ],
 )
 def test_invalid_values(fields, words):

@@ -232,9 +232,9 @@ def test_bfloat16_has_nearly_the_same_gradient():
 @pytest.mark.parametrize(
   "overrides, words",
   [
-    (dict(weight=-0.5), "discriminator.weight must be a number of at least 0, got -0.5"),
-    (dict(start_step=-1), "discriminator.start_step must be a number of steps of at least 0, got -1"),
-    (dict(channels=0), "discriminator.channels must be at least 1, got 0"),
+    (dict(weight=-0.5), "discriminator.weight must be a finite number of at least 0, got -0.5"),
+    (dict(start_step=-1), "discriminator.start_step must be a whole number from 0 .*, got -1"),
+    (dict(channels=0), "discriminator.channels must be a whole number from 1 .*, got 0"),
     (dict(num_layers=2), "discriminator.num_layers=2 leaves no patch of images of 8 px: they need 12 px"),
   ],
 )

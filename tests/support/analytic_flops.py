@@ -4,7 +4,7 @@ A product [m, k] x [k, n] counts 2 m k n; a convolution 2 for each pair of an ou
 connects, excluding padding. Elementwise work (norms, activations, softmax, modulation, FSQ, optimiser) is not counted:
 it is a few percent for models of usable size. Nor is what a fused attention kernel recomputes. Every function follows
 the path that runs, plain or fast, so these are executed FLOPs, fewer on the fast path. Arguments are a config
-(flextok_jax/config.py) or a section of it, and integers; results are integers.
+(flextok_jax/config/defaults.py) or a section of it, and integers; results are integers.
 """
 
 from collections.abc import Mapping

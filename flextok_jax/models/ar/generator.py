@@ -1,4 +1,4 @@
-"""The generator: a GPT over token ids, conditioned on a class or a text; flextok_jax/config.py explains its options."""
+"""The generator: a GPT over token ids, conditioned on a class or a text; flextok_jax/config explains its options."""
 
 from collections.abc import Callable
 from typing import Any

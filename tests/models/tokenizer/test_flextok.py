@@ -211,9 +211,6 @@ def test_unknown_guidance(tiny):
 def test_remat_names():
   make = lambda remat: make_model(ConfigDict(config_of(PIXELS).to_dict() | dict(remat=remat)))
   assert [make(name).encoder.remat for name in ("none", "dots", "full")] == ["none", "dots", "full"]
-  with pytest.raises(ValueError, match="unknown remat 'all': one of none, dots, full") as error:
-    make("all")
-  assert "\n" not in str(error.value)
 
 
 def test_bfloat16_computes_near_float32_with_float32_parameters(tiny):
@@ -307,8 +304,6 @@ def test_logical_axes_are_named_at_every_parameter(settings):
     (dict(decoder=PART | dict(patch_size=3)), "decoder.patch_size 3"),
     (dict(encoder=PART | dict(head_dim=12)), "encoder.width 32 .*head_dim 12"),
     (dict(decoder=PART | dict(width=30, head_dim=10)), "decoder.width 30 is not a multiple of 4"),
-    (dict(tokens=dict(num_registers=0)), "num_registers must be at least 1, got 0"),
-    (dict(vae=dict(kind="vqgan")), "unknown vae.kind 'vqgan'"),
     (dict(vae=TINY_VAE, image_size=18), "image_size 18 is not a multiple of the VAE's downscale 4"),
   ],
 )
