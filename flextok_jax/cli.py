@@ -235,7 +235,7 @@ def decoder_flags(values: flags.FlagValues) -> dict[str, Any]:
 
 def print_progress(what: str, done: int, total: int, batch_size: int):
   """Prints a line after about every tenth of the batches, and after the last."""
-  if done == total or done % (batch_size * max(1, total // batch_size // 10)) == 0:
+  if done == total or done % (batch_size * max(1, total // batch_size // 10)) < batch_size:
     print(f"{what}: {done} of {total}", flush=True)
 
 

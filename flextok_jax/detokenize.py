@@ -52,7 +52,7 @@ def main(values: flags.FlagValues):
   sequences = token_files.cut(sequences, values.num_tokens, model.num_registers)
   images = batches.detokenize(model, sequences, jax.random.key(values.seed), values.batch_size)
   for i, (name, image) in enumerate(zip(names, images)):
-    files.write_file(out / f"{i:05d}_{Path(name).stem}.png", grids.to_png(image))
+    files.write_file(out / f"{i:05d}_{token_files.file_stem(name)}.png", grids.to_png(image))
   print(f"wrote {len(names)} images of {model.image_size} px to {out}")
 
 

@@ -66,12 +66,12 @@ class Sample:
   @property
   def name(self) -> str:
     """Its part of a file name."""
-    parts = [Path(self.image).stem] if self.image else []
+    parts = [token_files.file_stem(self.image)] if self.image else []
     if isinstance(self.condition, int):
       parts.append(f"class_{self.condition}")
     elif self.condition:
       parts.append(re.sub(r"\W+", "_", self.condition.lower())[:_NAME_LENGTH].strip("_") or "prompt")
-    return "_".join(parts) or "unconditional"
+    return files.shorten("_".join(parts)) or "unconditional"
 
   def label(self, num_samples: int, length: int) -> str:
     """Its label in the grid, with its number if there are several, and its length unless it is 0."""
@@ -99,7 +99,7 @@ def main(values: flags.FlagValues):
   originals, prefix, kept = None, None, values.prefix_tokens or 0
   if kept:
     originals, found = transforms.load_images(values.prefix_images, tokenizer.image_size)
-    names = list(found)
+    names = [files.as_text(name) for name in found]
     prefix = batches.tokenize(tokenizer, originals, kept, values.batch_size)
     originals, prefix = (np.repeat(x, len(conditions) * values.num_samples, axis=0) for x in (originals, prefix))
   samples = [
@@ -143,9 +143,9 @@ def main(values: flags.FlagValues):
   # Lists, grid, strip and archive.
   settings = {name: values[name].value for name in ("checkpoint", "tokenizer", "seed")}
   settings |= {"num_tokens": num_tokens, **choices, "decoder": tokenizer.config.sampler.to_dict()}
-  token_ids = [sequence.tolist() for sequence in sequences]
+  entries = [(sample.name, sequence) for sample, sequence in zip(samples, sequences)]
   outputs = {
-    "tokens.json": token_files.to_json(size, num_tokens, [s.name for s in samples], token_ids),
+    "tokens.json": token_files.to_json(size, num_tokens, entries),
     "samples.json": _samples_json(samples, paths, sequences, log_probs, settings),
   }
   if shown:

@@ -8,12 +8,14 @@ python -m flextok_jax.tokenize --what=dino --config=FILE --out=DIR [--copies=K] 
 python -m flextok_jax.tokenize --what=images --config=FILE --out=DIR
 
 The first makes a token file: JSON, {"image_size": pixels, "num_tokens": K, "names": [n], "token_ids": [n][K]}, or an
-.npz of the same four arrays (no pickles inside). The others make shards of the sources of config.data
+.npz of the same four arrays (no pickles inside); files that cannot be read are left out, counted and named, and bytes
+of a name that are not UTF-8 become \\xNN. The others make shards of the sources of config.data
 (data/shards): token ids for training stage "ar", latents for training stage "tokenizer" without the VAE's encoder,
 features of the teacher of config.repa for its REPA beside them, image files for fast reading
 (data.sources.arrayrecord). Killed and rerun, they go on.
 """
 
+import functools
 from pathlib import Path
 
 from absl import flags
@@ -28,7 +30,7 @@ from flextok_jax.data.shards.features import FeatureShards
 from flextok_jax.data.shards.files import DTYPES, ArrayRecords
 from flextok_jax.data.shards.images import ImageRecords
 from flextok_jax.data.shards.tokens import TokenRecords
-from flextok_jax.inference import batches, shards, token_files
+from flextok_jax.inference import batches, image_files, shards, token_files
 from flextok_jax.inference.tokenizer import FlexTok, load_tokenizer
 from flextok_jax.ops import guidance
 from flextok_jax.parallel import batching
@@ -115,11 +117,14 @@ def tokenize_files(values: flags.FlagValues):
       raise ValueError(f"--{name} has no meaning for --images: it is for shards, of the sources of --config")
   out = Path(values.out)
   token_files.check_suffix("out", out)
+  if jax.process_count() > 1:
+    raise ValueError("--images runs in one process: set JAX_NUM_PROCESSES=1, or write shards of a --config")
+  named = transforms.name_images(values.images)
   model = load_tokenizer(values.checkpoint)
-  images, names = transforms.load_images(values.images, model.image_size)
-  token_ids = batches.tokenize(model, images, values.num_tokens, values.batch_size)
-  token_files.write_tokens(out, model.image_size, names, token_ids)
-  print(f"wrote {out}: {len(names)} images of {model.image_size} px, {token_ids.shape[1]} tokens each")
+  progress = functools.partial(cli.print_progress, "images", batch_size=values.batch_size)
+  done = image_files.tokenize_files(model, named, out, values.num_tokens, values.batch_size, progress)
+  left_out = f"; {done.unreadable} of {len(named)} are left out, first {done.reason}" if done.unreadable else ""
+  print(f"wrote {out}: {done.images} images of {model.image_size} px, {done.num_tokens} tokens each{left_out}")
 
 
 def write_shards(values: flags.FlagValues):

@@ -4,7 +4,7 @@ Image i of a call with key k has the noise of FlexTok.detokenize, drawn by fold_
 the number of tokens. So the commands write the images that the methods return.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import itertools
 
 import jax
@@ -25,8 +25,18 @@ def tokenize(model: FlexTok, images: np.ndarray, num_tokens: int | None = None, 
     ValueError: num_tokens is out of range.
   """
   validation.at_least_one("batch_size", batch_size)
-  encode = lambda model, rows: model.tokenize(rows, num_tokens)
-  return batching.Batched(encode, model, batch_size, local_mesh())(images)
+  size = batching.batch_rows(batch_size, len(images), local_mesh())
+  return np.concatenate(list(tokenize_batches(model, batching.slices(images, size), size, num_tokens)))
+
+
+def tokenize_batches(
+  model: FlexTok, images: Iterable[np.ndarray], size: int, num_tokens: int | None = None
+) -> Iterator[np.ndarray]:
+  """Yields the token ids int32 [b, num_tokens] of each batch of images uint8 [b, h, w, 3], b <= size."""
+  mesh = local_mesh()
+  encode = jax.jit(lambda model, rows: model.tokenize(rows, num_tokens), out_shardings=sharding.replicated(mesh))
+  model = batching.replicate(model, mesh)
+  return batching.map_batches(lambda rows: encode(model, rows), images, size, mesh)
 
 
 def detokenize(

@@ -4,17 +4,20 @@ JSON holds {"image_size": pixels, "num_tokens": K, "names": [n], "token_ids": [n
 is required; an .npz holds the same four arrays (without pickled objects).
 """
 
-from collections.abc import Sequence
-import io
+from collections.abc import Iterable, Iterator, Sequence
 import json
+import os
 from pathlib import Path
+import zipfile
 
 import numpy as np
 
-from flextok_jax.core import files
+from flextok_jax.core import files, npz
+from flextok_jax.core.literals import quote
 from flextok_jax.inference import decoding
 
 SUFFIXES = (".json", ".npz")
+Ids = Sequence[int] | np.ndarray
 
 
 def check_suffix(name: str, path: Path) -> None:
@@ -23,82 +26,149 @@ def check_suffix(name: str, path: Path) -> None:
     raise ValueError(f"{name}={path} must end in {' or '.join(SUFFIXES)}")
 
 
-def write_tokens(path: Path, image_size: int, names: Sequence[str], token_ids: np.ndarray) -> None:
-  """Writes a token file atomically: token_ids int32 [n, k], one name per image."""
-  num_tokens = token_ids.shape[1]
-  if path.suffix == ".npz":
-    texts, ids = np.asarray(names, np.str_), token_ids.astype(np.int32)
-    buffer = io.BytesIO()
-    np.savez(buffer, image_size=image_size, num_tokens=num_tokens, names=texts, token_ids=ids)
-    content = buffer.getvalue()
-  else:
-    content = to_json(image_size, num_tokens, names, token_ids.tolist())
-  files.write_file(path, content)
+def write_tokens(path: Path, image_size: int, num_tokens: int, entries: Iterable[tuple[str, Ids]]) -> None:
+  """Writes a token file atomically, one entry at a time.
+
+  Args:
+    entries: (name, num_tokens ids) of each image; iterated several times.
+  """
+  files.clear_leftovers([path])
+  with files.replacing(path) as temporary:
+    if path.suffix == ".npz":
+      _write_npz(temporary, image_size, num_tokens, entries)
+    else:
+      with open(temporary, "wb") as file:
+        for part in _json_parts(image_size, num_tokens, entries):
+          file.write(part)
 
 
-def to_json(image_size: int, num_tokens: int, names: Sequence[str], token_ids: Sequence[Sequence[int]]) -> bytes:
-  """Returns the content of a JSON token file."""
-  fields = {"image_size": image_size, "num_tokens": num_tokens, "names": list(names), "token_ids": token_ids}
-  return (json.dumps(fields) + "\n").encode()
+def to_json(image_size: int, num_tokens: int, entries: Iterable[tuple[str, Ids]]) -> bytes:
+  """Returns the content of a JSON token file; arguments as of write_tokens, but with at most num_tokens ids."""
+  return b"".join(_json_parts(image_size, num_tokens, entries))
 
 
-def read_tokens(path: Path, image_size: int, num_registers: int, num_codes: int) -> tuple[list[str], list[list[int]]]:
+def _json_parts(image_size: int, num_tokens: int, entries: Iterable[tuple[str, Ids]]) -> Iterator[bytes]:
+  yield f'{{"image_size": {image_size}, "num_tokens": {num_tokens}, "names": ['.encode()
+  for i, (name, _) in enumerate(entries):
+    yield b", " * (i > 0) + json.dumps(name).encode()
+  yield b'], "token_ids": ['
+  for i, (_, ids) in enumerate(entries):
+    yield b", " * (i > 0) + json.dumps([int(token) for token in ids]).encode()
+  yield b"]}\n"
+
+
+def _write_npz(path: Path, image_size: int, num_tokens: int, entries: Iterable[tuple[str, Ids]]):
+  lengths = [len(name) for name, _ in entries]
+  count, text = len(lengths), np.dtype(("<U", max(1, *lengths, 1)))
+  with zipfile.ZipFile(path, "w") as archive:
+
+    def write(name: str, dtype: np.dtype, shape: tuple[int, ...], rows: Iterable):
+      with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for row in rows:
+          file.write(np.asarray(row, dtype).tobytes())
+
+    write("image_size", np.dtype("<i8"), (), [image_size])
+    write("num_tokens", np.dtype("<i8"), (), [num_tokens])
+    write("names", text, (count,), (name for name, _ in entries))
+    write("token_ids", np.dtype("<i4"), (count, num_tokens), (ids for _, ids in entries))
+
+
+def read_tokens(path: Path, image_size: int, num_registers: int, num_codes: int) -> tuple[list[str], list[Ids]]:
   """Reads and checks a token file.
 
   Args:
     image_size, num_registers, num_codes: of the tokenizer that is to decode it.
 
   Returns:
-    (names, token ids): one entry per image, each of 1 to num_registers ids in [0, num_codes).
+    (names, token ids): one entry per image, each of 1 to num_registers ids in [0, num_codes); its name can be part of a
+    file's name, see file_stem.
 
   Raises:
     FileNotFoundError: no such file.
     ValueError: a damaged file, or tokens that do not fit the model.
   """
-  fields = _read_fields(path)
+  check_suffix("tokens", path)
+  if not path.is_file():
+    raise FileNotFoundError(f"no token file at {path}")
+  found, names, sequences = (_read_npz if path.suffix == ".npz" else _read_json)(path)
+  if found is not None and found != image_size:
+    raise ValueError(
+      f"{path} holds tokens of {quote(found)} px images, but this checkpoint makes {image_size} px images: use the "
+      "checkpoint that wrote them"
+    )
+  if len(names) != len(sequences):
+    raise ValueError(f"{path} has {len(names)} names for {len(sequences)} token sequences")
+  for i, name in enumerate(names):
+    if not _can_be_in_a_path(name):
+      raise ValueError(f"{path}: names[{i}] is {quote(name)}, which cannot be part of a file's name: correct it")
+  for i, sequence in enumerate(sequences):
+    if not 1 <= len(sequence) <= num_registers:
+      raise ValueError(f"{path}: token_ids[{i}] has {len(sequence)} tokens, this model takes 1 to {num_registers}")
+    if isinstance(sequence, np.ndarray) and sequence.min() >= 0 and sequence.max() < num_codes:
+      continue
+    for j, token in enumerate(sequence.tolist() if isinstance(sequence, np.ndarray) else sequence):
+      if type(token) is not int or not 0 <= token < num_codes:  # not isinstance: True is an int
+        raise ValueError(f"{path}: token_ids[{i}][{j}] is {quote(token)}, this model's ids are 0 to {num_codes - 1}")
+  return names, sequences
+
+
+def file_stem(name: str) -> str:
+  """Returns the part of an image's name that the file of its reconstruction has: without folders and suffix, cut."""
+  return files.shorten(Path(name).stem)
+
+
+def _can_be_in_a_path(name: str) -> bool:
+  try:
+    return b"\0" not in os.fsencode(name)
+  except UnicodeEncodeError:  # a lone surrogate that stands for no byte
+    return False
+
+
+def _read_json(path: Path) -> tuple[object, list[str], list[Ids]]:
+  """Returns (image_size or None, names, token ids)."""
+  try:
+    fields = json.loads(path.read_bytes())
+  except Exception as e:  # json raises several types for a damaged file
+    raise ValueError(f"{path} is not a complete .json token file ({type(e).__name__}): write it again") from e
+  if not isinstance(fields, dict):
+    raise ValueError(f"{path} must hold an object with 'token_ids', not a {type(fields).__name__}")
   if "token_ids" not in fields:
     raise ValueError(f"{path} has no 'token_ids'")
   sequences = fields["token_ids"]
   if not isinstance(sequences, list) or not sequences or not all(isinstance(s, list) for s in sequences):
     raise ValueError(f"{path}: 'token_ids' must be a list of one or more lists of ids")
-  if fields.get("image_size", image_size) != image_size:
-    raise ValueError(
-      f"{path} holds tokens of {fields['image_size']} px images, but this checkpoint makes"
-      f" {image_size} px images: use the checkpoint that wrote them"
-    )
   names = fields.get("names", [str(i) for i in range(len(sequences))])
-  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-    raise ValueError(f"{path}: 'names' must be a list of strings")
-  if len(names) != len(sequences):
-    raise ValueError(f"{path} has {len(names)} names for {len(sequences)} token sequences")
-  for i, sequence in enumerate(sequences):
-    if not 1 <= len(sequence) <= num_registers:
-      raise ValueError(f"{path}: token_ids[{i}] has {len(sequence)} tokens, this model takes 1 to {num_registers}")
-    for j, token in enumerate(sequence):
-      if type(token) is not int or not 0 <= token < num_codes:  # not isinstance: True is an int
-        raise ValueError(f"{path}: token_ids[{i}][{j}] is {token!r}, this model's ids are 0 to {num_codes - 1}")
-  return names, sequences
+  if not isinstance(names, list):
+    raise ValueError(f"{path}: 'names' must be a list of strings, not {quote(names)}")
+  for i, name in enumerate(names):
+    if not isinstance(name, str):
+      raise ValueError(f"{path}: 'names' must be a list of strings, but names[{i}] is {quote(name)}")
+  return fields.get("image_size"), names, sequences
 
 
-def _read_fields(path: Path) -> dict:
-  """Returns the content of a token file as plain Python values."""
-  check_suffix("tokens", path)
-  if not path.is_file():
-    raise FileNotFoundError(f"no token file at {path}")
-  try:
-    if path.suffix == ".json":
-      fields = json.loads(path.read_bytes())
-    else:
-      with np.load(path, allow_pickle=False) as arrays:
-        fields = {name: arrays[name].tolist() for name in arrays.files}
-  except Exception as e:  # json, zipfile, zlib and numpy raise many types for a damaged file
-    raise ValueError(f"{path} is not a complete {path.suffix} token file ({type(e).__name__}): write it again") from e
-  if not isinstance(fields, dict):
-    raise ValueError(f"{path} must hold an object with 'token_ids', not a {type(fields).__name__}")
-  return fields
+def _read_npz(path: Path) -> tuple[object, list[str], list[Ids]]:
+  """Returns (image_size or None, names, token ids)."""
+  with npz.opened(path) as archive:
+    found = npz.names(archive)
+    if "token_ids" not in found:
+      raise ValueError("it has no 'token_ids'")
+    with npz.open_array(archive, "token_ids") as stream:
+      shape = npz.header(archive, "token_ids", stream)[0]
+    if len(shape) != 2 or not 0 < shape[0] <= path.stat().st_size:  # compressed, rows of nothing take few bytes
+      raise ValueError(f"token_ids has shape {list(shape)}, which must be [images, tokens]")
+    names = [str(i) for i in range(shape[0])]
+    if "names" in found:
+      array = npz.read(archive, "names", "U")
+      if array.shape != shape[:1]:
+        raise ValueError(f"there are {list(array.shape)} names for {shape[0]} token sequences")
+      names = array.tolist()
+    size = npz.read(archive, "image_size", "iu").item() if "image_size" in found else None
+    return size, names, list(npz.read(archive, "token_ids", "iu"))
 
 
-def cut(sequences: list[list[int]], num_tokens: int | None, num_registers: int) -> list[list[int]]:
+def cut(sequences: Sequence[Ids], num_tokens: int | None, num_registers: int) -> Sequence[Ids]:
   """Returns the first num_tokens of each sequence; None keeps all.
 
   Raises:

@@ -1,13 +1,17 @@
 """The evaluate, tokenize and detokenize commands on a tiny random model."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 from PIL import Image
 import pytest
 import skimage.data
 
-from flextok_jax import detokenize, evaluate, tokenize
+from flextok_jax import cli, detokenize, evaluate, tokenize
+from flextok_jax.core import files
+from flextok_jax.inference import token_files
 from flextok_jax.stages import make_stage
 from flextok_jax.weights import saving
 from tests.support.commands import config_file, fails, read_folder, run, shell
@@ -106,6 +110,59 @@ def test_round_trip_in_user_processes(model, pictures, tokens, decoded, tmp_path
   for name, image in read_folder(tmp_path / "out").items():
     assert image.shape == (16, 16, 3)
     np.testing.assert_allclose(image, decoded[name], atol=1)  # an image's noise does not depend on its batch
+
+
+def test_tokenize_leaves_out_broken_files_and_detokenize_reads_all_names(
+  model, pictures, tokens, tmp_path, capsys, caplog
+):
+  expected, folder = json.loads(tokens.read_text()), tmp_path / "pictures"
+  folder.mkdir()
+  names = [b"a.png", b"caf\xe9.png", b"n" * 251 + b".png", b"z.png"]
+  for name, other in zip(names, "abcd"):
+    (folder / os.fsdecode(name)).write_bytes((pictures / f"{other}.png").read_bytes())
+  for name in ("0.png", "b.png", "z1.png"):
+    (folder / name).write_bytes(b"broken")
+  os.mkfifo(folder / "fifo.png")
+  for suffix in ("json", "npz"):
+    out = tmp_path / f"t.{suffix}"
+    run(tokenize, f"--checkpoint={model}", f"--images={folder}", f"--out={out}", "--batch_size=2")
+    printed = capsys.readouterr().out
+    assert "4 images of 16 px, 4 tokens each; " in printed and " are left out, first " in printed
+    assert all(f"{name} cannot be read" in caplog.text for name in ("0.png", "b.png", "z1.png"))
+    caplog.clear()
+    read, ids = token_files.read_tokens(out, 16, 4, NUM_CODES)
+    assert read == ["a.png", "caf\\xe9.png", "n" * 251 + ".png", "z.png"]
+    np.testing.assert_array_equal(ids, expected["token_ids"][:4])
+    run(detokenize, f"--checkpoint={model}", f"--tokens={out}", f"--out={tmp_path / suffix}", "--num_steps=1")
+    assert len(list((tmp_path / suffix).iterdir())) == 4
+  assert not [path for path in tmp_path.iterdir() if path.suffix in (".part", ".tmp")]
+
+
+def test_tokenize_goes_on_where_it_was_stopped(model, pictures, tokens, tmp_path, capsys, monkeypatch):
+  folder, out, part = tmp_path / "pictures", tmp_path / "t.json", tmp_path / "t.json.part"
+  for i in range(4):
+    shutil.copytree(pictures, folder / str(i))
+  (folder / "0" / "a.png").write_bytes(b"broken")
+  given = (f"--checkpoint={model}", f"--images={folder}", f"--out={out}", "--batch_size=8")
+
+  def stop(*args, **kwargs):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(cli, "print_progress", stop)  # after the first batch
+  with pytest.raises(KeyboardInterrupt):
+    run(tokenize, *given)
+  monkeypatch.undo()
+  assert not out.exists()
+  with open(part, "ab") as file:
+    file.write(b'["half a li')
+    files.lock(file)
+    fails("another run writes .*t.json", tokenize, *given)
+  (folder / "1" / "b.png").touch()  # the seventh: it may be another picture now
+  run(tokenize, *given)
+  assert f"6 of 20 images are done already, from {part}" in capsys.readouterr().out and not part.exists()
+  fields, expected = json.loads(out.read_text()), json.loads(tokens.read_text())
+  assert fields["token_ids"] == (expected["token_ids"] * 4)[1:]
+  assert fields["names"] == [f"{i}/{name}" for i in range(4) for name in expected["names"]][1:]
 
 
 def test_detokenize_ragged_and_handwritten_token_files(model, tokens, decoded, tmp_path):

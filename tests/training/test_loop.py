@@ -287,7 +287,9 @@ def poisoned_batches(monkeypatch, bad_step):
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
   config = config_of(train=dict(num_steps=20, log_every=5, checkpoint_every=10, eval_every=20))
   poisoned_batches(monkeypatch, 3)
-  with pytest.raises(ValueError, match="not finite at step 3; there is no checkpoint yet.*with workdir=NEW optim.learning_rate=0.0005"):
+  with pytest.raises(
+    ValueError, match="not finite at step 3; there is no checkpoint yet.*with workdir=NEW optim.learning_rate=0.0005"
+  ):
     train.train(config, str(tmp_path / "early"))
   assert not checkpoint_steps(tmp_path / "early")
 

@@ -16,19 +16,16 @@ Statistics and images are exchanged in .npz files, in which nothing is unpickled
 """
 
 from collections.abc import Iterator, Mapping
-import contextlib
 import io
 import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
-import zipfile
-import zlib
 
 import numpy as np
 import scipy.stats
 
-from flextok_jax.core import files
+from flextok_jax.core import files, npz
 
 PAIRS = (("mu", "sigma"), ("mu_s", "sigma_s"))
 _ROWS = 4096  # rows in float64 at once: 64 MiB of 2048 features
@@ -222,8 +219,8 @@ def array_names(path: str | os.PathLike) -> set[str]:
     FileNotFoundError: no such file.
     ValueError: not a complete .npz file.
   """
-  with _opened(path) as archive:
-    return {name.removesuffix(".npy") for name in archive.namelist()}
+  with npz.opened(path) as archive:
+    return set(npz.names(archive))
 
 
 def load_statistics(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -235,9 +232,9 @@ def load_statistics(path: str | os.PathLike) -> dict[str, np.ndarray]:
     FileNotFoundError: no such file.
     ValueError: not a complete .npz file, no statistics, or bad values as in checked_gaussian.
   """
-  with _opened(path) as archive:
-    names = {name for pair in PAIRS for name in pair if f"{name}.npy" in archive.namelist()}
-    arrays = {name: _read(archive, name) for name in names}
+  with npz.opened(path) as archive:
+    names = {name for pair in PAIRS for name in pair if name in npz.names(archive)}
+    arrays = {name: npz.read(archive, name, "f") for name in names}
   if not {"mu", "sigma"} <= names:
     raise ValueError(f"{path} has no arrays mu and sigma: it holds no statistics; compute them from its images")
   return _checked(path, arrays)
@@ -273,11 +270,11 @@ class SampleFile:
 
   def __init__(self, path: str | os.PathLike):
     self._path = path
-    with _opened(path) as archive:
-      found = f"{_IMAGES}.npy" in archive.namelist()
+    with npz.opened(path) as archive:
+      found = _IMAGES in npz.names(archive)
       if found:
-        with archive.open(f"{_IMAGES}.npy") as stream:
-          self.shape, fortran, dtype = _header(archive, _IMAGES, stream)
+        with npz.open_array(archive, _IMAGES) as stream:
+          self.shape, fortran, dtype = npz.header(archive, _IMAGES, stream)
     if not found:
       raise ValueError(f"{path} has no array {_IMAGES}: it holds no images")
     if dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[3] != 3 or not all(self.shape):
@@ -289,8 +286,8 @@ class SampleFile:
     Raises:
       ValueError: the file is damaged.
     """
-    with _opened(self._path) as archive, archive.open(f"{_IMAGES}.npy") as stream:
-      _header(archive, _IMAGES, stream)
+    with npz.opened(self._path) as archive, npz.open_array(archive, _IMAGES) as stream:
+      npz.header(archive, _IMAGES, stream)
       for start in range(0, self.shape[0], batch_size):
         shape = (min(batch_size, self.shape[0] - start), *self.shape[1:])
         images = np.frombuffer(stream.read(math.prod(shape)), np.uint8).reshape(shape)
@@ -311,39 +308,3 @@ def _checked(path: str | os.PathLike, statistics: Mapping[str, np.ndarray]) -> d
       except ValueError as e:
         raise ValueError(f"{path}, {' and '.join(pair)}: {e}") from None
   return checked
-
-
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
-  """Opens a .npz file; errors then or when arrays are read become a ValueError of one line."""
-  if not os.path.isfile(path):
-    raise FileNotFoundError(f"no such file: {path}")
-  try:
-    with zipfile.ZipFile(path) as archive:
-      yield archive
-  except (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as e:
-    reason = " ".join(str(e).split())
-    raise ValueError(
-      f"{path} is not a complete .npz file of plain arrays ({reason}): download or write it again"
-    ) from None
-
-
-def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-  with archive.open(f"{name}.npy") as stream:
-    shape, fortran, dtype = _header(archive, name, stream)
-    if dtype.kind != "f":
-      raise ValueError(f"{name} is of type {dtype}, not floating-point")
-    return np.frombuffer(stream.read(), dtype).reshape(shape, order="F" if fortran else "C")
-
-
-def _header(archive: zipfile.ZipFile, name: str, stream) -> tuple[tuple[int, ...], bool, np.dtype]:
-  """Reads (shape, whether in Fortran order, dtype) of an array; its values follow in the stream."""
-  version = np.lib.format.read_magic(stream)
-  readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-  if version not in readers:
-    raise ValueError(f"{name} has .npy version {version}")
-  shape, fortran, dtype = readers[version](stream)
-  size = archive.getinfo(f"{name}.npy").file_size - stream.tell()
-  if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != size:
-    raise ValueError(f"{name} is {dtype} {list(shape)} in {size} bytes")
-  return shape, fortran, dtype

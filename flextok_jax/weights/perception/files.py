@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 import os
-import zipfile
 
 from flax.traverse_util import unflatten_dict
 import numpy as np
 
-from flextok_jax.core import tensor_file
+from flextok_jax.core import npz, tensor_file
 from flextok_jax.weights.layout import Entry
 
 
@@ -29,11 +28,8 @@ def read(path: str | os.PathLike, ignored: tuple[str, ...] = ()) -> dict[str, np
       f"{path} is neither .safetensors nor .npz: convert PyTorch's files by "
       "python -m flextok_jax.convert_torch SOURCE TARGET.safetensors"
     )
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      arrays = {name: file[name] for name in file.files if not name.startswith(ignored)}
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-    raise ValueError(f"{path} is not a whole .npz file of plain arrays ({e}): download or write it again") from None
+  with npz.opened(path) as archive:
+    arrays = {name: npz.read(archive, name) for name in npz.names(archive) if not name.startswith(ignored)}
   for name, array in arrays.items():
     if array.dtype.kind != "f":
       raise ValueError(f"{path}: {name!r:.80} is of type {array.dtype}, only floating-point arrays are read")
