@@ -13,7 +13,7 @@ Prints a table; writes report.json, curve.png (or loss.png) and grid_<set>.png, 
 An interrupted evaluation resumes when it is run again with the same flags.
 """
 
-import json
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from flextok_jax import cli
 from flextok_jax.config import with_fields
+from flextok_jax.core import json_lines
 from flextok_jax.core.hashing import hash_tree
 from flextok_jax.data import pipeline
 from flextok_jax.evals import from_config, generation
@@ -115,8 +116,8 @@ def main(values: flags.FlagValues):
   if not processes.is_process_0():
     return
   paths = report.write(out, settings)
-  with open(out / "eval.jsonl", "a") as f:
-    f.write(json.dumps({**settings, **report.scores}) + "\n")
+  with contextlib.closing(json_lines.JsonLines(out / "eval.jsonl")) as lines:
+    lines.write({**settings, **report.scores})
   progress.clear()
   print(report.table() + "\n")
   for path in (*paths, out / "eval.jsonl"):

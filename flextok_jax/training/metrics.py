@@ -1,14 +1,15 @@
 """Metrics of the training loop: accumulation over steps, and writing."""
 
 from collections.abc import Mapping
-import json
 import os
+from pathlib import Path
 
 from clu import metrics as clu_metrics
 import flax
 import jax
 import jax.numpy as jnp
 
+from flextok_jax.core import json_lines
 from flextok_jax.parallel import processes
 
 NEVER = jnp.iinfo(jnp.int32).max  # FirstBadStep while every loss was finite
@@ -76,7 +77,7 @@ class Writer:
     self._file = self._summary = None
     if not processes.is_process_0():
       return
-    self._file = open(os.path.join(workdir, "metrics.jsonl"), "a", buffering=1)  # noqa: SIM115 closed in close()
+    self._file = json_lines.JsonLines(Path(workdir) / "metrics.jsonl")
     if tensorboard:
       try:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -93,7 +94,7 @@ class Writer:
     """Writes the scalars of a step to the files and `line` to the console."""
     if self._file is None:
       return
-    self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+    self._file.write({"step": step, **scalars})
     if self._summary is not None:
       self._summary.write_scalars(step, dict(scalars))
       self._summary.flush()
