@@ -131,7 +131,7 @@ class _PrepareRow(grain.transforms.RandomMap):
       rng.bit_generator.state = start  # an unreadable file before this one has used the generator
       return self._augment(image, rng)
 
-    record, skipped = base.read(self._source, int(index), crop)
+    record, skipped = base.read(self._source, int(index), crop, with_captions=False)
     return {
       "image": record["image"],
       "label": np.int32(record["label"]),
@@ -268,12 +268,12 @@ class EvalImages:
     return self.shape[0]
 
   def __getitem__(self, rows: slice) -> np.ndarray:
-    return np.stack([record["image"] for record in self.records(rows)])
+    return np.stack([record["image"] for record in self.records(rows, with_captions=False)])
 
-  def records(self, rows: slice) -> list[base.Record]:
+  def records(self, rows: slice, with_captions: bool = True) -> list[base.Record]:
     """Returns the records of a slice."""
     crop = lambda image: transforms.center_crop(image, self.shape[1])
-    read = lambda i: base.read(self._source, int(self._order[i]), crop)[0]
+    read = lambda i: base.read(self._source, int(self._order[i]), crop, with_captions)[0]
     with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
       return list(pool.map(read, range(*rows.indices(len(self)))))
 

@@ -11,8 +11,8 @@ from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 from flextok_jax.core import files
 from flextok_jax.core.errors import first_line
+from flextok_jax.data import listing
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 # Pillow's errors for files that are missing, no images, truncated, corrupt or too large.
 DECODE_ERRORS = (
   OSError,
@@ -181,25 +181,6 @@ def flip(image: np.ndarray) -> np.ndarray:
   return image[:, ::-1]
 
 
-def list_images(folder: str) -> list[str]:
-  """Returns the sorted paths of the jpg, jpeg, png and webp files under a folder, without hidden files and folders."""
-  if not os.path.isdir(folder):
-    problem = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
-    raise FileNotFoundError(f"the image folder {folder} {problem}")
-  found, seen = [], set()
-  for root, folders, names in os.walk(folder, followlinks=True):
-    real = os.path.realpath(root)
-    if real in seen:  # a link to a parent, or a second link to the same folder
-      folders[:] = []
-      continue
-    seen.add(real)
-    folders[:] = sorted(f for f in folders if not f.startswith("."))
-    found += [os.path.join(root, f) for f in names if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
-  if not found:
-    raise ValueError(f"the image folder {folder} has no jpg, jpeg, png or webp file")
-  return sorted(found, key=lambda path: os.path.relpath(path, folder).split(os.sep))
-
-
 def name_images(paths: Any) -> list[tuple[str, str]]:
   """Returns (path, name) of each image in a folder, a file, or a list of files and folders.
 
@@ -213,11 +194,11 @@ def name_images(paths: Any) -> list[tuple[str, str]]:
   named = []
   for path in map(os.fspath, paths):
     if os.path.isdir(path):
-      named += [(p, os.path.relpath(p, path)) for p in list_images(path)]
+      named += [(p, os.path.relpath(p, path)) for p in listing.list_images(path)]
     elif os.path.exists(path):
       named.append((path, path))
     else:
-      raise FileNotFoundError(f"the image {path} does not exist")
+      raise FileNotFoundError(f"the image {files.printable(path)} does not exist")
   if not named:
     raise ValueError("no image was given: name files or a folder")
   return named

@@ -118,7 +118,7 @@ def test_bad_folders_are_refused(held_out, tmp_path):
   folder = lambda path: dict(data=sources(folder=dict(weight=1.0, path=str(path))), eval=evaluation)
   workdir = tmp_path / "new"
   refused(f"folder {tmp_path}/absent does not exist", workdir, **folder(tmp_path / "absent"))
-  refused(f"folder {tmp_path}/empty has no jpg", workdir, **folder(tmp_path / "empty"))
+  refused(f"folder {tmp_path}/empty has no picture", workdir, **folder(tmp_path / "empty"))
   refused("notes.txt is a file, not a folder", workdir, **folder(tmp_path / "empty" / "class" / "notes.txt"))
   if held_out:
     refused("consecutive images are unreadable", workdir, **folder(tmp_path / "broken"))

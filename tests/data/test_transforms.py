@@ -310,7 +310,7 @@ def test_paths_are_checked_before_reading(tmp_path, monkeypatch):
     patch.setattr(transforms, "center_crop", None)  # any read would fail
     for paths, error, words in (
       ([tmp_path / "a.png", tmp_path / "gone.png"], FileNotFoundError, "gone.png does not exist"),
-      ([tmp_path / "a.png", tmp_path / "empty"], ValueError, "empty has no "),
+      ([tmp_path / "a.png", tmp_path / "empty"], ValueError, "empty has no picture"),
       ([], ValueError, "no image was given"),
     ):
       with pytest.raises(error, match=words):

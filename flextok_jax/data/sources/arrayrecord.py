@@ -28,10 +28,10 @@ class ArrayRecord(StoredImages):
   def __len__(self) -> int:
     return len(self._records)
 
-  def view(self, index: int, decode: Callable[[Any], Any]) -> Record:
+  def view(self, index: int, decode: Callable[[Any], Any], with_captions: bool = True) -> Record:
     try:
       record = self._records[index]
       image = decode(io.BytesIO(record["data"]))
     except transforms.DECODE_ERRORS as error:  # also a damaged record, a ValueError
       raise UnreadableRecord(f"{self._records} [{index}]", error) from error
-    return stored_record(image, record["label"], tuple(record["captions"]) or ("",), record["num_objects"])
+    return stored_record(image, record["label"], tuple(record["captions"]), record["num_objects"])

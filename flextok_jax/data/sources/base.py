@@ -1,15 +1,18 @@
 """What all image sources share: records, reading past unreadable ones, validation splits, endless sources."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import hashlib
+import os
 from typing import Any, NotRequired, Protocol, TypedDict
 
-from absl import logging
 import numpy as np
 
-from flextok_jax.core.errors import first_line
+from flextok_jax.core.errors import first_line, warn_once
+from flextok_jax.core.files import printable
 from flextok_jax.data import transforms
 
+VALIDATION_PERCENT = 5  # of files, of sources without a validation split of their own
+MAX_BYTES = 2**30  # of an image file
 MAX_RUN = 20  # consecutive unreadable records after which reading stops
 ENDLESS = 2**31 - 1  # length of a source that draws its images; more than any run reads
 _SPLIT_KEYS = {"train": 0x7261696E, "validation": 0x76616C69}  # first word of the random key: separate streams
@@ -48,9 +51,8 @@ class UnreadableRecord(Exception):
   """A record that cannot be decoded: `name` identifies it, `reason` is the cause."""
 
   def __init__(self, name: str, reason: str | Exception):
-    super().__init__(f"{name}: {first_line(reason)}")
-    self.name = name
-    self.reason = first_line(reason)
+    self.name, self.reason = printable(name), first_line(reason)
+    super().__init__(f"{self.name}: {self.reason}")
 
   def __reduce__(self):
     return UnreadableRecord, (self.name, self.reason)
@@ -59,38 +61,41 @@ class UnreadableRecord(Exception):
 class StoredImages:
   """A source of image files: view(index, decode) returns a record with the image decode(open file).
 
-  So the caller can decode only as much of a file as it needs.
+  So the caller can decode only as much of a file as it needs, and read captions only where it uses them.
   """
 
   framed = False
   flip = True
   class_names: tuple[str, ...] = ()
 
-  def view(self, index: int, decode: Callable[[Any], Any]) -> Record:
+  def view(self, index: int, decode: Callable[[Any], Any], with_captions: bool = True) -> Record:
     raise NotImplementedError
 
   def __getitem__(self, index: int) -> Record:
     return self.view(index, transforms.to_rgb)
 
 
-def view(source: Source, index: int, decode: Callable[[Any], Any]) -> Record:
-  """Returns source[index] with the image decode(image); decode gets the open file if the source stores files."""
+def view(source: Source, index: int, decode: Callable[[Any], Any], with_captions: bool = True) -> Record:
+  """Returns source[index] with the image decode(image); decode gets the open file if the source stores files.
+
+  Without captions, those of stored files are not read: the record has the caption "".
+  """
   if isinstance(source, StoredImages):
-    return source.view(index, decode)
+    return source.view(index, decode, with_captions)
   record = source[index]
   return {**record, "image": decode(record["image"])}
 
 
-_logged: set[str] = set()  # names of unreadable records that are in the log already
-
-
-def read(source: Source, index: int, decode: Callable[[Any], Any] | None = None) -> tuple[Record, int]:
+def read(
+  source: Source, index: int, decode: Callable[[Any], Any] | None = None, with_captions: bool = True
+) -> tuple[Record, int]:
   """Returns the record at index, or the next readable one (wrapping around), and the number of records skipped.
 
   Each process logs each unreadable record once.
 
   Args:
     decode: as of view; None: source[i].
+    with_captions: as of view.
 
   Raises:
     ValueError: MAX_RUN consecutive records are unreadable.
@@ -99,20 +104,18 @@ def read(source: Source, index: int, decode: Callable[[Any], Any] | None = None)
   while True:
     position = (index + skipped) % len(source)
     try:
-      record = source[position] if decode is None else view(source, position, decode)
+      record = source[position] if decode is None else view(source, position, decode, with_captions)
       return {"captions": (record["caption"],), **record}, skipped
     except UnreadableRecord as error:
       skipped += 1
-      if error.name not in _logged:
-        _logged.add(error.name)
-        logging.warning("Skipped unreadable image %s", error)
+      warn_once(f"Skipped unreadable image {error}", key=error.name)
       if skipped >= min(MAX_RUN, len(source)):
         raise ValueError(f"{skipped} consecutive images are unreadable, the last one is {error}") from error
 
 
 def held_out(key: str, percent: int) -> bool:
   """Returns whether a key is in the validation split: a stable hash selects `percent` percent of all keys."""
-  return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 100 < percent
+  return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:4], "big") % 100 < percent
 
 
 def generator(split: str, index: int) -> np.random.Generator:
@@ -121,13 +124,12 @@ def generator(split: str, index: int) -> np.random.Generator:
 
 
 def stored_record(image: Any, label: int, captions: tuple[str, ...], num_objects: int = -1) -> Record:
-  """Returns a record with one or more captions."""
+  """Returns a record; its only caption is "" if there is none."""
+  captions = captions or ("",)
   return {"image": image, "label": label, "caption": captions[0], "captions": captions, "num_objects": num_objects}
 
 
-def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
-  """Returns the captions that are not blank, each as one line; ValueError if there is none."""
-  cleaned = tuple(line for line in (" ".join(caption.split()) for caption in captions) if line)
-  if not cleaned:
-    raise ValueError("no caption")
-  return cleaned
+def check_size(size: int):
+  """Raises ValueError for the size of a file that no picture has, before it is read into memory."""
+  if size > MAX_BYTES:
+    raise ValueError(f"has {size} bytes: image files have at most {MAX_BYTES}")

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from flextok_jax.core import extras
-from flextok_jax.core.errors import first_line
+from flextok_jax.core.errors import first_line, warn_once
 from flextok_jax.data import transforms
-from flextok_jax.data.sources.base import Record, StoredImages, UnreadableRecord, clean_captions, stored_record
+from flextok_jax.data.sources import captions
+from flextok_jax.data.sources.base import Record, StoredImages, UnreadableRecord, stored_record
 
 
 class Tfds(StoredImages):
@@ -87,7 +88,7 @@ class Tfds(StoredImages):
   def __len__(self) -> int:
     return len(self._records)
 
-  def view(self, index: int, decode: Callable[[Any], Any]) -> Record:
+  def view(self, index: int, decode: Callable[[Any], Any], with_captions: bool = True) -> Record:
     record = self._records[index]
     try:
       image = decode(io.BytesIO(record[self._image_key]))
@@ -95,13 +96,15 @@ class Tfds(StoredImages):
       raise UnreadableRecord(f"{self._name} [{index}]", error) from error
     label = int(record[self._label_key]) if self._label_key else -1
     name = self.class_names[label] if 0 <= label < len(self.class_names) else ""
-    captions: tuple[str, ...] = (name.replace("_", " "),)
-    if self._caption_key:
-      try:
-        captions = clean_captions(_texts(record, self._caption_key.split("/")))
-      except ValueError as error:
-        raise UnreadableRecord(f"{self._name} [{index}], {self._caption_key}", error) from error
-    return stored_record(image, label, captions)
+    texts = self._captions(index, record) if self._caption_key and with_captions else ()
+    return stored_record(image, label, texts or captions.clean([name.replace("_", " ")]))
+
+  def _captions(self, index: int, record: dict) -> tuple[str, ...]:
+    try:
+      return captions.clean(_texts(record, self._caption_key.split("/")))
+    except UnicodeDecodeError:
+      warn_once(f"No caption in {self._name} [{index}]: its {self._caption_key} is no text in UTF-8")
+      return ()
 
 
 def _feature(features, path: str):
