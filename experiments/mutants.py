@@ -30,6 +30,7 @@ import numpy as np
 from flextok_jax import cli
 from flextok_jax.data import transforms
 from flextok_jax.data.sources import base
+from tests.support import token_mutants
 from tests.support.mutations import mutate
 from tests.support.pictures import samples
 
@@ -50,7 +51,12 @@ def pictures(rng: random.Random, folder: Path):
 
 
 # name: function(rng, folder) that damages files with rng alone, and reads them; it writes into the folder only.
-KINDS: dict[str, Callable[[random.Random, Path], None]] = {"pictures": pictures}
+KINDS: dict[str, Callable[[random.Random, Path], None]] = {
+  "pictures": pictures,
+  "token_files": token_mutants.token_file,
+  "npz": token_mutants.npz,
+  "shards": token_mutants.shards,
+}
 
 
 def empty(folder: Path) -> Path:

@@ -105,7 +105,7 @@ class _Results:
       end = file.tell()
       for (path, name), line in zip(named, iter(file.readline, b"")):
         row = _parse(line)
-        if not isinstance(row, list) or len(row) != 4 or row[:3] != _identity(path, name):
+        if not isinstance(row, list) or row[:3] != _identity(path, name) or not _is_result(row[3:], header[-1]):
           break
         self._count(row)
         end = file.tell()
@@ -145,8 +145,15 @@ class _Results:
 def _parse(line: bytes) -> Any:
   try:
     return json.loads(line) if line.endswith(b"\n") else None
-  except ValueError:
+  except (ValueError, RecursionError):
     return None
+
+
+def _is_result(items: list, num_tokens: int) -> bool:
+  """Returns whether the items are [ids] or [reason]."""
+  if len(items) != 1 or not isinstance(items[0], list):
+    return len(items) == 1 and isinstance(items[0], str)
+  return len(items[0]) == num_tokens and all(type(token) is int and 0 <= token < 2**31 for token in items[0])
 
 
 def _identity(path: str, name: str) -> list:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import zipfile
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from flextok_jax.core import files, npz
 from flextok_jax.inference import token_files
+from tests.support import token_mutants
 
 NUM_CODES = 8 * 5 * 5
 
@@ -110,3 +112,14 @@ def test_npz_files_expand_within_bounds(tmp_path, monkeypatch):
   path.write_bytes(data.replace(b"(1, 4)", b"(1, 4\n"))  # tokenize, which numpy's reader calls, has errors of its own
   with pytest.raises(ValueError, match="not a complete .npz file"):
     read()
+
+
+@pytest.mark.parametrize("kind", ["token_file", "npz", "shards"])
+def test_mutants_are_read_or_refused_in_one_line(kind, tmp_path):
+  for number in range(150):
+    folder = tmp_path / str(number)
+    folder.mkdir()
+    try:
+      getattr(token_mutants, kind)(random.Random(number), folder)
+    except (ValueError, FileNotFoundError) as e:
+      assert len(str(e).splitlines()) == 1 and len(str(e)) < 1000
