@@ -97,8 +97,8 @@ def test_npz_files_expand_within_bounds(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"not a complete .npz file .*token_ids has shape \[1000000, 4\]"):
     read()  # more images than bytes
   monkeypatch.setattr(npz, "MAX_EXPANDED", 10**5)
-  np.savez_compressed(path, token_ids=np.zeros((100, 10**6), np.uint8))
-  with pytest.raises(ValueError, match="token_ids expands from .* to 100000128 bytes: write it uncompressed"):
+  np.savez_compressed(path, token_ids=np.zeros((100, 10**5), np.uint8))
+  with pytest.raises(ValueError, match="token_ids expands from .* to 10000128 bytes: write it uncompressed"):
     read()
   np.savez(path, token_ids=np.zeros((9, 4), ">u2"), names=np.array(list("abcdefghi")))
   assert read()[0] == list("abcdefghi") and np.array_equal(read()[1], np.zeros((9, 4)))
