@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 # The formats that are read, {Pillow's name: extensions}: pure codecs, none of which starts a program.
 FORMATS = {
-  "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+  "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
   "PNG": (".png", ".apng"),
   "WEBP": (".webp",),
   "GIF": (".gif",),
@@ -16,7 +16,10 @@ FORMATS = {
   "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
   "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
   "QOI": (".qoi",),
-  "TGA": (".tga",),
+  "ICO": (".ico",),
+  "PCX": (".pcx",),
+  "SGI": (".sgi",),
+  "TGA": (".tga",),  # without a signature
 }
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 

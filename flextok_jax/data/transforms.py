@@ -1,77 +1,125 @@
 """Converts stored images of any mode to uint8 RGB arrays of one size."""
 
+from collections.abc import Callable
 import io
 import os
-import struct
 from typing import Any
-import zlib
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
+from PIL import Image, ImageCms, JpegImagePlugin
 
 from flextok_jax.core import files
-from flextok_jax.core.errors import first_line
 from flextok_jax.data import listing
+from flextok_jax.data.pictures import UnreadablePicture, decoding, open_picture, orientation
 
-# Pillow's errors for files that are missing, no images, truncated, corrupt or too large.
-DECODE_ERRORS = (
-  OSError,
-  SyntaxError,
-  ValueError,
-  EOFError,
-  IndexError,
-  struct.error,
-  zlib.error,
-  Image.DecompressionBombError,
-)
 MAX_ASPECT = 64  # longer strips are cut to this aspect ratio before they are resized, to bound memory
 REDUCTIONS = (8, 4, 2)  # libjpeg can decode at 1 / these sizes, which is faster
 # EXIF orientations with swapped sides; with the end of a stored row or column on the left; and with it at the top.
 _TURNED, _FROM_RIGHT, _FROM_BELOW = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
+_TURNS = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+_BLOCK = 2**22  # pixels that are converted at a time, to bound memory
 
 
 def to_rgb(image: Any) -> Image.Image:
   """Returns a Pillow RGB image of a Pillow image, a path, an open file, or an array [h, w] or [h, w, 1, 3 or 4].
 
-  EXIF rotation is applied; transparent images are composited on white; 16-bit values are scaled by 1/257 to 8 bits;
-  Pillow converts CMYK, palette and grey. Arrays are uint8, uint16, bool, or floating point in [0, 1].
+  The EXIF orientation is applied; transparent images are composited on white; Pillow converts CMYK, palette and grey.
+  Grey images of 16 bits are scaled by 1/257; those of 32 bits and of floating point by the range that holds their
+  values (see _range). Arrays are uint8, uint16, bool, or floating point in [0, 1].
+
+  Raises:
+    UnreadablePicture: the image cannot be decoded, or has no pixels.
+    ValueError: an array of another shape, type or range.
   """
   if isinstance(image, (str, os.PathLike, io.IOBase)):
-    with Image.open(image) as opened:  # type: ignore[arg-type]
-      return to_rgb(opened)
-  if not isinstance(image, Image.Image):
+    image = open_picture(image)
+  elif not isinstance(image, Image.Image):
     image = _from_array(np.asarray(image))
-  image.load()
-  if _orientation(image) != 1:
-    image = ImageOps.exif_transpose(image)
-  if image.mode.startswith("I"):  # 16-bit grey (I;16 and its byte orders) or 32-bit integers holding 16-bit values
-    values = np.asarray(image).astype(np.int64)
-    image = Image.fromarray((np.clip(values, 0, 65535) / 257.0 + 0.5).astype(np.uint8))
-  elif image.mode == "F":
-    image = _from_array(np.asarray(image))
-  if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image).convert("RGB")
-  return image if image.mode == "RGB" else image.convert("RGB")
+  with decoding():
+    if 0 in image.size:
+      raise UnreadablePicture(f"it has no pixels: {image.width}x{image.height} px")
+    image.load()
+    turn = orientation(image)
+    if turn != 1:
+      image = image.transpose(_TURNS[turn])
+      for name in ("orientation", "exif", "xmp", "XML:com.adobe.xmp"):
+        image.info.pop(name, None)
+    if image.mode[0] in "IF":
+      low, high = _range(image)
+      image = _by_blocks(image, "L", lambda part: Image.fromarray(_to_8_bits(np.asarray(part), low, high)))
+    elif image.mode == "LAB":
+      profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+      image = ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "LAB", "RGB")) or image
+    if image.mode == "La":
+      image = image.convert("LA")
+    if image.has_transparency_data:
+      return _by_blocks(image, "RGB", _on_white)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _orientation(image: Image.Image) -> int:
-  """Returns the EXIF orientation of an opened image; 1 is upright."""
-  return image.getexif().get(ExifTags.Base.Orientation, 1)
+def _by_blocks(image: Image.Image, mode: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+  """Returns an image of another mode, converted in blocks of whole rows."""
+  converted = Image.new(mode, image.size)
+  rows = max(_BLOCK // image.width, 1)
+  for top in range(0, image.height, rows):
+    box = (0, top, image.width, min(top + rows, image.height))
+    converted.paste(convert(image.crop(box)), box)
+  return converted
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+  image = image.convert("RGBA")
+  return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+
+
+def _range(image: Image.Image) -> tuple[float, float]:
+  """Returns the values of black and white of a grey image of more than 8 bits.
+
+  0 and 65535 for 16 bits. Else 0 and the first of 1 (floating point only), 255 (likewise) and 65535 that holds all
+  values, where a tenth more to either side is an overshoot of resampling; else the smallest and the largest value.
+  Values that are not finite do not count.
+  """
+  if image.mode.startswith("I;16"):
+    return 0.0, 65535.0
+  low, high = np.inf, -np.inf
+  rows = max(_BLOCK // image.width, 1)
+  for top in range(0, image.height, rows):
+    values = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+    values = values[np.isfinite(values)]
+    low, high = min(low, values.min(initial=np.inf)), max(high, values.max(initial=-np.inf))
+  for white in (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,):
+    if low >= -0.1 * white and high <= 1.1 * white:
+      return 0.0, white
+  return (float(low), float(high)) if low < high else (0.0, 1.0)
+
+
+def _to_8_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
+  """Scales values from [low, high] to uint8; others are clipped, and NaN is 0."""
+  scaled = (np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) - low) / ((high - low) / 255.0)
+  return (np.clip(scaled, 0.0, 255.0) + 0.5).astype(np.uint8)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
   if array.ndim == 3 and array.shape[2] == 1:
     array = array[:, :, 0]
-  if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+  if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or not array.size:
     raise ValueError(f"an image array must have shape [h, w] or [h, w, 1, 3 or 4], got {list(array.shape)}")
   if array.dtype == bool:
     array = array.astype(np.uint8) * 255
   elif array.dtype == np.uint16:
-    array = (array / 257.0 + 0.5).astype(np.uint8)
+    array = _to_8_bits(array, 0.0, 65535.0)
   elif np.issubdtype(array.dtype, np.floating):
-    array = (np.clip(np.nan_to_num(array), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    if np.nanmin(array, initial=0.0) < -0.1 or np.nanmax(array, initial=0.0) > 1.1:  # resampling overshoots
+      raise ValueError(f"a float image array must lie in [0, 1], got {np.nanmin(array):g} to {np.nanmax(array):g}")
+    array = _to_8_bits(array, 0.0, 1.0)
   elif array.dtype != np.uint8:
     raise ValueError(f"an image array must be uint8, uint16, bool or floating point, got {array.dtype}")
   return Image.fromarray(np.ascontiguousarray(array))
@@ -80,7 +128,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _open(image: Any) -> Image.Image:
   """Returns a Pillow image that is not decoded yet for an open JPEG file, and to_rgb for anything else."""
   if isinstance(image, io.IOBase):
-    image = Image.open(image)  # type: ignore[arg-type]
+    image = open_picture(image)
     if isinstance(image, JpegImagePlugin.JpegImageFile):
       return image
   return to_rgb(image)
@@ -88,7 +136,7 @@ def _open(image: Any) -> Image.Image:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
   """Returns (width, height) of to_rgb(image)."""
-  return image.size[::-1] if _orientation(image) in _TURNED else image.size
+  return image.size[::-1] if orientation(image) in _TURNED else image.size
 
 
 def _decode(image: Image.Image, box: tuple[float, ...], pixels: int) -> tuple[Image.Image, tuple[float, ...]]:
@@ -98,17 +146,18 @@ def _decode(image: Image.Image, box: tuple[float, ...], pixels: int) -> tuple[Im
     (RGB image, box in its pixels), where a box is (left, top, right, bottom).
   """
   width, height = _upright_size(image)
-  orientation = _orientation(image)
+  turn = orientation(image)
   side = min(box[2] - box[0], box[3] - box[1])
   factor = next((factor for factor in REDUCTIONS if side >= factor * pixels), 1)
   # draft returns None, and has no effect, if the image is decoded already or no JPEG.
-  if factor == 1 or image.draft(None, (image.width // factor, image.height // factor)) is None:
-    return to_rgb(image), box
+  with decoding():
+    if factor == 1 or image.draft(None, (image.width // factor, image.height // factor)) is None:
+      return to_rgb(image), box
   image = to_rgb(image)
   # A pixel covers factor x factor stored pixels; in the last column and row fewer, if factor does not divide the sides.
   # What is missing shifts the other pixels if the orientation puts that column on the left, or that row on top.
-  left = image.width - width / factor if orientation in _FROM_RIGHT else 0
-  top = image.height - height / factor if orientation in _FROM_BELOW else 0
+  left = image.width - width / factor if turn in _FROM_RIGHT else 0
+  top = image.height - height / factor if turn in _FROM_BELOW else 0
   return image, tuple(edge / factor + shift for edge, shift in zip(box, (left, top, left, top)))
 
 
@@ -207,10 +256,9 @@ def name_images(paths: Any) -> list[tuple[str, str]]:
 def load_image(path: str, size: int) -> np.ndarray:
   """Returns the centre crop, uint8 [size, size, 3], of an image file; ValueError if it cannot be read."""
   try:
-    files.check_regular(path)
     return center_crop(path, size)
-  except DECODE_ERRORS as error:
-    raise ValueError(f"the image {files.printable(path)} cannot be read: {first_line(error)}") from error
+  except UnreadablePicture as error:
+    raise ValueError(f"the image {files.printable(path)} cannot be read: {error}") from error
 
 
 def load_images(paths: Any, size: int) -> tuple[np.ndarray, list[str]]:

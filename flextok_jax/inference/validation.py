@@ -133,7 +133,7 @@ def _crop(image: Image.Image | str | os.PathLike, image_size: int) -> np.ndarray
     raise ValueError(f"a list of images holds Pillow images or paths, got a {type(image).__name__}: stack arrays")
   try:
     return transforms.center_crop(image, image_size)
-  except transforms.DECODE_ERRORS as e:
+  except (OSError, ValueError) as e:
     raise ValueError(f"the image {image} cannot be read: {e}") from e
 
 

@@ -61,7 +61,7 @@ def plain_loop(paths: list[Path], size: int, min_area: float) -> Iterator[np.nda
   """
   rng = np.random.default_rng(0)
   for path in paths:
-    image = Image.open(path).convert("RGB")
+    image = Image.open(path, formats=("JPEG",)).convert("RGB")
     crop = image.crop(transforms.random_box(*image.size, rng, min_area))
     yield np.asarray(crop.resize((size, size)))
 

@@ -52,8 +52,10 @@ def test_16_bit_grey_is_scaled_not_clipped():
 
 
 def test_floating_point_is_in_0_1():
-  values = np.array([[-1.0, 0.0, 0.5, 1.0, 2.0, np.nan]], np.float32)
+  values = np.array([[-0.05, 0.0, 0.5, 1.0, 1.1, np.nan]], np.float32)
   assert rgb(values)[0, :, 0].tolist() == [0, 0, 128, 255, 255, 0]
+  with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got 0 to 255"):
+    transforms.to_rgb(np.array([[0.0, 255.0]]))
 
 
 def test_palette():

@@ -62,7 +62,7 @@ def file_bytes(image: Any) -> bytes:
   """Returns the bytes of an open image file, or a picture (as of transforms.to_rgb) as a PNG file.
 
   Raises:
-    One of transforms.DECODE_ERRORS: the file cannot be decoded.
+    UnreadablePicture: the file cannot be decoded.
   """
   if isinstance(image, io.IOBase):
     data = image.read()

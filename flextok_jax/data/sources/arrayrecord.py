@@ -4,7 +4,6 @@ from collections.abc import Callable
 import io
 from typing import Any
 
-from flextok_jax.data import transforms
 from flextok_jax.data.shards.images import ImageShards
 from flextok_jax.data.sources.base import Record, StoredImages, UnreadableRecord, stored_record
 
@@ -32,6 +31,6 @@ class ArrayRecord(StoredImages):
     try:
       record = self._records[index]
       image = decode(io.BytesIO(record["data"]))
-    except transforms.DECODE_ERRORS as error:  # also a damaged record, a ValueError
+    except (OSError, ValueError) as error:  # also a damaged record
       raise UnreadableRecord(f"{self._records} [{index}]", error) from error
     return stored_record(image, record["label"], tuple(record["captions"]), record["num_objects"])

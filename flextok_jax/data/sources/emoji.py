@@ -319,7 +319,7 @@ class Emoji:
     else:
       base = self._bases[index % len(self._bases)]
     codes, png = base[int(pick * len(base))]
-    glyph = Image.open(io.BytesIO(png)).convert("RGBA")
+    glyph = Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGBA")
     return {"image": place(glyph, rng), "label": group_of(codes), "caption": caption_of(codes), "num_objects": -1}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flextok_jax.core.errors import warn_once
 from flextok_jax.core.files import check_regular, printable
-from flextok_jax.data import listing, transforms
+from flextok_jax.data import listing
 from flextok_jax.data.sources import captions
 from flextok_jax.data.sources.base import (
   VALIDATION_PERCENT,
@@ -86,7 +86,7 @@ class Folder(StoredImages):
       with open(path, "rb") as f:
         check_size(os.fstat(f.fileno()).st_size)
         image = decode(f)
-    except transforms.DECODE_ERRORS as error:
+    except (OSError, ValueError) as error:
       raise UnreadableRecord(path, error) from error
     texts = self._captions(file) if with_captions else ()
     return stored_record(image, self._label(file), texts)

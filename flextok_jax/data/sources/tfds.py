@@ -8,7 +8,6 @@ import numpy as np
 
 from flextok_jax.core import extras
 from flextok_jax.core.errors import first_line, warn_once
-from flextok_jax.data import transforms
 from flextok_jax.data.sources import captions
 from flextok_jax.data.sources.base import Record, StoredImages, UnreadableRecord, stored_record
 
@@ -92,7 +91,7 @@ class Tfds(StoredImages):
     record = self._records[index]
     try:
       image = decode(io.BytesIO(record[self._image_key]))
-    except transforms.DECODE_ERRORS as error:
+    except (OSError, ValueError) as error:
       raise UnreadableRecord(f"{self._name} [{index}]", error) from error
     label = int(record[self._label_key]) if self._label_key else -1
     name = self.class_names[label] if 0 <= label < len(self.class_names) else ""

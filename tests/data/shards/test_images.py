@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from flextok_jax.data.pictures import UnreadablePicture
 from flextok_jax.data.shards.images import file_bytes
 
 
@@ -18,5 +19,5 @@ def test_file_bytes():
   for drawn in (picture, np.asarray(picture)):
     stored = Image.open(io.BytesIO(file_bytes(drawn)))
     assert stored.format == "PNG" and np.array_equal(np.asarray(stored), np.asarray(picture))
-  with pytest.raises(OSError, match="cannot identify"):
+  with pytest.raises(UnreadablePicture, match="in none of the formats JPEG, PNG, "):
     file_bytes(io.BytesIO(b"none"))

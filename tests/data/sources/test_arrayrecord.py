@@ -176,7 +176,10 @@ def test_unreadable_files_and_damaged_records_are_skipped(tmp_path):
   text = (path.parent / "meta.json").read_text()
   (path.parent / "meta.json").write_text(json.dumps({**json.loads(text), "shard_bytes": [path.stat().st_size]}))
   source = source_of(tmp_path / "out")
-  for index, words in ((3, r"Shards\(.*\) \[3\]: cannot identify"), (8, "record 8 cannot be read .* delete the file")):
+  for index, words in (
+    (3, r"Shards\(.*\) \[3\]: in none of the formats"),
+    (8, "record 8 cannot be read .* delete the file"),
+  ):
     with pytest.raises(base.UnreadableRecord, match=words) as caught:
       source[index]
     assert "\n" not in str(caught.value)
