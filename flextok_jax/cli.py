@@ -7,6 +7,7 @@ import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import functools
+import io
 import json
 import os
 from pathlib import Path
@@ -147,6 +148,8 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()):
   """
 
   def call(argv):
+    if isinstance(sys.stdout, io.TextIOWrapper):
+      sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have bytes that are not UTF-8
     _keep_compiled()
     with processes.exit_on_failure():
       try:

@@ -92,15 +92,14 @@ def test_tokenize_options(model, pictures, tokens, tmp_path):
 
 
 def test_round_trip_in_user_processes(model, pictures, tokens, decoded, tmp_path):
-  code, out, err = shell(
-    "flextok_jax.tokenize", f"--checkpoint={model}", f"--images={pictures}", f"--out={tmp_path / 't.json'}"
-  )
+  file = tmp_path / os.fsdecode(b"caf\xe9.json")
+  code, out, err = shell("flextok_jax.tokenize", f"--checkpoint={model}", f"--images={pictures}", f"--out={file}")
   assert (code, err) == (0, "") and "5 images of 16 px, 4 tokens each" in out
-  assert (tmp_path / "t.json").read_text() == tokens.read_text()
+  assert file.read_text() == tokens.read_text()
   code, out, err = shell(
     "flextok_jax.detokenize",
     f"--checkpoint={model}",
-    f"--tokens={tmp_path / 't.json'}",
+    f"--tokens={file}",
     f"--out={tmp_path / 'out'}",
     "--batch_size=2",
   )
