@@ -24,6 +24,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+_MESSAGE = 400  # bytes at most
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -109,6 +110,17 @@ def true_on_all_processes(condition: bool) -> bool:
   if jax.process_count() == 1:
     return condition
   return bool(np.all(multihost_utils.process_allgather(np.bool_(condition))))
+
+
+def first_message(text: str) -> str:
+  """Returns the first text that is not empty of those of all processes, which must all call it; "" if none is."""
+  if jax.process_count() == 1:
+    return text
+  own = np.zeros(_MESSAGE, np.uint8)
+  data = text.encode(errors="replace")[:_MESSAGE]
+  own[: len(data)] = np.frombuffer(data, np.uint8)
+  texts = (row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(own))
+  return next(filter(None, texts), "")
 
 
 def run_on_process_0(function: Callable[[], Any]) -> None:

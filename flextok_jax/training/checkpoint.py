@@ -20,7 +20,7 @@ from flextok_jax.core import files
 from flextok_jax.core.errors import first_line
 from flextok_jax.parallel import processes
 from flextok_jax.training.state import TrainState
-from flextok_jax.weights import orbax
+from flextok_jax.weights import checksums, orbax
 
 # Fields that may change when a run is resumed; a change of any other field is an error.
 _FREE = ("train.", "eval.", "sampler.", "mesh.", "remat", "profile_steps", "init_from")
@@ -109,7 +109,11 @@ class Checkpoints:
   def __init__(self, workdir: str, keep: int = 1, keep_period: int = 0, *, own: bool = False):
     orbax.quiet()
     self._keep, self._keep_period = keep, keep_period
-    options = ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=own)
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=self,
+      cleanup_tmp_directories=own,
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+    )
     self._workdir = workdir
     self._manager = ocp.CheckpointManager(orbax.directory(workdir), options=options)
     self._losses = {step: self._read_loss(step) for step in self._manager.all_steps()}
@@ -190,6 +194,11 @@ class Checkpoints:
 
   def _folder(self, step: int) -> str:
     return os.path.join(self._manager.directory, str(step))
+
+  def _write_checksums(self):
+    """Called by orbax when all items are written, before the checkpoint gets its name."""
+    if processes.is_process_0():
+      checksums.write(self._manager.directory, self._saving)
 
   @contextlib.contextmanager
   def _failures_named(self):

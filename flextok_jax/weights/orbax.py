@@ -7,11 +7,14 @@ import sys
 from typing import Any
 
 from absl import logging as absl_logging
+from etils import epath
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from flextok_jax.core.errors import first_line
 from flextok_jax.parallel import processes
+from flextok_jax.weights import checksums
 
 MEASURED = "measured"  # JSON item of a checkpoint: config fields measured on the averaged weights, {dotted name: value}
 
@@ -57,7 +60,9 @@ def split(source: str | os.PathLike) -> tuple[str, int | None]:
 def restore_newest(
   workdir: str | os.PathLike, items: Mapping[str, Any], restore_args: Callable = ocp.args.StandardRestore
 ) -> tuple[int, dict[str, Any], list[int]]:
-  """Restores the newest checkpoint that every process can read. All processes call it together; nothing is written.
+  """Restores the newest whole checkpoint. All processes call it together; nothing is written.
+
+  The files of the items are compared with their checksums (weights/checksums.py), of which each process reads a part.
 
   Args:
     workdir: of the run; or WORKDIR/checkpoints/STEP, for this checkpoint alone.
@@ -83,16 +88,19 @@ def restore_newest(
     raise FileNotFoundError(f"workdir {workdir} has no checkpoint yet")
   with ocp.CheckpointManager(directory(workdir), options=options) as reader:
     for step in sorted(reader.all_steps(), reverse=True) if only is None else [only]:
-      folder, problem, restored = os.path.join(directory(workdir), str(step)), "", {}
-      try:
+      folder, restored = os.path.join(directory(workdir), str(step)), {}
+
+      def verify(folder=folder):
+        checksums.verify(epath.Path(folder), items, process, jax.process_count())
+
+      def restore(step=step, restored=restored):
         composite = reader.restore(step, args=ocp.args.Composite(**{k: restore_args(v) for k, v in items.items()}))
-        restored = {name: composite[name] for name in items}
+        restored.update({name: composite[name] for name in items})
         _check_complete(restored)
-      except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
-        problem = f"{type(e).__name__}: {first_line(e, 200)}"
-      if processes.true_on_all_processes(not problem):
+
+      problem = _problem(verify) or _problem(restore)
+      if not problem:
         return step, restored, unreadable
-      problem = problem or "in another process"
       reason = reason or f"checkpoint {folder} cannot be read ({problem})"
       if only is not None:
         raise ValueError(f"{reason}: take another step in {directory(workdir)}")
@@ -102,6 +110,16 @@ def restore_newest(
   if not unreadable:
     raise FileNotFoundError(f"workdir {workdir} has no checkpoint yet")
   raise ValueError(f"{reason}, nor any before it: repair it, or start a new run in another workdir")
+
+
+def _problem(function: Callable[[], None]) -> str:
+  """Calls a function in all processes; returns what it raised in any of them, "" if nothing."""
+  problem = ""
+  try:
+    function()
+  except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
+    problem = first_line(e, 200) if type(e) is ValueError else f"{type(e).__name__}: {first_line(e, 200)}"
+  return processes.first_message(problem)
 
 
 def restore_average(
@@ -120,13 +138,17 @@ def restore_average(
 
   Raises:
     FileNotFoundError: the workdir has no checkpoint yet.
-    ValueError: no checkpoint can be read.
+    ValueError: no checkpoint can be read, or the newest that can be has parameters that are not finite.
   """
   items: dict[str, Any] = {name: tree for name, tree in dict(ema=params, frozen=frozen).items() if tree}
   if measured:
     items[MEASURED] = None
-  _, restored, _ = restore_newest(workdir, items, _restore_part)
+  step, restored, _ = restore_newest(workdir, items, _restore_part)
   fields = restored.pop(MEASURED, {})
+  for path, x in jax.tree_util.tree_leaves_with_path(restored):
+    if not jnp.isfinite(x).all():
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      raise ValueError(f"checkpoint {os.path.join(directory(workdir), str(step))}: {name} has NaN or infinite values")
   return {name: tree for part in restored.values() for name, tree in part.items()}, fields
 
 

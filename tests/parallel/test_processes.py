@@ -74,14 +74,24 @@ def same_weights(workdir, other):
     np.testing.assert_allclose(array, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def flip_bit(folder):
+  """Flips a bit in a checkpoint's file of arrays that process 1 of 2 compares with its checksum; returns its name."""
+  hashes = json.loads((folder / "checksums.json").read_text())
+  files = sorted((item, name) for item in ("ema", "opt_state", "params") for name in hashes[item])
+  name = next("/".join(file) for file in files[1::2] if "/d/" in file[1])
+  data = bytearray((folder / name).read_bytes())
+  data[len(data) // 2] ^= 1
+  (folder / name).write_bytes(data)
+  return name
+
+
 def test_stopped_and_killed_processes_compute_the_same_as_one(shards, undisturbed, tmp_path, monkeypatch):
   expected = tiny_run.losses(undisturbed)
   stopped, killed = tmp_path / "stopped", tmp_path / "killed"
   # Of the second run there are checkpoints of steps 4 and 6 by one process, the latter damaged.
   for step in ("4", "6"):
     shutil.copytree(undisturbed / "checkpoints" / step, killed / "checkpoints" / step)
-  for file in (killed / "checkpoints" / "6").rglob("d/*"):
-    file.write_bytes(file.read_bytes()[:50])
+  harmed = flip_bit(killed / "checkpoints" / "6")
   done = launch_runs(
     run_of(shards, stopped, kind="step", step=2, process=1, name="SIGTERM"),
     run_of(shards, killed, kind="step", step=9, process=1),
@@ -94,7 +104,8 @@ def test_stopped_and_killed_processes_compute_the_same_as_one(shards, undisturbe
   same_losses(tiny_run.losses(stopped), expected)
   # From one process to two, from data to fsdp, from the older checkpoint; then one is killed, and the launcher ends the
   # other.
-  assert done.stderr.count("checkpoints/6 cannot be read") == 1 and "resuming from step 4" in done.stdout
+  assert done.stderr.count(f"checkpoints/6 cannot be read (file {harmed} differs from its checksum)") == 1
+  assert "resuming from step 4" in done.stdout
   assert done.returncode == 137 and "process 1 ended with code 137" in done.stderr, done.stderr
   assert checkpoint_steps(killed) in ([4, 6], [4, 6, 8])
   same_losses(tiny_run.losses(killed), expected)

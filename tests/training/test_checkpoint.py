@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,6 +236,12 @@ def harm(folder, how):
   """Damages the arrays of a checkpoint."""
   data = [p for name in ("params", "ema") for p in (folder / name).rglob("d/*") if p.is_file()]
   assert data
+  if how == "flipped":  # one bit of an array, which orbax does not notice
+    file = max((folder / "ema").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return
   for file in data:
     if how == "truncated":
       file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -244,7 +251,7 @@ def harm(folder, how):
       file.unlink()
 
 
-@pytest.mark.parametrize("how", ["truncated", "garbled", "missing"])
+@pytest.mark.parametrize("how", ["truncated", "garbled", "missing", "flipped"])
 def test_a_damaged_checkpoint_falls_back_to_the_previous_one(config, workdir, tmp_path, how, caplog):
   """A warning names it. Loaders use the previous one; a run renames the damaged one and saves that step again."""
   path = tmp_path / "copy"
@@ -276,6 +283,23 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(config, workdir, tm
   checkpoints.close()
   fails(f"checkpoint {path}/checkpoints/3 cannot be read", loading.load, str(path))
   assert {p.name for p in folder.parent.iterdir()} == {"3", "5.unreadable"}  # no needless renaming
+
+
+def test_checkpoints_without_checksums_or_with_damaged_ones_are_not_read(config, workdir, tmp_path):
+  shutil.copytree(workdir / "checkpoints", tmp_path / "checkpoints")
+  for damage in (Path.unlink, lambda path: path.write_text("{"), lambda path: path.write_text('{"ema": 3}')):
+    for path in (tmp_path / "checkpoints").glob("*/checksums.json"):
+      damage(path)
+    with pytest.raises(ValueError, match="checkpoints/5 cannot be read .no checksums of its files, or damaged ones"):
+      orbax.restore_average(str(tmp_path), shapes_of(random_state(config).ema), {})
+
+
+def test_a_checkpoint_with_parameters_that_are_not_finite_is_refused(config, tmp_path):
+  state = random_state(config, 5)
+  flat = traverse_util.flatten_dict(state.ema)
+  name = sorted(flat)[0]
+  save_states(tmp_path, config, state.replace(ema=traverse_util.unflatten_dict({**flat, name: flat[name] * jnp.nan})))
+  fails(f"checkpoint .*/5: ema/{'/'.join(name)} has NaN or infinite values", loading.load, str(tmp_path))
 
 
 def test_partial_checkpoints_of_a_killed_run_are_removed_by_the_next_run(config, workdir, tmp_path):
