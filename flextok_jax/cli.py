@@ -21,6 +21,7 @@ import jax
 from ml_collections import ConfigDict, config_flags
 
 from flextok_jax.config import load_config
+from flextok_jax.core import files
 from flextok_jax.core.extras import MissingPackageError
 from flextok_jax.ops import guidance
 from flextok_jax.parallel import processes
@@ -188,6 +189,7 @@ def out_folder(values: flags.FlagValues) -> Path:
   """Returns --out, which need not exist; ValueError if it is a file."""
   if Path(values.out).exists() and not Path(values.out).is_dir():
     raise ValueError(f"--out={values.out} is a file: give a folder")
+  files.check_writable(Path(values.out))
   return Path(values.out)
 
 

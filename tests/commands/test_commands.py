@@ -97,11 +97,7 @@ def test_round_trip_in_user_processes(model, pictures, tokens, decoded, tmp_path
   assert (code, err) == (0, "") and "5 images of 16 px, 4 tokens each" in out
   assert file.read_text() == tokens.read_text()
   code, out, err = shell(
-    "flextok_jax.detokenize",
-    f"--checkpoint={model}",
-    f"--tokens={file}",
-    f"--out={tmp_path / 'out'}",
-    "--batch_size=2",
+    "flextok_jax.detokenize", f"--checkpoint={model}", f"--tokens={file}", f"--out={tmp_path / 'out'}", "--batch_size=2"
   )
   assert (code, err) == (0, "") and "5 images of 16 px" in out
   assert sorted(decoded) == ["00000_a.png", "00001_b.png", "00002_c.png", "00003_d.png", "00004_e.png"]
@@ -212,6 +208,11 @@ def test_detokenize_rejects_bad_input(model, vae, tokens, tmp_path):
   fails("seed=-1 is out of range", detokenize, *given, "--seed=-1")
   fails("stage 'vae', which has no tokens", detokenize, f"--checkpoint={vae}", *given[1:])
   fails("is a file", detokenize, *given[:2], f"--out={short}")
+  fails(
+    "x cannot be written: .*short.json is a file", detokenize, "--checkpoint=absent", given[1], f"--out={short / 'x'}"
+  )
+  bad = write(tmp_path / "bad.json", token_ids=[[1], [2]], names=["a", "b\0" * 10**5])
+  fails(r"names\[1\] is 'b.x00b", detokenize, given[0], f"--tokens={bad}", given[2])
   fails("absent", detokenize, "--checkpoint=absent", *given[1:])
   assert not (tmp_path / "out").exists()
 

@@ -1,6 +1,7 @@
 """The sample command on a tiny random generator and a tiny random tokenizer."""
 
 import json
+import os
 
 from absl import flags
 import jax
@@ -10,6 +11,7 @@ import pytest
 import skimage.data
 
 from flextok_jax import detokenize, load, load_ar, sample
+from flextok_jax.core import files
 from flextok_jax.data import transforms
 from flextok_jax.evals import grids
 from tests.support import tiny_generators
@@ -209,6 +211,12 @@ def test_unconditional_and_greedy_sampling(models, tmp_path):
   one, other = (np.asarray(Image.open(tmp_path / f"0000{i}_unconditional.png")) for i in range(2))
   assert (one != other).any()  # the decoder's noise
   assert read(tmp_path, "samples.json")["settings"]["guidance_scale"] == 1
+
+
+def test_names_of_samples_are_names_of_files(tmp_path):
+  for image in ("n" * 300 + ".png", "é" * 200, os.fsdecode(b"caf\xe9.png"), None):
+    name = sample.Sample("Ä" * 99, image, 2, 0).name
+    files.write_file(tmp_path / f"00000_{name}.png", b"x")
 
 
 def test_grid_rows_are_divided_among_the_conditions():

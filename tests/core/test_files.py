@@ -1,6 +1,7 @@
 """Text files, names in messages, and atomic file writes."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -94,3 +95,12 @@ def test_names_are_shortened_and_made_text():
   assert files.shorten("é" * 150) == "é" * 100 and files.shorten("a") == "a"
   name = os.fsdecode(b"caf\xe9.png")
   assert files.as_text(name) == "caf\\xe9.png" and files.as_text("é") == "é"
+
+
+def test_folders_are_tried_for_writing(tmp_path):
+  files.check_writable(tmp_path / "new" / "deep")
+  assert not list(tmp_path.iterdir())
+  (tmp_path / "file").write_text("x")
+  for folder, reason in ((tmp_path / "file" / "x", ".*file is a file"), (Path("/proc/x"), "")):
+    with pytest.raises(ValueError, match=f"x cannot be written: {reason}"):
+      files.check_writable(folder)

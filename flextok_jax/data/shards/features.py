@@ -67,7 +67,7 @@ class LatentsWithFeatures:
     for name in ("label", "num_objects", "captions"):
       if record[name] != other[name]:
         raise ValueError(
-          f"record {index} has {name} {record[name]!r} in {self._latents} and {other[name]!r} in {self._features}, so "
-          f"the shards are not of the same images; {_REMEDY}"
+          f"record {index} has {name} {quote(record[name])} in {self._latents} and {quote(other[name])} in "
+          f"{self._features}, so the shards are not of the same images; {_REMEDY}"
         )
     return {**record, "teacher": other["features"]}

@@ -90,7 +90,7 @@ def _counts(value: Any) -> bool:
   return _is_list(value, int) and len(value) > 0 and min(value) >= 0 and sum(value) < 2**63
 
 
-_is_text = lambda value: type(value) is str
+_is_text = lambda value: type(value) is str and len(value) <= 200
 _is_bool = lambda value: type(value) is bool
 _CHECKS: dict[str, Callable[[Any], bool]] = {  # of the fields of meta.json
   **dict.fromkeys(("num_records", "copies", "image_size", "num_ids", "num_tokens"), _count),
