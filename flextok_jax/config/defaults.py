@@ -179,12 +179,12 @@ def get_config() -> ConfigDict:
 
   c.data = ConfigDict()
   c.data.global_batch = 1024  # images per step, over all devices [ours]
-  # "random": random resized crop; "center": resize the shorter side to image_size, centre crop. For folder, tfds and
-  # their files in arrayrecord; the other sources frame their images themselves.
+  # "random": random resized crop; "center": resize the shorter side to image_size, centre crop. For folder, webdataset,
+  # tfds and their files in arrayrecord; the other sources frame their images themselves.
   c.data.crop = "random"
   c.data.crop_min_area = 0.4  # smallest area of a random crop, as a fraction [ours: milder than a classifier's 0.08]
   c.data.flip = True  # horizontally, half of the images (never emoji: letters, arrows and flags are not symmetric)
-  # Decode JPEG files of folder, tfds and arrayrecord at 1/2, 1/4 or 1/8 of their size if the crop still has image_size
+  # Decode JPEG files of folder, webdataset, tfds and arrayrecord at 1/2, 1/4 or 1/8 of their size if the crop still has image_size
   # pixels: less work; pixels differ by about 1 of 255 levels, by 5 in the finest texture [ours].
   c.data.reduce_jpeg = True
   c.data.num_threads = 8  # reading threads per process
@@ -203,7 +203,11 @@ def get_config() -> ConfigDict:
   c.data.sources.synthetic = ConfigDict(dict(weight=0.0, render_size=64, style="scenes"))
   c.data.sources.emoji = ConfigDict(dict(weight=0.0, path=""))  # "" finds the system's NotoColorEmoji.ttf
   c.data.sources.photos = ConfigDict(dict(weight=0.0, min_crop=64))  # photographs of scikit-image and scikit-learn
-  c.data.sources.folder = ConfigDict(dict(weight=0.0, path="", val_path=""))  # jpg/png/webp, class = subfolder
+  # A folder of pictures; class = subfolder. caption_key, label_key: fields of metadata.jsonl or metadata.csv; "": those
+  # named caption or text, and label.
+  c.data.sources.folder = ConfigDict(dict(weight=0.0, path="", val_path="", caption_key="", label_key=""))
+  # Tar files, as DIR/{00000..00099}.tar or a folder; caption_key, label_key: fields of the .json files.
+  c.data.sources.webdataset = ConfigDict(dict(weight=0.0, path="", val_path="", caption_key="", label_key=""))
   # A folder that python -m flextok_jax.tokenize --what=images wrote: image files in ArrayRecord files.
   c.data.sources.arrayrecord = ConfigDict(dict(weight=0.0, path=""))
   c.data.sources.tfds = ConfigDict(

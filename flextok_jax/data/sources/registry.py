@@ -9,12 +9,14 @@ from flextok_jax.data.sources.folder import Folder
 from flextok_jax.data.sources.photos import Photos
 from flextok_jax.data.sources.synthetic import Synthetic
 from flextok_jax.data.sources.tfds import Tfds
+from flextok_jax.data.sources.webdataset import WebDataset
 
 SOURCES = {
   "synthetic": Synthetic,
   "emoji": Emoji,
   "photos": Photos,
   "folder": Folder,
+  "webdataset": WebDataset,
   "tfds": Tfds,
   "arrayrecord": ArrayRecord,
 }
