@@ -24,6 +24,7 @@ from ml_collections import FrozenConfigDict
 
 from flextok_jax import cli
 from flextok_jax.config import float_dtype
+from flextok_jax.core import files
 from flextok_jax.data import transforms
 from flextok_jax.data.shards import writer as shard_writer
 from flextok_jax.data.shards.features import FeatureShards
@@ -119,11 +120,12 @@ def tokenize_files(values: flags.FlagValues):
   token_files.check_suffix("out", out)
   if jax.process_count() > 1:
     raise ValueError("--images runs in one process: set JAX_NUM_PROCESSES=1, or write shards of a --config")
+  files.check_writable(out.parent)
   named = transforms.name_images(values.images)
   model = load_tokenizer(values.checkpoint)
   progress = functools.partial(cli.print_progress, "images", batch_size=values.batch_size)
   done = image_files.tokenize_files(model, named, out, values.num_tokens, values.batch_size, progress)
-  left_out = f"; {done.unreadable} of {len(named)} are left out, first {done.reason}" if done.unreadable else ""
+  left_out = f"; {done.unreadable} of {len(named)} are left out, the first: {done.reason}" if done.unreadable else ""
   print(f"wrote {out}: {done.images} images of {model.image_size} px, {done.num_tokens} tokens each{left_out}")
 
 
@@ -136,6 +138,7 @@ def write_shards(values: flags.FlagValues):
       raise ValueError(f"--{name} has no meaning for --what={values.what}")
   if Path(values.out).is_file():
     raise ValueError(f"--out={values.out} is a file: shards need a folder")
+  files.check_writable(Path(values.out))
   mesh = batches.local_mesh()
   make = {"tokens": _tokens, "latents": _latents, "dino": _features, "images": _images}[values.what]
   shard_writer.write_shards(

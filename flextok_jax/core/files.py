@@ -115,12 +115,12 @@ def check_writable(folder: Path):
   """Raises ValueError if no file can be written into a folder, or into the lowest folder above it that exists."""
   existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
   if not existing.is_dir():
-    raise ValueError(f"{folder} cannot be written: {existing} is a file")
+    raise ValueError(f"cannot write {folder}: {existing} is a file")
   try:
     with _publishing(existing / "file", lambda temporary, path: None) as temporary:
       temporary.write_bytes(b"x")
   except ValueError as e:
-    raise ValueError(f"{folder} cannot be written: {e.__cause__.strerror}") from None
+    raise ValueError(f"cannot write {folder}: {e.__cause__.strerror}") from None
 
 
 def _link(temporary: Path, path: Path):

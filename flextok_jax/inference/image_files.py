@@ -99,6 +99,7 @@ class _Results:
   def __init__(self, file: BinaryIO, header: list, named: Sequence[tuple[str, str]]):
     self._file = file
     self.done, self.images, self.reason = 0, 0, ""
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
     end = 0  # of the lines to keep
     if _parse(file.readline()) == header:
@@ -112,6 +113,8 @@ class _Results:
     file.seek(end)
     file.truncate()
     if not end:
+      if size:
+        print(f"{file.name} is of another tokenizer or number of tokens: starting over", flush=True)
       self._write([header])
 
   def append(self, rows: list[list]):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 import numpy as np
+import pytest
 
 from flextok_jax.evals import generation
 from flextok_jax.evals.metrics import frechet, reference
@@ -46,6 +47,17 @@ def measure(mesh, batch_size, folder=None):
     mesh=mesh,
   )
   return evaluator.run(jnp.float32(0.3))
+
+
+def test_samples_are_written_by_one_run_at_a_time(tmp_path):
+  path = tmp_path / "samples.npz"
+  writer = generation.SampleWriter(path, IMAGES.shape)
+  writer.write(0, IMAGES)
+  with pytest.raises(ValueError, match="another run writes .*samples.part.npy: stop it"):
+    generation.SampleWriter(path, IMAGES.shape)
+  writer.finish()
+  np.testing.assert_array_equal(read_images(path), IMAGES)
+  assert list(tmp_path.iterdir()) == [path]
 
 
 def test_metrics_are_independent_of_devices_and_batches(tmp_path):

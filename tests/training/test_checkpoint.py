@@ -434,6 +434,11 @@ def test_a_workdir_in_use_is_refused_until_released(config, tmp_path):
     pass
 
 
+def test_a_pipe_in_place_of_the_lock_is_refused(tmp_path):
+  os.mkfifo(tmp_path / ".lock")
+  fails("lock is not a regular file: delete it", checkpoint.locked(str(tmp_path)).__enter__)
+
+
 def test_a_killed_run_leaves_no_lock(tmp_path):
   with checkpoint.locked(str(tmp_path)):
     pass
