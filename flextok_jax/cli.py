@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 import re
 import runpy
+import signal
 import sys
 from typing import Any
 
@@ -158,6 +159,9 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()):
         main(*argv[1:])
       except _EXPECTED as e:
         _fail(e)
+      except KeyboardInterrupt as e:
+        print(" ".join(str(e).split()) or "stopped by Ctrl-C", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
 
   app.run(call, flags_parser=functools.partial(_parse, arguments=arguments))
 

@@ -5,6 +5,7 @@ import json
 import os
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from flextok_jax.config.defaults import get_config
@@ -45,11 +46,11 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     FileNotFoundError: it has no config.json.
     ValueError: it is not a valid config, see parse_config.
   """
-  path = os.path.join(workdir, "config.json")
-  if not os.path.exists(path):
+  path = epath.Path(workdir) / "config.json"  # the workdir may be in a bucket
+  if not path.exists():
     raise FileNotFoundError(f"{workdir} is not the workdir of a run: it has no config.json")
-  with open(path, encoding="utf-8", errors="replace") as f:
-    return parse_config(f.read(_MAX_TEXT + 1), path)
+  with path.open("rb") as f:
+    return parse_config(f.read(_MAX_TEXT + 1).decode(errors="replace"), str(path))
 
 
 def parse_config(text: str, origin: str) -> ConfigDict:

@@ -17,6 +17,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from typing import Any
 
@@ -169,9 +170,52 @@ def preemption() -> Iterator[Callable[[int], bool]]:
   if jax.process_count() > 1:
     yield multihost_utils.reached_preemption_sync_point
     return
+  if threading.current_thread() is not threading.main_thread():  # others get no signals
+    yield lambda step: False
+    return
   received = []
   previous = signal.signal(signal.SIGTERM, lambda signum, frame: received.append(signum))
   try:
     yield lambda step: bool(received)
   finally:
     signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)  # None: not set from Python
+
+
+@contextlib.contextmanager
+def interrupts_as_preemption() -> Iterator[Callable[[], bool]]:
+  """Makes SIGINT (Ctrl-C) a SIGTERM to this process (see preemption), and ends it at the second one with code 130.
+
+  Yields:
+    A function that returns whether any process received SIGINT; with several processes all must call it.
+  """
+  if threading.current_thread() is not threading.main_thread():  # others get no signals
+    yield lambda: False
+    return
+  received = []
+
+  def stop(signum, frame):
+    received.append(signum)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  def watch():  # a thread: the handlers of Python wait until XLA has compiled, which can take minutes
+    while data := os.read(reader, 1):
+      if data[0] == signal.SIGINT:
+        seen.append(data)
+        if len(seen) > 1:
+          os._exit(128 + signal.SIGINT)
+        print("Ctrl-C: stopping after this step, with a checkpoint; a second Ctrl-C stops at once", flush=True)
+
+  seen: list[bytes] = []
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+  previous, previous_fd = signal.signal(signal.SIGINT, stop), signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+  thread = threading.Thread(target=watch, daemon=True)
+  thread.start()
+  try:
+    yield lambda: not true_on_all_processes(not received)
+  finally:
+    signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
+    signal.set_wakeup_fd(previous_fd)
+    os.close(writer)
+    thread.join()
+    os.close(reader)

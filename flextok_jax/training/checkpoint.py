@@ -6,17 +6,17 @@ import json
 import math
 import os
 from pathlib import Path
-import shutil
 import socket
 from typing import Any
 
 from absl import logging
+from etils import epath
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import orbax.checkpoint as ocp
 
 from flextok_jax.config import flatten, read_config
-from flextok_jax.core import files
+from flextok_jax.core import files, workdirs
 from flextok_jax.core.errors import first_line
 from flextok_jax.parallel import processes
 from flextok_jax.training.state import TrainState
@@ -25,10 +25,9 @@ from flextok_jax.weights import checksums, orbax
 # Fields that may change when a run is resumed; a change of any other field is an error.
 _FREE = ("train.", "eval.", "sampler.", "mesh.", "remat", "profile_steps", "init_from")
 _FREE_DATA = ("data.num_threads", "data.num_workers", "data.prefetch", "data.max_unreadable")
+# A loss above the lowest one by more than this share of it is not sane: those of healthy runs differ by a few percent.
+_SANE = 0.1
 _LOSS = "training"  # JSON item of a checkpoint: {"loss": mean training loss of the steps before it}
-_SANE = (
-  0.1  # a loss above the lowest one by this share of it is not sane: losses of healthy runs differ by a few percent
-)
 FREE_AR = ("ar.loss_chunk", "ar.guidance_scale", "ar.temperature", "ar.top_k", "ar.top_p")
 
 
@@ -38,7 +37,7 @@ def check_workdir(workdir: str, config: ConfigDict) -> None:
   Raises:
     ValueError: a field differs, which the message names, or config.json in the workdir is not a complete config.
   """
-  if not os.path.exists(os.path.join(workdir, "config.json")):
+  if not (epath.Path(workdir) / "config.json").exists():
     return
   old, new = flatten(read_config(workdir)), flatten(config)
   for name in sorted(new):
@@ -52,19 +51,24 @@ def check_workdir(workdir: str, config: ConfigDict) -> None:
 def claim_workdir(workdir: str, config: ConfigDict) -> None:
   """Checks the workdir (check_workdir) and writes the config to config.json there."""
   check_workdir(workdir, config)
-  files.write_file(Path(workdir) / "config.json", (config.to_json(indent=1) + "\n").encode())
+  data = (config.to_json(indent=1) + "\n").encode()
+  if workdirs.is_remote(workdir):  # objects of buckets are written whole or not at all
+    (epath.Path(workdir) / "config.json").write_bytes(data)
+  else:
+    files.write_file(Path(workdir) / "config.json", data)
 
 
 @contextlib.contextmanager
 def locked(workdir: str) -> Iterator[None]:
-  """Keeps other runs out of the workdir while the body runs; makes the workdir if it is missing.
+  """Keeps other runs out of the workdir while the body runs; makes the workdir if it is missing, and tries it.
 
-  Process 0 holds flock on WORKDIR/.lock, which the kernel releases when that process ends for whatever reason. If the
-  file system has no flock (some FUSE and NFS mounts), a warning is logged and the workdir is not locked. Some file
-  systems (gcsfuse) lock within one machine only: a run on another machine is then not noticed.
+  In a bucket that is a workdirs.Lease. Elsewhere process 0 holds flock on WORKDIR/.lock, which the kernel releases when
+  that process ends for whatever reason. If the file system has no flock (some FUSE and NFS mounts), a warning is logged
+  and the workdir is not locked. Some file systems (gcsfuse) lock within one machine only: a run on another machine is
+  then not noticed.
 
   Raises:
-    ValueError: another run uses the workdir.
+    ValueError: another run uses the workdir, or it cannot be written.
   """
   with contextlib.ExitStack() as stack:
     processes.run_on_process_0(lambda: _lock(workdir, stack))
@@ -72,7 +76,10 @@ def locked(workdir: str) -> Iterator[None]:
 
 
 def _lock(workdir: str, stack: contextlib.ExitStack):
-  os.makedirs(workdir, exist_ok=True)
+  workdirs.check_writable(epath.Path(workdir))
+  if workdirs.is_remote(workdir):
+    stack.enter_context(contextlib.closing(workdirs.Lease(epath.Path(workdir))))
+    return
   path = Path(workdir) / ".lock"
   file = stack.enter_context(files.open_regular(path))
   try:
@@ -141,7 +148,7 @@ class Checkpoints:
 
   def _read_loss(self, step: int) -> float:
     try:
-      return float(json.loads((self._manager.directory / str(step) / _LOSS / "metadata").read_text())["loss"])
+      return float(json.loads((self._folder(step) / _LOSS / "metadata").read_text())["loss"])
     except (OSError, ValueError, KeyError, TypeError):  # saved without it, or damaged
       return math.inf
 
@@ -188,12 +195,13 @@ class Checkpoints:
     return state.replace(step=jnp.int32(step), **restored)
 
   def _set_aside(self, step: int):
-    aside = self._folder(step) + ".unreadable"
-    shutil.rmtree(aside, ignore_errors=True)  # left from an earlier time that this step was damaged
-    os.rename(self._folder(step), aside)
+    folder = self._folder(step)
+    aside = folder.with_name(f"{step}.unreadable")
+    aside.rmtree(missing_ok=True)  # left from an earlier time that this step was damaged
+    folder.rename(aside)
 
-  def _folder(self, step: int) -> str:
-    return os.path.join(self._manager.directory, str(step))
+  def _folder(self, step: int | None) -> epath.Path:
+    return self._manager.directory / str(step)
 
   def _write_checksums(self):
     """Called by orbax when all items are written, before the checkpoint gets its name."""
@@ -209,6 +217,11 @@ class Checkpoints:
         f"checkpoint {self._folder(self._saving)} cannot be written ({type(e).__name__}: {first_line(e, 200)}); older "
         "ones are untouched: make room, and rerun the same command"
       ) from e
+
+  def wait(self) -> None:
+    """Waits until saving has finished; raises OSError as save does."""
+    with self._failures_named():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits until saving has finished; raises OSError as save does."""

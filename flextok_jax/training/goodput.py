@@ -100,13 +100,13 @@ class Profile:
 
   Args:
     steps: (start, stop), or () for no profile.
-    folder: where the profile is written.
+    folder: where the profile is written, absolute.
 
   Raises:
     ValueError: steps are neither () nor such a pair.
   """
 
-  def __init__(self, steps: tuple[int, ...], folder: str):
+  def __init__(self, steps: tuple[int, ...], folder: str | os.PathLike):
     pair = len(steps) == 2 and all(isinstance(step, int) for step in steps) and 1 <= steps[0] < steps[1]
     if steps and not pair:
       raise ValueError(f"profile_steps must be () or two step numbers (start, stop), 1 <= start < stop, got {steps}")

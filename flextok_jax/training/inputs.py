@@ -1,9 +1,9 @@
 """Training inputs of every stage: images or latents, features of REPA's teacher, tokens and texts."""
 
 from collections.abc import Callable, Iterator, Mapping
-import os
 from typing import Any
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -79,7 +79,7 @@ def with_vae(config: ConfigDict, workdir: str) -> ConfigDict:
   """
   if config.stage != "tokenizer" or config.vae.scaling_factor:
     return config
-  if os.path.exists(os.path.join(workdir, "config.json")):
+  if (epath.Path(workdir) / "config.json").exists():
     factor = read_config(workdir).vae.scaling_factor
   elif not config.init_from:
     raise ValueError("vae.scaling_factor=0 takes the factor of the weights to start from: set init_from to their path")

@@ -3,17 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import functools
+import json
 import os
 import time
 from typing import Any, Protocol
 
+from etils import epath
 from flax.core.meta import unbox
 import jax
 from ml_collections import ConfigDict
-import safetensors
 
 from flextok_jax import stages
 from flextok_jax.config import check, with_fields
+from flextok_jax.core import workdirs
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages.stage import Params
 from flextok_jax.training import checkpoint, goodput, inputs, optim
@@ -22,6 +24,8 @@ from flextok_jax.training.state import TrainState, init_state, make_update
 from flextok_jax.training.warm_start import warm_start
 from flextok_jax.weights import loading, saving
 
+_METRICS = "metrics.jsonl"
+_MAX_HEADER = 10**8  # bytes of the header of weights.safetensors
 _STEP = "flextok_jax.step"  # metadata entry of weights.safetensors: the step whose averaged parameters it holds
 
 
@@ -46,7 +50,8 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
   2. the update;
   3. every train.log_every steps and before each checkpoint, metrics: the run ends here if the loss was not finite or
      too many files were unreadable, so that a checkpoint never holds such a state;
-  4. every train.checkpoint_every steps, at the last step and after SIGTERM, the checkpoint: after SIGTERM the run ends;
+  4. every train.checkpoint_every steps, at the last step and after SIGTERM or SIGINT (Ctrl-C), the checkpoint: after
+     a signal the run ends;
   5. every train.eval_every steps, the evaluation of the averaged parameters, which changes no state.
 
   After the last step it evaluates once more and then writes weights.safetensors: that file with the last step in it
@@ -57,26 +62,31 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
 
   Args:
     config: complete config of a run (flextok_jax/config/defaults.py).
-    workdir: folder of checkpoints, metrics, evaluations and weights; made if missing.
+    workdir: folder of checkpoints, metrics, evaluations and weights, on this machine or in a bucket (gs://); made if
+      missing.
     make_evaluation: returns the evaluation and a function that measures config fields on the averaged parameters;
       None: no evaluation.
 
   Raises:
     FileNotFoundError: nothing is at config.init_from.
+    KeyboardInterrupt: the run was stopped by Ctrl-C.
     OSError: the disk is full.
-    ValueError: bad settings, a workdir that another run uses, unusable weights at config.init_from, no readable
-      checkpoint, too many unreadable files, or a loss that is not finite.
+    ValueError: bad settings, a workdir that another run uses or that cannot be written, unusable weights at
+      config.init_from, no readable checkpoint, too many unreadable files, or a loss that is not finite.
   """
   # Settings. Everything is validated before anything is written.
   time_spent = goodput.Goodput()
   check(config)
+  folder = workdirs.resolve(workdir)
+  workdir = str(folder)
+  if workdirs.is_remote(folder):
+    processes.run_on_process_0(lambda: workdirs.check_writable(folder))
   config = inputs.with_vae(inputs.with_tokenizer(config), workdir)
   mesh = sharding.make_mesh(**config.mesh)
   batch_size, num_steps = config.data.global_batch, config.train.num_steps
   sharding.check_batch(batch_size, config.optim.accumulate_steps, mesh)
   for warning in optim.check(config):
     processes.log_on_process_0(f"warning: {warning}")
-  profile = goodput.Profile(config.profile_steps, os.path.join(workdir, "profile"))
   stage = stages.make_stage(config)
   schedule = optim.make_schedule(config.optim, num_steps)
   init_key, run_key = jax.random.split(jax.random.key(config.seed))
@@ -125,7 +135,12 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
     # Outputs.
     processes.run_on_process_0(lambda: checkpoint.claim_workdir(workdir, config))
     preempted = stack.enter_context(processes.preemption())
-    writer = stack.enter_context(contextlib.closing(metrics_lib.Writer(workdir, config.train.tensorboard)))
+    outputs = stack.enter_context(contextlib.closing(workdirs.Outputs(folder, [_METRICS])))
+    writer = metrics_lib.Writer(
+      outputs.path / _METRICS, outputs.path / "tensorboard" if config.train.tensorboard else None
+    )
+    stack.enter_context(contextlib.closing(writer))
+    profile = goodput.Profile(config.profile_steps, outputs.path.absolute() / "profile")
     stack.enter_context(contextlib.closing(profile))
     count = sum(x.size for x in jax.tree.leaves(state.params))
     processes.log_on_process_0(
@@ -135,7 +150,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
     pending, measured = None, None  # metrics since the last log, and fields measured at the last checkpoint
     losses: list[float] = []  # of the steps since the last checkpoint, averaged between logs
     logged_at, logged_step = time.monotonic(), first
-    with time_spent.spending("step"):
+    with time_spent.spending("step"), processes.interrupts_as_preemption() as interrupted:
       for step in range(first + 1, num_steps + 1):
         profile.before(step, state)
 
@@ -164,6 +179,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
           scalars["eta_seconds"] = (num_steps - step) * batch_size / rate
           writer.write(step, scalars, _progress_line(step, num_steps, scalars))
           pending, logged_at, logged_step = None, time.monotonic(), step
+          outputs.upload(now=stop or save)
 
         # Checkpoint.
         if stop or save:
@@ -172,6 +188,10 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
             checkpoints.save(state, measured, loss=sum(losses) / len(losses))
             losses = []
         if stop:
+          if interrupted():
+            checkpoints.wait()
+            processes.true_on_all_processes(True)  # all have saved: the end of one may end the others
+            raise KeyboardInterrupt(f"stopped by Ctrl-C at step {step}; rerun the same command to go on")
           processes.log_on_process_0(f"stopped by a signal at step {step}; rerun the same command to go on")
           return
 
@@ -179,23 +199,26 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
         if evaluation and step % config.train.eval_every == 0 and step < num_steps:
           begun = time.monotonic()
           with time_spent.spending("evaluate"):
-            _evaluate(evaluation, state, workdir, writer)
+            _evaluate(evaluation, state, workdir, outputs, writer)
           logged_at += time.monotonic() - begun
 
       # Last evaluation, then the weights: without those of the last step, an earlier run was stopped before this.
-      path = os.path.join(workdir, "weights.safetensors")
+      path = folder / loading.WEIGHTS
       if first >= num_steps and _step_of_weights(path) == first:
         processes.log_on_process_0(f"nothing to do: {workdir} is at step {first} of train.num_steps={num_steps}")
         return
       if evaluation:
-        _evaluate(evaluation, state, workdir, writer)
+        _evaluate(evaluation, state, workdir, outputs, writer)
       if measured is None:  # no step was left to do
         measured = measure(state.joined(average=True))
       params = {name: tree for name, tree in state.joined(average=True).items() if name in exported}
       params = processes.gather_on_process_0(params)
       if processes.is_process_0():
         extra = {_STEP: str(int(state.step))}
-        saving.save_weights(path, with_fields(config, measured), params, config.train.export_dtype, extra=extra)
+        saving.save_weights(
+          outputs.path / loading.WEIGHTS, with_fields(config, measured), params, config.train.export_dtype, extra=extra
+        )
+        outputs.upload()
       fields = "".join(f"; measured {name}={value:.5g}" for name, value in measured.items())
       processes.log_on_process_0(f"averaged weights ({config.train.export_dtype}): {path}{fields}")
 
@@ -207,14 +230,18 @@ def _read_initial_weights(path: str, frozen: Sequence[str], mesh: jax.sharding.M
   return loading.load(path, mesh=mesh)[1] if path else {}
 
 
-def _step_of_weights(path: str) -> int | None:
-  """Returns the step of the weights that train wrote to path; None if there is no readable file with a step."""
+def _step_of_weights(path: epath.Path) -> int | None:
+  """Returns the step of the weights that train wrote to path; None if there is no whole file with a step."""
   try:
-    with safetensors.safe_open(path, "numpy") as f:
-      step = (f.metadata() or {}).get(_STEP, "")
-  except (OSError, safetensors.SafetensorError):
+    with path.open("rb") as f:
+      size = int.from_bytes(f.read(8), "little")
+      header = json.loads(f.read(min(size, _MAX_HEADER)))
+      end = f.seek(0, os.SEEK_END)
+    step = header.pop("__metadata__")[_STEP]
+    whole = end == 8 + size + max(tensor["data_offsets"][1] for tensor in header.values())
+    return int(step) if whole and step.isdecimal() else None
+  except Exception:  # a damaged file can hold anything
     return None
-  return int(step) if step.isdecimal() else None
 
 
 def _check_finite(
@@ -245,15 +272,18 @@ def _check_unreadable(scalars: Mapping[str, float], images: int, max_unreadable:
     )
 
 
-def _evaluate(evaluation: Evaluation, state: TrainState, workdir: str, writer: metrics_lib.Writer) -> None:
+def _evaluate(
+  evaluation: Evaluation, state: TrainState, workdir: str, outputs: workdirs.Outputs, writer: metrics_lib.Writer
+) -> None:
   """Evaluates the averaged parameters and writes numbers and pictures to workdir/eval/STEP."""
   report = evaluation.run(state.joined(average=True))
   if not processes.is_process_0():
     return
   step = int(state.step)
-  folder = os.path.join(workdir, "eval", f"{step:08d}")
-  report.write(folder)
-  writer.write(step, report.scalars, f"{report.table()}\npictures of step {step}: {folder}")
+  folder = os.path.join("eval", f"{step:08d}")
+  report.write(outputs.path / folder)
+  writer.write(step, report.scalars, f"{report.table()}\npictures of step {step}: {os.path.join(workdir, folder)}")
+  outputs.upload()
 
 
 def _progress_line(step: int, num_steps: int, scalars: Mapping[str, Any]) -> str:

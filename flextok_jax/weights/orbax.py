@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from flextok_jax.core import workdirs
 from flextok_jax.core.errors import first_line
 from flextok_jax.parallel import processes
 from flextok_jax.weights import checksums
@@ -45,9 +46,10 @@ def _print_unraisable(unraisable: Any):
     _previous_hook[-1](unraisable)
 
 
-def directory(workdir: str | os.PathLike) -> str:
-  """Returns the folder of a workdir's checkpoints."""
-  return os.path.abspath(os.path.join(workdir, "checkpoints"))
+def directory(workdir: str | os.PathLike) -> epath.Path:
+  """Returns the folder of a workdir's checkpoints, as an absolute path."""
+  folder = workdirs.resolve(workdir) / "checkpoints"
+  return folder if workdirs.is_remote(folder) else folder.resolve()
 
 
 def split(source: str | os.PathLike) -> tuple[str, int | None]:
@@ -84,14 +86,14 @@ def restore_newest(
   options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
   unreadable: list[int] = []
   reason = ""
-  if not os.path.isdir(directory(workdir)):
+  if not directory(workdir).is_dir():
     raise FileNotFoundError(f"workdir {workdir} has no checkpoint yet")
   with ocp.CheckpointManager(directory(workdir), options=options) as reader:
     for step in sorted(reader.all_steps(), reverse=True) if only is None else [only]:
-      folder, restored = os.path.join(directory(workdir), str(step)), {}
+      folder, restored = directory(workdir) / str(step), {}
 
       def verify(folder=folder):
-        checksums.verify(epath.Path(folder), items, process, jax.process_count())
+        checksums.verify(folder, items, process, jax.process_count())
 
       def restore(step=step, restored=restored):
         composite = reader.restore(step, args=ocp.args.Composite(**{k: restore_args(v) for k, v in items.items()}))
