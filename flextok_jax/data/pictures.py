@@ -209,7 +209,7 @@ def _clean_tiff(data: bytes, info: dict[str, Any]) -> bytes:
 
 def _clean_avif(data: bytes, info: dict[str, Any]) -> bytes:
   """Empties the EXIF block: Pillow rewrites it, with all its tags, if the file turns the picture otherwise."""
-  return re.sub(rb"(II\*\0\x08\0{3}|MM\0\*\0{3}\x08)..", rb"\1\0\0", data, flags=re.DOTALL)
+  return re.sub(rb"(\0\0(?:II\*\0\x08\0{3}|MM\0\*\0{3}\x08))..", rb"\1\0\0", data, count=1, flags=re.DOTALL)
 
 
 _CLEANERS = {  # by a pattern of the start of the file

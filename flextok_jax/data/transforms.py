@@ -84,7 +84,7 @@ def _range(image: Image.Image) -> tuple[float, float]:
   """Returns the values of black and white of a grey image of more than 8 bits.
 
   0 and 65535 for 16 bits. Else 0 and the first of 1 (floating point only), 255 (likewise) and 65535 that holds all
-  values, where a tenth more to either side is an overshoot of resampling; else the smallest and the largest value.
+  values, where a tenth more on either side is an overshoot of resampling; else the smallest and the largest value.
   Values that are not finite do not count.
   """
   if image.mode.startswith("I;16"):
@@ -93,12 +93,12 @@ def _range(image: Image.Image) -> tuple[float, float]:
   rows = max(_BLOCK // image.width, 1)
   for top in range(0, image.height, rows):
     values = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
-    values = values[np.isfinite(values)]
-    low, high = min(low, values.min(initial=np.inf)), max(high, values.max(initial=-np.inf))
+    if len(values := values[np.isfinite(values)]):
+      low, high = min(low, float(values.min())), max(high, float(values.max()))
   for white in (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,):
-    if low >= -0.1 * white and high <= 1.1 * white:
+    if low >= -0.1 * high and high <= 1.1 * white:
       return 0.0, white
-  return (float(low), float(high)) if low < high else (0.0, 1.0)
+  return (low, high) if low < high else (0.0, 1.0)
 
 
 def _to_8_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
