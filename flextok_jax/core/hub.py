@@ -12,16 +12,6 @@ def is_repository(source: str) -> bool:
   return bool(_REPOSITORY.fullmatch(source)) and not source.endswith(".safetensors")
 
 
-def fetch(repository: str) -> tuple[str, str]:
-  """Returns the local paths (config.json, weights) of a repository; downloads files that are not cached.
-
-  Raises:
-    FileNotFoundError: they cannot be downloaded; the message names the files to get by hand.
-  """
-  needed = f"{CONFIG} and {WEIGHTS[0]} (of a VAE {WEIGHTS[1]})"
-  return fetch_file(repository, CONFIG, needed=needed), fetch_file(repository, *WEIGHTS, needed=needed)
-
-
 def fetch_file(repository: str, *names: str, needed: str) -> str:
   """Returns the local path of the first of `names` that the repository has; downloads it if it is not cached.
 

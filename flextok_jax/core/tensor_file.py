@@ -1,12 +1,13 @@
 """Safetensors files, read and written one tensor at a time, so that memory for one tensor is enough."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import contextlib
 import hashlib
 import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,58 @@ import numpy as np
 import safetensors
 
 from flextok_jax.core import files
+from flextok_jax.core.errors import first_line
+
+CONVERT = "convert it by python -m flextok_jax.convert_torch SOURCE TARGET.safetensors"  # a remedy, for errors
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 CHECKSUM = "flextok_jax.sha256"  # metadata entry of our files: of the other entries and of all tensors
 _ALIGNMENT = 64  # bytes; on a CPU, jax copies host memory that is not aligned
 
 
-class TensorFile:
-  """Names, types and shapes in a safetensors file; tensors are read one by one.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts of names, of torch.compile etc.
+_DATA_PARALLEL = "module."  # in front of all names
 
-  Tensors whose names begin with one of `ignored` are left out, whatever their type.
+
+class Tensors(Mapping[str, np.ndarray]):
+  """Tensors by their names; each is read whenever it is asked for.
+
+  Attributes:
+    path: of the file, or of the index of several files.
+    metadata: of the file.
+    shapes: {name: shape}.
+    dtypes: {name: type}.
+  """
+
+  path: str
+  metadata: Mapping[str, str]
+  shapes: Mapping[str, tuple[int, ...]]
+  dtypes: Mapping[str, np.dtype]
+
+  def read(self, name: str) -> np.ndarray:
+    """Returns a tensor."""
+    raise NotImplementedError
+
+  def verify(self):
+    """Raises ValueError if there is a checksum that differs from that of the tensors, all of which were read."""
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self.read(name)
+
+  def __contains__(self, name: object) -> bool:
+    return name in self.shapes
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.shapes)
+
+  def __len__(self) -> int:
+    return len(self.shapes)
+
+
+class TensorFile(Tensors):
+  """The tensors of a safetensors file, without those whose names begin with one of `ignored`, whatever their type.
+
+  Names lack what data parallelism and torch.compile add to them ("module.", "_orig_mod."), see unwrap.
 
   Raises:
     FileNotFoundError: no such file.
@@ -35,14 +78,15 @@ class TensorFile:
     if not os.path.isfile(self.path):
       raise FileNotFoundError(f"no such file: {self.path}")
     with self._open() as f:
-      self.metadata: dict[str, str] = f.metadata() or {}
-      self.shapes: dict[str, tuple[int, ...]] = {}
-      self.dtypes: dict[str, np.dtype] = {}
+      self.metadata = f.metadata() or {}
+      self.shapes, self.dtypes = {}, {}
       self._digests: dict[str, bytes] = {}
-      for name in f.keys():  # noqa: SIM118 not a dict
+      with named(self.path):
+        self._stored = unwrap(f.keys())
+      for name, stored in self._stored.items():
         if name.startswith(ignored):
           continue
-        tensor = f.get_slice(name)
+        tensor = f.get_slice(stored)
         dtype = tensor.get_dtype()
         if dtype not in DTYPES:
           raise ValueError(f"{self.path}: tensor {name!r:.80} is of type {dtype}, only {', '.join(DTYPES)} are read")
@@ -53,22 +97,86 @@ class TensorFile:
     try:
       return safetensors.safe_open(self.path, "numpy")
     except (safetensors.SafetensorError, OSError) as e:
-      raise ValueError(f"{self.path} is not a whole safetensors file ({e}): download or write it again") from None
+      with open(self.path, "rb") as f:
+        pickled = f.read(2) in (b"PK", b"\x80\x02")
+      remedy = f"if it is PyTorch's, {CONVERT}" if pickled else "download or write it again"
+      raise ValueError(f"{self.path} is not a whole safetensors file ({first_line(e, 160)}): {remedy}") from None
 
   def read(self, name: str) -> np.ndarray:
-    """Returns a tensor."""
     # Opened for each read: pages of a mapped file count as memory of the process until it is unmapped.
     with self._open() as f:
-      tensor = f.get_tensor(name)
+      tensor = f.get_tensor(self._stored[name])
     if CHECKSUM in self.metadata:
       self._digests[name] = _hash_tensor(name, tensor)
     return tensor
 
   def verify(self):
-    """Raises ValueError if the file has a checksum that differs from that of its tensors, all of which were read."""
     found = self.metadata.get(CHECKSUM)
     if found is not None and found != _hash_all(self.metadata, self._digests):
       raise ValueError(f"{self.path} is damaged: it differs from the checksum in it; download or write it again")
+
+
+class Shards(Tensors):
+  """The tensors of several safetensors files with an index; a file is opened when one of its tensors is asked for.
+
+  Args:
+    path: of the index.
+    files: {name of a tensor: name of its file}.
+    open_file: from the name of a file to the file.
+  """
+
+  def __init__(self, path: str, files: Mapping[str, str], open_file: Callable[[str], TensorFile]):
+    self.path, self.metadata = path, {}
+    self._files, self._open = {name: files[stored] for name, stored in unwrap(files).items()}, open_file
+    self.shapes = _Lazy(self._files, lambda name: self._file(name).shapes[name])
+    self.dtypes = _Lazy(self._files, lambda name: self._file(name).dtypes[name])
+
+  def _file(self, name: str) -> TensorFile:
+    file = self._open(self._files[name])
+    if name not in file.shapes:
+      raise ValueError(f"{file.path} lacks the tensor {name!r:.80}, which the index says it has")
+    return file
+
+  def read(self, name: str) -> np.ndarray:
+    return self._file(name).read(name)
+
+
+class _Lazy(Mapping[str, Any]):
+  """A mapping whose values are computed when they are asked for."""
+
+  def __init__(self, names: Collection[str], make: Callable[[str], Any]):
+    self._names, self._make = names, make
+
+  def __getitem__(self, name: str) -> Any:
+    if name not in self._names:
+      raise KeyError(name)
+    return self._make(name)
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._names
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._names)
+
+  def __len__(self) -> int:
+    return len(self._names)
+
+
+def unwrap(names: Iterable[str]) -> dict[str, str]:
+  """Returns {name of a tensor without what wrappers of modules add: its name in the file}.
+
+  Raises:
+    ValueError: two tensors have the same name then.
+  """
+  found: dict[str, str] = {}
+  for stored in names:
+    name = ".".join(part for part in stored.split(".") if part not in _WRAPPERS)
+    if name in found:
+      raise ValueError(f"tensors {found[name]!r:.80} and {stored!r:.80} are the same parameter: save one of them")
+    found[name] = stored
+  while found and all(name.startswith(_DATA_PARALLEL) for name in found):
+    found = {name.removeprefix(_DATA_PARALLEL): stored for name, stored in found.items()}
+  return found
 
 
 @contextlib.contextmanager

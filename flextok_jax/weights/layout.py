@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.core import tensor_file
-from flextok_jax.core.tensor_file import TensorFile
+from flextok_jax.core.tensor_file import Tensors
 from flextok_jax.parallel import sharding
 
 Shape = tuple[int, ...]
@@ -164,7 +164,7 @@ def count_series(names: Iterable[str], prefix: str) -> int:
   return len(indices)
 
 
-def table_error(file: TensorFile, name: str, table: np.ndarray) -> float:
+def table_error(file: Tensors, name: str, table: np.ndarray) -> float:
   """Returns the largest difference of a stored table from one of the same shape; 0 if it is within rounding."""
   gap = float(np.abs(file.read(name).astype(np.float64) - table).max())
   return 0.0 if gap <= max(2 * float(jnp.finfo(file.dtypes[name]).eps), 1e-4) else gap  # NaN is returned

@@ -21,9 +21,10 @@ import numpy as np
 from flextok_jax import stages
 from flextok_jax.config import derive, float_dtype, parse_config, read_config, with_fields
 from flextok_jax.core import hub, literals, tensor_file
-from flextok_jax.core.tensor_file import TensorFile, named
+from flextok_jax.core.tensor_file import TensorFile, Tensors, named
 from flextok_jax.stages.tokenizer import make_model
 from flextok_jax.weights import layout, orbax
+from flextok_jax.weights.folder import Folder, describe_others, has_weights
 from flextok_jax.weights.layout import Entry, Shape
 from flextok_jax.weights.official import diffusers, tokenizer_names
 from flextok_jax.weights.official.tokenizer import from_official
@@ -31,6 +32,8 @@ from flextok_jax.weights.official.tokenizer import from_official
 CONFIG_KEY = "flextok_jax.config"  # metadata entry of our weights files
 WEIGHTS = "weights.safetensors"  # in our folders
 _LATENT_SIDE = 32  # side that the authors' code decodes by default, in latent pixels
+_KIND = ("checkpoint", "EPFL-VILAB/flextok_d18_d28_dfn")  # of a Folder
+_VAE = "vae"  # folder of the VAE in a pipeline of diffusers
 _UNUSED = ("vae.logvar",)  # of the official trainer's loss
 
 
@@ -66,13 +69,15 @@ def load(
     ValueError: a damaged, foreign or unsupported file; the line names what is wrong.
   """
   source = os.fspath(source)
+  if source.endswith(".json") and os.path.isfile(source):  # an index or a config.json stands for its folder
+    source = os.path.dirname(source) or "."
   options = _Options(param_dtype, dtype, vae_norm_num_groups, mup_base_width, image_size, mesh)
   if os.path.isdir(source):
     return _load_folder(source, options)
   if os.path.isfile(source):
     return _load_file(source, options)
   if hub.is_repository(source):
-    return _load_pair(*hub.fetch(source), options)
+    return _load_pair(_on_hub(source), options)
   raise FileNotFoundError(f"no such checkpoint: {source}; give a file, a folder or a repository on Hugging Face")
 
 
@@ -149,16 +154,25 @@ def _load_folder(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
     return _load_workdir(folder, options)
   if os.path.isfile(inside(WEIGHTS)) and not os.path.isdir(inside("checkpoints")):
     return _load_file(inside(WEIGHTS), options)
-  for name in hub.WEIGHTS:
-    if os.path.isfile(inside(name)):
-      if os.path.isfile(config_path):
-        return _load_pair(config_path, inside(name), options)
-      return _load_file(inside(name), options)
-  if os.path.isfile(config_path):
+  if has_weights(folder):
+    official = Folder(folder, *_KIND)
+    if os.path.isfile(config_path):
+      return _load_pair(official, options)
+    return _load_tensors(official.tensors(), options)
+  others = describe_others(folder)
+  if os.path.isfile(config_path) and (os.path.isdir(inside("checkpoints")) or not others):
     return _load_workdir(folder, options)
+  if os.path.isfile(inside(_VAE, hub.CONFIG)):  # of a pipeline of diffusers
+    return _load_folder(inside(_VAE), options)
   raise FileNotFoundError(
-    f"folder {folder} holds no checkpoint: neither {WEIGHTS}, {', '.join(hub.WEIGHTS)} nor a run's config.json"
+    f"folder {folder} holds no checkpoint: neither {WEIGHTS}, {', '.join(hub.WEIGHTS)} nor a run's config.json{others}"
   )
+
+
+def _on_hub(repository: str) -> Folder:
+  """Returns a repository, or the VAE in it if it is a pipeline of diffusers."""
+  config = Folder(repository, *_KIND).find(hub.CONFIG, f"{_VAE}/{hub.CONFIG}")
+  return Folder(repository, *_KIND, inside=_VAE if os.path.basename(os.path.dirname(config)) == _VAE else "")
 
 
 def _load_workdir(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
@@ -185,7 +199,12 @@ def _has_measured(stage: str, vae: Mapping) -> bool:
 
 
 def _load_file(path: str, options: _Options) -> tuple[ConfigDict, dict]:
-  file = TensorFile(path)
+  return _load_tensors(TensorFile(path), options)
+
+
+def _load_tensors(file: Tensors, options: _Options) -> tuple[ConfigDict, dict]:
+  """Loads a model whose configuration is in the metadata of its weights file."""
+  path = file.path
   if CONFIG_KEY in file.metadata:
     config = options.apply(parse_config(file.metadata[CONFIG_KEY], path))
     own = lambda shapes: (layout.identity_entry(path, shape) for path, shape in shapes.items())
@@ -202,14 +221,11 @@ def _load_file(path: str, options: _Options) -> tuple[ConfigDict, dict]:
   return _load_official(file, official, options)
 
 
-def _load_pair(config_path: str, path: str, options: _Options) -> tuple[ConfigDict, dict]:
-  """Loads a tokenizer or diffusers' autoencoder from a config.json and a weights file, as on the hub."""
-  try:
-    with open(config_path, encoding="utf-8") as f:
-      fields = literals.parse_json(f.read(), config_path)
-  except (OSError, UnicodeDecodeError) as e:
-    raise ValueError(f"{config_path} cannot be read: {e}") from None
-  file = TensorFile(path)
+def _load_pair(folder: Folder, options: _Options) -> tuple[ConfigDict, dict]:
+  """Loads a tokenizer or diffusers' autoencoder from a config.json and weights, as on the hub."""
+  config_path = folder.find(hub.CONFIG)
+  fields = folder.read_json(config_path)
+  file = folder.tensors()
   if "_class_name" in fields or "block_out_channels" in fields:
     with named(config_path):
       vae = diffusers.from_diffusers(fields)
@@ -217,7 +233,7 @@ def _load_pair(config_path: str, path: str, options: _Options) -> tuple[ConfigDi
   return _load_official(file, fields, options)
 
 
-def _load_official(file: TensorFile, official: Mapping, options: _Options) -> tuple[ConfigDict, dict]:
+def _load_official(file: Tensors, official: Mapping, options: _Options) -> tuple[ConfigDict, dict]:
   """Loads a tokenizer, and its VAE from the hub if the file does not have it."""
   with named(file.path):
     settings, roles = from_official(official, mup_base_width=options.mup_base_width)
@@ -229,7 +245,7 @@ def _load_official(file: TensorFile, official: Mapping, options: _Options) -> tu
     if not hub.is_repository(hub_id):
       raise ValueError(f"{file.path}: vae.hf_hub_path {hub_id!r:.80} is no repository of the Hugging Face hub")
     own = dataclasses.replace(options, param_dtype=options.param_dtype or vae["dtype"], image_size=None)
-    vae_config, loaded = _load_pair(*hub.fetch(hub_id), own)
+    vae_config, loaded = _load_pair(_on_hub(hub_id), own)
     if vae_config.stage != "vae":
       raise ValueError(f"{file.path}: vae.hf_hub_path {hub_id} is no autoencoder")
     vae["scaling_factor"] = vae["scaling_factor"] or vae_config.vae.scaling_factor
@@ -254,7 +270,7 @@ def _load_official(file: TensorFile, official: Mapping, options: _Options) -> tu
   return config, _read(file, config, options, entries_of, tables, loaded)
 
 
-def _load_diffusers(file: TensorFile, vae: dict, options: _Options) -> tuple[ConfigDict, dict]:
+def _load_diffusers(file: Tensors, vae: dict, options: _Options) -> tuple[ConfigDict, dict]:
   for name, size in _vae_sizes(file, "").items():
     if vae[name] != size:
       raise ValueError(f"{file.path}: {name} is {vae[name]} in config.json and {size} in the weights")
@@ -271,7 +287,7 @@ def _load_diffusers(file: TensorFile, vae: dict, options: _Options) -> tuple[Con
   return config, _read(file, config, options, lambda shapes: diffusers.with_old_names(entries(shapes), file.shapes))
 
 
-def _vae_sizes(file: TensorFile, prefix: str) -> dict:
+def _vae_sizes(file: Tensors, prefix: str) -> dict:
   with named(file.path):
     return diffusers.read_sizes({k[len(prefix) :]: v for k, v in file.shapes.items() if k.startswith(prefix)})
 
@@ -280,7 +296,7 @@ def _vae_sizes(file: TensorFile, prefix: str) -> dict:
 
 
 def _read(
-  file: TensorFile,
+  file: Tensors,
   config: ConfigDict,
   options: _Options,
   entries_of: Callable[[Mapping[str, Shape]], Iterable[Entry]],

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import shutil
 import warnings
 
 import jax
@@ -214,6 +215,79 @@ def test_weights_and_config_must_agree(autoencoder, tmp_path):
       flextok_jax.load(tmp_path)
 
 
+# Other people's files.
+
+
+def in_shards(folder, weights):
+  """Writes the weights of an index in two files in place of one file."""
+  tensors = load_file(folder / weights)
+  stem = weights.removesuffix(".safetensors")
+  index = {name: f"{stem}-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(tensors)}
+  for file in set(index.values()):
+    save_file({k: v for k, v in tensors.items() if index[k] == file}, folder / file)
+  (folder / f"{weights}.index.json").write_text(json.dumps(dict(metadata={}, weight_map=index)))
+  (folder / weights).unlink()
+
+
+def as_variant(folder, weights):
+  (folder / weights).rename(folder / weights.replace(".safetensors", ".fp16.safetensors"))
+
+
+def wrapped(*names):
+  def change(folder, weights):
+    tensors = {names[0] + name.replace(".", names[1], 1): x for name, x in load_file(folder / weights).items()}
+    save_file(tensors, folder / weights)
+
+  return change
+
+
+CHANGES = {
+  "shards": in_shards,
+  "variant": as_variant,
+  "module.": wrapped("module.", "."),
+  "module.module._orig_mod.": wrapped("module.module._orig_mod.", "."),
+  "_orig_mod within": wrapped("", "._orig_mod."),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_files_as_other_software_writes_them(model, autoencoder, tmp_path, name):
+  model.to_official(tmp_path / "hub")
+  shutil.copytree(autoencoder, tmp_path / "pipeline" / "vae")
+  (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+  CHANGES[name](tmp_path / "hub", hub.WEIGHTS[0])
+  CHANGES[name](tmp_path / "pipeline" / "vae", hub.WEIGHTS[1])
+  assert_same(model, flextok_jax.load(tmp_path / "hub", **LOAD))
+  vae = flextok_jax.load(tmp_path / "pipeline")
+  jax.tree.map(np.testing.assert_array_equal, vae.params["vae"], model.params["vae"])
+  if name == "shards":
+    assert_same(model, flextok_jax.load(tmp_path / "hub" / "model.safetensors.index.json", **LOAD))
+    (tmp_path / "hub" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks model-00002-of-00002.safetensors; needed are"):
+      flextok_jax.load(tmp_path / "hub", **LOAD)
+
+
+def test_files_that_are_not_read_are_named_with_the_remedy(autoencoder, tmp_path):
+  config = (autoencoder / "config.json").read_text()
+  convert = "convert it by python -m flextok_jax.convert_torch"
+  for name, words in {
+    "diffusion_pytorch_model.bin": f"diffusion_pytorch_model.bin is not supported, as a pickled .*: {convert}",
+    "flax_model.msgpack": "flax_model.msgpack is not supported: save the model as safetensors",
+  }.items():
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text(config)
+    (tmp_path / name / name).write_bytes(b"PK\3\4")
+    with pytest.raises(FileNotFoundError, match=words):
+      flextok_jax.load(tmp_path / name)
+  with pytest.raises(ValueError, match=f"is not a whole safetensors file .*: if it is PyTorch's, {convert}"):
+    flextok_jax.load(tmp_path / "diffusion_pytorch_model.bin" / "diffusion_pytorch_model.bin")
+  with pytest.raises(FileNotFoundError, match="but has folders of models: give one of diff.*bin, flax_model.msgpack"):
+    flextok_jax.load(tmp_path)
+  save_file({"a.x": np.zeros(1, np.float32), "a._orig_mod.x": np.zeros(1, np.float32)}, tmp_path / "two.safetensors")
+  with pytest.raises(ValueError, match="tensors 'a.*' and 'a.*' are the same parameter: save one of them"):
+    flextok_jax.load(tmp_path / "two.safetensors")
+
+
 # The hub.
 
 
@@ -224,8 +298,7 @@ def cached(cache: Path, repository: str, files: Path):
   snapshot.mkdir(parents=True)
   (folder / "refs").mkdir()
   (folder / "refs" / "main").write_text("0" * 40)
-  for file in files.iterdir():
-    (snapshot / file.name).write_bytes(file.read_bytes())
+  shutil.copytree(files, snapshot, dirs_exist_ok=True)
 
 
 @pytest.fixture
@@ -244,6 +317,8 @@ def test_a_cached_repository_loads_offline(model, autoencoder, offline, tmp_path
   assert_same(model, flextok_jax.load("EPFL-VILAB/flextok_tiny", **LOAD))
   cached(offline, "EPFL-VILAB/flextok_vae", autoencoder)
   assert flextok_jax.load("EPFL-VILAB/flextok_vae").config.stage == "vae"
+  cached(offline, "some/pipeline", autoencoder.parent)
+  assert flextok_jax.load("some/pipeline").config.stage == "vae"
 
 
 def test_vae_by_repository_name(model, autoencoder, offline, tmp_path):

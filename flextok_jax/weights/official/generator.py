@@ -16,16 +16,16 @@ import numpy as np
 
 from flextok_jax import stages
 from flextok_jax.config import derive, float_dtype
-from flextok_jax.core import hub, tensor_file
-from flextok_jax.core.tensor_file import TensorFile, named
+from flextok_jax.core import tensor_file
+from flextok_jax.core.tensor_file import TensorFile, Tensors, named
 from flextok_jax.models.ar.generator import sincos_table
 from flextok_jax.stages.ar import mlp_hidden
 from flextok_jax.weights import layout
+from flextok_jax.weights.folder import Folder, describe_others, has_weights
 from flextok_jax.weights.official import generator_config, generator_names
 from flextok_jax.weights.official.generator_names import BIASES, BLOCKS, MODEL, POSITIONS, READOUT, TEXT_MLP
 from flextok_jax.weights.official.generator_settings import Settings
 
-WEIGHTS = "model.safetensors"
 CONFIGS = ("config.yaml", "config.yml", "config.json")
 _IGNORED = ("models.text_encoder.t5_embedder.", "models.image_tokenizer.")  # parts that are loaded on their own
 _GUIDANCE = {"class": 1.5, "text": 3.0, "none": 1.0}  # the authors' scales
@@ -63,8 +63,7 @@ def load(
     ValueError: a damaged, foreign or unsupported file, an unknown setting, or a contradiction; it names both sides.
   """
   param_dtype = jnp.dtype(float_dtype("dtype", dtype or "float32"))
-  weights, config_file = _find(os.fspath(source))
-  file = TensorFile(weights, _IGNORED)
+  file, config_file = _find(os.fspath(source))
   found = Settings()
   found.add_all(settings, "the settings")
   if config_file:
@@ -82,28 +81,27 @@ def load(
   return config, _read(file, boxed, param_dtype, multiplier, mesh, unused)
 
 
-def _find(source: str) -> tuple[str, str | None]:
-  """Returns the paths of weights and configuration file; the latter may be None."""
+def _find(source: str) -> tuple[Tensors, str | None]:
+  """Returns the weights and the path of the configuration file, which may be None."""
   if os.path.isfile(source):
-    return source, None
-  if os.path.isdir(source):
-    weights = sorted(name for name in os.listdir(source) if name.endswith(".safetensors"))
-    if WEIGHTS in weights:
-      weights = [WEIGHTS]
-    if not weights:
-      raise FileNotFoundError(f"folder {source} holds no generator: no .safetensors file in it")
-    if len(weights) > 1:
-      raise ValueError(f"folder {source} holds several .safetensors files ({', '.join(weights)[:120]}): give one")
-    configs = [path for name in CONFIGS if os.path.isfile(path := os.path.join(source, name))]
-    return os.path.join(source, weights[0]), next(iter(configs), None)
-  if hub.is_repository(source):
-    needed = f"{CONFIGS[0]} and {WEIGHTS}"
-    config = hub.fetch_file(source, CONFIGS[0], needed=needed)
-    return hub.fetch_file(source, WEIGHTS, needed=needed), config
-  raise FileNotFoundError(f"no such generator: {source}; give a file, a folder or a repository on Hugging Face")
+    return TensorFile(source, _IGNORED), None
+  folder = Folder(source, "generator", "organisation/name", config=CONFIGS[0])
+  if not os.path.isdir(source):
+    config = folder.find(CONFIGS[0])
+    return folder.tensors(_IGNORED), config
+  config = next((path for name in CONFIGS if os.path.isfile(path := os.path.join(source, name))), None)
+  if has_weights(source):
+    return folder.tensors(_IGNORED), config
+  weights = sorted(name for name in os.listdir(source) if name.endswith(".safetensors"))
+  if not weights:
+    others = describe_others(source)
+    raise FileNotFoundError(f"folder {source} holds no generator: no .safetensors file in it{others}")
+  if len(weights) > 1:
+    raise ValueError(f"folder {source} holds several .safetensors files ({', '.join(weights)[:120]}): give one")
+  return TensorFile(os.path.join(source, weights[0]), _IGNORED), config
 
 
-def _shape(file: TensorFile, name: str, rank: int) -> tuple[int, ...]:
+def _shape(file: Tensors, name: str, rank: int) -> tuple[int, ...]:
   if name not in file.shapes:
     raise ValueError(f"it lacks the tensor {name}, which every generator in this format has")
   if len(file.shapes[name]) != rank:
@@ -111,7 +109,7 @@ def _shape(file: TensorFile, name: str, rank: int) -> tuple[int, ...]:
   return file.shapes[name]
 
 
-def _add_weights(found: Settings, file: TensorFile):
+def _add_weights(found: Settings, file: Tensors):
   """Adds the settings that names and shapes of the weights determine."""
   add = lambda name, value: found.add(name, value, "the weights")
   names = file.shapes
@@ -150,7 +148,7 @@ def _add_weights(found: Settings, file: TensorFile):
     add("text_dim", _shape(file, f"{TEXT_MLP}fc1.weight", 2)[1])
 
 
-def _positions_are_computed(found: Settings, file: TensorFile) -> bool:
+def _positions_are_computed(found: Settings, file: Tensors) -> bool:
   """Whether the stored position table equals the sincos1d table, so that it is computed and no parameter."""
   kind, shape = found.get("pos_embed"), _shape(file, POSITIONS, 2)
   if kind in ("absolute", "sincos2d"):
@@ -173,7 +171,7 @@ def _readout_multiplier(found: Settings) -> float:
   return found.get("readout_multiplier", 1.0)
 
 
-def _make_config(found: Settings, file: TensorFile, dtype: str, pos_embed: str) -> ConfigDict:
+def _make_config(found: Settings, file: Tensors, dtype: str, pos_embed: str) -> ConfigDict:
   """Returns the config of the settings; the hidden width of the MLP comes from the file."""
   condition = "text" if found.get("cross") else "class" if found.get("num_classes") else "none"
   config = derive(stage="ar", dtype=dtype)
@@ -231,7 +229,7 @@ def _set_hidden(found: Settings, c: ConfigDict, hidden: int):
 
 
 def _read(
-  file: TensorFile,
+  file: Tensors,
   boxed: dict,
   dtype: np.dtype,
   multiplier: float,

@@ -24,10 +24,7 @@ def read(path: str | os.PathLike, ignored: tuple[str, ...] = ()) -> dict[str, np
     file = tensor_file.TensorFile(path, ignored)
     return {name: file.read(name).astype(np.float32) for name in file.shapes}
   if not path.endswith(".npz"):
-    raise ValueError(
-      f"{path} is neither .safetensors nor .npz: convert PyTorch's files by "
-      "python -m flextok_jax.convert_torch SOURCE TARGET.safetensors"
-    )
+    raise ValueError(f"{path} is neither .safetensors nor .npz: if it is PyTorch's, {tensor_file.CONVERT}")
   with npz.opened(path) as archive:
     arrays = {name: npz.read(archive, name) for name in npz.names(archive) if not name.startswith(ignored)}
   for name, array in arrays.items():

@@ -70,9 +70,9 @@ def load_t5(source: str | os.PathLike, dtype: str, mesh: jax.sharding.Mesh | Non
   with tensor_file.named(folder.name):
     for e in found:
       for name in e.names:
-        e.check_shape(name, have.shape(name))
+        e.check_shape(name, have.shapes[name])
     where = layout.placements(abstract, mesh)
-    return sizes, layout.read_arrays(found, have.__getitem__, lambda path: param_dtype, where)
+    return sizes, layout.read_arrays(found, have.read, lambda path: param_dtype, where)
 
 
 def read_sizes(source: str | os.PathLike) -> dict:
