@@ -184,8 +184,8 @@ def get_config() -> ConfigDict:
   c.data.crop = "random"
   c.data.crop_min_area = 0.4  # smallest area of a random crop, as a fraction [ours: milder than a classifier's 0.08]
   c.data.flip = True  # horizontally, half of the images (never emoji: letters, arrows and flags are not symmetric)
-  # Decode JPEG files of folder, webdataset, tfds and arrayrecord at 1/2, 1/4 or 1/8 of their size if the crop still has image_size
-  # pixels: less work; pixels differ by about 1 of 255 levels, by 5 in the finest texture [ours].
+  # Decode JPEG files of these four at 1/2, 1/4 or 1/8 of their size if the crop still has image_size pixels: less work;
+  # pixels differ by about 1 of 255 levels, by 5 in the finest texture [ours].
   c.data.reduce_jpeg = True
   c.data.num_threads = 8  # reading threads per process
   c.data.num_workers = 0  # worker processes per process; 0: threads only

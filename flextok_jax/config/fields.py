@@ -50,7 +50,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
   if not path.exists():
     raise FileNotFoundError(f"{workdir} is not the workdir of a run: it has no config.json")
   with path.open("rb") as f:
-    return parse_config(f.read(_MAX_TEXT + 1).decode(errors="replace"), str(path))
+    return parse_config(f.read(_MAX_TEXT + 1).decode("utf-8-sig", "replace"), str(path))
 
 
 def parse_config(text: str, origin: str) -> ConfigDict:

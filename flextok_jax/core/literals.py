@@ -149,7 +149,8 @@ def parse_json(text: str | bytes, origin: str) -> dict[str, Any]:
   if len(text) > MAX_TEXT:
     raise ValueError(f"{origin}: {len(text)} characters of JSON: at most {MAX_TEXT} are read")
   try:
-    value = _load_json(text if isinstance(text, str) else text.decode())
+    text = text if isinstance(text, str) else text.decode()
+    value = _load_json(text.removeprefix("\ufeff"))  # a byte order mark
   except RecursionError:
     raise ValueError(f"{origin}: nested deeper than {MAX_DEPTH} levels") from None
   except (ValueError, MemoryError) as e:

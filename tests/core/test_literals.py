@@ -66,4 +66,5 @@ class TestText:
     refused("some file", parse_json, text, "some file")
 
   def test_json(self):
+    assert parse_json(b'\xef\xbb\xbf{"a": 1}', "some file") == parse_json('\ufeff{"a": 1}', "some file") == {"a": 1}
     assert parse_json(b'{"a": [1, 2.5, null, "\xc3\xa9"]}', "some file") == {"a": [1, 2.5, None, "é"]}

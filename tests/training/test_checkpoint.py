@@ -390,7 +390,7 @@ def test_a_workdir_belongs_to_one_config(config, tmp_path):
 def test_fields_that_a_workdir_config_lacks_have_their_defaults(config, tmp_path):
   old = config.to_dict()
   del old["tokens"]["corruption"], old["repa"], old["optim"]["discriminator"]["eps"]
-  (tmp_path / "config.json").write_text(json.dumps(old))
+  (tmp_path / "config.json").write_text(json.dumps(old), encoding="utf-8-sig")  # as an editor on Windows saves it
   assert read_config(tmp_path) == config
   checkpoint.check_workdir(str(tmp_path), config)
 

@@ -19,7 +19,7 @@ from flextok_jax.data import pipeline
 from flextok_jax.data.sources import base
 from flextok_jax.data.sources.webdataset import WebDataset, find_tars
 from flextok_jax.training.inputs import image_data
-from tests.support.mutations import mutate
+from tests.support import source_mutants
 from tests.support.tars import archive, picture, shard, write_shards
 
 
@@ -198,16 +198,13 @@ def test_patterns(tmp_path):
     WebDataset("validation", f"{tmp_path}/00000.tar")
 
 
-def test_mutants(tmp_path):
-  rng = random.Random(0)
-  for _ in range(300):
+@pytest.mark.parametrize("kind", ["tars", "texts"])
+def test_mutants(tmp_path, kind, warnings):
+  for number in range(100):
+    folder = tmp_path / str(number)
+    folder.mkdir()
     try:
-      source = opened(tmp_path, mutate(shard(0), rng))
-    except ValueError as error:
-      assert "\n" not in str(error)
-      continue
-    for i in range(len(source)):
-      try:
-        source[i]
-      except base.UnreadableRecord as error:
-        assert "\n" not in str(error)
+      getattr(source_mutants, kind)(random.Random(number), folder)
+    except (ValueError, base.UnreadableRecord) as error:
+      assert "\n" not in str(error) and len(str(error)) < 1000
+  assert all("\n" not in line and len(line) < 1000 for line in warnings)
