@@ -16,7 +16,7 @@ import numpy as np
 from flextok_jax.core.errors import first_line, warn_once
 from flextok_jax.core.files import check_regular, printable
 from flextok_jax.core.images import EXTENSIONS
-from flextok_jax.data import listing, transforms
+from flextok_jax.data import listing
 from flextok_jax.data.sources import captions, tar
 from flextok_jax.data.sources.base import (
   VALIDATION_PERCENT,
@@ -104,7 +104,7 @@ class WebDataset(StoredImages):
           for part in (*(["txt"] if with_captions else []), "json", "cls")
           if part in parts
         }
-    except transforms.DECODE_ERRORS as error:
+    except (OSError, ValueError) as error:
       raise UnreadableRecord(name, error) from error
     stem = posixpath.splitext(name)[0]
     found = self._captions(stem, texts) if with_captions else ()
