@@ -37,3 +37,8 @@ def _add_configs() -> None:
 
 
 _add_configs()
+
+if sys.argv and Path(sys.argv[0]).name in ("-m", "flextok-jax"):  # a command, not a program that imports this package
+  from flextok_jax.core import interrupts
+
+  interrupts.end_at_once()

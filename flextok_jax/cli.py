@@ -13,7 +13,6 @@ import os
 from pathlib import Path
 import re
 import runpy
-import signal
 import sys
 from typing import Any
 
@@ -22,7 +21,7 @@ import jax
 from ml_collections import ConfigDict, config_flags
 
 from flextok_jax.config import load_config
-from flextok_jax.core import files
+from flextok_jax.core import accelerators, files, interrupts
 from flextok_jax.core.extras import MissingPackageError
 from flextok_jax.ops import guidance
 from flextok_jax.parallel import processes
@@ -140,7 +139,9 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
 
 
 def run(main: Callable[..., None], arguments: Sequence[str] = ()):
-  """Parses the flags and calls main(*arguments); bad input ends with one line on stderr and exit code 1.
+  """Parses the flags and calls main(*arguments).
+
+  Bad input ends with one line on stderr and exit code 1, Ctrl-C with one line and exit code 130.
 
   If the environment says that several processes run the command together (parallel/processes.py), they connect first.
 
@@ -153,17 +154,31 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()):
     if isinstance(sys.stdout, io.TextIOWrapper):
       sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have bytes that are not UTF-8
     _keep_compiled()
-    with processes.exit_on_failure():
-      try:
-        processes.initialize()
-        main(*argv[1:])
-      except _EXPECTED as e:
-        _fail(e)
-      except KeyboardInterrupt as e:
-        print(" ".join(str(e).split()) or "stopped by Ctrl-C", file=sys.stderr, flush=True)
-        sys.exit(128 + signal.SIGINT)
+    with processes.exit_on_failure(), _one_line():
+      processes.initialize()
+      main(*argv[1:])
 
-  app.run(call, flags_parser=functools.partial(_parse, arguments=arguments))
+  interrupts.watch()
+  with _one_line():
+    app.run(call, flags_parser=functools.partial(_parse, arguments=arguments))
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+  """Ends the process with one line on stderr for bad input, devices that cannot start, and Ctrl-C."""
+  try:
+    yield
+  except _EXPECTED as e:
+    _fail(e)
+  except (RuntimeError, AssertionError):  # JAX raises these if devices cannot start; then start raises an OSError
+    try:
+      accelerators.start()
+    except OSError as e:
+      _fail(e)
+    raise
+  except KeyboardInterrupt as e:
+    print(" ".join(str(e).split()) or interrupts.LINE, file=sys.stderr, flush=True)
+    sys.exit(interrupts.EXIT_CODE)
 
 
 def numbers(flag: str, items: Iterable[str], kind: type = int) -> list:

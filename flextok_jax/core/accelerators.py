@@ -1,8 +1,10 @@
-"""Peak rates and memory of accelerators, by jax's device kind, from public data sheets."""
+"""Starting JAX's devices; and peak rates and memory of accelerators, by jax's device kind, from public data sheets."""
 
 import dataclasses
 
 import jax
+
+from flextok_jax.core.errors import first_line
 
 GIB, GB = 2**30, 1e9
 
@@ -35,6 +37,23 @@ _CHIPS = {
   "NVIDIA H100 80GB HBM3": Accelerator(989e12, 80 * GB, 3350 * GB, 450 * GB, 1),
   "NVIDIA H200": Accelerator(989e12, 141 * GB, 4800 * GB, 450 * GB, 1),
 }
+
+
+def start() -> None:
+  """Starts JAX's devices, unless they have started already.
+
+  Raises:
+    OSError: they cannot start.
+  """
+  try:
+    jax.devices()
+  except Exception as e:  # a RuntimeError, or an AssertionError without text if a platform's package is missing
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+    asked = f"JAX_PLATFORMS={platforms}: " if platforms else ""
+    raise OSError(
+      f"{asked}JAX cannot start its devices ({first_line(e, 300)}); install JAX for this accelerator, or set "
+      "JAX_PLATFORMS=cpu"
+    ) from e
 
 
 def known(device: jax.Device) -> Accelerator | None:

@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from flextok_jax.core.errors import quote
+
 MAX_TEXT = 1_000_000  # characters per text
 MAX_DEPTH = 32  # levels of nesting
 MAX_VALUES = 20_000  # per configuration: about thirty times as many as a tokenizer's has
@@ -23,12 +25,6 @@ TOKEN = re.compile(
   )(?=\s*+(?:[,:\])}]|\Z)))""",
   re.VERBOSE,
 )
-
-
-def quote(value: Any) -> str:
-  """Returns at most 60 characters of repr(value), on one line, for an error message."""
-  text = repr(value)
-  return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def join(path: str, name: str) -> str:

@@ -5,8 +5,6 @@ decoding prefixes and comparing them with the image, in a bisection over lengths
 """
 
 from collections.abc import Callable
-import math
-import numbers
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +87,12 @@ def _bisect(
     low = jnp.where(searching & ~within, length + 1, low)
     return low, jnp.where(within, length, high), jnp.where(accept, tried, gap), measured | accept
 
-  start = jnp.ones(batch, jnp.int32), jnp.full(batch, most, jnp.int32), jnp.zeros(batch), jnp.zeros(batch, bool)
+  start = (
+    jnp.ones(batch, jnp.int32),
+    jnp.full(batch, most, jnp.int32),
+    jnp.zeros(batch, jnp.float32),
+    jnp.zeros(batch, bool),
+  )
   _, lengths, gap, _ = jax.lax.while_loop(unfinished, one_round, start)
   return lengths, gap
 
@@ -103,12 +106,6 @@ def _check_shape(distance: distances.Distance, images: jax.Array) -> None:
     raise ValueError(f"a metric must return one floating-point number per image, [{len(images)}] here; got {got}")
 
 
-def check_quality(quality: float) -> None:
-  """Raises ValueError for a threshold that is not a finite number above 0."""
-  if isinstance(quality, bool) or not isinstance(quality, numbers.Real) or not 0 < quality < math.inf:
-    raise ValueError(f"quality={quality!r} must be a finite number above 0, the largest acceptable distance")
-
-
 def pad_to_slots(ids: jax.Array, num_registers: int) -> jax.Array:
   """Pads ids [b, n] with zeros, which have no effect, to the number of slots that all lengths up to n need."""
   return jnp.pad(ids, ((0, 0), (0, nested.padded_length(ids.shape[1], num_registers) - ids.shape[1])))
@@ -116,4 +113,4 @@ def pad_to_slots(ids: jax.Array, num_registers: int) -> jax.Array:
 
 def shared_noise(seed: int, shape: tuple[int, ...]) -> jax.Array:
   """Returns starting latents [h, w, c] for all images: those of image 0 in a call with key(seed)."""
-  return jax.random.normal(jax.random.fold_in(jax.random.key(seed), 0), shape)
+  return jax.random.normal(jax.random.fold_in(jax.random.key(seed), 0), shape, jnp.float32)

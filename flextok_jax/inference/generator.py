@@ -44,7 +44,7 @@ def load_ar(
     FileNotFoundError: there is no checkpoint, or it cannot be downloaded; the message says which file to put where.
     ValueError: a damaged, foreign or unsupported checkpoint, or settings that contradict it.
   """
-  source = os.fspath(source)
+  source = validation.path("source", source)
   if os.path.exists(source) and loading.is_ours(source):
     if settings:
       raise ValueError(f"{source} has its own config: no setting like {next(iter(settings))!r} can be given")
@@ -165,20 +165,32 @@ class ARGenerator:
     """
     num_tokens = self.num_tokens if num_tokens is None else num_tokens
     num_tokens = validation.whole_number("num_tokens", num_tokens, 1, self.num_tokens)
+    fast, return_log_probs = validation.flag("fast", fast), validation.flag("return_log_probs", return_log_probs)
     conditioned = any(x is not None for x in (labels, prompts, text_embeddings))
     sampler = self._sampler(conditioned, guidance_scale, temperature, top_k, top_p, greedy)
 
     # How many samples, and their keys.
-    key = None if key is None else validation.typed_keys(key)
-    given: dict[str, Any] = {"labels": labels, "prompts": prompts, "text_embeddings": text_embeddings}
-    sizes = {name: np.shape(value)[0] for name, value in given.items() if np.ndim(value)}
-    if prefix is not None and np.ndim(prefix) == 2 and len(prefix) > 1:
-      sizes["prefix"] = len(prefix)
-    if key is not None and key.ndim:
-      sizes["key"] = len(key)
-    batch = validation.num_samples({"batch_size": batch_size, **sizes})
-    if key is None and not greedy:
+    sizes: dict[str, int | None] = {}
+    if batch_size is not None:
+      sizes["batch_size"] = validation.at_least_one("batch_size", batch_size)
+    if labels is not None:
+      labels = validation.array("labels", labels)
+      sizes["labels"] = len(labels) if labels.ndim else None
+    if prompts is not None:
+      prompts = validation.prompts(prompts, allow_empty=False)
+      sizes["prompts"] = len(prompts)
+    if text_embeddings is not None:
+      text_embeddings = validation.floats("text_embeddings", text_embeddings)
+      sizes["text_embeddings"] = len(text_embeddings) if text_embeddings.ndim else None
+    if prefix is not None:
+      prefix = validation.generator_ids("prefix", prefix, self.num_tokens, self.num_ids)
+      sizes["prefix"] = len(prefix) if len(prefix) > 1 else None
+    if key is not None:
+      key = validation.typed_keys(key)
+      sizes["key"] = len(key) if key.ndim else None
+    elif not sampler.greedy:
       raise ValueError("generate draws at random: pass key=jax.random.key(seed), or greedy=True")
+    batch = validation.num_samples(sizes)
     keys = validation.keys(jax.random.key(0) if key is None else key, batch)
 
     # What they are conditioned on.
@@ -189,7 +201,7 @@ class ARGenerator:
         null_text_embeddings, null_text_lengths = self.encode_text([""])
       null_text = validation.null_text(null_text_embeddings, null_text_lengths, batch, self.config.text.features)
 
-    prefix = validation.prefix(prefix, batch, num_tokens, self.num_tokens, self.num_ids)
+    prefix = validation.prefix(prefix, batch, num_tokens)
     length = sampling.padded_length(num_tokens, self.num_tokens)
     args = keys, labels, text, null_text, prefix, np.int32(num_tokens), sampler
     ids, log_probs = _generate(self, *args, length=length, fast=fast)
@@ -198,8 +210,11 @@ class ARGenerator:
 
   def trim(self, ids: Array) -> list[np.ndarray]:
     """Cuts sequences [b, n] where they ended: a list of int32 arrays, as FlexTok.detokenize takes them."""
-    rows = np.asarray(ids, np.int32)
-    return [row[: int((row < self.num_ids).sum())] for row in rows]
+    rows = validation.generator_ids("ids", ids, self.num_tokens, self.num_ids + 1)
+    if validation.is_traced(rows):
+      raise ValueError("sequences of different lengths cannot leave jax.jit: call trim outside")
+    ended = np.cumsum(rows == self.num_ids, 1) > 0
+    return [row[: int((~end).sum())] for row, end in zip(rows, ended)]
 
   def encode_text(self, prompts: Sequence[str]) -> tuple[jax.Array, np.ndarray]:
     """Encodes texts; the features of the empty text mean no condition.
@@ -215,15 +230,14 @@ class ARGenerator:
     settings = self.config.text
     if self.config.ar.condition != "text":
       raise ValueError(f"this model's condition is {self.config.ar.condition!r}: it takes no prompts")
-    validation.prompts(prompts)
-    ids, lengths = _tokenizer(settings)(list(prompts))
+    ids, lengths = _tokenizer(settings)(validation.prompts(prompts))
     if settings.encoder == "bytes":
       return _encode_text(self, ids, lengths), lengths
     return text_encoder.load_t5_once(settings.path, self.config.dtype, settings.features)(ids, lengths), lengths
 
   def save(self, folder: str | os.PathLike) -> None:
     """Writes a folder that load_ar reads: weights.safetensors (each array in its type) and config.json."""
-    saving.save_folder(folder, self.config, self.params)
+    saving.save_folder(validation.path("folder", folder), self.config, self.params)
 
   def _sampler(
     self,
@@ -241,17 +255,10 @@ class ARGenerator:
     temperature = own.temperature if temperature is None else temperature
     top_k = own.top_k if top_k is None else top_k
     top_p = own.top_p if top_p is None else top_p
-    validation.choices(guidance_scale, temperature, top_k, top_p, self.num_ids)
-    if guidance_scale != 1 and own.condition == "none":
+    sampler = validation.token_sampler(guidance_scale, temperature, top_k, top_p, greedy, self.num_ids)
+    if sampler.guidance_scale is not None and own.condition == "none":
       raise ValueError(f"guidance_scale={guidance_scale} needs a condition, and this model has none: leave it at 1")
-    number: Any = np.float32
-    return sampling.TokenSampler(
-      guidance_scale=None if guidance_scale == 1 else number(guidance_scale),
-      temperature=number(temperature),
-      top_p=number(top_p) if top_p else None,
-      top_k=int(top_k),
-      greedy=greedy,
-    )
+    return sampler
 
   def _labels(self, labels: Any, batch: int) -> Array:
     if labels is not None and not self.num_classes:
@@ -263,7 +270,6 @@ class ARGenerator:
     if prompts is not None:
       if features is not None:
         raise ValueError("prompts and text_embeddings are both given: give one of them")
-      validation.prompts(prompts, allow_empty=False)
       features, lengths = self.encode_text(prompts)
     if self.config.ar.condition != "text":
       if features is not None:

@@ -11,8 +11,8 @@ from flextok_jax.core.images import to_float
 from flextok_jax.data.shards.files import ArrayRecords
 from flextok_jax.data.shards.latents import LatentShards
 from flextok_jax.data.shards.tokens import TokenRecords
-from flextok_jax.inference import adaptive, validation
 from flextok_jax.inference import tokenizer as tokenizer_lib
+from flextok_jax.inference import validation
 from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.ops import distances
 from flextok_jax.parallel import batching
@@ -52,7 +52,7 @@ def tokens(
     "num_tokens": num_tokens,
   }
   if quality is not None:
-    adaptive.check_quality(quality)
+    validation.quality(quality)
     distances.resolve(metric)
     facts["sampler"] = model.config.sampler.to_dict()
   model = batching.replicate(model, mesh)

@@ -25,6 +25,7 @@ from flextok_jax.stages.vae import make_vae
 from flextok_jax.weights import loading, saving
 
 KeepK = int | Sequence[int] | Array
+CHUNK_STEPS = 50  # of the sampler in one program
 
 
 def load(
@@ -53,7 +54,7 @@ def load(
     ValueError: a damaged, foreign or unsupported checkpoint; the message names the cause.
   """
   config, params = loading.load(
-    source,
+    validation.path("source", source),
     param_dtype=None,
     dtype=dtype,
     vae_norm_num_groups=vae_norm_num_groups,
@@ -136,9 +137,9 @@ class FlexTok:
       ValueError: an argument out of range, or a VAE alone, which has no tokens.
     """
     num_tokens = validation.token_count(num_tokens, self.num_registers)
-    images = self._images(images)
+    images, key = self._images(images), _posterior_key(key)
     if quality is not None:  # its arguments are checked before anything is encoded
-      goal = self._goal(images, quality, metric, noise)
+      goal = self._goal(images.shape, quality, metric, noise)
       sampler = self._sampler(num_steps, guidance, guidance_scale, guidance_interval)
     ids = _tokenize(self, images, slots(self, num_tokens - 1), key)[:, :num_tokens]
     if quality is None:
@@ -182,22 +183,21 @@ class FlexTok:
     ids, keep_k = self._ids(ids, keep_k)
     sampler = self._sampler(num_steps, guidance, guidance_scale, guidance_interval)
     if noise is not None:
-      self._check_noised("noise", noise, len(ids))
+      noise = self._noised("noise", noise, len(ids))
     elif key is not None:
       noise = sample_noise(validation.keys(key, len(ids)), self.latent_shape)
     else:
       shape = [len(ids), *self.latent_shape]
       raise ValueError(f"detokenize starts from noise: pass key=jax.random.key(seed), or noise=... of shape {shape}")
-    return _detokenize(self, ids, keep_k, noise, sampler)
+    return _decode(self, ids, keep_k, noise, sampler)
 
   def encode_latents(self, images: Images, key: jax.Array | None = None) -> jax.Array:
     """Encodes images, as for tokenize, to scaled latents float32 [b, h, w, c]; with a key a sample of the posterior."""
-    return _encode_latents(self, self._images(images), key)
+    return _encode_latents(self, self._images(images), _posterior_key(key))
 
   def decode_latents(self, z: Array) -> jax.Array:
     """Decodes scaled latents [b, h, w, c] to images float32 [b, h', w', 3], about [-1, 1] and not clipped."""
-    validation.latents("z", z, self.latent_shape[-1])
-    return _decode_latents(self, z)
+    return _decode_latents(self, validation.latents("z", z, self.latent_shape[-1]))
 
   def velocity(
     self,
@@ -223,13 +223,13 @@ class FlexTok:
     """
     ids, keep_k = self._ids(ids, keep_k)
     batch = len(ids)
-    self._check_noised("x_t", x_t, batch)
+    x_t = self._noised("x_t", x_t, batch)
     drop = validation.per_sample("drop_condition", False if drop_condition is None else drop_condition, batch, bool)
     return _velocity(self, x_t, validation.times(t, batch), ids, keep_k, drop)
 
   def save(self, folder: str | os.PathLike) -> None:
     """Writes a folder that load reads: weights.safetensors (each array in its type) and config.json."""
-    saving.save_folder(folder, self.config, self.params)
+    saving.save_folder(validation.path("folder", folder), self.config, self.params)
 
   def to_official(self, path: str | os.PathLike) -> None:
     """Writes what the authors' PyTorch code reads: a .safetensors file, or a folder in the hub's layout.
@@ -239,7 +239,7 @@ class FlexTok:
     Raises:
       ValueError: the official format cannot express this model.
     """
-    saving.save_official(path, self.config, self.params)
+    saving.save_official(validation.path("path", path), self.config, self.params)
 
   def _tokenizer_config(self) -> FrozenConfigDict:
     if self.config.stage != "tokenizer":
@@ -277,22 +277,24 @@ class FlexTok:
     return dataclasses.replace(sampler, guidance=mode, guidance_scale=scales)
 
   def _goal(
-    self, images: Array, quality: float, metric: str | distances.Distance, noise: Array | None
+    self, shape: Sequence[int], quality: float, metric: str | distances.Distance, noise: Array | None
   ) -> tuple[Array, Array, distances.Distance]:
-    """Returns the noise, the largest distance and the distance by which prefixes are judged."""
-    adaptive.check_quality(quality)
-    metric = distances.resolve(metric)
-    batch, height, width, _ = images.shape
+    """Returns the noise, the largest distance and the distance by which prefixes of images of a shape are judged."""
+    quality, metric = validation.quality(quality), distances.resolve(metric)
+    batch, height, width, _ = shape
     if noise is None:
       side = _network(self.config).downscale
-      shape = height // side, width // side, self.latent_shape[-1]
-      noise = jnp.broadcast_to(adaptive.shared_noise(0, shape), (batch, *shape))
-    self._check_noised("noise", noise, batch)
-    return noise, np.asarray(quality, np.float32), metric
+      start = adaptive.shared_noise(0, (height // side, width // side, self.latent_shape[-1]))
+      noise = jnp.broadcast_to(start, (batch, *start.shape))
+    return self._noised("noise", noise, batch), np.asarray(quality, np.float32), metric
 
-  def _check_noised(self, name: str, latents: Array, batch: int) -> None:
+  def _noised(self, name: str, latents: Array, batch: int) -> Array:
     patch_size = _network(self._tokenizer_config()).decoder.patch_size
-    validation.noised_latents(name, latents, self.latent_shape[-1], batch, patch_size)
+    return validation.noised_latents(name, latents, self.latent_shape[-1], batch, patch_size)
+
+
+def _posterior_key(key: Any) -> jax.Array | None:
+  return None if key is None else validation.one_key(key)
 
 
 def load_tokenizer(
@@ -337,7 +339,7 @@ def prefix_lengths(
   Raises:
     ValueError: a bad quality or metric, or a VAE alone, which has no tokens.
   """
-  return _lengths(model, images, ids, *model._goal(images, quality, metric, None), model._sampler())
+  return _lengths(model, images, ids, *model._goal(images.shape, quality, metric, None), model._sampler())
 
 
 def slots(model: FlexTok, count: int) -> int:
@@ -348,7 +350,20 @@ def slots(model: FlexTok, count: int) -> int:
 
 def decode_ids(model: FlexTok, ids: Array, keep_k: Array, noise: Array) -> jax.Array:
   """FlexTok.detokenize without its checks: ids int32 [b, slots(model, largest keep_k)], keep_k int32 [b]."""
-  return _detokenize(model, ids, keep_k, noise, model._sampler())
+  return _decode(model, ids, keep_k, noise, model._sampler())
+
+
+def _decode(model: FlexTok, ids: Array, keep_k: Array, noise: Array, sampler: Sampler) -> jax.Array:
+  """As one program; or, for many steps, by several that are waited for, so that Ctrl-C stops the process in between."""
+  arguments = model, ids, keep_k, noise, sampler
+  if sampler.num_steps <= CHUNK_STEPS or any(map(validation.is_traced, jax.tree.leaves(arguments))):
+    return _detokenize(*arguments)
+
+  def step(state: flextok.State, *args: Any, **kwargs: Any) -> flextok.State:
+    return jax.block_until_ready(_sample_steps(model, ids, keep_k, state, *args, **kwargs))
+
+  noise = jnp.asarray(noise, jnp.float32)
+  return _decode_latents(model, flextok.sample_in_chunks(step, noise, sampler, CHUNK_STEPS, model.config.fast))
 
 
 # Pure functions, compiled once per shape.
@@ -374,7 +389,7 @@ def _apply(model: FlexTok, method: str, *args: Any) -> Any:
 @functools.partial(jax.jit, static_argnames="shape")
 def sample_noise(keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
   """Draws starting latents [b, h, w, c], one per key [b]; shape is (h, w, c)."""
-  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+  return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
 @functools.partial(jax.jit, static_argnames="num_tokens")
@@ -406,6 +421,23 @@ def _detokenize(model: FlexTok, ids: jax.Array, keep_k: jax.Array, noise: jax.Ar
     network = _network(model.config)
     latents = flextok.sample_latents(network, model.params, ids, keep_k, noise, sampler, model.config.fast)
   return _apply(model, "decode_latents", latents)
+
+
+@functools.partial(jax.jit, static_argnames=("guided", "fast"))
+def _sample_steps(
+  model: FlexTok,
+  ids: jax.Array,
+  keep_k: jax.Array,
+  state: flextok.State,
+  times: jax.Array,
+  scales: jax.Array,
+  sampler: Sampler,
+  guided: bool,
+  fast: bool,
+) -> flextok.State:
+  with _precision(model):
+    network = _network(model.config)
+    return flextok.sample_steps(network, model.params, ids, keep_k, state, times, scales, sampler, guided, fast)
 
 
 @functools.partial(jax.jit, static_argnames="metric")

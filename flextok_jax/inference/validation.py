@@ -5,7 +5,11 @@ checked. Every check raises a ValueError that names the argument, its value and 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
 import math
+import numbers
+import operator
 import os
 from types import ModuleType
 from typing import Any
@@ -15,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from flextok_jax.core.errors import quote
 from flextok_jax.data import transforms
+from flextok_jax.models.ar.sampling import TokenSampler
 from flextok_jax.models.tokenizer.flextok import Sampler
 
 Array = jax.Array | np.ndarray
@@ -24,14 +30,13 @@ TokenIds = jax.Array | np.ndarray | Sequence[Sequence[int] | np.ndarray]
 Scale = float | Callable[[float], float] | jax.Array
 
 
+MAX_SCALE = 1e6  # of guidance: with float32 logits and velocities, the result is still finite
+TEMPERATURES = (1e-6, 1e6)  # logits divided by them stay finite in float32
+
+
 def is_traced(x: Any) -> bool:
   """Whether x is an array without values, inside a transformation of jax."""
   return isinstance(x, jax.core.Tracer)
-
-
-def as_array(x: Any) -> Array:
-  """Returns x as a numpy array, or x itself while it is traced."""
-  return x if is_traced(x) else np.asarray(x)
 
 
 def namespace(x: Any) -> ModuleType:
@@ -39,23 +44,89 @@ def namespace(x: Any) -> ModuleType:
   return jnp if is_traced(x) else np
 
 
-def whole_number(name: str, value: Any, low: int, high: int) -> int:
-  """Returns a whole number from low to high."""
-  if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-    raise ValueError(f"{name}={value!r} must be a whole number from {low} to {high}")
-  return int(value)
+# Kinds of values.
 
 
-def at_least_one(name: str, value: Any) -> None:
-  """Raises ValueError for anything but a whole number of at least 1."""
-  if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-    raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+def whole_number(name: str, value: Any, low: int, high: int | None = None) -> int:
+  """Returns a whole number from low to high, of Python, numpy or jax."""
+  try:
+    found = None if isinstance(value, bool) else operator.index(value)
+  except TypeError:
+    found = None
+  if found is None or found < low or (high is not None and found > high):
+    wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+    raise ValueError(f"{name}={quote(value)} must be a whole number {wanted}")
+  return found
 
 
-def seed(value: int) -> None:
-  """Raises ValueError for a seed that does not fit 32 bits."""
-  if not 0 <= value < 2**32:
-    raise ValueError(f"seed={value} is out of range: 0 to {2**32 - 1}")
+def at_least_one(name: str, value: Any) -> int:
+  """Returns a whole number of at least 1."""
+  return whole_number(name, value, 1)
+
+
+def seed(value: Any) -> int:
+  """Returns a seed, which fits 32 bits."""
+  return whole_number("seed", value, 0, 2**32 - 1)
+
+
+def number(name: str, value: Any, low: float, high: float, remedy: str = "") -> float:
+  """Returns a number from low to high, of Python, numpy or jax; NaN is none."""
+  known = isinstance(value, numbers.Real | np.generic | np.ndarray | jax.Array) and not is_traced(value)
+  if not known or np.ndim(value) or not _is_real(np.asarray(value).dtype) or not low <= value <= high:
+    raise ValueError(f"{name}={quote(value)} must be a number from {low:g} to {high:g}{remedy}")
+  return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+  """Returns True or False."""
+  if not isinstance(value, bool | np.bool_):
+    raise ValueError(f"{name}={quote(value)} must be True or False")
+  return bool(value)
+
+
+def path(name: str, value: Any) -> str:
+  """Returns a path or the name of a repository as text."""
+  if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+    raise ValueError(f"{name}={quote(value)} must be a path")
+  return os.fspath(value)
+
+
+def array(name: str, value: Any) -> Array:
+  """Returns numbers or bools as a numpy array, or an array itself while it is traced."""
+  if is_traced(value):
+    return value
+  try:
+    found = np.asarray(value)
+  except (ValueError, TypeError):  # rows of different lengths, keys, a list of traced arrays
+    found = np.asarray(None)
+  if found.dtype != bool and not jnp.issubdtype(found.dtype, jnp.number):
+    raise ValueError(f"{name}={quote(value)} must be an array of numbers")
+  return found
+
+
+def floats(name: str, value: Any) -> Array:
+  """Returns finite numbers as an array of float32, or of a shorter type of their own. Arrays on a device stay there."""
+  x = value if isinstance(value, jax.Array) else array(name, value)
+  if not _is_real(x.dtype):
+    raise ValueError(f"{name} must be an array of numbers, got {x.dtype}")
+  if not is_traced(x) and x.size and not np.isfinite(extent(x)).all():
+    raise ValueError(f"{name} must be finite, but holds NaN or infinite values")
+  return x if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize <= 4 else x.astype(np.float32)
+
+
+def extent(x: Array) -> tuple[float, float]:
+  """Returns the smallest and the largest value of an array with values; both are NaN if any value is."""
+  if isinstance(x, np.ndarray) or all(device.platform == "cpu" for device in x.devices()):
+    x = np.asarray(x)  # compiles nothing
+    x = x if x.dtype.itemsize > 2 else x.astype(np.float32)
+  return float(x.min()), float(x.max())
+
+
+def _is_real(dtype: Any) -> bool:
+  return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+# Keys and values of samples.
 
 
 def keys(key: Any, batch: int) -> jax.Array:
@@ -67,30 +138,43 @@ def keys(key: Any, batch: int) -> jax.Array:
   """
   key = typed_keys(key)
   if not key.ndim:
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(batch, dtype=np.uint32))
   if len(key) != batch:
     raise ValueError(f"key must be one key, or one for each of {batch} samples, got {len(key)}")
   return key
 
 
-def typed_keys(key: Any) -> jax.Array:
-  """Returns one key or one per sample [b] as jax.random.key makes them."""
-  dtype, ndim = getattr(key, "dtype", None), np.ndim(key)
-  if dtype == np.uint32 and np.shape(key)[-1:] == (2,):  # of PRNGKey
-    key, ndim = jax.random.wrap_key_data(key), ndim - 1
-  elif dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-    raise ValueError(f"key must be a key like jax.random.key(seed), got {key!r}")
-  if ndim > 1:
-    raise ValueError(f"key must be one key, or one per sample [b], got keys of shape {list(key.shape)}")
+def one_key(key: Any) -> jax.Array:
+  """Returns one key as jax.random.key makes it."""
+  key = typed_keys(key)
+  if key.ndim:
+    raise ValueError(f"key must be one key like jax.random.key(seed), got {len(key)} keys")
   return key
 
 
+def typed_keys(key: Any) -> jax.Array:
+  """Returns one key or one per sample [b] as jax.random.key makes them."""
+  found: Any = key if isinstance(key, np.ndarray | jax.Array) else np.asarray(None)
+  try:
+    if found.dtype == np.uint32:  # of PRNGKey
+      found = jax.random.wrap_key_data(found)
+  except (TypeError, ValueError):  # not of the shape of keys
+    pass
+  if not jnp.issubdtype(found.dtype, jax.dtypes.prng_key):
+    raise ValueError(f"key must be a key like jax.random.key(seed), got {quote(key)}")
+  if found.ndim > 1:
+    raise ValueError(f"key must be one key, or one per sample [b], got keys of shape {list(found.shape)}")
+  return found
+
+
 def per_sample(name: str, value: Any, batch: int, dtype: Any) -> Array:
-  """Returns one value, or one per sample, as an array [b] of dtype."""
-  array = as_array(value)
-  if array.shape not in ((), (batch,)) or not np.can_cast(array.dtype, dtype, "same_kind"):
-    raise ValueError(f"{name} must be one {np.dtype(dtype).name}, or one for each of {batch} samples, got {value!r}")
-  return namespace(array).broadcast_to(array.astype(dtype), (batch,))
+  """Returns one value, or one per sample, as an array [b] of dtype; values are cast within their kind."""
+  found = array(name, value)
+  if found.shape not in ((), (batch,)) or not np.can_cast(found.dtype, dtype, "same_kind"):
+    raise ValueError(
+      f"{name} must be one {np.dtype(dtype).name}, or one for each of {batch} samples, got {quote(value)}"
+    )
+  return namespace(found).broadcast_to(found.astype(dtype), (batch,))
 
 
 # Of tokenizers
@@ -99,6 +183,14 @@ def per_sample(name: str, value: Any, batch: int, dtype: Any) -> Array:
 def token_count(num_tokens: int | None, num_registers: int) -> int:
   """Returns the number of tokens to encode, by default all."""
   return whole_number("num_tokens", num_registers if num_tokens is None else num_tokens, 1, num_registers)
+
+
+def quality(value: Any) -> float:
+  """Returns the largest acceptable distance."""
+  known = isinstance(value, numbers.Real | np.generic) and not isinstance(value, bool | np.bool_)
+  if not known or not 0 < value < math.inf:
+    raise ValueError(f"quality={quote(value)} must be a finite number above 0, the largest acceptable distance")
+  return float(value)
 
 
 def images(images: Images, image_size: int, multiple: int) -> Array:
@@ -115,13 +207,16 @@ def images(images: Images, image_size: int, multiple: int) -> Array:
     if not len(images):
       raise ValueError("images is an empty list")
     return np.stack([_crop(image, image_size) for image in images])
+  if not isinstance(images, np.ndarray | jax.Array):
+    raise ValueError(f"images must be an array of numpy or jax, or a list of images, got a {type(images).__name__}")
   if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
     raise ValueError(f"images must have shape [b, h, w, 3], got {list(images.shape)}")
   if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
     raise ValueError(f"images must be uint8 or floating point in [-1, 1], got {images.dtype}")
-  # Resampled images may overshoot slightly; NaN is refused too. Arrays on a device are not fetched for this.
-  if isinstance(images, np.ndarray) and images.dtype != np.uint8 and not np.abs(images).max() < 2:
-    raise ValueError(f"float images must lie in [-1, 1], got {images.min()} to {images.max()}: scale or give uint8")
+  if images.dtype != np.uint8 and not is_traced(images):
+    low, high = extent(images)
+    if not -2 < low <= high < 2:  # resampled images may overshoot slightly
+      raise ValueError(f"float images must lie in [-1, 1], got {low} to {high}: scale or give uint8")
   height, width = images.shape[1:3]
   if height % multiple or width % multiple:
     raise ValueError(f"images of {height} x {width} pixels: sides must be multiples of {multiple}")
@@ -148,26 +243,31 @@ def token_ids(ids: TokenIds, keep_k: Any, num_registers: int, num_codes: int) ->
   """
   lengths = None
   if not isinstance(ids, jax.Array | np.ndarray):
-    rows = [np.asarray(row) for row in ids]
-    if not rows or not all(row.ndim == 1 and (np.issubdtype(row.dtype, np.integer) or not row.size) for row in rows):
-      raise ValueError("ids must be an integer array [b, n] or a list of sequences of whole numbers")
+    rows = [array("ids", row) for row in ids] if isinstance(ids, Sequence) and not isinstance(ids, str) else []
+    if not rows or not all(row.ndim == 1 and (jnp.issubdtype(row.dtype, jnp.integer) or not row.size) for row in rows):
+      raise ValueError(f"ids must be an integer array [b, n] or a list of sequences of whole numbers, got {quote(ids)}")
     lengths = np.asarray([len(row) for row in rows], np.int32)
-    ids = np.stack([np.pad(row.astype(np.int64), (0, lengths.max() - len(row))) for row in rows])
+    if lengths.max() <= num_registers:  # else refused below
+      ids = np.stack([np.pad(row.astype(np.int64), (0, lengths.max() - len(row))) for row in rows])
+    else:
+      ids = np.broadcast_to(np.int64(0), (len(rows), lengths.max()))
   if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
     raise ValueError(f"ids must be integers [b, n], got {ids.dtype} {list(ids.shape)}")
   batch, width = ids.shape
   lengths = np.full(batch, width, np.int32) if lengths is None else lengths
   if not batch or not lengths.min() >= 1 or width > num_registers:
     raise ValueError(f"a sequence has 1 to {num_registers} ids, got {sorted(set(lengths.tolist()))}")
-  ids = as_array(ids)
+  ids = array("ids", ids)
   _ids_in_range("", ids, num_codes)
-  keep_k = per_sample("keep_k", lengths if keep_k is None else keep_k, batch, jnp.int32)
+  given = lengths if keep_k is None else array("keep_k", keep_k)
+  keep_k = per_sample("keep_k", given, batch, jnp.int32)
   if is_traced(keep_k):
     return ids.astype(np.int32), keep_k, width
-  wrong = (keep_k < 1) | (keep_k > lengths)
+  wrong = np.broadcast_to((given < 1) | (given > lengths), (batch,))
   if wrong.any():
     i = int(np.argmax(wrong))
-    raise ValueError(f"keep_k={int(keep_k[i])} of sample {i} must lie between 1 and its {lengths[i]} ids")
+    value = np.broadcast_to(given, (batch,))[i]
+    raise ValueError(f"keep_k={value} of sample {i} must lie between 1 and its {lengths[i]} ids")
   return ids.astype(np.int32), keep_k, int(keep_k.max())
 
 
@@ -182,21 +282,24 @@ def _ids_in_range(where: str, ids: Array, num_ids: int) -> None:
     raise ValueError(f"token id {worst}{where} is out of range: ids are 0 to {num_ids - 1}")
 
 
-def latents(name: str, x: Array, channels: int) -> None:
-  """Checks latents [b, h, w, c]."""
-  if len(np.shape(x)) != 4 or np.shape(x)[-1] != channels:
-    raise ValueError(f"{name} must have shape [b, h, w, {channels}], got {list(np.shape(x))}")
+def latents(name: str, x: Any, channels: int) -> Array:
+  """Returns latents [b, h, w, c], see floats."""
+  x = floats(name, x)
+  if x.ndim != 4 or x.shape[-1] != channels or 0 in x.shape:
+    raise ValueError(f"{name} must have shape [b, h, w, {channels}], got {list(x.shape)}")
+  return x
 
 
-def noised_latents(name: str, x: Array, channels: int, batch: int, patch_size: int) -> None:
-  """Checks latents [b, h, w, c] that the decoder is to cut into patches."""
-  latents(name, x, channels)
-  count, height, width, _ = np.shape(x)
+def noised_latents(name: str, x: Any, channels: int, batch: int, patch_size: int) -> Array:
+  """Returns latents [b, h, w, c] that the decoder is to cut into patches, see floats."""
+  x = latents(name, x, channels)
+  count, height, width, _ = x.shape
   if count != batch or height % patch_size or width % patch_size:
     raise ValueError(
       f"{name} must be {batch} latents, one per sequence of ids, with sides that are multiples of {patch_size}; "
-      f"got shape {list(np.shape(x))}"
+      f"got shape {list(x.shape)}"
     )
+  return x
 
 
 def times(t: Any, batch: int) -> Array:
@@ -215,20 +318,24 @@ def sampler(own: Sampler, **given: Any) -> Sampler:
     **given: fields of Sampler; guidance_scale may also be a function of t in (0, 1], which is called once per step, or
       an array [num_steps].
   """
-  settings = {field: getattr(own, field) for field in Sampler.__dataclass_fields__}
-  settings |= {name: value for name, value in given.items() if value is not None}
-  scale = settings["guidance_scale"]
-  chosen = Sampler(**(settings | {"guidance_scale": own.guidance_scale}))  # checks the other settings
-  if chosen.guidance == "none" and given.get("guidance_scale") is not None:
+  given = {name: value for name, value in given.items() if value is not None}
+  scale: Any = given.pop("guidance_scale", None)
+  chosen = dataclasses.replace(own, **given)  # checks the other settings
+  if chosen.guidance == "none" and scale is not None:
     raise ValueError(
-      f"guidance_scale={scale} has no effect where guidance is 'none': give guidance=apg or guidance=cfg as well"
+      f"guidance_scale={quote(scale)} has no effect where guidance is 'none': give guidance=apg or guidance=cfg as well"
     )
-  count = chosen.num_steps
+  scale, count = own.guidance_scale if scale is None else scale, chosen.num_steps
+  value = functools.partial(number, "guidance_scale", low=0, high=MAX_SCALE)
   if callable(scale):
-    scale = np.asarray([scale(i / count) for i in range(count, 0, -1)], np.float32)
-  if not is_traced(scale) and (np.shape(scale) not in ((), (count,)) or not np.isfinite(scale).all()):
-    raise ValueError(f"guidance_scale={scale!r} must be a finite number or a function of t that returns one")
-  return Sampler(**(settings | {"guidance_scale": scale}))
+    scale = np.asarray([value(scale(i / count)) for i in range(count, 0, -1)], np.float32)
+  elif not is_traced(scale) and np.shape(steps := array("guidance_scale", scale)) == (count,):
+    scale = np.asarray([value(step) for step in steps], np.float32)
+  elif not is_traced(scale):
+    scale = value(scale)
+  elif scale.shape not in ((), (count,)):
+    raise ValueError(f"guidance_scale must be one number, or one for each of {count} steps, got {list(scale.shape)}")
+  return dataclasses.replace(chosen, guidance_scale=scale)
 
 
 # Of generators
@@ -236,7 +343,7 @@ def sampler(own: Sampler, **given: Any) -> Sampler:
 
 def generator_ids(name: str, ids: Any, num_tokens: int, num_ids: int) -> Array:
   """Returns ids [b, n] as int32."""
-  ids = as_array(ids)
+  ids = array(name, ids)
   if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer) or ids.shape[1] > num_tokens:
     raise ValueError(
       f"{name} must be integers [b, n] with n of at most {num_tokens}, got {ids.dtype} {list(ids.shape)}"
@@ -245,11 +352,10 @@ def generator_ids(name: str, ids: Any, num_tokens: int, num_ids: int) -> Array:
   return ids.astype(np.int32)
 
 
-def prefix(ids: Any, batch: int, num_tokens: int, most: int, num_ids: int) -> Array:
+def prefix(ids: Array | None, batch: int, num_tokens: int) -> Array:
   """Returns the first tokens of samples as int32 [b, p], p < num_tokens; None: p = 0. One row serves all samples."""
   if ids is None:
     return np.zeros((batch, 0), np.int32)
-  ids = generator_ids("prefix", ids, most, num_ids)
   if ids.shape[1] >= num_tokens:
     raise ValueError(f"a prefix of {ids.shape[1]} tokens leaves nothing to draw of num_tokens={num_tokens}")
   return namespace(ids).broadcast_to(ids, (batch, ids.shape[1]))
@@ -259,56 +365,66 @@ def labels(classes: Any, batch: int, num_classes: int) -> Array:
   """Returns classes as int32 [b]; None: -1, no class."""
   if classes is None:
     return np.full(batch, -1, np.int32)
-  classes = as_array(classes)
+  classes = array("labels", classes)
   if classes.shape not in ((), (batch,)) or not jnp.issubdtype(classes.dtype, jnp.integer):
-    raise ValueError(f"labels must be whole numbers, one for each of {batch} samples, got {classes!r}")
+    raise ValueError(f"labels must be whole numbers, one for each of {batch} samples, got {quote(classes)}")
   if not is_traced(classes) and not -1 <= classes.min() <= classes.max() < num_classes:
     worst = classes.min() if classes.min() < -1 else classes.max()
     raise ValueError(f"class {worst} is out of range: classes are 0 to {num_classes - 1}, -1 for none")
   return namespace(classes).broadcast_to(classes.astype(np.int32), (batch,))
 
 
-def prompts(texts: Any, allow_empty: bool = True) -> None:
-  """Checks a list of texts."""
-  if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-    raise ValueError(f"prompts must be a list of texts, got {texts!r}")
+def prompts(texts: Any, allow_empty: bool = True) -> list[str]:
+  """Returns a list of texts."""
+  listed = isinstance(texts, Sequence | np.ndarray) and not isinstance(texts, str)
+  if not listed or not all(isinstance(text, str) for text in texts):
+    raise ValueError(f"prompts must be a list of texts, got {quote(texts)}")
   for i, text in enumerate(texts):
     if not allow_empty and not text.strip():
       raise ValueError(f"prompt {i} is empty: say what to draw, or leave prompts out to draw without condition")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+      raise ValueError(f"prompt {i} is no valid text, it holds half of a surrogate pair: {quote(text)}")
+  return [str(text) for text in texts]
 
 
 def text(features: Any, lengths: Any, batch: int, width: int) -> tuple[Array, Array]:
   """Returns (text features [b, t, f], int32 [b]: how many of the t positions count, by default all)."""
-  features = features if is_traced(features) else jnp.asarray(features)
+  features = floats("text_embeddings", features)
   if features.ndim != 3 or features.shape[0] != batch or not features.shape[1] or features.shape[2] != width:
     raise ValueError(f"text_embeddings must have shape [{batch}, t, {width}], got {list(features.shape)}")
   size = features.shape[1]
-  lengths = np.full(batch, size, np.int32) if lengths is None else as_array(lengths)
+  lengths = np.full(batch, size, np.int32) if lengths is None else array("text_lengths", lengths)
   if not is_traced(lengths):
     whole = np.issubdtype(lengths.dtype, np.integer) and lengths.shape == (batch,)
     if not whole or not 1 <= lengths.min() <= lengths.max() <= size:
-      raise ValueError(f"text_lengths must be {batch} whole numbers from 1 to {size}, got {lengths!r}")
-  return features, lengths.astype(np.int32)
+      raise ValueError(f"text_lengths must be {batch} whole numbers from 1 to {size}, got {quote(lengths)}")
+  return jnp.asarray(features), lengths.astype(np.int32)
 
 
 def null_text(features: Any, lengths: Any, batch: int, width: int) -> tuple[Array, Array]:
   """As text, of the empty text: one for all samples, or one per sample."""
-  shape = np.shape(features)
-  if len(shape) != 3 or shape[0] not in (1, batch):
-    raise ValueError(f"null_text_embeddings must have shape [1 or {batch}, t, {width}], got {list(shape)}")
-  return text(features, lengths, shape[0], width)
+  features = floats("null_text_embeddings", features)
+  if features.ndim != 3 or features.shape[0] not in (1, batch):
+    raise ValueError(f"null_text_embeddings must have shape [1 or {batch}, t, {width}], got {list(features.shape)}")
+  return text(features, lengths, features.shape[0], width)
 
 
-def choices(guidance_scale: float, temperature: float, top_k: int, top_p: float, num_ids: int) -> None:
-  """Checks how tokens are chosen."""
-  if not math.isfinite(guidance_scale):
-    raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number")
-  if not 0 < temperature < math.inf:
-    raise ValueError(f"temperature={temperature!r} must be above 0; greedy=True takes the most likely token")
-  if not isinstance(top_k, int | np.integer) or not 0 <= top_k <= num_ids:
-    raise ValueError(f"top_k={top_k!r} must be a whole number from 0 (off) to {num_ids}")
-  if not 0 <= top_p <= 1:
-    raise ValueError(f"top_p={top_p!r} must lie in (0, 1], or be 0 for off")
+def token_sampler(
+  guidance_scale: Any, temperature: Any, top_k: Any, top_p: Any, greedy: Any, num_ids: int
+) -> TokenSampler:
+  """Returns how tokens are drawn."""
+  scale = number("guidance_scale", guidance_scale, 0, MAX_SCALE)
+  remedy = "; greedy=True takes the most likely token"
+  divisor = number("temperature", temperature, *TEMPERATURES, remedy)
+  mass = number("top_p", top_p, 0, 1, ", 0 for off")
+  real: Any = np.float32
+  return TokenSampler(
+    guidance_scale=None if scale == 1 else real(scale),
+    temperature=real(divisor),
+    top_p=real(mass) if mass else None,
+    top_k=whole_number("top_k", top_k, 0, num_ids),
+    greedy=flag("greedy", greedy),
+  )
 
 
 def num_samples(given: Mapping[str, int | None]) -> int:

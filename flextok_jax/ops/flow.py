@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 T_SAMPLINGS = ("logit_normal", "stratified_logit_normal", "uniform", "mode")
 
@@ -55,7 +56,7 @@ def euler_steps(
   velocity_fn: Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]],
   x: jax.Array,
   num_steps: int,
-  span: tuple[int, int],
+  times: jax.Array | np.ndarray,
   carry: Any,
   inputs: Any,
 ) -> tuple[jax.Array, Any]:
@@ -63,14 +64,14 @@ def euler_steps(
 
   Args:
     velocity_fn: (x [b, ...], t [], carry, inputs of the step) -> (velocity [b, ...], carry).
-    x: [b, ...] before the first step of the span.
+    x: [b, ...] before the first of these steps.
     num_steps: N.
-    span: takes the steps span[0] .. span[1] - 1 of the num_steps.
+    times: of the steps to take, float32 [s], a part of step_times(N).
     carry: what guidance remembers between steps.
-    inputs: tree of arrays [num_steps, ...], of each step.
+    inputs: tree of arrays [s, ...], of each step.
 
   Returns:
-    x [b, ...] float32 after the span, and the carry.
+    x [b, ...] float32 after these steps, and the carry.
   """
 
   def step(state, scanned):
@@ -78,10 +79,9 @@ def euler_steps(
     velocity, carry = velocity_fn(x, t, carry, inputs)
     return (x - velocity.astype(jnp.float32) / num_steps, carry), None
 
-  scanned = jax.tree.map(lambda a: a[slice(*span)], (step_times(num_steps), inputs))
-  return jax.lax.scan(step, (x.astype(jnp.float32), carry), scanned)[0]
+  return jax.lax.scan(step, (x.astype(jnp.float32), carry), (times, inputs))[0]
 
 
-def step_times(num_steps: int) -> jax.Array:
+def step_times(num_steps: int) -> np.ndarray:
   """Returns the times of the sampler's steps, float32 [num_steps], from 1 down to 1 / num_steps."""
-  return jnp.arange(num_steps, 0, -1, dtype=jnp.float32) / num_steps
+  return np.arange(num_steps, 0, -1, dtype=np.float32) / np.float32(num_steps)

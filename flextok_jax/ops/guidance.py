@@ -1,26 +1,36 @@
 """Guidance: combines the conditional velocity v_c and the unconditional one v_u, both [b, ...] float32."""
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from flextok_jax.core.errors import quote
 
 MODES = ("apg", "cfg", "none")
 
 
 def check_mode(mode: str) -> None:
   """Raises ValueError if mode is not one of MODES."""
-  if mode not in MODES:
-    raise ValueError(f"unknown guidance {mode!r}: one of {', '.join(MODES)}")
+  if not isinstance(mode, str) or mode not in MODES:
+    raise ValueError(f"unknown guidance {quote(mode)}: one of {', '.join(MODES)}")
+
+
+def check_interval(interval: Any) -> tuple[float, float]:
+  """Returns two times 0 <= low <= high <= 1; raises ValueError for anything else."""
+  try:
+    low, high = map(float, interval)
+  except (TypeError, ValueError):
+    low = high = math.nan
+  if not 0 <= low <= high <= 1:
+    raise ValueError(f"guidance_interval={quote(interval)} must be two times 0 <= low <= high <= 1")
+  return low, high
 
 
 def guided_steps(num_steps: int, interval: tuple[float, float]) -> tuple[int, int]:
-  """Returns (first, end) of the steps i whose t = 1 - i / num_steps lies in interval (Kynkäänniemi et al. 2024).
-
-  Raises:
-    ValueError: the interval is not within [0, 1].
-  """
+  """Returns (first, end) of the steps i whose t = 1 - i / num_steps lies in interval (Kynkäänniemi et al. 2024)."""
   low, high = interval
-  if not 0 <= low <= high <= 1:
-    raise ValueError(f"guidance_interval={tuple(interval)!r} must be two times 0 <= low <= high <= 1")
   inside = [i for i in range(num_steps) if low - 1e-9 <= 1 - i / num_steps <= high + 1e-9]
   return (inside[0], inside[-1] + 1) if inside else (0, 0)
 

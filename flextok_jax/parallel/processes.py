@@ -80,13 +80,13 @@ def exit_on_failure() -> Iterator[None]:
   """Exits this process immediately if the body fails, skipping JAX's shutdown barrier.
 
   At the barrier JAX would wait for the other processes, which wait for this one; they are stopped once it has exited.
-  In a run of a single process the exception propagates as usual.
+  In a process that has not connected to others the exception propagates as usual.
   """
   try:
     yield
   except BaseException as e:
     code = e.code if isinstance(e, SystemExit) else 1
-    if not jax.distributed.is_initialized() or jax.process_count() == 1 or not code:
+    if not jax.distributed.is_initialized() or not code:
       raise
     if not isinstance(e, SystemExit):
       traceback.print_exc()

@@ -20,7 +20,7 @@ import numpy as np
 
 from flextok_jax import stages
 from flextok_jax.config import derive, float_dtype, parse_config, read_config, with_fields
-from flextok_jax.core import hub, literals, tensor_file
+from flextok_jax.core import accelerators, hub, literals, tensor_file
 from flextok_jax.core.tensor_file import TensorFile, Tensors, named
 from flextok_jax.stages.tokenizer import make_model
 from flextok_jax.weights import layout, orbax
@@ -66,11 +66,13 @@ def load(
 
   Raises:
     FileNotFoundError: the source does not exist.
+    OSError: JAX's devices cannot start.
     ValueError: a damaged, foreign or unsupported file; the line names what is wrong.
   """
   source = os.fspath(source)
   if source.endswith(".json") and os.path.isfile(source):  # an index or a config.json stands for its folder
     source = os.path.dirname(source) or "."
+  accelerators.start()
   options = _Options(param_dtype, dtype, vae_norm_num_groups, mup_base_width, image_size, mesh)
   if os.path.isdir(source):
     return _load_folder(source, options)
@@ -348,5 +350,7 @@ def _named_config_errors(origin: str) -> Iterator[None]:
   """Turns any error of a model that cannot be built into a ValueError that names the origin of its config."""
   try:
     yield
+  except (jax.errors.JaxRuntimeError, MemoryError):  # of the machine, not of the config
+    raise
   except Exception as e:  # a config made by hand can be wrong in any way
     raise ValueError(f"{origin}: its config describes no model ({type(e).__name__}: {e})") from e

@@ -375,7 +375,7 @@ def test_bad_decoding_options_are_refused(model, images, noise):
     model.tokenize(images, quality=0.1, noise=noise[:, :8, :8], **QUIET)
   with refused(r"cannot leave jax.jit"):
     jax.jit(lambda x: model.tokenize(x, quality=0.1, **QUIET))(images)
-  with refused(r"seed=-1 is out of range"):
+  with refused(r"seed=-1 must be a whole number from 0 to 4294967295"):
     decoding.decoder_by_image(lambda *_: None, seed=-1)
   vae = dict(vae=dict(kind="autoencoder_kl", block_out_channels=(8, 8), norm_groups=2), stage="vae")
   with refused(r"stage 'vae': it has latents, but no tokens"):

@@ -280,7 +280,46 @@ BAD = [
   (r"keep_k must be one int32", lambda m: m.detokenize([[1]], 1.0, **KEY)),
   (r"num_steps=0 must", lambda m: m.detokenize([[1]], **KEY, num_steps=0)),
   (r"unknown guidance 'agp': one of apg, cfg, none", lambda m: m.detokenize([[1]], **KEY, guidance="agp")),
-  (r"guidance_scale=nan must be a finite number", lambda m: m.detokenize([[1]], **KEY, guidance_scale=np.nan)),
+  (
+    r"guidance_scale=nan must be a number from 0 to 1e\+06",
+    lambda m: m.detokenize([[1]], **KEY, guidance_scale=np.nan),
+  ),
+  (r"images must be an array of numpy or jax, or a list of images, got a NoneType", lambda m: m.tokenize(None)),
+  (r"images must be an array .* got a generator", lambda m: m.tokenize(x for x in "ab")),
+  (r"lie in \[-1, 1\], got 255.0 to 255.0", lambda m: m.tokenize(jnp.full((1, 32, 32, 3), 255.0))),
+  (r"lie in \[-1, 1\], got nan", lambda m: m.tokenize(jnp.full((1, 32, 32, 3), jnp.nan))),
+  (r"lie in \[-1, 1\], got nan", lambda m: m.tokenize(jnp.full((1, 32, 32, 3), jnp.nan, jnp.bfloat16))),
+  (r"lie in \[-1, 1\], got -inf to 0", lambda m: m.encode_latents(np.full((1, 32, 32, 3), [0.0, -np.inf, 0.0]))),
+  (r"key must be a key like", lambda m: m.tokenize(np.zeros((1, 32, 32, 3), np.uint8), key=0)),
+  (
+    r"key must be one key",
+    lambda m: m.encode_latents(np.zeros((1, 32, 32, 3), np.uint8), jax.random.split(KEY["key"])),
+  ),
+  (r"key must be a key like", lambda m: m.detokenize([[1]], key=0)),
+  (r"list of sequences of whole numbers, got None", lambda m: m.detokenize(None, **KEY)),
+  (r"list of sequences of whole numbers, got 5", lambda m: m.detokenize(5, **KEY)),
+  (r"ids=\[1, \[2\]\] must be an array of numbers", lambda m: m.detokenize([[1, [2]]], **KEY)),
+  (r"a sequence has 1 to 6 ids, got \[1000000\]", lambda m: m.detokenize([np.zeros(10**6, int)] * 1000, **KEY)),
+  (r"keep_k=4294967297 of sample 0", lambda m: m.detokenize([[1]], np.uint64(2**32 + 1), **KEY)),
+  (r"keep_k=\[None\] must be an array of numbers", lambda m: m.detokenize([[1]], [None], **KEY)),
+  (r"noise must be finite", lambda m: m.detokenize([[1]], noise=np.full((1, 8, 8, 4), np.nan))),
+  (r"noise must be finite", lambda m: m.detokenize([[1]], noise=jnp.full((1, 8, 8, 4), -jnp.inf))),
+  (r"noise=.* must be an array of numbers", lambda m: m.detokenize([[1]], noise=np.full((1, 8, 8, 4), None))),
+  (r"x_t must be finite", lambda m: m.velocity(np.full((1, 8, 8, 4), np.inf), 0.5, [[1]])),
+  (r"t=None must be an array of numbers", lambda m: m.velocity(np.zeros((1, 8, 8, 4)), None, [[1]])),
+  (r"z must be finite", lambda m: m.decode_latents(np.full((1, 8, 8, 4), np.nan))),
+  (r"num_steps=True must be a whole number from 1 to 10000", lambda m: m.detokenize([[1]], **KEY, num_steps=True)),
+  (r"num_steps=100000000 must be .* from 1 to 10000", lambda m: m.detokenize([[1]], **KEY, num_steps=10**8)),
+  (r"num_steps='5' must", lambda m: m.detokenize([[1]], **KEY, num_steps="5")),
+  (r"unknown guidance array", lambda m: m.detokenize([[1]], **KEY, guidance=np.arange(2))),
+  (r"guidance_scale=-1 must be a number from 0", lambda m: m.detokenize([[1]], **KEY, guidance_scale=-1)),
+  (r"guidance_scale=1e\+39 must", lambda m: m.detokenize([[1]], **KEY, guidance_scale=1e39)),
+  (r"guidance_scale=None must be a number", lambda m: m.detokenize([[1]], **KEY, guidance_scale=lambda t: None)),
+  (r"guidance_scale=-0.5 must", lambda m: m.detokenize([[1]], **KEY, guidance_scale=lambda t: t - 1, num_steps=2)),
+  (r"guidance_interval=0.5 must be two times", lambda m: m.detokenize([[1]], **KEY, guidance_interval=0.5)),
+  (r"guidance_interval=\(None, 1\) must", lambda m: m.detokenize([[1]], **KEY, guidance_interval=(None, 1))),
+  (r"guidance_interval=\(0, nan\) must", lambda m: m.detokenize([[1]], **KEY, guidance_interval=(0, np.nan))),
+  (r"path=None must be a path", lambda m: m.to_official(None)),
   (r"z must have shape \[b, h, w, 4\], got \[8, 8, 4\]", lambda m: m.decode_latents(np.zeros((8, 8, 4)))),
   (r"t must lie in \[0, 1\], got \[1.5\]", lambda m: m.velocity(np.zeros((1, 8, 8, 4)), 1.5, [[1]])),
   (r"drop_condition must be one bool", lambda m: m.velocity(np.zeros((1, 8, 8, 4)), 0.5, [[1]], drop_condition=2)),
@@ -292,6 +331,26 @@ def test_bad_arguments(model, pattern, call):
   with pytest.raises(ValueError, match=pattern) as error:
     call(model)
   assert "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+def test_many_steps_are_taken_in_chunks(model, ids, noise, monkeypatch):
+  """The pictures are those of one program, and Ctrl-C is noticed between the chunks."""
+  settings = dict(noise=noise, num_steps=np.int64(5), guidance_interval=(0.5, 1))
+  expected = model.detokenize(ids, **settings)
+  monkeypatch.setattr(api, "CHUNK_STEPS", 2)
+  api._sample_steps.clear_cache()
+  np.testing.assert_allclose(model.detokenize(ids, **settings), expected, rtol=1e-5, atol=1e-5)
+  assert api._sample_steps._cache_size() == 3  # 2 guided, 1 guided, 2 others
+  calls, wait = [], jax.block_until_ready
+
+  def interrupted(x):
+    calls.append(wait(x))
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(jax, "block_until_ready", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    model.detokenize(ids, **settings)
+  assert len(calls) == 1
 
 
 def test_a_vae_has_latents_but_no_tokens(model, images):

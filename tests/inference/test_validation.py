@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import flextok_jax
+from flextok_jax.inference import validation
+from flextok_jax.models.ar.sampling import TokenSampler
 from flextok_jax.weights import loading, saving
 from tests.support import numpy_ar
 
@@ -56,7 +58,11 @@ BAD = {
   ),
   "guidance_of_none": ("none", dict(guidance_scale=2.0), "guidance_scale=2.0 needs a condition"),
   "guidance_nan": ("class", dict(guidance_scale=math.nan), "guidance_scale=nan"),
-  "temperature_zero": ("class", dict(temperature=0.0), "temperature=0.0 must be above 0; greedy=True"),
+  "temperature_zero": (
+    "class",
+    dict(temperature=0.0),
+    r"temperature=0.0 must be a number from 1e-06 to 1e\+06; greedy=True",
+  ),
   "temperature_negative": ("class", dict(temperature=-1.0), "temperature=-1.0"),
   "temperature_nan": ("class", dict(temperature=math.nan), "temperature=nan"),
   "top_k_negative": ("class", dict(top_k=-1), "top_k=-1"),
@@ -77,7 +83,34 @@ BAD = {
   "prefix_count": ("class", dict(prefix=np.zeros((2, 3), int), labels=[1, 2, 3]), "labels says 3, prefix says 2"),
   "no_key": ("class", dict(key=None), "pass key=jax.random.key"),
   "keys": ("class", dict(key=jax.random.split(KEY, 2), labels=[1, 2, 3]), "labels says 3, key says 2"),
-  "key_number": ("class", dict(key=3), "key"),
+  "key_number": ("class", dict(key=3), r"key must be a key like jax.random.key\(seed\), got 3"),
+  "key_list": ("class", dict(key=[0, 1]), "key must be a key"),
+  "key_shape": ("class", dict(key=np.zeros(3, np.uint32)), "key must be a key"),
+  "class_ragged": ("class", dict(labels=[1, [2]]), r"labels=\[1, \[2\]\] must be an array of numbers"),
+  "class_name": ("class", dict(labels="dog"), "labels='dog' must be an array of numbers"),
+  "class_wraps": ("class", dict(labels=[2**32 + 1]), "class 4294967297 is out of range"),
+  "batch_size_name": ("class", dict(batch_size="two"), "batch_size='two' must be a whole number"),
+  "batch_size_float": ("class", dict(batch_size=2.5), "batch_size=2.5 must be a whole number"),
+  "prompts_number": ("text", dict(prompts=5), "prompts must be a list of texts, got 5"),
+  "prompts_mapping": ("text", dict(prompts={"red": 1}), "prompts must be a list of texts"),
+  "prompt_surrogate": ("text", dict(prompts=["\ud800"]), "prompt 0 is no valid text"),
+  "text_nan": ("text", dict(text_embeddings=np.full((1, 4, 16), np.nan)), "text_embeddings must be finite"),
+  "text_inf": ("text", dict(text_embeddings=jax.numpy.full((1, 4, 16), np.inf)), "text_embeddings must be finite"),
+  "text_name": ("text", dict(text_embeddings="red"), "text_embeddings='red' must be an array of numbers"),
+  "text_lengths_name": ("text", dict(text_embeddings=np.zeros((1, 4, 16)), text_lengths="a"), "text_lengths='a' must"),
+  "guidance_negative": ("class", dict(guidance_scale=-1.0), "guidance_scale=-1.0 must be a number from 0"),
+  "guidance_huge": ("class", dict(guidance_scale=1e39), r"guidance_scale=1e\+39 must be a number"),
+  "guidance_name": ("class", dict(guidance_scale="a"), "guidance_scale='a' must be a number"),
+  "temperature_tiny": ("class", dict(temperature=1e-38), "temperature=1e-38 must be a number from 1e-06"),
+  "temperature_huge": ("class", dict(temperature=1e39), r"temperature=1e\+39"),
+  "temperature_name": ("class", dict(temperature="hot"), "temperature='hot'"),
+  "temperature_list": ("class", dict(temperature=[1.0]), r"temperature=\[1.0\]"),
+  "temperature_bool": ("class", dict(temperature=True), "temperature=True"),
+  "top_k_bool": ("class", dict(top_k=True), "top_k=True"),
+  "top_p_name": ("class", dict(top_p="most"), "top_p='most'"),
+  "greedy": ("class", dict(greedy="no"), "greedy='no' must be True or False"),
+  "fast": ("class", dict(fast=None), "fast=None must be True or False"),
+  "prefix_ragged": ("class", dict(prefix=[[1], [2, 3]]), "prefix=.* must be an array of numbers"),
 }
 
 
@@ -107,6 +140,43 @@ def test_bad_arguments_of_logits(case):
   with pytest.raises(ValueError, match=message) as e:
     tiny("class").logits(**kwargs)
   assert "\n" not in str(e.value)
+
+
+BAD_TRIM = {
+  "rank": ([1, 2], r"ids must be integers \[b, n\]"),
+  "nothing": (None, "ids=None must be an array of numbers"),
+  "float": ([[1.5]], "got float64"),
+  "wraps": ([[2**32]], "token id 4294967296 in ids is out of range"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRIM)
+def test_bad_arguments_of_trim(case):
+  ids, message = BAD_TRIM[case]
+  with pytest.raises(ValueError, match=message):
+    tiny("class").trim(ids)
+
+
+def test_sequences_are_cut_at_the_first_stop():
+  assert [row.tolist() for row in tiny("class").trim([[1, 24, 2], [3, 4, 5]])] == [[1], [3, 4, 5]]
+
+
+def test_numbers_of_numpy_and_jax_are_accepted():
+  sampler = validation.token_sampler(
+    np.float64(2), jax.numpy.float32(0.5), np.int64(3), np.float32(0), np.bool_(False), 9
+  )
+  assert sampler == TokenSampler(guidance_scale=2.0, temperature=0.5, top_p=None, top_k=3, greedy=False)
+  for number in (np.int64(3), np.uint8(3), jax.numpy.int32(3), np.array(3)):
+    assert validation.token_count(number, 6) == 3
+  with pytest.raises(ValueError, match="num_tokens=True must be a whole number from 1 to 6"):
+    validation.token_count(True, 6)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"folder"])
+def test_paths_are_texts(path):
+  for call in (flextok_jax.load, flextok_jax.load_ar, tiny("class").save):
+    with pytest.raises(ValueError, match="(source|folder)=.* must be a path"):
+      call(path)
 
 
 def test_bad_files(tmp_path):

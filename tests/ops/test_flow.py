@@ -18,7 +18,7 @@ def normals(*shape, seed=0):
 
 def euler_sample(velocity_fn, noise, num_steps, carry=(), inputs=()):
   """Takes all steps."""
-  return flow.euler_steps(velocity_fn, noise, num_steps, (0, num_steps), carry, inputs)[0]
+  return flow.euler_steps(velocity_fn, noise, num_steps, flow.step_times(num_steps), carry, inputs)[0]
 
 
 @pytest.mark.parametrize(

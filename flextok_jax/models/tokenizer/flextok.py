@@ -1,14 +1,17 @@
 """The tokenizer: VAE, encoder, FSQ and flow decoder, and the sampler of the flow."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from flextok_jax.core.errors import quote
 from flextok_jax.core.images import to_float
 from flextok_jax.models.tokenizer.decoder import Decoder
 from flextok_jax.models.tokenizer.encoder import Encoder
@@ -19,6 +22,8 @@ from flextok_jax.ops import flow, fsq, guidance
 # the unconditional half cost less than a second, smaller call. On a CPU both take equally long at 8; at 16 two calls
 # are faster.
 MAX_JOINT_CODES = 8
+MAX_STEPS = 10_000  # of the sampler; more do not change a picture
+State = tuple[jax.Array, jax.Array]  # of the sampler: latents, and what guidance remembers [b, h, w, c]
 
 
 class FlexTok(nn.Module):
@@ -128,19 +133,25 @@ class Sampler:
   apg_threshold: float
 
   def __post_init__(self) -> None:
-    if not isinstance(self.num_steps, int) or self.num_steps < 1:
-      raise ValueError(f"num_steps={self.num_steps!r} must be a whole number of at least 1")
+    steps = self.num_steps
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= MAX_STEPS:
+      raise ValueError(f"num_steps={quote(steps)} must be a whole number from 1 to {MAX_STEPS}")
     guidance.check_mode(self.guidance)
-    object.__setattr__(self, "guidance_interval", tuple(map(float, self.guidance_interval)))
-    guidance.guided_steps(self.num_steps, self.guidance_interval)
+    object.__setattr__(self, "num_steps", int(steps))
+    object.__setattr__(self, "guidance_interval", guidance.check_interval(self.guidance_interval))
+    for name in ("apg_momentum", "apg_eta", "apg_threshold"):
+      value = getattr(self, name)
+      if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}={quote(value)} must be a finite number")
 
-  @property
-  def guided_steps(self) -> tuple[int, int]:
-    """(first, end) of the steps that need an unconditional pass."""
+  def chunks(self, size: int) -> Iterator[tuple[int, int, bool]]:
+    """Yields all steps as (first, end, guided): at most `size` of them, with or without an unconditional pass."""
     scale = self.guidance_scale
-    if self.guidance == "none" or (isinstance(scale, int | float) and scale == 1):
-      return 0, 0
-    return guidance.guided_steps(self.num_steps, self.guidance_interval)
+    off = self.guidance == "none" or (isinstance(scale, int | float) and scale == 1)
+    first, end = (0, 0) if off else guidance.guided_steps(self.num_steps, self.guidance_interval)
+    for low, high, guided in ((0, first, False), (first, end, True), (end, self.num_steps, False)):
+      for start in range(low, high, size):
+        yield start, min(start + size, high), guided
 
 
 def sample_latents(
@@ -170,8 +181,55 @@ def sample_latents(
   Returns:
     latents [b, h, w, c] float32.
   """
-  num_steps = sampler.num_steps
-  first, end = sampler.guided_steps
+  step = functools.partial(sample_steps, model, params, token_ids, keep_k)
+  return sample_in_chunks(step, noise, sampler, sampler.num_steps, fast)
+
+
+def sample_in_chunks(
+  step: Callable[..., State], noise: jax.Array, sampler: Sampler, size: int, fast: bool
+) -> jax.Array:
+  """Returns latents [b, h, w, c]: takes all steps of a sampler, at most `size` in each call of step.
+
+  Args:
+    step: sample_steps with its first four arguments.
+    noise: starting latents [b, h, w, c].
+    sampler: steps and guidance.
+    size: most steps in a call.
+    fast: see sample_latents.
+  """
+  noise = noise.astype(jnp.float32)
+  times, state = flow.step_times(sampler.num_steps), (noise, jnp.zeros_like(noise))
+  scales = jnp.broadcast_to(jnp.asarray(sampler.guidance_scale, jnp.float32), times.shape)
+  for first, end, guided in sampler.chunks(size):
+    state = step(state, times[first:end], scales[first:end], sampler, guided=guided, fast=fast)
+  return state[0]
+
+
+def sample_steps(
+  model: FlexTok,
+  params: Any,
+  token_ids: jax.Array,
+  keep_k: jax.Array,
+  state: State,
+  times: jax.Array | np.ndarray,
+  scales: jax.Array,
+  sampler: Sampler,
+  guided: bool,
+  fast: bool,
+) -> State:
+  """Takes some steps of sample_latents.
+
+  Args:
+    model: see sample_latents, as for params, token_ids, keep_k and fast.
+    state: latents and running sum of directions (guidance.apg), [b, h, w, c] each, before these steps.
+    times: of these steps, float32 [s].
+    scales: of guidance, float32 [s].
+    sampler: number of all steps and kind of guidance.
+    guided: whether these steps have an unconditional pass.
+
+  Returns:
+    The state after these steps.
+  """
   batch, num_codes = token_ids.shape
   if not fast:
     num_codes = model.num_registers
@@ -201,16 +259,9 @@ def sample_latents(
     return guidance.apg(v_c, v_u, scale, running, sampler.apg_momentum, sampler.apg_eta, sampler.apg_threshold)
 
   modulations = None
-  if fast:  # [num_steps, ..., 1, f]: those of each step for a batch of one, shared by all samples
-    blocks, head = cast(Any, model.apply({"params": params}, flow.step_times(num_steps), method="modulations"))
+  if fast:  # [s, ..., 1, f]: those of each step for a batch of one, shared by all samples
+    blocks, head = cast(Any, model.apply({"params": params}, times, method="modulations"))
     modulations = (blocks.swapaxes(0, 1)[:, :, None], head if head is None else head[:, None])
-  inputs = (jnp.broadcast_to(jnp.asarray(sampler.guidance_scale, jnp.float32), (num_steps,)), modulations)
-  x, running = noise, jnp.zeros_like(noise)
-  for velocity_fn, span in (
-    (conditional_fn, (0, first)),
-    (guided_fn, (first, end)),
-    (conditional_fn, (end, num_steps)),
-  ):
-    if span[0] < span[1]:
-      x, running = flow.euler_steps(velocity_fn, x, num_steps, span, running, inputs)
-  return x
+  x, running = state
+  velocity_fn = guided_fn if guided else conditional_fn
+  return flow.euler_steps(velocity_fn, x, sampler.num_steps, times, running, (scales, modulations))

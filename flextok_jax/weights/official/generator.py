@@ -16,7 +16,7 @@ import numpy as np
 
 from flextok_jax import stages
 from flextok_jax.config import derive, float_dtype
-from flextok_jax.core import tensor_file
+from flextok_jax.core import accelerators, tensor_file
 from flextok_jax.core.tensor_file import TensorFile, Tensors, named
 from flextok_jax.models.ar.generator import sincos_table
 from flextok_jax.stages.ar import mlp_hidden
@@ -62,6 +62,7 @@ def load(
     FileNotFoundError: the source does not exist, or cannot be downloaded.
     ValueError: a damaged, foreign or unsupported file, an unknown setting, or a contradiction; it names both sides.
   """
+  accelerators.start()
   param_dtype = jnp.dtype(float_dtype("dtype", dtype or "float32"))
   file, config_file = _find(os.fspath(source))
   found = Settings()

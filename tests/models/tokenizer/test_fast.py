@@ -128,7 +128,7 @@ def test_the_interval_of_guidance():
   assert guidance.guided_steps(4, (0.3, 0.4)) == (0, 0)
   for bad in ((0.5, 0.2), (-0.1, 1), (0, 1.5)):
     with pytest.raises(ValueError, match="guidance_interval"):
-      guidance.guided_steps(4, bad)
+      guidance.check_interval(bad)
 
 
 def test_no_unconditional_pass_at_scale_one(case):

@@ -1,0 +1,70 @@
+"""Ctrl-C in commands: the first one ends a command between computations, the second one at once."""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+
+EXIT_CODE = 130  # of a process that SIGINT ended, as shells report it
+_PATIENCE = 1.0  # seconds until a command that has not ended yet says what it waits for
+_REPEATED = 0.2  # seconds within which a second signal is the same key press, passed on by a launcher
+_said = False
+
+
+def end_at_once() -> None:
+  """Makes Ctrl-C end this process without waiting for anything: while a command is importing its modules."""
+  if _is_possible():
+    signal.signal(signal.SIGINT, lambda signum, frame: _end())
+
+
+def say(line: str) -> None:
+  """Prints a line on stderr, the first time that it is called."""
+  global _said
+  if not _said:
+    _said = True
+    print(line, file=sys.stderr, flush=True)
+
+
+def watch() -> None:
+  """Makes Ctrl-C raise KeyboardInterrupt, as is Python's default, and a second one end this process at once.
+
+  Python delays signals while it waits for a computation or a compilation; a thread does not. It hears of them through
+  the wakeup descriptor, also where a command has its own handler of SIGINT.
+  """
+  if not _is_possible():
+    return
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+  signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  os.register_at_fork(after_in_child=_forget)
+  threading.Thread(target=_listen, args=(reader,), name="interrupts", daemon=True).start()
+
+
+def _is_possible() -> bool:
+  """Whether this thread may set handlers, and SIGINT is not ignored, as by nohup."""
+  return threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+
+
+def _end() -> None:
+  say("interrupted")
+  os._exit(EXIT_CODE)
+
+
+def _forget() -> None:
+  with contextlib.suppress(ValueError):  # not forked by the main thread
+    signal.set_wakeup_fd(-1)
+
+
+def _listen(reader: int) -> None:
+  first = None
+  while True:
+    if not select.select([reader], [], [], None if first is None or _said else _PATIENCE)[0]:
+      say("interrupted: the command ends after the current computation; Ctrl-C again ends it at once")
+    elif signal.SIGINT in os.read(reader, 4096):
+      if first is not None and time.monotonic() - first > _REPEATED:
+        _end()
+      first = first or time.monotonic()
