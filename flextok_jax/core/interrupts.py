@@ -1,16 +1,20 @@
 """Ctrl-C in commands: the first one ends a command between computations, the second one at once."""
 
 import contextlib
+import ctypes
+import functools
 import os
 import select
 import signal
 import sys
 import threading
 import time
+from typing import Any
 
 EXIT_CODE = 130  # of a process that SIGINT ended, as shells report it
 _PATIENCE = 1.0  # seconds until a command that has not ended yet says what it waits for
 _REPEATED = 0.2  # seconds within which a second signal is the same key press, passed on by a launcher
+_IGNORED = b"\0"  # written to the pipe of signal numbers
 _said = False
 
 
@@ -41,6 +45,7 @@ def watch() -> None:
   signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
   signal.signal(signal.SIGINT, signal.default_int_handler)
   os.register_at_fork(after_in_child=_forget)
+  sys.unraisablehook = functools.partial(_report_ignored, writer)
   threading.Thread(target=_listen, args=(reader,), name="interrupts", daemon=True).start()
 
 
@@ -59,12 +64,26 @@ def _forget() -> None:
     signal.set_wakeup_fd(-1)
 
 
+def _report_ignored(writer: int, ignored: Any) -> None:
+  """Has a KeyboardInterrupt raised again that Python ignored, as in finalizers and callbacks of the collector."""
+  if issubclass(ignored.exc_type, KeyboardInterrupt):
+    os.write(writer, _IGNORED)
+  else:
+    sys.__unraisablehook__(ignored)
+
+
 def _listen(reader: int) -> None:
   first = None
   while True:
     if not select.select([reader], [], [], None if first is None or _said else _PATIENCE)[0]:
       say("interrupted: the command ends after the current computation; Ctrl-C again ends it at once")
-    elif signal.SIGINT in os.read(reader, 4096):
+      continue
+    signals = os.read(reader, 4096)
+    if signal.SIGINT in signals:
       if first is not None and time.monotonic() - first > _REPEATED:
         _end()
       first = first or time.monotonic()
+    if _IGNORED in signals:
+      time.sleep(0.05)  # until the finalizer has ended
+      main = ctypes.c_ulong(threading.main_thread().ident or 0)
+      ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(KeyboardInterrupt))

@@ -138,10 +138,10 @@ class SelfAttention(_Attention):
     """As __call__ for x [b, 1, d] at `position`, after the positions before it in the cache [b, h, n, e]."""
     q, k, v = self.qkv(x)
     # [b, h, n, e], [b, 1, h, e] -> [b, h, n, e]
-    write = lambda old, x: jax.lax.dynamic_update_slice(old, x.swapaxes(1, 2).astype(old.dtype), (0, 0, position, 0))
+    write = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.swapaxes(1, 2).astype(old.dtype), position, 2)
     cache = write(cache[0], self._norm_k(k)), write(cache[1], v)
     visible = jnp.arange(cache[0].shape[2]) <= position
-    key_bias = jnp.where(visible, 0.0, attention.MASKED)[None]  # [1, n]
+    key_bias = jnp.where(visible, jnp.float32(0), jnp.float32(attention.MASKED))[None]  # [1, n]
     return self._attend_cached(self._norm_q(q), cache, key_bias), cache
 
 

@@ -122,7 +122,7 @@ def _xla(q, k, v, scale, mask, key_bias):
   if mask is not None:
     # On TPUs XLA fuses the softmax with the product of q and k only if the bias may differ between samples, which the
     # barrier makes it assume: with the mask alone, logits would pass through HBM twice as often.
-    key_bias = jnp.zeros((1, k.shape[1])) if key_bias is None else key_bias
+    key_bias = jnp.zeros((1, k.shape[1]), jnp.float32) if key_bias is None else key_bias
     key_bias = jax.lax.optimization_barrier(jnp.broadcast_to(key_bias, k.shape[:2]))
     bias = key_bias[:, None, None] + jnp.where(mask, 0.0, MASKED)
   return jax.nn.dot_product_attention(q, k, v, bias=bias, scale=scale, implementation="xla")
@@ -141,7 +141,7 @@ def _cudnn(q, k, v, scale, mask, key_bias):
     mask = jnp.pad(mask, ((0, queries % 2), (0, 0)), constant_values=True)
     mask = jnp.pad(mask, ((0, 0), (0, keys % 2)))[None, None]
   if keys % 2 and mask is None and key_bias is None:
-    key_bias = jnp.zeros((1, keys))
+    key_bias = jnp.zeros((1, keys), jnp.float32)
   q, k, v = _pad(q, 1, queries % 2), _pad(k, 1, keys % 2), _pad(v, 1, keys % 2)
   if key_bias is not None:
     key_bias = jnp.pad(key_bias, ((0, 0), (0, keys % 2)), constant_values=MASKED)
@@ -154,7 +154,7 @@ def _cudnn(q, k, v, scale, mask, key_bias):
 
 def padding_bias(lengths: jax.Array, size: int) -> jax.Array:
   """lengths int [b] -> key_bias of attend, float32 [b, size]: 0 before the length, MASKED from there on."""
-  return jnp.where(jnp.arange(size) < lengths[:, None], 0.0, MASKED)
+  return jnp.where(jnp.arange(size) < lengths[:, None], jnp.float32(0), jnp.float32(MASKED))
 
 
 def bias_features(q: jax.Array, k: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:

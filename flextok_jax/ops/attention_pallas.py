@@ -35,7 +35,7 @@ def attend(
   keys = k.shape[1]
   if max(queries, keys) > MAX_LENGTH:
     raise ValueError(f"attention 'pallas' takes at most {MAX_LENGTH} positions, not {max(queries, keys)}: use 'xla'")
-  bias = jnp.zeros((batch, keys)) if key_bias is None else jnp.broadcast_to(key_bias, (batch, keys))
+  bias = jnp.zeros((batch, keys), jnp.float32) if key_bias is None else jnp.broadcast_to(key_bias, (batch, keys))
   mask = None if mask is None else jnp.where(mask.T, 0.0, _MASKED).astype(jnp.bfloat16)
   q, k, v = (x.transpose(0, 2, 3, 1) for x in (q, k, v))
   return _attend(q, k, v, bias[:, :, None], mask, scale).transpose(0, 3, 1, 2)

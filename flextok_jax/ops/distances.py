@@ -79,7 +79,7 @@ def _scale_distance(a: jax.Array, b: jax.Array) -> jax.Array:
   """Returns the distance at one scale: squared differences of unit features, [b, h, w, 3] twice -> [b]."""
   pairs = zip(_features(a), _features(b))
   distances = (jnp.mean(jnp.sum(jnp.square(x - y), axis=-1), axis=(1, 2)) for x, y in pairs)
-  return sum(distances, start=jnp.zeros(()))
+  return sum(distances, start=jnp.zeros((), jnp.float32))
 
 
 def _features(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -101,7 +101,7 @@ def _filter(x: jax.Array, taps: tuple[float, ...], axis: int) -> jax.Array:
   reach = len(taps) // 2
   padded = jnp.pad(x, [(reach, reach) if i == axis else (0, 0) for i in range(4)], mode="edge")
   views = (jax.lax.slice_in_dim(padded, i, i + x.shape[axis], axis=axis) for i in range(len(taps)))
-  return sum((w * view for w, view in zip(taps, views) if w), start=jnp.zeros(()))
+  return sum((w * view for w, view in zip(taps, views) if w), start=jnp.zeros((), jnp.float32))
 
 
 def _unit(x: jax.Array, constant: float) -> jax.Array:

@@ -19,7 +19,7 @@ def t_from_draw(draw: jax.Array, mode: str, mode_scale: float) -> jax.Array:
   if mode == "logit_normal":
     return jax.nn.sigmoid(draw)
   if mode == "stratified_logit_normal":
-    quantile = (jnp.arange(draw.shape[0]) + draw) / draw.shape[0]
+    quantile = (jnp.arange(draw.shape[0], dtype=draw.dtype) + draw) / draw.shape[0]
     # A quantile that rounds to 0 or 1 has an infinite normal deviate, whose sigmoid is 0 or 1.
     return jax.nn.sigmoid(jnp.sqrt(2.0) * jax.lax.erf_inv(2 * quantile - 1))
   if mode == "uniform":
@@ -36,7 +36,7 @@ def shift_t(t: jax.Array, shift: float) -> jax.Array:
 
 def sample_t(key: jax.Array, batch: int, mode: str, mode_scale: float, shift: float = 1.0) -> jax.Array:
   """Draws training times [batch] in [0, 1], float32."""
-  draw = jax.random.normal(key, (batch,)) if mode == "logit_normal" else jax.random.uniform(key, (batch,))
+  draw = (jax.random.normal if mode == "logit_normal" else jax.random.uniform)(key, (batch,), jnp.float32)
   return shift_t(t_from_draw(draw, mode, mode_scale), shift)
 
 

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _EPS = 1e-3  # widens the bound slightly, so that the outermost levels are reached
 
@@ -56,8 +57,8 @@ def saturation(z: jax.Array, keep_k: jax.Array) -> jax.Array:
 def sample_corruption(key: jax.Array, shape: Sequence[int], levels: Sequence[int], rate: float) -> jax.Array:
   """Draws int32 ids of `shape`, independently: with probability `rate` a uniform id, else -1 (no corruption)."""
   which, what = jax.random.split(key)
-  ids = jax.random.randint(what, shape, 0, num_codes(levels))
-  return jnp.where(jax.random.bernoulli(which, rate, shape), ids, -1)
+  ids = jax.random.randint(what, shape, 0, num_codes(levels), jnp.int32)
+  return jnp.where(jax.random.bernoulli(which, np.float32(rate), shape), ids, -1)
 
 
 def corrupt(codes: jax.Array, ids: jax.Array, levels: Sequence[int]) -> jax.Array:
@@ -69,11 +70,11 @@ def codes_to_ids(codes: jax.Array, levels: Sequence[int]) -> jax.Array:
   """Maps codes [..., len(levels)] to ids [...] int32 in [0, prod(levels))."""
   half = _half(levels)
   digits = jnp.round(codes * half + half).astype(jnp.int32)
-  return (digits * _basis(levels)).sum(-1)
+  return (digits * _basis(levels)).sum(-1, dtype=jnp.int32)
 
 
 def ids_to_codes(ids: jax.Array, levels: Sequence[int]) -> jax.Array:
   """Maps ids [...] to codes [..., len(levels)] float32; the inverse of codes_to_ids."""
-  digits = (ids[..., None] // _basis(levels)) % jnp.asarray(levels, jnp.int32)
+  digits = (ids.astype(jnp.int32)[..., None] // _basis(levels)) % jnp.asarray(levels, jnp.int32)
   half = _half(levels)
-  return (digits - half) / half
+  return (digits.astype(jnp.float32) - half) / half

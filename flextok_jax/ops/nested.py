@@ -68,8 +68,8 @@ def sample_keep_k(
     ValueError: as check_mode.
   """
   bounds = row_bounds(mode, num_registers, null_prob, rows)
-  u = jax.random.uniform(key, (groups, 1))
-  point = (jnp.arange(rows) + u) / rows
+  u = jax.random.uniform(key, (groups, 1), jnp.float32)
+  point = (jnp.arange(rows, dtype=jnp.float32) + u) / rows
   quantile = (point - null_prob) / max(1 - null_prob, _TINY)
   cdf = jnp.asarray(np.cumsum(length_distribution(mode, num_registers)), jnp.float32)
   keep_k = 1 + jnp.searchsorted(cdf, quantile, side="right").astype(jnp.int32)

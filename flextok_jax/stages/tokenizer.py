@@ -220,7 +220,7 @@ class TokenizerStage(Stage):
     latents = _group(latents, count)[:, order]
     t = flow.sample_t(t_key, size, self.flow.t_sampling, self.flow.mode_scale, self.flow.t_shift)
     t = _group(jax.random.permutation(t_order_key, t), count)
-    noise = jax.random.normal(noise_key, latents.shape)
+    noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
     keep_k, drop = nested.sample_keep_k(
       keep_key, size // count, count, n, self.tokens.nested_dropout, self.tokens.null_prob
     )
@@ -296,7 +296,7 @@ class TokenizerStage(Stage):
 
     def detokenize(params, token_ids, keep_k, keys):
       shape = self.model.latent_shape(self.image_size)
-      noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+      noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
       latents = sample_latents(self.model, params, token_ids, keep_k, noise, self.sampler, self.fast)
       return jnp.clip(self.model.apply({"params": params}, latents, method="decode_latents"), -1, 1)
 

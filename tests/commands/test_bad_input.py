@@ -63,6 +63,7 @@ def refused(pattern, workdir, **overrides):
     ("tokens.num_registers must be a whole number from 1 to 65536, got 0", dict(tokens=dict(num_registers=0))),
     ("tokens.levels", dict(tokens=dict(levels=(8, 1)))),
     ("tokens.levels", dict(tokens=dict(levels=()))),
+    ("tokens.levels must be .* with a product of at most 2147483647", dict(tokens=dict(levels=(2**15, 2**16)))),
     (
       "image_size 18 is not a multiple of the VAE's downscale 4",
       dict(image_size=18, vae=dict(kind="autoencoder_kl", block_out_channels=(8, 8, 8), norm_groups=4)),

@@ -8,7 +8,7 @@ from tests.support import numpy_ar
 from tests.support.commands import shell
 
 
-@pytest.mark.parametrize("where, count", [("python", 1), ("flags", 1), ("jax", 2)])
+@pytest.mark.parametrize("where, count", [("python", 1), ("flags", 1), ("ignored", 1), ("jax", 2)])
 def test_ctrl_c_is_one_line_and_exit_code_130(where, count):
   """One signal between computations, or two during a computation that does not end."""
   code, printed, err = shell("tests.support.interrupted", where, count)

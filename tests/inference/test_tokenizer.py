@@ -14,6 +14,7 @@ import flextok_jax
 from flextok_jax.inference import generator as generation
 from flextok_jax.inference import tokenizer as api
 from flextok_jax.ops import fsq
+from tests.support import numpy_ar
 from tests.support import numpy_reference as reference
 from tests.support.golden_weights import to_official
 from tests.support.random_tokenizer import GROUPS, random_model, with_fields
@@ -331,6 +332,32 @@ def test_bad_arguments(model, pattern, call):
   with pytest.raises(ValueError, match=pattern) as error:
     call(model)
   assert "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+def test_64_bit_mode_changes_nothing(model, images):
+  """With jax_enable_x64, and float64 arguments, types and numbers are the same."""
+  gen = numpy_ar.tiny_generator(depth=1, stop=True)
+
+  def run():
+    ids = model.tokenize(images.astype(np.float64), key=jax.random.key(1))
+    picture = model.detokenize(ids, key=jax.random.key(2), num_steps=2)
+    drawn, log_probs = gen.generate(
+      jax.random.key(3), labels=[0, 4], guidance_scale=2.0, top_p=0.9, return_log_probs=True
+    )
+    again = gen.generate(jax.random.key(3), labels=[0, 4], prefix=[[1], [2]], greedy=True, fast=False)
+    noise = np.random.default_rng(0).normal(size=(3, 8, 8, 4))
+    other = model.velocity(noise, np.float64(0.5), ids, [1, 2, 6])
+    lengths = model.tokenize(images[:1], quality=1.0, num_steps=1)
+    return ids, picture, drawn, log_probs, again, other, *gen.trim(drawn), *lengths
+
+  expected = run()
+  with jax.enable_x64(True):
+    actual = run()
+  for x, y in zip(actual, expected, strict=True):
+    assert x.dtype == y.dtype and x.dtype in (np.int32, np.float32)
+    np.testing.assert_array_equal(x, y) if x.dtype == np.int32 else np.testing.assert_allclose(
+      x, y, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_many_steps_are_taken_in_chunks(model, ids, noise, monkeypatch):

@@ -1,7 +1,7 @@
 """A command that gets SIGINT: python -m tests.support.interrupted WHERE COUNT.
 
-WHERE is "python" (between computations), "jax" (inside a computation that does not end), or "flags" (while flags are
-parsed); COUNT signals are sent.
+WHERE is "python" (between computations), "jax" (inside a computation that does not end), "flags" (while flags are
+parsed), or "ignored" (in a finalizer, where Python ignores exceptions); COUNT signals are sent.
 """
 
 import os
@@ -26,7 +26,19 @@ def wait(where: str, count: str):
   """Waits for ever."""
   threading.Thread(target=send, args=(int(count),), daemon=True).start()
   endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x > 0, lambda x: x / 2 + 1, x))
-  jax.block_until_ready(endless(1.0)) if where == "jax" else time.sleep(60)
+  if where == "jax":
+    jax.block_until_ready(endless(1.0))
+  elif where == "ignored":
+    Finalized()
+  for _ in range(600):  # Python raises the exception again after at most one of these
+    time.sleep(0.1)
+
+
+class Finalized:
+  """An object whose finalizer sleeps."""
+
+  def __del__(self):
+    time.sleep(60)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ class ARTransformer(nn.Module):
     """ids int [b, n] -> input of the blocks [b, n, d]: the start vector and all ids but the last."""
     # [b, 1, d], [b, n - 1, d] -> [b, n, d]
     x = jnp.concatenate([self.start_vector(labels)[:, None], self.embed(ids[:, :-1])], 1)
-    return self.add_positions(x, jnp.arange(ids.shape[1]))
+    return self.add_positions(x, jnp.arange(ids.shape[1], dtype=jnp.int32))
 
   def finish(self, x: jax.Array) -> jax.Array:
     """Applies the final norms: output of the last block -> input of the readout, both [..., d]."""

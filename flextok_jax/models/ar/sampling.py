@@ -108,7 +108,7 @@ def generate(
     log_probs = log_probs.at[:, i].set(jnp.where(done, 0.0, chosen))
     return i + 1, ids, log_probs, done | (token == model.ar.num_ids), carried
 
-  state = jnp.int32(given), ids, jnp.zeros((batch, length)), jnp.zeros(batch, bool), runner.start(prefix)
+  state = jnp.int32(given), ids, jnp.zeros((batch, length), jnp.float32), jnp.zeros(batch, bool), runner.start(prefix)
   for end in runner.stages(given):
     state = jax.lax.while_loop(functools.partial(unfinished, end), functools.partial(step, end), state)
   return state[1], state[2]

@@ -59,7 +59,7 @@ class LPIPS(nn.Module):
         f"{a.shape[1]}x{a.shape[2]}: resize them"
       )
     features = _Features(self.net, self.dtype, name="features")
-    total = jnp.zeros(())
+    total = jnp.zeros((), jnp.float32)
     for i, (x, y) in enumerate(zip(features(a), features(b))):
       head = self.param(f"head_{i}", nn.initializers.ones_init(), (x.shape[-1],))
       # [b, h', w', channels] -> [b]; not as a matrix product, whose precision accelerators lower

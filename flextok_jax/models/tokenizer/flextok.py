@@ -96,8 +96,8 @@ class FlexTok(nn.Module):
     latents = self.encode_latents(images)
     batch = latents.shape[0]
     codes = self.encode(latents)
-    keep_k = jnp.full(batch, self.num_registers)
-    v = self.velocity(latents, jnp.zeros(batch), codes, keep_k, jnp.zeros(batch, bool))
+    keep_k = jnp.full(batch, self.num_registers, jnp.int32)
+    v = self.velocity(latents, jnp.zeros(batch, jnp.float32), codes, keep_k, jnp.zeros(batch, bool))
     return self.decode_latents(v)
 
 
@@ -239,7 +239,7 @@ def sample_steps(
   joint = not fast or num_codes <= MAX_JOINT_CODES
 
   def velocity(x, t, codes, keep_k, drop, modulations):
-    t = jnp.full(x.shape[0], t)
+    t = jnp.full(x.shape[0], t, jnp.float32)
     return model.apply({"params": params}, x, t, codes, keep_k, drop, modulations, method="velocity")
 
   def conditional_fn(x, t, running, inputs):

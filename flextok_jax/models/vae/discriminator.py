@@ -65,7 +65,7 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    draw = lambda key, shape: 1 + 0.02 * jax.random.normal(key, shape)
+    draw = lambda key, shape: 1 + 0.02 * jax.random.normal(key, shape, jnp.float32)
     scale: Any = self.param("scale", nn.with_logical_partitioning(draw, ("conv_out",)), x.shape[-1:])
     bias: Any = self.param(
       "bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), ("conv_out",)), x.shape[-1:]
