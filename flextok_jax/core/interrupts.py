@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import select
 import signal
 import sys
 import threading
@@ -12,24 +11,15 @@ import time
 from typing import Any
 
 EXIT_CODE = 130  # of a process that SIGINT ended, as shells report it
-_PATIENCE = 1.0  # seconds until a command that has not ended yet says what it waits for
+LINE = "stopped by Ctrl-C"
 _REPEATED = 0.2  # seconds within which a second signal is the same key press, passed on by a launcher
 _IGNORED = b"\0"  # written to the pipe of signal numbers
-_said = False
 
 
 def end_at_once() -> None:
   """Makes Ctrl-C end this process without waiting for anything: while a command is importing its modules."""
   if _is_possible():
     signal.signal(signal.SIGINT, lambda signum, frame: _end())
-
-
-def say(line: str) -> None:
-  """Prints a line on stderr, the first time that it is called."""
-  global _said
-  if not _said:
-    _said = True
-    print(line, file=sys.stderr, flush=True)
 
 
 def watch() -> None:
@@ -55,7 +45,7 @@ def _is_possible() -> bool:
 
 
 def _end() -> None:
-  say("interrupted")
+  print(LINE, file=sys.stderr, flush=True)
   os._exit(EXIT_CODE)
 
 
@@ -74,11 +64,7 @@ def _report_ignored(writer: int, ignored: Any) -> None:
 
 def _listen(reader: int) -> None:
   first = None
-  while True:
-    if not select.select([reader], [], [], None if first is None or _said else _PATIENCE)[0]:
-      say("interrupted: the command ends after the current computation; Ctrl-C again ends it at once")
-      continue
-    signals = os.read(reader, 4096)
+  while signals := os.read(reader, 4096):
     if signal.SIGINT in signals:
       if first is not None and time.monotonic() - first > _REPEATED:
         _end()

@@ -13,7 +13,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(where, count):
   """One signal between computations, or two during a computation that does not end."""
   code, printed, err = shell("tests.support.interrupted", where, count)
   assert (code, printed) == (130, ""), err
-  assert err in ("interrupted\n", "interrupted\n" * count), err
+  assert err in ("stopped by Ctrl-C\n", "stopped by Ctrl-C\n" * count), err
 
 
 @pytest.fixture(scope="module")
