@@ -120,7 +120,7 @@ def check_writable(folder: Path):
     with _publishing(existing / "file", lambda temporary, path: None) as temporary:
       temporary.write_bytes(b"x")
   except ValueError as e:
-    raise ValueError(f"cannot write {folder}: {e.__cause__.strerror}") from None
+    raise ValueError(f"cannot write {folder}: {str(e).rpartition(': ')[2]}") from None
 
 
 def _link(temporary: Path, path: Path):

@@ -40,7 +40,7 @@ def tokenize_batches(
 
 
 def detokenize(
-  model: FlexTok, sequences: Sequence[Sequence[int]], key: jax.Array, batch_size: int = 32
+  model: FlexTok, sequences: Sequence[Sequence[int] | np.ndarray], key: jax.Array, batch_size: int = 32
 ) -> Iterator[np.ndarray]:
   """Yields the image, uint8 [h, w, 3], of each sequence of ids, by the sampler of the model's config.
 

@@ -78,7 +78,7 @@ def tokenize_files(
   return Written(results.images, num_tokens, len(named) - results.images, results.reason)
 
 
-def _lock(file: BinaryIO, out: Path):
+def _lock(file: BinaryIO, out: Path) -> None:
   try:
     files.lock(file)
   except BlockingIOError:
@@ -96,7 +96,7 @@ class _Results:
     reason: name and reason of the first that is not; "" if all are.
   """
 
-  def __init__(self, file: BinaryIO, header: list, named: Sequence[tuple[str, str]]):
+  def __init__(self, file: BinaryIO, header: list, named: Sequence[tuple[str, str]]) -> None:
     self._file = file
     self.done, self.images, self.reason = 0, 0, ""
     size = file.seek(0, os.SEEK_END)
@@ -117,7 +117,7 @@ class _Results:
         print(f"{file.name} is of another tokenizer or number of tokens: starting over", flush=True)
       self._write([header])
 
-  def append(self, rows: list[list]):
+  def append(self, rows: list[list]) -> None:
     """Adds the results of the next images."""
     for row in rows:
       self._count(row)
@@ -125,14 +125,14 @@ class _Results:
         logging.warning("Skipped unreadable image %s", row[3])
     self._write(rows)
 
-  def _count(self, row: list):
+  def _count(self, row: list) -> None:
     self.done += 1
     if isinstance(row[3], str):
       self.reason = self.reason or row[3]
     else:
       self.images += 1
 
-  def _write(self, rows: list[list]):
+  def _write(self, rows: list[list]) -> None:
     self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
     self._file.flush()
 

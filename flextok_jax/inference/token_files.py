@@ -57,12 +57,12 @@ def _json_parts(image_size: int, num_tokens: int, entries: Iterable[tuple[str, I
   yield b"]}\n"
 
 
-def _write_npz(path: Path, image_size: int, num_tokens: int, entries: Iterable[tuple[str, Ids]]):
+def _write_npz(path: Path, image_size: int, num_tokens: int, entries: Iterable[tuple[str, Ids]]) -> None:
   lengths = [len(name) for name, _ in entries]
   count, text = len(lengths), np.dtype(("<U", max(1, *lengths, 1)))
   with zipfile.ZipFile(path, "w") as archive:
 
-    def write(name: str, dtype: np.dtype, shape: tuple[int, ...], rows: Iterable):
+    def write(name: str, dtype: np.dtype, shape: tuple[int, ...], rows: Iterable) -> None:
       with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
@@ -168,7 +168,7 @@ def _read_npz(path: Path) -> tuple[object, list[str], list[Ids]]:
     return size, names, list(npz.read(archive, "token_ids", "iu"))
 
 
-def cut(sequences: Sequence[Ids], num_tokens: int | None, num_registers: int) -> Sequence[Ids]:
+def cut(sequences: list[Ids], num_tokens: int | None, num_registers: int) -> list[Ids]:
   """Returns the first num_tokens of each sequence; None keeps all.
 
   Raises:
