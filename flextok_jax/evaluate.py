@@ -3,11 +3,14 @@
 python -m flextok_jax.evaluate --workdir=DIR [--config=NAME] [--checkpoint=PATH] [--num_tokens=1,2,4]
     [--metrics=psnr,ssim,mae,lpips_alex,lpips_vgg,dreamsim,dinov2,rfid --weights=DIR]
 python -m flextok_jax.evaluate --checkpoint=GENERATOR --tokenizer=PATH --metrics=gfid,sfid,is,precision,recall,top1
-    --weights=DIR --reference=FILE.npz [--num_images=50000] [--classes=0,3,7 | --prompts_file=FILE]
+    --weights=DIR --reference=FILE.npz|FOLDER|SOURCE [--num_images=50000] [--classes=0,3,7 | --prompts_file=FILE]
     [--num_tokens=1,4,16] [--guidance_scale=...] [--samples_npz] --out=DIR
+python -m flextok_jax.evaluate --save_reference=FILE.npz --reference=FOLDER|SOURCE|FILE.npz --weights=DIR
+    [--image_size=256 | --config=NAME] [--reference_images=N]
 
 A tokenizer or VAE is evaluated by its reconstructions of held-out images; a generator by its loss on held-out tokens,
-or with --tokenizer and --metrics by its samples.
+or with --tokenizer and --metrics by its samples. Without a checkpoint --save_reference writes the statistics of a
+reference set alone.
 
 Prints a table; writes report.json, curve.png (or loss.png) and grid_<set>.png, and appends the report to eval.jsonl.
 An interrupted evaluation resumes when it is run again with the same flags.
@@ -24,7 +27,6 @@ from flextok_jax import cli
 from flextok_jax.config import with_fields
 from flextok_jax.core import json_lines
 from flextok_jax.core.hashing import hash_tree
-from flextok_jax.data import pipeline
 from flextok_jax.evals import from_config, generation
 from flextok_jax.evals.metrics import image as metrics_lib
 from flextok_jax.evals.metrics import reference
@@ -35,12 +37,13 @@ from flextok_jax.inference import decoding, prompts
 from flextok_jax.inference.generator import load_ar
 from flextok_jax.parallel import batching, processes, sharding
 from flextok_jax.stages import make_stage
-from flextok_jax.training import inputs
 from flextok_jax.weights import loading
+from flextok_jax.weights.perception import networks
 
 _NUM_SAMPLES = 50_000  # usual in the literature
 _BATCH_SIZE = 64  # samples
 _ALL = np.iinfo(np.int32).max  # images
+_OF_REFERENCE = ("reference", "save_reference", "reference_images", "image_size", "config", "weights", "batch_size")
 _PARTIAL = "so_far"  # folder of partial results
 
 
@@ -81,21 +84,29 @@ def _define_sample_flags(values: flags.FlagValues):
   flags.DEFINE_string(
     "reference",
     None,
-    "Statistics or images of a reference set, .npz; or the name of one of the tokenizer's data sources, whose "
-    "held-out images are the reference.",
+    "Statistics or images of a reference set, .npz; a folder of pictures; or the name of one of the data sources of "
+    "the tokenizer or --config, whose held-out images are the reference.",
     flag_values=values,
   )
   flags.DEFINE_integer(
-    "reference_images", None, "Images of a data source, at most; default: all.", 1, flag_values=values
+    "reference_images", None, "Images of a folder or data source, at most; default: all.", 1, flag_values=values
   )
   flags.DEFINE_string("save_reference", None, "File for the statistics of the reference, .npz.", flag_values=values)
+  flags.DEFINE_integer(
+    "image_size", None, "Of the reference without a checkpoint; default: that of --config.", 1, flag_values=values
+  )
   flags.DEFINE_bool(
     "samples_npz", False, "Write samples_<tokens>.npz too, arr_0 uint8 [n, h, w, 3].", flag_values=values
   )
 
 
 def main(values: flags.FlagValues):
-  """Evaluates a checkpoint and writes its report."""
+  """Evaluates a checkpoint and writes its report, or writes the statistics of a reference set."""
+  if values.save_reference and not values.checkpoint and not values.workdir:
+    _write_reference(values)
+    return
+  if values.image_size:
+    raise ValueError("--image_size has no meaning with a checkpoint, which has its own")
   if not values.checkpoint and not values.workdir:
     raise ValueError("nothing to evaluate: give --workdir or --checkpoint")
   if not values.out and not values.workdir:
@@ -154,7 +165,9 @@ def _evaluate_samples(values: flags.FlagValues, out: Path) -> tuple[Report, dict
     if name not in generation.NAMES:
       raise ValueError(f"--metrics={name} is not a metric of samples: these are {', '.join(generation.NAMES)}")
     if name in generation.NEED_REFERENCE and not values.reference:
-      raise ValueError(f"--metrics={name} needs --reference: a .npz of statistics or images, or a data source")
+      raise ValueError(
+        f"--metrics={name} needs --reference: a .npz of statistics or images, a folder, or a data source"
+      )
   if values.prompts_file and values.classes:
     raise ValueError("--classes and --prompts_file are both given: give one of them")
 
@@ -173,15 +186,15 @@ def _evaluate_samples(values: flags.FlagValues, out: Path) -> tuple[Report, dict
   decode = decoding.decoder_by_image(make_stage(config).predict_fns["detokenize"], seed)
 
   # What the samples are compared with.
-  networks, targets = generation.make_networks(names, values.weights, conditions)
+  nets, targets = generation.make_networks(names, values.weights, conditions)
   batch_size = values.batch_size or _BATCH_SIZE
   compared = None
   if set(names) & set(generation.NEED_REFERENCE):
-    extract = reference.make_extract(networks["inception"], batch_size, mesh)
-    size = {"image_size": config.image_size, "num_images": values.reference_images or _ALL}
-    held_out = lambda name: pipeline.EvalImages(inputs.image_data(config), name, **size)
+    extract = reference.make_extract(nets["inception"], batch_size, mesh)
+    most = values.reference_images or _ALL
+    open_images = from_config.reference_images(config, config.image_size, most, batch_size)
     need_images = bool(set(names) & set(generation.NEED_IMAGES))
-    compared = reference.load(values.reference, held_out, extract, batch_size, need_images)
+    compared = reference.load(values.reference, open_images, extract, batch_size, need_images)
     for name, layer in generation.LAYERS.items():
       if name in names and layer not in compared.gaussians:
         raise ValueError(f"--metrics={name}: {values.reference} has no statistics of these features")
@@ -199,7 +212,7 @@ def _evaluate_samples(values: flags.FlagValues, out: Path) -> tuple[Report, dict
     **choices,
     "decoder": config.sampler.to_dict(),
   }
-  models = [hash_tree({}, x, exact=True) for x in (params, gen.params, networks)]
+  models = [hash_tree({}, x, exact=True) for x in (params, gen.params, nets)]
   progress = Progress(
     out / _PARTIAL,
     written | {"models": models, "metrics": names, "all": conditions, "num_images": num_images},
@@ -213,13 +226,33 @@ def _evaluate_samples(values: flags.FlagValues, out: Path) -> tuple[Report, dict
     tokenizer.num_registers,
     tokenizer.image_size,
     generation.Settings(names, counts, num_images, batch_size, seed, folder=folder),
-    networks,
+    nets,
     targets,
     compared,
     mesh,
     progress,
   )
   return evaluator.run(batching.replicate(params, mesh)), written, progress
+
+
+def _write_reference(values: flags.FlagValues):
+  """Writes the statistics of values.reference to values.save_reference."""
+  given = flags.FlagValues()
+  define_flags(given)
+  for name in set(given) - set(_OF_REFERENCE):
+    if values[name].present:
+      raise ValueError(f"--{name} has no meaning for the statistics of a reference alone: give a checkpoint, too")
+  cli.require(values, "reference")
+  if not values.save_reference.endswith(".npz"):
+    raise ValueError(f"--save_reference={values.save_reference}: the name must end in .npz")
+  batch_size, config = values.batch_size or _BATCH_SIZE, values.config
+  image_size = values.image_size or (config.image_size if config is not None else None)
+  extract = reference.make_extract(networks.inception(values.weights, "gfid"), batch_size, sharding.make_mesh())
+  open_images = from_config.reference_images(config, image_size, values.reference_images or _ALL, batch_size)
+  found = reference.load(values.reference, open_images, extract, batch_size, need_images=False)
+  if processes.is_process_0():
+    reference.save(values.save_reference, found)
+    print(f"wrote {values.save_reference}: statistics of {found.num_images or 'an unknown number of'} images")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import numpy as np
 from flextok_jax import cli
 from flextok_jax.config import with_fields
 from flextok_jax.core.hashing import hash_tree
-from flextok_jax.data import pipeline
 from flextok_jax.evals import from_config, generation
 from flextok_jax.evals.metrics import image as metrics_lib
 from flextok_jax.evals.metrics import reference
@@ -37,7 +36,6 @@ from flextok_jax.inference.generator import load_ar
 from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.ops import guidance
 from flextok_jax.parallel import sharding
-from flextok_jax.training import inputs
 from flextok_jax.weights import loading
 from flextok_jax.weights.perception import networks
 
@@ -216,10 +214,10 @@ def _one_at_a_time(values: flags.FlagValues, own, swept: dict, prefix: str = "")
 def _make_comparison(values: flags.FlagValues, subject: Subject) -> sampling.Judge:
   c, names = subject.config, values.judges
   extract = reference.make_extract(networks.inception(values.weights, names[0]), c.eval.batch_size, subject.mesh)
-  size = {"image_size": c.image_size, "num_images": values.reference_images or _ALL}
-  held_out = lambda name: pipeline.EvalImages(inputs.image_data(c), name, **size)
+  batch_size, most = c.eval.batch_size, values.reference_images or _ALL
+  open_images = from_config.reference_images(c, c.image_size, most, batch_size)
   need_images = bool(set(generation.NEED_IMAGES) & set(names))
-  compared = reference.load(values.reference, held_out, extract, c.eval.batch_size, need_images)
+  compared = reference.load(values.reference, open_images, extract, batch_size, need_images)
   return sampling.make_comparison(compared, extract, names, c.eval.batch_size)
 
 

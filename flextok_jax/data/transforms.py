@@ -1,6 +1,7 @@
 """Converts stored images of any mode to uint8 RGB arrays of one size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import concurrent.futures
 import io
 import os
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageCms, JpegImagePlugin
 
 from flextok_jax.core import files
+from flextok_jax.core.errors import warn_once
 from flextok_jax.data import listing
 from flextok_jax.data.pictures import UnreadablePicture, decoding, open_picture, orientation
 
@@ -272,3 +274,38 @@ def load_images(paths: Any, size: int) -> tuple[np.ndarray, list[str]]:
   for image, (path, _) in zip(images, named):
     image[:] = load_image(path, size)
   return images, [name for _, name in named]
+
+
+def folder_batches(folder: str, size: int, num_images: int, batch_size: int) -> Iterator[np.ndarray]:
+  """Yields the centre crops of the pictures under a folder, uint8 [b, size, size, 3], of at most batch_size.
+
+  Unreadable pictures are left out, and counted in a warning.
+
+  Args:
+    num_images: pictures at most, from all parts of the folder: a fixed random choice.
+
+  Raises:
+    FileNotFoundError, ValueError: no folder, no picture, or none that can be read.
+  """
+  paths = listing.list_images(folder)
+  if num_images < len(paths):
+    paths = [paths[i] for i in np.sort(np.random.default_rng(0).permutation(len(paths))[:num_images])]
+  unreadable: list[str] = []
+
+  def read(path: str) -> np.ndarray | None:
+    try:
+      return load_image(path, size)
+    except ValueError as error:
+      unreadable.append(str(error))
+      return None
+
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    for start in range(0, len(paths), batch_size):
+      images = [image for image in pool.map(read, paths[start : start + batch_size]) if image is not None]
+      if images:
+        yield np.stack(images)
+  if unreadable:
+    counted = f"{len(unreadable)} of {len(paths)} pictures of {files.printable(folder)} are left out, such as"
+    if len(unreadable) == len(paths):
+      raise ValueError(f"{counted}: {unreadable[0]}")
+    warn_once(f"{counted}: {unreadable[0]}")

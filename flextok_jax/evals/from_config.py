@@ -1,13 +1,19 @@
 """Evaluations as a config describes them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import os
 from typing import Any
 
 from ml_collections import ConfigDict
+import numpy as np
 
 from flextok_jax.config import flatten
-from flextok_jax.data import pipeline
+from flextok_jax.core.files import printable
+from flextok_jax.data import pipeline, transforms
 from flextok_jax.data.shards import tokens
+from flextok_jax.data.sources import registry
+from flextok_jax.evals import published
 from flextok_jax.evals.metrics import image as metrics_lib
 from flextok_jax.evals.progress import Progress
 from flextok_jax.evals.reconstruction import RFID, Reconstruction, Settings
@@ -15,7 +21,7 @@ from flextok_jax.evals.report import Report
 from flextok_jax.evals.scaling_factor import ScalingFactor
 from flextok_jax.evals.token_loss import TokenLoss
 from flextok_jax.inference.decoding import token_counts
-from flextok_jax.parallel import sharding
+from flextok_jax.parallel import batching, sharding
 from flextok_jax.parallel.batching import replicate
 from flextok_jax.stages import make_stage
 from flextok_jax.training import checkpoint, inputs
@@ -91,7 +97,44 @@ def evaluate(
   mesh, stage = sharding.make_mesh(), make_stage(config)
   prepare = inputs.make_prepare(config, mesh)
   evaluator = make_evaluator(config, stage, mesh, prepare, metrics, weights, progress, lazy=True)
-  return evaluator.run(replicate(params, mesh))
+  return with_published(evaluator.run(replicate(params, mesh)), config)
+
+
+def with_published(report: Report, config: ConfigDict) -> Report:
+  """Returns a report of reconstructions with the published ones, for each set of ImageNet's validation at 256 px."""
+  if config.image_size != published.IMAGE_SIZE or config.stage == "ar":
+    return report
+  sets = [name for name in config.eval.sources if published.is_imagenet_validation(config.data.sources[name])]
+  tables = [published.table(name, report.scores["sets"][name]["by_tokens"]) for name in sets]
+  return dataclasses.replace(report, tables=[*report.tables, *filter(None, tables)])
+
+
+def reference_images(
+  config: ConfigDict | None, image_size: int | None, num_images: int, batch_size: int
+) -> Callable[[str], Iterator[np.ndarray]]:
+  """Returns a function from the name of a data source of the config, or of a folder, to batches of its images.
+
+  Args:
+    config: its data; None if only folders are read.
+    image_size: of the images, in pixels; None if neither is read.
+    num_images: images at most.
+  """
+
+  def open_images(name: str) -> Iterator[np.ndarray]:
+    is_source = name in registry.SOURCES
+    if is_source and config is None:
+      raise ValueError(f"reference={name} is a data source: give a config that describes it (or ./{name}, a folder)")
+    if not is_source and not os.path.isdir(name):
+      sources = ", ".join(registry.SOURCES)
+      raise ValueError(f"reference={printable(name)[:200]} is no folder, no .npz file and no data source ({sources})")
+    if image_size is None:
+      raise ValueError("image_size is missing: the size in pixels of the pictures of the reference")
+    if not is_source:
+      return transforms.folder_batches(name, image_size, num_images, batch_size)
+    images = pipeline.EvalImages(inputs.image_data(config), name, image_size=image_size, num_images=num_images)
+    return batching.slices(images, batch_size)
+
+  return open_images
 
 
 def make_measure(config: ConfigDict, stage: Any, mesh: Any, evaluator: Any) -> Callable[[Any], dict[str, float]]:

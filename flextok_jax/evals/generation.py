@@ -131,9 +131,16 @@ class Generation:
     by_tokens, intervals = {}, {}
     for column in map(str, s.num_tokens) if processes.is_process_0() else ():
       by_tokens[column], intervals[column] = self._scores(results, column)
-    sets = {SET: {"num_images": s.num_images, "by_tokens": by_tokens, "intervals": intervals}}
+    sets: dict[str, Any] = {SET: {"num_images": s.num_images, "by_tokens": by_tokens, "intervals": intervals}}
+    notes = []
+    if self._reference:
+      sets[SET]["reference_images"] = self._reference.num_images
+      sizes = {"samples": s.num_images, "reference images": self._reference.num_images}
+      for name in ("gfid", "sfid"):
+        if name in s.metrics:
+          notes.append(frechet.caution(name, sizes, len(self._reference.gaussians[LAYERS[name]][0])))
     scores = {"seed": s.seed, "num_tokens": list(s.num_tokens), "sets": sets}
-    return reconstruction.make_report(scores, {SET: results.examples()})
+    return reconstruction.make_report(scores, {SET: results.examples()}, notes)
 
   def _open_writers(self, done: int) -> dict[int, "SampleWriter"]:
     """Returns the writers of the samples' files that are not complete, by token count."""

@@ -141,7 +141,7 @@ class Reconstruction:
     if self._networks is None:
       networks = self._metrics, self._features
       self._networks = networks if self._mesh is None else batching.replicate(networks, self._mesh)
-    sets, examples = {}, {}
+    sets, examples, notes = {}, {}, []
     for name, images in self.images.items():
       results = self._run_set(params, name, images)
       means, intervals = {}, {}
@@ -155,9 +155,13 @@ class Reconstruction:
           gaussians = results.gaussian(column, "pool"), results.gaussian(ORIGINAL, "pool")
           means[column][RFID] = frechet.frechet_distance(*gaussians[0], *gaussians[1])
       sets[name] = {"num_images": images.shape[0], "by_tokens": means, "intervals": intervals}
+      if self._features is not None:
+        sizes = {"reconstructions": images.shape[0], "originals": images.shape[0]}
+        sets[name]["reference_images"] = images.shape[0]
+        notes.append(frechet.caution(f"rFID on {name}", sizes, len(gaussians[0][0])))
       examples[name] = {"original": images[: self._settings.grid_images], **results.examples()}
     num_tokens = [int(column) for column in means] if self._has_tokens else []
-    return make_report({"seed": self._settings.seed, "num_tokens": num_tokens, "sets": sets}, examples)
+    return make_report({"seed": self._settings.seed, "num_tokens": num_tokens, "sets": sets}, examples, notes)
 
   def _run_set(self, params: Any, name: str, images: Any) -> Accumulator:
     """Returns the accumulated results of all images of a set."""
@@ -187,7 +191,9 @@ class Reconstruction:
     return results
 
 
-def make_report(scores: dict[str, Any], examples: Mapping[str, Mapping[str, np.ndarray]]) -> Report:
+def make_report(
+  scores: dict[str, Any], examples: Mapping[str, Mapping[str, np.ndarray]], notes: Sequence[str] = ()
+) -> Report:
   """Returns the report of scores by set and column, and of examples {set: {"original": ..., column: ...}}.
 
   Its pictures are curve.png, if there are token counts, and grid_<set>.png; its scalars "eval/<set>/<metric>_<column>".
@@ -202,7 +208,9 @@ def make_report(scores: dict[str, Any], examples: Mapping[str, Mapping[str, np.n
   if scores["num_tokens"]:
     pictures["curve.png"] = functools.partial(draw_curves, scores["sets"])
   pictures |= {f"grid_{name}.png": functools.partial(draw_grid, columns) for name, columns in examples.items()}
-  return Report(scores, make_tables(scores["sets"]), pictures, scalars, examples)
+  notes = [note for note in notes if note]
+  scores = {**scores, "notes": notes} if notes else scores
+  return Report(scores, make_tables(scores["sets"]), pictures, scalars, examples, notes)
 
 
 def make_tables(sets: Mapping[str, Mapping[str, Any]]) -> list[Table]:
@@ -215,7 +223,10 @@ def make_tables(sets: Mapping[str, Mapping[str, Any]]) -> list[Table]:
       for column, row in scored["by_tokens"].items()
     ]
     columns = ["tokens", *(metrics_lib.title(metric) for metric in metrics)]
-    tables.append(Table(f"{name}, {scored['num_images']} images", columns, rows))
+    title = f"{name}, {scored['num_images']} images"
+    if "reference_images" in scored:
+      title += f", compared with {scored['reference_images'] or 'an unknown number'}"
+    tables.append(Table(title, columns, rows))
   return tables
 
 

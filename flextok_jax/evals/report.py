@@ -60,6 +60,7 @@ class Report:
     pictures: {end of the file's name: function that draws the picture}, called when it is written.
     scalars: flat numbers for a metric writer.
     examples: {set: {column: uint8 [g, h, w, 3]}}, images that the pictures show.
+    notes: sentences below the tables.
   """
 
   scores: dict[str, Any]
@@ -67,10 +68,11 @@ class Report:
   pictures: Mapping[str, Callable[[], bytes | Image.Image]]
   scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
   examples: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+  notes: Sequence[str] = ()
 
   def table(self) -> str:
-    """Returns the tables for a terminal."""
-    return "\n\n".join(table.to_text() for table in self.tables)
+    """Returns the tables and notes for a terminal."""
+    return "\n\n".join([*(table.to_text() for table in self.tables), *self.notes])
 
   def write(self, folder: str | Path, settings: Mapping[str, Any] | None = None, name: str = "report") -> list[Path]:
     """Writes NAME.json, with settings and scores, and the pictures; returns the paths."""

@@ -8,6 +8,7 @@ import sys
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 from safetensors.numpy import save_file
 
@@ -124,6 +125,9 @@ def test_samples_equal_those_of_the_sample_command(models, report, tmp_path):
   assert pictures(report, 4).shape == (TOTAL, 16, 16, 3) and len({x.tobytes() for x in pictures(report, 4)}) == TOTAL
   assert (report / "grid_samples.png").is_file() and (report / "curve.png").is_file()
   assert not list(report.glob("*.part.npy")) and not (report / "so_far").exists()
+  scores = json.loads((report / "report.json").read_text())
+  assert scores["sets"]["samples"]["reference_images"] == 9
+  assert scores["notes"][0].startswith(f"Caution: gfid of {TOTAL} samples and 9 reference images with 2048 features")
 
 
 def distance_of_few(a, b):
@@ -258,3 +262,23 @@ def test_bad_flags_are_one_line_errors(models, weights, reference, tmp_path):
   fails("give a tokenizer as well", evaluate, *base[::2], "--metrics=gfid")
   fails("no such file", evaluate, *base, "--metrics=gfid", "--reference=/absent.npz", f"--weights={weights}")
   assert not (tmp_path / "out").exists()
+
+
+def test_statistics_of_a_folder_alone(weights, reference, tmp_path, look, capsys):
+  """Without a checkpoint the statistics alone are written; unreadable pictures are left out and counted."""
+  images, size = read_images(reference), read_images(reference).shape[1]
+  for i, image in enumerate(images):
+    Image.fromarray(image).save(tmp_path / f"{i:02d}.png")
+  (tmp_path / "aa.png").write_bytes(b"x")
+  base = f"--weights={weights}", "--batch_size=8"
+  run(evaluate, *base, f"--reference={tmp_path}", f"--image_size={size}", f"--save_reference={tmp_path}/stats.npz")
+  assert f"statistics of {len(images)} images" in capsys.readouterr().out
+  found, pools = frechet.load_statistics(tmp_path / "stats.npz"), look(images)["pool"]
+  assert frechet.count_images(tmp_path / "stats.npz") == frechet.count_images(reference) == len(images)
+  np.testing.assert_allclose(found["mu"], pools.mean(0), rtol=1e-3, atol=1e-4)
+  alone = f"--save_reference={tmp_path / 'a.npz'}", *base
+  fails("--reference is missing", evaluate, *alone)
+  fails("image_size is missing", evaluate, *alone, f"--reference={tmp_path}")
+  fails("reference=photos is a data source: give a config", evaluate, *alone, "--reference=photos")
+  fails("reference=./absent is no folder, no .npz file and no data source", evaluate, *alone, "--reference=./absent")
+  fails("--metrics has no meaning", evaluate, *alone, f"--reference={tmp_path}", "--metrics=gfid")

@@ -11,11 +11,12 @@ import pytest
 import skimage.data
 
 from flextok_jax.core import images as images_lib
-from flextok_jax.evals import grids, reconstruction
+from flextok_jax.evals import from_config, grids, published, reconstruction
 from flextok_jax.evals.metrics import frechet
 from flextok_jax.evals.metrics import image as metrics
 from flextok_jax.evals.metrics import samples as sample_metrics
 from flextok_jax.evals.progress import Progress
+from flextok_jax.evals.report import Report
 from flextok_jax.stages import make_stage
 from tests.support.scores import assert_same_scores
 from tests.support.tiny import make_params, tiny_config
@@ -230,3 +231,26 @@ def test_interrupted_evaluation_resumes(stage, params, noise_images, scores, tmp
   assert "is damaged: set starts over" in capsys.readouterr().out
   keep({"a": 1}).clear()
   assert not (tmp_path / "kept").exists()
+
+
+def test_published_rows_beside_ours():
+  config = tiny_config()
+  scores = {"sets": {name: {"by_tokens": {"1": {"psnr": 9.5, "ssim": 0.2}}} for name in ("folder", "photos")}}
+  report = Report(scores, ["a table"], {})
+  with config.unlocked():
+    config.eval.sources = ("folder", "photos")
+    config.data.sources.folder.path, config.image_size = "/data/ImageNet/train", published.IMAGE_SIZE
+  found = from_config.with_published(report, config).tables
+  assert len(found) == 2 and found[1].title.startswith("folder: published reconstructions of ImageNet validation")
+  assert found[1].rows[0] == ["ours", 1, "9.50", "0.200", "this evaluation"]
+  assert found[1].rows[1][:4] == ["FlexTok d18-d28", 1, "9.35", "0.187"]
+  assert ["Open-MAGVIT2 16x16", 256, "17.00", "0.398", "the Cosmos paper, as cited there"] in found[1].rows
+  with config.unlocked():
+    config.image_size = 128
+  assert from_config.with_published(report, config) is report
+
+
+def test_distances_of_few_images_have_a_caution():
+  few = frechet.caution("gfid", {"samples": 50, "reference images": 50_000}, 2048)
+  assert few.startswith("Caution: gfid of 50 samples with 2048 features: their covariance is singular")
+  assert frechet.caution("gfid", {"samples": 50_000, "reference images": None}, 2048) == ""

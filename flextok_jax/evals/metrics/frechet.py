@@ -13,6 +13,7 @@ Statistics and images are exchanged in .npz files, in which nothing is unpickled
 - pytorch-fid: mu [d] and sigma [d, d], the mean and covariance of Inception's pool features.
 - ADM (guided-diffusion's evaluations, the VIRTUAL_*.npz of its reference batches): the same, mu_s and sigma_s of its
   spatial features (for sFID), and the images themselves as arr_0. Sample batches have arr_0 alone.
+- Ours: mu, sigma, mu_s and sigma_s, and num_images, the number of images that they are from.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ from flextok_jax.core import files, npz
 
 PAIRS = (("mu", "sigma"), ("mu_s", "sigma_s"))
 _ROWS = 4096  # rows in float64 at once: 64 MiB of 2048 features
-_IMAGES = "arr_0"
+_IMAGES, _COUNT = "arr_0", "num_images"
 
 
 class Moments:
@@ -136,6 +137,23 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
   return _distance(mu1, sigma1, _factor(sigma1), mu2, sigma2)
 
 
+def caution(metric: str, sizes: Mapping[str, int | None], dim: int) -> str:
+  """Returns a sentence if a distance is between sets of fewer images than features, which is biased; else "".
+
+  Args:
+    metric: its name.
+    sizes: {name of a set: number of images, or None if unknown}.
+    dim: features.
+  """
+  few = [f"{count} {name}" for name, count in sizes.items() if count is not None and count <= dim]
+  if not few:
+    return ""
+  return (
+    f"Caution: {metric} of {' and '.join(few)} with {dim} features: their covariance is singular and the distance too "
+    "large; compare it only with distances of as many images (50000 are usual)."
+  )
+
+
 class Extrapolation(NamedTuple):
   """A distance extrapolated to infinitely many samples, from distances [num_points] at counts [num_points]."""
 
@@ -240,8 +258,17 @@ def load_statistics(path: str | os.PathLike) -> dict[str, np.ndarray]:
   return _checked(path, arrays)
 
 
-def save_statistics(path: str | os.PathLike, statistics: Mapping[str, np.ndarray]):
-  """Writes "mu" and "sigma", and "mu_s" and "sigma_s" if given, as float64, atomically.
+def count_images(path: str | os.PathLike) -> int | None:
+  """Returns the number of images that a .npz file holds or was computed from; None if it does not say."""
+  with npz.opened(path) as archive:
+    if _COUNT in npz.names(archive):
+      return int(npz.read(archive, _COUNT, "iu"))
+    held = _IMAGES in npz.names(archive)
+  return SampleFile(path).shape[0] if held else None
+
+
+def save_statistics(path: str | os.PathLike, statistics: Mapping[str, np.ndarray], num_images: int | None = None):
+  """Writes "mu" and "sigma", and "mu_s" and "sigma_s" if given, as float64, and "num_images", atomically.
 
   Raises:
     ValueError: other names, bad values as in checked_gaussian, or a path that cannot be written.
@@ -253,7 +280,10 @@ def save_statistics(path: str | os.PathLike, statistics: Mapping[str, np.ndarray
   if not os.fspath(path).endswith(".npz"):
     raise ValueError(f"cannot write statistics to {path}: the name must end in .npz")
   buffer = io.BytesIO()
-  np.savez(buffer, **_checked(path, statistics))
+  arrays = _checked(path, statistics)
+  if num_images is not None:
+    arrays[_COUNT] = np.int64(num_images)
+  np.savez(buffer, **arrays)
   files.write_file(Path(path), buffer.getvalue())
 
 

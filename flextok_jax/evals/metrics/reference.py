@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import os
-from typing import Any
 
 import jax
 import numpy as np
@@ -24,10 +23,12 @@ class Reference:
   Attributes:
     gaussians: {"pool": (mean [d], covariance [d, d]), "spatial": ...}, those that are known.
     pools: float32 [n, d], features of its images; None without images.
+    num_images: number of its images; None if unknown.
   """
 
   gaussians: dict[str, tuple[np.ndarray, np.ndarray]]
   pools: np.ndarray | None
+  num_images: int | None
 
 
 def from_features(features: Iterable[dict[str, np.ndarray]]) -> Reference:
@@ -40,17 +41,20 @@ def from_features(features: Iterable[dict[str, np.ndarray]]) -> Reference:
         moments[layer] = frechet.Moments(array.shape[1])
       moments[layer].add(array)
     pools.append(batch["pool"])
-  return Reference({layer: (m.mean, m.covariance()) for layer, m in moments.items()}, np.concatenate(pools))
+  if not pools:
+    raise ValueError("the reference has no images")
+  gaussians = {layer: (m.mean, m.covariance()) for layer, m in moments.items()}
+  return Reference(gaussians, np.concatenate(pools), moments["pool"].count)
 
 
 def load(
-  name: str, open_source: Callable[[str], Any], extract: Extract, batch_size: int, need_images: bool
+  name: str, open_images: Callable[[str], Iterable[np.ndarray]], extract: Extract, batch_size: int, need_images: bool
 ) -> Reference:
   """Loads a reference set.
 
   Args:
-    name: of a .npz file of statistics, images or both (see evals/metrics/frechet.py), or of a data source.
-    open_source: name of a data source -> its images uint8 [n, h, w, 3], which are only sliced.
+    name: of a .npz file of statistics, images or both (see evals/metrics/frechet.py), or anything else with images.
+    open_images: such a name -> batches of its images uint8 [b, h, w, 3].
     extract: computes the features of images.
     batch_size: images per batch.
     need_images: whether the features of single images are needed; otherwise statistics suffice.
@@ -60,26 +64,26 @@ def load(
     ValueError: a damaged file, or no images although they are needed.
   """
   if not name.endswith(".npz"):
-    computed = from_features(extract(batching.slices(open_source(name), batch_size)))
-    return Reference(computed.gaussians, computed.pools if need_images else None)
+    computed = from_features(extract(open_images(name)))
+    return dataclasses.replace(computed, pools=computed.pools if need_images else None)
   names = frechet.array_names(name)
   gaussians = {}
   if "mu" in names:
     found = frechet.load_statistics(name)
     gaussians = {layer: (found[mu], found[sigma]) for layer, (mu, sigma) in _NAMES.items() if mu in found}
     if not need_images:
-      return Reference(gaussians, None)
+      return Reference(gaussians, None, frechet.count_images(name))
   if "arr_0" not in names:
     raise ValueError(f"{name} has only statistics: precision and recall compare single images, give a .npz with arr_0")
   computed = from_features(extract(frechet.SampleFile(name).batches(batch_size)))
   # Statistics in the file are the publisher's own.
-  return Reference(gaussians or computed.gaussians, computed.pools)
+  return dataclasses.replace(computed, gaussians=gaussians or computed.gaussians)
 
 
 def save(path: str | os.PathLike, reference: Reference):
   """Writes the statistics to a .npz file (see evals/metrics/frechet.py)."""
   arrays = {name: x for layer, pair in reference.gaussians.items() for name, x in zip(_NAMES[layer], pair)}
-  frechet.save_statistics(path, arrays)
+  frechet.save_statistics(path, arrays, reference.num_images)
 
 
 def make_extract(inception: jax.tree_util.Partial, batch_size: int, mesh: jax.sharding.Mesh) -> Extract:
