@@ -72,8 +72,8 @@ def config_of(repa_fields=(), **overrides):
 def random_params(stage, scale=0.2):
   """Of all trained parts, normals: what starts at zero has gradients, too."""
   rng = np.random.default_rng(0)
-  boxed = {**stage.init(jax.random.key(0))[0], **stage.init_auxiliary(jax.random.key(0))[0]}
-  return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, scale, x.shape), jnp.float32), unbox(boxed))
+  shapes = jax.eval_shape(lambda key: {**stage.init(key)[0], **stage.init_auxiliary(key)[0]}, jax.random.key(0))
+  return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, scale, x.shape), jnp.float32), unbox(shapes))
 
 
 def inputs_of(size=16, grid=GRID):
@@ -127,24 +127,30 @@ def test_features_are_the_hidden_states_after_each_block():
   decoder = stage.model.decoder
   x, codes = rng.normal(size=(2, 16, 16, 3)), rng.uniform(-1, 1, (2, 4, 3))
   args = [np.float32(a) for a in (x, [0.2, 0.7], codes)] + [np.array([3, 4]), np.array([False, True])]
-  seen = {}
 
-  def watch(next_fn, args, kwargs, context):
-    result = next_fn(*args, **kwargs)
-    if context.method_name == "run_blocks":
-      seen["segments"], seen["modulation"] = args[0], args[2]
-    return result
+  @jax.jit
+  def block_by_block(params):
+    seen = {}
 
-  with nn.intercept_methods(watch):
-    plain, _ = decoder.apply({"params": params}, *args)
-  segments, found = seen["segments"], []
-  for i in range(3):
-    tree = params["transformer"]
-    tree = tree["last"] if i == 2 else jax.tree.map(lambda x, i=i: x[i], tree["blocks"])
-    segments = ModulatedBlock(decoder.choices).apply({"params": tree}, segments, seen["modulation"][i], None, None)
-    found.append(segments[0])
-  for number, want in enumerate(found, 1):
-    velocity, features = decoder.apply({"params": params}, *args, feature_block=number)
+    def watch(next_fn, args, kwargs, context):
+      result = next_fn(*args, **kwargs)
+      if context.method_name == "run_blocks":
+        seen["segments"], seen["modulation"] = args[0], args[2]
+      return result
+
+    with nn.intercept_methods(watch):
+      plain, _ = decoder.apply({"params": params}, *args)
+    segments, found = seen["segments"], []
+    for i in range(3):
+      tree = params["transformer"]
+      tree = tree["last"] if i == 2 else jax.tree.map(lambda x, i=i: x[i], tree["blocks"])
+      segments = ModulatedBlock(decoder.choices).apply({"params": tree}, segments, seen["modulation"][i], None, None)
+      found.append(segments[0])
+    return plain, found
+
+  plain, found = block_by_block(params)
+  tapped = jax.jit(lambda params: [decoder.apply({"params": params}, *args, feature_block=i) for i in (1, 2, 3)])
+  for (velocity, features), want in zip(tapped(params), found, strict=True):
     np.testing.assert_allclose(features, want, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(velocity, plain, rtol=1e-4, atol=1e-4)
   for number in (0, 4):
@@ -157,20 +163,26 @@ def test_each_row_is_aligned_with_its_own_features(grid, monkeypatch):
   """The stage shuffles rows and splits them into buckets; each is aligned with the features of its image."""
   stage = make_stage(config_of())
   params, (latents, wanted) = random_params(stage), inputs_of(grid=grid)
-  rows, bucket_loss = [], stage._bucket_loss
+  bucket_loss = stage._bucket_loss
 
-  def watch(params, length, bucket):
-    output = bucket_loss(params, length, bucket)
-    rows.extend(zip(bucket.latents, *output))
-    return output
+  @jax.jit
+  def loss_and_rows(params):
+    buckets = []
 
-  monkeypatch.setattr(stage, "_bucket_loss", watch)
-  with jax.disable_jit(False):
-    loss, metrics = stage.latents_loss(params, latents, jax.random.key(0), wanted)
+    def watch(params, length, bucket):
+      output = bucket_loss(params, length, bucket)
+      buckets.append((bucket.latents, *output))
+      return output
+
+    monkeypatch.setattr(stage, "_bucket_loss", watch)
+    return *stage.latents_loss(params, latents, jax.random.key(0), wanted), buckets
+
+  loss, metrics, buckets = jax.device_get(loss_and_rows(params))
+  rows = [row for bucket in buckets for row in zip(*bucket)]
   assert len(rows) == 16 and len({tuple(np.ravel(row[0])[:4].tolist()) for row in rows}) == 16
   total, alignment = 0.0, 0.0
   for image, flow_loss, saturation, features in rows:
-    (index,) = np.flatnonzero((latents == np.asarray(image)).all((1, 2, 3)))
+    (index,) = np.flatnonzero((latents == image).all((1, 2, 3)))
     own = np.asarray(ops.resize_features(wanted[index : index + 1], GRID, GRID))[0]
     own = numpy_loss(params["repa"], features, own)
     alignment, total = alignment + own, total + float(flow_loss) + 0.3 * float(saturation) + 0.5 * own
@@ -236,7 +248,8 @@ def test_mup_and_muon():
   """muP scales only the first matrix of the projector; Muon leaves all of it to Adam."""
   stage = make_stage(config_of())
   groups = {}
-  for path, x in jax.tree.leaves_with_path(unbox(stage.init_auxiliary(jax.random.key(0))[0])):
+  shapes = jax.eval_shape(lambda key: unbox(stage.init_auxiliary(key)[0]), jax.random.key(0))
+  for path, x in jax.tree.leaves_with_path(shapes):
     names = mup.names_of(path)
     assert names[0] == "repa" and not optim.by_muon(names)
     if names[-1] == "kernel":
