@@ -65,8 +65,7 @@ def flat(config):
 
 
 def joined_shapes(config):
-  params, frozen = jax.eval_shape(stages.make_stage(config).init, jax.random.key(0))
-  return unbox({**params, **frozen})
+  return dict(loading.abstract_params(config))
 
 
 def count(params):

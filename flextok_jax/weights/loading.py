@@ -339,7 +339,7 @@ def _read(
   return arrays | loaded
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _init_shapes(config: FrozenConfigDict) -> tuple[dict, dict]:
   """Returns the (trained, frozen) parameters of a model as shapes, boxed with their logical axes."""
   return jax.eval_shape(stages.make_stage(config).init, jax.random.key(0))
