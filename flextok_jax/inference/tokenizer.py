@@ -57,9 +57,9 @@ def load(
     validation.path("source", source),
     param_dtype=None,
     dtype=dtype,
-    vae_norm_num_groups=vae_norm_num_groups,
-    mup_base_width=mup_base_width,
-    image_size=image_size,
+    vae_norm_num_groups=validation.at_least_one("vae_norm_num_groups", vae_norm_num_groups),
+    mup_base_width=None if mup_base_width is None else validation.at_least_one("mup_base_width", mup_base_width),
+    image_size=None if image_size is None else validation.at_least_one("image_size", image_size),
     mesh=mesh,
   )
   return FlexTok(params, FrozenConfigDict(config))

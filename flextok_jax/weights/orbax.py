@@ -120,6 +120,8 @@ def _problem(function: Callable[[], None]) -> str:
   try:
     function()
   except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
+    if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(e):
+      raise  # the devices are too small, the file is not damaged
     problem = first_line(e, 200) if type(e) is ValueError else f"{type(e).__name__}: {first_line(e, 200)}"
   return processes.first_message(problem)
 
