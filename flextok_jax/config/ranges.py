@@ -16,6 +16,10 @@ from flextok_jax.config.defaults import get_config
 
 MAX_INT = 2**31 - 1  # of int32, in which devices count
 MAX_FLOAT = 3e38  # about the largest float32
+MAX_STEPS = 10_000  # of the sampler
+# Of sampling: with these, logits and velocities stay finite in float32.
+SCALES = (0.0, 1e6)  # of guidance
+TEMPERATURES = (1e-6, 1e6)
 
 
 class Range(NamedTuple):
@@ -128,9 +132,9 @@ RANGES = {
   "repa.features": WIDTH,
   "repa.grid": PATCHES,
   "repa.dtype": DTYPE,
-  "sampler.num_steps": whole(1, 10_000),
+  "sampler.num_steps": whole(1, MAX_STEPS),
   "sampler.guidance": one_of("apg", "cfg", "none"),
-  "sampler.guidance_scale": NOT_NEGATIVE,
+  "sampler.guidance_scale": between(*SCALES),
   "sampler.guidance_interval": INTERVAL,
   "sampler.apg_momentum": between(-1, 1),
   "sampler.apg_eta": FINITE,
@@ -154,8 +158,8 @@ RANGES = {
   "ar.drop_condition": BELOW_1,
   "ar.position_decay": FINITE,
   "ar.loss_chunk": COUNT,
-  "ar.guidance_scale": NOT_NEGATIVE,
-  "ar.temperature": POSITIVE,
+  "ar.guidance_scale": between(*SCALES),
+  "ar.temperature": between(*TEMPERATURES),
   "ar.top_k": whole(0),
   "ar.top_p": FRACTION,
   "text.encoder": one_of("t5", "bytes"),

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from flextok_jax.config.ranges import SCALES, TEMPERATURES
 from flextok_jax.core.errors import quote
 from flextok_jax.data import transforms
 from flextok_jax.models.ar.sampling import TokenSampler
@@ -28,10 +29,6 @@ Array = jax.Array | np.ndarray
 Images = jax.Array | np.ndarray | Sequence[Image.Image | str | os.PathLike]
 TokenIds = jax.Array | np.ndarray | Sequence[Sequence[int] | np.ndarray]
 Scale = float | Callable[[float], float] | jax.Array
-
-
-MAX_SCALE = 1e6  # of guidance: with float32 logits and velocities, the result is still finite
-TEMPERATURES = (1e-6, 1e6)  # logits divided by them stay finite in float32
 
 
 def is_traced(x: Any) -> bool:
@@ -326,7 +323,7 @@ def sampler(own: Sampler, **given: Any) -> Sampler:
       f"guidance_scale={quote(scale)} has no effect where guidance is 'none': give guidance=apg or guidance=cfg as well"
     )
   scale, count = own.guidance_scale if scale is None else scale, chosen.num_steps
-  value = functools.partial(number, "guidance_scale", low=0, high=MAX_SCALE)
+  value = functools.partial(number, "guidance_scale", low=SCALES[0], high=SCALES[1])
   if callable(scale):
     scale = np.asarray([value(scale(i / count)) for i in range(count, 0, -1)], np.float32)
   elif not is_traced(scale) and np.shape(steps := array("guidance_scale", scale)) == (count,):
@@ -413,7 +410,7 @@ def token_sampler(
   guidance_scale: Any, temperature: Any, top_k: Any, top_p: Any, greedy: Any, num_ids: int
 ) -> TokenSampler:
   """Returns how tokens are drawn."""
-  scale = number("guidance_scale", guidance_scale, 0, MAX_SCALE)
+  scale = number("guidance_scale", guidance_scale, *SCALES)
   remedy = "; greedy=True takes the most likely token"
   divisor = number("temperature", temperature, *TEMPERATURES, remedy)
   mass = number("top_p", top_p, 0, 1, ", 0 for off")

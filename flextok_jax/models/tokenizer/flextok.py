@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flextok_jax.config.ranges import MAX_STEPS
 from flextok_jax.core.errors import quote
 from flextok_jax.core.images import to_float
 from flextok_jax.models.tokenizer.decoder import Decoder
@@ -22,7 +23,6 @@ from flextok_jax.ops import flow, fsq, guidance
 # the unconditional half cost less than a second, smaller call. On a CPU both take equally long at 8; at 16 two calls
 # are faster.
 MAX_JOINT_CODES = 8
-MAX_STEPS = 10_000  # of the sampler; more do not change a picture
 State = tuple[jax.Array, jax.Array]  # of the sampler: latents, and what guidance remembers [b, h, w, c]
 
 
