@@ -32,7 +32,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the command's flags."""
   cli.define_config_flag("Size, crops and batch of the images, and the model that trains.", values)
   for name, (default, text) in _FLAGS.items():
-    flags.DEFINE_integer(name, default, text, flag_values=values)
+    flags.DEFINE_integer(name, default, text, 1, 100_000, flag_values=values)
   flags.DEFINE_string("out", None, "File for the JSON lines; overwritten.", flag_values=values)
 
 
@@ -40,9 +40,7 @@ def main(values: flags.FlagValues) -> None:
   """Measures with the settings of the flags."""
   if values.config is None:
     raise ValueError("nothing to measure: give --config=loader")
-  for name in _FLAGS:
-    if getattr(values, name) < 1:
-      raise ValueError(f"--{name}={values[name].value} must be at least 1")
+  out = cli.out_file(values)
   with tempfile.TemporaryDirectory() as folder:
     paths = loader.write_photographs(Path(folder), values.images, (values.width, values.height))
     config = values.config.copy_and_resolve_references()
@@ -58,9 +56,9 @@ def main(values: flags.FlagValues) -> None:
     rows = loader.measure(config, paths, values.parallel, values.rounds)
     training = loader.train(config, values.parallel, values.steps)
   print(loader.format_report(rows, training))
-  if values.out:
+  if out:
     lines = [{"kind": "way", **row} for row in rows] + [{"kind": "training", **training}]
-    files.write_file(Path(values.out), "".join(json.dumps(line) + "\n" for line in lines).encode())
+    files.write_file(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 if __name__ == "__main__":

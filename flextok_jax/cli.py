@@ -9,6 +9,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 from pathlib import Path
 import re
@@ -20,7 +21,7 @@ from absl import app, flags, logging
 import jax
 from ml_collections import ConfigDict, config_flags
 
-from flextok_jax.config import load_config
+from flextok_jax import config as common
 from flextok_jax.core import accelerators, files, interrupts
 from flextok_jax.core.extras import MissingPackageError
 from flextok_jax.ops import guidance
@@ -29,6 +30,9 @@ from flextok_jax.parallel import processes
 COMMANDS = (
   *("train", "evaluate", "tokenize", "detokenize", "sample", "convert", "study", "sweep"),
   *("compile", "benchmark", "benchmark_loader", "mup_check", "convert_torch"),
+)
+_MAY_BE_EMPTY = (  # flags of a study whose defaults are replaced by nothing
+  *("temperatures", "top_ks", "top_ps", "guidance_scales", "decoder_scales", "decoder_step_counts"),
 )
 _EXPECTED = (ValueError, OSError, MissingPackageError)
 
@@ -80,7 +84,7 @@ class _ConfigParser(flags.ArgumentParser):
   """Parses --config: the name of a shipped config or the path of a file, see load_config."""
 
   def parse(self, argument: str) -> ConfigDict:
-    return load_config(argument)
+    return common.load_config(argument)
 
 
 def define_config_flag(help_text: str, values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None):
@@ -103,6 +107,10 @@ def _parse(argv: list[str], arguments: Sequence[str]) -> list[str]:
     _fail(e, f"unknown config key among {' '.join(overrides)} ({e}): flextok_jax/config/defaults.py lists all keys")
   except Exception as e:  # whatever is wrong with a config file
     _fail(e)
+  try:
+    check_flags(flags.FLAGS)
+  except ValueError as e:
+    _fail(e)
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # orbax logs every checkpoint
   given = rest[1:]
@@ -111,6 +119,18 @@ def _parse(argv: list[str], arguments: Sequence[str]) -> list[str]:
   if len(given) < len(arguments):
     _fail(ValueError(f"{arguments[len(given)]} is missing: the arguments are {' '.join(arguments)}"))
   return rest
+
+
+def check_flags(values: flags.FlagValues):
+  """Raises ValueError for an empty list, a number that is not finite, or a field of --config out of its range."""
+  for name in values:
+    flag = values[name]
+    if isinstance(flag.parser, flags.ListParser) and flag.present and not flag.value and name not in _MAY_BE_EMPTY:
+      raise ValueError(f"--{name} is empty: give items separated by commas, or leave the flag out")
+    if isinstance(flag.value, float) and not math.isfinite(flag.value) and flag.value != flag.default:
+      raise ValueError(f"--{name}={flag.value} must be a finite number")
+  if "config" in values and values.config is not None:
+    common.check(values.config)
 
 
 def _keep_compiled():
@@ -133,7 +153,7 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
       raise ValueError(f"--setting={item} must be name=value, with a name that flextok_jax.load_ar knows")
     try:
       settings[name] = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
       settings[name] = value
   return settings
 
@@ -191,10 +211,20 @@ def numbers(flag: str, items: Iterable[str], kind: type = int) -> list:
   for item in items:
     try:
       found.append(kind(item))
-    except ValueError:
-      what = "whole numbers" if kind is int else "numbers"
-      raise ValueError(f"--{flag} takes {what} separated by commas, got {item!r}") from None
+      if not math.isfinite(found[-1]):
+        raise ValueError
+    except (ValueError, OverflowError):
+      what = "whole numbers" if kind is int else "finite numbers"
+      raise ValueError(f"--{flag} takes {what} separated by commas, got {item!r:.80}") from None
   return found
+
+
+def check_value(flag: str, field: str, value: Any):
+  """Raises ValueError, which names the flag, unless the field of a config may have the value."""
+  try:
+    common.check_field(field, value)
+  except ValueError as e:
+    raise ValueError(f"--{flag}: {e}") from None
 
 
 def require(values: flags.FlagValues, *names: str):
@@ -205,10 +235,20 @@ def require(values: flags.FlagValues, *names: str):
 
 
 def out_folder(values: flags.FlagValues) -> Path:
-  """Returns --out, which need not exist; ValueError if it is a file."""
+  """Returns --out, which need not exist; ValueError if it is a file or nothing can be written there."""
   if Path(values.out).exists() and not Path(values.out).is_dir():
     raise ValueError(f"--out={values.out} is a file: give a folder")
   files.check_writable(Path(values.out))
+  return Path(values.out)
+
+
+def out_file(values: flags.FlagValues) -> Path | None:
+  """Returns --out, or None if it is not given; ValueError if it is a folder or cannot be written."""
+  if not values.out:
+    return None
+  if Path(values.out).is_dir():
+    raise ValueError(f"--out={values.out} is a folder: give a file")
+  files.check_writable(Path(values.out).parent)
   return Path(values.out)
 
 
@@ -264,7 +304,11 @@ def print_progress(what: str, done: int, total: int, batch_size: int):
 
 
 def eval_fields(values: flags.FlagValues) -> dict[str, Any]:
-  """Returns the fields of a config that the flags of an evaluation set, by dotted name."""
+  """Returns the fields of a config that the flags of an evaluation set, by dotted name.
+
+  Raises:
+    ValueError: a value out of its range.
+  """
   fields: dict[str, Any] = {}
   if values.num_tokens:
     fields["eval.num_tokens"] = tuple(numbers("num_tokens", values.num_tokens))
@@ -275,4 +319,6 @@ def eval_fields(values: flags.FlagValues) -> dict[str, Any]:
       fields[f"eval.{name}"] = values[name].value
   if values.seed is not None:
     fields["seed"] = values.seed
+  for name, value in fields.items():
+    check_value(name.removeprefix("eval."), name, value)
   return fields

@@ -47,9 +47,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     "per_device_batch",
     None,
     f"Images per device; default: for train those of config.data.global_batch, else {_DEFAULT_BATCH}.",
+    1,
     flag_values=values,
   )
-  flags.DEFINE_integer("num_tokens", None, "Of sample and ar; default: all.", flag_values=values)
+  flags.DEFINE_integer("num_tokens", None, "Of sample and ar; default: all.", 1, flag_values=values)
   flags.DEFINE_bool("search", False, "Try meshes, remat policies and batches.", flag_values=values)
   flags.DEFINE_string("out", None, "Folder for the JSON file.", flag_values=values)
   flags.DEFINE_string("table", None, "Only print the reports in this folder as a Markdown table.", flag_values=values)
@@ -64,6 +65,7 @@ def main(values: flags.FlagValues) -> None:
     raise ValueError("give --config=NAME and --topology=v5e:16x16 (or v5p:4x4x4, v6e:16x16, tpu7x:2x2x2)")
   if values.job not in STAGES:
     raise ValueError(f"unknown --job={values.job}: one of {', '.join(STAGES)}")
+  out = cli.out_folder(values) if values.out else None
   config, name = values.config, cli.config_spec(values).replace(".py", "").rpartition("/")[2]
   devices = topology_devices(values.topology)
 
@@ -83,9 +85,9 @@ def main(values: flags.FlagValues) -> None:
     reports = [run(config, batch)]
   best = reports[0]
   print(report.format_report(best))
-  if values.out:
+  if out:
     parts = (re.sub(r"[^\w-]+", "_", part) for part in (name, values.job, values.topology))
-    path = Path(values.out) / f"{'.'.join(parts)}.json"
+    path = out / f"{'.'.join(parts)}.json"
     rows = [made.to_json() for made in reports]
     files.write_file(path, (json.dumps({**rows[0], "tried": rows[1:]}, indent=1) + "\n").encode())
     print(f"wrote {path}")

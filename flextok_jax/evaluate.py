@@ -59,9 +59,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_list("num_tokens", [], "Token counts; default: config.eval.num_tokens.", flag_values=values)
   flags.DEFINE_list("sources", [], "Evaluation sets; default: config.eval.sources.", flag_values=values)
   flags.DEFINE_integer(
-    "num_images", None, "Images per set; default: config.eval.num_images, or 50000 samples.", flag_values=values
+    "num_images", None, "Images per set; default: config.eval.num_images, or 50000 samples.", 1, flag_values=values
   )
-  flags.DEFINE_integer("seed", None, "Of noises and samples; default: config.seed, or 0.", flag_values=values)
+  flags.DEFINE_integer(
+    "seed", None, "Of noises and samples; default: config.seed, or 0.", 0, 2**32 - 1, flag_values=values
+  )
   flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/eval.", flag_values=values)
   flags.DEFINE_integer(
     "batch_size", None, "Images per batch; default: config.eval.batch_size, or 64 samples.", 1, flag_values=values

@@ -8,7 +8,6 @@ coordinates.png. See flextok_jax/tools/mup_check.py.
 
 from collections.abc import Iterable
 import json
-from pathlib import Path
 
 from absl import flags
 
@@ -21,7 +20,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the command's flags."""
   cli.define_config_flag("The model and its training.", values)
   flags.DEFINE_list("widths", ["64", "128", "256"], "Widths, multiples of head_dim.", flag_values=values)
-  flags.DEFINE_integer("steps", 5, "Updates at each width.", flag_values=values)
+  flags.DEFINE_integer("steps", 5, "Updates at each width.", 1, flag_values=values)
   flags.DEFINE_string("out", None, "Folder of coordinates.json and coordinates.png.", flag_values=values)
 
 
@@ -29,10 +28,8 @@ def main(values: flags.FlagValues) -> None:
   """Runs the check with the settings of the flags."""
   if values.config is None or values.out is None:
     raise ValueError("give --config=NAME and --out=DIR")
-  widths = _widths(values.widths)
-  if values.steps < 1:
-    raise ValueError(f"--steps={values.steps} must be at least 1")
-  report, out = mup_check.check(values.config, widths, values.steps), Path(values.out)
+  out = cli.out_folder(values)
+  report = mup_check.check(values.config, _widths(values.widths), values.steps)
   files.write_file(out / "coordinates.json", (json.dumps(report, indent=1) + "\n").encode())
   files.write_file(out / "coordinates.png", mup_check.picture(report))
   print(mup_check.table(report["slopes"]) + f"\n{out / 'coordinates.png'}")

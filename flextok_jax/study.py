@@ -86,7 +86,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_float(
     "decoder_scale", None, "Guidance scale of the decoder; default: the tokenizer's.", flag_values=values
   )
-  integer("seed", None, "Of noises and samples; default: config.seed.")
+  integer("seed", None, "Of noises and samples; default: config.seed.", 0, 2**32 - 1)
   integer("batch_size", None, "Images per batch; default: config.eval.batch_size.", 1)
   integer("grid_images", None, "Images per set in the grids; default: config.eval.grid_images.", 1)
   integer("num_decodes", 4, "Study variation: decodes of the same tokens.", 2)
@@ -233,8 +233,7 @@ def _check_flags(values: flags.FlagValues) -> list[str]:
   for name in ("checkpoint", "out"):
     if not values[name].value:
       raise ValueError(f"--{name} is missing")
-  if Path(values.out).exists() and not Path(values.out).is_dir():
-    raise ValueError(f"--out={values.out} is a file: give a folder")
+  cli.out_folder(values)
   if jax.process_count() > 1:
     raise ValueError("a study runs in one process, on all its devices: start it on one host")
   for name in values.study:
@@ -259,6 +258,11 @@ def _check_flags(values: flags.FlagValues) -> list[str]:
     )
   if values.quality_metric and values.quality_metric not in values.metrics:
     raise ValueError(f"--quality_metric={values.quality_metric} is not among --metrics: name it there as well")
+  for swept, section in ((_SWEPT, "ar"), (_SAMPLERS, "sampler")):
+    for flag, (name, kind) in swept.items():
+      for value in cli.numbers(flag, values[flag].value, kind):
+        cli.check_value(flag, f"{section}.{name}", value)
+  cli.numbers("qualities", values.qualities, float)
   for name in values.judges:
     if name not in JUDGES:
       raise ValueError(f"--judges={name} is unknown: one of {', '.join(JUDGES)}")

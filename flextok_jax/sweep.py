@@ -45,6 +45,7 @@ def main(values: flags.FlagValues):
     return
   if not values.dir:
     raise ValueError("give --dir=DIR, or --config=NAME --list")
+  out = cli.out_folder(values) if values.out else Path(values.dir)
   results = sweep.read_runs(Path(values.dir), values.only)
   found = sweep.scored(results)
   there = list(dict.fromkeys(metric for _, metric in found))
@@ -52,7 +53,7 @@ def main(values: flags.FlagValues):
     if metric not in there:
       raise ValueError(f"--metrics={metric}: the reports in {values.dir} have {', '.join(there) or 'none'}")
   found = {key: by_run for key, by_run in found.items() if key[1] in (values.metrics or there)}
-  for path in sweep.write(results, found, Path(values.out or values.dir)):
+  for path in sweep.write(results, found, out):
     print(path)
 
 

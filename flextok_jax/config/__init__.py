@@ -3,12 +3,13 @@
 from flextok_jax.config.defaults import get_config
 from flextok_jax.config.fields import derive, flatten, parse_config, read_config, with_fields
 from flextok_jax.config.files import call, check_argument, load_config
-from flextok_jax.config.ranges import check, float_dtype
+from flextok_jax.config.ranges import check, check_field, float_dtype
 
 __all__ = [
   "call",
   "check",
   "check_argument",
+  "check_field",
   "derive",
   "flatten",
   "float_dtype",

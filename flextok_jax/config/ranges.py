@@ -136,7 +136,7 @@ RANGES = {
   "sampler.guidance": one_of("apg", "cfg", "none"),
   "sampler.guidance_scale": between(*SCALES),
   "sampler.guidance_interval": INTERVAL,
-  "sampler.apg_momentum": between(-1, 1),
+  "sampler.apg_momentum": FINITE,
   "sampler.apg_eta": FINITE,
   "sampler.apg_threshold": NOT_NEGATIVE,
   "ar.width": WIDTH,

@@ -2,13 +2,17 @@
 
 import ast
 from collections.abc import Mapping
+import itertools
 import json
 import re
 from typing import Any
 
+import yaml
+
 from flextok_jax.core.errors import quote
 
 MAX_TEXT = 1_000_000  # characters per text
+MAX_YAML = 100_000  # characters; a second of parsing
 MAX_DEPTH = 32  # levels of nesting
 MAX_VALUES = 20_000  # per configuration: about thirty times as many as a tokenizer's has
 MAX_INT = 2**63
@@ -157,3 +161,40 @@ def parse_json(text: str | bytes, origin: str) -> dict[str, Any]:
     return plain(value, "")
   except ValueError as e:
     raise ValueError(f"{origin}: {e}") from None
+
+
+def parse_yaml(text: str, origin: str) -> dict[str, Any]:
+  """Parses a YAML mapping of plain data. An alias counts as much as what it repeats.
+
+  Args:
+    text: YAML.
+    origin: of the text, for errors; for example a file's path.
+
+  Raises:
+    ValueError: not a YAML mapping of plain data, too large, or nested too deep; one line that names the origin.
+  """
+  if len(text) > MAX_YAML:
+    raise ValueError(f"{origin}: more than {MAX_YAML} characters of YAML")
+  try:
+    node = yaml.compose(text, yaml.SafeLoader)
+    _check_size(node, {})
+    document = plain(yaml.constructor.SafeConstructor().construct_document(node) if node else None, "")
+  except (yaml.YAMLError, ValueError, RecursionError) as e:
+    raise ValueError(f"{origin}: not plain YAML ({' '.join(str(e).split())[:160]})") from None
+  except Exception as e:  # of the constructors: "!!bool x" is a KeyError, "!!timestamp x" an AttributeError
+    raise ValueError(f"{origin}: not plain YAML (a value does not suit its tag: {quote(e)})") from None
+  if not isinstance(document, dict):
+    raise ValueError(f"{origin}: expected a YAML mapping, got {quote(document)}")
+  return document
+
+
+def _check_size(node: yaml.Node | None, sizes: dict[int, int]) -> int:
+  """Returns the number of values in a tree of YAML nodes, in which aliases are the same node; sizes: those known."""
+  if id(node) not in sizes:
+    sizes[id(node)] = MAX_VALUES + 1  # inside itself it has no end
+    parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+    children = itertools.chain(*parts) if isinstance(node, yaml.MappingNode) else parts
+    sizes[id(node)] = 1 + sum(_check_size(child, sizes) for child in children)
+  if sizes[id(node)] > MAX_VALUES:
+    raise ValueError(f"more than {MAX_VALUES} values in one configuration, aliases counted as what they repeat")
+  return sizes[id(node)]

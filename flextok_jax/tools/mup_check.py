@@ -63,6 +63,8 @@ def check(config: ConfigDict, widths: Sequence[int], steps: int) -> dict[str, An
     raise ValueError(f"stage {config.stage!r} has no width: muP is for stages 'tokenizer' and 'ar'")
   if config.stage == "tokenizer" and config.data.latents:
     raise ValueError(f"the check needs images: data.latents={config.data.latents} must be ''")
+  for width in widths:
+    stages.make_stage(at_width(config, width, widths[0]))  # checks all sizes before the first is trained
   rows = []
   for kind in KINDS:
     for width in widths:
@@ -101,6 +103,7 @@ def coordinates(config: ConfigDict, steps: int) -> list[dict]:
   """
   config = inputs.with_tokenizer(config)
   mesh = sharding.make_mesh(**config.mesh)
+  stages.check_mesh(config, mesh)
   sharding.check_batch(config.data.global_batch, config.optim.accumulate_steps, mesh)
   stage, optimizer = stages.make_stage(config), optim.make_optimizer(config.optim, config.train.num_steps)
   init_key, run_key = jax.random.split(jax.random.key(config.seed))

@@ -11,7 +11,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from flextok_jax.config import call, read_config
+from flextok_jax.config import call, check, read_config
 from flextok_jax.core import files
 from flextok_jax.evals import charts
 from flextok_jax.evals.metrics import image as metrics_lib
@@ -65,15 +65,17 @@ def train_flags(name: str, fields: Mapping[str, Any], config: ConfigDict, given:
     given: fields that are set for all runs.
 
   Raises:
-    ValueError: a field that is unknown or given for all runs, or a value of another type or that no flag can express;
-      the message names the run and the field.
+    ValueError: a field that is unknown or given for all runs, or a value out of range or that no flag can express; the
+      message names the run and the field.
   """
   where = lambda field: f"run {name!r} of the sweep sets {field}"
   for field, value in fields.items():
     if field in given:
       raise ValueError(f"{where(field)}: --config.{field}={given[field]} cannot be given for all")
     try:
-      _copy(config).update_from_flattened_dict({field: value})
+      changed = _copy(config)
+      changed.update_from_flattened_dict({field: value})
+      check(changed)
     except (KeyError, TypeError, ValueError) as e:
       raise ValueError(f"{where(field)}: {str(e.args[0]).split('. Other fields')[0]}") from None
   words = {field: f"--config.{field}={_text(value)}" for field, value in fields.items()}
@@ -132,14 +134,17 @@ def _read_run(workdir: Path) -> dict[str, Any]:
         found = json.loads(line)
       except ValueError:  # truncated when the run was killed
         continue
-      if "loss" in found:  # not an evaluation's
+      needed = ("step", "loss", "images_per_second")  # an evaluation's lines have no loss
+      if isinstance(found, dict) and all(isinstance(found.get(name), int | float) for name in needed):
         logged[found["step"]] = found  # a resumed run repeats steps
   reports = [*workdir.glob("eval/report.json"), *workdir.glob("eval/*/report.json")]
   newest = max(reports, key=lambda path: (path.stat().st_mtime_ns, path), default=None)
   try:
     scores = json.loads(newest.read_bytes()) if newest else {}
-  except ValueError as e:
-    raise ValueError(f"{newest} is not a report: {e}") from None
+    for (_, metric), by_run in scored({"": {"scores": scores}}).items():
+      [metrics_lib.to_text(metric, value) for value in by_run[""].values()]
+  except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+    raise ValueError(f"{newest} is not a report: {type(e).__name__}: {e}") from None
   return {
     "config": flatten_dict(read_config(str(workdir)).to_dict(), sep="."),
     "metrics": logged[max(logged)] if logged else {},

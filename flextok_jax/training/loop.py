@@ -88,6 +88,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
   for warning in optim.check(config):
     processes.log_on_process_0(f"warning: {warning}")
   stage = stages.make_stage(config)
+  stages.check_mesh(config, mesh)
   schedule = optim.make_schedule(config.optim, num_steps)
   init_key, run_key = jax.random.split(jax.random.key(config.seed))
   prepare = inputs.make_prepare(config, mesh, train=True)

@@ -155,11 +155,11 @@ def test_samples_by_sampling_and_decoder_settings(models, args, tmp_path):
     ("--qualities is a flag of the study halting: name it in --study", ("--study=tokens", "--qualities=1")),
     ("--top_ks is a flag of the study sampling: name it in --study, and give --generator", ("--top_ks=1",)),
     ("unknown metric 'fid'", ("--metrics=fid",)),
-    ("--metrics= compare no two images: give at least one of psnr", ("--metrics=",)),
+    ("--metrics is empty: give items", ("--metrics=",)),
     ("--metrics=rfid compare no two images", ("--metrics=rfid",)),
     ("metric 'rfid' needs weights=DIR", ("--study=tokens", "--metrics=rfid")),
     ("--quality_metric=ssim is not among --metrics", ("--quality_metric=ssim",)),
-    ("--qualities takes numbers separated by commas, got 'x'", ("--study=halting", "--qualities=x")),
+    ("--qualities takes finite numbers separated by commas, got 'x'", ("--study=halting", "--qualities=x")),
     ("num_tokens=5 is out of range: this model takes 1 to 4", ("--num_tokens=5",)),
   ],
 )

@@ -26,7 +26,7 @@ BAD = {  # field: values that were accepted, or found only after work was done
   "sampler.guidance_scale": (-1.0, NAN),
   "sampler.guidance_interval": ((1.0, 0.0), (0.0,), (0.0, 1.5), (NAN, 1.0), 0.5),
   "ar.guidance_scale": (-3.0,),
-  "ar.temperature": (0.0, -1.0, NAN),
+  "ar.temperature": (0.0, -1.0, NAN, 1e-38),
   "ar.top_p": (1.5,),
   "data.num_threads": (0, -1),
   "data.num_workers": (-1,),
@@ -72,7 +72,7 @@ def test_names_are_those_of_the_code():
     "sampler.guidance": guidance.MODES,
   }.items():
     assert set(ranges.RANGES[name].words.removeprefix("one of ").split(", ")) == set(known)
-  assert SOURCES.keys() == common.derive().data.sources.keys()
+  assert set(SOURCES) == set(common.derive().data.sources)
 
 
 def test_configs_of_other_shapes_are_refused():

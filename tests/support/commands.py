@@ -27,15 +27,18 @@ XLA_FLAGS = (
 
 def run(command, *args):
   """Runs a module with define_flags and main; errors are raised."""
+  from flextok_jax import cli  # imports jax
+
   values = flags.FlagValues()
   command.define_flags(values)
   values([command.__name__, *args])
+  cli.check_flags(values)
   command.main(values)
 
 
 def fails(pattern, command, *args):
   """Asserts that a command raises a one-line error of a kind that cli.run turns into exit code 1."""
-  with pytest.raises((ValueError, FileNotFoundError), match=pattern) as caught:
+  with pytest.raises((ValueError, FileNotFoundError, flags.Error), match=pattern) as caught:
     run(command, *args)
   assert len(str(caught.value).splitlines()) == 1
 

@@ -225,11 +225,11 @@ def test_bad_input_is_refused(tmp_path):
   fails("num_tokens=33 is out of range: this model takes 1 to 32", benchmark, given, "--num_tokens=1,33")
   fails("num_tokens=0 is out of range", benchmark, given, "--num_tokens=0")
   fails("--num_tokens takes whole numbers separated by commas, got 'many'", benchmark, given, "--num_tokens=many")
-  fails("--repeats=0 must be at least 1", benchmark, given, "--repeats=0")
-  fails("--batch_size=-1 must be at least 1", benchmark, given, "--batch_size=-1")
-  fails("--seconds=-1.0 must be at least 0", benchmark, given, "--seconds=-1")
-  fails("--seconds=nan must be at least 0", benchmark, given, "--seconds=nan")
-  fails("dtype must be a floating-point type .*'int8'", benchmark, given, "--dtype=int8")
+  fails("--seconds=nan must be a finite number", benchmark, given, "--seconds=nan")
+  fails("dtype must be one of bfloat16, .*'int8'", benchmark, given, "--dtype=int8")
+  fails("--out=.* is a folder: give a file", benchmark, given, f"--out={tmp_path}")
+  for flag in ("repeats=0", "batch_size=-1", "seconds=-1"):
+    fails(f"--{flag}", benchmark, given, f"--{flag}")
   fails(
     "batch_size=3 is not a multiple of optim.accumulate_steps 2",
     benchmark,

@@ -63,10 +63,10 @@ def test_bad_input_is_one_line(config_file, tmp_path):
   given, out = f"--config={config_file}", f"--out={tmp_path / 'out'}"
   fails("give --config=NAME and --out=DIR", mup_check, given)
   fails("give --config=NAME and --out=DIR", mup_check, out)
-  for widths in ("64", "64,64", "64,wide", "0,64", "64,-128", ""):
+  for widths in ("64", "64,64", "64,wide", "0,64", "64,-128"):
     fails(f"--widths={widths} must be two or more widths, like 64,128,256", mup_check, given, out, f"--widths={widths}")
   fails("ar.width 24 is not a multiple of ar.head_dim 16", mup_check, given, out, "--widths=24,32")
-  fails("--steps=0 must be at least 1", mup_check, given, out, "--steps=0")
+  fails("--steps=0: .*", mup_check, given, out, "--steps=0")
   for fields, words in (
     ('stage="vae"', "stage 'vae' has no width: muP is for stages 'tokenizer' and 'ar'"),
     ('data=dict(latents="there")', "the check needs images: data.latents=there must be ''"),
@@ -75,4 +75,7 @@ def test_bad_input_is_one_line(config_file, tmp_path):
       f"from flextok_jax import config as common\nget_config = lambda: common.derive({fields})\n"
     )
     fails(words, mup_check, f"--config={tmp_path / 'other.py'}", out)
+  (tmp_path / "file").write_text("precious")
+  fails("--out=.*file is a file: give a folder", mup_check, given, f"--out={tmp_path / 'file'}")
+  fails("nothing can be written to .*below: .*file is not a folder", mup_check, given, f"--out={tmp_path}/file/below")
   assert not (tmp_path / "out").exists()

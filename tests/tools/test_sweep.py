@@ -91,7 +91,8 @@ def test_the_ablation_has_every_mode(capsys):
     ("run 'b' of the sweep sets train.num_steps: .*0.5 is of original type", {"a": {}, "b": {"train.num_steps": 0.5}}),
     ("run 'a' of the sweep sets seed: --config.seed=7 cannot be given for all", {"a": {"seed": 1}}),
     ("sets optim.b1 to np.float64.0.5., which no flag", "{'a': {'optim.b1': __import__('numpy').float64(.5)}}"),
-    ("sets dtype to 'a.nb', which no flag", {"a": {"dtype": "a\nb"}}),
+    ("sets init_from to 'a.nb', which no flag", {"a": {"init_from": "a\nb"}}),
+    ("run 'a' of the sweep sets seed: seed must be a whole number from 0 .*, got -1", {"a": {"seed": -1}}),
     ("sets tokens.levels.1. to 3, which no flag", {"a": {"tokens.levels[1]": 3}}),
     ("'a/b' in the sweep of .* cannot name a folder", {"a/b": {}}),
     ("'..' in the sweep of .* cannot name a folder", {"..": {}}),
@@ -359,12 +360,12 @@ def test_a_sweep_with_real_training(tmp_path):
   """Two real runs and one that fails; rerun, the two have nothing to do."""
   runs = {
     "uniform": {"tokens.nested_dropout": "uniform"},
-    "bad": {"tokens.nested_dropout": "pow3"},
+    "bad": {"tokens.nested_dropout": "pow2", "tokens.num_registers": 6},
     "none": {"tokens.nested_dropout": "none"},
   }
   config = config_file(tmp_path, runs)
   code, out, err = script(config, tmp_path / "runs")
-  assert code == 1 and "error: unknown nested_dropout 'pow3'" in err and err.endswith("error: failed runs: bad\n")
+  assert code == 1 and "error: nested_dropout 'pow2' needs" in err and err.endswith("error: failed runs: bad\n")
   text = (tmp_path / "runs" / "table.md").read_text()
   rows = rows_of(text, "Runs")
   assert rows["run"][:2] == ["tokens.nested_dropout", "steps"]

@@ -10,6 +10,7 @@ import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
+from flextok_jax import stages
 from flextok_jax.core import accelerators
 from flextok_jax.ops import attention
 from flextok_jax.parallel import sharding
@@ -22,11 +23,19 @@ def read_reports(folder: Path) -> list[dict]:
 
   Raises:
     FileNotFoundError: there is none.
+    ValueError: another file is among them.
   """
   paths = sorted(folder.glob("*.json"))
   if not paths:
     raise FileNotFoundError(f"no reports (.json) in {folder}: write some with --out={folder}")
-  return [json.loads(path.read_text()) for path in paths]
+  reports = []
+  for path in paths:
+    try:
+      reports.append(json.loads(path.read_bytes()))
+      report.markdown(reports[-1:])
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
+      raise ValueError(f"{path} is not a report of flextok_jax.compile: {type(e).__name__}: {e}") from None
+  return reports
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
@@ -72,6 +81,7 @@ def compile_job(
   if accelerator is None:
     raise ValueError(f"no figures of {devices[0].device_kind!r} in flextok_jax/core/accelerators.py: add them there")
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  stages.check_mesh(config, mesh)
   with jax.default_device(devices[0]):  # the device that attention is chosen for
     job = make_job(config, job_name, mesh, batch, num_tokens)
   head_dim = config.ar.head_dim if config.stage == "ar" else config.decoder.head_dim

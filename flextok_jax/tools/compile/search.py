@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
-from flextok_jax.models import layers, transformer
+from flextok_jax import stages
+from flextok_jax.models import layers
 from flextok_jax.parallel import sharding
-from flextok_jax.stages import ar
 from flextok_jax.tools.compile.report import CompileReport
 
 _TENSOR, _FSDP = (
@@ -18,21 +18,13 @@ _GAIN = 0.01  # the batch is doubled while the time per image falls by this shar
 
 def meshes(config: ConfigDict, devices: int) -> Iterator[dict[str, int]]:
   """Yields mesh axis sizes that divide the devices and, for "tensor", the heads and hidden units of every part."""
-  counts = _divided_by_tensor(config)
+  counts = stages.divided_by_tensor(config).values()
   for tensor in _TENSOR:
     if devices % tensor or any(count % tensor for count in counts) or (tensor > 1 and not counts):
       continue
     rest = devices // tensor
     for fsdp in sorted({size for size in (*_FSDP, rest) if rest % size == 0}):
       yield {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor}
-
-
-def _divided_by_tensor(config: ConfigDict) -> list[int]:
-  if config.stage == "ar":
-    return [config.ar.width // config.ar.head_dim, ar.mlp_hidden(config.ar)]
-  parts = [config.encoder, config.decoder] if config.stage == "tokenizer" else []
-  hidden = [transformer.mlp_hidden(part.width, part.mlp_ratio, part.gated_mlp) for part in parts]
-  return [part.width // part.head_dim for part in parts] + hidden
 
 
 def search(

@@ -9,9 +9,7 @@ import math
 import re
 from typing import Any
 
-import yaml
-
-from flextok_jax.core.literals import MAX_TEXT, MAX_VALUES, parse_json, plain, quote
+from flextok_jax.core.literals import MAX_TEXT, MAX_VALUES, parse_json, parse_yaml
 from flextok_jax.weights.official import generator_modules
 from flextok_jax.weights.official.generator_settings import Settings
 
@@ -27,7 +25,7 @@ def add_file(settings: Settings, path: str):
       text = f.read(MAX_TEXT + 1)
   except (OSError, UnicodeDecodeError) as e:
     raise ValueError(f"{path} cannot be read: {e}") from None
-  document = parse_json(text, path) if path.endswith(".json") else _parse_yaml(text, path)
+  document = (parse_json if path.endswith(".json") else parse_yaml)(text, path)
   try:
     if "model" in document:
       generator_modules.add_calls(settings, document, lambda entry: resolve(document, entry))
@@ -35,18 +33,6 @@ def add_file(settings: Settings, path: str):
       settings.add_all(document, "the configuration")
   except ValueError as e:
     raise ValueError(f"{path}: {e} (the weights file alone, with settings, loads without it)") from None
-
-
-def _parse_yaml(text: str, path: str) -> dict[str, Any]:
-  if len(text) > MAX_TEXT:
-    raise ValueError(f"{path}: more than {MAX_TEXT} characters of YAML")
-  try:
-    document = plain(yaml.safe_load(text), "")
-  except (yaml.YAMLError, RecursionError, ValueError) as e:
-    raise ValueError(f"{path}: not plain YAML ({' '.join(str(e).split())[:160]})") from None
-  if type(document) is not dict:
-    raise ValueError(f"{path}: expected a YAML mapping, got {quote(document)}")
-  return document
 
 
 # OmegaConf's interpolations: "${a.b}" is the entry a.b of the file, "${mul:3,4}" a product; the authors' framework
@@ -60,6 +46,7 @@ _FUNCTIONS: dict[str, Callable[..., float]] = {
   "div_int": lambda a, *x: int(a / math.prod(x)),
   "div_float": lambda a, *x: a / math.prod(x),
 }
+_MAX_RESOLVED = 10_000  # characters of a text
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1, and so PyYAML, reads 1e-5 as text
 
 
@@ -88,12 +75,14 @@ def resolve(document: Mapping[str, Any], entry: Any) -> Any:
       inner = inner if found[0] == value else f"{value[: found.start()]}{inner}{value[found.end() :]}"
     except (LookupError, TypeError, ValueError, ArithmeticError):
       return value
+    if isinstance(inner, str) and len(inner) > _MAX_RESOLVED:
+      raise ValueError(f"interpolations expand to a text of more than {_MAX_RESOLVED} characters")
     return walk(inner)
 
   try:
     return walk(entry)
   except RecursionError:
-    raise ValueError("circular interpolations") from None
+    raise ValueError("circular interpolations, or too many in one text") from None
 
 
 def _evaluate(document: Mapping[str, Any], expression: str) -> Any:
