@@ -30,7 +30,7 @@ import numpy as np
 from flextok_jax import cli
 from flextok_jax.data import transforms
 from flextok_jax.data.sources import base
-from tests.support import source_mutants, token_mutants
+from tests.support import config_mutants, source_mutants, token_mutants
 from tests.support.mutations import mutate
 from tests.support.pictures import samples
 
@@ -58,6 +58,8 @@ KINDS: dict[str, Callable[[random.Random, Path], None]] = {
   "shards": token_mutants.shards,
   "tars": source_mutants.tars,
   "texts": source_mutants.texts,
+  "config_json": config_mutants.config_json,
+  "yaml": config_mutants.yaml,
 }
 
 

@@ -1,6 +1,8 @@
 """The ranges of fields: bad values of every field are refused in one line that names the range."""
 
 import json
+import os
+import random
 
 import pytest
 
@@ -10,6 +12,7 @@ from flextok_jax.data.sources.registry import SOURCES
 from flextok_jax.models import layers
 from flextok_jax.ops import attention, flow, guidance, nested
 from flextok_jax.stages import make_stage
+from tests.support import config_mutants
 
 NAN, INF = float("nan"), float("inf")
 BAD = {  # field: values that were accepted, or found only after work was done
@@ -126,3 +129,18 @@ def test_bad_configs_in_files(text, words):
   with pytest.raises(ValueError, match=f"^the config in a file.*{words}") as error:
     common.parse_config(text, "a file")
   assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_a_pipe_is_no_config(tmp_path):
+  os.mkfifo(tmp_path / "config.json")
+  with pytest.raises(FileNotFoundError, match="has no config.json"):
+    common.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["config_json", "yaml"])
+def test_mutants_are_read_or_refused_in_one_line(kind, tmp_path):
+  for number in range(100):
+    try:
+      getattr(config_mutants, kind)(random.Random(number), tmp_path)
+    except ValueError as e:
+      assert len(str(e).splitlines()) == 1 and len(str(e)) < 1000

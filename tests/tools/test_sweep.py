@@ -56,9 +56,9 @@ def test_every_value_reaches_the_config_of_its_run(tmp_path, capsys):
   runs = {
     "tuple": {"tokens.levels": (5, 3), "tokens.num_registers": 8},
     "one": {"tokens.levels": (7,)},
-    "list": {"eval.sources": ["synthetic", "it's"], "eval.num_tokens": []},
-    "text": {"data.sources.folder.path": '/mnt/it\'s "here" $HOME; a\\b', "init_from": "", "dtype": "(8, 5)"},
-    "r1.5": {"optim.learning_rate": 1, "optim.weight_decay": -1e-30, "fast": False, "seed": 3},
+    "list": {"eval.sources": ["synthetic", "photos"], "eval.num_tokens": []},
+    "text": {"data.sources.folder.path": '/mnt/it\'s "here" $HOME; a\\b', "init_from": "", "ar.tokenizer": "(8, 5)"},
+    "r1.5": {"optim.learning_rate": 1, "ar.position_decay": -1e-30, "fast": False, "seed": 3},
     "same": {},
   }
   config = config_file(tmp_path, runs)
@@ -92,7 +92,7 @@ def test_the_ablation_has_every_mode(capsys):
     ("run 'a' of the sweep sets seed: --config.seed=7 cannot be given for all", {"a": {"seed": 1}}),
     ("sets optim.b1 to np.float64.0.5., which no flag", "{'a': {'optim.b1': __import__('numpy').float64(.5)}}"),
     ("sets init_from to 'a.nb', which no flag", {"a": {"init_from": "a\nb"}}),
-    ("run 'a' of the sweep sets seed: seed must be a whole number from 0 .*, got -1", {"a": {"seed": -1}}),
+    ("run 'a' of the sweep sets image_size: image_size must be .*, got -1", {"a": {"image_size": -1}}),
     ("sets tokens.levels.1. to 3, which no flag", {"a": {"tokens.levels[1]": 3}}),
     ("'a/b' in the sweep of .* cannot name a folder", {"a/b": {}}),
     ("'..' in the sweep of .* cannot name a folder", {"..": {}}),

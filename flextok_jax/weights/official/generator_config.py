@@ -9,6 +9,7 @@ import math
 import re
 from typing import Any
 
+from flextok_jax.core import files
 from flextok_jax.core.literals import MAX_TEXT, MAX_VALUES, parse_json, parse_yaml
 from flextok_jax.weights.official import generator_modules
 from flextok_jax.weights.official.generator_settings import Settings
@@ -20,11 +21,7 @@ def add_file(settings: Settings, path: str):
   Raises:
     ValueError: it cannot be read, names what is not supported, or contradicts settings that were added before.
   """
-  try:
-    with open(path, encoding="utf-8") as f:
-      text = f.read(MAX_TEXT + 1)
-  except (OSError, UnicodeDecodeError) as e:
-    raise ValueError(f"{path} cannot be read: {e}") from None
+  text = files.read_text(path, MAX_TEXT)
   document = (parse_json if path.endswith(".json") else parse_yaml)(text, path)
   try:
     if "model" in document:

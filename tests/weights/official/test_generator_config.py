@@ -146,3 +146,14 @@ def test_interpolations():
   config = dict(a=dict(b=3, c="${a.b}", d="w${a.c}_${a.b}"), e="${mul:${a.b},${sum:1}}", f="${mul:2,${a.c}}", g="1e-5")
   assert generator_config.resolve(config, config["a"]) == dict(b=3, c=3, d="w3_3")
   assert generator_config.resolve(config, ["${f}", "${e}", "${g}", None]) == [6, "${mul:3,${sum:1}}", 1e-5, None]
+
+
+@pytest.mark.parametrize("length, values", [(40, 1), (2, 9000), (1, 1000)])
+def test_interpolations_that_grow_are_refused(length, values):
+  """Each of them doubles the text of the one before; long texts; long lists."""
+  config = {"a0": "x" * values} | {f"a{i}": f"${{a{i - 1}}}${{a{i - 1}}}" for i in range(1, length)}
+  config["b"] = [f"${{a{length - 1}}}"] * 1000
+  config["c"] = ["${b}"] * 1000
+  with pytest.raises(ValueError, match="interpolations") as error:
+    generator_config.resolve(config, config["c"])
+  assert "\n" not in str(error.value)
