@@ -47,7 +47,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     ValueError: it is not a valid config, see parse_config.
   """
   path = epath.Path(workdir) / "config.json"  # the workdir may be in a bucket
-  if not path.is_file():
+  if not path.exists() or (os.path.exists(path) and not os.path.isfile(path)):  # reading a FIFO can hang
     raise FileNotFoundError(f"{workdir} is not the workdir of a run: it has no config.json")
   with path.open("rb") as f:
     return parse_config(f.read(_MAX_TEXT + 1).decode("utf-8-sig", "replace"), str(path))
