@@ -125,9 +125,7 @@ def test_samples_equal_those_of_the_sample_command(models, report, tmp_path):
   assert pictures(report, 4).shape == (TOTAL, 16, 16, 3) and len({x.tobytes() for x in pictures(report, 4)}) == TOTAL
   assert (report / "grid_samples.png").is_file() and (report / "curve.png").is_file()
   assert not list(report.glob("*.part.npy")) and not (report / "so_far").exists()
-  scores = json.loads((report / "report.json").read_text())
-  assert scores["sets"]["samples"]["reference_images"] == 9
-  assert scores["notes"][0].startswith(f"Caution: gfid of {TOTAL} samples and 9 reference images with 2048 features")
+  assert scores(report)["reference_images"] == 9
 
 
 def distance_of_few(a, b):
@@ -194,6 +192,9 @@ def test_distances_to_saved_statistics_and_resuming(
   for name, layer in (("gfid", "pool"), ("sfid", "spatial")):
     found = scores(tmp_path)["by_tokens"]["4"][name]
     np.testing.assert_allclose(found, distance_of_few(fake[layer], real[layer]), rtol=1e-4)
+  assert scores(tmp_path)["reference_images"] == 9
+  notes = json.loads((tmp_path / "report.json").read_text())["notes"]
+  assert notes[0].startswith(f"Caution: gfid of {TOTAL} samples and 9 reference images with 2048 features")
 
 
 def test_two_processes(models, weights, report, tmp_path):
