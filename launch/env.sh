@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: changes to the repository, creates or updates its virtual environment (.venv, or
-# FLEXTOK_VENV) and puts it first in PATH.
+# FLEXTOK_VENV) and puts it first in PATH. With the argument --functions it only defines the functions.
 
 # flextok_python VERSION: prints the path of a Python interpreter of a version such as 3.12, from PATH or pyenv.
 flextok_python() {
@@ -32,7 +32,7 @@ flextok_install() {
   fi
   rm -f "$stamp"
   echo "installing packages into $venv (only once, takes a minute or two)"
-  local pip=("$venv/bin/python" -m pip --disable-pip-version-check install -qq)
+  local pip=("$venv/bin/python" -m pip --disable-pip-version-check install -qq --no-compile)
   if (($#)); then
     "${pip[@]}" --editable . "$@" || return 1
   elif "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then
@@ -44,15 +44,22 @@ flextok_install() {
   echo "$sum" >"$stamp"
 }
 
+# flextok_interpreter: prints the Python that a new environment is made with, or nothing if there is none.
+flextok_interpreter() {
+  local candidate python=""
+  for candidate in python3 python3.11; do
+    "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python=$candidate
+  done
+  echo "$python"
+}
+
 flextok_env() {
-  local repo venv candidate python=""
+  local repo venv python
   repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return 1
   venv=${FLEXTOK_VENV:-$repo/.venv}
   [[ $venv == /* ]] || venv=$PWD/$venv
   cd "$repo" || return 1
-  for candidate in python3 python3.11; do
-    "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python=$candidate
-  done
+  python=$(flextok_interpreter)
   if [[ -z $python ]] && ! "$venv/bin/python" -c 'import jax' 2>/dev/null; then
     echo "error: Python 3.11 or newer is required; found neither as python3.11 nor as python3" >&2
     return 1
@@ -60,4 +67,5 @@ flextok_env() {
   flextok_install "$venv" "$python" || return 1
   export PATH=$venv/bin:$PATH VIRTUAL_ENV=$venv
 }
-flextok_env
+
+if [[ ${1-} != --functions ]]; then flextok_env; fi
