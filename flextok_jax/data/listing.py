@@ -11,7 +11,7 @@ from flextok_jax.core.files import printable
 from flextok_jax.core.images import EXTENSIONS
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # captions and labels of pictures, as of Hugging Face's imagefolder
-CAPTION_FILES = (".txt", ".json")  # beside a picture of the same name
+CAPTION_FILES = (".txt", ".TXT", ".caption", ".json", ".JSON")  # beside a picture of the same name
 # What operating systems and storage servers put into folders, in lower case.
 _SYSTEM = {
   "__macosx",
@@ -26,6 +26,7 @@ _SYSTEM = {
   "system volume information",
   "lost+found",
   "network trash folder",
+  "~snapshot",
   "temporary items",
   "__pycache__",
 }
@@ -108,7 +109,7 @@ def scan(folder: str) -> Found:
     tars = ": for tar files use data.sources.webdataset" if walk.left_out[".tar"] else ""
     raise ValueError(f"the image folder {name} has no picture ({what or 'it is empty'}){tars}")
   if what:
-    warn_once(f"{what} (read are {' '.join(EXTENSIONS)})")
+    warn_once(f"{what} (to use a picture among them, convert it to PNG or JPEG)")
   files = sorted(walk.files, key=lambda path: path.split(os.sep))
   return Found(files, [walk.files[path] for path in files], walk.classes(), sorted(walk.metadata))
 

@@ -25,15 +25,18 @@ def tars(rng: random.Random, folder: Path):
 
 
 def texts(rng: random.Random, folder: Path):
-  """Reads all records of a folder with a damaged metadata or caption file, and damaged prompts."""
+  """Reads all records of a folder with a damaged metadata or caption file, or damaged prompts."""
+  if rng.random() < 0.2:
+    (folder / "prompts.txt").write_bytes(mutate(_CAPTIONS[".txt"].encode("utf-8-sig"), rng))
+    found = prompts.read_prompts(str(folder / "prompts.txt"))
+    assert all(prompt.strip() == prompt != "" for prompt in found)
+    return
   for name in ("train", "validation"):
     (folder / name).mkdir()
     for value, stem in enumerate("ab"):
       (folder / name / f"{stem}.png").write_bytes(picture(value))
   name, text = rng.choice([*_METADATA.items(), *((f"a{suffix}", text) for suffix, text in _CAPTIONS.items())])
   (folder / "train" / name).write_bytes(mutate(text.encode(), rng))
-  (folder / "prompts.txt").write_bytes(mutate(_CAPTIONS[".txt"].encode("utf-8-sig"), rng))
-  assert all(prompt.strip() == prompt != "" for prompt in prompts.read_prompts(str(folder / "prompts.txt")))
   _read("folder", f"{folder}/train", f"{folder}/validation")
 
 

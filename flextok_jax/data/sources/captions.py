@@ -51,7 +51,7 @@ def in_file(name: str, data: bytes, source: str, key: str = "") -> tuple[str, ..
     found: tuple[str, ...] = ()
     if not text.strip():
       problem = "are empty"
-    elif name.endswith(".json"):
+    elif name.lower().endswith(".json"):
       try:
         fields = json.loads(text)
       except (ValueError, RecursionError) as error:

@@ -27,8 +27,8 @@ class Folder(StoredImages):
   """The pictures under a folder (data/listing.py); the class is the first subfolder, in natural order (2 before 10).
 
   metadata.jsonl or metadata.csv, in any subfolder, has a row per picture: file_name, captions and a label, which is a
-  number or a name and replaces the class. Without captions there, those of X.jpg are the lines of X.txt, else X.json
-  ({"caption": str} or {"captions": [str, ...]}), else the class name.
+  number or a name and replaces the class. Without captions there, those of X.jpg are the lines of X.txt or X.caption,
+  else X.json ({"caption": str} or {"captions": [str, ...]}), else the class name.
 
   Args:
     split: "train" or "validation".
@@ -108,7 +108,8 @@ class Folder(StoredImages):
     if found := self._metadata.captions.get(file):
       return found
     stem = os.path.join(self._root, os.path.splitext(file)[0])
-    for suffix in sorted(listing.CAPTION_FILES, reverse=not self._caption_key):  # .json first if its field is named
+    # .json first if its field is named
+    for suffix in sorted(listing.CAPTION_FILES, key=lambda name: (name.lower() == ".json") != bool(self._caption_key)):
       try:
         check_regular(stem + suffix)
         with open(stem + suffix, "rb") as f:

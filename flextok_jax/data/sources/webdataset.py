@@ -144,9 +144,20 @@ def find_tars(pattern: str) -> list[str]:
     FileNotFoundError, ValueError: a file is missing or not regular, or a pattern names none or too many.
   """
   if os.path.isdir(pattern):
-    paths = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")), key=listing.natural)
-    paths = [path for path in paths if not listing.is_left_out(os.path.basename(path)) and os.path.isfile(path)]
-    missing = f"the folder {printable(pattern)} has no .tar file"
+    paths, left_out = [], Counter[str]()
+    for name in sorted(os.listdir(pattern), key=listing.natural):
+      path = os.path.join(pattern, name)
+      if listing.is_left_out(name):
+        left_out["hidden files"] += 1
+      elif not os.path.isfile(path):
+        left_out["folders" if os.path.isdir(path) else "not regular files"] += 1
+      elif name.endswith(".tar"):
+        paths.append(path)
+      else:
+        left_out[listing.extension(name)] += 1
+    missing = f"the folder {printable(pattern)} has no .tar file ({listing.describe(left_out) or 'it is empty'})"
+    if left_out and paths:
+      warn_once(f"left out of source 'webdataset', {printable(pattern)}: {listing.describe(left_out)}")
   else:
     paths = []
     for path in _expand(pattern, pattern):

@@ -201,6 +201,6 @@ def test_incompatible_folders_are_one_line_errors(written, tmp_path):
     lambda: source_of(tmp_path / "absent"),
     FileNotFoundError,
   )
-  refused("meta.json does not describe token shards .it describes 'images'.", lambda: TokenShards(written))
+  refused("meta.json does not describe token shards .what is 'images'.", lambda: TokenShards(written))
   with pytest.raises(ValueError, match="not a record of images"):
     ImageShards(written).parse(shard_files.pack([1], dict(label=0, num_objects=0, captions=[])))

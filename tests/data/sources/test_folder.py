@@ -95,6 +95,7 @@ def test_sidecar_captions(tmp_path):
   (beside / "2.json").write_text(json.dumps({"captions": ["one\nfrog", "", "green"]}))
   (beside / "3.txt").write_text("from the text")
   (beside / "3.json").write_text("never read")
+  (beside / "5.JSON").write_text('{"text": "in capitals"}')
   (beside / "note.txt").write_text("of no picture")
   cfg = dict(path=str(tmp_path / "a"), val_path=str(write_classes(tmp_path / "v")))
   source = Folder("train", **cfg)
@@ -104,7 +105,7 @@ def test_sidecar_captions(tmp_path):
     ("one frog", "green"),
     ("from the text",),
     ("tree frog",),
-    ("tree frog",),
+    ("in capitals",),
   ]
   records = [base.read(source, i)[0] for i in range(6)]
   assert [r["captions"] for r in records] == want

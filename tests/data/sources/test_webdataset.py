@@ -172,13 +172,15 @@ def test_sizes_that_archives_claim_are_not_believed(tmp_path):
       opened(tmp_path, data)
 
 
-def test_patterns(tmp_path):
+def test_patterns(tmp_path, warnings):
   write_shards(tmp_path, 12)
+  (tmp_path / "0.tgz").write_bytes(b"")
   (tmp_path / "99999.tar").mkdir()
   os.mkfifo(tmp_path / "pipe.tar")
   names = lambda pattern: [int(os.path.basename(path)[:5]) for path in find_tars(f"{tmp_path}/{pattern}")]
   assert names("") == [*range(12)] and names("{00008..00011}.tar") == [8, 9, 10, 11]
   assert names("{00009,00001}.tar") == [9, 1] and names("000{0..1}{1..1}.tar".replace("000{", "000{")) == [1, 11]
+  assert "1 .tgz, 1 folders, 1 not regular files" in warnings[0]
   for pattern, error, words in (
     ("{00000..00012}.tar", FileNotFoundError, "00012.tar does not exist"),
     ("{00002..00001}.tar", ValueError, "empty range"),
