@@ -159,6 +159,14 @@ def test_only_regular_files(tmp_path, warnings, monkeypatch):
   assert "6 not regular files" in warnings[0]
 
 
+def test_the_size_of_a_file_is_looked_at_first(tmp_path):
+  folder = write_classes(tmp_path / "a", count=2, classes=("bird",))
+  os.truncate(folder / "bird" / "1.png", base.MAX_BYTES + 1)
+  source = Folder("train", str(folder), str(write_classes(tmp_path / "v")))
+  with pytest.raises(base.UnreadableRecord, match="1.png: has 1073741825 bytes: image files have at most"):
+    source[1]
+
+
 def test_what_is_left_out_is_counted(tmp_path, warnings):
   folder = write_classes(tmp_path / "a", count=1, classes=("bird", "fish"))
   Image.new("RGB", (4, 4)).save(folder / "bird" / "1.TIF", "TIFF")
