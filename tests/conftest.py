@@ -1,8 +1,10 @@
 """Settings and fixtures of the whole suite, set before jax starts: 8 virtual CPU devices, float32 matmul precision.
 
-These tiny models spend nearly all their time compiling, so XLA optimises little and compiled programs are cached.
+These tiny models spend nearly all their time tracing and compiling, so XLA optimises little, compiled programs are
+cached, and Python looks for reference cycles more rarely: tracing makes many objects that are not garbage.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -19,6 +21,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+gc.freeze()
+gc.set_threshold(*commands.GC_THRESHOLD)
 
 # The slowest test files. pytest-xdist distributes whole files, so the slowest ones run first and all workers finish
 # at about the same time.

@@ -24,6 +24,8 @@ XLA_FLAGS = (
   else ""
 )
 
+GC_THRESHOLD = 100_000, 50, 100  # tracing a model takes a tenth less time than with Python's 700, 10, 10
+
 
 def run(command, *args):
   """Runs a module with define_flags and main; errors are raised."""

@@ -4,6 +4,7 @@ Reads requests as JSON lines, {"arguments": [module, argument, ...], "stdout": p
 with the exit code. The commands themselves are imported in the fork, as `python -m` does: they define flags.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -11,6 +12,8 @@ import pkgutil
 import runpy
 import sys
 import warnings
+
+from tests.support.commands import GC_THRESHOLD
 
 
 def preload():
@@ -28,6 +31,8 @@ def preload():
   from jax._src import xla_bridge
 
   assert not xla_bridge.backends_are_initialized()  # a fork of an initialized backend would hang
+  gc.freeze()
+  gc.set_threshold(*GC_THRESHOLD)
 
 
 def serve() -> list[str] | None:

@@ -5,9 +5,6 @@ bit, the result would differ from that of the undisturbed run. Many more random 
 """
 
 import json
-from pathlib import Path
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,9 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from tests.support.commands import environment
+from tests.support.commands import shell
 
-ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 40, 10
 COMMAND = [
   "--config=configs/debug.py",
@@ -28,57 +24,16 @@ COMMAND = [
   f"--config.train.eval_every={STEPS}",
   "--config.train.export_dtype=float32",
   "--config.optim.name=muon",
+  "--config.eval.num_tokens=(4,)",
+  "--config.sampler.num_steps=1",
+  "--config.sampler.guidance=none",
 ]  # Adam's moments and Muon's; fmt: skip
 
-# The command, with a signal sent to itself at a chosen moment, so the timing does not depend on a clock.
-DRIVER = """
-import os, signal, sys
-from flextok_jax import cli, train
-from flextok_jax.training import checkpoint, loop, metrics
-moment, step, signum = sys.argv.pop(1).split()
-step, send = int(step), lambda: os.kill(os.getpid(), getattr(signal, signum))
-write, save, evaluate, last = metrics.Writer.write, checkpoint.Checkpoints.save, loop._evaluate, []
 
-def writing(self, at, *args):
-  write(self, at, *args)
-  if moment == "logged" and at == step:
-    for checkpoints in last:
-      checkpoints._manager.wait_until_finished()
-    send()
-
-def saving(self, state, *args):
-  last.append(self)
-  save(self, state, *args)  # goes on in the background
-  if moment == "saving" and int(state.step) == step:
-    send()
-
-def evaluating(evaluation, state, *args):
-  if moment == "evaluating" and int(state.step) == step:
-    send()
-  evaluate(evaluation, state, *args)
-
-metrics.Writer.write, checkpoint.Checkpoints.save, loop._evaluate = writing, saving, evaluating
-cli.run(train.main)
-"""
-
-
-def start(workdir, moment="", cache=None):
-  """Runs the train command on one device, with a signal at `moment` if given; without a cache it compiles anew."""
-  program = ["-c", DRIVER, moment] if moment else ["-m", "flextok_jax.train"]
-  env = environment(
-    JAX_ENABLE_COMPILATION_CACHE=str(bool(cache)),
-    JAX_COMPILATION_CACHE_DIR=str(cache),
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-  )
-  return subprocess.run(
-    [sys.executable, *program, *COMMAND, f"--workdir={workdir}"],
-    cwd=ROOT,
-    env=env,
-    capture_output=True,
-    text=True,
-    check=False,
-    timeout=600,
-  )
+def start(workdir, moment=""):
+  """Runs the train command on one device, with a signal at `moment` (killed_run.py); returns (code, stdout, stderr)."""
+  program = ["tests.support.killed_run", moment] if moment else ["flextok_jax.train"]
+  return shell(*program, *COMMAND, f"--workdir={workdir}")
 
 
 def checkpoint_steps(workdir):
@@ -104,35 +59,34 @@ def losses(workdir):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("undisturbed")
-  done = start(workdir)
-  assert done.returncode == 0, done.stderr
+  code, _, err = start(workdir, "never")  # it compiles on its own, all others share compiled programs
+  assert code == 0, err
   return workdir
 
 
-def test_killed_runs_end_bit_identical(undisturbed, tmp_path, tmp_path_factory):
-  cache = tmp_path_factory.mktemp("cache")  # six processes share it; the undisturbed one compiles on its own
+def test_killed_runs_end_bit_identical(undisturbed, tmp_path):
   # Before any checkpoint: the rerun starts from the beginning.
-  assert start(tmp_path, "logged 4 SIGKILL", cache=cache).returncode == -9
+  assert start(tmp_path, "logged 4 SIGKILL")[0] == -9
   assert checkpoint_steps(tmp_path) == []
   # Between two checkpoints: seven steps are lost.
-  done = start(tmp_path, "logged 17 SIGKILL", cache=cache)
-  assert done.returncode == -9 and "resuming" not in done.stdout
+  code, out, err = start(tmp_path, "logged 17 SIGKILL")
+  assert code == -9 and "resuming" not in out
   assert checkpoint_steps(tmp_path) == [10]
   # While a checkpoint is being written: it is complete or absent.
-  done = start(tmp_path, "saving 20 SIGKILL", cache=cache)
-  assert done.returncode == -9 and "resuming from step 10" in done.stdout
+  code, out, err = start(tmp_path, "saving 20 SIGKILL")
+  assert code == -9 and "resuming from step 10" in out
   assert checkpoint_steps(tmp_path) in ([10], [10, 20])
   # SIGTERM saves immediately and is not a failure.
-  done = start(tmp_path, "logged 26 SIGTERM", cache=cache)
-  assert done.returncode == 0, done.stderr
-  assert "resuming from step " in done.stdout and "stopped by a signal at step 27" in done.stdout
+  code, out, err = start(tmp_path, "logged 26 SIGTERM")
+  assert code == 0, err
+  assert "resuming from step " in out and "stopped by a signal at step 27" in out
   assert checkpoint_steps(tmp_path) == [10, 20, 27] and not (tmp_path / "weights.safetensors").exists()
   # Before the final evaluation, while the last checkpoint may still be being written.
-  done = start(tmp_path, f"evaluating {STEPS} SIGKILL", cache=cache)
-  assert done.returncode == -9 and "resuming from step 27" in done.stdout, done.stderr
+  code, out, err = start(tmp_path, f"evaluating {STEPS} SIGKILL")
+  assert code == -9 and "resuming from step 27" in out, err
   assert checkpoint_steps(tmp_path) in ([10, 20, 27, 30], [10, 20, 27, 30, 40])
-  done = start(tmp_path, cache=cache)
-  assert done.returncode == 0 and "resuming from step" in done.stdout, done.stderr
+  code, out, err = start(tmp_path)
+  assert code == 0 and "resuming from step" in out, err
   assert checkpoint_steps(tmp_path) == [10, 20, 27, 30, 40]
 
   expected, actual = read_checkpoint(undisturbed, STEPS), read_checkpoint(tmp_path, STEPS)
@@ -165,7 +119,7 @@ def test_average_and_moments_have_changed(undisturbed):
 
 def test_rerunning_a_finished_run_does_nothing(undisturbed):
   before = {p: p.stat().st_mtime_ns for p in sorted(undisturbed.rglob("*")) if p.is_file() and "checkpoints" in p.parts}
-  done = start(undisturbed)
-  assert done.returncode == 0 and "nothing to do" in done.stdout and f"step {STEPS}" in done.stdout
+  code, out, err = start(undisturbed)
+  assert code == 0 and "nothing to do" in out and f"step {STEPS}" in out
   after = {p: p.stat().st_mtime_ns for p in sorted(undisturbed.rglob("*")) if p.is_file() and "checkpoints" in p.parts}
   assert before == after
