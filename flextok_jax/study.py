@@ -260,7 +260,7 @@ def _check_flags(values: flags.FlagValues) -> list[str]:
     raise ValueError(f"--quality_metric={values.quality_metric} is not among --metrics: name it there as well")
   for swept, section in ((_SWEPT, "ar"), (_SAMPLERS, "sampler")):
     for flag, (name, kind) in swept.items():
-      for value in cli.numbers(flag, values[flag].value, kind):
+      for value in cli.numbers(flag, values[flag].value or [], kind):
         cli.check_value(flag, f"{section}.{name}", value)
   cli.numbers("qualities", values.qualities, float)
   for name in values.judges:

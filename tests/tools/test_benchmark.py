@@ -238,7 +238,7 @@ def test_bad_input_is_refused(tmp_path):
   )
   (tmp_path / "file").write_text("")
   fails(
-    "cannot be written: .*file is a file",
+    "cannot write .*file: .*is a file",
     benchmark,
     given,
     "--jobs=tokenize",

@@ -77,5 +77,5 @@ def test_bad_input_is_one_line(config_file, tmp_path):
     fails(words, mup_check, f"--config={tmp_path / 'other.py'}", out)
   (tmp_path / "file").write_text("precious")
   fails("--out=.*file is a file: give a folder", mup_check, given, f"--out={tmp_path / 'file'}")
-  fails("below cannot be written: .*file is a file", mup_check, given, f"--out={tmp_path}/file/below")
+  fails("cannot write .*below: .*file is a file", mup_check, given, f"--out={tmp_path}/file/below")
   assert not (tmp_path / "out").exists()
