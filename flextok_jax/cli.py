@@ -22,7 +22,7 @@ import jax
 from ml_collections import ConfigDict, config_flags
 
 from flextok_jax import config as common
-from flextok_jax.core import accelerators, files, interrupts
+from flextok_jax.core import accelerators, files, interrupts, workdirs
 from flextok_jax.core.extras import MissingPackageError
 from flextok_jax.ops import guidance
 from flextok_jax.parallel import processes
@@ -234,22 +234,31 @@ def require(values: flags.FlagValues, *names: str):
       raise ValueError(f"--{name} is missing")
 
 
+def out_path(values: flags.FlagValues) -> Path:
+  """Returns --out, a path on this machine, with ~ expanded; ValueError if it names a bucket or another scheme."""
+  if workdirs.is_remote(values.out):
+    raise ValueError(f"--out={values.out} is in a bucket, where this command cannot write: give a local path")
+  return Path(workdirs.resolve(values.out, "--out"))
+
+
 def out_folder(values: flags.FlagValues) -> Path:
-  """Returns --out, which need not exist; ValueError if it is a file or nothing can be written there."""
-  if Path(values.out).exists() and not Path(values.out).is_dir():
-    raise ValueError(f"--out={values.out} is a file: give a folder")
-  files.check_writable(Path(values.out))
-  return Path(values.out)
+  """Returns out_path(values), which need not exist; ValueError if it is a file or cannot be written."""
+  folder = out_path(values)
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"--out={folder} is a file: give a folder")
+  files.check_writable(folder)
+  return folder
 
 
 def out_file(values: flags.FlagValues) -> Path | None:
   """Returns --out, or None if it is not given; ValueError if it is a folder or cannot be written."""
   if not values.out:
     return None
-  if Path(values.out).is_dir():
-    raise ValueError(f"--out={values.out} is a folder: give a file")
-  files.check_writable(Path(values.out).parent)
-  return Path(values.out)
+  path = out_path(values)
+  if path.is_dir():
+    raise ValueError(f"--out={path} is a folder: give a file")
+  files.check_writable(path.parent)
+  return path
 
 
 DECODER_FLAGS = {"num_steps": "decoder_steps", "guidance": "decoder_guidance", "guidance_scale": "decoder_scale"}

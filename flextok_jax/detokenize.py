@@ -50,6 +50,7 @@ def main(values: flags.FlagValues):
     Path(values.tokens), model.image_size, model.num_registers, model.num_codes
   )
   sequences = token_files.cut(sequences, values.num_tokens, model.num_registers)
+  files.clear_leftovers(out)
   images = batches.detokenize(model, sequences, jax.random.key(values.seed), values.batch_size)
   for i, (name, image) in enumerate(zip(names, images)):
     files.write_file(out / f"{i:05d}_{token_files.file_stem(name)}.png", grids.to_png(image))

@@ -120,7 +120,8 @@ def main(values: flags.FlagValues):
   )
 
   # Images: of all samples, and of the prefixes in the grid and the strip. A job is (sample, number of tokens).
-  out, size = Path(values.out), tokenizer.image_size
+  out, size = cli.out_folder(values), tokenizer.image_size
+  files.clear_leftovers(out)
   paths = [out / f"{i:05d}_{sample.name}.png" for i, sample in enumerate(samples)]
   complete = [(i, len(sequence)) for i, sequence in enumerate(sequences)]
   shown = _shown(values.grid_rows, values.num_samples, len(samples))
@@ -166,7 +167,6 @@ def main(values: flags.FlagValues):
   for name, content in outputs.items():
     files.write_file(out / name, content)
   if everything is not None:
-    files.clear_leftovers([out / "samples.npz"])
     with files.replacing(out / "samples.npz") as temporary, open(temporary, "wb") as file:
       np.savez(file, arr_0=everything)  # directly to a file: two copies may not fit into memory
   some = " ... ".join(path.name for path in paths[:1] + paths[1:][-1:])

@@ -14,7 +14,6 @@ An interrupted study resumes when it is run again: results in DIR/parts of the s
 """
 
 import functools
-from pathlib import Path
 
 from absl import flags
 import jax
@@ -111,7 +110,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
 def main(values: flags.FlagValues):
   """Runs values.study and writes the results to values.out."""
   chosen = _check_flags(values)
-  subject, out = _load_subject(values), Path(values.out)
+  subject, out = _load_subject(values), cli.out_folder(values)
   c = subject.config
   settings = {
     "image_size": c.image_size,
@@ -230,9 +229,7 @@ def _leave_out(values: flags.FlagValues, swept: dict, flag: str, where: str):
 
 def _check_flags(values: flags.FlagValues) -> list[str]:
   """Checks the flags as far as possible without a checkpoint; returns the names of the studies."""
-  for name in ("checkpoint", "out"):
-    if not values[name].value:
-      raise ValueError(f"--{name} is missing")
+  cli.require(values, "checkpoint", "out")
   cli.out_folder(values)
   if jax.process_count() > 1:
     raise ValueError("a study runs in one process, on all its devices: start it on one host")

@@ -16,7 +16,6 @@ features of the teacher of config.repa for its REPA beside them, image files for
 """
 
 import functools
-from pathlib import Path
 
 from absl import flags
 import jax
@@ -116,7 +115,7 @@ def tokenize_files(values: flags.FlagValues):
   for name in _OF_SHARDS:
     if values[name].present:
       raise ValueError(f"--{name} has no meaning for --images: it is for shards, of the sources of --config")
-  out = Path(values.out)
+  out = cli.out_path(values)
   token_files.check_suffix("out", out)
   if jax.process_count() > 1:
     raise ValueError("--images runs in one process: set JAX_NUM_PROCESSES=1, or write shards of a --config")
@@ -136,13 +135,11 @@ def write_shards(values: flags.FlagValues):
   for name in _NOT_OF[values.what]:
     if values[name].present:
       raise ValueError(f"--{name} has no meaning for --what={values.what}")
-  if Path(values.out).is_file():
-    raise ValueError(f"--out={values.out} is a file: shards need a folder")
-  files.check_writable(Path(values.out))
+  out = cli.out_folder(values)
   mesh = batches.local_mesh()
   make = {"tokens": _tokens, "latents": _latents, "dino": _features, "images": _images}[values.what]
   shard_writer.write_shards(
-    values.out,
+    out,
     make(values, mesh),
     inputs.image_data(values.config),
     seed=values.config.seed,

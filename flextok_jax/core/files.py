@@ -150,17 +150,16 @@ def _publishing(path: Path, publish: Callable[[Path, Path], None]) -> Iterator[P
     raise ValueError(f"cannot write {path}: {e.strerror or ' '.join(str(e).split())}") from e
 
 
-def clear_leftovers(paths: Iterable[Path]):
-  """Removes the temporary files that killed runs left beside these paths, which are in one folder.
+def clear_leftovers(folder: Path, names: Iterable[str] | None = None):
+  """Removes the temporary files that killed runs left in a folder: of files with these names, None: of all.
 
   Those that a run still writes are locked, and stay; so do all where the file system has no locks.
   """
-  paths = list(paths)
-  names = {shorten(path.name) for path in paths}
+  wanted = None if names is None else set(map(shorten, names))
   with contextlib.suppress(OSError):
-    for entry in list(os.scandir(paths[0].parent)) if paths else []:
+    for entry in list(os.scandir(folder)):
       found = _TEMPORARY.fullmatch(entry.name)
-      if found and found[1] in names and entry.is_file(follow_symlinks=False):
+      if found and (wanted is None or found[1] in wanted) and entry.is_file(follow_symlinks=False):
         with contextlib.suppress(OSError), open(entry.path, "rb+") as file:
           if lock(file):
             os.unlink(entry.path)

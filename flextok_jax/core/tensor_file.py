@@ -250,7 +250,7 @@ def write(
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # the format requires aligned data
   path = Path(path)
-  files.clear_leftovers([path])
+  files.clear_leftovers(path.parent, [path.name])
   with files.replacing(path) as temporary, open(temporary, "wb") as f:
     f.write(len(text).to_bytes(8, "little") + text)
     for name, (dtype, shape, make) in tensors.items():

@@ -301,7 +301,7 @@ class SampleWriter:
 
   def finish(self):
     """Writes the .npz file atomically, and removes the .part.npy file."""
-    files.clear_leftovers([self._path])
+    files.clear_leftovers(self._path.parent, [self._path.name])
     with files.replacing(self._path) as temporary, open(temporary, "wb") as file:
       np.savez(file, arr_0=self._images)
     self._part.unlink()

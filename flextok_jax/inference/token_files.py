@@ -32,7 +32,7 @@ def write_tokens(path: Path, image_size: int, num_tokens: int, entries: Iterable
   Args:
     entries: (name, num_tokens ids) of each image; iterated several times.
   """
-  files.clear_leftovers([path])
+  files.clear_leftovers(path.parent, [path.name])
   with files.replacing(path) as temporary:
     if path.suffix == ".npz":
       _write_npz(temporary, image_size, num_tokens, entries)

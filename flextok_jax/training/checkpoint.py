@@ -83,7 +83,9 @@ def _lock(workdir: str, stack: contextlib.ExitStack):
   path = Path(workdir) / ".lock"
   file = stack.enter_context(files.open_regular(path))
   try:
-    if not files.lock(file):
+    if files.lock(file):
+      files.clear_leftovers(Path(workdir))
+    else:
       logging.warning("%s cannot be locked here: make sure that no other run uses %s", path, workdir)
   except BlockingIOError:
     file.seek(0)

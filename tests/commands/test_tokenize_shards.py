@@ -66,7 +66,7 @@ def test_shards_equal_tokenizing_files(pictures, tmp_path, capsys):
   )
   fails("--metric needs --quality", tokenize, *given, "--metric=mse")
   fails("--decoder_steps needs --quality", tokenize, *given, "--decoder_steps=1")
-  fails("is a file: shards need a folder", tokenize, *given[:2], f"--out={checkpoint}")
+  fails("is a file: give a folder", tokenize, *given[:2], f"--out={checkpoint}")
 
 
 def test_flags_of_other_modes_are_refused(tmp_path):

@@ -75,13 +75,15 @@ def test_temporary_files_are_private_and_those_of_killed_runs_are_cleared(tmp_pa
   with files.replacing(path) as one, files.replacing(path) as two:
     assert one != two
     one.write_text("one"), two.write_text("two"), killed.write_text("x"), other.write_text("x")
-    files.clear_leftovers([path])
+    files.clear_leftovers(tmp_path, [path.name])
     assert set(tmp_path.iterdir()) == {one, two, other}
   assert path.read_text() == "one" and set(tmp_path.iterdir()) == {path, other}
   with pytest.raises(KeyError), files.replacing(path) as one:
     raise KeyError
+  files.clear_leftovers(tmp_path)
+  assert set(tmp_path.iterdir()) == {path}
   files.write_new_file(path, b"late")
-  assert path.read_text() == "one" and set(tmp_path.iterdir()) == {path, other}
+  assert path.read_text() == "one" and set(tmp_path.iterdir()) == {path}
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("elsewhere", path)])

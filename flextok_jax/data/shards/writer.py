@@ -101,7 +101,7 @@ def write_shards(
   paths = [folder / shard_name(what, s, num_shards) for s in range(num_shards)]
   own = range(process_index, num_shards, process_count)
   tally = _Tally(sum(sizes[s] for s in own), max_unreadable)
-  files.clear_leftovers(paths[s] for s in own)
+  files.clear_leftovers(folder, [paths[s].name for s in own])
   missing = []
   for s in own:
     found = _count(paths[s])
