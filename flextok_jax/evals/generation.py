@@ -1,6 +1,7 @@
 """Metrics of a generator's samples: gFID, sFID, inception score, precision, recall, CLIP score, top-1 accuracy."""
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -116,18 +117,21 @@ class Generation:
     size = batching.batch_rows(s.batch_size, s.num_images, self._mesh)
     done, arrays = self._progress.resume(SET)
     results = Accumulator(s.grid_images, arrays)
-    writers = self._open_writers(done)
     batches = batching.slices(np.arange(s.num_images, dtype=np.int32), size, done)
-    for batch in batching.map_batches(lambda numbers: self._run_batch(params, numbers), batches, size):
-      start = done
-      for count, (images, values, features) in zip(s.num_tokens, batch, strict=True):
-        results.add(str(count), images, values, features)
-        done = start + len(images)
-        if count in writers:
-          writers[count].write(start, images)
-      self._progress.after_batch(SET, done, s.num_images, results.to_arrays)
-    for writer in writers.values():
-      writer.finish()
+    with contextlib.ExitStack() as stack:
+      writers = self._open_writers(done)
+      for writer in writers.values():
+        stack.callback(writer.close)
+      for batch in batching.map_batches(lambda numbers: self._run_batch(params, numbers), batches, size):
+        start = done
+        for count, (images, values, features) in zip(s.num_tokens, batch, strict=True):
+          results.add(str(count), images, values, features)
+          done = start + len(images)
+          if count in writers:
+            writers[count].write(start, images)
+        self._progress.after_batch(SET, done, s.num_images, results.to_arrays)
+      for writer in writers.values():
+        writer.finish()
     by_tokens, intervals = {}, {}
     for column in map(str, s.num_tokens) if processes.is_process_0() else ():
       by_tokens[column], intervals[column] = self._scores(results, column)
@@ -305,4 +309,8 @@ class SampleWriter:
     with files.replacing(self._path) as temporary, open(temporary, "wb") as file:
       np.savez(file, arr_0=self._images)
     self._part.unlink()
+    self.close()
+
+  def close(self):
+    """Lets other runs write the samples."""
     self._file.close()
