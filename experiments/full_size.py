@@ -52,8 +52,7 @@ def write(path: str, config):
     for entry in entries(shapes, DEFAULT_ROLES)
     for name in entry.names
   }
-  for name, table in fixed_tables(make_model(config), DEFAULT_ROLES).items():
-    tensors[name] = table.dtype, table.shape, lambda table=table: table
+  tensors |= fixed_tables(make_model(config), DEFAULT_ROLES)
   tensor_file.write(path, tensors, {k: str(v) for k, v in to_official(config).items()})
 
 

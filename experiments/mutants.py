@@ -30,7 +30,7 @@ import numpy as np
 from flextok_jax import cli
 from flextok_jax.data import transforms
 from flextok_jax.data.sources import base
-from tests.support import config_mutants, source_mutants, token_mutants
+from tests.support import config_mutants, source_mutants, token_mutants, weights_mutants
 from tests.support.mutations import mutate
 from tests.support.pictures import samples
 
@@ -60,6 +60,10 @@ KINDS: dict[str, Callable[[random.Random, Path], None]] = {
   "texts": source_mutants.texts,
   "config_json": config_mutants.config_json,
   "yaml": config_mutants.yaml,
+  "safetensors": weights_mutants.safetensors,
+  "hub_config": weights_mutants.hub_config,
+  "tokenizer_json": weights_mutants.tokenizer_json,
+  "orbax_items": weights_mutants.orbax_items,
 }
 
 

@@ -4,7 +4,8 @@ Every caption ends with an end token, before which long captions are cut; the em
 rest of a row is zeros.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import os
 from typing import Any
 
@@ -15,6 +16,7 @@ from flextok_jax.core.errors import first_line
 
 FILES = ("tokenizer.json", "spiece.model")  # of a T5, the preferred one first
 _END = 256  # of bytes
+_MAX_VOCAB = 2**22  # ids of a tokenizer.json
 _T5_END = 1
 
 
@@ -73,9 +75,9 @@ class T5Tokenizer:
 
   def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     if self._fast:
-      rows = [e.ids for e in self._model.encode_batch(list(captions), add_special_tokens=False)]
+      rows = _encode(self._model, captions)
     else:
-      rows = self._model.encode(list(captions), out_type=int)
+      rows = self._model.encode(_without_surrogates(captions), out_type=int)
     return _pad(rows, _T5_END, self._max_length)
 
 
@@ -91,7 +93,7 @@ class CLIPTokenizer:
       raise ValueError(f"{path} is not the tokenizer of a CLIP: it has no <|startoftext|> or no <|endoftext|>")
 
   def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    rows = [[self._start, *e.ids] for e in self._model.encode_batch(list(captions), add_special_tokens=False)]
+    rows = [[self._start, *ids] for ids in _encode(self._model, captions)]
     return _pad(rows, self._end, self._max_length)
 
 
@@ -122,13 +124,37 @@ def _find(source: str, files: Sequence[str], remedy: str) -> str:
 def _load_tokenizers(path: str, *tokens: str) -> tuple[Any, ...]:
   """Returns (model, number of ids, id or None of each of the tokens)."""
   tokenizers = extras.require("tokenizers", "text", path)
-  try:
+  with _failures(f"{path} is not a complete tokenizer of the tokenizers package"):
     model = tokenizers.Tokenizer.from_file(path)
-  except Exception as e:  # it raises nothing more specific
-    raise ValueError(f"{path} is not a complete tokenizer of the tokenizers package ({first_line(e, 160)})") from None
-  model.no_truncation()  # _pad cuts and pads
-  model.no_padding()
-  return model, model.get_vocab_size(), *map(model.token_to_id, tokens)
+    model.no_truncation()  # _pad cuts and pads
+    model.no_padding()
+    size = max(model.get_vocab().values(), default=-1) + 1
+    ids = [model.token_to_id(token) for token in tokens]
+  if size > _MAX_VOCAB:
+    raise ValueError(f"{path} has a token with the id {size - 1}: at most {_MAX_VOCAB - 1} is read")
+  return model, size, *ids
+
+
+@contextlib.contextmanager
+def _failures(what: str) -> Iterator[None]:
+  """Turns whatever the tokenizers package raises into a ValueError; panics of its Rust code are no Exceptions."""
+  try:
+    yield
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as e:
+    raise ValueError(f"{what} ({first_line(str(e) or type(e).__name__, 160)})") from None
+
+
+def _encode(model: Any, captions: Sequence[str]) -> list[list[int]]:
+  """Returns the ids of captions by a model of the tokenizers package, without special tokens."""
+  with _failures("the tokenizer cannot encode these captions, as its tokenizer.json is damaged"):
+    return [e.ids for e in model.encode_batch(_without_surrogates(captions), add_special_tokens=False)]
+
+
+def _without_surrogates(captions: Sequence[str]) -> list[str]:
+  """Returns captions with "?" in place of lone surrogates, which UTF-8 and so the packages cannot express."""
+  return [caption.encode(errors="replace").decode() for caption in captions]
 
 
 def _load_sentencepiece(path: str) -> tuple[Any, ...]:

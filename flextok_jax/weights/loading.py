@@ -302,7 +302,7 @@ def _read(
   config: ConfigDict,
   options: _Options,
   entries_of: Callable[[Mapping[str, Shape]], Iterable[Entry]],
-  tables: Mapping[str, np.ndarray] | None = None,
+  tables: Mapping[str, tuple] | None = None,
   loaded: dict[str, dict] | None = None,
 ) -> dict:
   """Reads a model's parameters from a file that must have their tensors and no others.
@@ -312,10 +312,14 @@ def _read(
     config: of the model.
     options: of load.
     entries_of: from {path: shape} of the parameters to their entries.
-    tables: {name: table} that the file must hold and that are not parameters.
+    tables: {name: (type, shape, function that returns the table)} that the file must hold and that are not parameters.
     loaded: top-level parts that are loaded already and not in the file.
   """
   tables, loaded = tables or {}, loaded or {}
+  _check_sizes(file, config)
+  for name, (_, shape, _) in tables.items():
+    if file.shapes.get(name, shape) != shape:
+      raise ValueError(f"{file.path}: {name} has shape {list(file.shapes[name])}, expected {list(shape)}")
   with _named_config_errors(file.path):
     trained, frozen = _init_shapes(FrozenConfigDict(config))
   boxed = {name: part for name, part in {**trained, **frozen}.items() if name not in loaded}
@@ -329,14 +333,31 @@ def _read(
     for e in entries:
       for name in e.names:
         e.check_shape(name, file.shapes[name])
-    for name, table in tables.items():
-      if file.shapes[name] != table.shape:
-        raise ValueError(f"{name} has shape {list(file.shapes[name])}, expected {list(table.shape)}")
-      if gap := layout.table_error(file, name, table):
+    for name, (_, _, make) in tables.items():
+      if gap := layout.table_error(file, name, make()):
         raise ValueError(f"{name} differs by {gap:.2g} from the sin-cos table that its configuration names")
     arrays = layout.read_arrays(entries, file.read, dtype_of, layout.placements(boxed, options.mesh))
   file.verify()
   return arrays | loaded
+
+
+_SIZES = {  # of a model of each stage, for each of which there is an axis of a tensor, or a tensor
+  "tokenizer": ("encoder.width", "encoder.depth", "decoder.width", "decoder.depth", "tokens.num_registers"),
+  "ar": ("ar.width", "ar.depth", "ar.num_ids", "ar.num_tokens"),
+  "vae": ("vae.latent_channels", "vae.layers_per_block"),
+}
+
+
+def _check_sizes(file: Tensors, config: ConfigDict):
+  """Raises ValueError if the config describes a larger model than a file can hold, before the model is built."""
+  largest = max([len(file.shapes), *(size for shape in file.shapes.values() for size in shape)])
+  for name in _SIZES.get(config.stage, ()):
+    section, field = name.split(".")
+    if config[section][field] > largest:
+      raise ValueError(
+        f"{file.path}: {name} is {config[section][field]} in its config, but its tensors have at most {largest} on "
+        "an axis: its config is damaged or of another file"
+      )
 
 
 @functools.lru_cache(maxsize=64)

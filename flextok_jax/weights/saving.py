@@ -69,8 +69,7 @@ def save_official(path: str | os.PathLike, config: ConfigDict, params: Mapping):
     official = to_official(config)
     roles = tokenizer_names.DEFAULT_ROLES
     tensors = _tensors(tokenizer_names.entries(shapes, roles), flat)
-    for name, table in tokenizer_names.fixed_tables(make_model(config), roles).items():
-      tensors[name] = table.dtype, table.shape, lambda table=table: table
+    tensors |= tokenizer_names.fixed_tables(make_model(config), roles)
     weights = hub.WEIGHTS[0]
   if os.fspath(path).endswith(".safetensors"):
     tensor_file.write(path, tensors, {k: str(v) for k, v in official.items()})

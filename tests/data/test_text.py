@@ -1,6 +1,7 @@
 """Converting captions to token ids."""
 
 import pickle
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -48,6 +49,35 @@ def test_spiece_model(tmp_path):
     assert caption.startswith(decoded) if length == 10 else decoded == caption
 
 
+def test_lone_surrogates_are_question_marks(tmp_path):
+  for write in (sentence_pieces, word_level):
+    write(tmp_path)  # tokenizer.json comes first once it is there
+    tokenizer = text.make_tokenizer("t5", 10, str(tmp_path))
+    for broken, whole in ((("a \ud800 red",), ("a ? red",)), (("\udfff",), ("?",))):
+      np.testing.assert_array_equal(tokenizer(broken)[0], tokenizer(whole)[0])
+
+
+@pytest.mark.parametrize("where", ["from_file", "encode_batch"])
+def test_panics_of_the_tokenizers_package_are_one_line(tmp_path, monkeypatch, where):
+  """They are no Exceptions."""
+  tokenizers = pytest.importorskip("tokenizers")
+
+  class PanicException(BaseException):
+    pass
+
+  def panic(*args, **kwargs):
+    raise PanicException("called `Option::unwrap()` on a `None` value\nin Rust")
+
+  word_level(tmp_path)
+  model = mock.Mock(wraps=tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
+  monkeypatch.setattr(
+    tokenizers, "Tokenizer", mock.Mock(from_file=panic if where == "from_file" else lambda path: model)
+  )
+  model.encode_batch = panic
+  with pytest.raises(ValueError, match=r"(tokenizer.json is not a complete|cannot encode) .*\(called .* value\)$"):
+    text.make_tokenizer("t5", 10, str(tmp_path))(["red"])
+
+
 def test_tokenizer_errors(tmp_path, monkeypatch):
   make = lambda path=tmp_path: text.make_tokenizer("t5", 10, str(path))
   with pytest.raises(FileNotFoundError, match="tokenizer.json or spiece.model is needed"):
@@ -61,6 +91,11 @@ def test_tokenizer_errors(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
   word_level(tmp_path, ("<unk>", "a", "red"))
   with pytest.raises(ValueError, match="not the tokenizer of a T5, whose </s> is 1 and <pad> 0: here .* None and None"):
+    make()
+  word_level(tmp_path, ("<pad>", "</s>", "<unk>"))
+  words = (tmp_path / "tokenizer.json").read_text().replace('"<unk>": 2', '"<unk>": 4294967295')
+  (tmp_path / "tokenizer.json").write_text(words)
+  with pytest.raises(ValueError, match="tokenizer.json has a token with the id 4294967295: at most 4194303 is read"):
     make()
   monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
   with pytest.raises(ImportError, match=r"tokenizer.json needs tokenizers: pip install 'flextok-jax\[text\]'"):

@@ -1,7 +1,9 @@
 """Loading and saving: official tokenizers with all options, diffusers autoencoders, the hub's cache."""
 
+import functools
 import json
 from pathlib import Path
+import re
 import shutil
 import warnings
 
@@ -17,6 +19,7 @@ import flextok_jax
 from flextok_jax import config as common
 from flextok_jax.core import hub, tensor_file
 from flextok_jax.inference import tokenizer as api
+from flextok_jax.ops import posemb
 from flextok_jax.weights import loading, saving
 from tests.support.random_tokenizer import GROUPS, random_model, with_fields
 
@@ -213,6 +216,38 @@ def test_weights_and_config_must_agree(autoencoder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
     with pytest.raises(ValueError, match=f"{field} is .* in config.json and .* in the weights"):
       flextok_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "name, value",
+  [("encoder.width", 10**9), ("decoder.depth", 60_000), ("tokens.num_registers", 10**6), ("ar.num_ids", 10**8)],
+)
+def test_sizes_in_a_config_are_compared_with_the_tensors_first(tmp_path, monkeypatch, name, value):
+  """Nothing is built for a config that describes more than the file can hold."""
+  asset = next(path for path in ASSETS if path.stem == ("shapes_ar" if name.startswith("ar.") else "quickstart"))
+  file = tensor_file.TensorFile(asset)
+  config = common.parse_config(file.metadata[loading.CONFIG_KEY], "x")
+  with config.unlocked():
+    config.update_from_flattened_dict({name: value})
+  monkeypatch.setattr(loading, "_init_shapes", None)
+  path = tmp_path / "weights.safetensors"
+  tensors = {k: (file.dtypes[k], file.shapes[k], functools.partial(file.read, k)) for k in file}
+  tensor_file.write(path, tensors, {loading.CONFIG_KEY: config.to_json()})
+  with pytest.raises(ValueError, match=f"{name} (is|must be) .*{value}") as error:
+    loading.load(path)
+  assert str(path) in str(error.value)
+
+
+def test_sizes_of_tables_are_compared_with_the_tensors_first(model, tmp_path, monkeypatch):
+  """A table of 512 x 512 positions would take 1 MB per feature."""
+  model.to_official(tmp_path / "hub")
+  path = tmp_path / "hub" / "config.json"
+  text = path.read_text()
+  path.write_text(re.sub(r'("max_sizes": \[\s*)4(,\s*)4(\s*\])', r"\g<1>512\g<2>512\g<3>", text))
+  assert path.read_text() != text
+  monkeypatch.setattr(posemb, "grid_table", None)
+  with pytest.raises(ValueError, match=r"posembs has shape .*, expected \[1, 64, 512, 512\]"):
+    flextok_jax.load(tmp_path / "hub", **LOAD)
 
 
 # Other people's files.

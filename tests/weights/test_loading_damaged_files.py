@@ -3,6 +3,7 @@
 import ast
 import json
 from pathlib import Path
+import random
 import struct
 import traceback
 
@@ -12,6 +13,7 @@ import pytest
 
 from flextok_jax import config as common
 from flextok_jax.weights import loading, saving
+from tests.support import weights_mutants
 
 NUMBER = 500
 PACKAGE = str(Path(loading.__file__).parents[1])
@@ -316,3 +318,17 @@ def test_damaged_hub_configs(official, tmp_path, text):
   (tmp_path / "model.safetensors").write_bytes(assemble(*official))
   (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
   assert_clear(load(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(
+  "kind, count", [("safetensors", 60), ("hub_config", 30), ("tokenizer_json", 100), ("orbax_items", 8)]
+)
+def test_mutants_are_read_or_refused_in_one_line(kind, count, tmp_path):
+  """Long runs: experiments/mutants.py."""
+  for number in range(count):
+    folder = tmp_path / str(number)
+    folder.mkdir()
+    try:
+      getattr(weights_mutants, kind)(random.Random(number), folder)
+    except (ValueError, FileNotFoundError) as e:
+      assert len(str(e).splitlines()) == 1 and len(str(e)) < 1000, e

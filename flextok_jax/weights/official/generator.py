@@ -88,8 +88,7 @@ def _find(source: str) -> tuple[Tensors, str | None]:
     return TensorFile(source, _IGNORED), None
   folder = Folder(source, "generator", "organisation/name", config=CONFIGS[0])
   if not os.path.isdir(source):
-    config = folder.find(CONFIGS[0])
-    return folder.tensors(_IGNORED), config
+    return folder.tensors(_IGNORED), folder.find(CONFIGS[0])
   config = next((path for name in CONFIGS if os.path.isfile(path := os.path.join(source, name))), None)
   if has_weights(source):
     return folder.tensors(_IGNORED), config

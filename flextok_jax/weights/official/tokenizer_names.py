@@ -1,7 +1,8 @@
 """Parameter names and layouts in official tokenizers' files."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -106,11 +107,23 @@ def _entry(path: str, shape: Shape, roles: Mapping[str, str], depth: int) -> Ent
   return Entry(path, shape, (f"{name}.{suffix}",), layout)
 
 
-def fixed_tables(model: FlexTok, roles: Mapping[str, str]) -> dict[str, np.ndarray]:
-  """Returns {official name: table [1, d, g, g]} of the sin-cos tables, which official files store and we compute."""
-  tables = {}
+def fixed_tables(
+  model: FlexTok, roles: Mapping[str, str]
+) -> dict[str, tuple[np.dtype, Shape, Callable[[], np.ndarray]]]:
+  """Returns the sin-cos tables, which official files store and we compute.
+
+  Returns:
+    {official name: (dtype, shape [1, d, g, g], function that computes it)}.
+  """
+
+  def compute(size: int, width: int) -> np.ndarray:
+    table = posemb.grid_table(posemb.sincos_axes(size, width), size, size)
+    return np.asarray(table, np.float32).transpose(2, 0, 1)[None]
+
+  tables: dict[str, tuple[np.dtype, Shape, Callable[[], np.ndarray]]] = {}
   for half, part in (("encoder", model.encoder), ("decoder", model.decoder)):
     if part is not None and part.posemb == "sincos":
-      table = posemb.grid_table(posemb.sincos_axes(part.max_grid, part.width), part.max_grid, part.max_grid)
-      tables[f"{roles[f'{half}/positions']}.posembs"] = np.asarray(table, np.float32).transpose(2, 0, 1)[None]
+      size, width = part.max_grid, part.width
+      make = functools.partial(compute, size, width)
+      tables[f"{roles[f'{half}/positions']}.posembs"] = np.dtype(np.float32), (1, width, size, size), make
   return tables
