@@ -90,7 +90,8 @@ def restore_newest(
     raise FileNotFoundError(f"workdir {workdir} has no checkpoint yet")
   with ocp.CheckpointManager(directory(workdir), options=options) as reader:
     for step in sorted(reader.all_steps(), reverse=True) if only is None else [only]:
-      folder, restored = directory(workdir) / str(step), {}
+      folder = directory(workdir) / str(step)
+      restored: dict[str, Any] = {}
 
       def verify(folder=folder):
         checksums.verify(folder, items, process, jax.process_count())

@@ -11,6 +11,7 @@ import numpy as np
 
 from flextok_jax import config as common
 from flextok_jax.data import text
+from flextok_jax.training import checkpoint
 from flextok_jax.weights import loading, orbax, saving
 from tests.support import caption_tokenizers, runs
 from tests.support.mutations import mutate
@@ -67,8 +68,6 @@ def tokenizer_json(rng: random.Random, folder: Path):
 @functools.cache
 def _checkpoint() -> tuple[dict[str, bytes], dict]:
   """Returns ({name of a file of a workdir: content}, abstract averaged parameters)."""
-  from flextok_jax.training import checkpoint
-
   state = runs.random_state(runs.config_of(), 5)
   with tempfile.TemporaryDirectory() as folder:
     checkpoints = checkpoint.Checkpoints(folder)
