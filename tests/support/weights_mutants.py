@@ -5,7 +5,6 @@ from pathlib import Path
 import random
 import tempfile
 
-from absl import logging
 import jax
 import numpy as np
 
@@ -85,5 +84,4 @@ def orbax_items(rng: random.Random, folder: Path):
   for name, data in files.items():
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(mutate(data, rng) if name == harmed else data)
-  logging.set_verbosity(logging.ERROR)
   orbax.restore_average(str(folder), abstract, {})
