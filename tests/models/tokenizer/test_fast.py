@@ -58,7 +58,7 @@ class Case:
   def velocity(self, slots, keep_k, drop):
     return self._velocity(self.params, self.x, self.t, self.codes[:, :slots], keep_k, drop)
 
-  @functools.cache  # noqa: B019: lives as long as the module's fixture
+  @functools.cache  # noqa: B019
   def sampler(self, sampler, fast):
     """Returns the jitted sampler (params, ids, keep_k) -> latents."""
     return jax.jit(lambda params, ids, keep_k: sample_latents(self.model, params, ids, keep_k, self.x, sampler, fast))
