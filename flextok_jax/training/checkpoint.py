@@ -91,7 +91,6 @@ def _lock(workdir: str, stack: contextlib.ExitStack):
     file.seek(0)
     owner = file.read(200).decode(errors="replace").strip() or "unknown"
     raise ValueError(f"another run ({owner}) uses {workdir}: stop it, or use another workdir") from None
-  files.clear_leftovers([Path(workdir) / name for name in ("config.json", "weights.safetensors")])  # of killed runs
   file.truncate(0)
   file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
   file.flush()

@@ -356,10 +356,10 @@ def test_a_full_disk_is_a_one_line_error_and_keeps_older_checkpoints(config, sma
 
 
 def test_the_run_that_holds_the_lock_removes_what_killed_exports_left(tmp_path):
-  for name in (".weights.safetensors.0123abcd.tmp", ".config.json.0123abcd.tmp", ".mine.0123abcd.tmp"):
+  for name in (".weights.safetensors.0123abcd.tmp", ".config.json.0123abcd.tmp", ".mine.tmp"):
     (tmp_path / name).write_bytes(b"half")
   with checkpoint.locked(str(tmp_path)):
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", ".mine.0123abcd.tmp"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", ".mine.tmp"]
 
 
 # Matching workdirs and configs.
