@@ -25,7 +25,7 @@ import numpy as np
 
 from flextok_jax import cli
 from flextok_jax.config import with_fields
-from flextok_jax.core import json_lines
+from flextok_jax.core import json_lines, workdirs
 from flextok_jax.core.hashing import hash_tree
 from flextok_jax.evals import from_config, generation
 from flextok_jax.evals.metrics import image as metrics_lib
@@ -113,9 +113,9 @@ def main(values: flags.FlagValues):
     raise ValueError("nothing to evaluate: give --workdir or --checkpoint")
   if not values.out and not values.workdir:
     raise ValueError("nowhere to write: give --out or --workdir")
-  out = Path(values.out or Path(values.workdir) / "eval")
-  if out.exists() and not out.is_dir():
-    raise ValueError(f"--out={out} is a file: give a folder")
+  folder = workdirs.resolve(values.out, "out") if values.out else workdirs.resolve(values.workdir) / "eval"
+  if not workdirs.is_remote(folder) and Path(folder).is_file():
+    raise ValueError(f"--out={folder} is a file: give a folder")
   of_samples = flags.FlagValues()
   _define_sample_flags(of_samples)
   for name in ("config", "sources") if values.tokenizer else of_samples:
@@ -125,16 +125,17 @@ def main(values: flags.FlagValues):
         " for samples of a generator"
       )
   evaluate = _evaluate_samples if values.tokenizer else _evaluate_checkpoint
-  report, settings, progress = evaluate(values, out)
-  if not processes.is_process_0():
-    return
-  paths = report.write(out, settings)
-  with contextlib.closing(json_lines.JsonLines(out / "eval.jsonl")) as lines:
-    lines.write({**settings, **report.scores})
-  progress.clear()
+  with contextlib.closing(workdirs.Outputs(folder, ["eval.jsonl", _PARTIAL])) as outputs:
+    report, settings, progress = evaluate(values, outputs.path)
+    if not processes.is_process_0():
+      return
+    paths = report.write(outputs.path, settings)
+    with contextlib.closing(json_lines.JsonLines(outputs.path / "eval.jsonl")) as lines:
+      lines.write({**settings, **report.scores})
+    progress.clear()
   print(report.table() + "\n")
-  for path in (*paths, out / "eval.jsonl"):
-    print(path)
+  for path in (*paths, outputs.path / "eval.jsonl"):
+    print(folder / path.relative_to(outputs.path))
 
 
 def _evaluate_checkpoint(values: flags.FlagValues, out: Path) -> tuple[Report, dict[str, Any], Progress]:

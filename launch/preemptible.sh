@@ -10,6 +10,7 @@ fi
 
 interrupted=false child=
 trap 'interrupted=true; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null' TERM
+trap '[[ -z $child ]] || kill -INT "$child" 2>/dev/null' INT # Ctrl-C reaches the group of this script alone
 "$@" &
 child=$!
 if $interrupted; then kill -TERM "$child" 2>/dev/null; fi # the signal arrived before the child started

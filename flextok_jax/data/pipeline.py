@@ -9,6 +9,7 @@ element, and a restart continues at the element it needs.
 from collections.abc import Callable, Iterator, Mapping
 import concurrent.futures
 import dataclasses
+import signal
 from typing import Any
 import zlib
 
@@ -234,7 +235,7 @@ def read_ahead(
     workers = grain.MultiprocessingOptions(
       num_workers=loading.num_workers, per_worker_buffer_size=max(loading.prefetch // loading.num_workers, 1)
     )
-    return iter(dataset.batch(**batching).to_iter_dataset(options).mp_prefetch(workers))
+    return iter(dataset.batch(**batching).to_iter_dataset(options).mp_prefetch(workers, ignore_interrupts))
   if by_batch:
     ready = max(loading.prefetch, 1)
     options = grain.ReadOptions(num_threads=min(loading.num_threads, ready), prefetch_buffer_size=ready)
@@ -242,6 +243,11 @@ def read_ahead(
   ready = max(loading.prefetch * batch_size, 1)
   options = grain.ReadOptions(num_threads=loading.num_threads, prefetch_buffer_size=ready)
   return iter(dataset.to_iter_dataset(options).batch(**batching))
+
+
+def ignore_interrupts(worker: int, num_workers: int):
+  """Makes a worker ignore Ctrl-C, which a terminal sends to all processes: the process that reads from it stops it."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class EvalImages:

@@ -100,17 +100,19 @@ class Profile:
 
   Args:
     steps: (start, stop), or () for no profile.
-    folder: where the profile is written, absolute.
+    folder: where the profile is written.
+    name: of the folder, for people; "": its path.
 
   Raises:
     ValueError: steps are neither () nor such a pair.
   """
 
-  def __init__(self, steps: tuple[int, ...], folder: str | os.PathLike):
+  def __init__(self, steps: tuple[int, ...], folder: str | os.PathLike, name: str = ""):
     pair = len(steps) == 2 and all(isinstance(step, int) for step in steps) and 1 <= steps[0] < steps[1]
     if steps and not pair:
       raise ValueError(f"profile_steps must be () or two step numbers (start, stop), 1 <= start < stop, got {steps}")
     self._steps, self._folder = range(*steps or (0,)), os.path.abspath(folder)
+    self._name = name or self._folder
     self._running = False
 
   def before(self, step: int, state: Any) -> None:
@@ -127,4 +129,4 @@ class Profile:
     if self._running:
       self._running = False
       jax.profiler.stop_trace()
-      print(f"profile of steps {self._steps.start} to {self._steps.stop - 1}: {self._folder}", flush=True)
+      print(f"profile of steps {self._steps.start} to {self._steps.stop - 1}: {self._name}", flush=True)

@@ -141,7 +141,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
       outputs.path / _METRICS, outputs.path / "tensorboard" if config.train.tensorboard else None
     )
     stack.enter_context(contextlib.closing(writer))
-    profile = goodput.Profile(config.profile_steps, outputs.path.absolute() / "profile")
+    profile = goodput.Profile(config.profile_steps, outputs.path / "profile", os.path.join(workdir, "profile"))
     stack.enter_context(contextlib.closing(profile))
     count = sum(x.size for x in jax.tree.leaves(state.params))
     processes.log_on_process_0(

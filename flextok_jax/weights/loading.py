@@ -10,7 +10,10 @@ import contextlib
 import dataclasses
 import functools
 import os
+from pathlib import Path
+import tempfile
 
+from etils import epath
 from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
@@ -20,7 +23,7 @@ import numpy as np
 
 from flextok_jax import stages
 from flextok_jax.config import derive, float_dtype, parse_config, read_config, with_fields
-from flextok_jax.core import accelerators, hub, literals, tensor_file
+from flextok_jax.core import accelerators, hub, literals, tensor_file, workdirs
 from flextok_jax.core.tensor_file import TensorFile, Tensors, named
 from flextok_jax.stages.tokenizer import make_model
 from flextok_jax.weights import layout, orbax
@@ -74,6 +77,13 @@ def load(
     source = os.path.dirname(source) or "."
   accelerators.start()
   options = _Options(param_dtype, dtype, vae_norm_num_groups, mup_base_width, image_size, mesh)
+  with _local(source) as source:
+    return _load(source, options)
+
+
+def _load(source: str, options: "_Options") -> tuple[ConfigDict, dict]:
+  if orbax.split(source)[1] is not None or workdirs.is_remote(source):
+    return _load_workdir(source, options)
   if os.path.isdir(source):
     return _load_folder(source, options)
   if os.path.isfile(source):
@@ -85,23 +95,43 @@ def load(
 
 def load_config(source: str | os.PathLike) -> ConfigDict:
   """Returns the config of a model, without reading the arrays of our own formats. Arguments and errors are load's."""
-  source = os.fspath(source)
-  if os.path.isdir(os.path.join(source, "checkpoints")) or orbax.split(source)[1] is not None:
-    config = read_config(orbax.split(source)[0])
-    return with_fields(config, orbax.restore_average(source, {}, {}, _has_measured(config.stage, config.vae))[1])
-  path = os.path.join(source, WEIGHTS) if os.path.isdir(source) else source
-  if is_ours(path):
-    return parse_config(TensorFile(path).metadata[CONFIG_KEY], path)
-  return load(source)[0]
+  with _local(os.fspath(source)) as source:
+    if _is_run(source):
+      config = read_config(orbax.split(source)[0])
+      return with_fields(config, orbax.restore_average(source, {}, {}, _has_measured(config.stage, config.vae))[1])
+    path = os.path.join(source, WEIGHTS) if os.path.isdir(source) else source
+    if is_ours(path):
+      return parse_config(TensorFile(path).metadata[CONFIG_KEY], path)
+    return load(source)[0]
+
+
+def _is_run(source: str) -> bool:
+  """Whether a source is a workdir with checkpoints, or one checkpoint of it."""
+  return orbax.split(source)[1] is not None or orbax.directory(source).is_dir()
+
+
+@contextlib.contextmanager
+def _local(source: str) -> Iterator[str]:
+  """Yields a source; in place of a file or a folder of weights in a bucket, a temporary copy of it."""
+  source = str(workdirs.resolve(source, "source")) if source.startswith(("gs:", "~")) else source
+  if not workdirs.is_remote(source) or _is_run(source):
+    yield source
+    return
+  path = epath.Path(source)
+  with tempfile.TemporaryDirectory(prefix="flextok_jax.") as folder:
+    with workdirs.named(source, "source"):
+      workdirs.download(path, Path(folder) / path.name)
+    if not os.listdir(folder):
+      raise FileNotFoundError(f"no such checkpoint: {source}")
+    yield os.path.join(folder, path.name)
 
 
 def is_ours(source: str | os.PathLike) -> bool:
   """Whether a path exists and is a workdir, a folder, a checkpoint or a weights file in our own format."""
-  if os.path.isdir(source):
-    return orbax.split(source)[1] is not None or any(
-      os.path.exists(os.path.join(source, name)) for name in (WEIGHTS, "checkpoints")
-    )
-  return os.path.isfile(source) and CONFIG_KEY in TensorFile(source).metadata
+  with _local(os.fspath(source)) as source:
+    if os.path.isdir(source) and os.path.exists(os.path.join(source, WEIGHTS)):
+      return True
+    return _is_run(source) or (os.path.isfile(source) and CONFIG_KEY in TensorFile(source).metadata)
 
 
 def abstract_params(config: ConfigDict) -> dict:
@@ -152,8 +182,6 @@ class _Options:
 def _load_folder(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
   inside = functools.partial(os.path.join, folder)
   config_path = inside(hub.CONFIG)
-  if orbax.split(folder)[1] is not None:
-    return _load_workdir(folder, options)
   if os.path.isfile(inside(WEIGHTS)) and not os.path.isdir(inside("checkpoints")):
     return _load_file(inside(WEIGHTS), options)
   if has_weights(folder):

@@ -56,7 +56,9 @@ def split(source: str | os.PathLike) -> tuple[str, int | None]:
   """Returns (workdir, step) of WORKDIR/checkpoints/STEP, one checkpoint of a run; (source, None) of other paths."""
   head, _, step = os.fspath(source).rstrip("/").rpartition("/")
   workdir, _, name = head.rpartition("/")
-  return (workdir or ".", int(step)) if name == "checkpoints" and step.isdecimal() else (os.fspath(source), None)
+  if name != "checkpoints" or not step.isdecimal() or not (epath.Path(workdir or ".") / "config.json").exists():
+    return os.fspath(source), None
+  return workdir or ".", int(step)
 
 
 def restore_newest(
