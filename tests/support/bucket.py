@@ -6,6 +6,7 @@ from etils.epath import gpath
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from orbax.checkpoint._src.path import gcs_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils
 import pytest
 
 from flextok_jax.core import workdirs
@@ -22,8 +23,10 @@ def mount(monkeypatch: pytest.MonkeyPatch, root: Path) -> Path:
     def _strip_protocol(cls, path):
       path = str(path)
       name = path.removeprefix("gcs://").removeprefix("gs://")
-      inside = path != name and not name.startswith(str(root))  # glob() repeats paths that it has found
-      return f"{root}/{name}".rstrip("/") if inside else super()._strip_protocol(path)
+      return f"{root}/{name}".rstrip("/") if path != name else super()._strip_protocol(path)
+
+    def glob(self, path, **kwargs):
+      return [found.removeprefix(f"{root}/") for found in super().glob(path, **kwargs)]  # BUCKET/..., as gcsfs
 
     def open(self, path, mode="rb", **kwargs):
       assert mode in ("r", "rb", "w", "wb"), mode  # objects cannot be appended to
@@ -31,15 +34,11 @@ def mount(monkeypatch: pytest.MonkeyPatch, root: Path) -> Path:
         Path(self._strip_protocol(path)).parent.mkdir(parents=True, exist_ok=True)
       return super().open(path, mode, **kwargs)
 
-  def kvstore(path):
-    end = "" if path.endswith("/_sharding") else "/"  # this one is a file, the others are folders
-    return {"driver": "file", "path": Bucket._strip_protocol(path) + end}
-
   filesystem = Bucket(auto_mkdir=True)
   monkeypatch.setattr(fsspec, "filesystem", lambda name, **kwargs: filesystem)
   monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
   monkeypatch.setattr(gpath.backend_lib.fsspec_backend, "_get_filesystem", lambda name: filesystem)
   monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
-  monkeypatch.setattr(gcs_utils, "get_kvstore_for_gcs", kvstore)
+  monkeypatch.setattr(tensorstore_utils, "_normalize_path", Bucket._strip_protocol)  # tensorstore writes to the folder
   monkeypatch.setattr(workdirs, "_is_installed", lambda module: True)
   return root
