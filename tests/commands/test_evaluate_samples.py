@@ -17,7 +17,7 @@ from flextok_jax.evals.metrics import frechet
 from flextok_jax.evals.metrics import samples as sample_metrics
 from flextok_jax.evals.progress import Progress
 from flextok_jax.evals.report import Report
-from flextok_jax.models.perception import vit
+from flextok_jax.models.perception import inception, vit
 from flextok_jax.models.perception.inception import FIDInception
 from flextok_jax.weights.perception import inception as inception_files
 from flextok_jax.weights.perception import networks
@@ -26,6 +26,14 @@ from tests.support import clip_reference, tiny_generators, vit_reference
 from tests.support.commands import ROOT, environment, fails, run
 
 TOTAL = 13
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_inception():
+  """Inception's input is 75 px instead of 299, a sixteenth of the work; full size: test_inception.py."""
+  with pytest.MonkeyPatch.context() as patched:
+    patched.setattr(inception, "SIZE", 75)
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +146,14 @@ def distance_of_few(a, b):
 @pytest.fixture(scope="module")
 def look(weights):
   params = inception_files.load_inception(weights / "inception.safetensors")
-  with jax.default_matmul_precision("highest"):
-    return jax.jit(lambda images: FIDInception().apply({"params": params}, images / np.float32(255)))
+  with jax.default_matmul_precision("highest"):  # params are an argument: as constants they would compile slowly
+    run_network = jax.jit(lambda params, images: FIDInception().apply({"params": params}, images / np.float32(255)))
+
+  def outputs(images):
+    padded = np.resize(images, (TOTAL, *images.shape[1:]))  # one program for all
+    return {name: x[: len(images)] for name, x in run_network(params, padded).items()}
+
+  return outputs
 
 
 def read_images(path):
@@ -184,6 +198,7 @@ def test_distances_to_saved_statistics_and_resuming(
     fails("stopped", evaluate, *args, "--metrics=gfid,sfid")
   with monkeypatch.context() as patched:  # between writing the samples' file and the report
     patched.setattr(Report, "write", stop_writing)
+    patched.setattr(frechet, "frechet_distance", lambda *given: 0.0)  # takes seconds, and is not reported
     fails("stopped", evaluate, *args, "--metrics=gfid,sfid")
   assert "samples: resuming after 8 images" in capsys.readouterr().out
   run(evaluate, *args, "--metrics=gfid,sfid")
