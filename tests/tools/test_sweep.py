@@ -27,7 +27,7 @@ from flextok_jax.configs import debug
 def get_config(arg=""):
   c = debug.get_config()
   c.train.update(num_steps=2, log_every=1, checkpoint_every=2)
-  c.sampler.num_steps = 1
+  c.sampler.update(num_steps=1, guidance="none")
   c.eval.num_tokens = (1, 4)
   return c
 

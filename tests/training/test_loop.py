@@ -7,7 +7,6 @@ import subprocess
 import sys
 import types
 
-from flax.core.meta import unbox
 import jax
 import numpy as np
 from PIL import Image
@@ -31,6 +30,7 @@ from tests.support.runs import (
   read_metrics,
   step_of_weights,
 )
+from tests.support.tiny import make_params
 
 ROOT = Path(__file__).parents[2]
 VAE = dict(
@@ -246,7 +246,11 @@ def test_train_an_autoencoder_then_a_tokenizer_on_top(tmp_path, capsys):
   np.testing.assert_allclose(x["loss"], x["l1"] + vae_config.vae_loss.kl_weight * x["kl"], rtol=1e-4)
 
   config = config_of(
-    vae=VAE, init_from=str(tmp_path / "vae"), train=dict(num_steps=3, log_every=1, checkpoint_every=3, eval_every=3)
+    vae=VAE,
+    init_from=str(tmp_path / "vae"),
+    train=dict(num_steps=3, log_every=1, checkpoint_every=3, eval_every=3),
+    eval=dict(num_tokens=(4,)),
+    sampler=dict(num_steps=1, guidance="none"),
   )
   train.train(config, str(tmp_path / "tokenizer"))
   trained, average = read_checkpoint(tmp_path / "vae", 40, "params"), read_checkpoint(tmp_path / "vae", 40, "ema")
@@ -264,7 +268,7 @@ def test_train_an_autoencoder_then_a_tokenizer_on_top(tmp_path, capsys):
     train.train(config_of(vae=VAE), str(tmp_path / "random"))
   with pytest.raises(ValueError, match="encoder, decoder; needed: vae|needed: vae"):
     pixels = tmp_path / "pixels.safetensors"
-    saving.save_weights(str(pixels), config_of(), unbox(make_stage(config_of()).init(jax.random.key(0))[0]))
+    saving.save_weights(str(pixels), config_of(), make_params(make_stage(config_of())))
     train.train(config_of(vae=VAE, init_from=str(pixels)), str(tmp_path / "random"))
 
 
@@ -284,20 +288,34 @@ def poisoned_batches(monkeypatch, bad_step):
   monkeypatch.setattr(pipeline, "train_batches", batches)
 
 
+class NoEvaluation:
+  """An evaluation that measures nothing."""
+
+  scalars: dict = {}
+  run = lambda self, params: self
+  write = lambda self, folder: None
+  table = lambda self: ""
+
+
+def train_only(config, workdir):
+  """Trains without compiling an evaluation."""
+  loop.train(config, str(workdir), lambda *args: (NoEvaluation(), lambda params: {}))
+
+
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
   config = config_of(train=dict(num_steps=20, log_every=5, checkpoint_every=10, eval_every=20))
   poisoned_batches(monkeypatch, 3)
   with pytest.raises(
     ValueError, match="not finite at step 3; there is no checkpoint yet.*with workdir=NEW optim.learning_rate=0.0005"
   ):
-    train.train(config, str(tmp_path / "early"))
+    train_only(config, tmp_path / "early")
   assert not checkpoint_steps(tmp_path / "early")
 
   workdir = tmp_path / "run"
   monkeypatch.undo()
   poisoned_batches(monkeypatch, 13)
   with pytest.raises(ValueError, match="not finite at step 13; the checkpoint of step 10 is untouched") as error:
-    train.train(config, str(workdir))
+    train_only(config, workdir)
   assert "\n" not in str(error.value)
   assert f"same command with workdir=NEW init_from={workdir}/checkpoints/10 optim.learning_rate=" in str(error.value)
   assert_trees_equal(loading.load(f"{workdir}/checkpoints/10")[1], read_checkpoint(workdir, 10, "ema"))
@@ -308,10 +326,10 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(read_checkpoint(workdir, 10, name)))
   good = files_of(workdir / "checkpoints" / "10")
   with pytest.raises(ValueError, match="not finite at step 13; the checkpoint of step 10 is untouched"):
-    train.train(config, str(workdir))
+    train_only(config, workdir)
   assert files_of(workdir / "checkpoints" / "10") == good
   monkeypatch.undo()  # the cause is removed: the run continues
-  train.train(config, str(workdir))
+  train_only(config, workdir)
   assert checkpoint_steps(workdir) == [10, 20]
 
 
@@ -340,14 +358,14 @@ def folder_config(pictures, max_unreadable, **settings):
 
 
 def test_a_few_unreadable_files_are_skipped_and_counted(pictures, tmp_path):
-  train.train(folder_config(pictures, 0.5, log_every=4), str(tmp_path))
+  train_only(folder_config(pictures, 0.5, log_every=4), tmp_path)
   lines, _ = read_metrics(tmp_path)
   assert 20 <= sum(x["unreadable"] for x in lines) <= 40  # one file in six; 160 images
 
 
 def test_the_unreadable_fraction_covers_all_images_since_the_last_check(pictures, tmp_path):
   """An evaluation in between does not shorten the interval."""
-  train.train(folder_config(pictures, 0.5, log_every=20, eval_every=19, checkpoint_every=20), str(tmp_path))
+  train_only(folder_config(pictures, 0.5, log_every=20, eval_every=19, checkpoint_every=20), tmp_path)
 
 
 def test_too_many_unreadable_files_stop_the_run(pictures, tmp_path):
@@ -372,6 +390,9 @@ cli.run(train.main)
     "--config.train.num_steps=2",
     "--config.train.log_every=1",
     "--config.train.tensorboard=True",
+    "--config.eval.num_tokens=(4,)",
+    "--config.sampler.num_steps=1",
+    "--config.sampler.guidance=none",
   ]
   done = subprocess.run(
     [sys.executable, "-c", code, *args],
