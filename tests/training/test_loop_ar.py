@@ -164,9 +164,9 @@ def test_t5_features_are_computed_outside_the_state(written, tmp_path):
   assert prepared["text_features"].shape == (8, 8, config.text.features)
 
   stage = make_stage(config)
-  params, frozen = unbox(stage.init(jax.random.key(0)))
+  params, frozen = unbox(jax.jit(stage.init)(jax.random.key(0)))
   assert set(params) == {"ar", "text_mlp"} and not frozen
-  loss, metrics = stage.loss_fn(params, prepared, jax.random.key(0), 0)
+  loss, metrics = jax.jit(stage.loss_fn)(params, prepared, jax.random.key(0), 0)
   assert float(loss) == pytest.approx(float(metrics["loss"][0] / metrics["loss"][1]), rel=1e-6)
 
   gen = flextok_jax.ARGenerator(params, FrozenConfigDict(config))

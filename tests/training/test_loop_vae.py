@@ -103,8 +103,13 @@ def test_scaling_factor_gives_latents_unit_deviation(run, tmp_path):
   config, params = loading.load(str(run.weights))
   images = eval_images(config)
   vae = make_stage(config).vae
-  mean, logvar = vae.apply({"params": params["vae"]}, images / np.float32(127.5) - 1, method="encode")
-  draws = jax.vmap(lambda key: sample_posterior(mean, logvar, key))(jax.random.split(KEY, 50))
+
+  @jax.jit
+  def draw(vae_params, images):
+    mean, logvar = vae.apply({"params": vae_params}, images / np.float32(127.5) - 1, method="encode")
+    return jax.vmap(lambda key: sample_posterior(mean, logvar, key))(jax.random.split(KEY, 50))
+
+  draws = draw(params["vae"], images)
   np.testing.assert_allclose(config.vae.scaling_factor * np.std(draws), 1, rtol=5e-3)
   # Each checkpoint has its own factor.
   half = tmp_path / "half"
@@ -179,10 +184,14 @@ def test_perceptual_loss_is_lpips_and_contributes_gradients(networks):
   assert not any(np.any(g) for g in jax.tree.leaves(grads.pop("lpips")))
   assert_close(grads, plain, rtol=1e-4)
   images = batch["image"] / np.float32(127.5) - 1
-  mean, logvar = stage.vae.apply({"params": params["vae"]}, images, method="encode")
-  recon = stage.vae.apply({"params": params["vae"]}, sample_posterior(mean, logvar, KEY), method="decode")
-  apart = lpips.LPIPS("vgg").apply({"params": params["lpips"]}, (recon + 1) / 2, (images + 1) / 2)
-  np.testing.assert_allclose(told["lpips"][0], apart.sum(), rtol=1e-4)
+
+  @jax.jit
+  def distances(params, images):
+    mean, logvar = stage.vae.apply({"params": params["vae"]}, images, method="encode")
+    recon = stage.vae.apply({"params": params["vae"]}, sample_posterior(mean, logvar, KEY), method="decode")
+    return lpips.LPIPS("vgg").apply({"params": params["lpips"]}, (recon + 1) / 2, (images + 1) / 2)
+
+  np.testing.assert_allclose(told["lpips"][0], distances(params, images).sum(), rtol=1e-4)
 
 
 def test_lpips_weights_are_not_exported_with_the_autoencoder(networks, tmp_path):

@@ -87,7 +87,8 @@ def test_records_are_features_of_the_crops_behind_the_latents(root, crops):
   assert read.meta["fingerprint"] == fingerprints.teacher(*teacher.read_teacher(root / "own", FEATURES))
   assert (read.meta["copies"], read.meta["crop"], read.meta["flip"]) == (COPIES, "random", True)
   cfg, params = loading.load(root / "weights.safetensors")
-  moments = np.concatenate(make_vae(cfg).apply({"params": params["vae"]}, to_float(images), method="encode"), -1)
+  encode = jax.jit(lambda x: make_vae(cfg).apply({"params": params["vae"]}, to_float(x), method="encode"))
+  moments = np.concatenate(encode(images), -1)
   for i in range(len(read)):
     record, other = read[i], latents[i]
     assert record["features"].dtype == np.float16
@@ -142,6 +143,7 @@ def test_training_run_with_stored_features(root, tmp_path):
     init_from=str(root / "weights.safetensors"),
     train=dict(num_steps=2, log_every=1),
     eval=dict(sources=("folder",), num_images=2, batch_size=2, grid_images=1, num_tokens=(4,)),
+    sampler=dict(num_steps=1, guidance="none"),
   )
   train.train(cfg, str(tmp_path / "run"))
   lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -173,7 +173,9 @@ def test_latents_of_the_same_vae_are_accepted(vae, data, written):
 
 def test_a_run_trains_on_latents_and_refuses_those_of_another_vae(tokenizer, data, written, tmp_path):
   settings = dict(
-    train=dict(num_steps=2, log_every=1), eval=dict(sources=("folder",), num_images=4, batch_size=4, grid_images=1)
+    train=dict(num_steps=2, log_every=1),
+    eval=dict(sources=("folder",), num_images=4, batch_size=4, grid_images=1, num_tokens=(4,)),
+    sampler=dict(num_steps=1, guidance="none"),
   )
   cfg = train_config(data, written, init_from=str(tokenizer), **settings)
   train.train(cfg, str(tmp_path / "run"))
