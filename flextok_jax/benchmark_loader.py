@@ -15,7 +15,7 @@ import tempfile
 from absl import flags
 
 from flextok_jax import cli
-from flextok_jax.core import files
+from flextok_jax.core import accelerators, files
 from flextok_jax.tools import loader
 
 _FLAGS = {
@@ -41,6 +41,7 @@ def main(values: flags.FlagValues) -> None:
   if values.config is None:
     raise ValueError("nothing to measure: give --config=loader")
   out = cli.out_file(values)
+  accelerators.start()  # training, after all rounds, needs them
   with tempfile.TemporaryDirectory() as folder:
     paths = loader.write_photographs(Path(folder), values.images, (values.width, values.height))
     config = values.config.copy_and_resolve_references()

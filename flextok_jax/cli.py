@@ -234,31 +234,44 @@ def require(values: flags.FlagValues, *names: str):
       raise ValueError(f"--{name} is missing")
 
 
-def out_path(values: flags.FlagValues) -> Path:
-  """Returns --out, a path on this machine, with ~ expanded; ValueError if it names a bucket or another scheme."""
-  if workdirs.is_remote(values.out):
-    raise ValueError(f"--out={values.out} is in a bucket, where this command cannot write: give a local path")
-  return Path(workdirs.resolve(values.out, "--out"))
+def local_path(given: str | os.PathLike, what: str) -> Path:
+  """Returns a path on this machine, with ~ expanded; ValueError if it is in a bucket or has another scheme.
+
+  Args:
+    given: the path.
+    what: the flag or argument that it is of.
+  """
+  if workdirs.is_remote(given):
+    raise ValueError(f"{what}={given} is in a bucket, where this command cannot read or write: give a local path")
+  return Path(workdirs.resolve(given, what))
 
 
-def out_folder(values: flags.FlagValues) -> Path:
-  """Returns out_path(values), which need not exist; ValueError if it is a file or cannot be written."""
-  folder = out_path(values)
+def new_folder(given: str | os.PathLike, what: str) -> Path:
+  """Returns local_path(given, what), which need not exist; ValueError if it is a file or cannot be written."""
+  folder = local_path(given, what)
   if folder.exists() and not folder.is_dir():
-    raise ValueError(f"--out={folder} is a file: give a folder")
+    raise ValueError(f"{what}={folder} is a file: give a folder")
   files.check_writable(folder)
   return folder
 
 
-def out_file(values: flags.FlagValues) -> Path | None:
-  """Returns --out, or None if it is not given; ValueError if it is a folder or cannot be written."""
-  if not values.out:
-    return None
-  path = out_path(values)
+def new_file(given: str | os.PathLike, what: str) -> Path:
+  """Returns local_path(given, what); ValueError if it is a folder or cannot be written."""
+  path = local_path(given, what)
   if path.is_dir():
-    raise ValueError(f"--out={path} is a folder: give a file")
+    raise ValueError(f"{what}={path} is a folder: give a file")
   files.check_writable(path.parent)
   return path
+
+
+def out_folder(values: flags.FlagValues) -> Path:
+  """Returns --out as new_folder."""
+  return new_folder(values.out, "--out")
+
+
+def out_file(values: flags.FlagValues) -> Path | None:
+  """Returns --out as new_file, or None if it is not given."""
+  return new_file(values.out, "--out") if values.out else None
 
 
 DECODER_FLAGS = {"num_steps": "decoder_steps", "guidance": "decoder_guidance", "guidance_scale": "decoder_scale"}

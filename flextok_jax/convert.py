@@ -10,7 +10,6 @@ writes the image beside DST; for generators it compares logits.
 """
 
 from collections.abc import Mapping
-import os
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
 
 def main(source: str, target: str, values: flags.FlagValues):
   """Converts `source` to `target`."""
-  if os.path.exists(target):
-    raise ValueError(f"{target} exists: remove it, or give another DST")
+  path = cli.local_path(target, "DST")
+  if path.exists():
+    raise ValueError(f"{path} exists: remove it, or give another DST")
+  files.check_writable(path.parent)
+  target = str(path)
   if values.generator:
     if values.to == "official":
       raise ValueError("--to=official: generators are only written in our format")

@@ -17,6 +17,7 @@ An interrupted evaluation resumes when it is run again with the same flags.
 """
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,8 @@ def main(values: flags.FlagValues):
     raise ValueError("nothing to evaluate: give --workdir or --checkpoint")
   if not values.out and not values.workdir:
     raise ValueError("nowhere to write: give --out or --workdir")
-  folder = workdirs.resolve(values.out, "out") if values.out else workdirs.resolve(values.workdir) / "eval"
-  if not workdirs.is_remote(folder) and Path(folder).is_file():
-    raise ValueError(f"--out={folder} is a file: give a folder")
+  what = "--out" if values.out else "--workdir"
+  folder = workdirs.resolve(values.out or os.path.join(values.workdir, "eval"), what)
   of_samples = flags.FlagValues()
   _define_sample_flags(of_samples)
   for name in ("config", "sources") if values.tokenizer else of_samples:
@@ -124,6 +124,8 @@ def main(values: flags.FlagValues):
         f"--{name} has no meaning {'with' if values.tokenizer else 'without'} --tokenizer, which asks"
         " for samples of a generator"
       )
+  check_writable = workdirs.check_writable if workdirs.is_remote(folder) else cli.new_folder
+  processes.run_on_process_0(lambda: check_writable(folder, what))
   evaluate = _evaluate_samples if values.tokenizer else _evaluate_checkpoint
   with contextlib.closing(workdirs.Outputs(folder, ["eval.jsonl", _PARTIAL])) as outputs:
     report, settings, progress = evaluate(values, outputs.path)
@@ -140,7 +142,7 @@ def main(values: flags.FlagValues):
 
 def _evaluate_checkpoint(values: flags.FlagValues, out: Path) -> tuple[Report, dict[str, Any], Progress]:
   """Returns the report of a checkpoint, the settings to write with it, and its partial results."""
-  source = values.checkpoint or values.workdir
+  source, fields = values.checkpoint or values.workdir, cli.eval_fields(values)
   config, params = loading.load(source, mesh=sharding.make_mesh())  # all devices, whatever the training had
   if values.config is not None:
     config = from_config.with_model(values.config, config, check=loading.is_ours(source))
@@ -149,7 +151,7 @@ def _evaluate_checkpoint(values: flags.FlagValues, out: Path) -> tuple[Report, d
       raise ValueError(f"--{name} has no meaning for a generator: its loss is over all tokens of config.data.tokens")
   if config.stage == "vae" and values.num_tokens:
     raise ValueError("--num_tokens has no meaning for a model of stage 'vae', which has no tokens")
-  config = with_fields(config, cli.eval_fields(values))
+  config = with_fields(config, fields)
   settings = {"weights": hash_tree({}, params, exact=True), "networks": values.weights, "config": config.to_dict()}
   progress = Progress(out / _PARTIAL, settings | {"metrics": values.metrics}, values.keep_every)
   report = from_config.evaluate(config, params, values.metrics, values.weights, progress)
@@ -173,6 +175,7 @@ def _evaluate_samples(values: flags.FlagValues, out: Path) -> tuple[Report, dict
       )
   if values.prompts_file and values.classes:
     raise ValueError("--classes and --prompts_file are both given: give one of them")
+  save_reference = _reference_file(values) if values.save_reference else None
 
   # The generator, its tokenizer, and what they are to draw.
   mesh, source, seed = sharding.make_mesh(), values.checkpoint or values.workdir, values.seed or 0
@@ -201,8 +204,8 @@ def _evaluate_samples(values: flags.FlagValues, out: Path) -> tuple[Report, dict
     for name, layer in generation.LAYERS.items():
       if name in names and layer not in compared.gaussians:
         raise ValueError(f"--metrics={name}: {values.reference} has no statistics of these features")
-    if values.save_reference and processes.is_process_0():
-      reference.save(values.save_reference, compared)
+    if save_reference and processes.is_process_0():
+      reference.save(save_reference, compared)
 
   written = {
     "checkpoint": source,
@@ -238,6 +241,12 @@ def _evaluate_samples(values: flags.FlagValues, out: Path) -> tuple[Report, dict
   return evaluator.run(batching.replicate(params, mesh)), written, progress
 
 
+def _reference_file(values: flags.FlagValues) -> Path:
+  if not values.save_reference.endswith(".npz"):
+    raise ValueError(f"--save_reference={values.save_reference}: the name must end in .npz")
+  return cli.new_file(values.save_reference, "--save_reference")
+
+
 def _write_reference(values: flags.FlagValues):
   """Writes the statistics of values.reference to values.save_reference."""
   given = flags.FlagValues()
@@ -246,16 +255,15 @@ def _write_reference(values: flags.FlagValues):
     if values[name].present:
       raise ValueError(f"--{name} has no meaning for the statistics of a reference alone: give a checkpoint, too")
   cli.require(values, "reference")
-  if not values.save_reference.endswith(".npz"):
-    raise ValueError(f"--save_reference={values.save_reference}: the name must end in .npz")
+  path = _reference_file(values)
   batch_size, config = values.batch_size or _BATCH_SIZE, values.config
   image_size = values.image_size or (config.image_size if config is not None else None)
   extract = reference.make_extract(networks.inception(values.weights, "gfid"), batch_size, sharding.make_mesh())
   open_images = from_config.reference_images(config, image_size, values.reference_images or _ALL, batch_size)
   found = reference.load(values.reference, open_images, extract, batch_size, need_images=False)
   if processes.is_process_0():
-    reference.save(values.save_reference, found)
-    print(f"wrote {values.save_reference}: statistics of {found.num_images or 'an unknown number of'} images")
+    reference.save(path, found)
+    print(f"wrote {path}: statistics of {found.num_images or 'an unknown number of'} images")
 
 
 if __name__ == "__main__":

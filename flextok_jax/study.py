@@ -13,6 +13,7 @@ Writes STUDY.json, STUDY.png and STUDY_grid.png for each study, and report.md an
 An interrupted study resumes when it is run again: results in DIR/parts of the same models and settings are reused.
 """
 
+from collections.abc import Callable
 import functools
 
 from absl import flags
@@ -109,8 +110,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
 
 def main(values: flags.FlagValues):
   """Runs values.study and writes the results to values.out."""
-  chosen = _check_flags(values)
-  subject, out = _load_subject(values), cli.out_folder(values)
+  chosen, out = _check_flags(values), cli.out_folder(values)
+  subject = _load_subject(values)
   c = subject.config
   settings = {
     "image_size": c.image_size,
@@ -123,9 +124,10 @@ def main(values: flags.FlagValues):
   progress = Progress(out / PARTS, settings)
   given = {"checkpoint": values.checkpoint} | {name: values[name].value for name in values if values[name].present}
   given.pop("config", None)
-  for name in chosen:
+  studies = {name: STUDIES[name](values, subject, progress) for name in chosen}  # refuses files first
+  for name, study in studies.items():
     print(f"study {name}", flush=True)
-    for path in STUDIES[name](values, subject, progress).write(out, {"settings": given | settings}, name):
+    for path in study().write(out, {"settings": given | settings}, name):
       print(path)
   for path in write_document(out, list(STUDIES)):
     print(path)
@@ -144,20 +146,20 @@ def _load_subject(values: flags.FlagValues) -> Subject:
   return Subject(config, params, metrics, sharding.make_mesh())
 
 
-def _study_tokens(values: flags.FlagValues, subject: Subject, progress: Progress) -> Report:
-  return tokens.study(progress, subject, values.metrics, values.weights)
+def _study_tokens(values: flags.FlagValues, subject: Subject, progress: Progress) -> Callable[[], Report]:
+  return functools.partial(tokens.study, progress, subject, values.metrics, values.weights)
 
 
-def _study_variation(values: flags.FlagValues, subject: Subject, progress: Progress) -> Report:
-  return variation.study(progress, subject, values.num_decodes)
+def _study_variation(values: flags.FlagValues, subject: Subject, progress: Progress) -> Callable[[], Report]:
+  return functools.partial(variation.study, progress, subject, values.num_decodes)
 
 
-def _study_halting(values: flags.FlagValues, subject: Subject, progress: Progress) -> Report:
+def _study_halting(values: flags.FlagValues, subject: Subject, progress: Progress) -> Callable[[], Report]:
   metric = values.quality_metric or next(iter(subject.metrics))
-  return halting.study(progress, subject, metric, cli.numbers("qualities", values.qualities, float))
+  return functools.partial(halting.study, progress, subject, metric, cli.numbers("qualities", values.qualities, float))
 
 
-def _study_sampling(values: flags.FlagValues, subject: Subject, progress: Progress) -> Report:
+def _study_sampling(values: flags.FlagValues, subject: Subject, progress: Progress) -> Callable[[], Report]:
   c = subject.config
   gen = load_ar(values.generator, mesh=subject.mesh, **cli.parse_settings(values.setting))
   prompts.check_tokenizer(FlexTok(subject.params, c), gen, f"--checkpoint={values.checkpoint}")
@@ -193,7 +195,7 @@ def _study_sampling(values: flags.FlagValues, subject: Subject, progress: Progre
   }
   judges = [sampling.make_diversity(subject.compare)] if values.num_samples > 1 else []
   judges += [_make_comparison(values, subject)] if values.judges else []
-  return sampling.study(progress, subject, draw, judges, repeated, choices, settings, asked)
+  return functools.partial(sampling.study, progress, subject, draw, judges, repeated, choices, settings, asked)
 
 
 STUDIES = {
@@ -230,7 +232,7 @@ def _leave_out(values: flags.FlagValues, swept: dict, flag: str, where: str):
 def _check_flags(values: flags.FlagValues) -> list[str]:
   """Checks the flags as far as possible without a checkpoint; returns the names of the studies."""
   cli.require(values, "checkpoint", "out")
-  cli.out_folder(values)
+  cli.eval_fields(values)
   if jax.process_count() > 1:
     raise ValueError("a study runs in one process, on all its devices: start it on one host")
   for name in values.study:

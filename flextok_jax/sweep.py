@@ -12,7 +12,6 @@ loss, images per second, and the scores of the newest report of each (DIR/NAME/e
 table.json and table.png.
 """
 
-from pathlib import Path
 import shlex
 
 from absl import flags
@@ -45,13 +44,14 @@ def main(values: flags.FlagValues):
     return
   if not values.dir:
     raise ValueError("give --dir=DIR, or --config=NAME --list")
-  out = cli.out_folder(values) if values.out else Path(values.dir)
-  results = sweep.read_runs(Path(values.dir), values.only)
+  folder = cli.local_path(values.dir, "--dir")
+  out = cli.new_folder(values.out or folder, "--out" if values.out else "--dir")
+  results = sweep.read_runs(folder, values.only)
   found = sweep.scored(results)
   there = list(dict.fromkeys(metric for _, metric in found))
   for metric in values.metrics:
     if metric not in there:
-      raise ValueError(f"--metrics={metric}: the reports in {values.dir} have {', '.join(there) or 'none'}")
+      raise ValueError(f"--metrics={metric}: the reports in {folder} have {', '.join(there) or 'none'}")
   found = {key: by_run for key, by_run in found.items() if key[1] in (values.metrics or there)}
   for path in sweep.write(results, found, out):
     print(path)

@@ -16,6 +16,7 @@ features of the teacher of config.repa for its REPA beside them, image files for
 """
 
 import functools
+from pathlib import Path
 
 from absl import flags
 import jax
@@ -23,7 +24,6 @@ from ml_collections import FrozenConfigDict
 
 from flextok_jax import cli
 from flextok_jax.config import float_dtype
-from flextok_jax.core import files
 from flextok_jax.data import transforms
 from flextok_jax.data.shards import writer as shard_writer
 from flextok_jax.data.shards.features import FeatureShards
@@ -115,11 +115,10 @@ def tokenize_files(values: flags.FlagValues):
   for name in _OF_SHARDS:
     if values[name].present:
       raise ValueError(f"--{name} has no meaning for --images: it is for shards, of the sources of --config")
-  out = cli.out_path(values)
-  token_files.check_suffix("out", out)
+  token_files.check_suffix("out", Path(values.out))
   if jax.process_count() > 1:
     raise ValueError("--images runs in one process: set JAX_NUM_PROCESSES=1, or write shards of a --config")
-  files.check_writable(out.parent)
+  out = cli.new_file(values.out, "--out")
   named = transforms.name_images(values.images)
   model = load_tokenizer(values.checkpoint)
   progress = functools.partial(cli.print_progress, "images", batch_size=values.batch_size)

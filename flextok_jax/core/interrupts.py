@@ -1,5 +1,6 @@
-"""Ctrl-C in commands: the first one ends a command between computations, the second one at once."""
+"""Ctrl-C: the first one ends a command between computations, or a run after its step, the second one at once."""
 
+from collections.abc import Callable, Iterator
 import contextlib
 import ctypes
 import functools
@@ -23,20 +24,38 @@ def end_at_once() -> None:
 
 
 def watch() -> None:
-  """Makes Ctrl-C raise KeyboardInterrupt, as is Python's default, and a second one end this process at once.
-
-  Python delays signals while it waits for a computation or a compilation; a thread does not. It hears of them through
-  the wakeup descriptor, also where a command has its own handler of SIGINT.
-  """
+  """Makes Ctrl-C raise KeyboardInterrupt, as is Python's default, and a second one end this process at once."""
   if not _is_possible():
     return
-  reader, writer = os.pipe()
-  os.set_blocking(writer, False)
-  signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
   signal.signal(signal.SIGINT, signal.default_int_handler)
+  listener = _Listener()
   os.register_at_fork(after_in_child=_forget)
-  sys.unraisablehook = functools.partial(_report_ignored, writer)
-  threading.Thread(target=_listen, args=(reader,), name="interrupts", daemon=True).start()
+  sys.unraisablehook = functools.partial(_report_ignored, listener.writer)
+
+
+@contextlib.contextmanager
+def as_sigterm(notice: str) -> Iterator[Callable[[], bool]]:
+  """Makes the first Ctrl-C a SIGTERM to this process, and prints a line at once; a second one ends it at once.
+
+  Yields:
+    A function that returns whether there was a Ctrl-C.
+  """
+  if not _is_possible():
+    yield lambda: False
+    return
+  received = []
+
+  def stop(signum, frame):
+    received.append(signum)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  previous = signal.signal(signal.SIGINT, stop)
+  listener = _Listener(notice)
+  try:
+    yield lambda: bool(received)
+  finally:
+    signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)  # None: not set from Python
+    listener.close()
 
 
 def _is_possible() -> bool:
@@ -62,14 +81,45 @@ def _report_ignored(writer: int, ignored: Any) -> None:
     sys.__unraisablehook__(ignored)
 
 
-def _listen(reader: int) -> None:
-  first = None
-  while signals := os.read(reader, 4096):
-    if signal.SIGINT in signals:
-      if first is not None and time.monotonic() - first > _REPEATED:
-        _end()
-      first = first or time.monotonic()
-    if _IGNORED in signals:
-      time.sleep(0.05)  # until the finalizer has ended
-      main = ctypes.c_ulong(threading.main_thread().ident or 0)
-      ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(KeyboardInterrupt))
+class _Listener:
+  """A thread that ends this process at the second SIGINT.
+
+  Python delays signals while it waits for a computation or a compilation; a thread does not. It hears of them through
+  the wakeup descriptor, whatever the handler of SIGINT is.
+
+  Args:
+    notice: a line that is printed at the first SIGINT.
+
+  Attributes:
+    writer: end of the pipe of signal numbers.
+  """
+
+  def __init__(self, notice: str = ""):
+    self._notice = notice
+    self._reader, self.writer = os.pipe()
+    os.set_blocking(self.writer, False)
+    self._previous = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+    self._thread = threading.Thread(target=self._listen, name="interrupts", daemon=True)
+    self._thread.start()
+
+  def _listen(self) -> None:
+    first = None
+    while signals := os.read(self._reader, 4096):
+      if signal.SIGINT in signals:
+        if first is None:
+          first = time.monotonic()
+          if self._notice:
+            print(self._notice, flush=True)
+        elif time.monotonic() - first > _REPEATED:
+          _end()
+      if _IGNORED in signals:
+        time.sleep(0.05)  # until the finalizer has ended
+        main = ctypes.c_ulong(threading.main_thread().ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(KeyboardInterrupt))
+
+  def close(self) -> None:
+    """Ends the thread; the listener before this one, if any, hears of signals again."""
+    signal.set_wakeup_fd(self._previous)
+    os.close(self.writer)
+    self._thread.join()
+    os.close(self._reader)

@@ -11,7 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from flextok_jax.core import files
+from flextok_jax.core import files, npz
 from flextok_jax.parallel import processes
 
 _LINES = 10  # printed per part, at most
@@ -111,13 +111,14 @@ class Progress:
     if not path.is_file():
       return None
     try:
-      with np.load(path, allow_pickle=False) as file:
-        if str(file["settings"]) != _json(settings):
+      with npz.opened(path) as archive:
+        if npz.read(archive, "settings", "U").item() != _json(settings):
           print(f"{path} was written with other settings or weights: {part} starts over", flush=True)
           return None
-        arrays = {name.removeprefix("array_"): file[name] for name in file.files if name.startswith("array_")}
-        return json.loads(str(file["values"])), arrays
-    except Exception:  # zipfile, zlib, json and numpy raise many kinds for a damaged file
+        named = [name for name in npz.names(archive) if name.startswith("array_")]
+        arrays = {name.removeprefix("array_"): npz.read(archive, name) for name in named}
+        return json.loads(npz.read(archive, "values", "U").item()), arrays
+    except ValueError:
       print(f"{path} is damaged: {part} starts over", flush=True)
       return None
 

@@ -1,7 +1,7 @@
 """The device mesh, and the shardings of batches and parameters."""
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 import itertools
 import math
 from typing import Any
@@ -159,7 +159,7 @@ def process_blocks(mesh: Mesh, process_index: int | None = None) -> tuple[list[i
   raise ValueError(f"process {process} has no device of the mesh")
 
 
-def device_batches(batches: Iterator[dict], sharding: NamedSharding, ahead: int = 2) -> Iterator[dict]:
+def device_batches(batches: Iterator[dict], sharding: NamedSharding, ahead: int = 2) -> Generator[dict]:
   """Turns batches of the rows that this process needs (process_blocks) into global arrays.
 
   `ahead` batches are transferred to the devices while one is used.

@@ -1,6 +1,7 @@
 """Training inputs of every stage: images or latents, features of REPA's teacher, tokens and texts."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+import contextlib
 from typing import Any
 
 from etils import epath
@@ -130,14 +131,14 @@ def read_networks(names: Mapping[str, str], folder: str) -> dict[str, dict]:
   return params
 
 
-def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) -> Iterator[dict]:
-  """Returns an endless iterator over the batches of steps start_step, start_step + 1, ...
+def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) -> Generator[dict]:
+  """Returns an endless iterator, to be closed, over the batches of steps start_step, start_step + 1, ...
 
   Each batch has the rows that the devices of this process need, in their order.
   """
   blocks, count = sharding.process_blocks(mesh)
 
-  def block(index: int) -> Iterator[dict]:
+  def block(index: int) -> Any:
     data = image_data(config)
     batches = dict(
       global_batch=config.data.global_batch,
@@ -161,7 +162,16 @@ def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) 
   parts = [block(index) for index in blocks]
   if len(parts) == 1:
     return parts[0]
-  return ({name: np.concatenate([row[name] for row in rows]) for name in rows[0]} for rows in zip(*parts))
+  return _side_by_side(parts)
+
+
+def _side_by_side(parts: Sequence[Generator[dict]]) -> Generator[dict]:
+  """Yields the batches of several iterators as one, and closes them when it is closed."""
+  with contextlib.ExitStack() as stack:
+    for part in parts:
+      stack.enter_context(contextlib.closing(part))
+    for rows in zip(*parts):
+      yield {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
 def abstract_batch(config: ConfigDict, stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:

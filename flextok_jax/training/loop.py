@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import functools
+import gc
 import json
 import os
 import time
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 
 from flextok_jax import stages
 from flextok_jax.config import check, with_fields
-from flextok_jax.core import workdirs
+from flextok_jax.core import interrupts, workdirs
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages.stage import Params
 from flextok_jax.training import checkpoint, goodput, inputs, optim
@@ -26,6 +27,7 @@ from flextok_jax.weights import loading, saving
 
 _METRICS = "metrics.jsonl"
 _MAX_HEADER = 10**8  # bytes of the header of weights.safetensors
+_ON_CTRL_C = "Ctrl-C: stopping after this step, with a checkpoint; a second Ctrl-C stops at once"
 _STEP = "flextok_jax.step"  # metadata entry of weights.safetensors: the step whose averaged parameters it holds
 
 
@@ -130,8 +132,11 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
       donate_argnums=0,
       out_shardings=(shardings, sharding.replicated(mesh)),
     )
-    local_batches = inputs.train_batches(config, first, mesh)
-    batches = map(prepare, sharding.device_batches(local_batches, sharding.batch_sharding(mesh)))
+    if config.data.num_workers:
+      stack.callback(gc.collect)  # of batches in shared memory, which would be reported as leaked at exit
+    local_batches = stack.enter_context(contextlib.closing(inputs.train_batches(config, first, mesh)))
+    placed = sharding.device_batches(local_batches, sharding.batch_sharding(mesh))
+    batches = map(prepare, stack.enter_context(contextlib.closing(placed)))
 
     # Outputs.
     processes.run_on_process_0(lambda: checkpoint.claim_workdir(workdir, config))
@@ -151,7 +156,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
     pending, measured = None, None  # metrics since the last log, and fields measured at the last checkpoint
     losses: list[float] = []  # of the steps since the last checkpoint, averaged between logs
     logged_at, logged_step = time.monotonic(), first
-    with time_spent.spending("step"), processes.interrupts_as_preemption() as interrupted:
+    with time_spent.spending("step"), interrupts.as_sigterm(_ON_CTRL_C) as interrupted:
       for step in range(first + 1, num_steps + 1):
         profile.before(step, state)
 
@@ -160,6 +165,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
           batch = next(batches)
         with time_spent.spending("compile" if step == first + 1 else "step"):
           state, metrics = update(state, batch, run_key)
+          del batch  # its memory is free for the next one
           if step == first + 1:  # traced while the devices compute the first step
             mfu = goodput.make_mfu(config, list(mesh.devices.flat))
         pending = metrics if pending is None else metrics_lib.merge(pending, metrics)
@@ -189,7 +195,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
             checkpoints.save(state, measured, loss=sum(losses) / len(losses))
             losses = []
         if stop:
-          if interrupted():
+          if not processes.true_on_all_processes(not interrupted()):
             checkpoints.wait()
             processes.true_on_all_processes(True)  # all have saved: the end of one may end the others
             raise KeyboardInterrupt(f"stopped by Ctrl-C at step {step}; rerun the same command to go on")

@@ -1,11 +1,16 @@
 """What commands share: Ctrl-C, and devices that cannot start."""
 
+import importlib
+
 import jax
 import pytest
 
 import flextok_jax
+from flextok_jax import benchmark_loader, convert, evaluate
+from flextok_jax.core import accelerators
+from flextok_jax.tools import loader
 from tests.support import numpy_ar
-from tests.support.commands import shell
+from tests.support.commands import fails, shell
 
 
 @pytest.mark.parametrize("where, count", [("python", 1), ("flags", 1), ("ignored", 1), ("jax", 2)])
@@ -47,3 +52,51 @@ def test_loading_asks_for_devices_first(generator, monkeypatch):
   for load in (flextok_jax.load, flextok_jax.load_ar):
     with pytest.raises(OSError, match=r"cannot start its devices \(Unable to initialize backend 'cuda'\)"):
       load(generator)
+
+
+OUTPUTS = {  # by command: the other flags it needs, all of which are looked at later
+  "benchmark": ("--config=debug",),
+  "benchmark_loader": ("--config=loader",),
+  "compile": ("--config=debug", "--topology=v5e:2x2"),
+  "detokenize": ("--checkpoint=/absent", "--tokens=/absent.json"),
+  "evaluate": ("--checkpoint=/absent",),
+  "mup_check": ("--config=debug",),
+  "sample": ("--checkpoint=/absent", "--tokenizer=/absent"),
+  "study": ("--checkpoint=/absent",),
+  "sweep": ("--dir=/absent",),
+  "tokenize": ("--checkpoint=/absent", "--images=/absent"),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_that_cannot_be_written_is_refused_first(name, tmp_path, monkeypatch):
+  command = importlib.import_module(f"flextok_jax.{name}")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "file").touch()
+  for out in ("~/file/out.json", f"{tmp_path}/file/out.json"):
+    fails(f"cannot write {tmp_path}/file.*: .*file is a file", command, *OUTPUTS[name], f"--out={out}")
+  fails("--out='s3://x/out.json' cannot be used", command, *OUTPUTS[name], "--out=s3://x/out.json")
+  if name != "evaluate":  # writes there
+    fails("--out=gs://x/out.json is in a bucket", command, *OUTPUTS[name], "--out=gs://x/out.json")
+
+
+def test_other_outputs_that_cannot_be_written_are_refused_first(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "file").touch()
+  refused = f"cannot write {tmp_path}/file: it is a file|cannot write {tmp_path}/file: {tmp_path}/file is a file"
+  given = ("--save_reference=~/file/x.npz", "--reference=/absent", "--weights=/absent")
+  fails(refused, evaluate, *given)
+  samples = ("--checkpoint=/absent", "--tokenizer=/absent", "--metrics=gfid", f"--out={tmp_path / 'out'}")
+  fails(refused, evaluate, *given, *samples)
+  for target in ("~/file/x", "~/file/x.safetensors"):
+    with pytest.raises(ValueError, match=refused):
+      convert.main("/absent", target, None)
+
+
+def test_the_loader_benchmark_starts_devices_before_its_rounds(monkeypatch):
+  def missing():
+    raise ValueError("JAX cannot start its devices")
+
+  monkeypatch.setattr(accelerators, "start", missing)
+  monkeypatch.setattr(loader, "write_photographs", None)
+  fails("cannot start its devices", benchmark_loader, "--config=loader")

@@ -283,11 +283,11 @@ def test_evaluate_rejects_bad_input(model, vae, pictures, tmp_path):
   fails("give --workdir or --checkpoint", evaluate, given[1])
   fails("give --out or --workdir", evaluate, given[0])
   fails("absent", evaluate, "--checkpoint=absent", given[1])
-  fails("num_tokens=0 is out of range: this model takes 1 to 4", evaluate, *given, "--num_tokens=0,1")
+  fails("--num_tokens: eval.num_tokens must be .* got .0, 1.", evaluate, *given, "--num_tokens=0,1")
   fails("num_tokens=5 is out of range", evaluate, *given, "--num_tokens=5")
   fails("whole numbers separated by commas, got 'x'", evaluate, *given, "--num_tokens=1,x")
-  fails("unknown data source 'mars'", evaluate, *given, "--sources=mars")
-  fails("eval.num_images must be at least 1, got 0", evaluate, *given, "--num_images=0")
+  fails("eval.sources must be .*'mars'", evaluate, "--checkpoint=/absent", given[1], "--sources=mars")
+  fails("num_images=0: 0 is not a positive integer", evaluate, *given, "--num_images=0")
   fails("--num_tokens has no meaning", evaluate, f"--checkpoint={vae}", given[1], "--num_tokens=1")
   fails("is a file", evaluate, given[0], f"--out={pictures / 'a.png'}")
   assert not (tmp_path / "out").exists()
@@ -296,7 +296,7 @@ def test_evaluate_rejects_bad_input(model, vae, pictures, tmp_path):
 @pytest.mark.parametrize(
   "args, pattern",
   [
-    (("evaluate", "--num_tokens=0"), "--num_tokens=0 is out of range: this model takes 1 to 4"),
+    (("evaluate", "--num_tokens=0"), "--num_tokens: eval.num_tokens must be a tuple of whole numbers from 1 to "),
     (("tokenize", "--images=absent.png", "--out=x.json"), "absent.png"),
     (("detokenize", "--tokens=absent.json", "--num_steps=many"), "num_steps"),
   ],

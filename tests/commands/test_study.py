@@ -166,10 +166,14 @@ def test_samples_by_sampling_and_decoder_settings(models, args, tmp_path):
     ("--quality_metric=ssim is not among --metrics", ("--quality_metric=ssim",)),
     ("--qualities takes finite numbers separated by commas, got 'x'", ("--study=halting", "--qualities=x")),
     ("num_tokens=5 is out of range: this model takes 1 to 4", ("--num_tokens=5",)),
+    ("--sources: eval.sources must be .* got .'x'", ("--sources=x", "--checkpoint=/absent")),
+    ("no such generator: /absent", ("--generator=/absent",)),
   ],
 )
 def test_bad_flags_are_refused(args, tmp_path, pattern, given):
+  """Before any study begins."""
   fails(pattern, study, *args[:2], f"--out={tmp_path}", *given)
+  assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -178,6 +182,7 @@ def test_bad_flags_are_refused(args, tmp_path, pattern, given):
     ("whole numbers separated by commas, got '1.5'", "class", ("--top_ks=1.5",)),
     ("--judges=fid is unknown: one of gfid", "class", ("--judges=fid",)),
     ("--judges=gfid needs --reference", "class", ("--judges=gfid",)),
+    ("gfid.* needs weights=DIR", "class", ("--judges=gfid", "--reference=/absent", "--study=all")),
     ("--num_samples=1 leaves nothing to compare", "class", ("--num_samples=1",)),
     ("class 7 is out of range", "class", ("--classes=7",)),
     ("takes neither classes nor prompts", "none", ("--classes=1",)),
@@ -187,3 +192,4 @@ def test_bad_flags_are_refused(args, tmp_path, pattern, given):
 )
 def test_bad_sampling_flags_are_refused(models, args, tmp_path, pattern, name, given):
   fails(pattern, study, *args[:2], f"--out={tmp_path}", "--study=sampling", f"--generator={models[name]}", *given)
+  assert not any(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Whole runs of the train loop on tiny configs: what they write, and what stops them."""
 
+import contextlib
 from pathlib import Path
 import shutil
 import signal
@@ -189,23 +190,35 @@ def test_an_extended_run_killed_before_its_export_replaces_the_old_weights(
   assert "nothing to do" in capsys.readouterr().out and step_of_weights(workdir) == "28"
 
 
-def test_the_callers_sigterm_handler_is_restored(run, tmp_path, monkeypatch, sigterm_handler):
-  """After a run that had nothing to do, and after one stopped by a signal."""
-  train.train(run.config, str(run.workdir))
-  assert signal.getsignal(signal.SIGTERM) is sigterm_handler
-  make = pipeline.train_batches
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_a_run_with_a_checkpoint(run, tmp_path, monkeypatch, capsys, sigterm_handler, name):
+  """Ctrl-C (SIGINT) is a KeyboardInterrupt of one line; the caller's handlers are restored, and the reading ends."""
+  handlers = lambda: (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+  before, make, closed = handlers(), pipeline.train_batches, []
+  train.train(run.config, str(run.workdir))  # nothing to do
+  assert handlers() == before
 
   def batches(*args, **kwargs):
-    for i, batch in enumerate(make(*args, **kwargs)):
-      if i == 4:
-        signal.raise_signal(signal.SIGTERM)
-      yield batch
+    try:
+      for i, batch in enumerate(make(*args, **kwargs)):
+        if i == 4:
+          signal.raise_signal(getattr(signal, name))
+        yield batch
+    finally:
+      closed.append(True)
 
   monkeypatch.setattr(pipeline, "train_batches", batches)
-  train.train(run.config, str(tmp_path))
-  assert signal.getsignal(signal.SIGTERM) is sigterm_handler
+  interrupted = pytest.raises(
+    KeyboardInterrupt, match=r"^stopped by Ctrl-C at step \d; rerun the same command to go on$"
+  )
+  with interrupted if name == "SIGINT" else contextlib.nullcontext():
+    train.train(run.config, str(tmp_path))
+  assert handlers() == before and closed
   (step,) = checkpoint_steps(tmp_path)
   assert step < 5 and not (tmp_path / "weights.safetensors").exists()
+  out = capsys.readouterr().out
+  assert out.count("stopped by a signal at step") == (name == "SIGTERM")
+  assert out.count("Ctrl-C: stopping after this step, with a checkpoint") == (name == "SIGINT")
 
 
 def asked_for(repository):
