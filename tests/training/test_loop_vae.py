@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import flextok_jax
 from flextok_jax import train
+from flextok_jax.config import check
 from flextok_jax.core import images as images_lib
 from flextok_jax.data import pipeline
 from flextok_jax.evals.from_config import make_measure
@@ -265,14 +266,19 @@ def test_without_a_discriminator_there_is_one_plain_optimiser():
   "overrides, words",
   [
     (dict(name="muon"), "optim.name='muon' is for transformers and stage 'vae' has no transformer blocks: use 'adamw'"),
-    (dict(discriminator=dict(b1=1.0)), r"optim.discriminator.b1 must be a number in \[0, 1\), got 1.0"),
-    (dict(discriminator=dict(learning_rate=0.0)), "optim.discriminator.learning_rate must be a number above 0, got 0"),
-    (dict(discriminator=dict(clip_norm=-1.0)), "optim.discriminator.clip_norm must be a number above 0, got -1"),
+    (dict(discriminator=dict(b1=1.0)), r"optim.discriminator.b1 must be a finite number in \[0, 1\), got 1.0"),
+    (
+      dict(discriminator=dict(learning_rate=0.0)),
+      "optim.discriminator.learning_rate must be a finite number above 0, got 0",
+    ),
+    (dict(discriminator=dict(clip_norm=-1.0)), "optim.discriminator.clip_norm must be a finite number above 0, got -1"),
   ],
 )
 def test_invalid_optimiser_settings(overrides, words):
+  config = config_of(optim=overrides)
   with pytest.raises(ValueError, match=words):
-    optim.check(config_of(optim=overrides))
+    check(config)
+    optim.check(config)
 
 
 # Export.
