@@ -171,12 +171,13 @@ def xavier_uniform(fan_out: int, axes: tuple[str | None, ...]) -> nn.initializer
 
 def zeros(*axes: str | None) -> nn.initializers.Initializer:
   """Returns an initialiser of zeros with axis names."""
-  return nn.with_logical_partitioning(nn.initializers.zeros, axes)
+  # Its own type, as flax's is float64 in 64-bit mode if none is given.
+  return nn.with_logical_partitioning(lambda key, shape, dtype=jnp.float32: jnp.zeros(shape, dtype), axes)
 
 
 def normal(stddev: float, *axes: str | None) -> nn.initializers.Initializer:
   """Returns an initialiser from N(0, stddev^2) with axis names."""
-  return nn.with_logical_partitioning(nn.initializers.normal(stddev), axes)
+  return nn.with_logical_partitioning(nn.initializers.normal(stddev, jnp.float32), axes)
 
 
 def dense(

@@ -124,7 +124,7 @@ def _xla(q, k, v, scale, mask, key_bias):
     # barrier makes it assume: with the mask alone, logits would pass through HBM twice as often.
     key_bias = jnp.zeros((1, k.shape[1]), jnp.float32) if key_bias is None else key_bias
     key_bias = jax.lax.optimization_barrier(jnp.broadcast_to(key_bias, k.shape[:2]))
-    bias = key_bias[:, None, None] + jnp.where(mask, 0.0, MASKED)
+    bias = key_bias[:, None, None] + jnp.where(mask, jnp.float32(0), jnp.float32(MASKED))
   return jax.nn.dot_product_attention(q, k, v, bias=bias, scale=scale, implementation="xla")
 
 
@@ -154,7 +154,7 @@ def _cudnn(q, k, v, scale, mask, key_bias):
 
 def padding_bias(lengths: jax.Array, size: int) -> jax.Array:
   """lengths int [b] -> key_bias of attend, float32 [b, size]: 0 before the length, MASKED from there on."""
-  return jnp.where(jnp.arange(size) < lengths[:, None], jnp.float32(0), jnp.float32(MASKED))
+  return jnp.where(jnp.arange(size, dtype=jnp.int32) < lengths[:, None], jnp.float32(0), jnp.float32(MASKED))
 
 
 def bias_features(q: jax.Array, k: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:

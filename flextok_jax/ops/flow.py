@@ -1,6 +1,7 @@
 """Rectified flow (Liu et al. 2022; Esser et al. 2024): x_t = (1 - t) x0 + t noise, velocity = noise - x0."""
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ def t_from_draw(draw: jax.Array, mode: str, mode_scale: float) -> jax.Array:
   if mode == "stratified_logit_normal":
     quantile = (jnp.arange(draw.shape[0], dtype=draw.dtype) + draw) / draw.shape[0]
     # A quantile that rounds to 0 or 1 has an infinite normal deviate, whose sigmoid is 0 or 1.
-    return jax.nn.sigmoid(jnp.sqrt(2.0) * jax.lax.erf_inv(2 * quantile - 1))
+    return jax.nn.sigmoid(math.sqrt(2) * jax.lax.erf_inv(2 * quantile - 1))
   if mode == "uniform":
     return draw
   if mode == "mode":

@@ -50,7 +50,7 @@ def quantize(z: jax.Array, levels: Sequence[int], skip: jax.Array | None = None)
 def saturation(z: jax.Array, keep_k: jax.Array) -> jax.Array:
   """Returns how far z [b, k, d] lies outside of [-1, 1], where tanh is flat: mean square over the first keep_k, [b]."""
   outside = jnp.square(jax.nn.relu(jnp.abs(z.astype(jnp.float32)) - 1)).mean(2)
-  kept = jnp.arange(z.shape[1]) < keep_k[:, None]
+  kept = jnp.arange(z.shape[1], dtype=jnp.int32) < keep_k[:, None]
   return jnp.where(kept, outside, 0).sum(1) / keep_k
 
 

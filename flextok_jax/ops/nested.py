@@ -74,7 +74,7 @@ def sample_keep_k(
   cdf = jnp.asarray(np.cumsum(length_distribution(mode, num_registers)), jnp.float32)
   keep_k = 1 + jnp.searchsorted(cdf, quantile, side="right").astype(jnp.int32)
   # Clipped because a point may be rounded up to the end of its stratum.
-  return jnp.clip(keep_k, 1, np.maximum(bounds, 1)), (point < null_prob) | (bounds == 0)
+  return jnp.clip(keep_k, 1, np.maximum(bounds, 1).astype(np.int32)), (point < null_prob) | (bounds == 0)
 
 
 def padded_lengths(num_registers: int) -> tuple[int, ...]:
@@ -98,8 +98,8 @@ def key_log_counts(
   log n). So the registers past keep_k (at least one, unless none is masked) share the count of the masked ones. Where
   the condition is dropped, all registers are equal, and all share the count num_registers, or 1 with single_null.
   """
-  masked = (num_registers - keep_k)[:, None] / jnp.maximum(length - keep_k, 1)[:, None]
-  tail = jnp.arange(length) >= keep_k[:, None]
+  masked = (num_registers - keep_k)[:, None].astype(jnp.float32) / jnp.maximum(length - keep_k, 1)[:, None]
+  tail = jnp.arange(length, dtype=jnp.int32) >= keep_k[:, None]
   kept = jnp.where(tail, jnp.log(jnp.maximum(masked, _TINY)), 0.0)
   null = math.log((1 if single_null else num_registers) / length)
   return jnp.where(drop[:, None], null, kept)
@@ -107,5 +107,5 @@ def key_log_counts(
 
 def mask_tail(x: jax.Array, fill: jax.Array, keep_k: jax.Array) -> jax.Array:
   """Replaces positions >= keep_k with fill: x [b, l, d], fill [d], keep_k [b]."""
-  keep = jnp.arange(x.shape[1]) < keep_k[:, None]
+  keep = jnp.arange(x.shape[1], dtype=jnp.int32) < keep_k[:, None]
   return jnp.where(keep[..., None], x, fill)

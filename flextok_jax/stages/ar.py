@@ -133,7 +133,7 @@ class ARStage(Stage):
     c = self.config.ar
     apply: Callable[..., Any] = functools.partial(self.model.apply, {"params": params})
     ids, length = batch["token_ids"], batch["length"][:, None]
-    position = jnp.arange(ids.shape[1])
+    position = jnp.arange(ids.shape[1], dtype=jnp.int32)
     text: tuple = ()
     if c.condition == "text":
       features = batch.get("text_features")
@@ -149,7 +149,7 @@ class ARStage(Stage):
     del key, step  # the data pipeline has dropped conditions already
     losses, counts = self.token_losses(params, batch)
     length = losses.shape[1]
-    decay = (1 + jnp.arange(length)) ** -float(self.config.ar.position_decay)
+    decay = (1 + jnp.arange(length, dtype=jnp.float32)) ** -float(self.config.ar.position_decay)
     weights = counts * decay / decay.mean()
     metrics = {"loss": ((losses * counts).sum(), counts.sum())}
     low = 0

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 
 from flextok_jax.config.ranges import MAX_GRID
 from flextok_jax.models.tokenizer.decoder import Decoder
@@ -192,7 +193,7 @@ class TokenizerStage(Stage):
 
     # Metrics: the flow loss by number of kept registers.
     def flow_loss_of(mask):
-      return jnp.where(mask, per_sample, 0).sum(), mask.sum().astype(jnp.float32)
+      return jnp.where(mask, per_sample, 0).sum(), mask.sum(dtype=jnp.int32).astype(jnp.float32)
 
     metrics = {"loss": flow_loss_of(jnp.ones(size, bool)), "loss_null": flow_loss_of(drop)}
     low = 0
@@ -216,7 +217,7 @@ class TokenizerStage(Stage):
     size, n = latents.shape[0], self.tokens.num_registers
     count = bucket_rows(size, self.tokens.bucket_rows)
     # Shuffled, so that lengths are assigned at random: latents within their group, times over the whole batch.
-    order = jax.random.permutation(order_key, count)
+    order = jax.random.permutation(order_key, jnp.arange(count, dtype=jnp.int32))
     latents = _group(latents, count)[:, order]
     t = flow.sample_t(t_key, size, self.flow.t_sampling, self.flow.mode_scale, self.flow.t_shift)
     t = _group(jax.random.permutation(t_order_key, t), count)
@@ -228,7 +229,9 @@ class TokenizerStage(Stage):
     # besides the five above.
     unquantized = corruption = None
     if self.quantization_dropout:
-      unquantized = jax.random.bernoulli(jax.random.fold_in(key, 5), self.quantization_dropout, keep_k.shape)
+      unquantized = jax.random.bernoulli(
+        jax.random.fold_in(key, 5), np.float32(self.quantization_dropout), keep_k.shape
+      )
     if self.corruption_rate:
       shape, corruption_key = (*keep_k.shape, n), jax.random.fold_in(key, 6)
       corruption = fsq.sample_corruption(corruption_key, shape, self.model.levels, self.corruption_rate)
@@ -268,7 +271,7 @@ class TokenizerStage(Stage):
         codes = fsq.corrupt(codes, rows.corruption[:, :length], levels)
       saturation = jnp.where(rows.drop, 0.0, fsq.saturation(z, rows.keep_k))
     else:
-      codes, saturation = jnp.zeros((batch, 1, len(levels))), jnp.zeros(batch)
+      codes, saturation = jnp.zeros((batch, 1, len(levels)), jnp.float32), jnp.zeros(batch, jnp.float32)
     x_t = flow.add_noise(rows.latents, rows.noise, rows.t)
     block = None if self.projector is None else self.repa.block
     inputs = x_t, rows.t, codes, rows.keep_k, rows.drop, rows.modulations, block

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import math
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 import optax
 from optax import contrib
@@ -11,6 +12,11 @@ from optax import contrib
 from flextok_jax.training import mup
 
 OPTIMIZERS = ("adamw", "muon")
+_NEWTON_SCHULZ = (
+  3.4445,
+  -4.7750,
+  2.0315,
+)  # Jordan et al. 2024, as optax, but part of the state and so of a stated type
 _DISCRIMINATOR = "discriminator"  # top-level part of stage "vae" that is trained against the others
 _USUAL_RATE = 5e-4  # about the geometric mean of the learning rates in configs/
 
@@ -96,6 +102,7 @@ def _make_main(optim: ConfigDict, num_steps: int) -> optax.GradientTransformatio
   if muon:
     optimizer = contrib.muon(
       schedule,
+      ns_coeffs=tuple(map(jnp.float32, _NEWTON_SCHULZ)),
       eps=optim.eps,
       weight_decay=decay,
       adam_b1=optim.b1,

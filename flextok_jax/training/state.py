@@ -71,7 +71,7 @@ def make_update(
 
     shapes = jax.eval_shape(grads_of, params, frozen, jax.tree.map(lambda x: x[0], parts), key, step)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (grads, metrics), _ = jax.lax.scan(body, zeros, (jnp.arange(accumulate_steps), parts))
+    (grads, metrics), _ = jax.lax.scan(body, zeros, (jnp.arange(accumulate_steps, dtype=jnp.int32), parts))
     return jax.tree.map(lambda g: g / accumulate_steps, grads), metrics
 
   def update(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
@@ -87,7 +87,9 @@ def make_update(
 
     step = state.step + 1
     finite = jnp.isfinite(metrics["loss"][0]) & jnp.isfinite(norm)
-    metrics = metrics_lib.from_update(dict(metrics, grad_norm=(norm, 1)), batch["unreadable"].sum(), finite, step)
+    metrics = metrics_lib.from_update(
+      dict(metrics, grad_norm=(norm, 1)), batch["unreadable"].sum(dtype=jnp.int32), finite, step
+    )
     return state.replace(step=step, params=params, ema=ema, opt_state=opt_state), metrics
 
   return update

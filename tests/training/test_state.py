@@ -1,8 +1,11 @@
 """The update of the train state, its metrics, and moving batches to devices."""
 
+import functools
+
 from flax.core.meta import unbox
 import flax.linen as nn
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -16,7 +19,9 @@ from flextok_jax.stages.stage import Stage
 from flextok_jax.training import inputs, optim
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training.state import ema_decay, init_state, make_update
+from tests.support import tiny_generators, vae_stage
 from tests.support.runs import assert_trees_equal, config_of
+from tests.support.tiny import make_params
 
 # The update.
 
@@ -174,6 +179,58 @@ def test_loss_decreases_on_a_few_images():
     losses.append(metrics["loss"])
   losses = [float(x.compute()) for x in losses]
   assert np.mean(losses[-50:]) < 0.6 * np.mean(losses[:5]), (losses[:5], losses[-50:])
+
+
+OPTIONS = dict(  # those that draw more
+  tokens=dict(quantization_dropout=0.5, corruption=0.5, saturation_weight=0.1),
+  flow=dict(t_sampling="stratified_logit_normal"),
+)
+
+
+def types_of(jaxpr) -> set[tuple[str, str]]:
+  """Returns (primitive, type) of the arrays of a program; its scalars, such as the ends of ranges, may be wider."""
+  found = {(e.primitive.name, str(x.aval.dtype)) for e in jaxpr.eqns for x in e.outvars if getattr(x.aval, "ndim", 0)}
+  return found.union(*(types_of(inner) for e in jaxpr.eqns for inner in jax.extend.core.jaxprs_in_params(e.params)))
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    config_of(**OPTIONS, optim=dict(name="muon", accumulate_steps=2)),
+    tiny_generators.generator_config(condition="text"),
+    vae_stage.config_of(),
+  ],
+  ids=lambda config: config.stage,
+)
+def test_64_bit_mode_changes_no_type(config):
+  """With jax_enable_x64, state and metrics have the types that they have without, and no array is wider."""
+  stage, optimizer, key = make_stage(config), optim.make_optimizer(config.optim, 10), jax.random.key(0)
+  update = make_update(stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=0.9)
+  batch = inputs.abstract_batch(config, stage)
+  types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+  def trace():
+    state = unbox(jax.eval_shape(functools.partial(init_state, stage, optimizer), key))
+    program, results = jax.make_jaxpr(update, return_shape=True)(state, batch, key)
+    return types(state), types(results), program.jaxpr
+
+  *expected, _ = trace()
+  with jax.enable_x64(True):
+    *actual, program = trace()
+  assert actual == expected
+  assert not {found for found in types_of(program) if found[1] in ("float64", "int64", "uint64")}
+
+
+def test_64_bit_mode_draws_the_same():
+  """The loss of the same key is the same."""
+  config = config_of(**OPTIONS)
+  stage, key = make_stage(config), jax.random.key(0)
+  params, batch = make_params(stage), {"image": np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)}
+  loss = lambda: float(jax.jit(stage.loss_fn)(params, batch, key, np.int32(1))[0])
+  expected = loss()
+  with jax.enable_x64(True):
+    actual = loss()
+  np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 # Devices (more: tests/parallel/test_sharding.py).

@@ -41,7 +41,8 @@ class CausalBlock(nn.Module):
   def prefill(self, x: jax.Array, text: jax.Array | None, key_bias: jax.Array | None) -> tuple[jax.Array, KeysValues]:
     """Returns the output of __call__, and keys and values [b, n, h, e] of x."""
     x = layout.constrain(x, "batch", None, None)
-    y, keys_values = self.attention(self.norm_1(x), jnp.tri(x.shape[1], dtype=bool))
+    position = jnp.arange(x.shape[1], dtype=jnp.int32)
+    y, keys_values = self.attention(self.norm_1(x), position[:, None] >= position)
     x = x + y
     if self.choices.cross_attention:
       assert text is not None and key_bias is not None

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flextok_jax.models import layers
 from flextok_jax.models.vae.autoencoder import conv
 from flextok_jax.ops import layout
 
@@ -67,9 +68,7 @@ class BatchNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     draw = lambda key, shape: 1 + 0.02 * jax.random.normal(key, shape, jnp.float32)
     scale: Any = self.param("scale", nn.with_logical_partitioning(draw, ("conv_out",)), x.shape[-1:])
-    bias: Any = self.param(
-      "bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), ("conv_out",)), x.shape[-1:]
-    )
+    bias: Any = self.param("bias", layers.zeros("conv_out"), x.shape[-1:])
     x = x.astype(jnp.float32)
     mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
     return (x - mean) * jax.lax.rsqrt(variance + 1e-5) * scale + bias
