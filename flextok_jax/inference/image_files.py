@@ -19,6 +19,7 @@ from flextok_jax.core import files
 from flextok_jax.data import pipeline, transforms
 from flextok_jax.inference import batches, token_files, validation
 from flextok_jax.inference.tokenizer import FlexTok
+from flextok_jax.ops import fsq
 from flextok_jax.parallel import batching
 from flextok_jax.weights import fingerprints
 
@@ -56,6 +57,8 @@ def tokenize_files(
   """
   validation.at_least_one("batch_size", batch_size)
   num_tokens = validation.token_count(num_tokens, model.num_registers)
+  names = (files.as_text(name) for _, name in named)
+  token_files.check_json_size(out, names, num_tokens, fsq.num_codes(model.config.tokens.levels))
   header = [fingerprints.tokenizer(model.config, model.params), model.image_size, num_tokens]
   part = out.with_name(f"{files.shorten(out.name)}.part")
   try:

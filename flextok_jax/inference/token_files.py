@@ -17,6 +17,7 @@ from flextok_jax.core.literals import quote
 from flextok_jax.inference import decoding
 
 SUFFIXES = (".json", ".npz")
+MAX_JSON = 2**28  # bytes of a JSON token file, which takes up to thirty times as much memory when it is read
 Ids = Sequence[int] | np.ndarray
 
 
@@ -24,6 +25,16 @@ def check_suffix(name: str, path: Path) -> None:
   """Raises ValueError, naming the argument `name`, if a path does not end as token files do."""
   if path.suffix not in SUFFIXES:
     raise ValueError(f"{name}={path} must end in {' or '.join(SUFFIXES)}")
+
+
+def check_json_size(path: Path, names: Iterable[str], num_tokens: int, num_codes: int) -> None:
+  """Raises ValueError if a token file with num_tokens ids below num_codes for each name may be too large for JSON."""
+  lengths = [len(json.dumps(name)) for name in names] if path.suffix == ".json" else []
+  size = sum(lengths) + len(lengths) * (num_tokens * (len(str(num_codes)) + 2) + 6)
+  if size > MAX_JSON:
+    raise ValueError(
+      f"out={path} would have up to {size} bytes, and a JSON token file has at most {MAX_JSON}: write FILE.npz"
+    )
 
 
 def write_tokens(path: Path, image_size: int, num_tokens: int, entries: Iterable[tuple[str, Ids]]) -> None:
@@ -128,6 +139,9 @@ def _can_be_in_a_path(name: str) -> bool:
 
 def _read_json(path: Path) -> tuple[object, list[str], list[Ids]]:
   """Returns (image_size or None, names, token ids)."""
+  size = path.stat().st_size
+  if size > MAX_JSON:
+    raise ValueError(f"{path} has {size} bytes, and a JSON token file has at most {MAX_JSON}: write it as .npz")
   try:
     fields = json.loads(path.read_bytes())
   except Exception as e:  # json raises several types for a damaged file

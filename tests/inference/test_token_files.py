@@ -83,6 +83,20 @@ def test_damaged_token_files(tmp_path):
     read(archive)
 
 
+def test_json_files_are_bounded(tmp_path, monkeypatch):
+  """A file of the largest size that may be written is read."""
+  path = tmp_path / "t.json"
+  content = token_files.to_json(16, 2, [("a", [199, 199]), ("b", [1, 2])])
+  path.write_bytes(content)
+  monkeypatch.setattr(token_files, "MAX_JSON", len(content) - 1)
+  with pytest.raises(ValueError, match=f"has {len(content)} bytes, .* at most {len(content) - 1}: write it as .npz$"):
+    token_files.read_tokens(path, 16, 4, NUM_CODES)
+  with pytest.raises(ValueError, match="out=.*t.json would have up to .*: write FILE.npz"):
+    token_files.check_json_size(path, ["a" * 30, "b" * 30], 4, NUM_CODES)
+  token_files.check_json_size(tmp_path / "t.npz", ["a" * 30, "b" * 30], 4, NUM_CODES)
+  token_files.check_json_size(path, ["a"], 2, NUM_CODES)
+
+
 def test_names_of_files_become_parts_of_names_of_files(tmp_path):
   names = ["n" * 300 + ".png", "é" * 127, os.fsdecode(b"caf\xe9.png"), "a\nb", "", "..", "x/../y.z"]
   path = write(tmp_path / "t.json", token_ids=[[1]] * len(names), names=names)
