@@ -7,6 +7,7 @@ cached, and Python looks for reference cycles more rarely: tracing makes many ob
 import gc
 import os
 from pathlib import Path
+import subprocess
 
 from tests.support import commands
 
@@ -57,6 +58,23 @@ def shared() -> Path:
   if SHARED is None:
     pytest.skip("no ../shared/golden beside the repository: reference numbers not at hand")
   return SHARED
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A folder on its own file system: (path, function that fills it until so many bytes are left)."""
+  path = tmp_path / "disk"
+  path.mkdir()
+  done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True, check=False)
+  if done.returncode:
+    pytest.skip(f"a file system of its own needs the right to mount: {done.stderr.decode().strip()}")
+
+  def fill(left):
+    stat = os.statvfs(path)
+    (path / "filler").write_bytes(b"\0" * (stat.f_bavail * stat.f_frsize - left))
+
+  yield path, fill
+  subprocess.run(["umount", "-l", path], check=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

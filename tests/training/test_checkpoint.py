@@ -316,23 +316,6 @@ def test_partial_checkpoints_of_a_killed_run_are_removed_by_the_next_run(config,
   assert not half.exists() and (path / "checkpoints" / "7").exists()
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-  """A folder on its own file system: (path, function that fills it until so many bytes are left)."""
-  path = tmp_path / "disk"
-  path.mkdir()
-  done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True, check=False)
-  if done.returncode:
-    pytest.skip(f"a file system of its own needs the right to mount: {done.stderr.decode().strip()}")
-
-  def fill(left):
-    stat = os.statvfs(path)
-    (path / "filler").write_bytes(b"\0" * (stat.f_bavail * stat.f_frsize - left))
-
-  yield path, fill
-  subprocess.run(["umount", "-l", path], check=True)
-
-
 @pytest.mark.parametrize("left", [0, 40_000])  # bytes; a checkpoint has some 200,000
 def test_a_full_disk_is_a_one_line_error_and_keeps_older_checkpoints(config, small_disk, left, capfd, caplog):
   disk, fill = small_disk
