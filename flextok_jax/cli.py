@@ -7,6 +7,7 @@ import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import functools
+import gc
 import io
 import json
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 import re
 import runpy
 import sys
+import traceback
 from typing import Any
 
 from absl import app, flags, logging
@@ -62,7 +64,14 @@ def _fail(error: Exception, line: str = ""):
   logging.vlog(1, "traceback", exc_info=error)  # shown with --verbosity=1
   message = " ".join((line or with_flags(str(error), {name: name for name in flags.FLAGS})).split())
   print("error:", message, file=sys.stderr, flush=True)
+  _free(error)
   sys.exit(1)
+
+
+def _free(error: BaseException):
+  """Frees what the frames of an error hold: of shared memory that is left at the end Python would report a leak."""
+  traceback.clear_frames(error.__traceback__)
+  gc.collect()
 
 
 def with_flags(message: str, names: Mapping[str, str]) -> str:
@@ -198,6 +207,7 @@ def _one_line() -> Iterator[None]:
     raise
   except KeyboardInterrupt as e:
     print(" ".join(str(e).split()) or interrupts.LINE, file=sys.stderr, flush=True)
+    _free(e)
     sys.exit(interrupts.EXIT_CODE)
 
 

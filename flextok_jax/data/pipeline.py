@@ -8,7 +8,9 @@ element, and a restart continues at the element it needs.
 
 from collections.abc import Callable, Iterator, Mapping
 import concurrent.futures
+import contextlib
 import dataclasses
+import gc
 import signal
 from typing import Any
 import zlib
@@ -243,6 +245,17 @@ def read_ahead(
   ready = max(loading.prefetch * batch_size, 1)
   options = grain.ReadOptions(num_threads=loading.num_threads, prefetch_buffer_size=ready)
   return iter(dataset.to_iter_dataset(options).batch(**batching))
+
+
+@contextlib.contextmanager
+def closing(batches: Any, loading: Loading) -> Iterator[Any]:
+  """Ends the threads or workers that read batches ahead at the end of the with statement."""
+  try:
+    yield batches
+  finally:
+    batches.close()
+    if loading.num_workers:
+      gc.collect()  # of batches in shared memory, which Python would report as leaked at its end
 
 
 def ignore_interrupts(worker: int, num_workers: int):

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import functools
-import gc
 import json
 import os
 import time
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 from flextok_jax import stages
 from flextok_jax.config import check, with_fields
 from flextok_jax.core import interrupts, workdirs
+from flextok_jax.data import pipeline
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages.stage import Params
 from flextok_jax.training import checkpoint, goodput, inputs, optim
@@ -132,9 +132,8 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
       donate_argnums=0,
       out_shardings=(shardings, sharding.replicated(mesh)),
     )
-    if config.data.num_workers:
-      stack.callback(gc.collect)  # of batches in shared memory, which would be reported as leaked at exit
-    local_batches = stack.enter_context(contextlib.closing(inputs.train_batches(config, first, mesh)))
+    reading = pipeline.closing(inputs.train_batches(config, first, mesh), inputs.image_data(config).loading)
+    local_batches = stack.enter_context(reading)
     placed = sharding.device_batches(local_batches, sharding.batch_sharding(mesh))
     batches = map(prepare, stack.enter_context(contextlib.closing(placed)))
 

@@ -116,9 +116,10 @@ def write_shards(
   rows = _MissingImages(images, [(s, bounds[s], bounds[s + 1]) for s in missing])
   batch_size = max(records.batch_size // copies, 1)
   batches = pipeline.read_ahead(rows, batch_size, data.loading, drop_remainder=False, batch_fn=list)
-  elements = itertools.chain.from_iterable(batches)
-  for s, group in itertools.groupby(elements, key=lambda element: element["shard"]):
-    _write_shard(paths[s], records.records(tally.readable(group)))
+  with pipeline.closing(batches, data.loading):
+    elements = itertools.chain.from_iterable(batches)
+    for s, group in itertools.groupby(elements, key=lambda element: element["shard"]):
+      _write_shard(paths[s], records.records(tally.readable(group)))
   return _finish(folder, plan, records, images, paths, tally)
 
 
