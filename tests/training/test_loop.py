@@ -221,7 +221,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(run, tmp_path, monkeypatch, capsy
   assert out.count("Ctrl-C: stopping after this step, with a checkpoint") == (name == "SIGINT")
 
 
-def asked_for(repository):
+def asked_for(repository, *names, needed):
   raise FileNotFoundError(f"asked the hub for {repository}")
 
 
@@ -238,7 +238,7 @@ def asked_for(repository):
 def test_a_bad_init_from_fails_before_compilation(tmp_path, monkeypatch, vae, init_from, error, words):
   inits, init_state = [], loop.init_state
   monkeypatch.setattr(loop, "init_state", lambda *args: inits.append(1) or init_state(*args))
-  monkeypatch.setattr(hub, "fetch", asked_for)
+  monkeypatch.setattr(hub, "fetch_file", asked_for)
   with pytest.raises(error, match=words) as caught:
     train.train(config_of(vae=vae, init_from=init_from), str(tmp_path))
   assert "\n" not in str(caught.value)
