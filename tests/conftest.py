@@ -49,6 +49,8 @@ LONG_FILES = [
   "test_convert.py",
 ]
 
+MOST_MEMORY = 4e9  # bytes of a process after which compiled programs are dropped
+
 SHARED = ROOT.parent / "shared" if (ROOT.parent / "shared" / "golden").is_dir() else None
 
 
@@ -75,6 +77,19 @@ def small_disk(tmp_path):
 
   yield path, fill
   subprocess.run(["umount", "-l", path], check=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+  """Drops compiled programs and garbage after a test file, if the process has grown large."""
+  yield
+  try:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+  except OSError:  # not Linux
+    return
+  if pages * os.sysconf("SC_PAGE_SIZE") > MOST_MEMORY:
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

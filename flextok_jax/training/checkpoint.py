@@ -11,6 +11,7 @@ from typing import Any
 
 from absl import logging
 from etils import epath
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import orbax.checkpoint as ocp
@@ -27,6 +28,7 @@ _FREE = ("train.", "eval.", "sampler.", "mesh.", "remat", "profile_steps", "init
 _FREE_DATA = ("data.num_threads", "data.num_workers", "data.prefetch", "data.max_unreadable")
 # A loss above the lowest one by more than this share of it is not sane: those of healthy runs differ by a few percent.
 _SANE = 0.1
+_MIN_PART = 2**20  # bytes
 _LOSS = "training"  # JSON item of a checkpoint: {"loss": mean training loss of the steps before it}
 FREE_AR = ("ar.loss_chunk", "ar.guidance_scale", "ar.temperature", "ar.top_k", "ar.top_p")
 
@@ -117,6 +119,10 @@ class Checkpoints:
 
   def __init__(self, workdir: str, keep: int = 1, keep_period: int = 0, *, own: bool = False):
     orbax.quiet()
+    # Orbax would cut each array into a part per device that holds it, by a program for each shape; small ones are
+    # written by one device.
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_PART)
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
     self._keep, self._keep_period = keep, keep_period
     options = ocp.CheckpointManagerOptions(
       preservation_policy=self,

@@ -152,8 +152,9 @@ def restore_average(
     items[MEASURED] = None
   step, restored, _ = restore_newest(workdir, items, _restore_part)
   fields = restored.pop(MEASURED, {})
-  for path, x in jax.tree_util.tree_leaves_with_path(restored):
-    if not jnp.isfinite(x).all():
+  all_finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))  # one program for all arrays
+  for path, finite in jax.tree_util.tree_leaves_with_path(all_finite(restored)):
+    if not finite:
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       raise ValueError(f"checkpoint {os.path.join(directory(workdir), str(step))}: {name} has NaN or infinite values")
   return {name: tree for part in restored.values() for name, tree in part.items()}, fields
