@@ -39,6 +39,7 @@ setup(
     "chex>=0.1.86",
     "clu>=0.0.12",
     "einops>=0.8",
+    "etils>=1.9",  # paths of workdirs in buckets; orbax needs it, too
     "flax>=0.12",
     "grain>=0.2.14",
     "huggingface-hub>=0.30",  # checkpoints by their name on the hub

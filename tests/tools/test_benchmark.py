@@ -250,4 +250,4 @@ def test_bad_input_is_refused(tmp_path):
 
 def test_command_as_a_user_process(tmp_path):
   done = shell("flextok_jax.benchmark", f"--config={config_file(tmp_path)}", "--repeats=0")
-  assert done == (1, "", "error: --repeats=0 must be at least 1\n")
+  assert done == (1, "", "error: flag --repeats=0: 0 is not a positive integer\n")
