@@ -21,7 +21,7 @@ MEASURED = "measured"  # JSON item of a checkpoint: config fields measured on th
 
 
 def quiet():
-  """Hides the tracebacks that orbax prints of errors that it raises as well; --verbosity=1 shows them.
+  """Hides the tracebacks that orbax prints of errors that it raises as well, and a warning; --verbosity=1 shows them.
 
   On a full disk these are hundreds of lines around the one line of the error.
   """
@@ -37,7 +37,8 @@ _previous_hook: list[Callable] = []
 
 def _worth_printing(record: logging.LogRecord) -> bool:
   is_orbax = record.name == "asyncio" or f"{os.sep}orbax{os.sep}" in record.pathname
-  return record.levelno < logging.ERROR or not is_orbax or absl_logging.vlog_is_on(1)
+  hidden = record.levelno >= logging.ERROR or str(record.msg).startswith("Type handler registry")  # see Checkpoints
+  return not is_orbax or not hidden or absl_logging.vlog_is_on(1)
 
 
 def _print_unraisable(unraisable: Any):

@@ -77,8 +77,8 @@ def disturbed(kind: str, step: int, process: int = 0, name: str = "SIGKILL", del
     reached("evaluate", int(state.step))
     evaluate_state(evaluation, state, *args)
 
-  def saving(self, state, *args):
-    save(self, state, *args)  # continues in the background
+  def saving(self, state, *args, **kwargs):
+    save(self, state, *args, **kwargs)  # continues in the background
     reached("save", int(state.step))
 
   @contextlib.contextmanager
