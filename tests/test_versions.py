@@ -14,6 +14,7 @@ def test_train_load_and_use(tmp_path):
   config = load_config("debug")
   config.train.update(num_steps=3, log_every=1, checkpoint_every=2)
   config.optim.warmup_steps = 1
+  config.eval.update(num_images=2, num_tokens=(4,), batch_size=2)
   train.train(config, str(tmp_path))
   model = flextok_jax.load(str(tmp_path / "weights.safetensors"))
   images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)

@@ -25,9 +25,14 @@ FILES = {"config.json", "metrics.jsonl", "weights.safetensors", "checkpoints", "
 def test_a_run_in_a_bucket_writes_and_resumes_as_in_a_folder(tmp_path, monkeypatch, capsys):
   """Also read back: by the run itself, by evaluate, by load and as init_from."""
   monkeypatch.chdir(tmp_path)
+  # JAX's own profile takes ten seconds (tests/training/test_goodput.py).
+  write = lambda folder: (Path(folder).mkdir(parents=True), (Path(folder) / "host.xplane.pb").write_bytes(b"profile"))
+  monkeypatch.setattr(jax.profiler, "start_trace", write)
+  monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
   here = bucket.mount(monkeypatch, tmp_path / "remote") / "bucket" / "runs" / "a"
   settings = dict(log_every=2, checkpoint_every=2, eval_every=2, keep_checkpoints=9, tensorboard=True)
-  config = lambda steps: config_of(train=dict(num_steps=steps, **settings), profile_steps=(2, 3))
+  quick = dict(fast=False, sampler=dict(num_steps=1, guidance="none"), eval=dict(num_tokens=(1,), num_images=2))
+  config = lambda steps: config_of(train=dict(num_steps=steps, **settings), profile_steps=(2, 3), **quick)
   train.train(config(2), WORKDIR)
   assert {p.name for p in here.iterdir()} == FILES
   train.train(config(4), WORKDIR)
