@@ -14,44 +14,41 @@ if (($#)); then
   exec python -m pytest "$@"
 fi
 
-# Install the environments of all Python versions at the same time.
-fast=(tests/core tests/ops tests/models/test_golden.py tests/models/test_golden_ar.py
-  tests/weights/test_fingerprints.py tests/test_versions.py)
+# The fast tests with each other Python version run beside everything else, one version after another.
 slow=tests/models/test_golden.py
-fast+=(--deselect "$slow::test_sampling" --deselect "$slow::test_images_to_tokens"
+fast=(tests/core tests/ops tests/models/test_golden.py tests/models/test_golden_ar.py
+  tests/weights/test_fingerprints.py tests/test_versions.py
+  --deselect "$slow::test_sampling" --deselect "$slow::test_images_to_tokens"
   --deselect "$slow::test_training_loss_and_gradients")
-versions=()
 main=$(flextok_interpreter)
-for version in 3.11 3.12 3.13; do
-  if [[ ${main:+$("$main" -V)} == "Python $version."* ]]; then continue; fi
-  if interpreter=$(flextok_python "$version"); then
-    versions+=("$version")
-    flextok_install "$PWD/.venv-$version" "$interpreter" packaging 'pytest>=8' 'setuptools>=77' >&2 &
-  else
-    echo "Python $version not found: skipping its tests"
-  fi
-done
-flextok_env
+other_pythons() {
+  local version interpreter code=0
+  for version in 3.11 3.12 3.13; do
+    if [[ ${main:+$("$main" -V)} == "Python $version."* ]]; then continue; fi
+    if ! interpreter=$(flextok_python "$version"); then
+      echo "Python $version not found: skipping its tests"
+      continue
+    fi
+    flextok_install "$PWD/.venv-$version" "$interpreter" packaging 'pytest>=8' 'setuptools>=77' || return 1
+    echo "the fast tests with Python $version:"
+    JAX_COMPILATION_CACHE_DIR=$PWD/.pytest_cache/jax-$version PYTHONPATH=$PWD "$PWD/.venv-$version/bin/python" \
+      -m pytest -p no:cacheprovider "${fast[@]}" || code=1
+  done
+  return "$code"
+}
+log=$(mktemp)
+other_pythons >"$log" 2>&1 &
+others=$!
+trap 'kill "$others" 2>/dev/null || true; rm -f "$log"' EXIT
 
+flextok_env
 ruff format --check .
 ruff check .
 mypy
 lint-imports
-for _ in "${versions[@]}"; do wait -n; done
-
 # Two processes; most of the time is compilation, which uses one core.
 python -m pytest -n 2 --dist loadfile
-for version in "${versions[@]}"; do
-  log=$PWD/.venv-$version/tests.log
-  (
-    echo "the fast tests with Python $version:"
-    JAX_COMPILATION_CACHE_DIR=$PWD/.pytest_cache/jax-$version PYTHONPATH=$PWD "$PWD/.venv-$version/bin/python" \
-      -m pytest "${fast[@]}"
-  ) >"$log" 2>&1 &
-done
 code=0
-for version in "${versions[@]}"; do
-  wait -n || code=1
-done
-for version in "${versions[@]}"; do cat ".venv-$version/tests.log"; done
+wait "$others" || code=1
+cat "$log"
 exit "$code"
