@@ -16,8 +16,7 @@ fi
 
 # The fast tests with each other Python version run beside everything else, one version after another.
 slow=tests/models/test_golden.py
-fast=(tests/core tests/ops tests/models/test_golden.py tests/models/test_golden_ar.py
-  tests/weights/test_fingerprints.py tests/test_versions.py
+fast=(tests/core tests/ops tests/models/test_golden.py tests/weights/test_fingerprints.py tests/test_versions.py
   --deselect "$slow::test_sampling" --deselect "$slow::test_images_to_tokens"
   --deselect "$slow::test_training_loss_and_gradients")
 main=$(flextok_interpreter)

@@ -18,11 +18,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # Programs compile in a third of the time; other jax versions may not know these flags, which would be fatal.
-XLA_FLAGS = (
-  "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-  if metadata.version("jaxlib").startswith("0.10.")
-  else ""
-)
+XLA_FLAGS = {
+  "0.10": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+  "0.12": "--xla_cpu_parallel_codegen_split_count=1",
+}.get(".".join(metadata.version("jaxlib").split(".")[:2]), "")
 
 GC_THRESHOLD = 100_000, 50, 100  # tracing a model takes a tenth less time than with Python's 700, 10, 10
 
