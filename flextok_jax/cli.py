@@ -329,9 +329,17 @@ def decoder_flags(values: flags.FlagValues) -> dict[str, Any]:
   return {name: values[flag].value for name, flag in DECODER_FLAGS.items()}
 
 
-def print_progress(what: str, done: int, total: int, batch_size: int):
-  """Prints a line after about every tenth of the batches, and after the last."""
-  if done == total or done % (batch_size * max(1, total // batch_size // 10)) < batch_size:
+def print_progress(what: str, done: int, total: int, batch_size: int, step: int | None = None):
+  """Prints a line after about every tenth of the batches, and after the last.
+
+  Args:
+    what: is counted.
+    done: so far.
+    total: of all.
+    batch_size: that work is done in.
+    step: most that were done since the last call; default: batch_size.
+  """
+  if done == total or done % (batch_size * max(1, total // batch_size // 10)) < (step or batch_size):
     print(f"{what}: {done} of {total}", flush=True)
 
 

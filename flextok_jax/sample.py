@@ -139,8 +139,7 @@ def main(values: flags.FlagValues):
       files.write_file(paths[job[0]], grids.to_png(picture))
       if everything is not None:
         everything[job[0]] = picture
-    if done % values.batch_size == 0 or done == len(jobs):
-      progress("pictures decoded", done, len(jobs))
+    progress("pictures decoded", done, len(jobs), step=1)
 
   # Lists, grid, strip and archive.
   settings = {name: values[name].value for name in ("checkpoint", "tokenizer", "seed")}

@@ -16,9 +16,8 @@ from tests.support import caption_tokenizers, runs
 from tests.support.mutations import mutate
 
 
-@functools.cache
-def _files() -> dict[str, bytes]:
-  """Returns weights of a tiny tokenizer in our format and in the official one, {file name: content}."""
+def tiny_tokenizer():
+  """Returns (config, random parameters) of a tokenizer that the official format can hold."""
   config = common.derive(
     image_size=32,
     dtype="float32",
@@ -29,6 +28,13 @@ def _files() -> dict[str, bytes]:
   )
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), loading.abstract_params(config))
+  return config, params
+
+
+@functools.cache
+def _files() -> dict[str, bytes]:
+  """Returns weights of a tiny tokenizer in our format and in the official one, {file name: content}."""
+  config, params = tiny_tokenizer()
   with tempfile.TemporaryDirectory() as folder:
     saving.save_weights(f"{folder}/ours.safetensors", config, params)
     saving.save_official(f"{folder}/hub", config, params)

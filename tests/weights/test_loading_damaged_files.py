@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 
-from flextok_jax import config as common
 from flextok_jax.weights import loading, saving
 from tests.support import weights_mutants
 
@@ -22,18 +21,8 @@ PACKAGE = str(Path(loading.__file__).parents[1])
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
   """(header, data) of an undamaged official file with random weights."""
-  config = common.derive(
-    image_size=32,
-    dtype="float32",
-    vae=dict(latent_channels=4, block_out_channels=(4, 4), layers_per_block=1, norm_groups=2),
-    encoder=dict(width=64, depth=2),
-    decoder=dict(width=64, depth=2),
-    tokens=dict(num_registers=4),
-  )
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), loading.abstract_params(config))
   path = tmp_path_factory.mktemp("official") / "model.safetensors"
-  saving.save_official(path, config, params)
+  saving.save_official(path, *weights_mutants.tiny_tokenizer())
   blob = path.read_bytes()
   end = 8 + int.from_bytes(blob[:8], "little")
   assert load(path) is None  # undamaged

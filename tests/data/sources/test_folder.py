@@ -5,24 +5,13 @@ import os
 import re
 import socket
 
-from absl import logging
 from PIL import Image
 import pytest
 
-from flextok_jax.core import errors
 from flextok_jax.data import transforms
 from flextok_jax.data.sources import base, captions
 from flextok_jax.data.sources.folder import Folder
 from tests.support.pictures import same_record, write_classes, write_damaged_jpegs
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-  """The warnings that are logged."""
-  lines = []
-  monkeypatch.setattr(errors, "_warned", set())
-  monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
-  return lines
 
 
 def test_classes_are_subfolders(tmp_path):

@@ -9,27 +9,16 @@ import random
 import re
 import tarfile
 
-from absl import logging
 import numpy as np
 import pytest
 
 from flextok_jax.config import derive
-from flextok_jax.core import errors
 from flextok_jax.data import pipeline
 from flextok_jax.data.sources import base
 from flextok_jax.data.sources.webdataset import WebDataset, find_tars
 from flextok_jax.training.inputs import image_data
 from tests.support import source_mutants
 from tests.support.tars import archive, picture, shard, write_shards
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-  """The warnings that are logged."""
-  lines = []
-  monkeypatch.setattr(errors, "_warned", set())
-  monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
-  return lines
 
 
 def read(source) -> list[tuple]:
