@@ -30,7 +30,7 @@ other_pythons() {
     fi
     flextok_install "$PWD/.venv-$version" "$interpreter" packaging 'pytest>=8' 'setuptools>=77' || return 1
     echo "the fast tests with Python $version:"
-    JAX_COMPILATION_CACHE_DIR=$PWD/.pytest_cache/jax-$version PYTHONPATH=$PWD "$PWD/.venv-$version/bin/python" \
+    JAX_COMPILATION_CACHE_DIR=$PWD/.pytest_cache/jax-others PYTHONPATH=$PWD "$PWD/.venv-$version/bin/python" \
       -m pytest -p no:cacheprovider "${fast[@]}" || code=1
   done
   return "$code"

@@ -7,6 +7,7 @@ cached, and Python looks for reference cycles more rarely: tracing makes many ob
 import gc
 import os
 from pathlib import Path
+import signal
 import subprocess
 
 from tests.support import commands
@@ -22,6 +23,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and so by children, if started in the background
 gc.freeze()
 gc.set_threshold(*commands.GC_THRESHOLD)
 
