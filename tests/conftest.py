@@ -81,6 +81,15 @@ def small_disk(tmp_path):
   subprocess.run(["umount", "-l", path], check=True)
 
 
+@pytest.fixture(scope="module")
+def shared_programs():
+  """Runs of a test file with the same model, loss and optimiser share their programs."""
+  from tests.support.runs import programs_shared
+
+  with programs_shared():
+    yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory():
   """Drops compiled programs and garbage after a test file, if the process has grown large."""

@@ -104,7 +104,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
 
     # State: a new one is made in its place on the mesh, an old one is restored into the same places.
     optimizer = optim.make_optimizer(config.optim, num_steps)
-    init = functools.partial(init_state, stage, optimizer)
+    init = jax.jit(functools.partial(init_state, stage, optimizer))  # traced once for both uses
     boxed = jax.eval_shape(init, init_key)
     shardings = sharding.tree_shardings(boxed, mesh)
     exported = loading.abstract_params(config)  # top-level parts of the model, without those that only the loss needs

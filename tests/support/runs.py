@@ -1,7 +1,10 @@
-"""Configs, states and outputs of small training runs."""
+"""Configs, states and outputs of small training runs; programs that several runs share."""
 
+import contextlib
+import functools
 import json
 from pathlib import Path
+from unittest import mock
 
 from flax.core.meta import unbox
 import jax
@@ -13,8 +16,11 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors
 
+from flextok_jax import stages
+from flextok_jax.config import flatten
 from flextok_jax.configs import debug
 from flextok_jax.stages import make_stage
+from flextok_jax.training import loop, optim
 from flextok_jax.training.state import TrainState, init_state
 
 
@@ -32,6 +38,32 @@ def random_state(config: ConfigDict, step: int = 3, seed: int = 0) -> TrainState
   rng = np.random.default_rng(seed)
   draw = lambda x: jnp.asarray(rng.normal(size=x.shape) if x.dtype == jnp.float32 else rng.integers(9), x.dtype)
   return jax.tree.map(draw, shapes).replace(step=jnp.int32(step))
+
+
+@contextlib.contextmanager
+def programs_shared():
+  """Runs inside whose model, loss and optimiser are the same trace and compile their programs once."""
+
+  ignored = ("train.", "eval.", "data.", "init_from", "profile_steps")  # by stages
+
+  def once(make):
+    made = {}
+
+    def cached(config, *args):
+      key = repr([(k, v) for k, v in sorted(flatten(config).items()) if not k.startswith(ignored)]), args
+      if key not in made:
+        made[key] = make(config, *args)
+      return made[key]
+
+    return cached
+
+  with (
+    mock.patch.object(stages, "make_stage", once(make_stage)),
+    mock.patch.object(optim, "make_optimizer", once(optim.make_optimizer)),
+    mock.patch.object(loop, "make_update", functools.cache(loop.make_update)),
+    mock.patch.object(loop, "init_state", jax.jit(init_state, static_argnums=(0, 1))),
+  ):
+    yield
 
 
 def assert_trees_equal(a, b):

@@ -1,11 +1,8 @@
 """Whole runs of the train loop on tiny configs: what they write, and what stops them."""
 
 import contextlib
-from pathlib import Path
 import shutil
 import signal
-import subprocess
-import sys
 import types
 
 import jax
@@ -21,7 +18,7 @@ from flextok_jax.data import pipeline
 from flextok_jax.stages import make_stage
 from flextok_jax.training import goodput, loop, optim
 from flextok_jax.weights import loading, saving
-from tests.support.commands import environment
+from tests.support.commands import shell
 from tests.support.runs import (
   assert_trees_equal,
   checkpoint_steps,
@@ -33,7 +30,8 @@ from tests.support.runs import (
 )
 from tests.support.tiny import make_params
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 VAE = dict(
   kind="autoencoder_kl",
   latent_channels=4,
@@ -48,7 +46,21 @@ def config_of_run(**settings):
   train_settings = dict(
     num_steps=20, log_every=4, checkpoint_every=8, eval_every=10, keep_checkpoints=2, keep_period=0, tensorboard=True
   )
-  return config_of(train=train_settings | settings)
+  return config_of(train=train_settings | settings, sampler=dict(num_steps=1, guidance="none"))
+
+
+class NoEvaluation:
+  """An evaluation that measures nothing."""
+
+  scalars: dict = {}
+  run = lambda self, params: self
+  write = lambda self, folder: None
+  table = lambda self: ""
+
+
+def train_only(config, workdir):
+  """Trains without compiling an evaluation."""
+  loop.train(config, str(workdir), lambda *args: (NoEvaluation(), lambda params: {}))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +151,7 @@ def test_weights_are_exported_even_if_the_run_was_killed_after_its_last_checkpoi
   path = run.workdir / "weights.safetensors"
   before = loading.load(str(path))[1]
   path.unlink()
-  train.train(run.config, str(run.workdir))
+  train_only(run.config, run.workdir)
   assert_trees_equal(loading.load(str(path))[1], before)
 
 
@@ -154,7 +166,7 @@ def test_weights_without_a_step_are_written_again(run, tmp_path, content):
     saving.save_weights(str(path), run.config, jax.tree.map(np.zeros_like, weights))
   else:
     path.write_bytes(content)
-  train.train(run.config, str(workdir))
+  train_only(run.config, workdir)
   assert step_of_weights(workdir) == "20"
   assert_trees_equal(loading.load(str(path))[1], weights)
 
@@ -173,20 +185,20 @@ def test_an_extended_run_killed_before_its_export_replaces_the_old_weights(
   config = config_of_run(num_steps=28)
   monkeypatch.setattr(saving, "save_weights", killed)
   with pytest.raises(KeyboardInterrupt):
-    train.train(config, str(workdir))
+    train_only(config, workdir)
   assert signal.getsignal(signal.SIGTERM) is sigterm_handler
   assert checkpoint_steps(workdir) == [24, 28] and (workdir / "weights.safetensors").read_bytes() == before
   monkeypatch.undo()
-  train.train(config, str(workdir))
+  train_only(config, workdir)
   assert "nothing to do" not in capsys.readouterr().out
   assert step_of_weights(workdir) == "28"
   weights = loading.load(str(workdir / "weights.safetensors"))[1]
   average = read_checkpoint(workdir, 28, "ema")
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype("bfloat16").astype("float32")), weights, average)
-  train.train(config, str(workdir))
+  train_only(config, workdir)
   assert "nothing to do" in capsys.readouterr().out
   # A shorter run than the existing one does nothing either.
-  train.train(run.config, str(workdir))
+  train_only(run.config, workdir)
   assert "nothing to do" in capsys.readouterr().out and step_of_weights(workdir) == "28"
 
 
@@ -195,7 +207,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(run, tmp_path, monkeypatch, capsy
   """Ctrl-C (SIGINT) is a KeyboardInterrupt of one line; the caller's handlers are restored, and the reading ends."""
   handlers = lambda: (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
   before, make, closed = handlers(), pipeline.train_batches, []
-  train.train(run.config, str(run.workdir))  # nothing to do
+  train_only(run.config, run.workdir)  # nothing to do
   assert handlers() == before
 
   def batches(*args, **kwargs):
@@ -212,7 +224,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(run, tmp_path, monkeypatch, capsy
     KeyboardInterrupt, match=r"^stopped by Ctrl-C at step \d; rerun the same command to go on$"
   )
   with interrupted if name == "SIGINT" else contextlib.nullcontext():
-    train.train(run.config, str(tmp_path))
+    train_only(run.config, tmp_path)
   assert handlers() == before and closed
   (step,) = checkpoint_steps(tmp_path)
   assert step < 5 and not (tmp_path / "weights.safetensors").exists()
@@ -236,13 +248,13 @@ def asked_for(repository, *names, needed):
   ],
 )
 def test_a_bad_init_from_fails_before_compilation(tmp_path, monkeypatch, vae, init_from, error, words):
-  inits, init_state = [], loop.init_state
-  monkeypatch.setattr(loop, "init_state", lambda *args: inits.append(1) or init_state(*args))
+  spent, spending = [], goodput.Goodput.spending
+  monkeypatch.setattr(goodput.Goodput, "spending", lambda self, kind: spent.append(kind) or spending(self, kind))
   monkeypatch.setattr(hub, "fetch_file", asked_for)
   with pytest.raises(error, match=words) as caught:
     train.train(config_of(vae=vae, init_from=init_from), str(tmp_path))
   assert "\n" not in str(caught.value)
-  assert len(inits) == 1  # only its shapes
+  assert not spent
   assert not (tmp_path / "config.json").exists()
 
 
@@ -259,13 +271,9 @@ def test_train_an_autoencoder_then_a_tokenizer_on_top(tmp_path, capsys):
   np.testing.assert_allclose(x["loss"], x["l1"] + vae_config.vae_loss.kl_weight * x["kl"], rtol=1e-4)
 
   config = config_of(
-    vae=VAE,
-    init_from=str(tmp_path / "vae"),
-    train=dict(num_steps=3, log_every=1, checkpoint_every=3, eval_every=3),
-    eval=dict(num_tokens=(4,)),
-    sampler=dict(num_steps=1, guidance="none"),
+    vae=VAE, init_from=str(tmp_path / "vae"), train=dict(num_steps=3, log_every=1, checkpoint_every=3, eval_every=3)
   )
-  train.train(config, str(tmp_path / "tokenizer"))
+  train_only(config, tmp_path / "tokenizer")
   trained, average = read_checkpoint(tmp_path / "vae", 40, "params"), read_checkpoint(tmp_path / "vae", 40, "ema")
   frozen = read_checkpoint(tmp_path / "tokenizer", 3, "frozen")
   assert set(frozen) == {"vae"}
@@ -299,20 +307,6 @@ def poisoned_batches(monkeypatch, bad_step):
       yield {**batch, "image": images * (np.nan if i == bad_step else 1)}
 
   monkeypatch.setattr(pipeline, "train_batches", batches)
-
-
-class NoEvaluation:
-  """An evaluation that measures nothing."""
-
-  scalars: dict = {}
-  run = lambda self, params: self
-  write = lambda self, folder: None
-  table = lambda self: ""
-
-
-def train_only(config, workdir):
-  """Trains without compiling an evaluation."""
-  loop.train(config, str(workdir), lambda *args: (NoEvaluation(), lambda params: {}))
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -384,20 +378,14 @@ def test_the_unreadable_fraction_covers_all_images_since_the_last_check(pictures
 def test_too_many_unreadable_files_stop_the_run(pictures, tmp_path):
   config = folder_config(pictures, 0.05, log_every=4)
   with pytest.raises(ValueError, match=r"\d unreadable files among the last 32 images.*max_unreadable=0.05") as error:
-    train.train(config, str(tmp_path))
+    train_only(config, tmp_path)
   assert "\n" not in str(error.value)
 
 
 def test_training_runs_without_tensorflow(tmp_path):
   """In a user process in which tensorflow cannot be imported: console and JSON lines, and one message about it."""
-  code = """
-from importlib.machinery import PathFinder
-find = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *args: None if name.split(".")[0] == "tensorflow" else find(name, *args)
-from flextok_jax import cli, train
-cli.run(train.main)
-"""
-  args = [
+  code, out, err = shell(
+    "tests.support.without_tensorflow",
     "--config=configs/debug.py",
     f"--workdir={tmp_path}",
     "--config.train.num_steps=2",
@@ -406,18 +394,9 @@ cli.run(train.main)
     "--config.eval.num_tokens=(4,)",
     "--config.sampler.num_steps=1",
     "--config.sampler.guidance=none",
-  ]
-  done = subprocess.run(
-    [sys.executable, "-c", code, *args],
-    cwd=ROOT,
-    env=environment(),
-    capture_output=True,
-    text=True,
-    check=False,
-    timeout=300,
   )
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.count("loss") == 2 and (done.stdout + done.stderr).count("TensorBoard") == 1
+  assert code == 0, err
+  assert out.count("loss") == 2 and (out + err).count("TensorBoard") == 1
   lines, evals = read_metrics(tmp_path)
   assert [x["step"] for x in lines] == [1, 2] and len(evals) == 1
   assert not (tmp_path / "tensorboard").exists()
