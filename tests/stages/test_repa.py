@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
@@ -25,7 +26,7 @@ from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage, repa
 from flextok_jax.tools.benchmark import repa as benchmark_repa
 from flextok_jax.tools.compile import jobs as compile_jobs
-from flextok_jax.training import inputs, mup, optim, teacher
+from flextok_jax.training import inputs, loop, mup, optim, teacher
 from flextok_jax.training.state import init_state, make_update
 from flextok_jax.weights import fingerprints, loading
 from tests.support import analytic_flops as flops
@@ -98,14 +99,22 @@ def test_projector_and_cosine():
   rng = np.random.default_rng(0)
   x, wanted = rng.normal(size=(2, 5, 8)), rng.normal(size=(2, 5, 6))
   projector = Projector(7, 6)
-  params = unbox(projector.init(jax.random.key(0), x)["params"])
+  params = unbox(jax.eval_shape(projector.init, jax.random.key(0), x)["params"])
   params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), params)
-  found = ops.alignment_loss(projector.apply({"params": params}, np.float32(x)), np.float32(wanted))
-  np.testing.assert_allclose(found, [numpy_loss(params, a, b) for a, b in zip(x, wanted)], rtol=1e-5)
-  assert found.dtype == ops.alignment_loss(jnp.ones((1, 2, 3), jnp.bfloat16), jnp.ones((1, 2, 3))).dtype == jnp.float32
   same = np.float32(wanted)
-  np.testing.assert_allclose(ops.alignment_loss(3 * same, same), -1, rtol=1e-6)
-  assert np.isfinite(jax.grad(lambda x: ops.alignment_loss(x, same).sum())(jnp.zeros_like(same))).all()
+
+  @jax.jit
+  def compute(params, x):
+    found = ops.alignment_loss(projector.apply({"params": params}, x), same)
+    of_same = ops.alignment_loss(3 * same, same)
+    in_bfloat16 = ops.alignment_loss(jnp.ones((1, 2, 3), jnp.bfloat16), jnp.ones((1, 2, 3)))
+    return found, of_same, in_bfloat16, jax.grad(lambda x: ops.alignment_loss(x, same).sum())(jnp.zeros_like(same))
+
+  found, of_same, in_bfloat16, at_zero = compute(params, np.float32(x))
+  np.testing.assert_allclose(found, [numpy_loss(params, a, b) for a, b in zip(x, wanted)], rtol=1e-5)
+  assert found.dtype == in_bfloat16.dtype == jnp.float32
+  np.testing.assert_allclose(of_same, -1, rtol=1e-6)
+  assert np.isfinite(at_zero).all()
 
 
 def test_features_of_another_grid_are_resized_bilinearly():
@@ -155,14 +164,16 @@ def test_features_are_the_hidden_states_after_each_block():
     np.testing.assert_allclose(velocity, plain, rtol=1e-4, atol=1e-4)
   for number in (0, 4):
     with pytest.raises(ValueError, match=f"there is no block {number}: they are 1 to 3"):
-      decoder.apply({"params": params}, *args, feature_block=number)
+      jax.eval_shape(lambda number=number: decoder.apply({"params": params}, *args, feature_block=number))
 
 
-@pytest.mark.parametrize("grid", [GRID, 2])
-def test_each_row_is_aligned_with_its_own_features(grid, monkeypatch):
-  """The stage shuffles rows and splits them into buckets; each is aligned with the features of its image."""
+def test_each_row_is_aligned_with_its_own_features(monkeypatch):
+  """The stage shuffles rows and splits them into buckets; each is aligned with the features of its image.
+
+  These have the grid of the decoder, or one half as wide.
+  """
   stage = make_stage(config_of())
-  params, (latents, wanted) = random_params(stage), inputs_of(grid=grid)
+  params, (latents, wanted), (_, fewer) = random_params(stage), inputs_of(), inputs_of(grid=2)
   bucket_loss = stage._bucket_loss
 
   @jax.jit
@@ -174,39 +185,42 @@ def test_each_row_is_aligned_with_its_own_features(grid, monkeypatch):
       buckets.append((bucket.latents, *output))
       return output
 
+    loss = functools.partial(stage.latents_loss, params, latents, jax.random.key(0))
     monkeypatch.setattr(stage, "_bucket_loss", watch)
-    return *stage.latents_loss(params, latents, jax.random.key(0), wanted), buckets
+    first, outputs = loss(wanted), (output for _, *output in buckets)
+    monkeypatch.setattr(stage, "_bucket_loss", lambda *_: tuple(next(outputs)))  # the same again
+    return first, loss(fewer), buckets
 
-  loss, metrics, buckets = jax.device_get(loss_and_rows(params))
+  *found, buckets = jax.device_get(loss_and_rows(params))
   rows = [row for bucket in buckets for row in zip(*bucket)]
   assert len(rows) == 16 and len({tuple(np.ravel(row[0])[:4].tolist()) for row in rows}) == 16
-  total, alignment = 0.0, 0.0
-  for image, flow_loss, saturation, features in rows:
-    (index,) = np.flatnonzero((latents == image).all((1, 2, 3)))
-    own = np.asarray(ops.resize_features(wanted[index : index + 1], GRID, GRID))[0]
-    own = numpy_loss(params["repa"], features, own)
-    alignment, total = alignment + own, total + float(flow_loss) + 0.3 * float(saturation) + 0.5 * own
-  np.testing.assert_allclose(metrics["repa"][0], alignment, rtol=1e-4)
-  assert metrics["repa"][1] == 16
-  np.testing.assert_allclose(loss, total / 16, rtol=1e-5)
+  for (loss, metrics), given in zip(found, (wanted, fewer), strict=True):
+    given = np.asarray(ops.resize_features(given, GRID, GRID))
+    total, alignment = 0.0, 0.0
+    for image, flow_loss, saturation, features in rows:
+      (index,) = np.flatnonzero((latents == image).all((1, 2, 3)))
+      own = numpy_loss(params["repa"], features, given[index])
+      alignment, total = alignment + own, total + float(flow_loss) + 0.3 * float(saturation) + 0.5 * own
+    np.testing.assert_allclose(metrics["repa"][0], alignment, rtol=1e-4)
+    assert metrics["repa"][1] == 16
+    np.testing.assert_allclose(loss, total / 16, rtol=1e-5)
 
 
-def test_fast_and_plain_path_and_every_remat_agree():
+def test_the_fast_path_and_the_plain_one_with_remat_agree():
   """Loss and all gradients, with the features of the second block."""
   latents, wanted = inputs_of()
   results = []
-  for how in (dict(), dict(fast=False), dict(remat="full")):
+  for how in (dict(), dict(fast=False, remat="full")):
     stage = make_stage(config_of(dict(block=2), **how))
     params = random_params(stage)
     run = jax.jit(
       jax.value_and_grad(lambda p, stage=stage: stage.latents_loss(p, latents, jax.random.key(3), wanted), has_aux=True)
     )
-    results.append(run(params))
-  (_, reference), want = results[0]
-  for (_, metrics), grads in results[1:]:
-    np.testing.assert_allclose(metrics["repa"][0], reference["repa"][0], rtol=1e-5)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(want)):
-      assert float(jnp.abs(a - b).max() / jnp.abs(b).max()) < 2e-5, jax.tree_util.keystr(path)
+    results.append(jax.device_get(run(params)))
+  ((_, reference), want), ((_, metrics), grads) = results
+  np.testing.assert_allclose(metrics["repa"][0], reference["repa"][0], rtol=1e-5)
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(want)):
+    assert np.abs(a - b).max() / np.abs(b).max() < 2e-5, jax.tree_util.keystr(path)
 
 
 def test_parameters_that_the_alignment_gradient_reaches():
@@ -214,7 +228,7 @@ def test_parameters_that_the_alignment_gradient_reaches():
   stage = make_stage(config_of())
   latents, wanted = inputs_of()
   loss = lambda p: stage.latents_loss(p, latents, jax.random.key(3), wanted)[1]["repa"][0]
-  grads = flatten_dict(jax.jit(jax.grad(loss))(random_params(stage)), sep="/")
+  grads = flatten_dict(jax.device_get(jax.jit(jax.grad(loss))(random_params(stage))), sep="/")
   for path, grad in grads.items():
     behind = path.startswith(("decoder/head", "decoder/transformer/last", "decoder/adaln/head"))
     if "transformer/blocks" in path and path.startswith("decoder") or path.startswith("decoder/adaln/") and not behind:
@@ -238,7 +252,7 @@ def test_zero_weight_disables_repa_completely():
     assert set(state.params) == {"encoder", "decoder"}
     batch = {"image": np.zeros((8, 16, 16, 3), np.uint8), "unreadable": np.zeros(8, np.int32)}
     update = make_update(stage, optimizer, accumulate_steps=1, decay=0.9)
-    texts.append(jax.jit(update).lower(state, batch, jax.random.key(0)).as_text())
+    texts.append(str(jax.make_jaxpr(update)(state, batch, jax.random.key(0))))
   assert texts[0] == texts[1]
   batch = object()
   assert inputs.make_prepare(new, sharding.make_mesh(), train=True)(batch) is batch
@@ -290,9 +304,8 @@ def test_flops_of_the_teacher(width, gflop):
 
 
 def test_an_update_on_many_devices_equals_one_device():
-  """Divided over data, fsdp and tensor, gradients accumulated over two parts."""
-  config = config_of()
-  stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, 4)
+  """Divided over data, fsdp and tensor, gradients accumulated over two parts; the one device has no buckets."""
+  optimizer = optax.sgd(1.0)
   latents, wanted = inputs_of()
   images = (127.5 * (latents.clip(-1, 1) + 1)).astype(np.uint8)
   batch = {"image": images, "teacher": wanted, "unreadable": np.zeros(16, np.int32)}
@@ -300,9 +313,10 @@ def test_an_update_on_many_devices_equals_one_device():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, "SMALL", 256)
     for axes in (dict(data=1), dict(data=2, fsdp=2, tensor=2)):
+      stage = make_stage(config_of(fast=len(axes) > 1))
       count = np.prod(list(axes.values()))
       mesh = sharding.make_mesh(**axes, devices=jax.devices()[:count])
-      boxed = jax.eval_shape(lambda key: init_state(stage, optimizer, key), jax.random.key(0))
+      boxed = jax.eval_shape(functools.partial(init_state, stage, optimizer), jax.random.key(0))
       places = sharding.tree_shardings(boxed, mesh)
       state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), unbox(boxed)).replace(params=random_params(stage))
       state = jax.device_put(jax.device_get(state), places)
@@ -313,7 +327,9 @@ def test_an_update_on_many_devices_equals_one_device():
       results.append((jax.device_get(state.params), float(metrics["repa"].compute()), float(metrics["loss"].compute())))
   (one, *numbers), (many, *others) = results
   np.testing.assert_allclose(others, numbers, rtol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), many, one)
+  start = jax.device_get(random_params(stage))
+  for (path, x), a, b in zip(jax.tree.leaves_with_path(start), *map(jax.tree.leaves, (one, many)), strict=True):
+    assert np.any(a != x) and np.abs(a - b).max() < 1e-3 * np.abs(a - x).max() + 1e-7, jax.tree_util.keystr(path)
 
 
 @pytest.fixture(scope="module")
@@ -333,8 +349,8 @@ def test_the_teacher_sees_the_clean_image_at_the_grid_of_the_decoder(dinov2):
   assert set(found) == {"image", "label", "teacher"} and found["teacher"].shape == (8, GRID**2, FEATURES)
   assert found["teacher"].sharding.is_equivalent_to(sharding.batch_sharding(mesh), 3)
   side = GRID * 14
-  seen = np.asarray(teacher.preprocess(jnp.asarray(images / 255, jnp.float32), side, side))
-  want = teacher.ViT(**sizes).apply({"params": params}, seen)["patches"]
+  see = lambda params, x: teacher.ViT(**sizes).apply({"params": params}, teacher.preprocess(x, side, side))["patches"]
+  want = np.asarray(jax.jit(see)(params, np.float32(images / 255)))
   np.testing.assert_allclose(found["teacher"], want, atol=1e-4)
   config.repa.update(dict(grid=3, dtype="bfloat16"))
   less = inputs.make_prepare(config, mesh, train=True)(batch)["teacher"]
@@ -349,8 +365,9 @@ def test_the_teacher_sees_the_clean_image_at_the_grid_of_the_decoder(dinov2):
   assert fingerprints.teacher(sizes, other) != fingerprints.teacher(sizes, params)
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_a_run_resumes_and_leaves_a_model_without_projector(dinov2, tmp_path):
-  config = config_of(dict(teacher=str(dinov2)))
+  config = config_of(dict(teacher=str(dinov2)), fast=False)
   train.train(config, str(tmp_path / "run"))
   lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4] and all(
@@ -360,7 +377,7 @@ def test_a_run_resumes_and_leaves_a_model_without_projector(dinov2, tmp_path):
   assert {name.split("/")[0].split(".")[0] for name in weights} == {"encoder", "decoder"}
   shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
   (tmp_path / "run" / "weights.safetensors").unlink()
-  train.train(config, str(tmp_path / "run"))
+  loop.train(config, str(tmp_path / "run"))
   again = load_file(tmp_path / "run" / "weights.safetensors")
   assert weights.keys() == again.keys()
   for name, x in weights.items():
@@ -374,7 +391,7 @@ def test_a_run_resumes_and_leaves_a_model_without_projector(dinov2, tmp_path):
 
 def test_compiled_ahead_of_time_without_a_teachers_files():
   for fields, dtype in ((dict(), "float32"), (dict(latents="x", teacher="y"), "float16")):
-    config = config_of(dict(teacher="/nowhere"))
+    config = config_of(dict(teacher="/nowhere"), fast=False)
     if fields:
       config.vae.update(
         dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(8,), layers_per_block=1, norm_groups=4)
@@ -383,7 +400,7 @@ def test_compiled_ahead_of_time_without_a_teachers_files():
     job = compile_jobs.make_job(config, "train", sharding.make_mesh(), 2, None)
     shape = job.args[1]["teacher"]
     assert (shape.shape, shape.dtype) == ((16, GRID**2, FEATURES), dtype)
-    assert job.flops == pytest.approx(flops.train(config, 16, True), rel=2e-5)
+    assert job.flops == pytest.approx(flops.train(config, 16, False), rel=2e-5)
     assert job.lower().out_info is not None
 
 

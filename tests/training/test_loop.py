@@ -1,6 +1,7 @@
 """Whole runs of the train loop on tiny configs: what they write, and what stops them."""
 
 import contextlib
+import functools
 import shutil
 import signal
 import types
@@ -15,6 +16,7 @@ from flextok_jax import train
 from flextok_jax.config import read_config
 from flextok_jax.core import hub
 from flextok_jax.data import pipeline
+from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.training import goodput, loop, optim
 from flextok_jax.weights import loading, saving
@@ -258,8 +260,10 @@ def test_a_bad_init_from_fails_before_compilation(tmp_path, monkeypatch, vae, in
   assert not (tmp_path / "config.json").exists()
 
 
-def test_train_an_autoencoder_then_a_tokenizer_on_top(tmp_path, capsys):
+def test_train_an_autoencoder_then_a_tokenizer_on_top(tmp_path, monkeypatch):
   """Stage "vae" learns; a tokenizer run loads its average, keeps it frozen and outside its optimiser."""
+  one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])  # many steps of small arrays are faster there
+  monkeypatch.setattr(sharding, "make_mesh", one)
   data = dict(global_batch=16)
   quick = dict(num_steps=40, log_every=2, checkpoint_every=40, eval_every=40)
   vae_config = config_of(stage="vae", vae=VAE, data=data, train=quick, optim=dict(learning_rate=5e-3, warmup_steps=5))

@@ -191,7 +191,9 @@ class TokenizerBenchmark:
 
     leaves, tree = jax.tree.flatten(jax.jit(init)(self._key(0)))
     noise = jax.jit(lambda key, x: 0.02 * jax.random.normal(key, x.shape, x.dtype))
-    leaves = [x if x.any() else noise(jax.random.fold_in(self._key(1), i), x) for i, x in enumerate(leaves)]
+    zero = jax.device_get(jax.jit(lambda leaves: [~x.any() for x in leaves])(leaves))
+    keys = [jax.random.fold_in(self._key(1), i) for i in range(len(leaves))]
+    leaves = [noise(key, x) if is_zero else x for key, x, is_zero in zip(keys, leaves, zero)]
     return jax.tree.unflatten(tree, leaves)
 
   @property
@@ -288,8 +290,12 @@ class TokenizerBenchmark:
   ) -> tuple:
     """Returns state, batch and key of an update whose stage has these parts."""
     given = self._random_params(trained, "float32"), self._random_params(frozen, "float32") if frozen else {}
-    stage = types.SimpleNamespace(init=lambda key: given, init_auxiliary=lambda key: ({}, {}))
-    state = init_state(stage, optimizer, self._key(5))
+
+    def init(given, key):
+      stage = types.SimpleNamespace(init=lambda key: given, init_auxiliary=lambda key: ({}, {}))
+      return init_state(stage, optimizer, key)
+
+    state = jax.jit(init, donate_argnums=0)(given, self._key(5))
     return state, {**inputs, "unreadable": jnp.zeros(self.batch_size, jnp.int32)}, self._key(6)
 
   def _attention(self, job: str, path: str) -> str:

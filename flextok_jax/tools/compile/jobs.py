@@ -108,6 +108,7 @@ def _train(config: ConfigDict, mesh) -> Job:
     _placed(inputs_lib.abstract_batch(c, stage), sharding.batch_sharding(mesh)),
     _placed(key, sharding.replicated(mesh)),
   )
+  flops = goodput.update_flops(c)
   return Job(
     fn=make_update(stage, optimizer, accumulate_steps=c.optim.accumulate_steps, decay=c.optim.ema_decay),
     args=(state, batch, key),
@@ -122,8 +123,8 @@ def _train(config: ConfigDict, mesh) -> Job:
     donated=True,
     precision=None,
     batch=size,
-    flops=goodput.update_flops(c),
-    model_flops=goodput.update_flops(with_fields(c, {"remat": "none"})),
+    flops=flops,
+    model_flops=flops if c.remat == "none" else goodput.update_flops(with_fields(c, {"remat": "none"})),
   )
 
 
