@@ -6,7 +6,7 @@ replicated and every process adds all of it, so all hold the same moments.
 
 Covariances are not summed on the devices. Those of fewer samples than features are singular, and the distance takes the
 square roots of eigenvalues: with 1024 samples of 2048 random features against 4096, products in float32 (errors of 1e-6
-in the covariance) changed a distance of 396 by 0.2, products in float64 by 2e-5, in the same time on a CPU.
+in the covariance) changed a distance of 396 by 0.2, products in float64 by less than 1e-4, in the same time on a CPU.
 
 Statistics and images are exchanged in .npz files, in which nothing is unpickled:
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.linalg.lapack
 import scipy.stats
 
 from flextok_jax.core import files, npz
@@ -215,9 +216,11 @@ def checked_gaussian(mu: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _factor(sigma: np.ndarray) -> np.ndarray:
-  """Returns B [d, d] such that B B^T = sigma."""
-  values, vectors = np.linalg.eigh(sigma)
-  return vectors * np.sqrt(np.maximum(values, 0))
+  """Returns B [d, r] such that B B^T = sigma, of rank r: its Cholesky factor with pivoting."""
+  factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1)
+  rows = np.empty((len(sigma), rank))
+  rows[pivots - 1] = np.tril(factor)[:, :rank]
+  return rows
 
 
 def _distance(mu1: np.ndarray, sigma1: np.ndarray, factor1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
