@@ -35,7 +35,7 @@ def config_file(tmp_path_factory):
 
 
 def test_activations_change_equally_at_all_widths_only_with_mup(config_file, tmp_path, capsys):
-  run(mup_check, f"--config={config_file}", "--widths=512,64", "--steps=4", f"--out={tmp_path / 'new' / 'folder'}")
+  run(mup_check, f"--config={config_file}", "--widths=288,96", "--steps=2", f"--out={tmp_path / 'new' / 'folder'}")
   out = tmp_path / "new" / "folder"
   report = json.loads((out / "coordinates.json").read_text())
   layers = {"ar/readout", *(f"ar/blocks/{i}{part}" for i in range(2) for part in ("", "/attention", "/mlp"))}
@@ -46,12 +46,12 @@ def test_activations_change_equally_at_all_widths_only_with_mup(config_file, tmp
 
   rows = {(row["kind"], row["width"], row["step"]): row for row in report["rows"]}
   assert set(rows) == {
-    (kind, width, step) for kind in tools_mup_check.KINDS for width in (64, 512) for step in range(5)
+    (kind, width, step) for kind in tools_mup_check.KINDS for width in (96, 288) for step in range(3)
   }
   for (_, width, step), row in rows.items():
     assert set(row["mean_abs"]) == set(row["mean_change"]) == layers
     assert all((change > 0) == (step > 0) for change in row["mean_change"].values())
-    if width == report["base_width"] == 64:  # where muP has no effect
+    if width == report["base_width"] == 96:  # where muP has no effect
       assert row["mean_abs"] == pytest.approx(rows["standard", width, step]["mean_abs"], rel=1e-3)
   picture = np.asarray(Image.open(out / "coordinates.png").convert("RGB"))
   assert picture.shape[0] > 500 and picture.std() > 10
