@@ -186,7 +186,8 @@ def test_interpolating_to_the_same_grid_changes_nothing(product):
 
 def test_the_grid_of_image_size_is_the_largest():
   model, params = built("released")
-  encode = lambda h, w: model.apply({"params": params}, jnp.ones((1, 4 * h, 4 * w, 3)), method="encode_registers")
+  apply = functools.partial(model.apply, {"params": params}, method="encode_registers")
+  encode = lambda h, w: jax.eval_shape(apply, jnp.ones((1, 4 * h, 4 * w, 3)))
   assert encode(5, 1).shape == encode(1, 5).shape == (1, REGISTERS, len(LEVELS))
   with pytest.raises(ValueError, match="grid of 2 x 6 patches does not fit max_grid 5: .*'interpolate'") as error:
     encode(2, 6)
@@ -199,7 +200,9 @@ def test_the_grid_of_image_size_is_the_largest():
 def test_encoder_ends_in_float32():
   """FSQ rounds its output: 24 bits of it count, though bfloat16 has 8."""
   model, params = built("released", dtype="bfloat16")
-  z = np.asarray(model.apply({"params": params}, Inputs().latents, method="encode_registers"))
+  z = np.asarray(
+    jax.jit(functools.partial(model.apply, method="encode_registers"))({"params": params}, Inputs().latents)
+  )
   assert z.dtype == np.float32
   assert (z != z.astype(jnp.bfloat16).astype(np.float32)).mean() > 0.9
   exact = outputs("released")[0]
@@ -215,7 +218,7 @@ def test_gradients_reach_every_parameter_and_all_have_named_axes():
   assert all(isinstance(x, nn.LogicallyPartitioned) and len(x.names) == x.value.ndim for x in boxes)
   batch = {"image": np.random.default_rng(0).integers(0, 256, (4, 20, 20, 3), np.uint8)}
   grads = jax.jit(jax.grad(lambda *args: stage.loss_fn(*args)[0]))(fill(nn.unbox(boxed)), batch, jax.random.key(0), 0)
-  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+  for path, grad in jax.tree_util.tree_leaves_with_path(jax.device_get(grads)):
     assert np.isfinite(grad).all() and (grad != 0).any(), jax.tree_util.keystr(path)
 
 
