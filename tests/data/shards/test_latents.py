@@ -177,7 +177,7 @@ def test_a_run_trains_on_latents_and_refuses_those_of_another_vae(tokenizer, dat
     eval=dict(sources=("folder",), num_images=4, batch_size=4, grid_images=1, num_tokens=(4,)),
     sampler=dict(num_steps=1, guidance="none"),
   )
-  cfg = train_config(data, written, init_from=str(tokenizer), **settings)
+  cfg = train_config(data, written, init_from=str(tokenizer), fast=False, **settings)
   train.train(cfg, str(tmp_path / "run"))
   lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert [x["step"] for x in lines if "loss" in x] == [1, 2] and all(x["loss"] > 0 for x in lines if "loss" in x)
