@@ -25,7 +25,7 @@ from flextok_jax.training import inputs, optim
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training.state import init_state, make_update
 
-STEPS = 20
+STEPS = 10
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "mixed": (2, 2, 2)}  # data, fsdp, tensor
 
 
@@ -282,7 +282,7 @@ def alone():
 
 @pytest.mark.parametrize("make, name", [*((ar_config, name) for name in MESHES), (tokenizer_config, "mixed")])
 def test_a_mesh_changes_no_loss(monkeypatch, alone, make, name):
-  """Twenty steps of AdamW, up to float32 rounding; every matrix is sharded according to the mesh."""
+  """Ten steps of AdamW, up to float32 rounding; every matrix is sharded according to the mesh."""
   monkeypatch.setattr(sharding, "SMALL", 1024)
   config, batches, (expected, _) = alone[make]
   mesh = mesh_of(*MESHES[name])

@@ -7,11 +7,9 @@ that tokens past keep_k have no effect (tests/models/tokenizer/test_fast.py); un
 (tests/commands/test_bad_input.py); official fields of the same kind (tests/weights/official/test_tokenizer.py).
 """
 
-import dataclasses
 import functools
 from unittest import mock
 
-from flax.core.meta import unbox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +22,10 @@ from flextok_jax.configs import debug
 from flextok_jax.ops import flow, fsq, nested
 from flextok_jax.stages import make_stage
 from flextok_jax.training import optim
-from flextok_jax.training.state import init_state, make_update
+from flextok_jax.training.state import TrainState, make_update
 from flextok_jax.weights import saving
 from tests.support.numpy_reference import mode_cdf
+from tests.support.tiny import make_params
 
 N, LEVELS, ROWS = 16, (8, 5, 3), 16
 SIZE = 4096
@@ -39,8 +38,14 @@ def config_of(**overrides):
 
 
 def stage_of(fast=True, **tokens):
+  """Returns the same object for the same settings, so it is compiled once."""
   defaults = dict(num_registers=N, levels=LEVELS, nested_dropout="uniform", null_prob=0.25, bucket_rows=ROWS)
-  return make_stage(config_of(fast=fast, tokens=defaults | tokens))
+  return _stage_of(fast, tuple(sorted((defaults | tokens).items())))
+
+
+@functools.cache
+def _stage_of(fast, tokens):
+  return make_stage(config_of(fast=fast, tokens=dict(tokens)))
 
 
 class StandIn:
@@ -93,6 +98,14 @@ def observed(stage, size=SIZE, seed=0):
   return *found, counted
 
 
+def quantize(z):
+  """Returns fsq.quantize of z with LEVELS as numpy."""
+  return np.asarray(_quantize(z))
+
+
+_quantize = jax.jit(lambda z: fsq.quantize(z, LEVELS))
+
+
 def near_share(hits, share):
   """Asserts that the fraction of hits among independent draws is `share`, within five standard deviations."""
   assert abs(np.mean(hits) - share) <= 5 * np.sqrt(share * (1 - share) / np.size(hits))
@@ -100,7 +113,7 @@ def near_share(hits, share):
 
 def test_by_default_the_decoder_gets_quantised_codes():
   *_, codes, z, counted = observed(stage_of())
-  np.testing.assert_array_equal(codes[counted], np.asarray(fsq.quantize(z, LEVELS))[counted])
+  np.testing.assert_array_equal(codes[counted], quantize(z)[counted])
 
 
 def test_disabled_options_compute_nothing():
@@ -120,9 +133,14 @@ def test_disabled_options_compute_nothing():
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
 def test_corruption_replaces_its_share_of_tokens_by_any_codes(share):
   *_, codes, z, counted = observed(stage_of(corruption=share, quantization_dropout=0.0))
-  clean = fsq.codes_to_ids(fsq.quantize(z, LEVELS), LEVELS)
-  ids = np.asarray(fsq.codes_to_ids(codes, LEVELS))
-  np.testing.assert_array_equal(fsq.ids_to_codes(ids, LEVELS)[counted], codes[counted])  # codes of the vocabulary
+
+  @jax.jit
+  def compute(codes, z):
+    ids = fsq.codes_to_ids(codes, LEVELS)
+    return fsq.codes_to_ids(fsq.quantize(z, LEVELS), LEVELS), ids, fsq.ids_to_codes(ids, LEVELS)
+
+  clean, ids, known = jax.device_get(compute(codes, z))
+  np.testing.assert_array_equal(known[counted], codes[counted])  # codes of the vocabulary
   other, size = (ids != clean) & counted, fsq.num_codes(LEVELS)
   near_share(other[counted], share * (1 - 1 / size))  # now and then the code drawn is the one that was there
   assert scipy.stats.chisquare(np.bincount(ids[other], minlength=size)).pvalue > 1e-4 or share < 1
@@ -135,7 +153,7 @@ def test_corruption_replaces_its_share_of_tokens_by_any_codes(share):
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_quantisation_dropout_skips_whole_samples(share):
   *_, drop, codes, z, counted = observed(stage_of(quantization_dropout=share))
-  rounded = np.asarray(fsq.quantize(z, LEVELS))
+  rounded = quantize(z)
   bounded = np.asarray(fsq.bound(z, LEVELS)) / [level // 2 for level in LEVELS]
   skipped = np.isclose(codes, bounded, atol=1e-6).all(2)
   assert (skipped | (codes == rounded).all(2))[counted].all()
@@ -168,8 +186,8 @@ def test_gradients_pass_where_nothing_is_rounded_and_stop_where_a_code_was_repla
     codes = fsq.quantize(z, LEVELS, skip[:, None])
     return (fsq.corrupt(codes, ids, LEVELS) * weights).sum()
 
-  grad = np.asarray(jax.grad(loss)(z))
-  straight = np.asarray(jax.grad(lambda z: (fsq.quantize(z, LEVELS) * weights).sum())(z))
+  grad = np.asarray(jax.jit(jax.grad(loss))(z))
+  straight = np.asarray(jax.jit(jax.grad(lambda z: (fsq.quantize(z, LEVELS) * weights).sum()))(z))
   np.testing.assert_array_equal(grad, np.where(ids[..., None] < 0, straight, 0))
   assert (straight != 0).all()
 
@@ -178,16 +196,16 @@ def test_skipping_all_quantisation_trains_on_bounded_codes():
   """The real networks: loss and gradients of quantization_dropout=1 are those of codes that are never rounded."""
   one = dict(tokens=dict(num_registers=4, quantization_dropout=1.0))
   stages = make_stage(config_of(**one)), make_stage(config_of())
-  params = unbox(jax.eval_shape(stages[0].init, jax.random.key(0))[0])
-  params = jax.tree.map(lambda x: np.random.default_rng(0).normal(0, 0.2, x.shape).astype(np.float32), params)
+  params = make_params(stages[0])
   latents = np.random.default_rng(1).normal(size=(8, 16, 16, 3)).astype(np.float32)
-  grad_of = lambda stage: jax.jit(jax.value_and_grad(lambda p: stage.latents_loss(p, latents, jax.random.key(2))[0]))
+  loss_of = lambda stage: lambda p: stage.latents_loss(p, latents, jax.random.key(2))[0]
+  grad_of = lambda stage: jax.jit(jax.value_and_grad(loss_of(stage)))
   loss, grads = grad_of(stages[0])(params)
 
   def bounded(z, levels, _):
     return fsq.bound(z, levels) / jnp.asarray([level // 2 for level in levels])
 
-  rounded_loss, _ = grad_of(stages[1])(params)
+  rounded_loss = jax.jit(loss_of(stages[1]))(params)
   with mock.patch.object(fsq, "quantize", bounded):
     expected_loss, expected = grad_of(stages[1])(params)
   np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
@@ -197,11 +215,12 @@ def test_skipping_all_quantisation_trains_on_bounded_codes():
 
 
 def test_options_do_not_affect_inference():
+  quick = dict(num_steps=1, guidance="none")
   plain, disturbed = (
-    make_stage(config_of(tokens=dict(num_registers=4) | more))
+    make_stage(config_of(tokens=dict(num_registers=4) | more, sampler=quick))
     for more in ({}, dict(quantization_dropout=1.0, corruption=1.0, null_prob=1.0, nested_dropout="none"))
   )
-  params = unbox(plain.init(jax.random.key(0))[0])
+  params = make_params(plain)
   images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
   ids, other = (np.asarray(jax.jit(stage.predict_fns["tokenize"])(params, images)) for stage in (plain, disturbed))
   np.testing.assert_array_equal(ids, other)
@@ -289,23 +308,23 @@ def test_any_count_and_levels_train_load_and_decode(registers, levels, mode, tmp
   config = config_of(
     tokens=dict(num_registers=registers, levels=levels, nested_dropout=mode, quantization_dropout=0.3, corruption=0.2),
     train=dict(export_dtype="float32"),
+    sampler=dict(num_steps=1, guidance="none"),
   )
   stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, 10)
-  state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)))(jax.random.key(0))
-  rng = np.random.default_rng(1)  # heads are initialised with zeros, which would hide the gradients of other parts
-  start = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), state.params)
-  state = dataclasses.replace(state, params=jax.device_put(start))
+  start = make_params(stage)  # heads are initialised with zeros, which would hide the gradients of other parts
+  state = TrainState(np.int32(0), start, {}, start, jax.jit(optimizer.init)(start))
   update = jax.jit(make_update(stage, optimizer, accumulate_steps=1, decay=0.9))
   images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
   for _ in range(2):
     state, metrics = update(state, {"image": images, "unreadable": np.zeros(8, np.int32)}, jax.random.key(1))
   assert np.isfinite(float(metrics["loss"].compute()))
-  moved = jax.tree.map(lambda a, b: bool((a != b).any()), start, jax.device_get(state.params))
+  state = jax.device_get(state)
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), start, state.params)
   unmoved = {path[-1].key for path, x in jax.tree_util.tree_leaves_with_path(moved) if not x}
   assert unmoved == ({"mask_token"} if mode == "none" else set())  # if all registers are kept, it is unused
 
   path = tmp_path / "weights.safetensors"
-  saving.save_weights(str(path), config, jax.device_get(state.joined()), "float32")
+  saving.save_weights(str(path), config, state.joined(), "float32")
   model = flextok_jax.load(str(path))
   ids = model.tokenize(images)
   assert ids.shape == (8, registers) and ids.min() >= 0 and ids.max() < np.prod(levels)

@@ -16,7 +16,7 @@ from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training import optim
-from flextok_jax.training.state import init_state, make_update
+from flextok_jax.training.state import TrainState, init_state, make_update
 from tests.support.vae_stage import KEY, START, assert_close, batch_of, config_of, params_of, plain_step
 
 
@@ -24,7 +24,8 @@ from tests.support.vae_stage import KEY, START, assert_close, batch_of, config_o
 def compiled(**overrides):
   """(stage, its parameters, jitted (params, batch, key, step) -> ((loss, metrics), gradients))."""
   stage = make_stage(config_of(**overrides))
-  return stage, params_of(stage), jax.jit(jax.value_and_grad(stage.loss_fn, has_aux=True))
+  step = jax.jit(jax.value_and_grad(stage.loss_fn, has_aux=True))
+  return stage, params_of(stage), lambda *args: jax.device_get(step(*args))
 
 
 def test_one_gradient_equals_separate_backward_passes():
@@ -62,11 +63,16 @@ def test_metrics_are_the_parts_of_the_loss():
   apart += m["adaptive_weight"] * m["loss_generator"] + m["loss_discriminator"]
   np.testing.assert_allclose(loss, apart, rtol=1e-5)
   np.testing.assert_allclose(m["loss_generator"], -m["logits_fake"], rtol=1e-6)
-  mean, logvar = stage.vae.apply({"params": params["vae"]}, batch_of()["image"] / 127.5 - 1, method="encode")
-  latents = sample_posterior(mean, logvar, KEY)
+
+  @jax.jit
+  def of_latents(params, images):
+    mean, logvar = stage.vae.apply({"params": params["vae"]}, images, method="encode")
+    latents = sample_posterior(mean, logvar, KEY)
+    return [latents.mean(), latents.std(), jnp.exp(logvar / 2).mean()]
+
   np.testing.assert_allclose(
     [m["latent_mean"], m["latent_std"], m["posterior_std"]],
-    [latents.mean(), latents.std(), jnp.exp(logvar / 2).mean()],
+    of_latents(params, batch_of()["image"] / np.float32(127.5) - 1),
     rtol=1e-4,
     atol=1e-6,
   )
@@ -75,7 +81,7 @@ def test_metrics_are_the_parts_of_the_loss():
 def test_the_two_sides_do_not_depend_on_each_others_loss():
   """The gradient of the discriminator does not depend on the weight, nor that of the VAE on the hinge loss."""
   _, params, step = compiled()
-  _, other_params, other = compiled(weight=7.0)
+  _, _, other = compiled(weight=7.0)
   one, two = (f(params, batch_of(), KEY, START)[1] for f in (step, other))
   jax.tree.map(np.testing.assert_array_equal, one["discriminator"], two["discriminator"])
   assert np.abs(one["vae"]["decoder"]["conv_in"]["kernel"] - two["vae"]["decoder"]["conv_in"]["kernel"]).max() > 1e-4
@@ -136,13 +142,15 @@ def numpy_discriminator(params, images, num_layers):
 def test_discriminator_equals_the_published_one(num_layers, size):
   model = PatchDiscriminator(4, num_layers)
   images = np.random.default_rng(0).uniform(-1, 1, (3, *size, 3)).astype(np.float32)
-  params = unbox(jax.jit(model.init)(jax.random.key(0), images))["params"]
+  shapes = unbox(jax.eval_shape(model.init, jax.random.key(0), images))["params"]
+  rng = np.random.default_rng(1)
+  draw = lambda path, x: rng.normal(path[-1].key == "scale", 0.1, x.shape).astype(np.float32)
+  params = jax.tree.map_with_path(draw, shapes)
   assert all(
     ("bias" in params[name]) == (name in ("conv_0", f"conv_{num_layers + 1}"))
     for name in params
     if name.startswith("conv")
   )
-  params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(KEY, x.shape), params)
   logits = jax.jit(model.apply)({"params": params}, images)
   assert logits.shape == (3, *(patches_of(side, num_layers) for side in size))
   np.testing.assert_allclose(logits, numpy_discriminator(params, images, num_layers), atol=1e-4)
@@ -166,9 +174,10 @@ def test_discriminator_of_the_published_size():
 def run_on(config, mesh, steps=5):
   """Losses by step, metrics of the last step, and the last state."""
   stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, 20)
-  init = lambda key: init_state(stage, optimizer, key)
-  shardings = sharding.tree_shardings(jax.eval_shape(init, KEY), mesh)
-  state = jax.jit(lambda key: unbox(init(key)), out_shardings=shardings)(KEY)
+  boxed = jax.eval_shape(functools.partial(init_state, stage, optimizer), KEY)
+  shardings, params = sharding.tree_shardings(boxed, mesh), compiled()[1]
+  state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), unbox(boxed)).replace(params=params, ema=params)
+  state = jax.device_put(state, shardings)
   update = jax.jit(
     make_update(stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=0.9),
     donate_argnums=0,
@@ -197,16 +206,14 @@ def test_eight_devices_compute_the_same_as_one(monkeypatch):
 
 def test_accumulated_gradients_are_the_mean_over_the_parts():
   """Each part has its own adaptive weight and its own statistics, as each batch has."""
-  config = config_of(discriminator=dict(weight=0.5, start_step=0, channels=4, num_layers=1))
-  stage = make_stage(config)
-  state = unbox(init_state(stage, optax.sgd(1.0), KEY))
-  batch = batch_of(8)
+  stage, params, step = compiled()
+  batch, at = batch_of(8), np.int32(START)
+  state = TrainState(at, params, {}, params, optax.sgd(1.0).init(params))
   update = jax.jit(make_update(stage, optax.sgd(1.0), accumulate_steps=2, decay=0.9))
   after, metrics = update(state, {**batch, "unreadable": np.zeros(8, np.int32)}, KEY)
-  grads = jax.jit(jax.grad(lambda *args: stage.loss_fn(*args)[0]))
-  key = jax.random.fold_in(KEY, 0)
-  parts = [grads(state.params, {"image": batch["image"][i::2]}, jax.random.fold_in(key, i), 0) for i in range(2)]
-  moved = jax.tree.map(lambda a, b: a - b, state.params, after.params)
+  key = jax.random.fold_in(KEY, START)
+  parts = [step(params, {"image": batch["image"][i::2]}, jax.random.fold_in(key, i), START)[1] for i in range(2)]
+  moved = jax.tree.map(lambda a, b: a - b, params, jax.device_get(after.params))
   assert_close(moved, jax.tree.map(lambda a, b: (a + b) / 2, *parts), rtol=1e-3)  # differences of rounded weights
   assert metrics["adaptive_weight"].count == 2
 

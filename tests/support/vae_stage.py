@@ -28,13 +28,18 @@ def config_of(weight=0.5, **overrides):
   return c
 
 
-def params_of(stage, key=0):
-  """Returns all parts, from init and init_auxiliary, with nonzero biases."""
-  a, b = jax.random.split(jax.random.key(key))
-  parts = [*jax.jit(stage.init)(a), *jax.jit(stage.init_auxiliary)(b)]
-  params = unbox({name: part for group in parts for name, part in group.items()})
-  noise = lambda path, x: x + 0.1 * jax.random.normal(KEY, x.shape) * (path[-1].key == "bias")
-  return jax.tree_util.tree_map_with_path(noise, params)
+def params_of(stage, seed=0):
+  """Returns all parts, random as those from init and init_auxiliary, with nonzero biases."""
+  parts = jax.eval_shape(lambda key: [*stage.init(key), *stage.init_auxiliary(key)], KEY)
+  rng = np.random.default_rng(seed)
+
+  def draw(path, x):
+    part, name = path[0].key, path[-1].key
+    by_fan_in = 0.02 if part == "discriminator" else np.prod(x.shape[:-1]) ** -0.5
+    deviation = dict(bias=0.1, scale=0.02).get(name, by_fan_in)
+    return rng.normal(name == "scale", deviation, x.shape).astype(np.float32)
+
+  return jax.tree.map_with_path(draw, unbox({name: part for group in parts for name, part in group.items()}))
 
 
 def batch_of(rows=4, size=8):

@@ -5,6 +5,7 @@ import functools
 import shutil
 import signal
 import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -72,6 +73,14 @@ def run(tmp_path_factory):
   config = config_of_run()
   train.train(config, str(workdir))
   return types.SimpleNamespace(workdir=workdir, config=config)
+
+
+@pytest.fixture
+def one_device():
+  """Runs use one device, on which many steps of small arrays are faster."""
+  make_mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+  with mock.patch.object(sharding, "make_mesh", make_mesh):
+    yield
 
 
 @pytest.fixture
@@ -260,10 +269,9 @@ def test_a_bad_init_from_fails_before_compilation(tmp_path, monkeypatch, vae, in
   assert not (tmp_path / "config.json").exists()
 
 
-def test_train_an_autoencoder_then_a_tokenizer_on_top(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("one_device")
+def test_train_an_autoencoder_then_a_tokenizer_on_top(tmp_path):
   """Stage "vae" learns; a tokenizer run loads its average, keeps it frozen and outside its optimiser."""
-  one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])  # many steps of small arrays are faster there
-  monkeypatch.setattr(sharding, "make_mesh", one)
   data = dict(global_batch=16)
   quick = dict(num_steps=40, log_every=2, checkpoint_every=40, eval_every=40)
   vae_config = config_of(stage="vae", vae=VAE, data=data, train=quick, optim=dict(learning_rate=5e-3, warmup_steps=5))
@@ -313,6 +321,7 @@ def poisoned_batches(monkeypatch, bad_step):
   monkeypatch.setattr(pipeline, "train_batches", batches)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
   config = config_of(train=dict(num_steps=20, log_every=5, checkpoint_every=10, eval_every=20))
   poisoned_batches(monkeypatch, 3)

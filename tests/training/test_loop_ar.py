@@ -22,6 +22,8 @@ from tests.support.caption_tokenizers import word_level
 from tests.support.commands import run as run_command
 from tests.support.token_shards import IDS, TOKENS
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):

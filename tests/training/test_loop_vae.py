@@ -25,12 +25,14 @@ from flextok_jax.models.vae.autoencoder import sample_posterior
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.tools.benchmark import jobs as benchmark_jobs
-from flextok_jax.training import checkpoint, inputs, optim
+from flextok_jax.training import checkpoint, inputs, loop, optim
 from flextok_jax.training.state import init_state
 from flextok_jax.weights import loading
 from tests.support import lpips_reference
 from tests.support.runs import checkpoint_steps, read_checkpoint, read_metrics, step_of_weights
 from tests.support.vae_stage import KEY, START, assert_close, batch_of, config_of, params_of, plain_step
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 STEPS = 4
 
@@ -196,8 +198,9 @@ def test_perceptual_loss_is_lpips_and_contributes_gradients(networks):
 
 
 def test_lpips_weights_are_not_exported_with_the_autoencoder(networks, tmp_path):
-  config = lpips_config(networks, train=dict(num_steps=1, checkpoint_every=1))
-  train.train(config, str(tmp_path / "run"))
+  alone = dict(vae=dict(scaling_factor=0.5), discriminator=dict(weight=0.0))
+  config = lpips_config(networks, train=dict(num_steps=1, checkpoint_every=1), **alone)
+  loop.train(config, str(tmp_path / "run"))
   frozen = read_checkpoint(tmp_path / "run", 1, "frozen")
   jax.tree.map(
     np.testing.assert_array_equal,

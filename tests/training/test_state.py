@@ -153,8 +153,7 @@ def test_metrics_merge_as_weighted_means():
 def test_bucket_losses_sum_to_the_loss(mode, registers):
   tokens = dict(num_registers=registers, nested_dropout=mode, null_prob=0.3, saturation_weight=0.5)
   stage = make_stage(config_of(tokens=tokens))
-  params = unbox(jax.eval_shape(stage.init, jax.random.key(0))[0])
-  params = jax.tree.map(lambda x: np.random.default_rng(0).normal(0, 0.2, x.shape).astype(np.float32), params)
+  params = make_params(stage)
   batch = {"image": np.random.default_rng(1).integers(0, 256, (64, 16, 16, 3), np.uint8)}
   loss, metrics = jax.jit(stage.loss_fn)(params, batch, jax.random.key(0), 0)
   (total, count), (saturation, _) = metrics.pop("loss"), metrics.pop("saturation")
@@ -170,14 +169,18 @@ def test_loss_decreases_on_a_few_images():
   """Sixteen images are learned: initially the loss is the variance of noise - x0, about 1 + var(x0)."""
   config = config_of(optim=dict(learning_rate=5e-3, warmup_steps=20), flow=dict(t_sampling="uniform"))
   stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, 300)
-  state = jax.jit(lambda key: unbox(init_state(stage, optimizer, key)))(jax.random.key(0))
-  update = jax.jit(make_update(stage, optimizer, accumulate_steps=1, decay=0.9), donate_argnums=0)
+  update = make_update(stage, optimizer, accumulate_steps=1, decay=0.9)
   images = pipeline.eval_set(inputs.image_data(config), "synthetic", image_size=16, num_images=16)["image"]
-  losses = []
-  for _ in range(300):
+
+  def step(state, _):
     state, metrics = update(state, {"image": images, "unreadable": np.zeros(16, np.int32)}, jax.random.key(1))
-    losses.append(metrics["loss"])
-  losses = [float(x.compute()) for x in losses]
+    return state, metrics["loss"].compute()
+
+  @jax.jit
+  def train(key):
+    return jax.lax.scan(step, unbox(init_state(stage, optimizer, key)), length=300)[1]
+
+  losses = np.asarray(train(jax.random.key(0)))
   assert np.mean(losses[-50:]) < 0.6 * np.mean(losses[:5]), (losses[:5], losses[-50:])
 
 
