@@ -12,14 +12,14 @@ from typing import Any
 from absl import logging
 from etils import epath
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 import orbax.checkpoint as ocp
 
 from flextok_jax.config import flatten, read_config
 from flextok_jax.core import files, workdirs
 from flextok_jax.core.errors import first_line
-from flextok_jax.parallel import processes
+from flextok_jax.parallel import processes, sharding
 from flextok_jax.training.state import TrainState
 from flextok_jax.weights import checksums, orbax
 
@@ -200,7 +200,9 @@ class Checkpoints:
     if unreadable:
       processes.run_on_process_0(lambda: [self._set_aside(step) for step in unreadable])
       self._manager.reload()
-    return state.replace(step=jnp.int32(step), **restored)
+    # Also the step has its place: otherwise the first update of a resumed run would be a program of its own.
+    place: Any = state.step.sharding
+    return state.replace(step=sharding.place(np.int32(step), place), **restored)
 
   def _set_aside(self, step: int):
     folder = self._folder(step)

@@ -86,13 +86,15 @@ def test_a_run_trains_both_networks_and_exports_the_autoencoder(run):
   np.testing.assert_allclose(evals[-1]["eval/synthetic/psnr_vae"], psnr, rtol=1e-5)
 
 
-def test_a_killed_run_resumes_to_the_same_result(run, tmp_path):
-  """As if killed after its first checkpoint, before the discriminator starts."""
+def test_a_killed_run_resumes_to_the_same_result(run, tmp_path, caplog):
+  """As if killed after its first checkpoint, before the discriminator starts; its update is the same program."""
   again = tmp_path / "again"
   shutil.copytree(run.workdir, again)
   shutil.rmtree(again / "checkpoints" / "4")
   (again / "weights.safetensors").unlink()
-  train.train(run.config, str(again))
+  with jax.log_compiles():
+    train.train(run.config, str(again))
+  assert "Compiling jit(reconstruct)" in caplog.text and "Compiling jit(update)" not in caplog.text
   assert checkpoint_steps(again) == [2, 4] and step_of_weights(again) == "4"
   for name in ("params", "ema", "opt_state"):
     jax.tree.map(np.testing.assert_array_equal, *(read_checkpoint(x, 4, name) for x in (run.workdir, again)))
@@ -243,8 +245,9 @@ def test_discriminator_has_its_own_optimiser():
   params = {"vae": {"kernel": jnp.zeros(4)}, "discriminator": {"kernel": jnp.zeros(4)}}
   grads = {"vae": {"kernel": jnp.full(4, 30.0)}, "discriminator": {"kernel": jnp.full(4, 7.0)}}
   state = optimizer.init(params)
+  update = jax.jit(optimizer.update)
   for _ in range(3):
-    updates, state = optimizer.update(grads, state, params)
+    updates, state = update(grads, state, params)
   np.testing.assert_allclose(updates["vae"]["kernel"], np.full(4, -0.1), rtol=2e-2)  # from the cosine schedule
   np.testing.assert_allclose(updates["discriminator"]["kernel"], np.full(4, -0.02), rtol=2e-2)
   mu = {
