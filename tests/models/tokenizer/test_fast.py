@@ -71,7 +71,8 @@ def case():
 
 def near(actual, desired, relative):
   assert actual.shape == desired.shape
-  gap = float(jnp.abs(actual - desired).max() / jnp.abs(desired).max())
+  actual, desired = jax.device_get((actual, desired))
+  gap = np.abs(actual - desired).max() / np.abs(desired).max()
   assert gap < relative, gap
 
 
@@ -104,7 +105,7 @@ def test_tokens_past_keep_k_have_no_effect(case):
 def test_fewer_registers_in_the_encoder(case):
   apply = lambda params, k: case.model.apply({"params": params}, case.x, k, method="encode_registers")
   encode = functools.partial(jax.jit(apply, static_argnums=1), case.params)
-  everything = encode(None)
+  everything = np.asarray(encode(None))
   for k in (1, 8, 33):
     near(encode(k), everything[:, :k], 1e-5)
 
@@ -161,36 +162,53 @@ def test_no_unconditional_pass_at_scale_one(case):
 # Training in buckets.
 
 
+def bucket_config(mode, rows, depth, fast=True, **more):
+  tokens = dict(nested_dropout=mode, null_prob=0.2, saturation_weight=0.3, num_registers=16, bucket_rows=rows, **more)
+  return config_of(tokens=tokens, encoder=dict(depth=depth), decoder=dict(depth=depth), fast=fast)
+
+
+@functools.cache
+def loss_and_gradients(*args, **fields):
+  """Returns the jitted function (params, latents) -> ((loss, metrics), gradients) of a bucket_config."""
+  stage = make_stage(bucket_config(*args, **fields))
+  return jax.jit(
+    jax.value_and_grad(lambda params, latents: stage.latents_loss(params, latents, jax.random.key(3)), has_aux=True)
+  )
+
+
+def bucket_inputs(size, *args, **fields):
+  """Returns the parameters of a bucket_config, and latents."""
+  params = fill(loading.abstract_params(bucket_config(*args, **fields)))
+  return params, np.random.default_rng(2).normal(size=(size, 16, 16, 3)).astype(np.float32)
+
+
 @pytest.mark.parametrize(
-  "mode, size, depth, more",
-  [("pow2", 9, 1, {}), ("uniform", 16, 2, dict(quantization_dropout=0.5, corruption=0.3)), ("uniform_pow2", 6, 1, {})],
+  "size, mode, rows, depth, more",
+  [
+    (32, "pow2", 4, 1, {}),
+    (16, "uniform", 16, 2, dict(quantization_dropout=0.5, corruption=0.3)),
+    (6, "uniform_pow2", 6, 1, {}),
+  ],
 )
-def test_buckets_have_the_plain_loss_and_gradients(mode, size, depth, more):
-  tokens = dict(nested_dropout=mode, null_prob=0.2, saturation_weight=0.3, num_registers=16, **more)
-  parts = dict(encoder=dict(depth=depth), decoder=dict(depth=depth))
-  stages = [make_stage(config_of(tokens=tokens, **parts, fast=fast)) for fast in (True, False)]
-  params = fill(loading.abstract_params(config_of(tokens=tokens, **parts)))
-  latents = np.random.default_rng(2).normal(size=(size, 16, 16, 3)).astype(np.float32)
-  loss_of = lambda stage: lambda p: stage.latents_loss(p, latents, jax.random.key(3))
-  run = lambda stage: jax.jit(jax.value_and_grad(loss_of(stage), has_aux=True))
-  ((loss, metrics), grads), ((plain_loss, plain_metrics), plain_grads) = (run(stage)(params) for stage in stages)
+def test_buckets_have_the_plain_loss_and_gradients(size, mode, rows, depth, more):
+  inputs = bucket_inputs(size, mode, rows, depth, **more)
+  fast, plain = (loss_and_gradients(mode, rows, depth, fast=fast, **more)(*inputs) for fast in (True, False))
+  ((loss, metrics), grads), ((plain_loss, plain_metrics), plain_grads) = jax.device_get((fast, plain))
   np.testing.assert_allclose(loss, plain_loss, rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), metrics, plain_metrics)
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(plain_grads)):
-    assert float(jnp.abs(b).max()) > 0, jax.tree_util.keystr(path)
-    assert float(jnp.abs(a - b).max() / jnp.abs(b).max()) < 1e-5, jax.tree_util.keystr(path)
+    assert np.abs(b).max() > 0, jax.tree_util.keystr(path)
+    assert np.abs(a - b).max() / np.abs(b).max() < 1e-5, jax.tree_util.keystr(path)
 
 
 def test_buckets_over_devices():
   """Eight devices with whole groups compute the same as one, without communicating rows of the batch."""
-  config = config_of(tokens=dict(num_registers=16, bucket_rows=4), encoder=dict(depth=1), decoder=dict(depth=1))
-  stage, params = make_stage(config), fill(loading.abstract_params(config))
-  latents = np.random.default_rng(2).normal(size=(32, 16, 16, 3)).astype(np.float32)
-  fn = jax.jit(jax.value_and_grad(lambda p, x: stage.latents_loss(p, x, jax.random.key(3))[0]))
+  fn = loss_and_gradients("pow2", 4, 1, fast=True)  # the program of one device is compiled above
+  params, latents = bucket_inputs(32, "pow2", 4, 1)
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
   spread = jax.device_put(latents, NamedSharding(mesh, P("data")))
   everywhere = jax.device_put(params, NamedSharding(mesh, P()))
-  (loss, grads), (one_loss, one_grads) = fn(everywhere, spread), fn(params, latents)
+  ((loss, _), grads), ((one_loss, _), one_grads) = jax.device_get((fn(everywhere, spread), fn(params, latents)))
   np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()), grads, one_grads)
   text = fn.lower(everywhere, spread).compile().as_text()
@@ -201,7 +219,7 @@ def test_buckets_over_devices():
 
 def test_buckets_run_less():
   """XLA counts at least a third fewer FLOPs, as in the analytic count (pow2, 9 rows)."""
-  config = dict(tokens=dict(num_registers=256, bucket_rows=9), encoder=dict(depth=1), decoder=dict(depth=1))
+  config = dict(tokens=dict(num_registers=64, bucket_rows=9), encoder=dict(depth=1), decoder=dict(depth=1))
   params = fill(loading.abstract_params(config_of(**config)))
   latents = np.zeros((9, 16, 16, 3), np.float32)
 
@@ -217,17 +235,18 @@ def test_buckets_run_less():
 
 
 def test_all_counts_and_ragged_batches_compile_once_per_size():
-  config = config_of(encoder=dict(depth=1), decoder=dict(depth=1))
+  config = config_of(encoder=dict(depth=1), decoder=dict(depth=1), tokens=dict(num_registers=64))
   model = api.FlexTok(fill(loading.abstract_params(config)), FrozenConfigDict(config))
   images, noise = np.zeros((2, 16, 16, 3), np.uint8), np.zeros((2, 16, 16, 3), np.float32)
   for f in (api._tokenize, api._detokenize, api._velocity):
     f.clear_cache()
-  for k in range(1, 257, 5):
+  for k in range(1, 65, 3):
     ids = model.tokenize(images, num_tokens=k)
     assert ids.shape == (2, k)
     model.velocity(noise, 0.5, ids, keep_k=k)
-  for k in (1, 3, 7, 100, 120, 256):
+  counts = (1, 3, 7, 25, 30, 64)
+  for k in counts:
     model.detokenize([np.zeros(k, int), np.zeros(1 + k // 2, int)], noise=noise, num_steps=1, guidance_scale=1.0 + k)
-  sizes = len(nested.padded_lengths(256))
+  sizes = len(nested.padded_lengths(64))
   assert api._tokenize._cache_size() <= sizes and api._velocity._cache_size() <= sizes
-  assert api._detokenize._cache_size() == len({nested.padded_length(k, 256) for k in (1, 3, 7, 100, 120, 256)})
+  assert api._detokenize._cache_size() == len({nested.padded_length(k, 64) for k in counts})
