@@ -1,6 +1,7 @@
 """All configs and what they build (shapes only), config files, package metadata, and the shipped models."""
 
 import ast
+import functools
 import importlib.metadata
 import itertools
 import re
@@ -11,6 +12,7 @@ from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
+from ml_collections import FrozenConfigDict
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 import pytest
@@ -64,8 +66,16 @@ def flat(config):
   return flatten_dict(config.to_dict(), sep=".")
 
 
+@functools.cache
+def _shapes(config):
+  return loading.abstract_params(config)
+
+
 def joined_shapes(config):
-  return dict(loading.abstract_params(config))
+  """Returns the shapes of the parameters, which depend on neither data, training, evaluation nor sampling."""
+  defaults = common.get_config().to_dict()
+  other = ("data", "optim", "train", "eval", "sampler")
+  return dict(_shapes(FrozenConfigDict(config.to_dict() | {name: defaults[name] for name in other})))
 
 
 def count(params):

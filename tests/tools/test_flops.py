@@ -52,9 +52,14 @@ def generator(**overrides):
 
 
 @functools.cache
-def shapes(config):
-  """Returns shapes of the trained and the frozen parameters."""
+def _shapes(config):
   return unbox(jax.eval_shape(make_stage(config).init, jax.random.key(0)))
+
+
+def shapes(config):
+  """Returns shapes of the trained and the frozen parameters, which depend on neither training nor sampling."""
+  defaults = common.get_config().to_dict()
+  return _shapes(FrozenConfigDict(config.to_dict() | {k: defaults[k] for k in ("remat", "optim", "sampler")}))
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +67,7 @@ def zero_params(monkeypatch):
   """Makes all parameters zero: the benchmark's random parameters depend on values, so they cannot be traced."""
 
   def zeros(self, names, dtype):
-    params, frozen = shapes(FrozenConfigDict(self.config))
+    params, frozen = shapes(self.config)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), {name: {**params, **frozen}[name] for name in names})
 
   monkeypatch.setattr(benchmark_jobs.TokenizerBenchmark, "_random_params", zeros)
@@ -234,7 +239,7 @@ def test_generator(fields):
 def test_bytes_read_per_token():
   """All matrices once, except those used only for text, and the caches of guided rows, of 72 slots for 70 tokens."""
   config = generator(ar=dict(condition="text"))
-  named = flax.traverse_util.flatten_dict(shapes(FrozenConfigDict(config))[0]["ar"])
+  named = flax.traverse_util.flatten_dict(shapes(config)[0]["ar"])
   matrices = sum(x.size for path, x in named.items() if path[-1] == "kernel" and "kv" not in path)
   caches = 2 * BATCH * config.ar.depth * 2 * (72 + 12) * config.ar.width
   assert flops_ar.token_bytes(config, 70, BATCH, True) == 4 * (matrices + caches)
@@ -249,7 +254,7 @@ def test_logits_of_all_positions_are_never_materialised():
     config = common.derive(stage="ar", ar=dict(loss_chunk=chunk))
     stage, whole = make_stage(config), jax.ShapeDtypeStruct((BATCH, 256), jnp.int32)
     rows = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
-    params = shapes(FrozenConfigDict(config))[0]
+    params = shapes(config)[0]
     grad = jax.grad(lambda params, batch, stage=stage: stage.loss_fn(params, batch, None, 0)[0])
     jaxpr = jax.make_jaxpr(grad)(params, {"token_ids": whole, "length": rows, "label": rows}).jaxpr
     sizes = [

@@ -51,11 +51,16 @@ def assert_same(a, b):
 
 def random_of(sections):
   tokens = dict(num_registers=6, nested_dropout="uniform") | sections.get("tokens", {})
+  halves = {}
+  for half in ("encoder", "decoder"):
+    part = dict(width=64, depth=2, patch_size=2) | sections.get(half, {})
+    # As in the files, so that the loaded config is this one, whose shapes are known; "default" leaves it open.
+    halves[half] = ({"max_grid": 8 // part["patch_size"]} if sections else {}) | part
   config = common.derive(
     image_size=32,
     dtype="float32",
     vae=dict(latent_channels=4, block_out_channels=(8, 8, 8), layers_per_block=1, norm_groups=GROUPS),
-    **{half: dict(width=64, depth=2) | sections.get(half, {}) for half in ("encoder", "decoder")},
+    **halves,
     tokens=tokens,
     **{k: v for k, v in sections.items() if k not in ("encoder", "decoder", "tokens")},
   )
