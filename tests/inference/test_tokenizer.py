@@ -147,7 +147,7 @@ def test_lists_of_pictures(model, tmp_path):
 
 
 def test_ragged_ids_and_keep_k(model, ids, noise):
-  decode = lambda *args: np.asarray(model.detokenize(*args, noise=noise, num_steps=2))
+  decode = lambda *args: np.asarray(model.detokenize(*args, noise=noise, num_steps=3))
   expected = decode(ids, [2, 6, 3])
   np.testing.assert_array_equal(decode([ids[0, :2], ids[1].tolist(), tuple(ids[2, :3])]), expected)
   np.testing.assert_array_equal(decode([ids[0, :2], ids[1], ids[2, :5]], np.array([2, 6, 3])), expected)
@@ -161,10 +161,10 @@ def test_keys_and_noise(model, ids, noise):
   key = jax.random.key(5)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(3))
   drawn = jnp.stack([jax.random.normal(k, (8, 8, 4)) for k in keys])
-  with_key = model.detokenize(ids, key=key, num_steps=1)
-  np.testing.assert_allclose(with_key, model.detokenize(ids, noise=drawn, num_steps=1), rtol=1e-5, atol=1e-5)
-  np.testing.assert_array_equal(model.detokenize(ids, key=keys, num_steps=1), with_key)
-  np.testing.assert_array_equal(model.detokenize(ids, key=jax.random.PRNGKey(5), num_steps=1), with_key)
+  with_key = model.detokenize(ids, key=key, num_steps=3)
+  np.testing.assert_allclose(with_key, model.detokenize(ids, noise=drawn, num_steps=3), rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(model.detokenize(ids, key=keys, num_steps=3), with_key)
+  np.testing.assert_array_equal(model.detokenize(ids, key=jax.random.PRNGKey(5), num_steps=3), with_key)
   wide = np.zeros((3, 4, 8, 4), np.float32)  # not the default size: 16 x 32 pixels
   assert model.detokenize(ids, noise=wide, num_steps=1).shape == (3, 16, 32, 3)
 
@@ -215,12 +215,12 @@ def test_model_is_a_frozen_pytree(model, images, ids, noise):
   def round_trip(model, images, noise):
     ids = model.tokenize(images, num_tokens=3)
     latents = model.encode_latents(images)
-    restored = model.detokenize(ids, keep_k=jnp.array([1, 2, 3]), noise=noise, num_steps=2)
+    restored = model.detokenize(ids, keep_k=jnp.array([1, 2, 3]), noise=noise, num_steps=3)
     return ids, restored, model.decode_latents(latents)
 
   tokens, restored, decoded = round_trip(model, jnp.asarray(images), jnp.asarray(noise))
   np.testing.assert_array_equal(tokens, model.tokenize(images, num_tokens=3))
-  expected = model.detokenize(tokens, [1, 2, 3], noise=noise, num_steps=2)
+  expected = model.detokenize(tokens, [1, 2, 3], noise=noise, num_steps=3)
   np.testing.assert_allclose(restored, expected, atol=1e-4 * np.abs(expected).max())
   assert decoded.shape == images.shape
   # Differentiable in the parameters, like any function of a pytree.

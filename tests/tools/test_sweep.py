@@ -359,9 +359,9 @@ def test_usage_errors_are_one_line(words, args, stand_in, tmp_path):
 def test_a_sweep_with_real_training(tmp_path):
   """Two real runs and one that fails; rerun, the two have nothing to do."""
   runs = {
-    "uniform": {"tokens.nested_dropout": "uniform"},
-    "bad": {"tokens.nested_dropout": "pow2", "tokens.num_registers": 6},
-    "none": {"tokens.nested_dropout": "none"},
+    "uniform": {"tokens.nested_dropout": "uniform", "fast": False},
+    "bad": {"tokens.nested_dropout": "pow2", "tokens.num_registers": 6, "fast": False},
+    "none": {"tokens.nested_dropout": "none", "fast": False},
   }
   config = config_file(tmp_path, runs)
   code, out, err = script(config, tmp_path / "runs")
