@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax import cli
+from flextok_jax.config import TOKENIZER_STAGES
 from flextok_jax.core import files
 from flextok_jax.core import images as images_lib
 from flextok_jax.data import transforms
@@ -161,7 +162,7 @@ def reconstruct(model: FlexTok, image: np.ndarray) -> tuple[np.ndarray, np.ndarr
   Returns:
     (token ids [n], or of a VAE alone latents [h', w', c]; reconstruction [h, w, 3] in [-1, 1]).
   """
-  if model.config.stage != "tokenizer":
+  if model.config.stage not in TOKENIZER_STAGES:
     latents = model.encode_latents(image[None])
     return np.asarray(latents[0]), _clip(model.decode_latents(latents))
   ids = np.asarray(model.tokenize(image[None]))

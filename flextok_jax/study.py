@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from flextok_jax import cli
-from flextok_jax.config import with_fields
+from flextok_jax.config import TOKENIZER_STAGES, with_fields
 from flextok_jax.core.hashing import hash_tree
 from flextok_jax.evals import from_config, generation
 from flextok_jax.evals.metrics import image as metrics_lib
@@ -136,7 +136,7 @@ def main(values: flags.FlagValues):
 def _load_subject(values: flags.FlagValues) -> Subject:
   metrics = metrics_lib.make_metrics([name for name in values.metrics if name != RFID], values.weights)
   config, params = loading.load(values.checkpoint)
-  if config.stage != "tokenizer":
+  if config.stage not in TOKENIZER_STAGES:
     raise ValueError(f"--checkpoint={values.checkpoint} is a model of stage {config.stage!r}: give a tokenizer")
   if values.config is not None:
     config = from_config.with_model(values.config, config, check=loading.is_ours(values.checkpoint))

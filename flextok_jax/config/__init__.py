@@ -3,9 +3,10 @@
 from flextok_jax.config.defaults import get_config
 from flextok_jax.config.fields import derive, flatten, parse_config, read_config, with_fields
 from flextok_jax.config.files import call, check_argument, load_config
-from flextok_jax.config.ranges import check, check_field, float_dtype
+from flextok_jax.config.ranges import TOKENIZER_STAGES, check, check_field, float_dtype
 
 __all__ = [
+  "TOKENIZER_STAGES",
   "call",
   "check",
   "check_argument",

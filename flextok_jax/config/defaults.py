@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   """Returns the base configuration: FlexTok d12-d12 on ImageNet at 256 px."""
   c = ConfigDict()
-  c.stage = "tokenizer"  # "tokenizer" (frozen VAE), "vae", or "ar" (generator of token ids)
+  # "tokenizer" (frozen VAE), "vae", "ar" (generator of token ids), or "distill" (few-step decoder of a tokenizer).
+  c.stage = "tokenizer"
   c.seed = 0  # initialisation, data order, noise
   c.image_size = 256  # pixels; height = width [paper]
   # Compute dtype; parameters, norms, softmax, FSQ and losses are float32. Devices sum gradients in the dtype in which
@@ -74,6 +75,7 @@ def get_config() -> ConfigDict:
   # Without condition, every register is the learned null token ("learned") or zero ("zero"), or a single null token
   # replaces them all ("single").
   c.decoder.null_condition = "learned"
+  c.decoder.interval = False  # True: a student of stage "distill", which also sees how long an interval it crosses
 
   c.tokens = ConfigDict()
   c.tokens.num_registers = 256  # most tokens per image [paper]
@@ -117,6 +119,10 @@ def get_config() -> ConfigDict:
   c.sampler.apg_momentum = -0.5  # [code]
   c.sampler.apg_eta = 0.0  # weight of the part parallel to the conditional velocity [code]
   c.sampler.apg_threshold = 2.5  # bound on the L2 norm of the guidance direction, per sample; 0 is off [code]
+
+  c.distill = ConfigDict()  # of stage "distill"
+  c.distill.steps = (1, 2, 4, 8)  # numbers of steps that the student learns; each image gives an interval of each
+  c.distill.sampler = ConfigDict(c.sampler.to_dict())  # of the teacher's paths; training sets it to that of init_from
 
   c.ar = ConfigDict()  # of stage "ar"
   c.ar.width = 768

@@ -14,6 +14,7 @@ import numpy as np
 
 from flextok_jax.config.defaults import get_config
 
+TOKENIZER_STAGES = ("tokenizer", "distill")  # whose models have an encoder and a flow decoder
 MAX_INT = 2**31 - 1  # of int32, in which devices count
 MAX_FLOAT = 3e38  # about the largest float32
 MAX_STEPS = 10_000  # of the sampler
@@ -92,8 +93,17 @@ _PART = {
   "max_grid": PATCHES,
   "readout_multiplier": POSITIVE,
 }  # of encoder and decoder
+_SAMPLER = {
+  "num_steps": whole(1, MAX_STEPS),
+  "guidance": one_of("apg", "cfg", "none"),
+  "guidance_scale": between(*SCALES),
+  "guidance_interval": INTERVAL,
+  "apg_momentum": FINITE,
+  "apg_eta": FINITE,
+  "apg_threshold": NOT_NEGATIVE,
+}
 RANGES = {
-  "stage": one_of("tokenizer", "vae", "ar"),
+  "stage": one_of("tokenizer", "vae", "ar", "distill"),
   "seed": whole(0, 2**32 - 1),  # more bits than a key of jax has without 64-bit numbers
   "image_size": whole(1, 4096),
   "dtype": DTYPE,
@@ -132,13 +142,10 @@ RANGES = {
   "repa.features": WIDTH,
   "repa.grid": PATCHES,
   "repa.dtype": DTYPE,
-  "sampler.num_steps": whole(1, MAX_STEPS),
-  "sampler.guidance": one_of("apg", "cfg", "none"),
-  "sampler.guidance_scale": between(*SCALES),
-  "sampler.guidance_interval": INTERVAL,
-  "sampler.apg_momentum": FINITE,
-  "sampler.apg_eta": FINITE,
-  "sampler.apg_threshold": NOT_NEGATIVE,
+  **{f"{section}.{name}": kind for section in ("sampler", "distill.sampler") for name, kind in _SAMPLER.items()},
+  "distill.steps": several(
+    whole(1, 64), "1 to 8 whole numbers from 1 to 64, each once", lambda x: 1 <= len(x) <= 8 and len(set(x)) == len(x)
+  ),
   "ar.width": WIDTH,
   "ar.depth": DEPTH,
   "ar.head_dim": WIDTH,

@@ -14,13 +14,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 import numpy as np
 
-from flextok_jax.config import with_fields
+from flextok_jax.config import TOKENIZER_STAGES, with_fields
 from flextok_jax.inference import adaptive, validation
 from flextok_jax.inference.validation import Array, Images, Scale, TokenIds
 from flextok_jax.models.tokenizer import flextok
 from flextok_jax.models.tokenizer.flextok import Sampler
 from flextok_jax.ops import distances, fsq, nested
-from flextok_jax.stages.tokenizer import make_model
+from flextok_jax.stages.tokenizer import check_sampler, make_model
 from flextok_jax.stages.vae import make_vae
 from flextok_jax.weights import loading, saving
 
@@ -242,7 +242,7 @@ class FlexTok:
     saving.save_official(validation.path("path", path), self.config, self.params)
 
   def _tokenizer_config(self) -> FrozenConfigDict:
-    if self.config.stage != "tokenizer":
+    if self.config.stage not in TOKENIZER_STAGES:
       raise ValueError(f"this is a model of stage {self.config.stage!r}: it has latents, but no tokens")
     return self.config
 
@@ -271,6 +271,7 @@ class FlexTok:
       guidance_scale=guidance_scale,
       guidance_interval=guidance_interval,
     )
+    check_sampler(self.config, sampler.num_steps, sampler.guidance)
     scale = sampler.guidance_scale
     mode = "none" if not validation.is_traced(scale) and np.all(np.asarray(scale) == 1) else sampler.guidance
     scales = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (sampler.num_steps,))
@@ -310,7 +311,7 @@ def load_tokenizer(
     FileNotFoundError, ValueError: see load; a VAE alone; or a setting out of range.
   """
   model = load(source)
-  if model.config.stage != "tokenizer":
+  if model.config.stage not in TOKENIZER_STAGES:
     raise ValueError(f"{source} is a model of stage {model.config.stage!r}, which has no tokens")
   return with_sampler(model, num_steps=num_steps, guidance=guidance, guidance_scale=guidance_scale)
 
@@ -371,7 +372,7 @@ def _decode(model: FlexTok, ids: Array, keep_k: Array, noise: Array, sampler: Sa
 
 @functools.lru_cache(maxsize=32)
 def _network(config: FrozenConfigDict) -> flextok.FlexTok:
-  if config.stage == "tokenizer":
+  if config.stage in TOKENIZER_STAGES:
     return make_model(config)
   return flextok.FlexTok(None, None, (), make_vae(config), config.vae.scaling_factor)
 

@@ -60,7 +60,7 @@ def euler_steps(
   times: jax.Array | np.ndarray,
   carry: Any,
   inputs: Any,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Any, jax.Array]:
   """Takes Euler steps from noise (t = 1) towards data (t = 0): x <- x - v(x, t) / N for t = i / N, i = N..1.
 
   Args:
@@ -72,15 +72,33 @@ def euler_steps(
     inputs: tree of arrays [s, ...], of each step.
 
   Returns:
-    x [b, ...] float32 after these steps, and the carry.
+    x [b, ...] float32 after these steps, the carry, and x before each step [s, b, ...].
   """
 
   def step(state, scanned):
     (x, carry), (t, inputs) = state, scanned
     velocity, carry = velocity_fn(x, t, carry, inputs)
-    return (x - velocity.astype(jnp.float32) / num_steps, carry), None
+    return (x - velocity.astype(jnp.float32) / num_steps, carry), x
 
-  return jax.lax.scan(step, (x.astype(jnp.float32), carry), (times, inputs))[0]
+  (x, carry), path = jax.lax.scan(step, (x.astype(jnp.float32), carry), (times, inputs))
+  return x, carry, path
+
+
+def on_path(path: jax.Array, t: jax.Array) -> jax.Array:
+  """Returns the points of Euler paths at any times: between two steps a path is a straight line.
+
+  Args:
+    path: [n + 1, b, ...], x at the times 1, 1 - 1 / n, ..., 0.
+    t: times [b] in [0, 1].
+
+  Returns:
+    x [b, ...].
+  """
+  position = (1 - t) * (path.shape[0] - 1)
+  index = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, path.shape[0] - 2)
+  share = (position - index).reshape(-1, *[1] * (path.ndim - 2))
+  rows = jnp.arange(path.shape[1])
+  return path[index, rows] * (1 - share) + path[index + 1, rows] * share
 
 
 def step_times(num_steps: int) -> np.ndarray:

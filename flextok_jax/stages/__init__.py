@@ -3,15 +3,16 @@
 import jax
 from ml_collections import ConfigDict
 
-from flextok_jax.config import check
+from flextok_jax.config import TOKENIZER_STAGES, check
 from flextok_jax.models import transformer
 from flextok_jax.stages import ar
 from flextok_jax.stages.ar import ARStage
+from flextok_jax.stages.distill import DistillStage
 from flextok_jax.stages.stage import Stage
 from flextok_jax.stages.tokenizer import TokenizerStage
 from flextok_jax.stages.vae import VAEStage
 
-_STAGES = {"tokenizer": TokenizerStage, "vae": VAEStage, "ar": ARStage}
+_STAGES = {"tokenizer": TokenizerStage, "distill": DistillStage, "vae": VAEStage, "ar": ARStage}
 
 
 def make_stage(config: ConfigDict) -> Stage:
@@ -29,7 +30,7 @@ def divided_by_tensor(config: ConfigDict) -> dict[str, int]:
   if config.stage == "ar":
     return {"heads": config.ar.width // config.ar.head_dim, "hidden units": ar.mlp_hidden(config.ar)}
   counts = {}
-  for name in ("encoder", "decoder") if config.stage == "tokenizer" else ():
+  for name in ("encoder", "decoder") if config.stage in TOKENIZER_STAGES else ():
     part = config[name]
     counts[f"heads of the {name}"] = part.width // part.head_dim
     counts[f"hidden units of the {name}"] = transformer.mlp_hidden(part.width, part.mlp_ratio, part.gated_mlp)

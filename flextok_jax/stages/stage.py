@@ -23,6 +23,11 @@ class Stage:
     del key
     return {}, {}
 
+  def initial_weights(self, weights: Mapping[str, Params], params: Params) -> dict[str, Params]:
+    """Returns the parts that a new run starts from, made of another model's weights by part and its own new params."""
+    del params
+    return dict(weights)
+
   @property
   def pretrained_networks(self) -> Mapping[str, str]:
     """Frozen parts of init_auxiliary whose weights a new run reads from files: {part: network}, as "lpips_vgg"."""

@@ -29,6 +29,9 @@ def make_model(config: ConfigDict) -> FlexTok:
   Raises:
     ValueError: sizes that do not fit together.
   """
+  if config.decoder.interval and config.stage != "distill":
+    raise ValueError(f"decoder.interval=True is for stage 'distill', not {config.stage!r}")
+  check_sampler(config, config.sampler.num_steps, config.sampler.guidance)
   levels = tuple(config.tokens.levels)
   vae = make_vae(config) if config.vae.kind == "autoencoder_kl" else None
   side = config.image_size // (1 if vae is None else vae.downscale)
@@ -39,6 +42,20 @@ def make_model(config: ConfigDict) -> FlexTok:
     levels=levels,
     scaling_factor=config.vae.scaling_factor or 1.0,  # 0: set by training (inputs.with_vae)
   )
+
+
+def check_sampler(config: ConfigDict, num_steps: int, guidance: str) -> None:
+  """Raises ValueError for settings of the sampler that are not for the decoder of a config, which is a student's."""
+  if not config.decoder.interval:
+    return
+  if guidance != "none":
+    raise ValueError(
+      "a student has no unconditional pass, and the guidance of its teacher built in: guidance must be 'none', "
+      f"got {guidance!r}"
+    )
+  most = max(config.distill.steps)
+  if num_steps > most:
+    raise ValueError(f"num_steps={num_steps} is more than the {most} steps that this student was trained for")
 
 
 def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, side: int, **fields: Any) -> Any:
@@ -95,18 +112,18 @@ class Rows(flax.struct.PyTreeNode):
 
   def bucket(self, first: int, end: int) -> "Rows":
     """Returns the rows first .. end - 1 of all groups: [g, r, ...] -> [g * (end - first), ...]."""
-    cut = lambda x: _ungroup(x[:, first:end])
+    cut = lambda x: ungroup(x[:, first:end])
     cut_modulation = lambda x: x[..., first:end, :].reshape(*x.shape[:-3], -1, x.shape[-1])
     rows = jax.tree.map(cut, self.replace(modulations=None))
     return rows.replace(modulations=jax.tree.map(cut_modulation, self.modulations))
 
 
-def _group(x: jax.Array, rows: int) -> jax.Array:
+def group(x: jax.Array, rows: int) -> jax.Array:
   """[b, ...] -> [b / rows, rows, ...]."""
   return jnp.asarray(x).reshape(-1, rows, *x.shape[1:])
 
 
-def _ungroup(x: jax.Array) -> jax.Array:
+def ungroup(x: jax.Array) -> jax.Array:
   """[g, r, ...] -> [g * r, ...]."""
   return x.reshape(-1, *x.shape[2:])
 
@@ -187,9 +204,9 @@ class TokenizerStage(Stage):
       # [g * (end - first), ...] -> [g, end - first, ...]
       outputs.append(jax.tree.map(lambda x, count=end - first: x.reshape(-1, count, *x.shape[1:]), output))
     # [g, r_i, ...] each -> [b, ...]
-    join = lambda *parts: _ungroup(jnp.concatenate(parts, 1))
+    join = lambda *parts: ungroup(jnp.concatenate(parts, 1))
     per_sample, saturation, features = jax.tree.map(join, *outputs)
-    keep_k, drop = _ungroup(rows.keep_k), _ungroup(rows.drop)
+    keep_k, drop = ungroup(rows.keep_k), ungroup(rows.drop)
 
     # Metrics: the flow loss by number of kept registers.
     def flow_loss_of(mask):
@@ -206,7 +223,7 @@ class TokenizerStage(Stage):
     loss = per_sample + self.tokens.saturation_weight * saturation
     if self.projector is not None:
       assert teacher is not None
-      alignment = self._alignment(params, features, _ungroup(_group(teacher, order.size)[:, order]))
+      alignment = self._alignment(params, features, ungroup(group(teacher, order.size)[:, order]))
       metrics["repa"] = alignment.sum(), jnp.float32(size)
       loss = loss + self.repa.weight * alignment
     return loss.mean(), metrics
@@ -218,9 +235,9 @@ class TokenizerStage(Stage):
     count = bucket_rows(size, self.tokens.bucket_rows)
     # Shuffled, so that lengths are assigned at random: latents within their group, times over the whole batch.
     order = jax.random.permutation(order_key, jnp.arange(count, dtype=jnp.int32))
-    latents = _group(latents, count)[:, order]
+    latents = group(latents, count)[:, order]
     t = flow.sample_t(t_key, size, self.flow.t_sampling, self.flow.mode_scale, self.flow.t_shift)
-    t = _group(jax.random.permutation(t_order_key, t), count)
+    t = group(jax.random.permutation(t_order_key, t), count)
     noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
     keep_k, drop = nested.sample_keep_k(
       keep_key, size // count, count, n, self.tokens.nested_dropout, self.tokens.null_prob

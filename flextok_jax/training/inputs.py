@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from flextok_jax.config import float_dtype, read_config, with_fields
+from flextok_jax.config import TOKENIZER_STAGES, float_dtype, read_config, with_fields
 from flextok_jax.data import pipeline
 from flextok_jax.data.shards import features, latents, tokens
 from flextok_jax.inference.text_encoder import load_t5_encoder
@@ -78,7 +78,7 @@ def with_vae(config: ConfigDict, workdir: str) -> ConfigDict:
   Raises:
     FileNotFoundError, ValueError: there are no weights, or they have no scaling factor.
   """
-  if config.stage != "tokenizer" or config.vae.scaling_factor:
+  if config.stage not in TOKENIZER_STAGES or config.vae.scaling_factor:
     return config
   if (epath.Path(workdir) / "config.json").exists():
     factor = read_config(workdir).vae.scaling_factor
@@ -94,13 +94,35 @@ def with_vae(config: ConfigDict, workdir: str) -> ConfigDict:
   return with_fields(config, {"vae.scaling_factor": factor})
 
 
+def with_teacher(config: ConfigDict, workdir: str) -> ConfigDict:
+  """Returns the config of stage "distill" with the sampler of its teacher, that of the weights at config.init_from.
+
+  A run that resumes has that of its workdir. Other configs are returned unchanged.
+
+  Raises:
+    FileNotFoundError, ValueError: there are no weights, or they are not those of a tokenizer.
+  """
+  if config.stage != "distill":
+    return config
+  if (epath.Path(workdir) / "config.json").exists():
+    sampler = read_config(workdir).distill.sampler
+  elif not config.init_from:
+    raise ValueError("stage 'distill' needs a teacher: set init_from to the weights of a tokenizer")
+  else:
+    teacher = loading.load_config(config.init_from)
+    if teacher.stage != "tokenizer":
+      raise ValueError(f"init_from={config.init_from} is of stage {teacher.stage!r}: the teacher must be a tokenizer")
+    sampler = teacher.sampler
+  return with_fields(config, {f"distill.sampler.{name}": value for name, value in sampler.items()})
+
+
 def check_latents(config: ConfigDict, frozen: dict):
   """Checks that the latent shards of a tokenizer, if any, are of its frozen VAE; all processes call it.
 
   Raises:
     FileNotFoundError, ValueError: the shards are missing, do not fit the config or are of another VAE.
   """
-  if config.stage == "tokenizer" and config.data.latents:
+  if config.stage in TOKENIZER_STAGES and config.data.latents:
     _open_latents(config, fingerprints.vae(config, frozen))
 
 
@@ -150,7 +172,7 @@ def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) 
     if config.stage == "ar":
       drop_condition = config.ar.drop_condition
       return tokens.train_batches(*open_tokens(config, "train"), data.loading, drop_condition=drop_condition, **batches)
-    if config.stage == "tokenizer" and config.data.latents:
+    if config.stage in TOKENIZER_STAGES and config.data.latents:
       records: Any = _open_latents(config)
       if repa.section(config) is not None:
         teacher = features.FeatureShards(config.data.teacher)

@@ -83,7 +83,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
   workdir = str(folder)
   if workdirs.is_remote(folder):
     processes.run_on_process_0(lambda: workdirs.check_writable(folder))
-  config = inputs.with_vae(inputs.with_tokenizer(config), workdir)
+  config = inputs.with_teacher(inputs.with_vae(inputs.with_tokenizer(config), workdir), workdir)
   mesh = sharding.make_mesh(**config.mesh)
   batch_size, num_steps = config.data.global_batch, config.train.num_steps
   sharding.check_batch(batch_size, config.optim.accumulate_steps, mesh)
@@ -117,6 +117,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
         state = jax.jit(lambda key: unbox(init(key)), out_shardings=shardings)(init_key)
       state = state.replace(frozen={**state.frozen, **networks})
       if weights:
+        weights = stage.initial_weights(weights, state.params)
         state = jax.device_put(warm_start(state, weights, config.init_from, networks), shardings)
       del weights, networks  # they would keep the arrays that were replaced on the devices
     else:

@@ -24,6 +24,7 @@ import optax
 
 # "hidden": matrices from width to width; "readout": from the width to a fixed size; "input": from a fixed size;
 # "vector": biases, norms, embeddings, registers, tables; "vae": the autoencoder, which has no width.
+_TIMES = ("time_embed", "interval_embed")
 GROUPS = ("hidden", "readout", "input", "vector", "vae")
 
 
@@ -43,7 +44,7 @@ def group(names: Sequence[str]) -> str:
     return "hidden" if module == "in" else "input"
   if module == "readout" or (module == "head" and "adaln" not in names):
     return "readout"
-  if module in ("patch_embed", "code_embed") or names[0] == "text_mlp" or ("time_embed" in names and module == "in"):
+  if module in ("patch_embed", "code_embed") or names[0] == "text_mlp" or (module == "in" and names[-3] in _TIMES):
     return "input"
   return "hidden"
 

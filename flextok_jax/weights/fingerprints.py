@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 from ml_collections import ConfigDict
 
+from flextok_jax.config import TOKENIZER_STAGES
 from flextok_jax.core.hashing import hash_tree
 from flextok_jax.stages.tokenizer import make_model
 
@@ -29,7 +30,7 @@ def tokenizer(config: ConfigDict, params: Mapping) -> str:
   Raises:
     ValueError: the model is not a tokenizer.
   """
-  if config.stage != "tokenizer":
+  if config.stage not in TOKENIZER_STAGES:
     raise ValueError(f"a model of stage {config.stage!r} has no tokens, so no fingerprint of a tokenizer")
   model = make_model(config)
   arrays = {"encoder": params["encoder"]}

@@ -16,13 +16,14 @@ class TimeEmbedding(nn.Module):
   width: int
   dtype: jnp.dtype = jnp.float32
   max_timestep: float = 1.0
+  zero: bool = False  # initial output
 
   @nn.compact
   def __call__(self, t: jax.Array) -> jax.Array:
     """t [b] in [0, 1] -> [b, width]."""
     x = posemb.timestep_features(t, time_scale=1000.0 / self.max_timestep)
     x = nn.silu(layers.dense(self.width, (None, "embed"), "in", self.dtype)(x))
-    return layers.dense(self.width, ("embed", "embed_out"), "out", self.dtype)(x)
+    return layers.dense(self.width, ("embed", "embed_out"), "out", self.dtype, zero=self.zero)(x)
 
 
 class Decoder(PatchTransformer, kw_only=True):
@@ -34,15 +35,27 @@ class Decoder(PatchTransformer, kw_only=True):
   code_bias: bool = True
   max_timestep: float = 1.0
   null_condition: str = "learned"
+  interval: bool = False
 
   def setup(self) -> None:
     self.time_embed = TimeEmbedding(self.width, self.dtype, self.max_timestep)
+    if self.interval:
+      self.interval_embed = TimeEmbedding(self.width, self.dtype, self.max_timestep, zero=True)
     sets = 2 if self.modulation == "per_segment" else 1
     self.adaln = AdaLN(self.depth, sets, self.head_modulation, self.head_modulation_bias, self.dtype)
 
-  def modulations(self, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Returns everything that depends only on the times t [b] in [0, 1]: see AdaLN."""
-    return self.adaln(self.time_embed(t))
+  def modulations(self, t: jax.Array, interval: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+    """Returns everything that depends only on the times t [b] in [0, 1] and, of a student, on the intervals: see AdaLN.
+
+    Args:
+      t: times [b].
+      interval: of a student, lengths t - r [b] of the intervals from t to r over which its velocities are means; None:
+        0.
+    """
+    embedded = self.time_embed(t)
+    if self.interval:
+      embedded = embedded + self.interval_embed(jnp.zeros_like(t) if interval is None else interval)
+    return self.adaln(embedded)
 
   @nn.compact
   def __call__(
@@ -54,8 +67,9 @@ class Decoder(PatchTransformer, kw_only=True):
     drop_condition: jax.Array,
     modulations: tuple[jax.Array, jax.Array | None] | None = None,
     feature_block: int | None = None,
+    interval: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array | None]:
-    """Predicts the velocity noise - x0.
+    """Predicts the velocity noise - x0; a student predicts its mean over the path from t to t - interval.
 
     With fewer codes than registers, masked registers are merged (nested.key_log_counts): the same function of a shorter
     sequence. There must be more codes than kept registers, unless all are kept.
@@ -68,6 +82,7 @@ class Decoder(PatchTransformer, kw_only=True):
       drop_condition: True where no code is used [b].
       modulations: what modulations(t) returns, with batch axis b or 1; None: computed here.
       feature_block: number of a block, from 1, after which the patches are returned as well.
+      interval: of a student, see modulations; without effect if these are given.
 
     Returns:
       velocity [b, h, w, c] float32, and the patches [b, h/p * w/p, width] after the feature_block (None without one).
@@ -104,7 +119,7 @@ class Decoder(PatchTransformer, kw_only=True):
       log_counts = nested.key_log_counts(keep_k, drop_condition, num_codes, self.num_registers, single)
       key_bias = jnp.pad(log_counts, ((0, 0), (patches.shape[1], 0)))  # [b, h/p * w/p + n]
 
-    block_modulation, head_modulation = self.modulations(t) if modulations is None else modulations
+    block_modulation, head_modulation = self.modulations(t, interval) if modulations is None else modulations
     segments = patches, registers
     patches, features = self.run_blocks(segments, 0, block_modulation, key_bias=key_bias, feature_block=feature_block)
 

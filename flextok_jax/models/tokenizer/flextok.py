@@ -83,9 +83,9 @@ class FlexTok(nn.Module):
     """See Decoder."""
     return self.decoder(*args, **kwargs)
 
-  def modulations(self, t: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+  def modulations(self, t: jax.Array, interval: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
     """See Decoder."""
-    return self.decoder.modulations(t)
+    return self.decoder.modulations(t, interval)
 
   def tokenize(self, images: jax.Array, num_tokens: int | None = None, key: jax.Array | None = None) -> jax.Array:
     """images [b, H, W, 3] -> token_ids int32 [b, num_tokens]."""
@@ -230,17 +230,55 @@ def sample_steps(
   Returns:
     The state after these steps.
   """
-  batch, num_codes = token_ids.shape
   if not fast:
-    num_codes = model.num_registers
-    token_ids = jnp.pad(token_ids, ((0, 0), (0, num_codes - token_ids.shape[1])))
+    token_ids = jnp.pad(token_ids, ((0, 0), (0, model.num_registers - token_ids.shape[1])))
   codes = fsq.ids_to_codes(token_ids, model.levels)
+  return _steps(model, params, codes, keep_k, state, times, scales, sampler, guided, fast)[0]
+
+
+def sample_path(
+  model: FlexTok, params: Any, codes: jax.Array, keep_k: jax.Array, noise: jax.Array, sampler: Sampler, fast: bool
+) -> jax.Array:
+  """Returns the latents before each step of sample_latents and after the last, float32 [num_steps + 1, b, h, w, c].
+
+  Args:
+    codes: of the token ids [b, n, code_dim]; if not `fast`, n is num_registers.
+    model: see sample_latents, as for params, keep_k, noise, sampler and fast.
+  """
+  noise = noise.astype(jnp.float32)
+  times, state = flow.step_times(sampler.num_steps), (noise, jnp.zeros_like(noise))
+  scales = jnp.broadcast_to(jnp.asarray(sampler.guidance_scale, jnp.float32), times.shape)
+  paths = []
+  for first, end, guided in sampler.chunks(sampler.num_steps):
+    steps = times[first:end], scales[first:end]
+    state, path = _steps(model, params, codes, keep_k, state, *steps, sampler, guided, fast)
+    paths.append(path)
+  return jnp.concatenate([*paths, state[0][None]])
+
+
+def _steps(
+  model: FlexTok,
+  params: Any,
+  codes: jax.Array,
+  keep_k: jax.Array,
+  state: State,
+  times: jax.Array | np.ndarray,
+  scales: jax.Array,
+  sampler: Sampler,
+  guided: bool,
+  fast: bool,
+) -> tuple[State, jax.Array]:
+  """See sample_steps; also returns the latents before each step [s, b, h, w, c]."""
+  batch, num_codes = codes.shape[:2]
+  intervals = jnp.full_like(times, 1 / sampler.num_steps) if model.decoder.interval else None
   keep, drop = jnp.zeros(batch, bool), jnp.ones(batch, bool)  # values of drop_condition
   joint = not fast or num_codes <= MAX_JOINT_CODES
 
   def velocity(x, t, codes, keep_k, drop, modulations):
     t = jnp.full(x.shape[0], t, jnp.float32)
-    return model.apply({"params": params}, x, t, codes, keep_k, drop, modulations, method="velocity")
+    args = x, t, codes, keep_k, drop, modulations
+    interval = None if intervals is None or fast else jnp.full_like(t, 1 / sampler.num_steps)
+    return model.apply({"params": params}, *args, interval=interval, method="velocity")
 
   def conditional_fn(x, t, running, inputs):
     return velocity(x, t, codes, keep_k, keep, inputs[1]), running
@@ -260,8 +298,9 @@ def sample_steps(
 
   modulations = None
   if fast:  # [s, ..., 1, f]: those of each step for a batch of one, shared by all samples
-    blocks, head = cast(Any, model.apply({"params": params}, times, method="modulations"))
+    blocks, head = cast(Any, model.apply({"params": params}, times, intervals, method="modulations"))
     modulations = (blocks.swapaxes(0, 1)[:, :, None], head if head is None else head[:, None])
   x, running = state
   velocity_fn = guided_fn if guided else conditional_fn
-  return flow.euler_steps(velocity_fn, x, sampler.num_steps, times, running, (scales, modulations))
+  x, running, path = flow.euler_steps(velocity_fn, x, sampler.num_steps, times, running, (scales, modulations))
+  return (x, running), path

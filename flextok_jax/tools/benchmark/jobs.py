@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import optax
 
-from flextok_jax.config import with_fields
+from flextok_jax.config import TOKENIZER_STAGES, with_fields
 from flextok_jax.core import flops, timing
 from flextok_jax.models.tokenizer.flextok import sample_latents
 from flextok_jax.ops import attention, fsq, nested
@@ -87,7 +87,7 @@ class TokenizerBenchmark:
         f"batch_size={batch_size} is not a multiple of optim.accumulate_steps {config.optim.accumulate_steps}"
       )
     self.config, self.paths, self.batch_size = config, paths, batch_size
-    self.has_tokens = config.stage == "tokenizer"
+    self.has_tokens = config.stage in TOKENIZER_STAGES
     self.latents = latents and self.has_tokens
     self._compiler = timing.Compiler()
     self._kept: dict[str, Any] = {}

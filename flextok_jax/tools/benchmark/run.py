@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
+from flextok_jax.config import TOKENIZER_STAGES
 from flextok_jax.core import timing
 from flextok_jax.inference import decoding
 from flextok_jax.tools.benchmark.generator import GeneratorBenchmark
@@ -65,7 +66,7 @@ def benchmark(
 
 def jobs_of(config: ConfigDict) -> tuple[str, ...]:
   """Returns the jobs of a config, without "repa"."""
-  if config.stage != "tokenizer":
+  if config.stage not in TOKENIZER_STAGES:
     return (config.stage, "train")
   return tuple(job for job in ("tokenize", "detokenize", "vae", "train") if job != "vae" or config.vae.kind != "pixels")
 

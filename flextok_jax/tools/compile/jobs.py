@@ -20,7 +20,11 @@ from flextok_jax.training import goodput, optim
 from flextok_jax.training import inputs as inputs_lib
 from flextok_jax.training.state import init_state, make_update
 
-STAGES = {"train": ("tokenizer", "vae", "ar"), "sample": ("tokenizer",), "ar": ("ar",)}  # job: stages that have it
+STAGES = {
+  "train": ("tokenizer", "vae", "ar", "distill"),
+  "sample": ("tokenizer", "distill"),
+  "ar": ("ar",),
+}  # job: stages that have it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,6 +45,8 @@ def to_official(config: Mapping[str, Any]) -> dict[str, Any]:
   for name, value in (("stage", "tokenizer"), ("vae.kind", "autoencoder_kl")):
     if get(name) != value:
       raise ValueError(f"{name} must be {value!r} to be written as an official configuration, got {get(name)!r}")
+  if get("decoder.interval"):
+    raise ValueError("a student (decoder.interval=True) cannot be written as an official one: export its teacher")
   ln, stratified = _choose("flow.t_sampling", get("flow.t_sampling"), _T_SAMPLING)
   official = _module(
     "FlexTok",
