@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from flax.core import meta
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
@@ -73,10 +74,7 @@ def test_a_path_ends_where_the_sampler_does(settings):
 def test_an_untrained_student_is_its_teacher():
   """It starts as the teacher, whatever the length of its steps; its sampler has no unconditional pass."""
   stage, params = built()
-  new = jax.device_get(jax.jit(lambda key: stage.init(key)[0])(jax.random.key(0)))
-  new = jax.tree.map(
-    np.asarray, jax.tree.map(lambda x: getattr(x, "value", x), new, is_leaf=lambda x: hasattr(x, "value"))
-  )
+  new = jax.device_get(jax.jit(lambda key: meta.unbox(stage.init(key)[0]))(jax.random.key(0)))
   start = stage.initial_weights({"decoder": params["teacher"], "encoder": params["encoder"]}, new)
   assert start["teacher"] is params["teacher"] and start["encoder"] is params["encoder"]
   sampler = dataclasses.replace(stage.sampler, num_steps=3)
@@ -114,12 +112,9 @@ def test_the_loss_is_the_error_of_the_mean_velocity():
   path, total = np.asarray(path, np.float64), {}
   for i, steps in enumerate(STEPS):
     start = np.float32(1 - rows.segment[:, i] / steps)
-    at = lambda t: np.stack(
-      [
-        np.apply_along_axis(lambda x, s=s: np.interp(1 - s, np.linspace(0, 1, 6), x), 0, path[:, b])
-        for b, s in enumerate(t)
-      ]
-    )
+    knots = np.linspace(0, 1, 6)
+    row_at = lambda b, t, knots=knots: np.apply_along_axis(lambda x: np.interp(1 - t, knots, x), 0, path[:, b])
+    at = lambda times, row_at=row_at: np.stack([row_at(b, t) for b, t in enumerate(times)])
     x_t, x_r = at(start), at(start - 1 / steps)
     interval = np.full(8, 1 / steps, np.float32)
     u = velocity(params, np.float32(x_t), start, codes, rows.keep_k, np.zeros(8, bool), interval=interval)
