@@ -1,12 +1,15 @@
 """Studies of a tokenizer and of a generator of its tokens: curves, tables and pictures, joined in one report.
 
 python -m flextok_jax.study --checkpoint=TOKENIZER --out=DIR [--study=tokens,variation,halting] [--metrics=psnr,ssim]
+python -m flextok_jax.study --checkpoint=TOKENIZER --out=DIR --study=steps [--step_counts=1,2,4]
+python -m flextok_jax.study --checkpoint=STUDENT --teacher=TOKENIZER --out=DIR --study=steps [--step_counts=1,2,4]
 python -m flextok_jax.study --checkpoint=TOKENIZER --generator=GENERATOR --out=DIR [--study=sampling]
     [--classes=0,3,7 | --prompts_file=FILE] [--temperatures=0.5,1] [--top_ps=0,0.9] [--decoder_scales=1,4]
 
   tokens     quality of reconstructions against the number of tokens
   variation  differences between decodes of the same tokens from different noises, against the number of tokens
   halting    quality at the lengths that quality thresholds choose, and lengths against the number of objects
+  steps      decoders with fewer steps, and a student beside its teacher: fidelity, variation, seconds
   sampling   samples by the generator's choices of tokens against the decoder's guidance and steps
 
 Writes STUDY.json, STUDY.png and STUDY_grid.png for each study, and report.md and report.html of all studies in DIR.
@@ -29,14 +32,14 @@ from flextok_jax.evals.metrics import reference
 from flextok_jax.evals.progress import Progress
 from flextok_jax.evals.reconstruction import RFID
 from flextok_jax.evals.report import Report, write_document
-from flextok_jax.evals.studies import halting, sampling, tokens, variation
+from flextok_jax.evals.studies import halting, sampling, steps, tokens, variation
 from flextok_jax.evals.studies.subject import Subject
 from flextok_jax.inference import decoding, prompts
 from flextok_jax.inference.generator import load_ar
 from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.ops import guidance
 from flextok_jax.parallel import sharding
-from flextok_jax.weights import loading
+from flextok_jax.weights import fingerprints, loading
 from flextok_jax.weights.perception import networks
 
 JUDGES = ("gfid", "sfid", "precision", "recall")
@@ -49,10 +52,11 @@ _SWEPT = {
   "guidance_scales": ("guidance_scale", float),
 }  # flags, and arguments of generate
 _SAMPLERS = {"decoder_scales": ("guidance_scale", float), "decoder_step_counts": ("num_steps", int)}
-_ONLY = {  # flags of a single study
-  "variation": ("num_decodes",),
-  "halting": ("quality_metric", "qualities"),
-  "sampling": (
+_ONLY = {  # flags of some studies
+  ("variation", "steps"): ("num_decodes",),
+  ("steps",): ("teacher", "step_counts"),
+  ("halting",): ("quality_metric", "qualities"),
+  ("sampling",): (
     "generator",
     "setting",
     "classes",
@@ -72,7 +76,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   string = functools.partial(flags.DEFINE_string, flag_values=values)
   integer = functools.partial(flags.DEFINE_integer, flag_values=values)
   texts = functools.partial(flags.DEFINE_list, flag_values=values)
-  texts("study", ["all"], f"From {', '.join(STUDIES)}; or 'all', without sampling if there is no --generator.")
+  texts(
+    "study",
+    ["all"],
+    f"From {', '.join(STUDIES)}; or 'all', without sampling if there is no --generator, and steps "
+    "if there is no --teacher.",
+  )
   string("checkpoint", None, "A tokenizer: file, folder or hub repository.")
   cli.define_config_flag("Settings of data, eval and sampler; default: the checkpoint's own.", values)
   string("out", None, "Folder for the results.")
@@ -89,7 +98,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   integer("seed", None, "Of noises and samples; default: config.seed.", 0, 2**32 - 1)
   integer("batch_size", None, "Images per batch; default: config.eval.batch_size.", 1)
   integer("grid_images", None, "Images per set in the grids; default: config.eval.grid_images.", 1)
-  integer("num_decodes", 4, "Study variation: decodes of the same tokens.", 2)
+  integer("num_decodes", 4, "Studies variation and steps: decodes of the same tokens.", 2)
+  string("teacher", None, "Study steps: the tokenizer that a student was distilled from.")
+  texts("step_counts", [1, 2, 4, 8], "Study steps: numbers of steps, besides the tokenizer's own.")
   string("quality_metric", None, "Study halting: the metric of the thresholds; default: the first of --metrics.")
   texts("qualities", [], "Study halting: thresholds; default: the mean at each number of tokens.")
   string("generator", None, "Study sampling, as the following flags: a generator, file, folder or hub repository.")
@@ -154,6 +165,37 @@ def _study_variation(values: flags.FlagValues, subject: Subject, progress: Progr
   return functools.partial(variation.study, progress, subject, values.num_decodes)
 
 
+def _study_steps(values: flags.FlagValues, subject: Subject, progress: Progress) -> Callable[[], Report]:
+  c = subject.config
+  counts = sorted(set(cli.numbers("step_counts", values.step_counts, int)))
+  is_student = c.decoder.interval
+  if is_student != bool(values.teacher):
+    remedy = (
+      "needs --teacher, the tokenizer it was distilled from" if is_student else "is no student: leave --teacher out"
+    )
+    raise ValueError(f"--study=steps of --checkpoint={values.checkpoint} {remedy}")
+  decoders, settings = {}, {"step_counts": counts}
+  teacher = subject
+  if is_student:
+    config, params = loading.load(values.teacher)
+    found = fingerprints.paths(config, params, config.sampler)
+    if found != c.distill.teacher:
+      raise ValueError(
+        f"--teacher={values.teacher} has fingerprint {found}, but the student at {values.checkpoint} is of teacher "
+        f"{c.distill.teacher}: give that tokenizer"
+      )
+    fields = {f"eval.{name}": c.eval[name] for name in c.eval} | {"seed": c.seed}
+    teacher = Subject(with_fields(config, fields), params, subject.metrics, subject.mesh)
+    settings["teacher"] = found
+    most = max(c.distill.steps)
+    decoders = {f"student {n}": steps.Decoder(subject, n) for n in counts if n <= most}
+  own = teacher.config.sampler.num_steps
+  of_teacher = {f"teacher {n}": steps.Decoder(teacher, n) for n in sorted({own, *counts}, reverse=True)}
+  return functools.partial(
+    steps.study, progress, subject, f"teacher {own}", of_teacher | decoders, values.num_decodes, settings
+  )
+
+
 def _study_halting(values: flags.FlagValues, subject: Subject, progress: Progress) -> Callable[[], Report]:
   metric = values.quality_metric or next(iter(subject.metrics))
   return functools.partial(halting.study, progress, subject, metric, cli.numbers("qualities", values.qualities, float))
@@ -202,6 +244,7 @@ STUDIES = {
   "tokens": _study_tokens,
   "variation": _study_variation,
   "halting": _study_halting,
+  "steps": _study_steps,
   "sampling": _study_sampling,
 }
 
@@ -244,12 +287,14 @@ def _check_flags(values: flags.FlagValues) -> list[str]:
       raise ValueError("--study=sampling needs --generator, whose samples it studies")
     print("no --generator: the study sampling is left out", flush=True)
     chosen.remove("sampling")
-  for study, names in _ONLY.items():
+  if "steps" in chosen and not ("steps" in values.study or values.teacher):
+    chosen.remove("steps")
+  for studies, names in _ONLY.items():
     for name in names:
-      if study not in chosen and values[name].present:
+      if not set(studies) & set(chosen) and values[name].present:
         raise ValueError(
-          f"--{name} is a flag of the study {study}: name it in --study"
-          + (", and give --generator" if study == "sampling" and not values.generator else "")
+          f"--{name} is a flag of the study {' or '.join(studies)}: name it in --study"
+          + (", and give --generator" if "sampling" in studies and not values.generator else "")
         )
   if not set(values.metrics) - ({RFID} if chosen != ["tokens"] else set()):
     raise ValueError(

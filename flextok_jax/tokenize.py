@@ -4,6 +4,8 @@ python -m flextok_jax.tokenize --checkpoint=PATH --images=FILE_OR_FOLDER[,...] -
 python -m flextok_jax.tokenize --checkpoint=PATH --config=FILE --out=DIR [--split=validation] [--num_images=N]
     [--copies=K] [--quality=Q]
 python -m flextok_jax.tokenize --what=latents --checkpoint=PATH --config=FILE --out=DIR [--copies=K] [--dtype=bfloat16]
+python -m flextok_jax.tokenize --what=trajectories --checkpoint=PATH --config=FILE --out=DIR [--copies=K]
+    [--dtype=bfloat16] [--steps=1,2,4]
 python -m flextok_jax.tokenize --what=dino --config=FILE --out=DIR [--copies=K] [--dtype=bfloat16]
 python -m flextok_jax.tokenize --what=images --config=FILE --out=DIR
 
@@ -11,8 +13,9 @@ The first makes a token file: JSON, {"image_size": pixels, "num_tokens": K, "nam
 .npz of the same four arrays (no pickles inside); files that cannot be read are left out, counted and named, and bytes
 of a name that are not UTF-8 become \\xNN. The others make shards of the sources of config.data
 (data/shards): token ids for training stage "ar", latents for training stage "tokenizer" without the VAE's encoder,
-features of the teacher of config.repa for its REPA beside them, image files for fast reading
-(data.sources.arrayrecord). Killed and rerun, they go on.
+features of the teacher of config.repa for its REPA beside them, paths of the decoder from noise to latents for training
+stage "distill" without running its teacher, image files for fast reading (data.sources.arrayrecord). Killed and rerun,
+they go on.
 """
 
 import functools
@@ -23,11 +26,11 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from flextok_jax import cli
-from flextok_jax.config import float_dtype
+from flextok_jax.config import float_dtype, get_config
 from flextok_jax.data import transforms
 from flextok_jax.data.shards import writer as shard_writer
 from flextok_jax.data.shards.features import FeatureShards
-from flextok_jax.data.shards.files import DTYPES, ArrayRecords
+from flextok_jax.data.shards.files import DTYPES, ArrayRecords, Records
 from flextok_jax.data.shards.images import ImageRecords
 from flextok_jax.data.shards.tokens import TokenRecords
 from flextok_jax.inference import batches, image_files, shards, token_files
@@ -38,15 +41,16 @@ from flextok_jax.stages import repa
 from flextok_jax.training import inputs, teacher
 from flextok_jax.weights import fingerprints, loading
 
-WHAT = ("tokens", "latents", "dino", "images")
+WHAT = ("tokens", "latents", "dino", "images", "trajectories")
 _OF_LENGTHS = ("metric", "decoder_steps", "decoder_guidance")  # flags that need --quality
 # Flags that --images has no use for.
-_OF_SHARDS = ("what", "split", "num_images", "copies", "shards", "quality", *_OF_LENGTHS, "dtype")
+_OF_SHARDS = ("what", "split", "num_images", "copies", "shards", "quality", *_OF_LENGTHS, "dtype", "steps")
 _NOT_OF = {  # flags that the kinds of shards have no use for
-  "tokens": ("dtype",),
-  "latents": ("num_tokens", "quality", *_OF_LENGTHS),
-  "dino": ("num_tokens", "quality", *_OF_LENGTHS, "checkpoint"),
-  "images": ("num_tokens", "quality", *_OF_LENGTHS, "dtype", "checkpoint", "copies"),
+  "tokens": ("dtype", "steps"),
+  "latents": ("num_tokens", "quality", *_OF_LENGTHS, "steps"),
+  "dino": ("num_tokens", "quality", *_OF_LENGTHS, "checkpoint", "steps"),
+  "images": ("num_tokens", "quality", *_OF_LENGTHS, "dtype", "checkpoint", "copies", "steps"),
+  "trajectories": ("num_tokens", "quality", *_OF_LENGTHS),
 }
 
 
@@ -93,13 +97,19 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     "With --quality: of the reconstruction; default: the tokenizer's.",
     flag_values=values,
   )
+  flags.DEFINE_list(
+    "steps",
+    list(get_config().distill.steps),
+    "Of trajectories: numbers of steps of the students to train.",
+    flag_values=values,
+  )
   # float16 has 11 bits of mantissa to bfloat16's 8, and latents are far from its largest value, 65504.
-  flags.DEFINE_enum("dtype", "float16", DTYPES, "Of latents and features.", flag_values=values)
+  flags.DEFINE_enum("dtype", "float16", DTYPES, "Of latents, features and trajectories.", flag_values=values)
 
 
 def main(values: flags.FlagValues):
   """Tokenizes values.images, or the sources of values.config, into values.out."""
-  if values.what in ("tokens", "latents"):
+  if values.what in ("tokens", "latents", "trajectories"):
     cli.require(values, "checkpoint")
   if not values.images and values.config is None:
     raise ValueError("--images is missing (or --config, for shards)")
@@ -136,7 +146,9 @@ def write_shards(values: flags.FlagValues):
       raise ValueError(f"--{name} has no meaning for --what={values.what}")
   out = cli.out_folder(values)
   mesh = batches.local_mesh()
-  make = {"tokens": _tokens, "latents": _latents, "dino": _features, "images": _images}[values.what]
+  make = {"tokens": _tokens, "latents": _latents, "trajectories": _trajectories, "dino": _features, "images": _images}[
+    values.what
+  ]
   shard_writer.write_shards(
     out,
     make(values, mesh),
@@ -172,6 +184,12 @@ def _latents(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> ArrayRecords:
   config, params = loading.load(values.checkpoint)
   model = FlexTok(params, FrozenConfigDict(config))
   return shards.latents(model, mesh, dtype=values.dtype, batch_size=values.batch_size)
+
+
+def _trajectories(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> Records:
+  steps = cli.numbers("steps", values.steps, int)
+  options = dict(steps=steps, seed=values.config.seed, dtype=values.dtype, batch_size=values.batch_size)
+  return shards.trajectories(load_tokenizer(values.checkpoint), mesh, **options)
 
 
 def _features(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> ArrayRecords:

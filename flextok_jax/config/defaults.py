@@ -122,7 +122,10 @@ def get_config() -> ConfigDict:
 
   c.distill = ConfigDict()  # of stage "distill"
   c.distill.steps = (1, 2, 4, 8)  # numbers of steps that the student learns; each image gives an interval of each
-  c.distill.sampler = ConfigDict(c.sampler.to_dict())  # of the teacher's paths; training sets it to that of init_from
+  # The sampler of the teacher's paths and their fingerprint (weights/fingerprints.py); training takes both from
+  # init_from.
+  c.distill.sampler = ConfigDict(c.sampler.to_dict())
+  c.distill.teacher = ""
 
   c.ar = ConfigDict()  # of stage "ar"
   c.ar.width = 768
@@ -197,9 +200,12 @@ def get_config() -> ConfigDict:
   c.data.num_workers = 0  # worker processes per process; 0: threads only
   c.data.prefetch = 4  # batches prefetched on the host, besides two on the device
   c.data.tokens = ""  # of stage "ar": a folder that python -m flextok_jax.tokenize --config wrote
-  # Of stage "tokenizer": a folder that python -m flextok_jax.tokenize --what=latents wrote, in place of data.sources
-  # and the VAE's encoder. Crops and flips are those made when the folder was written.
+  # Of stages "tokenizer" and "distill": a folder that python -m flextok_jax.tokenize --what=latents wrote, in place of
+  # data.sources and the VAE's encoder. Crops and flips are those made when the folder was written.
   c.data.latents = ""
+  # Of stage "distill": a folder that python -m flextok_jax.tokenize --what=trajectories wrote, in place of
+  # data.sources, the encoder and the teacher.
+  c.data.trajectories = ""
   # With repa and data.latents: a folder that python -m flextok_jax.tokenize --what=dino wrote of the same images.
   c.data.teacher = ""
   c.data.max_unreadable = 0.01  # fraction of unreadable files since the last log line above which the run stops

@@ -1,6 +1,8 @@
 """What a tokenizer or a VAE writes to shards: token ids, with lengths by quality, and latents (data/shards)."""
 
+from collections.abc import Sequence
 import functools
+import math
 from typing import Any
 
 import jax
@@ -11,11 +13,13 @@ from flextok_jax.core.images import to_float
 from flextok_jax.data.shards.files import ArrayRecords
 from flextok_jax.data.shards.latents import LatentShards
 from flextok_jax.data.shards.tokens import TokenRecords
+from flextok_jax.data.shards.trajectories import TrajectoryRecords
 from flextok_jax.inference import tokenizer as tokenizer_lib
 from flextok_jax.inference import validation
 from flextok_jax.inference.tokenizer import FlexTok
-from flextok_jax.ops import distances
+from flextok_jax.ops import distances, fsq, nested
 from flextok_jax.parallel import batching
+from flextok_jax.stages import distill
 from flextok_jax.stages.vae import make_vae
 from flextok_jax.weights import fingerprints
 
@@ -63,6 +67,65 @@ def tokens(
 
   size = batching.batch_rows(batch_size, batch_size, mesh)
   return TokenRecords(encode, facts, size, quality, None if quality is None else metric, mesh)
+
+
+def trajectories(
+  model: FlexTok,
+  mesh: jax.sharding.Mesh,
+  *,
+  steps: Sequence[int],
+  seed: int,
+  dtype: str = "float16",
+  batch_size: int = 32,
+) -> TrajectoryRecords:
+  """Makes the records of trajectory shards: paths of a tokenizer with its own sampler, and lengths as in its training.
+
+  Args:
+    model: the teacher.
+    mesh: devices of this process.
+    steps: numbers of steps of the students; a path is stored at all times that their samplers use.
+    seed: of noises and lengths.
+    dtype: type to store paths in.
+    batch_size: images per batch, rounded up to a multiple of the devices and of the rows of a group.
+
+  Raises:
+    ValueError: an argument out of range, or the model is not a teacher.
+  """
+  validation.at_least_one("batch_size", batch_size)
+  fingerprint = fingerprints.paths(model.config, model.params, model.config.sampler)
+  config = distill.student_config(model.config, steps)
+  stage, rows, n = distill.DistillStage(config), config.tokens.bucket_rows, config.tokens.num_registers
+  params = {**model.params, "teacher": model.params["decoder"]}
+  params, state = batching.replicate(params, mesh), stage.model.latent_shape(model.image_size)
+
+  @jax.jit
+  def encode(params: dict, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+    latents = stage.model.apply({"params": params}, to_float(batch["image"]), method="encode_latents")
+
+    def draw(shard: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+      key = jax.random.fold_in(jax.random.key(seed), shard)
+      noise_key, keep_key = (
+        jax.random.fold_in(jax.random.fold_in(key, i), position // d) for i, d in ((0, 1), (1, rows))
+      )
+      keep_k, _ = nested.sample_keep_k(keep_key, 1, rows, n, config.tokens.nested_dropout, 0.0)
+      return jax.random.normal(noise_key, state), keep_k[0, position % rows]
+
+    noise, keep_k = jax.vmap(draw)(batch["shard"], batch["position"])
+    paths = stage.paths(params, latents, noise, keep_k)
+    return fsq.codes_to_ids(paths.codes, stage.model.levels), keep_k, paths.path.astype(dtype)
+
+  facts = {
+    "fingerprint": fingerprint,
+    "compute_dtype": config.dtype,
+    "image_size": model.image_size,
+    "num_ids": model.num_codes,
+    "num_tokens": n,
+    "group_rows": rows,
+    "dtype": dtype,
+    "shape": [stage.intervals + 1, *state],
+  }
+  size = math.lcm(rows, batching.batch_rows(1, 1, mesh))
+  return TrajectoryRecords(functools.partial(encode, params), facts, -(-batch_size // size) * size, mesh)
 
 
 def latents(model: FlexTok, mesh: jax.sharding.Mesh, *, dtype: str = "float16", batch_size: int = 32) -> ArrayRecords:

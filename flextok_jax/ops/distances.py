@@ -47,6 +47,25 @@ def perceptual(a: jax.Array, b: jax.Array) -> jax.Array:
   return total
 
 
+def statistics(images: jax.Array) -> jax.Array:
+  """Returns features of images by the fixed filters of `perceptual`, for Fréchet distances between sets of images.
+
+  Args:
+    images: [b, h, w, 3] in [-1, 1].
+
+  Returns:
+    Mean and standard deviation over space of the 18 channels before their normalisation, at each scale of the pyramid:
+    [b, 36 * scales].
+  """
+  x, found = _opponent(images), []
+  while True:
+    channels = jnp.concatenate(_channels(x), -1)  # [b, h, w, 18]
+    found += [channels.mean((1, 2)), channels.std((1, 2))]
+    if min(x.shape[1:3]) < 2 * MIN_SIDE:
+      return jnp.concatenate(found, -1)
+    x = _halve(x)
+
+
 DISTANCES = {"mse": mse, "perceptual": perceptual}
 
 
@@ -84,6 +103,12 @@ def _scale_distance(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _features(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """x [b, h, w, 3] -> unit vectors of colour [b, h, w, 3 + 1] and of structure [b, h, w, 15 + 1]."""
+  color, structure = _channels(x)
+  return _unit(color, COLOR_FLOOR), _unit(structure, STRUCTURE_FLOOR)
+
+
+def _channels(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """x [b, h, w, 3] -> smoothed colours [b, h, w, 3] and their derivatives [b, h, w, 15]."""
   smooth, slope, curve = (_filter(x, taps, 2) for taps in (_SMOOTH, _SLOPE, _CURVE))
   structure = [
     _filter(slope, _SMOOTH, 1),
@@ -92,8 +117,7 @@ def _features(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     math.sqrt(2) * _filter(slope, _SLOPE, 1),  # twice in the Hessian: no direction counts more
     _filter(smooth, _CURVE, 1),
   ]
-  color = _filter(smooth, _SMOOTH, 1)
-  return _unit(color, COLOR_FLOOR), _unit(jnp.concatenate(structure, -1), STRUCTURE_FLOOR)
+  return _filter(smooth, _SMOOTH, 1), jnp.concatenate(structure, -1)
 
 
 def _filter(x: jax.Array, taps: tuple[float, ...], axis: int) -> jax.Array:

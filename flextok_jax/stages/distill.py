@@ -7,8 +7,9 @@ is known exactly. A step of the student needs one evaluation, without an uncondi
 momentum of APG, is that of the paths.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
+import math
 from typing import Any
 
 import flax.struct
@@ -23,13 +24,33 @@ from flextok_jax.stages.stage import Params
 from flextok_jax.stages.tokenizer import TokenizerStage, bucket_rows, group, ungroup
 
 
-class _Rows(flax.struct.PyTreeNode):
-  """Rows of a batch with their random draws: g groups of r rows, or in a bucket one axis [b] in place of [g, r]."""
+def student_config(config: ConfigDict, steps: Sequence[int]) -> ConfigDict:
+  """Returns the config of a student of the tokenizer of a config, for some numbers of steps.
+
+  Raises:
+    ValueError: the config is not of stage "tokenizer", or `steps` is out of range.
+  """
+  if config.stage != "tokenizer":
+    raise ValueError(f"a model of stage {config.stage!r} is no teacher: give a tokenizer")
+  fields = {f"distill.sampler.{name}": value for name, value in config.sampler.items()}
+  fields |= {"stage": "distill", "decoder.interval": True, "distill.steps": tuple(steps)}
+  return with_fields(config, fields | {"sampler.guidance": "none", "sampler.num_steps": max(steps)})
+
+
+class Noised(flax.struct.PyTreeNode):
+  """Rows of images with the noise that their paths start from: g groups of r rows, or in a bucket one axis [b]."""
 
   latents: jax.Array  # [g, r, h, w, c]
   noise: jax.Array  # [g, r, h, w, c]
   keep_k: jax.Array  # int [g, r]
-  segment: jax.Array  # int [g, r, n], which of its steps each row crosses, by number of steps
+
+
+class Paths(flax.struct.PyTreeNode):
+  """Rows of paths of the teacher: g groups of r rows, or in a bucket one axis [b]."""
+
+  codes: jax.Array  # [g, r, n, code_dim], quantised
+  keep_k: jax.Array  # int [g, r]
+  path: jax.Array  # [g, r, m + 1, h, w, c], states at the times 1, 1 - 1 / m, ..., 0
 
 
 class DistillStage(TokenizerStage):
@@ -47,6 +68,7 @@ class DistillStage(TokenizerStage):
     self.teacher = self.model.clone(decoder=self.model.decoder.clone(interval=False))
     self.teacher_sampler = Sampler(**config.distill.sampler)
     self.steps = tuple(config.distill.steps)
+    self.intervals = math.lcm(*self.steps)  # of a path
 
   def init(self, key: jax.Array) -> tuple[Params, Params]:
     params, frozen = super().init(key)
@@ -69,26 +91,103 @@ class DistillStage(TokenizerStage):
     student = {**decoder, "interval_embed": params["decoder"]["interval_embed"]}
     return {**weights, "teacher": decoder, "decoder": student}
 
+  def loss_fn(self, params: Params, batch: Mapping, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
+    """Returns the loss of a batch as in TokenizerStage, or of rows of trajectory shards, and its metrics.
+
+    The latter have "token_ids" int [b, n], "keep_k" int [b] and "path" [b, m + 1, h, w, c]
+    (data/shards/trajectories.py).
+    """
+    if "path" not in batch:
+      return super().loss_fn(params, batch, key, step)
+    codes = fsq.ids_to_codes(batch["token_ids"], self.model.levels)
+    every = (batch["path"].shape[1] - 1) // self.intervals  # states of the shards per state that is used
+    rows = Paths(codes, batch["keep_k"], batch["path"][:, ::every].astype(jnp.float32))
+    rows = jax.tree.map(lambda x: group(x, bucket_rows(x.shape[0], self.tokens.bucket_rows)), rows)
+    return self._loss(params, rows, key, lambda length, rows: rows.replace(codes=rows.codes[:, :length]))
+
   def latents_loss(
     self, params: Params, latents: jax.Array, key: jax.Array, teacher: jax.Array | None = None
   ) -> tuple[jax.Array, dict]:
-    """Returns the loss of latents and its metrics: the squared error of the mean velocity, mean over intervals.
-
-    Each row has one path of the teacher, and gives one interval for each number of steps of config.distill.steps: a
-    random one of the steps of a sampler with that number. Rows run in buckets, as in TokenizerStage.
-    """
+    """Returns the loss of latents [b, h, w, c] and its metrics: each row gets a path of the teacher."""
     del teacher
-    size = latents.shape[0]
-    rows = self._draw(latents, key)
-    outputs = []
-    for first, end, length in self._buckets(rows.keep_k.shape[1]):
-      bucket = jax.tree.map(lambda x, first=first, end=end: ungroup(x[:, first:end]), rows)
-      output = self._student_loss(params, length, bucket)
-      # [g * (end - first), n] -> [g, end - first, n]
-      outputs.append(output.reshape(-1, end - first, len(self.steps)))
-    # [g, r_i, n] each -> [b, n]
-    losses, keep_k = ungroup(jnp.concatenate(outputs, 1)), ungroup(rows.keep_k)
+    draw_key, key = jax.random.split(key)
+    rows = self._draw(latents, draw_key)
+    return self._loss(params, rows, key, functools.partial(self._paths, params))
 
+  def paths(self, params: Params, latents: jax.Array, noise: jax.Array, keep_k: jax.Array) -> Paths:
+    """Returns paths of the teacher, with codes of all registers.
+
+    Args:
+      params: of the encoder and the teacher.
+      latents: [b, h, w, c], whole groups of rows.
+      noise: first state of each path [b, h, w, c].
+      keep_k: int [b], stratified in each group (nested.sample_keep_k).
+    """
+    n = self.tokens.num_registers
+    rows = jax.tree.map(
+      lambda x: group(x, bucket_rows(x.shape[0], self.tokens.bucket_rows)), Noised(latents, noise, keep_k)
+    )
+
+    def run(length, rows):
+      paths = self._paths(params, length, rows)
+      return paths.replace(codes=jnp.pad(paths.codes, ((0, 0), (0, n - length), (0, 0))))
+
+    return self._run_buckets(rows, run)
+
+  def _draw(self, latents: jax.Array, key: jax.Array) -> Noised:
+    """Returns latents [b, h, w, c] as rows with noise and lengths."""
+    order_key, noise_key, keep_key = jax.random.split(key, 3)
+    size, n = latents.shape[0], self.tokens.num_registers
+    count = bucket_rows(size, self.tokens.bucket_rows)
+    order = jax.random.permutation(order_key, jnp.arange(count, dtype=jnp.int32))
+    latents = group(latents, count)[:, order]  # lengths are assigned at random
+    noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
+    keep_k, _ = nested.sample_keep_k(keep_key, size // count, count, n, self.tokens.nested_dropout, 0.0)
+    return Noised(latents, noise, keep_k)
+
+  def _paths(self, params: Params, length: int, rows: Noised) -> Paths:
+    """Returns the paths of the rows of a bucket, computed on `length` registers."""
+    z = self.model.apply({"params": params}, rows.latents, length, method="encode_registers")
+    codes = fsq.quantize(z, self.model.levels)
+    teacher = {"decoder": params["teacher"]}
+    path = sample_path(self.teacher, teacher, codes, rows.keep_k, rows.noise, self.teacher_sampler, self.fast)
+    times = 1 - jnp.arange(self.intervals + 1, dtype=jnp.float32) / self.intervals
+    # [num_steps + 1, b, ...] -> [b, m + 1, ...]
+    path = jnp.stack([flow.on_path(path, jnp.full(rows.keep_k.shape, t)) for t in times], axis=1)
+    return jax.lax.stop_gradient(Paths(codes, rows.keep_k, path))
+
+  def _run_buckets(self, rows: Any, run: Callable[[int, Any], Any]) -> Any:
+    """Returns run(registers to compute, rows [b, ...]) of all buckets of rows [g, r, ...], joined: [g * r, ...]."""
+    outputs = []
+    for first, end, length in self._buckets(jax.tree.leaves(rows)[0].shape[1]):
+      output = run(length, jax.tree.map(lambda x, first=first, end=end: ungroup(x[:, first:end]), rows))
+      # [g * (end - first), ...] -> [g, end - first, ...]
+      outputs.append(jax.tree.map(lambda x, count=end - first: x.reshape(-1, count, *x.shape[1:]), output))
+    # [g, r_i, ...] each -> [g * r, ...]
+    return jax.tree.map(lambda *parts: ungroup(jnp.concatenate(parts, 1)), *outputs)
+
+  def _loss(
+    self, params: Params, rows: Any, key: jax.Array, paths: Callable[[int, Any], Paths]
+  ) -> tuple[jax.Array, dict]:
+    """Returns the loss, the squared error of the mean velocity over intervals, and its metrics.
+
+    Each row gives one interval for each number of steps of config.distill.steps: a random one of the steps of a sampler
+    with that number. Rows run in buckets, as in TokenizerStage.
+
+    Args:
+      params: of the model.
+      rows: Noised or Paths, g groups of r rows.
+      key: of the intervals.
+      paths: (registers to compute, rows of a bucket) -> their paths.
+    """
+    shape = (*rows.keep_k.shape, len(self.steps))
+    segment = jax.random.randint(key, shape, 0, jnp.asarray(self.steps, jnp.int32), jnp.int32)
+
+    def run(length: int, bucket: tuple[Any, jax.Array]) -> jax.Array:
+      return self._errors(params, paths(length, bucket[0]), bucket[1])
+
+    losses = self._run_buckets((rows, segment), run)  # [b, n]
+    keep_k, size = ungroup(rows.keep_k), losses.shape[0]
     metrics = {"loss": (losses.mean(1).sum(), jnp.float32(size))}
     metrics |= {f"loss_n{n}": (losses[:, i].sum(), jnp.float32(size)) for i, n in enumerate(self.steps)}
     low = 0
@@ -98,39 +197,16 @@ class DistillStage(TokenizerStage):
       low = high
     return losses.mean(), metrics
 
-  def _draw(self, latents: jax.Array, key: jax.Array) -> _Rows:
-    """Returns latents [b, h, w, c] as rows with random draws."""
-    order_key, noise_key, keep_key, segment_key = jax.random.split(key, 4)
-    size, n = latents.shape[0], self.tokens.num_registers
-    count = bucket_rows(size, self.tokens.bucket_rows)
-    latents = group(latents, count)[
-      :, jax.random.permutation(order_key, jnp.arange(count, dtype=jnp.int32))
-    ]  # lengths are assigned at random
-    noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
-    keep_k, _ = nested.sample_keep_k(keep_key, size // count, count, n, self.tokens.nested_dropout, 0.0)
-    shape = (*keep_k.shape, len(self.steps))
-    segment = jax.random.randint(segment_key, shape, 0, jnp.asarray(self.steps, jnp.int32), jnp.int32)
-    return _Rows(latents, noise, keep_k, segment)
-
-  def _student_loss(self, params: Params, length: int, rows: _Rows) -> jax.Array:
-    """Returns the squared errors [b, n] of the rows of a bucket, computed on `length` registers."""
-    apply: Callable[..., Any] = functools.partial(self.model.apply, {"params": params})
-    codes = fsq.quantize(apply(rows.latents, length, method="encode_registers"), self.model.levels)
-    teacher = {"decoder": params["teacher"]}
-    path = sample_path(self.teacher, teacher, codes, rows.keep_k, rows.noise, self.teacher_sampler, self.fast)
-    codes, path = jax.lax.stop_gradient((codes, path))
-
-    # One interval for each number of steps: [b, n] -> [n * b].
-    counts = jnp.asarray(self.steps, jnp.float32)
-    start = (1 - rows.segment / counts).T.reshape(-1)
-    interval = jnp.broadcast_to(1 / counts[:, None], (len(self.steps), rows.keep_k.size)).reshape(-1)
-    repeat = lambda x: jnp.concatenate([x] * len(self.steps))  # [b, ...] -> [n * b, ...]
-    path = jnp.concatenate([path] * len(self.steps), axis=1)
-    x_t, x_r = (flow.on_path(path, t) for t in (start, start - interval))
+  def _errors(self, params: Params, rows: Paths, segment: jax.Array) -> jax.Array:
+    """Returns the squared errors [b, n] of the rows [b, ...] of a bucket for the steps segment int [b, n]."""
+    size, repeat = rows.keep_k.size, lambda x: jnp.concatenate([x] * len(self.steps))  # [b, ...] -> [n * b, ...]
+    steps = jnp.repeat(jnp.asarray(self.steps, jnp.int32), size)  # [n * b]
+    segment = segment.T.reshape(-1)  # [b, n] -> [n * b]
+    row, every = jnp.arange(steps.size) % size, self.intervals // steps
+    x_t, x_r = (rows.path[row, (segment + i) * every] for i in (0, 1))
+    interval = 1 / steps.astype(jnp.float32)
     target = (x_t - x_r) / interval[:, None, None, None]
 
-    drop = jnp.zeros(interval.size, bool)
-    args = x_t, start, repeat(codes), repeat(rows.keep_k), drop
-    velocity = apply(*args, interval=interval, method="velocity")
-    error = jnp.square(velocity - target).mean((1, 2, 3))
-    return error.reshape(len(self.steps), -1).T
+    args = x_t, 1 - segment * interval, repeat(rows.codes), repeat(rows.keep_k), jnp.zeros(steps.size, bool)
+    velocity = self.model.apply({"params": params}, *args, interval=interval, method="velocity")
+    return jnp.square(velocity - target).mean((1, 2, 3)).reshape(len(self.steps), size).T

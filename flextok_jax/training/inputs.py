@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 import contextlib
+import math
 from typing import Any
 
 from etils import epath
@@ -12,12 +13,12 @@ import numpy as np
 
 from flextok_jax.config import TOKENIZER_STAGES, float_dtype, read_config, with_fields
 from flextok_jax.data import pipeline
-from flextok_jax.data.shards import features, latents, tokens
+from flextok_jax.data.shards import features, latents, tokens, trajectories
 from flextok_jax.inference.text_encoder import load_t5_encoder
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
 from flextok_jax.stages.stage import Stage
-from flextok_jax.stages.tokenizer import TokenizerStage
+from flextok_jax.stages.tokenizer import TokenizerStage, bucket_rows
 from flextok_jax.training import teacher as teacher_lib
 from flextok_jax.weights import fingerprints, loading
 from flextok_jax.weights.perception import networks
@@ -95,9 +96,9 @@ def with_vae(config: ConfigDict, workdir: str) -> ConfigDict:
 
 
 def with_teacher(config: ConfigDict, workdir: str) -> ConfigDict:
-  """Returns the config of stage "distill" with the sampler of its teacher, that of the weights at config.init_from.
+  """Returns the config of stage "distill" with sampler and fingerprint of its teacher, the tokenizer at init_from.
 
-  A run that resumes has that of its workdir. Other configs are returned unchanged.
+  A run that resumes has those of its workdir. Other configs are returned unchanged. All processes call it.
 
   Raises:
     FileNotFoundError, ValueError: there are no weights, or they are not those of a tokenizer.
@@ -105,15 +106,16 @@ def with_teacher(config: ConfigDict, workdir: str) -> ConfigDict:
   if config.stage != "distill":
     return config
   if (epath.Path(workdir) / "config.json").exists():
-    sampler = read_config(workdir).distill.sampler
+    sampler, fingerprint = (read_config(workdir).distill[name] for name in ("sampler", "teacher"))
   elif not config.init_from:
     raise ValueError("stage 'distill' needs a teacher: set init_from to the weights of a tokenizer")
   else:
-    teacher = loading.load_config(config.init_from)
+    teacher, params = loading.load(config.init_from)
     if teacher.stage != "tokenizer":
       raise ValueError(f"init_from={config.init_from} is of stage {teacher.stage!r}: the teacher must be a tokenizer")
-    sampler = teacher.sampler
-  return with_fields(config, {f"distill.sampler.{name}": value for name, value in sampler.items()})
+    sampler, fingerprint = teacher.sampler, fingerprints.paths(teacher, params, teacher.sampler)
+  fields = {f"sampler.{name}": value for name, value in sampler.items()} | {"teacher": fingerprint}
+  return with_fields(config, {f"distill.{name}": value for name, value in fields.items()})
 
 
 def check_latents(config: ConfigDict, frozen: dict):
@@ -124,6 +126,16 @@ def check_latents(config: ConfigDict, frozen: dict):
   """
   if config.stage in TOKENIZER_STAGES and config.data.latents:
     _open_latents(config, fingerprints.vae(config, frozen))
+
+
+def _open_trajectories(config: ConfigDict) -> trajectories.TrajectoryShards:
+  return trajectories.open_trajectories(
+    config.data.trajectories,
+    fingerprint=config.distill.teacher,
+    intervals=math.lcm(*config.distill.steps),
+    global_batch=config.data.global_batch,
+    rows=bucket_rows(config.data.global_batch, config.tokens.bucket_rows),
+  )
 
 
 def _open_latents(config: ConfigDict, fingerprint: str | None = None) -> latents.LatentShards:
@@ -172,6 +184,8 @@ def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) 
     if config.stage == "ar":
       drop_condition = config.ar.drop_condition
       return tokens.train_batches(*open_tokens(config, "train"), data.loading, drop_condition=drop_condition, **batches)
+    if config.stage == "distill" and config.data.trajectories:
+      return trajectories.train_batches(_open_trajectories(config), data.loading, **batches)
     if config.stage in TOKENIZER_STAGES and config.data.latents:
       records: Any = _open_latents(config)
       if repa.section(config) is not None:
@@ -204,7 +218,11 @@ def abstract_batch(config: ConfigDict, stage: Stage) -> dict[str, jax.ShapeDtype
   if config.stage == "ar":
     batch |= {"token_ids": shape("int32", config.ar.num_tokens), "length": shape("int32")}
     return batch | (abstract_text(size, config.dtype, **config.text) if config.ar.condition == "text" else {})
-  if isinstance(stage, TokenizerStage) and config.data.latents:  # moments of the VAE, in float16 or bfloat16
+  if config.stage == "distill" and config.data.trajectories:
+    state, intervals = stage.model.latent_shape(image_size), math.lcm(*config.distill.steps)
+    batch |= {"token_ids": shape("int32", config.tokens.num_registers), "keep_k": shape("int32")}
+    batch["path"] = shape("float16", intervals + 1, *state)
+  elif isinstance(stage, TokenizerStage) and config.data.latents:  # moments of the VAE, in float16 or bfloat16
     *sides, channels = stage.model.latent_shape(image_size)
     batch["latents"] = shape("bfloat16", *sides, 2 * channels)
   else:

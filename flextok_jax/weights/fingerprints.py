@@ -46,6 +46,28 @@ def tokenizer(config: ConfigDict, params: Mapping) -> str:
   return hash_tree(settings, arrays)
 
 
+def paths(config: ConfigDict, params: Mapping, sampler: Mapping[str, Any]) -> str:
+  """Returns the fingerprint of a tokenizer's decoder with a sampler, which identifies its paths from noise to latents.
+
+  It covers the fingerprint of the tokenizer, settings and arrays of the decoder, and the sampler. All processes call it
+  together.
+
+  Args:
+    config: of stage "tokenizer".
+    params: the whole parameter tree.
+    sampler: a config's section "sampler".
+
+  Raises:
+    ValueError: the model is not a tokenizer.
+  """
+  settings = {
+    "tokenizer": tokenizer(config, params),
+    "decoder": _changed_fields(make_model(config).decoder),
+    "sampler": {name: _jsonable(value) for name, value in sampler.items()},
+  }
+  return hash_tree(settings, {"decoder": params["decoder"]})
+
+
 def vae(config: ConfigDict, params: Mapping) -> str:
   """Returns the fingerprint of a VAE, which identifies its latents. All processes call it together.
 

@@ -1,8 +1,9 @@
 """The format of shards: folders of records at random access that python -m flextok_jax.tokenize --config=... writes.
 
 A folder DIR/<split>/ has ArrayRecord files and meta.json, which describes them. The kinds of records are token ids
-(tokens.py), latents of a VAE (latents.py), features of a teacher (features.py) and image files (images.py). A subclass
-of Shards reads a kind, and a subclass of Records makes its records from images, for writer.py.
+(tokens.py), latents of a VAE (latents.py), features of a teacher (features.py), paths of a decoder (trajectories.py)
+and image files (images.py). A subclass of Shards reads a kind, and a subclass of Records makes its records from images,
+for writer.py.
 """
 
 from collections import deque
@@ -93,7 +94,7 @@ def _counts(value: Any) -> bool:
 _is_text = lambda value: type(value) is str and len(value) <= 200
 _is_bool = lambda value: type(value) is bool
 _CHECKS: dict[str, Callable[[Any], bool]] = {  # of the fields of meta.json
-  **dict.fromkeys(("num_records", "copies", "image_size", "num_ids", "num_tokens"), _count),
+  **dict.fromkeys(("num_records", "copies", "image_size", "num_ids", "num_tokens", "group_rows"), _count),
   "class_names": lambda value: value is None or _is_list(value, str),
   "shard_records": _counts,
   "shard_bytes": _counts,
@@ -271,17 +272,32 @@ class EncodedRecords(Records):
     crops = ((crop, element) for element in elements for crop in element["crops"])
     waiting: deque[list[dict]] = deque()  # elements of the batches that are being encoded
 
-    def batches() -> Iterator[np.ndarray]:
-      while batch := list(itertools.islice(crops, self.batch_size)):
+    def batches() -> Iterator[Any]:
+      for first in itertools.count(0, self.batch_size):
+        batch = list(itertools.islice(crops, self.batch_size))
+        if not batch:
+          return
         waiting.append([element for _, element in batch])
-        yield np.stack([crop for crop, _ in batch])
+        yield self.inputs([crop for crop, _ in batch], waiting[-1], first)
 
     for encoded in batching.map_batches(self._encode, batches(), self.batch_size, self._mesh):
       yield from self.rows(waiting.popleft(), encoded)
 
+  def inputs(self, crops: list[np.ndarray], elements: list[dict[str, Any]], first: int) -> Any:
+    """Returns what `encode` gets for the crops of elements, of which the file has `first` before: the crops."""
+    return np.stack(crops)
+
   def rows(self, elements: list[dict[str, Any]], encoded: Any) -> Iterator[bytes]:
     """Yields the records of elements; encoded is the result of `encode` for their crops, numpy arrays [n, ...]."""
     raise NotImplementedError
+
+
+def check_finite(name: str, array: np.ndarray):
+  """Raises ValueError if an array to be stored has infinite values or NaN."""
+  if not np.isfinite(array.astype(jnp.float32)).all():
+    raise ValueError(
+      f"some {name} are not finite in {array.dtype}: use dtype bfloat16, or check the model that computes them"
+    )
 
 
 class ArrayRecords(EncodedRecords):
@@ -309,9 +325,6 @@ class ArrayRecords(EncodedRecords):
     name, shape, dtype = self.shards.ARRAY, list(encoded.shape[1:]), str(encoded.dtype)
     if shape != self._settings["shape"] or dtype != self._settings["dtype"]:
       raise ValueError(f"{name} are {dtype} {shape}, not {self._settings['dtype']} {self._settings['shape']}")
-    if not np.isfinite(encoded.astype(jnp.float32)).all():
-      raise ValueError(
-        f"some {name} are not finite in {dtype}: use dtype bfloat16, or check the model that computes them"
-      )
+    check_finite(name, encoded)
     for row, element in zip(encoded, elements):
       yield self.shards.pack({**element, name: row})
