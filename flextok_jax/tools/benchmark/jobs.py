@@ -21,6 +21,7 @@ from flextok_jax.training import optim
 from flextok_jax.training.state import init_state, make_update
 
 PATHS = ("plain", "fast")
+TEACHER = "teacher"  # the path of a student's job "detokenize" that the others are compared with
 ONLY = "-"  # the path of a job that has only one
 Compute = tuple[str, str | None]  # dtype, and precision of its products
 
@@ -109,6 +110,9 @@ class TokenizerBenchmark:
     if job == "train":
       self._kept.clear()  # room for the state
     args, make = getattr(self, f"_{job}")(*(() if num_tokens is None else (num_tokens,)))
+    if job == "detokenize" and self.config.stage == "distill":
+      run, counted = self._decoders(make), self._decoders(make, attention="xla")
+      return args, {path: (fn, flops.count(counted[path], *args)) for path, fn in run.items()}
     paths = self.paths if self._has_paths(job) else (ONLY,)
     return args, {
       path: (fn, self._count(fn, make, path, args, num_tokens))
@@ -241,6 +245,18 @@ class TokenizerBenchmark:
     params = self._params("decoder", *self._with_vae)
     return (params, ids, jnp.full(size, num_tokens), self._noise()), make
 
+  def _decoders(self, make: Callable, **fields: str) -> dict[str, Callable]:
+    """Returns the job "detokenize" of the teacher and of its student at each number of steps, all on the fast path."""
+    stage: Any = self._stage("fast", **fields)
+    of_teacher = types.SimpleNamespace(model=stage.teacher, sampler=stage.teacher_sampler)
+    of_student = {
+      f"{n} step{'s' * (n > 1)}": types.SimpleNamespace(
+        model=stage.model, sampler=dataclasses.replace(stage.sampler, num_steps=n)
+      )
+      for n in sorted(stage.steps, reverse=True)
+    }
+    return {path: make(part, True) for path, part in ({TEACHER: of_teacher} | of_student).items()}
+
   def _vae(self):
     def make(stage, _):  # one path
       def fn(params, images):
@@ -263,20 +279,20 @@ class TokenizerBenchmark:
         return self._update(types.SimpleNamespace(loss_fn=loss), optimizer)
       return self._update(stage, optimizer)
 
-    trained, frozen = (("encoder", "decoder"), self._with_vae) if self.has_tokens else self._vae_parts
+    trained, frozen = self._parts
     inputs = {"image": self._noise() if self.latents else self._images()}
     if self.has_tokens and repa.section(c) is not None:
-      trained += ("repa",)
       shape = self.batch_size, repa.teacher_grid(c) ** 2, c.repa.features
       inputs["teacher"] = jax.random.normal(self._key(7), shape, c.repa.dtype)
     return self._update_args(optimizer, trained, frozen, inputs), make
 
   @property
-  def _vae_parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the parts that stage "vae" trains, and of its frozen parts."""
+  def _parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the parts that the stage trains, and of its frozen parts, without a VAE that no job uses."""
     stage = self._stage(ONLY)
     model, auxiliary = (jax.eval_shape(init, self._key(0)) for init in (stage.init, stage.init_auxiliary))
-    return (*model[0], *auxiliary[0]), (*model[1], *auxiliary[1])
+    unused = () if self._with_vae or not self.has_tokens else ("vae",)
+    return (*model[0], *auxiliary[0]), tuple(name for name in (*model[1], *auxiliary[1]) if name not in unused)
 
   def _optimizer(self) -> optax.GradientTransformation:
     return optim.make_optimizer(self.config.optim, self.config.train.num_steps)

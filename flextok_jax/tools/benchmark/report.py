@@ -9,7 +9,7 @@ import jax
 
 from flextok_jax.core import timing
 from flextok_jax.tools.benchmark import repa
-from flextok_jax.tools.benchmark.jobs import Compute, Row
+from flextok_jax.tools.benchmark.jobs import TEACHER, Compute, Row
 
 Peaks = dict[Compute, list[float]]  # FLOP/s of the fastest matrix product, each time that it was measured
 
@@ -30,21 +30,27 @@ _TABLE = (
 
 
 def ratios(rows: Iterable[Row]) -> list[dict]:
-  """Returns how many times faster the fast path is, if both ran: ratio of the medians, and range over the rounds."""
-  plain, result = {row.name: row for row in rows if row.path == "plain"}, []
+  """Returns how many times faster the fast path is than the plain one, or a student than its teacher, if both ran.
+
+  The ratio is that of the medians, with the range over the rounds.
+  """
+  is_slow = lambda row: row.path == "plain" or (row.job, row.path) == ("detokenize", TEACHER)
+  slow, result = {row.name: row for row in rows if is_slow(row)}, []
   for row in rows:
-    if row.path == "fast" and row.name in plain:
-      pairs = [p / f for p, f in zip(plain[row.name].seconds, row.seconds)]
+    if row.name in slow and row is not (base := slow[row.name]):
+      pairs = [b / s for b, s in zip(base.seconds, row.seconds)]
       result.append(
         {
           "kind": "ratio",
           "job": row.job,
           "num_tokens": row.num_tokens,
+          "path": row.path,
+          "over": base.path,
           "rounds": len(pairs),
-          "fast_over_plain": row.rates[0] / plain[row.name].rates[0],
+          "times_as_fast": row.rates[0] / base.rates[0],
           "min": min(pairs),
           "max": max(pairs),
-          "same_program": row.program == plain[row.name].program,
+          "same_program": row.program == base.program,
         }
       )
   return result
@@ -121,7 +127,7 @@ def format_report(rows: list[Row], peaks: Peaks) -> str:
     name = r["job"] + (f" k={r['num_tokens']}" if r["num_tokens"] else "")
     same = "; they are the same program" if r["same_program"] else ""
     lines.append(
-      f"{name}: fast is {r['fast_over_plain']:.2f} times as fast as plain "
+      f"{name}: {r['path']} is {r['times_as_fast']:.2f} times as fast as {r['over']} "
       f"({r['min']:.2f} .. {r['max']:.2f} in {r['rounds']} rounds{same})"
     )
   for c in repa.costs(rows):
