@@ -32,9 +32,6 @@ def get_config(model: str = ""):
   common.check_argument("distill", model, MODELS)
   c = MODELS[model]()
   c.update(
-    stage="distill",
-    decoder=dict(interval=True),
-    repa=dict(weight=0.0),
-    sampler=dict(num_steps=4, guidance="none"),
+    stage="distill", decoder=dict(interval=True), repa=dict(weight=0.0), sampler=dict(num_steps=4, guidance="none")
   )
   return c

@@ -27,14 +27,14 @@ def flatten(config: ConfigDict) -> dict:
 
 
 def with_fields(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
-  """Returns a locked copy of a config with new values of dotted fields: {"vae.scaling_factor": 0.2}.
+  """Returns a locked copy of a config, frozen or not, with new values of dotted fields: {"vae.scaling_factor": 0.2}.
 
   Raises:
     ValueError: an unknown field, or a value out of its range.
   """
   for name, value in fields.items():
     check_field(name, value)
-  config = config.copy_and_resolve_references()
+  config = ConfigDict(config).copy_and_resolve_references()  # not frozen
   config.update_from_flattened_dict(dict(fields))
   return config.lock()
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import FrozenConfigDict
 import numpy as np
 
 from flextok_jax.config import TOKENIZER_STAGES, with_fields
@@ -327,7 +327,7 @@ def with_sampler(
   given = {"num_steps": num_steps, "guidance": guidance, "guidance_scale": guidance_scale}
   sampler = validation.sampler(model.sampler, **given)
   fields = {f"sampler.{name}": value for name, value in dataclasses.asdict(sampler).items()}
-  return dataclasses.replace(model, config=FrozenConfigDict(with_fields(ConfigDict(model.config), fields)))
+  return dataclasses.replace(model, config=FrozenConfigDict(with_fields(model.config, fields)))
 
 
 def prefix_lengths(

@@ -34,7 +34,8 @@ def student_config(config: ConfigDict, steps: Sequence[int]) -> ConfigDict:
     raise ValueError(f"a model of stage {config.stage!r} is no teacher: give a tokenizer")
   fields = {f"distill.sampler.{name}": value for name, value in config.sampler.items()}
   fields |= {"stage": "distill", "decoder.interval": True, "distill.steps": tuple(steps)}
-  return with_fields(config, fields | {"sampler.guidance": "none", "sampler.num_steps": max(steps)})
+  fields |= {"sampler.guidance": "none", "sampler.num_steps": max(steps)}
+  return with_fields(config, fields)
 
 
 class Noised(flax.struct.PyTreeNode):
@@ -88,7 +89,8 @@ class DistillStage(TokenizerStage):
     decoder = weights["decoder"]
     if "interval_embed" in decoder:
       raise ValueError("these weights are a student's: start from its teacher")
-    student = {**decoder, "interval_embed": params["decoder"]["interval_embed"]}
+    copied = jax.tree.map(jnp.copy, decoder)  # updates overwrite the student's arrays
+    student = {**copied, "interval_embed": params["decoder"]["interval_embed"]}
     return {**weights, "teacher": decoder, "decoder": student}
 
   def loss_fn(self, params: Params, batch: Mapping, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
@@ -115,7 +117,7 @@ class DistillStage(TokenizerStage):
     return self._loss(params, rows, key, functools.partial(self._paths, params))
 
   def paths(self, params: Params, latents: jax.Array, noise: jax.Array, keep_k: jax.Array) -> Paths:
-    """Returns paths of the teacher, with codes of all registers.
+    """Returns paths of the teacher, with codes [.., num_registers, code_dim], of which the first keep_k count.
 
     Args:
       params: of the encoder and the teacher.

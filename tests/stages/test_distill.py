@@ -96,7 +96,9 @@ def test_the_loss_is_the_error_of_the_mean_velocity():
   stage, params = built()
   key = jax.random.key(4)
   loss, metrics = jax.jit(lambda p: stage.latents_loss(p, LATENTS, key))(params)
-  rows = jax.device_get(stage._draw(jnp.asarray(LATENTS), key))
+  draw_key, step_key = jax.random.split(key)
+  rows = jax.device_get(stage._draw(jnp.asarray(LATENTS), draw_key))
+  segment = jax.random.randint(step_key, (1, 8, len(STEPS)), 0, jnp.asarray(STEPS, jnp.int32), jnp.int32)[0]
   rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
 
   @jax.jit
@@ -111,7 +113,7 @@ def test_the_loss_is_the_error_of_the_mean_velocity():
   path, codes = paths_and_codes(params)
   path, total = np.asarray(path, np.float64), {}
   for i, steps in enumerate(STEPS):
-    start = np.float32(1 - rows.segment[:, i] / steps)
+    start = np.float32(1 - segment[:, i] / steps)
     knots = np.linspace(0, 1, 6)
     row_at = lambda b, t, knots=knots: np.apply_along_axis(lambda x: np.interp(1 - t, knots, x), 0, path[:, b])
     at = lambda times, row_at=row_at: np.stack([row_at(b, t) for b, t in enumerate(times)])
@@ -120,7 +122,7 @@ def test_the_loss_is_the_error_of_the_mean_velocity():
     u = velocity(params, np.float32(x_t), start, codes, rows.keep_k, np.zeros(8, bool), interval=interval)
     total[steps] = np.square(np.float64(u) - (x_t - x_r) * steps).mean((1, 2, 3))
     np.testing.assert_allclose(metrics[f"loss_n{steps}"][0], total[steps].sum(), rtol=1e-4)
-    assert rows.segment[:, i].min() >= 0 and rows.segment[:, i].max() < steps
+    assert segment[:, i].min() >= 0 and segment[:, i].max() < steps
   np.testing.assert_allclose(loss, np.mean(list(total.values())), rtol=1e-4)
   by_length = [v for name, v in metrics.items() if name.startswith("loss_k")]
   np.testing.assert_allclose(sum(float(v[0]) for v in by_length), metrics["loss"][0], rtol=1e-5)

@@ -20,9 +20,9 @@ class TrajectoryShards(files.Shards):
   """Paths: shards[i] -> {"ids" uint16 [n], "keep_k": int, "path" [m + 1, h, w, c], "label", "num_objects", "captions"}.
 
   A record is the MessagePack array [ids (uint16, little endian, as bytes), keep_k, path (little endian, as bytes),
-  label, num_objects, captions]. A path has the states at the times 1, 1 - 1 / m, ..., 0: the first is the noise. The
-  lengths keep_k are stratified: `group_rows` consecutive records of a file are the rows of a group of
-  nested.sample_keep_k.
+  label, num_objects, captions]. Only the first keep_k ids count. A path has the states at the times 1, 1 - 1 / m, ...,
+  0: the first is the noise. The lengths keep_k are stratified: `group_rows` consecutive records of a file are the rows
+  of a group of nested.sample_keep_k.
 
   Attributes:
     meta: see files.Shards; also fingerprint: of the teacher with its sampler (fingerprints.decoder); shape, dtype: of
