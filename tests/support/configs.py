@@ -4,12 +4,13 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from flextok_jax import cli
-from flextok_jax.configs import ar, flextok, vae
+from flextok_jax.configs import ar, distill, flextok, vae
 from tests.support.commands import ROOT
 
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 _ARGUMENTS = {
   "ar": [*ar.CLASS, *ar.TEXT],
+  "distill": list(distill.MODELS),
   "emoji": ["", "coarse"],
   "emoji_ar": ["", "text"],
   "flextok": list(flextok.MODELS),
