@@ -18,6 +18,7 @@ An interrupted study resumes when it is run again: results in DIR/parts of the s
 
 from collections.abc import Callable
 import functools
+from typing import Any
 
 from absl import flags
 import jax
@@ -174,11 +175,12 @@ def _study_steps(values: flags.FlagValues, subject: Subject, progress: Progress)
       "needs --teacher, the tokenizer it was distilled from" if is_student else "is no student: leave --teacher out"
     )
     raise ValueError(f"--study=steps of --checkpoint={values.checkpoint} {remedy}")
-  decoders, settings = {}, {"step_counts": counts}
+  decoders: dict[str, steps.Decoder] = {}
+  settings: dict[str, Any] = {"step_counts": counts}
   teacher = subject
   if is_student:
     config, params = loading.load(values.teacher)
-    found = fingerprints.paths(config, params, config.sampler)
+    found = fingerprints.tokenizer(config, params, decoder=True)
     if found != c.distill.teacher:
       raise ValueError(
         f"--teacher={values.teacher} has fingerprint {found}, but the student at {values.checkpoint} is of teacher "

@@ -92,7 +92,7 @@ def trajectories(
     ValueError: an argument out of range, or the model is not a teacher.
   """
   validation.at_least_one("batch_size", batch_size)
-  fingerprint = fingerprints.paths(model.config, model.params, model.config.sampler)
+  fingerprint = fingerprints.tokenizer(model.config, model.params, decoder=True)
   config = distill.student_config(model.config, steps)
   stage, rows, n = distill.DistillStage(config), config.tokens.bucket_rows, config.tokens.num_registers
   params = {**model.params, "teacher": model.params["decoder"]}
@@ -100,7 +100,7 @@ def trajectories(
 
   @jax.jit
   def encode(params: dict, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
-    latents = stage.model.apply({"params": params}, to_float(batch["image"]), method="encode_latents")
+    latents: Any = stage.model.apply({"params": params}, to_float(batch["image"]), method="encode_latents")
 
     def draw(shard: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
       key = jax.random.fold_in(jax.random.key(seed), shard)

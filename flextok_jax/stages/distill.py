@@ -149,7 +149,7 @@ class DistillStage(TokenizerStage):
 
   def _paths(self, params: Params, length: int, rows: Noised) -> Paths:
     """Returns the paths of the rows of a bucket, computed on `length` registers."""
-    z = self.model.apply({"params": params}, rows.latents, length, method="encode_registers")
+    z: Any = self.model.apply({"params": params}, rows.latents, length, method="encode_registers")
     codes = fsq.quantize(z, self.model.levels)
     teacher = {"decoder": params["teacher"]}
     path = sample_path(self.teacher, teacher, codes, rows.keep_k, rows.noise, self.teacher_sampler, self.fast)
@@ -210,5 +210,5 @@ class DistillStage(TokenizerStage):
     target = (x_t - x_r) / interval[:, None, None, None]
 
     args = x_t, 1 - segment * interval, repeat(rows.codes), repeat(rows.keep_k), jnp.zeros(steps.size, bool)
-    velocity = self.model.apply({"params": params}, *args, interval=interval, method="velocity")
+    velocity: Any = self.model.apply({"params": params}, *args, interval=interval, method="velocity")
     return jnp.square(velocity - target).mean((1, 2, 3)).reshape(len(self.steps), size).T

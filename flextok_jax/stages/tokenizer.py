@@ -40,7 +40,7 @@ def make_model(config: ConfigDict) -> FlexTok:
     decoder=_make_part(Decoder, "decoder", config, side),
     vae=vae,
     levels=levels,
-    scaling_factor=config.vae.scaling_factor or 1.0,  # 0: set by training (inputs.with_vae)
+    scaling_factor=config.vae.scaling_factor or 1.0,  # 0: set by training (inputs.with_weights)
   )
 
 

@@ -17,6 +17,7 @@ from flextok_jax.data.shards import features, latents, tokens, trajectories
 from flextok_jax.inference.text_encoder import load_t5_encoder
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import repa
+from flextok_jax.stages.distill import DistillStage
 from flextok_jax.stages.stage import Stage
 from flextok_jax.stages.tokenizer import TokenizerStage, bucket_rows
 from flextok_jax.training import teacher as teacher_lib
@@ -70,52 +71,52 @@ def with_tokenizer(config: ConfigDict) -> ConfigDict:
   return config
 
 
-def with_vae(config: ConfigDict, workdir: str) -> ConfigDict:
-  """Returns the config of stage "tokenizer" with the scaling factor of its VAE, if it is 0 in the config.
+def with_weights(config: ConfigDict, workdir: str) -> ConfigDict:
+  """Returns the config with what a run takes from the weights that it starts from.
 
-  It is read from a run in the workdir if there is one, else from the weights at config.init_from. Other configs are
-  returned unchanged.
+  Stage "tokenizer": the scaling factor of its VAE, if it is 0 in the config. Stage "distill": that, and sampler and
+  fingerprint of its teacher. They are those of a run in the workdir if there is one, else of the weights at
+  config.init_from. Other configs are returned unchanged. All processes call it.
 
   Raises:
-    FileNotFoundError, ValueError: there are no weights, or they have no scaling factor.
+    FileNotFoundError, ValueError: there are no weights, or they lack these or are of another model.
   """
-  if config.stage not in TOKENIZER_STAGES or config.vae.scaling_factor:
+  if config.stage not in TOKENIZER_STAGES or (config.stage == "tokenizer" and config.vae.scaling_factor):
     return config
-  if (epath.Path(workdir) / "config.json").exists():
-    factor = read_config(workdir).vae.scaling_factor
-  elif not config.init_from:
-    raise ValueError("vae.scaling_factor=0 takes the factor of the weights to start from: set init_from to their path")
-  else:
-    factor = loading.load_config(config.init_from).vae.scaling_factor
-  if not factor:
+  resumed = read_config(workdir) if (epath.Path(workdir) / "config.json").exists() else None
+  if resumed is None and not config.init_from:
     raise ValueError(
-      f"init_from={config.init_from} has no scaling factor of its latents: set vae.scaling_factor to 1 / their "
-      "standard deviation"
+      "stage 'distill' needs a teacher: set init_from to the weights of a tokenizer"
+      if config.stage == "distill"
+      else "vae.scaling_factor=0 takes the factor of the weights to start from: set init_from to their path"
     )
-  return with_fields(config, {"vae.scaling_factor": factor})
-
-
-def with_teacher(config: ConfigDict, workdir: str) -> ConfigDict:
-  """Returns the config of stage "distill" with sampler and fingerprint of its teacher, the tokenizer at init_from.
-
-  A run that resumes has those of its workdir. Other configs are returned unchanged. All processes call it.
-
-  Raises:
-    FileNotFoundError, ValueError: there are no weights, or they are not those of a tokenizer.
-  """
-  if config.stage != "distill":
-    return config
-  if (epath.Path(workdir) / "config.json").exists():
-    sampler, fingerprint = (read_config(workdir).distill[name] for name in ("sampler", "teacher"))
-  elif not config.init_from:
-    raise ValueError("stage 'distill' needs a teacher: set init_from to the weights of a tokenizer")
+  if config.stage == "tokenizer":
+    factor = (resumed or loading.load_config(config.init_from)).vae.scaling_factor
+    if not factor:
+      raise ValueError(
+        f"init_from={config.init_from} has no scaling factor of its latents: set vae.scaling_factor to 1 / their "
+        "standard deviation"
+      )
+    return with_fields(config, {"vae.scaling_factor": factor})
+  if resumed is not None:
+    sampler, fingerprint, factor = resumed.distill.sampler, resumed.distill.teacher, resumed.vae.scaling_factor
   else:
     teacher, params = loading.load(config.init_from)
     if teacher.stage != "tokenizer":
       raise ValueError(f"init_from={config.init_from} is of stage {teacher.stage!r}: the teacher must be a tokenizer")
-    sampler, fingerprint = teacher.sampler, fingerprints.paths(teacher, params, teacher.sampler)
-  fields = {f"sampler.{name}": value for name, value in sampler.items()} | {"teacher": fingerprint}
-  return with_fields(config, {f"distill.{name}": value for name, value in fields.items()})
+    sampler, fingerprint, factor = (
+      teacher.sampler,
+      fingerprints.tokenizer(teacher, params, decoder=True),
+      teacher.vae.scaling_factor,
+    )
+  fields = {f"distill.sampler.{name}": value for name, value in sampler.items()}
+  config = with_fields(config, fields | {"distill.teacher": fingerprint, "vae.scaling_factor": factor})
+  if resumed is None and fingerprints.tokenizer(config, params, decoder=True) != fingerprint:
+    raise ValueError(
+      f"init_from={config.init_from} is another model than that of this config: encoder, decoder, tokens.levels and "
+      "image_size must be those of the teacher"
+    )
+  return config
 
 
 def check_latents(config: ConfigDict, frozen: dict):
@@ -126,16 +127,6 @@ def check_latents(config: ConfigDict, frozen: dict):
   """
   if config.stage in TOKENIZER_STAGES and config.data.latents:
     _open_latents(config, fingerprints.vae(config, frozen))
-
-
-def _open_trajectories(config: ConfigDict) -> trajectories.TrajectoryShards:
-  return trajectories.open_trajectories(
-    config.data.trajectories,
-    fingerprint=config.distill.teacher,
-    intervals=math.lcm(*config.distill.steps),
-    global_batch=config.data.global_batch,
-    rows=bucket_rows(config.data.global_batch, config.tokens.bucket_rows),
-  )
 
 
 def _open_latents(config: ConfigDict, fingerprint: str | None = None) -> latents.LatentShards:
@@ -174,6 +165,7 @@ def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) 
 
   def block(index: int) -> Any:
     data = image_data(config)
+    records: Any
     batches = dict(
       global_batch=config.data.global_batch,
       seed=config.seed,
@@ -185,9 +177,16 @@ def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) 
       drop_condition = config.ar.drop_condition
       return tokens.train_batches(*open_tokens(config, "train"), data.loading, drop_condition=drop_condition, **batches)
     if config.stage == "distill" and config.data.trajectories:
-      return trajectories.train_batches(_open_trajectories(config), data.loading, **batches)
+      records = trajectories.open_trajectories(
+        config.data.trajectories,
+        fingerprint=config.distill.teacher,
+        intervals=math.lcm(*config.distill.steps),
+        global_batch=config.data.global_batch,
+        rows=bucket_rows(config.data.global_batch, config.tokens.bucket_rows),
+      )
+      return trajectories.train_batches(records, data.loading, **batches)
     if config.stage in TOKENIZER_STAGES and config.data.latents:
-      records: Any = _open_latents(config)
+      records = _open_latents(config)
       if repa.section(config) is not None:
         teacher = features.FeatureShards(config.data.teacher)
         size = dict(grid=repa.teacher_grid(config), width=config.repa.features)
@@ -218,10 +217,9 @@ def abstract_batch(config: ConfigDict, stage: Stage) -> dict[str, jax.ShapeDtype
   if config.stage == "ar":
     batch |= {"token_ids": shape("int32", config.ar.num_tokens), "length": shape("int32")}
     return batch | (abstract_text(size, config.dtype, **config.text) if config.ar.condition == "text" else {})
-  if config.stage == "distill" and config.data.trajectories:
-    state, intervals = stage.model.latent_shape(image_size), math.lcm(*config.distill.steps)
+  if isinstance(stage, DistillStage) and config.data.trajectories:
     batch |= {"token_ids": shape("int32", config.tokens.num_registers), "keep_k": shape("int32")}
-    batch["path"] = shape("float16", intervals + 1, *state)
+    batch["path"] = shape("float16", stage.intervals + 1, *stage.model.latent_shape(image_size))
   elif isinstance(stage, TokenizerStage) and config.data.latents:  # moments of the VAE, in float16 or bfloat16
     *sides, channels = stage.model.latent_shape(image_size)
     batch["latents"] = shape("bfloat16", *sides, 2 * channels)

@@ -83,7 +83,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
   workdir = str(folder)
   if workdirs.is_remote(folder):
     processes.run_on_process_0(lambda: workdirs.check_writable(folder))
-  config = inputs.with_teacher(inputs.with_vae(inputs.with_tokenizer(config), workdir), workdir)
+  config = inputs.with_weights(inputs.with_tokenizer(config), workdir)
   mesh = sharding.make_mesh(**config.mesh)
   batch_size, num_steps = config.data.global_batch, config.train.num_steps
   sharding.check_batch(batch_size, config.optim.accumulate_steps, mesh)

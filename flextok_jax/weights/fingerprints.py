@@ -17,15 +17,17 @@ _VAE_SETTINGS = ("latent_channels", "block_out_channels", "layers_per_block", "n
 _VAE_PARTS = ("encoder", "quant_conv")
 
 
-def tokenizer(config: ConfigDict, params: Mapping) -> str:
+def tokenizer(config: ConfigDict, params: Mapping, *, decoder: bool = False) -> str:
   """Returns the fingerprint of a tokenizer, which identifies its token ids.
 
   It covers image size, FSQ levels, scaling factor, and settings and arrays of the encoder and of the VAE's encoder. The
   decoders have no effect on token ids and are left out. All processes call it together.
 
   Args:
-    config: of stage "tokenizer".
+    config: of the tokenizer.
     params: the whole parameter tree.
+    decoder: whether it also covers the decoder and its sampler, of a student those of its teacher: it then identifies
+      the paths from noise to latents.
 
   Raises:
     ValueError: the model is not a tokenizer.
@@ -43,29 +45,12 @@ def tokenizer(config: ConfigDict, params: Mapping) -> str:
     "encoder": _changed_fields(model.encoder),
     "vae": _changed_fields(model.vae),
   }
+  if decoder:
+    sampler = config.distill.sampler if config.stage == "distill" else config.sampler
+    settings["decoder"] = _changed_fields(model.decoder.clone(interval=False))
+    settings["sampler"] = {name: _jsonable(value) for name, value in sampler.items()}
+    arrays["decoder"] = params["decoder"]
   return hash_tree(settings, arrays)
-
-
-def paths(config: ConfigDict, params: Mapping, sampler: Mapping[str, Any]) -> str:
-  """Returns the fingerprint of a tokenizer's decoder with a sampler, which identifies its paths from noise to latents.
-
-  It covers the fingerprint of the tokenizer, settings and arrays of the decoder, and the sampler. All processes call it
-  together.
-
-  Args:
-    config: of stage "tokenizer".
-    params: the whole parameter tree.
-    sampler: a config's section "sampler".
-
-  Raises:
-    ValueError: the model is not a tokenizer.
-  """
-  settings = {
-    "tokenizer": tokenizer(config, params),
-    "decoder": _changed_fields(make_model(config).decoder),
-    "sampler": {name: _jsonable(value) for name, value in sampler.items()},
-  }
-  return hash_tree(settings, {"decoder": params["decoder"]})
 
 
 def vae(config: ConfigDict, params: Mapping) -> str:

@@ -139,13 +139,13 @@ def test_an_explicit_scaling_factor_is_kept(run):
 def test_a_tokenizer_uses_the_factor_of_its_vae(run, tmp_path):
   config = config_of_run(stage="tokenizer", init_from=str(run.weights))
   workdir, factor = tmp_path / "tokenizer", loading.load_config(run.weights).vae.scaling_factor
-  found = inputs.with_vae(config, str(workdir))
+  found = inputs.with_weights(config, str(workdir))
   assert found.vae.scaling_factor == factor > 0
   assert make_stage(found).model.scaling_factor == factor
   workdir.mkdir()
   checkpoint.claim_workdir(str(workdir), found)
   config.init_from = ""  # a resumed run already has it
-  assert inputs.with_vae(config, str(workdir)).vae.scaling_factor == factor
+  assert inputs.with_weights(config, str(workdir)).vae.scaling_factor == factor
   with pytest.raises(ValueError, match="vae.scaling_factor=0 takes the factor of the weights to start from: set init"):
     train.train(config, str(tmp_path / "other"))
   bare = loading.load(str(run.weights))

@@ -25,8 +25,8 @@ class TrajectoryShards(files.Shards):
   of a group of nested.sample_keep_k.
 
   Attributes:
-    meta: see files.Shards; also fingerprint: of the teacher with its sampler (fingerprints.decoder); shape, dtype: of
-      paths; num_ids: vocabulary size; num_tokens: ids per record; group_rows.
+    meta: see files.Shards; also fingerprint: of the teacher (fingerprints.tokenizer with decoder=True); shape, dtype:
+      of paths; num_ids: vocabulary size; num_tokens: ids per record; group_rows.
   """
 
   WHAT = "trajectories"
@@ -34,18 +34,18 @@ class TrajectoryShards(files.Shards):
 
   @classmethod
   def pack(cls, record: Mapping[str, Any]) -> bytes:
-    path = np.asarray(record["path"])
-    path = path.astype(path.dtype.newbyteorder("<")).tobytes()
-    return files.pack([np.asarray(record["ids"]).astype("<u2").tobytes(), int(record["keep_k"]), path], record)
+    ids, path = np.asarray(record["ids"]).astype("<u2"), np.asarray(record["path"])
+    states = path.astype(path.dtype.newbyteorder("<")).tobytes()
+    return files.pack([ids.tobytes(), int(record["keep_k"]), states], record)
 
   def parse(self, data: bytes) -> dict[str, Any]:
     content, facts = files.unpack(data, self.WHAT)
     try:
-      ids, keep_k, path = content
-      record = {
+      ids, keep_k, states = content
+      record: dict[str, Any] = {
         "ids": np.frombuffer(ids, "<u2").astype(np.uint16),
         "keep_k": int(keep_k),
-        "path": np.frombuffer(path, jnp.dtype(self.meta["dtype"])).reshape(self.meta["shape"]),
+        "path": np.frombuffer(states, jnp.dtype(self.meta["dtype"])).reshape(self.meta["shape"]),
       }
     except (ValueError, TypeError, OverflowError) as e:
       raise ValueError(f"not a record of {self.WHAT}: {e}") from None

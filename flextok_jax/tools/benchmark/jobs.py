@@ -279,7 +279,7 @@ class TokenizerBenchmark:
         return self._update(types.SimpleNamespace(loss_fn=loss), optimizer)
       return self._update(stage, optimizer)
 
-    trained, frozen = self._parts
+    trained, frozen = self._trained_and_frozen
     inputs = {"image": self._noise() if self.latents else self._images()}
     if self.has_tokens and repa.section(c) is not None:
       shape = self.batch_size, repa.teacher_grid(c) ** 2, c.repa.features
@@ -287,7 +287,7 @@ class TokenizerBenchmark:
     return self._update_args(optimizer, trained, frozen, inputs), make
 
   @property
-  def _parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  def _trained_and_frozen(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the parts that the stage trains, and of its frozen parts, without a VAE that no job uses."""
     stage = self._stage(ONLY)
     model, auxiliary = (jax.eval_shape(init, self._key(0)) for init in (stage.init, stage.init_auxiliary))

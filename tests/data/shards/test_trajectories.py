@@ -77,7 +77,7 @@ def test_records_are_paths_of_the_teacher(root):
   assert len(shards) == IMAGES * COPIES and shards.meta["shape"] == [5, SIZE, SIZE, 3]
   config = config_of(root)
   params = make_params(make_stage(config))
-  assert shards.meta["fingerprint"] == fingerprints.paths(config, params, config.sampler)
+  assert shards.meta["fingerprint"] == fingerprints.tokenizer(config, params, decoder=True)
   records = [shards[i] for i in range(len(shards))]
   images = SplitImages(inputs.image_data(config), "train", seed=0, image_size=SIZE, copies=COPIES)
   crops = np.concatenate([images[i]["crops"] for i in range(IMAGES)])

@@ -52,7 +52,7 @@ def models(tmp_path_factory):
   params = make_params(make_stage(config))
   fields = {"stage": "distill", "decoder.interval": True, "distill.steps": (1, 2)}
   fields |= {f"distill.sampler.{name}": value for name, value in config.sampler.items()}
-  student = with_fields(config, fields | {"distill.teacher": fingerprints.paths(config, params, config.sampler)})
+  student = with_fields(config, fields | {"distill.teacher": fingerprints.tokenizer(config, params, decoder=True)})
   embed = make_params(make_stage(student))["decoder"]["interval_embed"]
   embed["out"] = jax.tree.map(np.zeros_like, embed["out"])  # as it starts
   of_student = {**params, "decoder": {**params["decoder"], "interval_embed": embed}}
