@@ -1,10 +1,10 @@
 """Stage "distill": a student of the decoder that crosses the whole path of the flow in a few evaluations.
 
 The student is the decoder with one more input: the length of the interval that it crosses (Decoder.interval). Its
-velocity is the mean of the teacher's over that interval, u(x_t, t, r) = (x_t - x_r) / (t - r), where x is a path of the
-guided teacher: noise at t = 1, the decoded latents at 0. The teacher's Euler path is piecewise linear, so x at any time
-is known exactly. A step of the student needs one evaluation, without an unconditional pass; its guidance, with the
-momentum of APG, is that of the paths.
+velocity is the mean over that interval, u(y, t, r) = (y - x_r) / (t - r), where x is a path of the guided teacher
+(noise at t = 1, the decoded latents at 0) and y is where the student's own sampler is at t, from the same noise. The
+teacher's Euler path is piecewise linear, so x at any time is known exactly. A step of the student needs one evaluation,
+without an unconditional pass; its guidance, with the momentum of APG, is that of the paths.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -171,10 +171,13 @@ class DistillStage(TokenizerStage):
   def _loss(
     self, params: Params, rows: Any, key: jax.Array, paths: Callable[[int, Any], Paths]
   ) -> tuple[jax.Array, dict]:
-    """Returns the loss, the squared error of the mean velocity over intervals, and its metrics.
+    """Returns the loss and its metrics.
 
-    Each row gives one interval for each number of steps of config.distill.steps: a random one of the steps of a sampler
-    with that number. Rows run in buckets, as in TokenizerStage.
+    Each row gives one interval for each number N of steps of config.distill.steps: a random one of the steps of the
+    student's own sampler, from the latents that this sampler has reached. The target is the velocity that leads from
+    there to the teacher's path of the same noise at the end of the interval, so errors of earlier steps are corrected.
+    The loss is the squared error of the velocity divided by N: a step moves the latents by 1/N of its velocity, and a
+    sampler takes N of them. Rows run in buckets, as in TokenizerStage.
 
     Args:
       params: of the model.
@@ -200,15 +203,37 @@ class DistillStage(TokenizerStage):
     return losses.mean(), metrics
 
   def _errors(self, params: Params, rows: Paths, segment: jax.Array) -> jax.Array:
-    """Returns the squared errors [b, n] of the rows [b, ...] of a bucket for the steps segment int [b, n]."""
-    size, repeat = rows.keep_k.size, lambda x: jnp.concatenate([x] * len(self.steps))  # [b, ...] -> [n * b, ...]
+    """Returns the errors [b, n] of the rows [b, ...] of a bucket for the steps segment int [b, n], see _loss."""
+    size, join = rows.keep_k.size, jnp.concatenate
+    repeat = lambda x: join([x] * len(self.steps))  # [b, ...] -> [n * b, ...]
     steps = jnp.repeat(jnp.asarray(self.steps, jnp.int32), size)  # [n * b]
+    x_t = join([self._own_states(params, rows, n, segment[:, i]) for i, n in enumerate(self.steps)])
     segment = segment.T.reshape(-1)  # [b, n] -> [n * b]
-    row, every = jnp.arange(steps.size) % size, self.intervals // steps
-    x_t, x_r = (rows.path[row, (segment + i) * every] for i in (0, 1))
-    interval = 1 / steps.astype(jnp.float32)
-    target = (x_t - x_r) / interval[:, None, None, None]
+    x_r = rows.path[jnp.arange(steps.size) % size, (segment + 1) * (self.intervals // steps)]
+    target = (x_t - x_r) * steps[:, None, None, None]
 
-    args = x_t, 1 - segment * interval, repeat(rows.codes), repeat(rows.keep_k), jnp.zeros(steps.size, bool)
-    velocity: Any = self.model.apply({"params": params}, *args, interval=interval, method="velocity")
-    return jnp.square(velocity - target).mean((1, 2, 3)).reshape(len(self.steps), size).T
+    times = 1 - segment / steps.astype(jnp.float32), 1 / steps.astype(jnp.float32)
+    velocity = self._velocity(params, x_t, *times, repeat(rows.codes), repeat(rows.keep_k))
+    errors = jnp.square(velocity - target).mean((1, 2, 3)) / steps
+    return errors.reshape(len(self.steps), size).T
+
+  def _own_states(self, params: Params, rows: Paths, num_steps: int, segment: jax.Array) -> jax.Array:
+    """Returns the latents [b, h, w, c] at which the student's own sampler begins its step `segment` int [b]."""
+
+    def step(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+      times = jnp.full(segment.shape, t), jnp.full(segment.shape, 1 / num_steps)
+      return x - self._velocity(params, x, *times, rows.codes, rows.keep_k) / num_steps, x
+
+    x = rows.path[:, 0]
+    if num_steps == 1:
+      return x
+    last, states = jax.lax.scan(step, x, flow.step_times(num_steps)[:-1])
+    states = jnp.concatenate([states, last[None]])  # [num_steps, b, h, w, c]
+    return jax.lax.stop_gradient(states[segment, jnp.arange(segment.size)])
+
+  def _velocity(
+    self, params: Params, x: jax.Array, t: jax.Array, interval: jax.Array, codes: jax.Array, keep_k: jax.Array
+  ) -> Any:
+    """Returns the student's mean velocity [b, h, w, c] over intervals [b] from the times t [b]."""
+    drop = jnp.zeros(t.size, bool)
+    return self.model.apply({"params": params}, x, t, codes, keep_k, drop, interval=interval, method="velocity")

@@ -92,7 +92,7 @@ def test_an_untrained_student_is_its_teacher():
 
 
 def test_the_loss_is_the_error_of_the_mean_velocity():
-  """Against paths and velocities computed row by row, with the stage's own draws."""
+  """Against paths, own states and velocities computed step by step, with the stage's own draws."""
   stage, params = built()
   key = jax.random.key(4)
   loss, metrics = jax.jit(lambda p: stage.latents_loss(p, LATENTS, key))(params)
@@ -113,14 +113,23 @@ def test_the_loss_is_the_error_of_the_mean_velocity():
   path, codes = paths_and_codes(params)
   path, total = np.asarray(path, np.float64), {}
   for i, steps in enumerate(STEPS):
+    knots, interval = np.linspace(0, 1, 6), np.full(8, 1 / steps, np.float32)
+    x, states = rows.noise, []  # of the student's own sampler
+    for j in range(steps):
+      states.append(x)
+      times = np.full(8, 1 - j / steps, np.float32)
+      x = x - velocity(params, x, times, codes, rows.keep_k, np.zeros(8, bool), interval=interval) / steps
     start = np.float32(1 - segment[:, i] / steps)
-    knots = np.linspace(0, 1, 6)
-    row_at = lambda b, t, knots=knots: np.apply_along_axis(lambda x: np.interp(1 - t, knots, x), 0, path[:, b])
-    at = lambda times, row_at=row_at: np.stack([row_at(b, t) for b, t in enumerate(times)])
-    x_t, x_r = at(start), at(start - 1 / steps)
-    interval = np.full(8, 1 / steps, np.float32)
+    x_t = np.stack([states[j][b] for b, j in enumerate(segment[:, i])])
+    ends = [1 - t + 1 / steps for t in start]
+    x_r = np.stack(
+      [
+        np.apply_along_axis(lambda x, e=e, knots=knots: np.interp(e, knots, x), 0, path[:, b])
+        for b, e in enumerate(ends)
+      ]
+    )
     u = velocity(params, np.float32(x_t), start, codes, rows.keep_k, np.zeros(8, bool), interval=interval)
-    total[steps] = np.square(np.float64(u) - (x_t - x_r) * steps).mean((1, 2, 3))
+    total[steps] = np.square(np.float64(u) - (x_t - x_r) * steps).mean((1, 2, 3)) / steps
     np.testing.assert_allclose(metrics[f"loss_n{steps}"][0], total[steps].sum(), rtol=1e-4)
     assert segment[:, i].min() >= 0 and segment[:, i].max() < steps
   np.testing.assert_allclose(loss, np.mean(list(total.values())), rtol=1e-4)
