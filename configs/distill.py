@@ -1,19 +1,17 @@
-"""A student of a tokenizer's decoder, which decodes in 1 to 8 evaluations without guidance (stage "distill").
+"""A student of a tokenizer's decoder, which decodes in 1 to 8 evaluations without guidance (docs/students.md).
 
-  d12_d12, d18_d28    of flextok:d12_d12_in1k and flextok:d18_d28_in1k
-  quickstart, shapes  of the tokenizers that ship, on a CPU
+  d12_d12, d18_d28    of flextok:d12_d12_in1k and flextok:d18_d28_in1k, at 256 px; not trained
+  quickstart, shapes  of the tokenizers that ship, at 32 px, on a CPU, in 1, 2 or 4 steps
 
-The teacher is any tokenizer, a workdir or a weights file. Its encoder and token ids stay the same:
+The teacher is the tokenizer at init_from, a workdir or a weights file:
 
   python -m flextok_jax.train --config=distill:d12_d12 --workdir=DIR --config.init_from=TEACHER
 
-The teacher's paths cost about four times as much as the student's own update. Written once, they serve for many epochs:
+Its paths cost more than the student's own update. Stored, they serve for many epochs:
 
-  python -m flextok_jax.tokenize --what=trajectories --checkpoint=TEACHER --config=shapes --num_images=40000 --out=PATHS
+  python -m flextok_jax.tokenize --what=trajectories --checkpoint=TEACHER --config=shapes --num_images=8192 --out=PATHS
   python -m flextok_jax.train --config=distill:shapes --workdir=DIR --config.init_from=TEACHER \
       --config.data.trajectories=PATHS
-
-So were the students that ship trained (docs/models.md), on two CPU cores.
 """
 
 from flextok_jax import config as common
@@ -28,10 +26,19 @@ MODELS = {
 
 
 def get_config(model: str = ""):
-  """Returns the config of the student of one of MODELS."""
+  """Returns the config of a student of one of MODELS."""
   common.check_argument("distill", model, MODELS)
   c = MODELS[model]()
   c.update(
-    stage="distill", decoder=dict(interval=True), repa=dict(weight=0.0), sampler=dict(num_steps=4, guidance="none")
+    stage="distill",
+    decoder=dict(interval=True),
+    repa=dict(weight=0.0),
+    sampler=dict(num_steps=4, guidance="none"),
   )
+  if c.image_size == 32:
+    c.update(
+      distill=dict(steps=(1, 2, 4)),
+      optim=dict(name="muon", learning_rate=2e-3, warmup_steps=50, ema_decay=0.998),
+      train=dict(num_steps=4_000, checkpoint_every=200, eval_every=4_000),
+    )
   return c
