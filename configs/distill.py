@@ -30,10 +30,7 @@ def get_config(model: str = ""):
   common.check_argument("distill", model, MODELS)
   c = MODELS[model]()
   c.update(
-    stage="distill",
-    decoder=dict(interval=True),
-    repa=dict(weight=0.0),
-    sampler=dict(num_steps=4, guidance="none"),
+    stage="distill", decoder=dict(interval=True), repa=dict(weight=0.0), sampler=dict(num_steps=4, guidance="none")
   )
   if c.image_size == 32:
     c.update(

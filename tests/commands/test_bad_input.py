@@ -69,7 +69,7 @@ def refused(pattern, workdir, **overrides):
       dict(image_size=18, vae=dict(kind="autoencoder_kl", block_out_channels=(8, 8, 8), norm_groups=4)),
     ),
     # Names.
-    ("stage must be one of tokenizer, vae, ar, got 'tokeniser'", dict(stage="tokeniser")),
+    ("stage must be one of tokenizer, vae, ar, distill, got 'tokeniser'", dict(stage="tokeniser")),
     ("stage 'vae' trains vae.kind 'autoencoder_kl', got 'pixels'", dict(stage="vae")),
     ("vae.kind must be one of autoencoder_kl, pixels, got 'vqgan'", dict(vae=dict(kind="vqgan"))),
     ("tokens.nested_dropout must be one of uniform, pow2, .*, got 'pow3'", dict(tokens=dict(nested_dropout="pow3"))),

@@ -112,7 +112,7 @@ def test_missing_fields_have_their_defaults():
     ('{"stage": "ar", "seed": ' + "9" * 5000 + "}", "is not JSON"),
     (" " * 1_000_001, "is not JSON: more than 1000000 characters"),
     ("[1]", "does not name a stage"),
-    ('{"stage": []}', "stage must be one of tokenizer, vae, ar, got "),
+    ('{"stage": []}', "stage must be one of tokenizer, vae, ar, distill, got "),
     ('{"stage": "ar", "seed": {"a": 1}}', "unknown field 'seed.a'"),
     ('{"stage": "ar", "seed": null}', "seed must be a whole number .*, got None"),
     ('{"stage": "ar", "encoder": 5}', "encoder must be a group of fields, got 5"),

@@ -28,7 +28,7 @@ _TEXTS = ("${constants.dim}", "${mul:9,9}", "${div_int:1,0}", "${a}${a}", "1e999
 def config_json(rng: random.Random, folder: Path):
   """Changes fields or bytes of a workdir's config.json, and builds from it what commands build."""
   values = json.loads(debug.get_config().to_json())
-  values["stage"] = rng.choice(("tokenizer", "tokenizer", "vae", "ar"))
+  values["stage"] = rng.choice(("tokenizer", "tokenizer", "vae", "ar", "distill"))
   for _ in range(rng.choice((0, 1, 1, 2))):
     _change_field(values, rng)
   data = json.dumps(values).encode()

@@ -121,8 +121,8 @@ def test_damaged_and_foreign_weights_are_one_line_errors(config, params, tmp_pat
     ("[1, 2]", "does not name a stage"),
     ("null", "does not name a stage"),
     ('{"a": 1}', "does not name a stage"),
-    ('{"stage": 7}', "stage must be one of tokenizer, vae, ar, got 7"),
-    ("stage", "stage must be one of tokenizer, vae, ar, got 'dance'"),
+    ('{"stage": 7}', "stage must be one of tokenizer, vae, ar, distill, got 7"),
+    ("stage", "stage must be one of tokenizer, vae, ar, distill, got 'dance'"),
     ("width", "describes no model|shape"),  # a config of other sizes than the arrays
     ("depth", "lacks the tensor .*blocks.*, which its configuration asks for"),
     ("registers", "has shape .*, expected"),
