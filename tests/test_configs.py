@@ -248,14 +248,18 @@ def test_invalid_config_files(text, spec, error, pattern, tmp_path, monkeypatch)
 # Shipped models.
 
 
-@pytest.mark.parametrize("asset", ["quickstart", "shapes", "shapes_ar", "shapes_ar_stop"])
+@pytest.mark.parametrize("asset", ["quickstart", "shapes", "shapes_student", "shapes_ar", "shapes_ar_stop"])
 def test_shipped_models(asset):
   path = ASSETS / f"{asset}.safetensors"
   assert path.stat().st_size < 10e6
   config, params = loading.load(str(path))
   check_params(params, joined_shapes(config), path.name)
   assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
-  expected = parse(asset.replace("_stop", ":stop"))
+  expected = parse({"shapes_student": "distill:shapes"}.get(asset, asset.replace("_stop", ":stop")))
+  if config.stage == "distill":
+    teacher = loading.load(str(ASSETS / "shapes.safetensors"))
+    assert config.distill.teacher == fingerprints.tokenizer(*teacher, decoder=True)
+    assert fingerprints.tokenizer(config, params) == fingerprints.tokenizer(*teacher)
   if config.stage == "ar":  # fields that describe the tokenizer of its ids are taken from the token shards
     tokenizer = loading.load(str(ASSETS / "shapes.safetensors"))
     assert config.ar.tokenizer == fingerprints.tokenizer(*tokenizer)
