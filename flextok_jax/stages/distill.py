@@ -227,7 +227,7 @@ class DistillStage(TokenizerStage):
     x = rows.path[:, 0]
     if num_steps == 1:
       return x
-    last, states = jax.lax.scan(step, x, flow.step_times(num_steps)[:-1])
+    last, states = jax.lax.scan(step, x, jnp.asarray(flow.step_times(num_steps)[:-1]))
     states = jnp.concatenate([states, last[None]])  # [num_steps, b, h, w, c]
     return jax.lax.stop_gradient(states[segment, jnp.arange(segment.size)])
 
