@@ -169,7 +169,7 @@ def _study_variation(values: flags.FlagValues, subject: Subject, progress: Progr
 def _study_steps(values: flags.FlagValues, subject: Subject, progress: Progress) -> Callable[[], Report]:
   c = subject.config
   counts = sorted(set(cli.numbers("step_counts", values.step_counts, int)))
-  is_student = c.decoder.interval
+  is_student = c.stage == "distill"
   if is_student != bool(values.teacher):
     remedy = (
       "needs --teacher, the tokenizer it was distilled from" if is_student else "is no student: leave --teacher out"

@@ -73,7 +73,7 @@ def _shapes(config):
 
 def joined_shapes(config):
   """Returns the shapes of the parameters, which depend on neither data, training, evaluation nor sampling."""
-  defaults = common.derive(sampler=dict(guidance="none")).to_dict()  # as students need
+  defaults = common.derive(sampler=dict(guidance="none", num_steps=1)).to_dict()  # as students need
   other = ("data", "optim", "train", "eval", "sampler")
   return dict(_shapes(FrozenConfigDict(config.to_dict() | {name: defaults[name] for name in other})))
 

@@ -29,24 +29,25 @@ def make_model(config: ConfigDict) -> FlexTok:
   Raises:
     ValueError: sizes that do not fit together.
   """
-  if config.decoder.interval and config.stage != "distill":
-    raise ValueError(f"decoder.interval=True is for stage 'distill', not {config.stage!r}")
   check_sampler(config, config.sampler.num_steps, config.sampler.guidance)
   levels = tuple(config.tokens.levels)
   vae = make_vae(config) if config.vae.kind == "autoencoder_kl" else None
   side = config.image_size // (1 if vae is None else vae.downscale)
-  return FlexTok(
+  model = FlexTok(
     encoder=_make_part(Encoder, "encoder", config, side, code_dim=len(levels)),
     decoder=_make_part(Decoder, "decoder", config, side),
     vae=vae,
     levels=levels,
     scaling_factor=config.vae.scaling_factor or 1.0,  # 0: set by training (inputs.with_weights)
   )
+  if model.decoder.interval and config.stage != "distill":
+    raise ValueError(f"decoder.interval=True is for stage 'distill', not {config.stage!r}")
+  return model
 
 
 def check_sampler(config: ConfigDict, num_steps: int, guidance: str) -> None:
   """Raises ValueError for settings of the sampler that are not for the decoder of a config, which is a student's."""
-  if not config.decoder.interval:
+  if config.stage != "distill":
     return
   if guidance != "none":
     raise ValueError(

@@ -42,8 +42,8 @@ def to_official(config: Mapping[str, Any]) -> dict[str, Any]:
     ValueError: the format does not support a value, or no model can have it; the line names the field.
   """
   get = functools.partial(_field, config)
-  if get("decoder.interval"):
-    raise ValueError("a student (decoder.interval=True) cannot be written as an official one: export its teacher")
+  if get("stage") == "distill":
+    raise ValueError("a student (stage 'distill') cannot be written as an official one: export its teacher")
   for name, value in (("stage", "tokenizer"), ("vae.kind", "autoencoder_kl")):
     if get(name) != value:
       raise ValueError(f"{name} must be {value!r} to be written as an official configuration, got {get(name)!r}")

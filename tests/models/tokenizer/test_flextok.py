@@ -179,9 +179,9 @@ def test_no_unconditional_pass_without_guidance(tiny, mode, scale, batch):
   seen = []
 
   class Spy(type(tiny.model)):
-    def velocity(self, x_t, *args):
+    def velocity(self, x_t, *args, **kwargs):
       seen.append(x_t.shape[0])
-      return super().velocity(x_t, *args)
+      return super().velocity(x_t, *args, **kwargs)
 
   fields = {k: getattr(tiny.model, k) for k in ("encoder", "decoder", "levels", "vae", "scaling_factor")}
   spy = Spy(**fields)
