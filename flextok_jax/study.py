@@ -172,7 +172,7 @@ def _study_steps(values: flags.FlagValues, subject: Subject, progress: Progress)
   is_student = c.stage == "distill"
   if is_student != bool(values.teacher):
     remedy = (
-      "needs --teacher, the tokenizer it was distilled from" if is_student else "is no student: leave --teacher out"
+      "needs --teacher, the tokenizer it was distilled from" if is_student else "is not a student: leave --teacher out"
     )
     raise ValueError(f"--study=steps of --checkpoint={values.checkpoint} {remedy}")
   decoders: dict[str, steps.Decoder] = {}

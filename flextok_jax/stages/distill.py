@@ -31,7 +31,7 @@ def student_config(config: ConfigDict, steps: Sequence[int]) -> ConfigDict:
     ValueError: the config is not of stage "tokenizer", or `steps` is out of range.
   """
   if config.stage != "tokenizer":
-    raise ValueError(f"a model of stage {config.stage!r} is no teacher: give a tokenizer")
+    raise ValueError(f"a model of stage {config.stage!r} is not a teacher: give a tokenizer")
   fields = {f"distill.sampler.{name}": value for name, value in config.sampler.items()}
   fields |= {"stage": "distill", "decoder.interval": True, "distill.steps": tuple(steps)}
   fields |= {"sampler.guidance": "none", "sampler.num_steps": max(steps)}
@@ -58,7 +58,7 @@ class DistillStage(TokenizerStage):
   """Trains the student {"decoder"}; encoder, VAE and the {"teacher"}, another decoder, are frozen.
 
   Raises:
-    ValueError: the decoder of the config is no student's.
+    ValueError: the decoder of the config is not that of a student.
   """
 
   def __init__(self, config: ConfigDict):
@@ -220,14 +220,14 @@ class DistillStage(TokenizerStage):
   def _own_states(self, params: Params, rows: Paths, num_steps: int, segment: jax.Array) -> jax.Array:
     """Returns the latents [b, h, w, c] at which the student's own sampler begins its step `segment` int [b]."""
 
-    def step(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def velocity(x: jax.Array, t: jax.Array, carry: Any, _: Any) -> tuple[jax.Array, Any]:
       times = jnp.full(segment.shape, t), jnp.full(segment.shape, 1 / num_steps)
-      return x - self._velocity(params, x, *times, rows.codes, rows.keep_k) / num_steps, x
+      return self._velocity(params, x, *times, rows.codes, rows.keep_k), carry
 
     x = rows.path[:, 0]
     if num_steps == 1:
       return x
-    last, states = jax.lax.scan(step, x, jnp.asarray(flow.step_times(num_steps)[:-1]))
+    last, _, states = flow.euler_steps(velocity, x, num_steps, flow.step_times(num_steps)[:-1], None, None)
     states = jnp.concatenate([states, last[None]])  # [num_steps, b, h, w, c]
     return jax.lax.stop_gradient(states[segment, jnp.arange(segment.size)])
 

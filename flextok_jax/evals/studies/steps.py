@@ -102,7 +102,7 @@ def study(
     noise = np.arange(len(ids) * num_decodes)
     repeated = np.repeat(ids[:, :count], num_decodes, 0)  # [n m, count]
     lengths = np.full(len(noise), count)
-    run(repeated, lengths, noise)  # compiles
+    run(*(x[: subject.config.eval.batch_size] for x in (repeated, lengths, noise)))  # compiles
     start = time.monotonic()
     decodes = run(repeated, lengths, noise)
     seconds = (time.monotonic() - start) / len(noise)

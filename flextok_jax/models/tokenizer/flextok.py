@@ -245,15 +245,15 @@ def sample_path(
     codes: of the token ids [b, n, code_dim]; if not `fast`, n is num_registers.
     model: see sample_latents, as for params, keep_k, noise, sampler and fast.
   """
-  noise = noise.astype(jnp.float32)
-  times, state = flow.step_times(sampler.num_steps), (noise, jnp.zeros_like(noise))
-  scales = jnp.broadcast_to(jnp.asarray(sampler.guidance_scale, jnp.float32), times.shape)
   paths = []
-  for first, end, guided in sampler.chunks(sampler.num_steps):
-    steps = times[first:end], scales[first:end]
-    state, path = _steps(model, params, codes, keep_k, state, *steps, sampler, guided, fast)
+
+  def step(*args: Any, **options: Any) -> State:
+    state, path = _steps(model, params, codes, keep_k, *args, **options)
     paths.append(path)
-  return jnp.concatenate([*paths, state[0][None]])
+    return state
+
+  end = sample_in_chunks(step, noise, sampler, sampler.num_steps, fast)
+  return jnp.concatenate([*paths, end[None]])
 
 
 def _steps(

@@ -206,7 +206,12 @@ def test_bad_input(root, tmp_path):
   student = FlexTok(make_params(make_stage(config)), FrozenConfigDict(config))
   saving.save_weights(str(tmp_path / "student.safetensors"), config, student.params)
   what = "--what=trajectories", f"--config={data_file(root)}", f"--out={tmp_path / 'x'}"
-  fails("fingerprint of paths|is no teacher", tokenize, *what, f"--checkpoint={tmp_path / 'student.safetensors'}")
+  fails(
+    "a model of stage .distill. is not a teacher: give a tokenizer",
+    tokenize,
+    *what,
+    f"--checkpoint={tmp_path / 'student.safetensors'}",
+  )
   fails(
     "--steps has no meaning for --what=latents", tokenize, "--what=latents", *what[1:], "--checkpoint=x", "--steps=1"
   )

@@ -94,7 +94,7 @@ def test_bad_input(models, tmp_path):
   out = f"--out={tmp_path / 'out'}"
   student, teacher = f"--checkpoint={models['student']}", f"--checkpoint={models['teacher']}"
   fails("needs --teacher, the tokenizer it was distilled from", study, student, "--study=steps", out)
-  fails("is no student: leave --teacher out", study, teacher, "--study=steps", f"--teacher={models['teacher']}", out)
+  fails("is not a student: leave --teacher out", study, teacher, "--study=steps", f"--teacher={models['teacher']}", out)
   wrong = f"--teacher={models['other']}"
   fails(
     "fingerprint .{16}, but the student at .* is of teacher .{16}: give that",
