@@ -78,7 +78,10 @@ def get_config() -> ConfigDict:
   c.decoder.interval = False  # True: a student of stage "distill", which also sees how long an interval it crosses
 
   c.tokens = ConfigDict()
-  c.tokens.num_registers = 256  # most tokens per image [paper]
+  # "registers": ordered tokens, of the encoder's registers [paper]; "grid": the 2D baseline, a token for each patch of
+  # the encoder, row by row.
+  c.tokens.layout = "registers"
+  c.tokens.num_registers = 256  # most tokens per image [paper]; of a grid, its patches
   c.tokens.levels = (8, 8, 8, 5, 5, 5)  # FSQ levels: 64,000 codes [paper]
   # Distribution of the number of kept tokens: "uniform" on 1..N; "pow2": uniform over the powers of two [paper];
   # "uniform_pow2": a uniform length rounded up to a power of two, so about half of the samples keep all; "none": all.

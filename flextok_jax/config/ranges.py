@@ -121,6 +121,7 @@ RANGES = {
   "decoder.modulation": one_of("per_segment", "shared"),
   "decoder.max_timestep": POSITIVE,
   "decoder.null_condition": one_of("learned", "zero", "single"),
+  "tokens.layout": one_of("registers", "grid"),
   "tokens.num_registers": WIDTH,
   "tokens.levels": several(
     whole(2, 65_536),

@@ -138,6 +138,7 @@ class FlexTok:
     """
     num_tokens = validation.token_count(num_tokens, self.num_registers)
     images, key = self._images(images), _posterior_key(key)
+    self._check_grid("images", images.shape, self.image_size)
     if quality is not None:  # its arguments are checked before anything is encoded
       goal = self._goal(images.shape, quality, metric, noise)
       sampler = self._sampler(num_steps, guidance, guidance_scale, guidance_interval)
@@ -291,7 +292,16 @@ class FlexTok:
 
   def _noised(self, name: str, latents: Array, batch: int) -> Array:
     patch_size = _network(self._tokenizer_config()).decoder.patch_size
-    return validation.noised_latents(name, latents, self.latent_shape[-1], batch, patch_size)
+    latents = validation.noised_latents(name, latents, self.latent_shape[-1], batch, patch_size)
+    self._check_grid(name, latents.shape, self.latent_shape[0])
+    return latents
+
+  def _check_grid(self, name: str, shape: Sequence[int], side: int) -> None:
+    """Raises ValueError if the tokens are a grid, for images or latents [b, h, w, c] that are not of its size."""
+    if self._tokenizer_config().tokens.layout == "grid" and tuple(shape[1:3]) != (side, side):
+      raise ValueError(
+        f"{name} must be {side} x {side}, as each token has its place in a grid, got shape {list(shape)}"
+      )
 
 
 def _posterior_key(key: Any) -> jax.Array | None:

@@ -181,6 +181,7 @@ class PatchTransformer(nn.Module, kw_only=True):
   head_dim: int
   patch_size: int
   num_registers: int
+  layout: str = "registers"  # of the tokens
   mlp_ratio: float = 4.0
   gated_mlp: bool = True
   activation: str = "silu"

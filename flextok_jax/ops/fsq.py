@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+FIRST_CODE = -1.0  # every scalar of the code of id 0
 _EPS = 1e-3  # widens the bound slightly, so that the outermost levels are reached
 
 

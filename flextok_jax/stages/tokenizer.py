@@ -40,9 +40,38 @@ def make_model(config: ConfigDict) -> FlexTok:
     levels=levels,
     scaling_factor=config.vae.scaling_factor or 1.0,  # 0: set by training (inputs.with_weights)
   )
+  if config.tokens.layout == "grid":
+    _check_grid(config)
   if model.decoder.interval and config.stage != "distill":
     raise ValueError(f"decoder.interval=True is for stage 'distill', not {config.stage!r}")
   return model
+
+
+def grid_tokens(config: ConfigDict) -> int:
+  """Returns the number of tokens of a grid: the patches of the encoder for images of image_size."""
+  downscale = 1 if config.vae.kind == "pixels" else 2 ** (len(config.vae.block_out_channels) - 1)
+  return (config.image_size // downscale // config.encoder.patch_size) ** 2
+
+
+def _check_grid(config: ConfigDict) -> None:
+  """Raises ValueError for settings that tokens on a grid do not have."""
+  count = grid_tokens(config)
+  for name, value, allowed in (
+    ("tokens.num_registers", config.tokens.num_registers, (count,)),
+    ("tokens.nested_dropout", config.tokens.nested_dropout, ("none",)),
+    ("decoder.modulation", config.decoder.modulation, ("shared",)),
+    ("decoder.null_condition", config.decoder.null_condition, ("learned", "zero")),
+  ):
+    if value not in allowed:
+      words = " or ".join(map(repr, allowed))
+      raise ValueError(
+        f"tokens.layout 'grid' has a token for each of {count} patches: {name} must be {words}, got {value!r}"
+      )
+  if config.encoder.patch_size % config.decoder.patch_size:
+    raise ValueError(
+      f"decoder.patch_size {config.decoder.patch_size} must divide encoder.patch_size {config.encoder.patch_size} with "
+      "tokens.layout 'grid', where a token has whole patches of the decoder"
+    )
 
 
 def check_sampler(config: ConfigDict, num_steps: int, guidance: str) -> None:
@@ -63,6 +92,7 @@ def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, si
   """Builds the encoder or decoder for latents of side x side pixels from its section of the config."""
   part = module(
     num_registers=config.tokens.num_registers,
+    layout=config.tokens.layout,
     dtype=jnp.dtype(config.dtype),
     remat=config.remat,
     attention=config.attention,

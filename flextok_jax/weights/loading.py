@@ -25,7 +25,7 @@ from flextok_jax import stages
 from flextok_jax.config import derive, float_dtype, parse_config, read_config, with_fields
 from flextok_jax.core import accelerators, hub, literals, tensor_file, workdirs
 from flextok_jax.core.tensor_file import TensorFile, Tensors, named
-from flextok_jax.stages.tokenizer import make_model
+from flextok_jax.stages.tokenizer import grid_tokens, make_model
 from flextok_jax.weights import layout, orbax
 from flextok_jax.weights.folder import Folder, describe_others, has_weights
 from flextok_jax.weights.layout import Entry, Shape
@@ -165,6 +165,8 @@ class _Options:
     found = derive(**config)
     if self.image_size:
       found.image_size = self.image_size
+      if found.tokens.layout == "grid":
+        found.tokens.num_registers = grid_tokens(found)
     if self.dtype:
       found.dtype = jnp.dtype(self.dtype).name
     return found.lock()
@@ -293,6 +295,8 @@ def _load_official(file: Tensors, official: Mapping, options: _Options) -> tuple
   vae |= sizes
   grids = (settings[half]["max_grid"] * settings[half]["patch_size"] for half in ("encoder", "decoder"))
   settings["image_size"] = min(_LATENT_SIDE, *grids) * 2 ** (len(vae["block_out_channels"]) - 1)
+  if settings["tokens"]["layout"] == "grid":
+    settings["tokens"]["num_registers"] = grid_tokens(derive(**settings))
   config = options.apply(settings)
   with _named_config_errors(file.path):
     tables = tokenizer_names.fixed_tables(make_model(config), roles)

@@ -33,6 +33,14 @@ CASES = {
     decoder=dict(width=128, depth=2),
     tokens=dict(num_registers=8),
   ),
+  # Tokens on a grid of 3x3, four patches of the decoder each.
+  "grid": dict(
+    image_size=12,
+    vae=dict(kind="pixels", scaling_factor=1.7),
+    encoder=dict(width=64, depth=2, head_dim=32, patch_size=4),
+    decoder=dict(width=64, depth=3, head_dim=32, patch_size=2, modulation="shared"),
+    tokens=dict(layout="grid", num_registers=9, levels=(8, 6, 5), nested_dropout="none"),
+  ),
   # In pixel space: 12x20 images, 3x5 patches of at most 5x5; heads of 32, where 8 / head_dim is not 1 / sqrt(head_dim).
   "pixels": dict(
     image_size=12,
@@ -42,7 +50,7 @@ CASES = {
     tokens=dict(num_registers=5, levels=(8, 6, 5)),
   ),
 }
-IMAGE_SHAPES = {"vae": (3, 32, 48, 3), "pixels": (3, 12, 20, 3)}
+IMAGE_SHAPES = {"vae": (3, 32, 48, 3), "pixels": (3, 12, 20, 3), "grid": (3, 12, 12, 3)}
 
 
 def gap(actual, desired, atol):
@@ -114,7 +122,7 @@ def test_latents_and_images(case):
 
 
 def test_encoder(case):
-  """All registers, and only the first three: the encoder is causal."""
+  """All tokens, and only the first three: registers are causal."""
   expected = reference.encode(case.w, case.latents, case.head_dim)
   encoder = case.model.encoder.clone(parent=None)
   gap(jax.jit(encoder.apply)({"params": case.params["encoder"]}, case.latents), expected, 2e-5)
@@ -147,7 +155,7 @@ def test_sampler(case, mode, scale):
   gap(run(case.noise), expected[-1], 5e-4)
 
 
-@pytest.mark.parametrize("case", ["vae"], indirect=True)
+@pytest.mark.parametrize("case", ["vae", "grid"], indirect=True)
 def test_gradients_are_finite_differences(case):
   """Along a random direction of all parameters: of the loss in the decoder, of a linear function in the encoder."""
   direction, eps = fill(case.params, seed=3), 1e-5

@@ -84,6 +84,8 @@ def encoder(config: ConfigDict, num_tokens: int) -> int:
   """Encoder for one image and num_tokens registers: patch embedding, blocks, head; the last block queries registers."""
   part, (count, size) = config.encoder, patches(config, config.encoder)
   ends = linear(count, size, part.width) + linear(num_tokens, part.width, len(config.tokens.levels))
+  if config.tokens.layout == "grid":
+    return ends + blocks(part, count, count)
   return ends + blocks(part, num_tokens, count + num_tokens)
 
 
@@ -93,6 +95,9 @@ def decoder(config: ConfigDict, slots: int) -> int:
   The last block queries patches; modulations are not included.
   """
   part, (count, size) = config.decoder, patches(config, config.decoder)
+  if config.tokens.layout == "grid":
+    ends = linear(count, len(config.tokens.levels), part.width) + 2 * linear(count, size, part.width)
+    return ends + blocks(part, count, count)
   ends = linear(slots, len(config.tokens.levels), part.width) + 2 * linear(count, size, part.width)
   return ends + blocks(part, count, count + slots)
 

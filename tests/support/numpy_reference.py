@@ -216,8 +216,9 @@ def encode(w, latents, head_dim=64, options=RELEASED):
   x = linear(w, ENC + "patch_emb.patch_proj", patchify(latents, p))
   x = x + patch_positions(w, ENC + "patches_posemb_module", h // p, width // p, x.shape[-1], options)
   patches = x.shape[1]
-  registers = w[ENC + "register_module.registers"]
-  x = np.concatenate([x, np.repeat(registers[None], b, 0)], 1)
+  grid = ENC + "register_module.registers" not in w  # a token for each patch
+  if not grid:
+    x = np.concatenate([x, np.repeat(w[ENC + "register_module.registers"][None], b, 0)], 1)
   length = x.shape[1]
   mask = np.zeros((length, length), bool)
   for i, j in itertools.product(range(length), range(length)):
@@ -226,7 +227,8 @@ def encode(w, latents, head_dim=64, options=RELEASED):
     block = f"{ENC}transformer.blocks.{i}"
     x = x + attention(w, f"{block}.attn", layer_norm(x), head_dim, mask, options.qk_norm)
     x = x + mlp(w, f"{block}.mlp", layer_norm(x), options.activation)
-  return linear(w, ENC + "to_latents.proj", options.readout_multiplier * layer_norm(x[:, patches:]))
+  out = x if grid else x[:, patches:]
+  return linear(w, ENC + "to_latents.proj", options.readout_multiplier * layer_norm(out))
 
 
 def registers_in(w, codes, keep_k=None, null=None):
@@ -241,6 +243,20 @@ def registers_in(w, codes, keep_k=None, null=None):
   return x
 
 
+def codes_on_grid(w, codes, side, patches, keep_k=None, null=None):
+  """Codes [b, side * side, n] to what is added to patches x patches patches; keep_k int [b], null bool [b]."""
+  b, k, n = codes.shape
+  full = np.full((b, side * side, n), -1.0)  # id 0
+  for i in range(b):
+    length = k if keep_k is None else min(k, keep_k[i])
+    full[i, :length] = codes[i, :length]
+  x = linear(w, DEC + "from_latents.proj", full)
+  if null is not None:
+    x[null] = w.get(DEC + "latent_dropout.nullcond", 0.0)
+  where = np.arange(patches) * side // patches  # row or column of the token of a patch
+  return x.reshape(b, side, side, -1)[:, where][:, :, where].reshape(b, patches * patches, -1)
+
+
 def time_embedding(w, t, max_timestep=1.0):
   h = silu(linear(w, DEC + "time_embedder.mlp.0", timestep_features(t, max_timestep)))
   return linear(w, DEC + "time_embedder.mlp.2", h)
@@ -252,7 +268,12 @@ def velocity(w, x, t, codes, keep_k=None, null=None, head_dim=64, options=RELEAS
   p = patch_size_of(w, DEC + "noise_patch_emb.patch_proj", c)
   patches = linear(w, DEC + "noise_patch_emb.patch_proj", patchify(x, p))
   patches = patches + patch_positions(w, DEC + "patches_posemb_module", h // p, width // p, patches.shape[-1], options)
-  registers = registers_in(w, codes, keep_k, null)
+  if DEC + "registers_posemb_module.posembs" in w:
+    registers = registers_in(w, codes, keep_k, null)
+  else:
+    side = math.isqrt(codes.shape[1])
+    patches = patches + codes_on_grid(w, codes, side, h // p, keep_k, null)
+    registers = patches[:, :0]
   condition = silu(time_embedding(w, t, options.max_timestep))
   if options.single_null and null is not None:  # sequences have two lengths: one sample at a time
     count = np.where(null, 1, registers.shape[1])

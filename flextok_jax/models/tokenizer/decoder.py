@@ -1,13 +1,16 @@
 """The rectified-flow decoder: noised latents, time and codes to a velocity."""
 
+import math
+
 import chex
+from einops import repeat
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from flextok_jax.models import layers
 from flextok_jax.models.transformer import AdaLN, PatchTransformer
-from flextok_jax.ops import nested, posemb
+from flextok_jax.ops import fsq, nested, posemb
 
 
 class TimeEmbedding(nn.Module):
@@ -27,7 +30,10 @@ class TimeEmbedding(nn.Module):
 
 
 class Decoder(PatchTransformer, kw_only=True):
-  """Diffusion transformer with adaLN-zero modulation of patches and registers (FlexTok, section 3.1)."""
+  """Diffusion transformer with adaLN-zero modulation (FlexTok, section 3.1).
+
+  The codes become registers beside the patches. With layout "grid" each code is added to the patches at its place.
+  """
 
   modulation: str = "per_segment"
   head_modulation: bool = True
@@ -72,7 +78,7 @@ class Decoder(PatchTransformer, kw_only=True):
     """Predicts the velocity noise - x0; a student predicts its mean over the path from t to t - interval.
 
     With fewer codes than registers, masked registers are merged (nested.key_log_counts): the same function of a shorter
-    sequence. There must be more codes than kept registers, unless all are kept.
+    sequence. There must be more codes than kept registers, unless all are kept. A grid is completed with id 0.
 
     Args:
       x_t: noised latents [b, h, w, c].
@@ -95,32 +101,21 @@ class Decoder(PatchTransformer, kw_only=True):
     if num_codes > self.num_registers:
       raise ValueError(f"{num_codes} codes are more than the {self.num_registers} registers")
 
-    # Registers: codes and positions; mask tokens past keep_k; null tokens without a condition.
-    embed = layers.dense(self.width, (None, "embed"), "code_embed", self.dtype, use_bias=self.code_bias)
-    # Comparable to the embedded codes, so that the first LayerNorm keeps their magnitude, not only their sign.
-    init = layers.normal(0.3, "registers", "embed")
-    table = self.param("register_positions", init, (self.num_registers, self.width))
-    mask_token = self.param("mask_token", layers.normal(0.02, "embed"), (self.width,))
-    null = jnp.zeros((), self.dtype)
-    if self.null_condition != "zero":
-      null = self.param("null_token", layers.normal(0.02, "embed"), (self.width,)).astype(self.dtype)
-    # [b, n, code_dim] -> [b, n, width]
-    registers = embed(codes) + table[:num_codes].astype(self.dtype)
-    registers = nested.mask_tail(registers, mask_token.astype(self.dtype), keep_k)
-    registers = jnp.where(drop_condition[:, None, None], null, registers)
-
     # [b, h, w, c] -> [b, h/p * w/p, width]
     patches = self.embed_patches(x_t)
-
-    # A merged register counts as many keys of attention, a patch as one.
     key_bias = None
-    single = self.null_condition == "single"
-    if single or num_codes < self.num_registers:
-      log_counts = nested.key_log_counts(keep_k, drop_condition, num_codes, self.num_registers, single)
-      key_bias = jnp.pad(log_counts, ((0, 0), (patches.shape[1], 0)))  # [b, h/p * w/p + n]
+    segments: tuple[jax.Array, ...]
+    if self.layout == "grid":
+      segments = (patches + self._embed_grid(codes, keep_k, drop_condition, patches.shape[1]),)
+    else:
+      segments = patches, self._embed_registers(codes, keep_k, drop_condition)
+      # A merged register counts as many keys of attention, a patch as one.
+      single = self.null_condition == "single"
+      if single or num_codes < self.num_registers:
+        log_counts = nested.key_log_counts(keep_k, drop_condition, num_codes, self.num_registers, single)
+        key_bias = jnp.pad(log_counts, ((0, 0), (patches.shape[1], 0)))  # [b, h/p * w/p + n]
 
     block_modulation, head_modulation = self.modulations(t, interval) if modulations is None else modulations
-    segments = patches, registers
     patches, features = self.run_blocks(segments, 0, block_modulation, key_bias=key_bias, feature_block=feature_block)
 
     # [b, h/p * w/p, width] -> [b, h/p * w/p, p * p * c] -> [b, h, w, c]
@@ -128,3 +123,35 @@ class Decoder(PatchTransformer, kw_only=True):
     x = self.project(patches, self.patch_size**2 * channels, head_modulation)
     x = x.reshape(-1, height // self.patch_size, width // self.patch_size, x.shape[-1])
     return layers.unpatchify(x, self.patch_size).astype(jnp.float32), features
+
+  def _embed_registers(self, codes: jax.Array, keep_k: jax.Array, drop: jax.Array) -> jax.Array:
+    """Returns registers [b, n, width]: codes and positions; mask tokens past keep_k; null tokens where `drop`."""
+    # Comparable to the embedded codes, so that the first LayerNorm keeps their magnitude, not only their sign.
+    init = layers.normal(0.3, "registers", "embed")
+    table = self.param("register_positions", init, (self.num_registers, self.width))
+    mask_token = self.param("mask_token", layers.normal(0.02, "embed"), (self.width,))
+    registers = self._embed_codes(codes) + table[: codes.shape[1]].astype(self.dtype)
+    registers = nested.mask_tail(registers, mask_token.astype(self.dtype), keep_k)
+    return jnp.where(drop[:, None, None], self._null(), registers)
+
+  def _embed_grid(self, codes: jax.Array, keep_k: jax.Array, drop: jax.Array, num_patches: int) -> jax.Array:
+    """Returns what is added to the patches [b, num_patches, width]: codes, of id 0 past keep_k; null where `drop`."""
+    kept = jnp.arange(codes.shape[1], dtype=jnp.int32) < keep_k[:, None]
+    codes = jnp.where(kept[:, :, None], codes, fsq.FIRST_CODE)
+    missing = self.num_registers - codes.shape[1]
+    codes = jnp.pad(codes, ((0, 0), (0, missing), (0, 0)), constant_values=fsq.FIRST_CODE)
+    tokens = jnp.where(drop[:, None, None], self._null(), self._embed_codes(codes))
+    side = math.isqrt(self.num_registers)
+    patches = math.isqrt(num_patches) // side  # per token and axis
+    # [b, num_registers, width] -> [b, num_patches, width]
+    return repeat(tokens, "b (h w) d -> b (h p w q) d", h=side, p=patches, q=patches)
+
+  def _embed_codes(self, codes: jax.Array) -> jax.Array:
+    """[b, n, code_dim] -> [b, n, width]."""
+    return layers.dense(self.width, (None, "embed"), "code_embed", self.dtype, use_bias=self.code_bias)(codes)
+
+  def _null(self) -> jax.Array:
+    """Returns what stands for every code without a condition: [width], or 0."""
+    if self.null_condition == "zero":
+      return jnp.zeros((), self.dtype)
+    return self.param("null_token", layers.normal(0.02, "embed"), (self.width,)).astype(self.dtype)

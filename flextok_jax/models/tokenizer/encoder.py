@@ -1,4 +1,4 @@
-"""The encoder: latents and learned registers to the vectors that FSQ quantises."""
+"""The encoder: latents to the vectors that FSQ quantises, one for each register, or of a grid for each patch."""
 
 import flax.linen as nn
 import jax
@@ -17,24 +17,27 @@ def causal_last_mask(num_patches: int, num_registers: int) -> np.ndarray:
 
 
 class Encoder(PatchTransformer, kw_only=True):
-  """Transformer encoder with causal registers (FlexTok, section 3.1)."""
+  """Transformer encoder with causal registers (FlexTok, section 3.1); with layout "grid" without any."""
 
   code_dim: int
 
   @nn.compact
   def __call__(self, latents: jax.Array, num_tokens: int | None = None) -> jax.Array:
-    """latents [b, h, w, c] -> [b, num_tokens, code_dim] float32, of the first num_tokens registers; None: all."""
+    """latents [b, h, w, c] -> [b, num_tokens, code_dim] float32, of the first num_tokens tokens; None: all."""
     num_tokens = self.num_registers if num_tokens is None else num_tokens
     patches = self.embed_patches(latents)
     batch, num_patches, _ = patches.shape
-
-    # At the scale of the patches: if much smaller, the residual of the first block dominates, and all registers become
-    # alike.
-    init = layers.normal(1.0, "registers", "embed")
-    registers = self.param("registers", init, (self.num_registers, self.width))
-    # [num_registers, width] -> [b, num_tokens, width]
-    registers = jnp.broadcast_to(registers[:num_tokens].astype(self.dtype), (batch, num_tokens, self.width))
-    mask = jnp.asarray(causal_last_mask(num_patches, num_tokens))
-    x, _ = self.run_blocks((patches, registers), 1, mask=mask)
+    if self.layout == "grid":
+      x, _ = self.run_blocks((patches,), 0)
+      x = x[:, :num_tokens]
+    else:
+      # At the scale of the patches: if much smaller, the residual of the first block dominates, and all registers
+      # become alike.
+      init = layers.normal(1.0, "registers", "embed")
+      registers = self.param("registers", init, (self.num_registers, self.width))
+      # [num_registers, width] -> [b, num_tokens, width]
+      registers = jnp.broadcast_to(registers[:num_tokens].astype(self.dtype), (batch, num_tokens, self.width))
+      mask = jnp.asarray(causal_last_mask(num_patches, num_tokens))
+      x, _ = self.run_blocks((patches, registers), 1, mask=mask)
     # In float32 for every dtype, as FSQ rounds it. The kernel starts at zero, in the linear part of the tanh of FSQ.
     return self.project(x, self.code_dim, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)

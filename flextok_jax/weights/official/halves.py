@@ -55,20 +55,29 @@ def _read_common(half: Mapping[str, Module], mask_mode: str, mup_base_width: int
 
 def read_encoder(encoder: Mapping[str, Module], mup_base_width: int | None) -> dict[str, Any]:
   """Returns our settings of the encoder from {role: module}; raises ValueError for unsupported arguments."""
-  transformer, registers = encoder["transformer"], encoder["registers"]
+  transformer = encoder["transformer"]
   for module, argument in (
     (transformer, "adaLN_emb_read_key"),
     (transformer, "adaLN_packing_fn_read_key"),
     (encoder["head"], "adaLN_emb_read_key"),
   ):
     module.check(module[argument] is None, argument, "None: no modulation in the encoder")
+  if "registers" not in encoder:
+    return _read_common(encoder, "full", mup_base_width)
+  registers = encoder["registers"]
   registers.check(registers["n_min"] <= registers["n_max"], "n_min", f"at most n_max, {registers['n_max']}")
   registers.check(registers["n_eval"] in (None, registers["n_max"]), "n_eval", f"None or n_max, {registers['n_max']}")
   return _read_common(encoder, "causal_last", mup_base_width)
 
 
 def read_decoder(decoder: Mapping[str, Module], num_registers: int, mup_base_width: int | None) -> dict[str, Any]:
-  """Returns our settings of the decoder from {role: module}; raises ValueError for unsupported arguments."""
+  """Returns our settings of the decoder from {role: module}; raises ValueError for unsupported arguments.
+
+  Args:
+    decoder: {role: module}.
+    num_registers: of the encoder; 0 for tokens on a grid.
+    mup_base_width: see from_official.
+  """
   transformer, packer, head, null = (decoder[k] for k in ("transformer", "packer", "head", "null_condition"))
   settings = _read_common(decoder, "full", mup_base_width)
   per_segment = packer["per_subseq_embs"]
@@ -77,17 +86,22 @@ def read_decoder(decoder: Mapping[str, Module], num_registers: int, mup_base_wid
     "adaLN_expansion",
     "2 beside per_subseq_embs=True of the packer, 1 beside per_subseq_embs=False",
   )
-  positions = decoder["register_positions"]
-  positions.check(positions["max_sizes"] == [num_registers], "max_sizes", f"[{num_registers}], the encoder's n_max")
-  learned = positions["posemb_type"] != "sincos"
-  positions.check(learned, "posemb_type", "'learnable_sum' or 'learnable_prod' for registers")
-  positions.check(positions["posemb_scaling"] == "absolute", "posemb_scaling", "'absolute' for registers")
+  if num_registers:
+    positions = decoder["register_positions"]
+    positions.check(positions["max_sizes"] == [num_registers], "max_sizes", f"[{num_registers}], the encoder's n_max")
+    learned = positions["posemb_type"] != "sincos"
+    positions.check(learned, "posemb_type", "'learnable_sum' or 'learnable_prod' for registers")
+    positions.check(positions["posemb_scaling"] == "absolute", "posemb_scaling", "'absolute' for registers")
+  else:
+    packer.check(not per_segment, "per_subseq_embs", "False for tokens on a grid")
   patch = decoder["patch_embed"]["patch_sizes"]
   head.check(head["patch_sizes"] == patch, "patch_sizes", f"{patch}, those of {decoder['patch_embed'].path}")
   if null.name == "ZeroNullCond":
     null_condition = "zero"
   else:
-    null_condition = "single" if null["replace_with_single_token"] else "learned"
+    single = null["replace_with_single_token"]
+    null.check(not single or num_registers > 0, "replace_with_single_token", "False for tokens on a grid")
+    null_condition = "single" if single else "learned"
   return settings | dict(
     modulation="per_segment" if per_segment else "shared",
     head_modulation=head["adaLN_emb_read_key"] is not None,

@@ -98,6 +98,7 @@ NORM = {"_target_": next(iter(NORMS)), "_partial_": True, "bias": False, "elemen
 OPERATIONS: dict[str, Arguments] = {
   f"flextok.model.utils.dict_ops.channels_{order}": {} for order in ("first_to_last", "last_to_first")
 }
+SUMS: dict[str, Arguments] = {"flextok.model.utils.dict_ops.sum_tensors": {}}
 
 _HEAD = dict(
   read_key=(KEY,),
@@ -138,6 +139,7 @@ MODULES: dict[str, Arguments] = {
   ),
   "flextok.model.utils.wrappers.SequentialModuleDictWrapper": dict(module_dict=(ENTRY,)),
   "flextok.model.utils.dict_ops.PerSampleOp": dict(read_key=(KEY,), write_key=(KEY,), per_sample_op=(ENTRY,)),
+  "flextok.model.utils.dict_ops.PerSampleReducer": dict(read_keys=(KEYS,), write_key=(KEY,), per_sample_op=(ENTRY,)),
   _PREPROCESSORS + "patching.PatchEmbedder": dict(
     input_tensor_list_read_key=(KEY,),
     patches_list_write_key=(KEY,),

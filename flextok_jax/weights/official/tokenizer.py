@@ -19,12 +19,15 @@ from flextok_jax.weights.official.wiring import (
   DECODER,
   ENCODER,
   FLAGS,
+  GRID_DECODER,
+  GRID_ENCODER,
   KEPT,
   LATENTS,
   TIMES,
   VELOCITY,
   check_key,
   follow,
+  is_grid,
   read_half,
 )
 
@@ -45,8 +48,8 @@ def from_official(official: Mapping[str, Any], mup_base_width: int | None = None
 
   Returns:
     settings: nested dict of the fields of flextok_jax/config that describe a model, and vae.hub_id (text or None).
-      The VAE's sizes are not in the file; image_size is 0 (it depends on the VAE's downscaling); vae.scaling_factor is
-      None if the file leaves it to the VAE; max_grid is a side in patches.
+      The VAE's sizes are not in the file; image_size is 0 (it depends on the VAE's downscaling), and so is the number
+      of tokens on a grid; vae.scaling_factor is None if the file leaves it to the VAE; max_grid is a side in patches.
     roles: our module -> full name of the official one, as in DEFAULT_ROLES.
 
   Raises:
@@ -69,15 +72,16 @@ def from_official(official: Mapping[str, Any], mup_base_width: int | None = None
       ("pipeline", "MinRFPipeline"),
     )
   )
-  encoder = read_half(top["encoder"], "encoder", ENCODER)
-  decoder = read_half(top["decoder"], "decoder", DECODER)
+  grid = is_grid(top["decoder"])
+  encoder = read_half(top["encoder"], "encoder", GRID_ENCODER if grid else ENCODER)
+  decoder = read_half(top["decoder"], "decoder", GRID_DECODER if grid else DECODER)
   _check_wiring(vae, encoder, fsq, noise, pipeline, decoder)
   # latent_channels is ignored if the VAE comes from a hub repository.
   patches = encoder["patch_embed"]
   channels = patches["channels_in"] if vae["hf_hub_path"] else vae["latent_channels"]
   _check_channels(channels, encoder, fsq, pipeline, decoder)
 
-  registers = encoder["registers"]
+  num_registers = 0 if grid else encoder["registers"]["n_max"]
   scaling_factor = vae["scaling_factor"]
   settings = dict(
     stage="tokenizer",
@@ -95,33 +99,36 @@ def from_official(official: Mapping[str, Any], mup_base_width: int | None = None
       hub_id=vae["hf_hub_path"],
     ),
     encoder=read_encoder(encoder, mup_base_width),
-    decoder=read_decoder(decoder, registers["n_max"], mup_base_width),
+    decoder=read_decoder(decoder, num_registers, mup_base_width),
     tokens=dict(
-      num_registers=registers["n_max"],
+      layout="grid" if grid else "registers",
+      num_registers=num_registers,
       levels=tuple(fsq["levels"]),
-      nested_dropout=decoder["nested_dropout"]["size_sampling_mode"],
+      nested_dropout="none" if grid else decoder["nested_dropout"]["size_sampling_mode"],
       saturation_weight=0.0,
       null_prob=float(decoder["null_condition"]["dropout_prob"]),
     ),
     flow=dict(t_sampling=_t_sampling(noise), mode_scale=float(noise["mode_scale"]), t_shift=1.0),
-    sampler=dict(SAMPLER),
+    sampler=SAMPLER | dict(guidance_scale=5.0) if grid else dict(SAMPLER),
   )
   halves = dict(encoder=encoder, decoder=decoder)
-  roles = {role: halves[role.split("/")[0]][role.split("/")[1]].path for role in DEFAULT_ROLES}
+  found = {f"{half}/{name}": module.path for half, modules in halves.items() for name, module in modules.items()}
+  roles = {role: found[role] for role in DEFAULT_ROLES if role in found}
   return settings, roles
 
 
 def _check_wiring(vae: Module, encoder: dict, fsq: Module, noise: Module, pipeline: Module, decoder: dict[str, Module]):
-  state = follow(ENCODER, encoder, {vae["vae_latents_write_key"]: LATENTS})
+  registers = "registers" in encoder
+  state = follow(ENCODER if registers else GRID_ENCODER, encoder, {vae["vae_latents_write_key"]: LATENTS})
   check_key(f"{fsq.path}.latents_read_key", fsq["latents_read_key"], CODES, state)
   start = {
-    decoder["nested_dropout"]["eval_keep_k_read_key"]: KEPT,
+    **({decoder["nested_dropout"]["eval_keep_k_read_key"]: KEPT} if registers else {}),
     decoder["null_condition"]["eval_drop_flag_read_key"]: FLAGS,
     fsq["quants_write_key"]: CODES,
     pipeline["timesteps_read_key"]: TIMES,
     pipeline["noised_images_read_key"]: LATENTS,
   }
-  state = follow(DECODER, decoder, start)
+  state = follow(DECODER if registers else GRID_DECODER, decoder, start)
   check_key(f"{pipeline.path}.reconst_write_key", pipeline["reconst_write_key"], VELOCITY, state)
   same = lambda module, argument, key: module.check(module[argument] == key, argument, f"key {quote(key)}")
   same(vae, "vae_latents_read_key", pipeline["reconst_write_key"])

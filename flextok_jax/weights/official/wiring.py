@@ -10,11 +10,12 @@ import re
 from typing import Any
 
 from flextok_jax.core.literals import join, quote
-from flextok_jax.weights.official.modules import MODULES, OPERATIONS, TARGETS, Module, read
+from flextok_jax.weights.official.modules import MODULES, OPERATIONS, SUMS, TARGETS, Module, read
 
 LATENTS, LATENTS_LAST = "latents", "latents, channels last"
 PATCHES, PLACED = "patches", "patches with positions"
 REGISTERS, CODES, VELOCITY = "registers", "codes", "velocity"
+EMBEDDED, SUMMED = "embedded codes", "patches with codes"
 PACKED, MASK, INNER, OUTER = "packed sequence", "attention mask", "inner shapes", "outer shapes"
 OUT, OUT_PATCHES, OUT_REGISTERS = "transformed sequence", "transformed patches", "transformed registers"
 TIMES, TIME_EMBEDDING, PACKING = "times", "time embedding", "packing function"
@@ -47,10 +48,16 @@ def _to_last(module: Module) -> bool:
   return operation.name == "channels_first_to_last"
 
 
+def _sums(module: Module) -> bool:
+  read(module["per_sample_op"], f"{module.path}.per_sample_op", SUMS, partial=True)
+  return True
+
+
 def _flat(module: Module) -> bool:
   return len(module["max_sizes"]) == 1
 
 
+NULL_CLASSES = ("LearnedNullCond", "ZeroNullCond")
 _PACKER_WRITES = dict(
   packed_seq_write_key=PACKED,
   block_mask_write_key=MASK,
@@ -77,6 +84,40 @@ _UNPACKER = Role(
   dict(inner_seq_write_keys=[OUT_PATCHES, OUT_REGISTERS]),
 )
 
+_CODE_EMBED = Role("code_embed", ("LinearLayer",), dict(read_key=CODES), dict(write_key=EMBEDDED))
+_PATCH_POSITIONS = Role(
+  "positions",
+  ("PositionalEmbeddingAdder",),
+  dict(read_key=PATCHES),
+  _POSITIONS_WRITES,
+  plays=lambda module: not _flat(module),
+)
+_TIME_EMBED = Role(
+  "time_embed", ("TimestepEmbedder",), dict(timesteps_read_key=TIMES), dict(time_embedding_write_key=TIME_EMBEDDING)
+)
+_MODULATED_TRANSFORMER = Role(
+  "transformer",
+  ("FlexTransformer",),
+  _TRANSFORMER_READS | dict(adaLN_emb_read_key=TIME_EMBEDDING, adaLN_packing_fn_read_key=PACKING),
+  _TRANSFORMER_WRITES,
+)
+_TO_VELOCITY = (
+  Role(
+    "head",
+    ("ToPatchesLinearHead",),
+    dict(read_key=OUT_PATCHES, adaLN_emb_read_key=TIME_EMBEDDING),
+    dict(write_key="velocity, channels last"),
+    optional=("adaLN_emb_read_key",),
+  ),
+  Role(
+    "to_channels_first",
+    ("PerSampleOp",),
+    dict(read_key="velocity, channels last"),
+    dict(write_key=VELOCITY),
+    plays=lambda module: not _to_last(module),
+  ),
+)
+
 # In the order in which they run.
 ENCODER = (
   _TO_LAST,
@@ -94,11 +135,11 @@ ENCODER = (
   Role("head", ("LinearHead",), dict(read_key=OUT_REGISTERS), dict(write_key=CODES)),
 )
 DECODER = (
-  Role("code_embed", ("LinearLayer",), dict(read_key=CODES), dict(write_key="embedded codes")),
+  _CODE_EMBED,
   Role(
     "register_positions",
     ("PositionalEmbeddingAdder",),
-    dict(read_key="embedded codes"),
+    dict(read_key=EMBEDDED),
     dict(write_key="registers with positions", posemb_write_key="table"),
     plays=_flat,
   ),
@@ -110,45 +151,62 @@ DECODER = (
   ),
   Role(
     "null_condition",
-    ("LearnedNullCond", "ZeroNullCond"),
+    NULL_CLASSES,
     dict(read_write_key="registers after nested dropout", eval_drop_flag_read_key=FLAGS),
     dict(read_write_key=REGISTERS),
   ),
   _TO_LAST,
   _PATCH_EMBED,
-  Role(
-    "positions",
-    ("PositionalEmbeddingAdder",),
-    dict(read_key=PATCHES),
-    _POSITIONS_WRITES,
-    plays=lambda module: not _flat(module),
-  ),
+  _PATCH_POSITIONS,
   Role("packer", ("BlockWiseSequencePacker",), dict(input_list_read_keys=[PLACED, REGISTERS]), _PACKER_WRITES),
-  Role(
-    "time_embed", ("TimestepEmbedder",), dict(timesteps_read_key=TIMES), dict(time_embedding_write_key=TIME_EMBEDDING)
-  ),
-  Role(
-    "transformer",
-    ("FlexTransformer",),
-    _TRANSFORMER_READS | dict(adaLN_emb_read_key=TIME_EMBEDDING, adaLN_packing_fn_read_key=PACKING),
-    _TRANSFORMER_WRITES,
-  ),
+  _TIME_EMBED,
+  _MODULATED_TRANSFORMER,
   _UNPACKER,
-  Role(
-    "head",
-    ("ToPatchesLinearHead",),
-    dict(read_key=OUT_PATCHES, adaLN_emb_read_key=TIME_EMBEDDING),
-    dict(write_key="velocity, channels last"),
-    optional=("adaLN_emb_read_key",),
-  ),
-  Role(
-    "to_channels_first",
-    ("PerSampleOp",),
-    dict(read_key="velocity, channels last"),
-    dict(write_key=VELOCITY),
-    plays=lambda module: not _to_last(module),
-  ),
+  *_TO_VELOCITY,
 )
+# Of tokens on a grid, without registers: codes are added to the patches.
+_GRID_PACKER = Role("packer", ("BlockWiseSequencePacker",), dict(input_list_read_keys=[PLACED]), _PACKER_WRITES)
+_GRID_UNPACKER = dataclasses.replace(_UNPACKER, writes=dict(inner_seq_write_keys=[OUT_PATCHES]))
+GRID_ENCODER = (
+  _TO_LAST,
+  _PATCH_EMBED,
+  Role("positions", ("PositionalEmbeddingAdder",), dict(read_key=PATCHES), _POSITIONS_WRITES),
+  _GRID_PACKER,
+  Role("transformer", ("FlexTransformer",), _TRANSFORMER_READS, _TRANSFORMER_WRITES),
+  _GRID_UNPACKER,
+  Role("head", ("LinearHead",), dict(read_key=OUT_PATCHES), dict(write_key=CODES)),
+)
+GRID_DECODER = (
+  _CODE_EMBED,
+  Role(
+    "null_condition",
+    NULL_CLASSES,
+    dict(read_write_key=EMBEDDED, eval_drop_flag_read_key=FLAGS),
+    dict(read_write_key="codes after the null condition"),
+  ),
+  _TO_LAST,
+  _PATCH_EMBED,
+  _PATCH_POSITIONS,
+  Role(
+    "sum",
+    ("PerSampleReducer",),
+    dict(read_keys=[PLACED, "codes after the null condition"]),
+    dict(write_key=SUMMED),
+    plays=_sums,
+  ),
+  dataclasses.replace(_GRID_PACKER, reads=dict(input_list_read_keys=[SUMMED])),
+  _TIME_EMBED,
+  _MODULATED_TRANSFORMER,
+  _GRID_UNPACKER,
+  *_TO_VELOCITY,
+)
+
+
+def is_grid(decoder: Any) -> bool:
+  """Whether a decoder's entry has the module that adds codes to patches."""
+  modules = decoder.get("module_dict") if isinstance(decoder, dict) else None
+  entries = modules.values() if isinstance(modules, dict) else ()
+  return any(isinstance(entry, dict) and entry.get("_target_") == TARGETS["PerSampleReducer"] for entry in entries)
 
 
 def read_half(entry: Any, path: str, roles: tuple[Role, ...]) -> dict[str, Module]:

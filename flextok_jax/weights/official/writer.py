@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from flextok_jax.core.literals import quote
-from flextok_jax.weights.official.modules import MODULES, TARGETS
+from flextok_jax.weights.official.modules import MODULES, SUMS, TARGETS
 from flextok_jax.weights.official.tokenizer import from_official
 
 _ACTIVATIONS = {
@@ -47,6 +47,11 @@ def to_official(config: Mapping[str, Any]) -> dict[str, Any]:
   for name, value in (("stage", "tokenizer"), ("vae.kind", "autoencoder_kl")):
     if get(name) != value:
       raise ValueError(f"{name} must be {value!r} to be written as an official configuration, got {get(name)!r}")
+  if _is_grid(config) and get("decoder.patch_size") != get("encoder.patch_size"):
+    raise ValueError(
+      f"decoder.patch_size must be {get('encoder.patch_size')}, that of the encoder, for tokens on a grid to be "
+      f"written as an official configuration, got {get('decoder.patch_size')}"
+    )
   ln, stratified = _choose("flow.t_sampling", get("flow.t_sampling"), _T_SAMPLING)
   official = _module(
     "FlexTok",
@@ -76,6 +81,7 @@ def to_official(config: Mapping[str, Any]) -> dict[str, Any]:
       tokens_write_key="tokens",
       levels=list(get("tokens.levels")),
       drop_quant_p=0.0,
+      **_non_default("FSQ", packed_call=not _is_grid(config)),
     ),
     flow_matching_noise_module=_module(
       "MinRFNoiseModule",
@@ -102,6 +108,10 @@ def to_official(config: Mapping[str, Any]) -> dict[str, Any]:
   widths = {half: _field(config, f"{half}.width") for half in multipliers}
   from_official(official, mup_base_width=_mup_base_width(multipliers, widths))
   return official
+
+
+def _is_grid(config: Mapping[str, Any]) -> bool:
+  return _choose("tokens.layout", _field(config, "tokens.layout"), {"registers": False, "grid": True})
 
 
 def _field(config: Mapping[str, Any], name: str) -> Any:
@@ -164,7 +174,7 @@ def _shared(
   config: Mapping[str, Any],
   half: str,
   latents_key: str,
-  registers_key: str,
+  packed_keys: list[str],
   packer: Mapping[str, Any],
   transformer: Mapping[str, Any],
 ) -> tuple[dict[str, Any], ...]:
@@ -174,7 +184,7 @@ def _shared(
     config: of the tokenizer.
     half: "encoder" or "decoder".
     latents_key: of the latents that become patches.
-    registers_key: of the registers that follow the patches.
+    packed_keys: of the patches and of the registers that follow them.
     packer: further arguments of the packer.
     transformer: further arguments of the transformer.
   """
@@ -206,7 +216,7 @@ def _shared(
     ),
     _module(
       "BlockWiseSequencePacker",
-      input_list_read_keys=[f"{prefix}_patches", registers_key],
+      input_list_read_keys=packed_keys,
       packed_seq_write_key=f"{prefix}_packed_seq",
       block_mask_write_key=f"{prefix}_sa_block_mask",
       inner_packed_shapes_write_key=f"{prefix}_ps_inner",
@@ -237,7 +247,7 @@ def _shared(
     _module(
       "SequenceUnpacker",
       packed_seq_read_key=f"{prefix}_packed_seq",
-      inner_seq_write_keys=[f"{prefix}_patches", f"{prefix}_registers"],
+      inner_seq_write_keys=[f"{prefix}_patches", f"{prefix}_registers"][: len(packed_keys)],
       inner_packed_shapes_read_key=f"{prefix}_ps_inner",
       outer_packed_shapes_read_key=f"{prefix}_ps_outer",
     ),
@@ -246,14 +256,13 @@ def _shared(
 
 def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
   get = lambda name: _field(config, f"encoder.{name}")
-  number = _field(config, "tokens.num_registers")
+  number, grid = _field(config, "tokens.num_registers"), _is_grid(config)
+  packed = ["enc_patches"] if grid else ["enc_patches", "enc_registers"]
+  mask = dict(mask_mode="full" if grid else "causal_last")
   embed, positions, packer, transformer, unpacker = _shared(
-    config, "encoder", "vae_latents_channels_last", "enc_registers", dict(mask_mode="causal_last"), {}
+    config, "encoder", "vae_latents_channels_last", packed, mask, {}
   )
-  return dict(
-    enc_channels_to_last=_per_sample("vae_latents", "vae_latents_channels_last", "first_to_last"),
-    enc_patch_emb=embed,
-    enc_patches_posemb_module=positions,
+  registers = dict(
     enc_register_module=_module(
       "Registers1D",
       input_tensor_list_read_key="enc_patches",
@@ -264,13 +273,19 @@ def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
       n_max=number,
       size_sampling_mode="uniform",
       ordering_mode="nested",
-    ),
+    )
+  )
+  return dict(
+    enc_channels_to_last=_per_sample("vae_latents", "vae_latents_channels_last", "first_to_last"),
+    enc_patch_emb=embed,
+    enc_patches_posemb_module=positions,
+    **({} if grid else registers),
     enc_seq_packer=packer,
     enc_transformer=transformer,
     enc_unpacker=unpacker,
     enc_to_latents=_module(
       "LinearHead",
-      read_key="enc_registers",
+      read_key=packed[-1],
       write_key="enc_latents",
       dim=get("width"),
       dim_out=len(_field(config, "tokens.levels")),
@@ -282,7 +297,7 @@ def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
   get = lambda name: _field(config, f"decoder.{name}")
-  width = get("width")
+  width, grid = get("width"), _is_grid(config)
   per_segment = _choose("decoder.modulation", get("modulation"), {"per_segment": True, "shared": False})
   single_null_token = _choose(
     "decoder.null_condition", get("null_condition"), {"learned": False, "single": True, "zero": None}
@@ -296,7 +311,7 @@ def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
     config,
     "decoder",
     "vae_latents_noised_channels_last",
-    "dec_quants",
+    ["dec_patches"] if grid else ["dec_patches", "dec_quants"],
     dict(mask_mode="full", emb_packing_fn_write_key="dec_emb_packing_fn", per_subseq_embs=per_segment),
     dict(
       adaLN_emb_read_key="dec_temb",
@@ -304,15 +319,7 @@ def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
       adaLN_expansion=2 if per_segment else 1,
     ),
   )
-  return dict(
-    dec_from_latents=_module(
-      "LinearLayer",
-      read_key="quants",
-      write_key="dec_quants",
-      dim_in=len(_field(config, "tokens.levels")),
-      dim=width,
-      **_non_default("LinearLayer", proj_bias=get("code_bias")),
-    ),
+  registers = dict(
     dec_registers_posemb_module=_module(
       "PositionalEmbeddingAdder",
       read_key="dec_quants",
@@ -330,12 +337,32 @@ def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
       train_keep_k_write_key="train_keep_k",
       size_sampling_mode=_field(config, "tokens.nested_dropout"),
     ),
+  )
+  add = dict(
+    dec_add_noise_and_latents=_module(
+      "PerSampleReducer",
+      read_keys=["dec_patches", "dec_quants"],
+      write_key="dec_patches",
+      per_sample_op={"_target_": next(iter(SUMS)), "_partial_": True},
+    )
+  )
+  return dict(
+    dec_from_latents=_module(
+      "LinearLayer",
+      read_key="quants",
+      write_key="dec_quants",
+      dim_in=len(_field(config, "tokens.levels")),
+      dim=width,
+      **_non_default("LinearLayer", proj_bias=get("code_bias")),
+    ),
+    **({} if grid else registers),
     dec_latent_dropout=_module("ZeroNullCond", **null_module)
     if single_null_token is None
     else _module("LearnedNullCond", **null_module, dim=width, replace_with_single_token=single_null_token),
     dec_noise_channels_to_last=_per_sample("vae_latents_noised", "vae_latents_noised_channels_last", "first_to_last"),
     dec_noise_patch_emb=embed,
     dec_patches_posemb_module=positions,
+    **(add if grid else {}),
     dec_seq_packer=packer,
     dec_time_embedder=_module(
       "TimestepEmbedder",

@@ -36,6 +36,8 @@ SOURCES = {
   "facebook/dino-vitb16 as dreamsim_backbone beside it",
   "dinov2": "a Hugging Face folder such as facebook/dinov2-base",
   "clip": "a Hugging Face folder with tokenizer.json, such as openai/clip-vit-large-patch14",
+  "aesthetic": "a linear or MLP head on the features of clip, such as LAION's sac+logos+ava1-l14-linearMSE.pth for "
+  f"openai/clip-vit-large-patch14, {_CONVERT}",
   "classifier": "a Hugging Face folder such as facebook/dinov2-large-imagenet1k-1-layer",
 }
 _TEXTS = 256  # per batch

@@ -25,6 +25,7 @@ from tests.support import numpy_reference as reference
 from tests.support.golden_weights import to_official
 
 LEVELS, REGISTERS = (8, 6, 5), 5
+GRID = dict(layout="grid", num_registers=25, nested_dropout="none")
 PART = dict(width=64, depth=2, head_dim=32, patch_size=4)
 GAP = 2e-5
 
@@ -222,7 +223,7 @@ def test_gradients_reach_every_parameter_and_all_have_named_axes():
     assert np.isfinite(grad).all() and (grad != 0).any(), jax.tree_util.keystr(path)
 
 
-OWN = {"num_registers", "code_dim", "dtype", "remat", "attention", "parent", "name"}  # fields that come from elsewhere
+OWN = {"num_registers", "layout", "code_dim", "dtype", "remat", "attention", "parent", "name"}  # from elsewhere
 
 
 @pytest.mark.parametrize("section, module", [("encoder", Encoder), ("decoder", Decoder)])
@@ -261,6 +262,16 @@ def test_default_options_build_the_released_model():
     (dict(flow=dict(mode_scale=1.76)), "flow.mode_scale must be .*, got 1.76"),
     (dict(flow=dict(mode_scale=-1.01)), "flow.mode_scale must be .*, got -1.01"),
     (dict(flow=dict(mode_scale=float("nan"))), "flow.mode_scale must be .*, got nan"),
+    (
+      dict(tokens=GRID | dict(num_registers=9)),
+      "a token for each of 25 patches: tokens.num_registers must be 25, got 9",
+    ),
+    (dict(tokens=GRID | dict(nested_dropout="pow2")), "'grid' .*: tokens.nested_dropout must be 'none', got 'pow2'"),
+    (dict(tokens=GRID), "'grid' .*: decoder.modulation must be 'shared', got 'per_segment'"),
+    (
+      dict(tokens=GRID, decoder=dict(patch_size=5, modulation="shared")),
+      "decoder.patch_size 5 must divide encoder.patch_size 4",
+    ),
   ],
 )
 def test_invalid_values_are_one_line_errors(fields, words):
