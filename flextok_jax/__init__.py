@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from flextok_jax.inference.generator import ARGenerator, load_ar
+  from flextok_jax.inference.search import UniformPrior
   from flextok_jax.inference.tokenizer import FlexTok, load
 
 __version__ = "0.1.0"
-__all__ = ["ARGenerator", "FlexTok", "__version__", "load", "load_ar"]
+__all__ = ["ARGenerator", "FlexTok", "UniformPrior", "__version__", "load", "load_ar"]
 
 
-_MODULES = {"FlexTok": "tokenizer", "load": "tokenizer", "ARGenerator": "generator", "load_ar": "generator"}
+_MODULES = {
+  "FlexTok": "tokenizer",
+  "load": "tokenizer",
+  "ARGenerator": "generator",
+  "load_ar": "generator",
+  "UniformPrior": "search",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -93,6 +93,31 @@ def _decode(
   yield from batching.map_batches(decode, rows, size, mesh)
 
 
+def decode_rows(model: FlexTok, ids: np.ndarray, keep_k: np.ndarray, keys: jax.Array, batch_size: int) -> np.ndarray:
+  """Returns images float32 [n, h, w, 3] in [-1, 1] of ids int32 [n, tokens], of which keep_k [n] count.
+
+  Args:
+    model: the tokenizer, whose own sampler is used.
+    ids: those at or past keep_k have no effect.
+    keep_k: from 1.
+    keys: of the noise of each image [n].
+    batch_size: images per batch.
+  """
+  mesh, slots = local_mesh(), tokenizer.slots(model, int(keep_k.max()))
+  model = batching.replicate(model, mesh)
+  size = batching.batch_rows(batch_size, len(ids), mesh)
+  ids = np.pad(ids[:, :slots], ((0, 0), (0, max(0, slots - ids.shape[1]))))
+  data, impl = np.asarray(jax.random.key_data(keys)), jax.random.key_impl(keys)  # batches are of numpy arrays
+
+  def decode(batch: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    ids, keep_k, data = batch
+    noise = tokenizer.sample_noise(jax.random.wrap_key_data(data, impl=impl), model.latent_shape)
+    return _clip(tokenizer.decode_ids(model, ids, keep_k, noise))
+
+  return np.concatenate(list(batching.map_batches(decode, batching.slices((ids, keep_k, data), size), size, mesh)))
+
+
+_clip = jax.jit(lambda images: jax.numpy.clip(images, -1, 1))
 _fold_in = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
 _to_uint8 = jax.jit(lambda images: images_lib.to_uint8(images_lib.round_to_8bit(images)))
 

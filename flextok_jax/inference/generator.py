@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import os
@@ -15,7 +15,8 @@ from ml_collections import FrozenConfigDict
 import numpy as np
 
 from flextok_jax.data.text import make_tokenizer
-from flextok_jax.inference import text_encoder, validation
+from flextok_jax.inference import priors, search, text_encoder, validation, verifiers
+from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.inference.validation import Array
 from flextok_jax.models.ar import sampling
 from flextok_jax.models.ar.generator import Generator
@@ -168,11 +169,103 @@ class ARGenerator:
     fast, return_log_probs = validation.flag("fast", fast), validation.flag("return_log_probs", return_log_probs)
     conditioned = any(x is not None for x in (labels, prompts, text_embeddings))
     sampler = self._sampler(conditioned, guidance_scale, temperature, top_k, top_p, greedy)
-
-    # How many samples, and their keys.
     sizes: dict[str, int | None] = {}
     if batch_size is not None:
       sizes["batch_size"] = validation.at_least_one("batch_size", batch_size)
+    if prefix is not None:
+      prefix = validation.generator_ids("prefix", prefix, self.num_tokens, self.num_ids)
+      sizes["prefix"] = len(prefix) if len(prefix) > 1 else None
+    nulls = null_text_embeddings, null_text_lengths
+    keys, *condition = self._inputs(key, labels, prompts, text_embeddings, text_lengths, nulls, sampler, sizes)
+    prefix = validation.prefix(prefix, len(keys), num_tokens)
+    length = sampling.padded_length(num_tokens, self.num_tokens)
+    args = keys, *condition, prefix, np.int32(num_tokens), sampler
+    ids, log_probs = _generate(self, *args, length=length, fast=fast)
+    ids, log_probs = ids[:, :num_tokens], log_probs[:, :num_tokens]
+    return (ids, log_probs) if return_log_probs else ids
+
+  def search(
+    self,
+    key: jax.Array | None,
+    tokenizer: FlexTok | None = None,
+    verifier: Any = "likelihood",
+    labels: Array | Sequence[int] | int | None = None,
+    prompts: Sequence[str] | None = None,
+    text_embeddings: Array | None = None,
+    text_lengths: Array | Sequence[int] | None = None,
+    guidance_scale: float | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    null_text_embeddings: Array | None = None,
+    null_text_lengths: Array | Sequence[int] | None = None,
+    verifier_prompts: Sequence[str] | None = None,
+    weights: str | None = None,
+    references: Array | None = None,
+    ensemble: str = "rank",
+    **settings: Any,
+  ) -> search.Result:
+    """Searches for the token ids, of each class or prompt, whose pictures a verifier scores best.
+
+    Args:
+      key: one key, by which sample i draws with fold_in(key, i); or one per sample. None only if greedy and without a
+        tokenizer.
+      tokenizer: decodes candidates, by its own sampler, for a verifier that looks at images, and the results.
+      verifier: a name of verifiers.NAMES, a function of search.Candidates, or several for an ensemble: verifiers.make.
+      labels, prompts, text_embeddings, text_lengths, null_text_embeddings, null_text_lengths: as for generate.
+      guidance_scale, temperature, top_k, top_p: as for generate.
+      verifier_prompts: texts for the verifier in place of the prompts, for instance of a generator without text.
+      weights, references, ensemble: of the verifier, see verifiers.make.
+      **settings: of search.Settings: algorithm, beam_width, candidates, schedule, steps, lookahead, branching, greedy,
+        num_results, ...
+
+    Returns:
+      search.Result.
+
+    Raises:
+      ValueError: an argument out of range, a condition that the model does not take, or a verifier lacks something.
+    """
+    chosen = search.make_settings(settings)
+    check = verifiers.make(verifier, weights=weights, references=references, ensemble=ensemble)
+    conditioned = any(x is not None for x in (labels, prompts, text_embeddings))
+    sampler = self._sampler(conditioned, guidance_scale, temperature, top_k, top_p, chosen.greedy)
+    if key is None and tokenizer is not None:
+      raise ValueError("decoding starts from noise: pass key=jax.random.key(seed)")
+    if tokenizer is not None and (tokenizer.num_codes != self.num_ids or tokenizer.num_registers < self.num_tokens):
+      raise ValueError(
+        f"the generator draws up to {self.num_tokens} tokens of {self.num_ids} ids, the tokenizer takes "
+        f"{tokenizer.num_registers} of {tokenizer.num_codes}: give the tokenizer whose ids it was trained on"
+      )
+    told = {"verifier_prompts": verifier_prompts, "references": references}
+    sizes = {name: len(value) for name, value in told.items() if value is not None}
+    nulls = null_text_embeddings, null_text_lengths
+    keys, rows, text, null_text = self._inputs(
+      key, labels, prompts, text_embeddings, text_lengths, nulls, sampler, sizes
+    )
+    prior = priors.GeneratorPrior(_network(self.config), self.params, np.asarray(rows), text, null_text, sampler)
+    texts = verifier_prompts if verifier_prompts is not None else prompts
+    return search.search(prior, keys, check, tokenizer, texts, None if labels is None else np.asarray(rows), chosen)
+
+  def _inputs(
+    self,
+    key: jax.Array | None,
+    labels: Any,
+    prompts: Sequence[str] | None,
+    text_embeddings: Any,
+    text_lengths: Any,
+    nulls: tuple[Any, Any],
+    sampler: sampling.TokenSampler,
+    sizes: Mapping[str, int | None],
+  ) -> tuple[jax.Array, Array, Text | None, Text | None]:
+    """Returns what samples are drawn by: keys [b], labels [b], text, and the unconditional half's text under guidance.
+
+    Args:
+      nulls: features and lengths of the empty text, or (None, None).
+      sampler: how they are drawn.
+      sizes: {name: number of samples that another argument asks for, None: any number}.
+      key: see generate, as for labels, prompts, text_embeddings and text_lengths.
+    """
+    sizes = dict(sizes)
     if labels is not None:
       labels = validation.array("labels", labels)
       sizes["labels"] = len(labels) if labels.ndim else None
@@ -182,31 +275,18 @@ class ARGenerator:
     if text_embeddings is not None:
       text_embeddings = validation.floats("text_embeddings", text_embeddings)
       sizes["text_embeddings"] = len(text_embeddings) if text_embeddings.ndim else None
-    if prefix is not None:
-      prefix = validation.generator_ids("prefix", prefix, self.num_tokens, self.num_ids)
-      sizes["prefix"] = len(prefix) if len(prefix) > 1 else None
     if key is not None:
       key = validation.typed_keys(key)
       sizes["key"] = len(key) if key.ndim else None
     elif not sampler.greedy:
-      raise ValueError("generate draws at random: pass key=jax.random.key(seed), or greedy=True")
+      raise ValueError("tokens are drawn at random: pass key=jax.random.key(seed), or greedy=True")
     batch = validation.num_samples(sizes)
     keys = validation.keys(jax.random.key(0) if key is None else key, batch)
-
-    # What they are conditioned on.
-    labels = self._labels(labels, batch)
     text, null_text = self._text(prompts, text_embeddings, text_lengths, batch), None
     if text is not None and sampler.guidance_scale is not None:
-      if null_text_embeddings is None:
-        null_text_embeddings, null_text_lengths = self.encode_text([""])
-      null_text = validation.null_text(null_text_embeddings, null_text_lengths, batch, self.config.text.features)
-
-    prefix = validation.prefix(prefix, batch, num_tokens)
-    length = sampling.padded_length(num_tokens, self.num_tokens)
-    args = keys, labels, text, null_text, prefix, np.int32(num_tokens), sampler
-    ids, log_probs = _generate(self, *args, length=length, fast=fast)
-    ids, log_probs = ids[:, :num_tokens], log_probs[:, :num_tokens]
-    return (ids, log_probs) if return_log_probs else ids
+      null_features, null_lengths = self.encode_text([""]) if nulls[0] is None else nulls
+      null_text = validation.null_text(null_features, null_lengths, batch, self.config.text.features)
+    return keys, self._labels(labels, batch), text, null_text
 
   def trim(self, ids: Array) -> list[np.ndarray]:
     """Cuts sequences [b, n] where they ended: a list of int32 arrays, as FlexTok.detokenize takes them."""
@@ -324,16 +404,7 @@ def _generate(
   """See sampling.generate: ids and log-probabilities [b, length]. null_text is that of the unconditional half."""
   if sampler.guidance_scale is not None:
     labels = jnp.concatenate([labels, jnp.full_like(labels, -1)])  # [2 b]
-    text = None if text is None or null_text is None else _with_null(text, null_text)
+    text = None if text is None or null_text is None else priors.join_texts(text, null_text)
   features, lengths = text or (None, None)
   args = keys, labels, features, lengths, prefix, num_tokens, sampler
   return _apply(gen, sampling.generate, _network(gen.config), gen.params, *args, length=length, fast=fast)
-
-
-def _with_null(text: Text, null_text: Text) -> Text:
-  """Appends the unconditional half's text, one or b, padding both to the same t: [2 b, t, f] and [2 b]."""
-  (features, lengths), (null_features, null_lengths) = text, null_text
-  batch, size = len(lengths), max(features.shape[1], null_features.shape[1])
-  null_features = jnp.broadcast_to(null_features, (batch, *null_features.shape[1:]))
-  both = [jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0))) for x in (features, null_features)]
-  return jnp.concatenate(both), jnp.concatenate([lengths, jnp.broadcast_to(null_lengths, (batch,))])

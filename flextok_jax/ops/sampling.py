@@ -37,6 +37,19 @@ def filter_logits(
   return logits
 
 
+def candidates(keys: jax.Array | None, scores: jax.Array, count: int, replacement: bool = False) -> jax.Array:
+  """Returns int32 [b, count]: the ids with the largest scores [b, v], or with keys [b] draws from softmax(scores).
+
+  Draws without replacement add Gumbel noise to the scores, so the most probable orders come first (Kool et al. 2019).
+  """
+  if keys is not None and replacement:
+    draw = lambda key, row: jax.random.categorical(key, row, shape=(count,))
+    return jax.vmap(draw)(keys, scores).astype(jnp.int32)
+  if keys is not None:
+    scores = scores + jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:]))(keys)
+  return jax.lax.top_k(scores, count)[1].astype(jnp.int32)
+
+
 def sample(keys: jax.Array, logits: jax.Array) -> jax.Array:
   """Draws int32 [b] from softmax(logits [b, v]); row i depends only on keys[i]."""
   return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

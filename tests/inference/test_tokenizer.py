@@ -403,7 +403,7 @@ def test_bfloat16_is_close_to_float32(model, images, ids, noise):
 
 
 def test_only_public_names_are_exported():
-  assert sorted(flextok_jax.__all__) == ["ARGenerator", "FlexTok", "__version__", "load", "load_ar"]
+  assert sorted(flextok_jax.__all__) == ["ARGenerator", "FlexTok", "UniformPrior", "__version__", "load", "load_ar"]
   assert flextok_jax.load is api.load and flextok_jax.FlexTok is api.FlexTok
   assert flextok_jax.load_ar is generation.load_ar and flextok_jax.ARGenerator is generation.ARGenerator
   with pytest.raises(AttributeError, match="no attribute 'laod'"):

@@ -80,7 +80,7 @@ BAD = {
   "prefix_float": ("class", dict(prefix=[[1.0]]), "prefix must be integers .* float64"),
   "prefix_id": ("class", dict(prefix=[[1, 24]]), "token id 24 in prefix is out of range: ids are 0 to 23"),
   "prefix_negative": ("class", dict(prefix=[[1, -3]]), "token id -3 in prefix"),
-  "prefix_count": ("class", dict(prefix=np.zeros((2, 3), int), labels=[1, 2, 3]), "labels says 3, prefix says 2"),
+  "prefix_count": ("class", dict(prefix=np.zeros((2, 3), int), labels=[1, 2, 3]), "prefix says 2, labels says 3"),
   "no_key": ("class", dict(key=None), "pass key=jax.random.key"),
   "keys": ("class", dict(key=jax.random.split(KEY, 2), labels=[1, 2, 3]), "labels says 3, key says 2"),
   "key_number": ("class", dict(key=3), r"key must be a key like jax.random.key\(seed\), got 3"),

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,61 +82,170 @@ def generate(
     itself has its log-probability.
   """
   batch, given = prefix.shape
-  # Entries that are never written stay num_ids: the stop id, if the model has one.
-  ids = jnp.full((batch, length), model.ar.num_ids, jnp.int32).at[:, :given].set(prefix)
-  runner = (_Cached if fast else _Recomputed)(model, params, labels, features, text_lengths, length)
-  stops = model.ar.num_outputs > model.ar.num_ids
+  if fast:
+    text = read_text(model, params, features, text_lengths)
+    runner: Any = Cached(model, params, labels, text, length)
+  else:
+    runner = _Recomputed(model, params, labels, features, text_lengths, length)
+  sequences = start(model, batch, length)
+  sequences = sequences.replace(ids=sequences.ids.at[:, :given].set(prefix), carried=runner.start(prefix))
+  position = jnp.int32(given)
+  for end in runner.stages(given):
+    last = jnp.minimum(num_tokens, end)
+    position, sequences = extend(model, params, runner, keys, sampler, position, sequences, last, end)
+  return sequences.ids, sequences.log_probs
 
-  def unfinished(end, state):
-    return (state[0] < jnp.minimum(num_tokens, end)) & ~state[3].all()
 
-  def step(end, state):
-    i, ids, log_probs, done, carried = state
-    hidden, carried = runner.hidden(ids, i, carried, end)
-    if sampler.guidance_scale is not None:  # before the readout, which is linear: half the rows, the same logits
-      # [2 b, d] -> [b, d]
-      guided = sampling.guide(*jnp.split(hidden.astype(jnp.float32), 2), sampler.guidance_scale)
-      hidden = guided.astype(hidden.dtype)
-    logits = model.ar.apply({"params": params["ar"]}, hidden, method="logits")
-    if stops:  # at least one token
-      logits = logits.at[:, -1].set(jnp.where(i == 0, -jnp.inf, logits[:, -1]))
+class Sequences(flax.struct.PyTreeNode):
+  """Sequences [b] that are being drawn."""
+
+  ids: jax.Array  # int32 [b, length]; num_ids (the stop id, if there is one) where none was drawn
+  log_probs: jax.Array  # float32 [b, length], see generate
+  done: jax.Array  # bool [b], whether the stop id was drawn
+  carried: Any  # what the runner keeps of the positions before, such as keys and values
+
+
+def start(model: Generator, batch: int, length: int) -> Sequences:
+  """Returns empty sequences."""
+  ids = jnp.full((batch, length), model.ar.num_ids, jnp.int32)
+  return Sequences(ids, jnp.zeros((batch, length), jnp.float32), jnp.zeros(batch, bool), ())
+
+
+def predict(
+  model: Generator, params: dict, runner: Any, sampler: TokenSampler, sequences: Sequences, i: jax.Array, end: int
+) -> tuple[jax.Array, Sequences]:
+  """Returns the guided logits [b, num_outputs] of token i, and the sequences with what the runner computed for it."""
+  hidden, carried = runner.hidden(sequences.ids, i, sequences.carried, end)
+  if sampler.guidance_scale is not None:  # before the readout, which is linear: half the rows, the same logits
+    # [2 b, d] -> [b, d]
+    conditional, unconditional = jnp.split(hidden.astype(jnp.float32), 2)
+    guided = sampling.guide(conditional, unconditional, sampler.guidance_scale)
+    hidden = guided.astype(hidden.dtype)
+  logits: Any = model.ar.apply({"params": params["ar"]}, hidden, method="logits")
+  if model.ar.num_outputs > model.ar.num_ids:  # at least one token before the stop id
+    logits = logits.at[:, -1].set(jnp.where(i == 0, -jnp.inf, logits[:, -1]))
+  return logits, sequences.replace(carried=carried)
+
+
+def append(num_ids: int, sequences: Sequences, i: jax.Array, token: jax.Array, log_prob: jax.Array) -> Sequences:
+  """Returns the sequences with token i, [b], and its log-probability; those that have ended stay as they are."""
+  done = sequences.done
+  ids = sequences.ids.at[:, i].set(jnp.where(done, num_ids, token))
+  return sequences.replace(
+    ids=layout.constrain(ids, "batch", None),
+    log_probs=sequences.log_probs.at[:, i].set(jnp.where(done, 0.0, log_prob)),
+    done=done | (token == num_ids),
+  )
+
+
+def extend(
+  model: Generator,
+  params: dict,
+  runner: Any,
+  keys: jax.Array,
+  sampler: TokenSampler,
+  first: jax.Array,
+  sequences: Sequences,
+  num_tokens: int | jax.Array,
+  end: int,
+) -> tuple[jax.Array, Sequences]:
+  """Draws the tokens from `first` to num_tokens - 1, or until all sequences have ended.
+
+  Returns:
+    The number of tokens that the sequences now have, and the sequences.
+  """
+
+  def unfinished(state: tuple[jax.Array, Sequences]) -> jax.Array:
+    return (state[0] < num_tokens) & ~state[1].done.all()
+
+  def step(state: tuple[jax.Array, Sequences]) -> tuple[jax.Array, Sequences]:
+    i, sequences = state
+    logits, sequences = predict(model, params, runner, sampler, sequences, i, end)
     if sampler.greedy:
       token = logits.argmax(-1).astype(jnp.int32)
     else:
       filtered = sampling.filter_logits(logits, sampler.temperature, sampler.top_k, sampler.top_p)
       token = sampling.sample(jax.vmap(jax.random.fold_in, (0, None))(keys, i), filtered)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], -1)[:, 0]
-    ids = layout.constrain(ids.at[:, i].set(jnp.where(done, model.ar.num_ids, token)), "batch", None)
-    log_probs = log_probs.at[:, i].set(jnp.where(done, 0.0, chosen))
-    return i + 1, ids, log_probs, done | (token == model.ar.num_ids), carried
+    return i + 1, append(model.ar.num_ids, sequences, i, token, chosen)
 
-  state = jnp.int32(given), ids, jnp.zeros((batch, length), jnp.float32), jnp.zeros(batch, bool), runner.start(prefix)
-  for end in runner.stages(given):
-    state = jax.lax.while_loop(functools.partial(unfinished, end), functools.partial(step, end), state)
-  return state[1], state[2]
+  return jax.lax.while_loop(unfinished, step, (first, sequences))
 
 
-class _Cached:
-  """Computes one position per step; keys and values of earlier positions are cached.
+def branch(
+  model: Generator,
+  params: dict,
+  runner: Any,
+  keys: jax.Array,
+  sampler: TokenSampler,
+  i: jax.Array,
+  sequences: Sequences,
+  candidates: int,
+  replacement: bool,
+) -> tuple[jax.Array, jax.Array, Sequences]:
+  """Chooses several candidates for token i of each sequence.
 
-  The stacked parameters are split into blocks before the loop: slicing inside it would copy them in every step.
+  Args:
+    model: see generate, as for params, keys and sampler. The most likely tokens if it is greedy, else draws.
+    runner: a Cached.
+    i: number of the token.
+    sequences: with i tokens.
+    candidates: how many to choose.
+    replacement: whether a token may be drawn twice.
+
+  Returns:
+    Tokens int32 [b, candidates], most likely or first drawn first; their log-probabilities, -inf where temperature,
+    top-k and top-p leave fewer tokens; and the sequences with what the runner computed, without the token.
   """
+  logits, sequences = predict(model, params, runner, sampler, sequences, i, runner.length)
+  if sampler.greedy:
+    scores = logits
+    tokens = sampling.candidates(None, scores, candidates)
+  else:
+    scores = sampling.filter_logits(logits, sampler.temperature, sampler.top_k, sampler.top_p)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+    tokens = sampling.candidates(keys, scores, candidates, replacement)
+  log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens, -1)
+  allowed = jnp.take_along_axis(scores, tokens, -1) > -jnp.inf
+  return tokens, jnp.where(allowed, log_probs, -jnp.inf), sequences
 
-  def __init__(self, model, params, labels, features, text_lengths, length: int):
+
+class Text(NamedTuple):
+  """A text as the blocks read it."""
+
+  features: jax.Array  # projected [b, t, d]
+  key_bias: jax.Array  # float32 [b, t]
+  caches: list[tuple[jax.Array, ...]]  # keys and values [b, h, t, e] of each block
+
+
+def read_text(model: Generator, params: dict, features: jax.Array | None, lengths: jax.Array | None) -> Text | None:
+  """Returns a text, features [b, t, f] and lengths int [b], as the blocks read it; None without one."""
+  text: Any
+  key_bias: Any
+  text, key_bias = model.apply({"params": params}, features, lengths, method="project")
+  if text is None:
+    return None
+  block, caches = CausalBlock(model.ar.choices), []
+  for p in _blocks(model, params):
+    keys_values: Any = block.apply({"params": p}, text, method="text_keys_values")
+    caches.append(tuple(x.swapaxes(1, 2) for x in keys_values))
+  return Text(text, key_bias, caches)
+
+
+def _blocks(model: Generator, params: dict) -> list:
+  """Returns the parameters of each block. Slicing the stack inside a loop would copy them in every step."""
+  return [jax.tree.map(lambda x, i=i: x[i], params["ar"]["blocks"]) for i in range(model.ar.depth)]
+
+
+class Cached:
+  """Computes one position per step; keys and values of earlier positions are cached."""
+
+  def __init__(self, model: Generator, params: dict, labels: jax.Array, text: Text | None, length: int):
     self.model, self.params, self.length = model, params, length
-    self.labels, self.choices = labels, model.ar.choices
+    self.labels, self.choices, self.text = labels, model.ar.choices, text
     self.block = CausalBlock(self.choices)
-    stack = params["ar"]["blocks"]
-    self.blocks = [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(model.ar.depth)]
-    self.text, self.key_bias = model.apply({"params": params}, features, text_lengths, method="project")
-    self.text_caches = [self._text_cache(p) for p in self.blocks]
+    self.blocks = _blocks(model, params)
     self.first = self._ar(labels, method="start_vector")
-
-  def _text_cache(self, params) -> tuple[jax.Array, ...] | None:
-    """Returns a block's keys and values [b, h, t, e] of the text, if there is one."""
-    if self.text is None:
-      return None
-    return tuple(x.swapaxes(1, 2) for x in self._block(params, self.text, method="text_keys_values"))
 
   def _ar(self, *args, method):
     return self.model.ar.apply({"params": self.params["ar"]}, *args, method=method)
@@ -157,7 +268,8 @@ class _Cached:
     prefix = jnp.tile(prefix, (rows // len(prefix), 1))
     x = self._ar(prefix, self.labels, method="inputs")
     for i, params in enumerate(self.blocks):
-      x, kv = self._block(params, x, self.text, self.key_bias, method="prefill")
+      text = self.text[:2] if self.text else (None, None)
+      x, kv = self._block(params, x, *text, method="prefill")
       caches[i] = tuple(old.at[:, :, :given].set(new.swapaxes(1, 2)) for old, new in zip(caches[i], kv))
     return caches
 
@@ -169,8 +281,9 @@ class _Cached:
     x = jnp.where(i == 0, self.first, self._ar(jnp.minimum(last, self.model.ar.num_ids - 1), method="embed"))
     x = self._ar(x[:, None], i[None], method="add_positions")
     new = []
-    for params, cache, text in zip(self.blocks, caches, self.text_caches):
-      x, cache = self._block(params, x, cache, text, self.key_bias, i, method="step")
+    text_caches, key_bias = (self.text.caches, self.text.key_bias) if self.text else ([None] * len(caches), None)
+    for params, cache, text in zip(self.blocks, caches, text_caches):
+      x, cache = self._block(params, x, cache, text, key_bias, i, method="step")
       new.append(cache)
     return self._ar(x[:, 0], method="finish"), new
 

@@ -1,0 +1,462 @@
+"""Search over tokens at test time: candidates are scored by a verifier while they grow (arXiv 2604.15453).
+
+A beam search extends every beam to the next of a few lengths, branches it into candidates, scores all candidates of a
+prompt, and keeps the best. With lookahead, candidates are extended greedily before they are scored. Best-of-N draws
+complete sequences and scores them once.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flextok_jax.core.errors import quote
+from flextok_jax.inference import batches, priors, tokenizer, validation, verifiers
+from flextok_jax.inference.priors import Prior, Rows, fold
+from flextok_jax.models.ar import sampling
+from flextok_jax.parallel import batching
+
+ALGORITHMS = ("beam", "lookahead", "best_of_n")
+BRANCHINGS = ("first", "last")
+SCHEDULES = ("geometric", "linear", "fixed")
+MAX_CANDIDATES = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+  """What a verifier scores: n sequences, in any order, of one or several prompts.
+
+  Attributes:
+    ids: int32 [n, tokens], with lookahead of the extended sequences; the stop id from the end of a sequence on.
+    images: their pictures, float32 [n, h, w, 3] in [-1, 1], all of a prompt decoded from the same noise; None for a
+      verifier whose needs_images is False.
+    prompts: texts [n], or None where there are none.
+    labels: classes int [n], or None.
+    which: int [n], the number of each one's prompt.
+    log_probs: float32 [n], of all tokens under the guided logits, without those of a lookahead.
+    step_log_probs: float32 [n], of the tokens of the present step alone.
+  """
+
+  ids: np.ndarray
+  images: np.ndarray | None
+  prompts: list[str] | None
+  labels: np.ndarray | None
+  which: np.ndarray
+  log_probs: np.ndarray
+  step_log_probs: np.ndarray
+
+
+Verifier = Callable[[Candidates], Any]  # -> scores [n], larger is better
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """The beams that a step kept, best first: ids int32 [prompts, width, tokens], scores float64 [prompts, width]."""
+
+  ids: np.ndarray
+  scores: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a search found, best first.
+
+  Attributes:
+    ids: int32 [prompts, num_results, tokens]; the stop id from the end of a sequence on.
+    images: float32 [prompts, num_results, h, w, 3] in [-1, 1], or None without a tokenizer.
+    scores: float64 [prompts, num_results]; -inf where a prompt has fewer results.
+    steps: what each step kept.
+    decoded: number of pictures that were decoded for scores, per prompt.
+  """
+
+  ids: np.ndarray
+  images: np.ndarray | None
+  scores: np.ndarray
+  steps: tuple[Step, ...]
+  decoded: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How to search.
+
+  Attributes:
+    algorithm: "beam"; "lookahead": a beam search whose candidates are extended before they are scored; "best_of_n":
+      complete samples, scored once.
+    beam_width: beams that are kept after each step.
+    candidates: of each beam in a step; of best_of_n all samples.
+    schedule: tokens after each step: "geometric" (1, 2, 4, ...), "linear", "fixed" (1, 2, 3, ...), or ascending counts.
+    steps: how many steps; fewer if all tokens are drawn before.
+    tokens_per_step: of the schedule "linear"; None: tokens / steps, rounded up.
+    lookahead: tokens by which "lookahead" extends, greedily; -1: to the end.
+    max_lookahead_step: steps from 0 below which it does; -1: all.
+    branching: "first": the candidates of a beam differ from the first token of the step on; "last": the tokens of a
+      step are shared but for the last, as in the public code of the paper.
+    replacement: whether a beam may draw the same token for several candidates.
+    greedy: the most likely tokens, instead of draws.
+    num_results: how many of the best to return.
+    batch_size: rows and pictures at once, about. A prompt's candidates are not divided while they are drawn.
+  """
+
+  algorithm: str = "beam"
+  beam_width: int = 5
+  candidates: int = 10
+  schedule: str | Sequence[int] = "geometric"
+  steps: int = 9
+  tokens_per_step: int | None = None
+  lookahead: int = 8
+  max_lookahead_step: int = -1
+  branching: str = "first"
+  replacement: bool = False
+  greedy: bool = False
+  num_results: int = 1
+  batch_size: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Checked settings of a search."""
+
+  counts: tuple[int, ...]  # tokens after each step
+  width: int
+  candidates: int
+  num_results: int
+  lookahead: int  # tokens; 0: none
+  max_lookahead_step: int
+  branch_first: bool
+  replacement: bool
+  greedy: bool
+  batch_size: int
+
+  def lookahead_to(self, step: int, most: int) -> int:
+    """Returns the number of tokens to which candidates of a step are extended to be scored."""
+    ahead = self.lookahead if self.max_lookahead_step < 0 or step < self.max_lookahead_step else 0
+    return most if ahead < 0 else min(self.counts[step] + ahead, most)
+
+
+def make_plan(prior: Prior, settings: Settings) -> Plan:
+  """Returns checked settings of a search over the tokens of a prior.
+
+  Raises:
+    ValueError: a setting out of range, or that has no effect.
+  """
+  s, most = settings, prior.num_tokens
+  for name, value, allowed in (("algorithm", s.algorithm, ALGORITHMS), ("branching", s.branching, BRANCHINGS)):
+    if value not in allowed:
+      raise ValueError(f"{name}={quote(value)} must be one of {', '.join(allowed)}")
+  greedy, replacement = validation.flag("greedy", s.greedy), validation.flag("replacement", s.replacement)
+  batch_size = validation.at_least_one("batch_size", s.batch_size)
+  num_results = validation.at_least_one("num_results", s.num_results)
+  if s.algorithm == "best_of_n":
+    candidates = validation.whole_number("candidates", s.candidates, 1, MAX_CANDIDATES)
+    if num_results > candidates:
+      raise ValueError(f"num_results={num_results} is more than the {candidates} candidates")
+    if greedy:
+      raise ValueError("best_of_n draws its samples: greedy=True would draw the same one again")
+    # Complete samples of one empty beam: with replacement, they are independent.
+    return Plan((most,), 1, candidates, num_results, 0, -1, True, True, False, batch_size)
+  if greedy and replacement:
+    raise ValueError("replacement=True has no effect when greedy: the most likely tokens are taken")
+  if greedy and isinstance(prior, priors.Uniform):
+    raise ValueError("greedy=True has no meaning without a generator: all codes are equally likely")
+  candidates = validation.whole_number(
+    "candidates", s.candidates, 1, MAX_CANDIDATES if replacement else min(MAX_CANDIDATES, prior.num_ids)
+  )
+  width = validation.whole_number("beam_width", s.beam_width, 1, MAX_CANDIDATES)
+  if num_results > width:
+    raise ValueError(f"num_results={num_results} is more than beam_width={width}")
+  ahead = validation.whole_number("lookahead", s.lookahead, -1, most) if s.algorithm == "lookahead" else 0
+  if s.algorithm == "lookahead" and not ahead:
+    raise ValueError("lookahead=0 looks at nothing: use algorithm='beam', or -1 for all tokens")
+  last = validation.whole_number("max_lookahead_step", s.max_lookahead_step, -1, MAX_CANDIDATES)
+  counts = token_counts(s.schedule, s.steps, s.tokens_per_step, most)
+  first = s.branching == "first"
+  return Plan(counts, width, candidates, num_results, ahead, last, first, replacement, greedy, batch_size)
+
+
+def token_counts(
+  schedule: str | Sequence[int], steps: int, tokens_per_step: int | None, num_tokens: int
+) -> tuple[int, ...]:
+  """Returns the number of tokens after each step, ascending, at most num_tokens.
+
+  Args:
+    schedule: "geometric": 1, 2, 4, ...; "linear": multiples of tokens_per_step; "fixed": 1, 2, 3, ...; or the counts.
+    steps: how many; fewer if num_tokens is reached before.
+    tokens_per_step: of "linear"; None: num_tokens / steps, rounded up.
+    num_tokens: largest number of tokens.
+
+  Raises:
+    ValueError: an unknown schedule, or counts that are not ascending or out of range.
+  """
+  if tokens_per_step is not None and schedule != "linear":
+    raise ValueError(f"tokens_per_step={tokens_per_step} is for schedule='linear'")
+  if isinstance(schedule, str):
+    steps = validation.whole_number("steps", steps, 1, num_tokens if schedule != "geometric" else 2**31 - 1)
+    if schedule == "geometric":
+      counts = [2**i for i in range(min(steps, num_tokens.bit_length() + 1))]
+    elif schedule == "linear":
+      size = -(-num_tokens // steps) if tokens_per_step is None else tokens_per_step
+      counts = [(i + 1) * validation.at_least_one("tokens_per_step", size) for i in range(steps)]
+    elif schedule == "fixed":
+      counts = list(range(1, steps + 1))
+    else:
+      raise ValueError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}, or token counts")
+    counts = [min(count, num_tokens) for count in counts]
+    return tuple(dict.fromkeys(counts))
+  counts = [validation.whole_number("schedule", count, 1, num_tokens) for count in schedule]
+  if not counts or sorted(set(counts)) != counts:
+    raise ValueError(f"schedule={schedule!r:.80} must be ascending token counts")
+  return tuple(counts)
+
+
+def search(
+  prior: Prior,
+  keys: jax.Array,
+  verifier: Verifier,
+  model: tokenizer.FlexTok | None,
+  prompts: Sequence[str] | None,
+  labels: np.ndarray | None,
+  settings: Settings,
+) -> Result:
+  """Searches for each prompt.
+
+  Args:
+    prior: of all prompts.
+    keys: one for each prompt [p], on which its result depends, and on nothing else.
+    verifier: scores candidates.
+    model: decodes them; None: the verifier needs no images.
+    prompts: texts [p] for the verifier, or None.
+    labels: classes int [p] for the verifier, or None.
+    settings: of the search.
+
+  Raises:
+    ValueError: a setting out of range; scores of a wrong shape, or NaN; no tokenizer for a verifier of images.
+  """
+  plan = make_plan(prior, settings)
+  if model is None and needs_images(verifier):
+    raise ValueError("this verifier looks at images: give tokenizer=..., which decodes them")
+  count, local = len(keys), batches.local_mesh()
+  mesh = local if local.size > 1 else None
+  size = max(1, plan.batch_size // (plan.width * plan.candidates))
+  size = batching.batch_rows(size, count, mesh)
+  if mesh is not None:
+    prior, model = prior.on(mesh), None if model is None else batching.replicate(model, mesh)
+  facts = _Facts(prior, plan, verifier, model, prompts, labels, keys, mesh)
+  found = []
+  for first in range(0, count, size):
+    # The last group is filled up with the last prompt, which is not scored again, to compile no other program.
+    which = np.minimum(np.arange(first, first + size), count - 1)
+    rows = min(size, count - first)
+    found.append(jax.tree.map(lambda x: x[:rows], facts.search(which, rows)))  # noqa: B023 called at once
+  ids, scores, *steps = jax.tree.map(lambda *x: np.concatenate(x), *found)
+  images = None if model is None else facts.decode_all(ids)
+  decoded = sum(int(step[2].max()) for step in steps) if needs_images(verifier) else 0
+  return Result(ids, images, scores, tuple(Step(kept, best) for kept, best, _ in steps), decoded)
+
+
+def needs_images(verifier: Any) -> bool:
+  """Whether a verifier looks at images: its attribute needs_images, True if it has none."""
+  return bool(getattr(verifier, "needs_images", True))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+  """What all steps of a search share."""
+
+  prior: Prior
+  plan: Plan
+  verifier: Verifier
+  model: tokenizer.FlexTok | None
+  prompts: Sequence[str] | None
+  labels: np.ndarray | None
+  keys: jax.Array
+  mesh: Any
+
+  def search(self, which: np.ndarray, real: int) -> tuple:
+    """Searches for the prompts `which` int [p], together; only the first `real` of them are scored.
+
+    Returns:
+      ids [p, num_results, tokens] and scores [p, num_results]; then of each step ids [p, width, tokens] and scores
+      [p, width] of the beams that it kept, and how many candidates were scored [p].
+    """
+    prior, plan = self.prior, self.plan
+    count, width, most = len(which), plan.width, prior.num_tokens
+    keys = self.keys[which]
+    room = lambda tokens: sampling.padded_length(tokens, most)
+    # All beams are copies of the empty one at first, of which the first counts.
+    length = room(plan.counts[0])
+    beams = prior.take(prior.start(which, length, self.mesh), np.repeat(np.arange(count), width), length)
+    alive = (np.arange(width) == 0) & (np.arange(count) < real)[:, None]
+    steps, done, possible = [], 0, 1
+    for number, tokens in enumerate(plan.counts):
+      last = number == len(plan.counts) - 1
+      beams = prior.take(beams, np.arange(count * width), room(tokens))
+      step_keys = jnp.repeat(fold(keys, [number] * count), width)
+      beam_keys = fold(step_keys, np.tile(np.arange(width), count))
+
+      # Branch each beam, at the first or at the last token of this step.
+      at = done if plan.branch_first else tokens - 1
+      if at > done:
+        beams = prior.extend(beams, beam_keys, done, at, plan.greedy)
+      ended = np.asarray(beams.sequences.done)
+      chosen, chances, beams = prior.branch(beams, beam_keys, at, plan.candidates, plan.greedy, plan.replacement)
+      parents = np.repeat(np.arange(count * width), plan.candidates)
+      choice = at, np.asarray(chosen).reshape(-1), np.asarray(chances).reshape(-1)
+      valid = np.isfinite(chances) & alive.reshape(-1, 1)
+      valid[ended] = (np.arange(plan.candidates) == 0) & alive.reshape(-1, 1)[ended]  # it has one continuation: none
+
+      # Complete the step, and look ahead.
+      rows_keys = fold(jnp.repeat(beam_keys, plan.candidates), np.tile(np.arange(plan.candidates), count * width))
+      goal, grown = plan.lookahead_to(number, most), tokens > at + 1
+      candidates, keep = None, grown and not last
+      if keep:
+        candidates = prior.take(beams, parents, room(tokens), choice)
+        candidates = prior.extend(candidates, rows_keys, at + 1, tokens, plan.greedy)
+        ids, log_probs = (np.asarray(x)[:, :tokens] for x in (candidates.sequences.ids, candidates.sequences.log_probs))
+        ahead = self._ahead(candidates, None, None, rows_keys, tokens, tokens, goal)[0]
+      else:
+        ahead, ids, log_probs = self._ahead(beams, parents, choice, rows_keys, at + 1, tokens, goal)
+
+      # Score, and keep the best of each prompt.
+      per_prompt = width * plan.candidates
+      scores = self._score(ahead[:, :goal], log_probs, done, np.repeat(which, per_prompt), valid.reshape(-1))
+      scores = scores.reshape(count, per_prompt)
+      order = np.argsort(-scores, axis=1, kind="stable")
+      kept = order[:, : max(plan.num_results, width) if last else width]
+      possible = min(kept.shape[1], possible * plan.candidates)  # the others are copies that do not count
+      rows = np.arange(count)[:, None] * per_prompt + kept
+      best, ids = np.take_along_axis(scores, kept, 1), ids[rows]
+      steps.append((ids[:, :possible], best[:, :possible], np.isfinite(scores).sum(1)))
+      if not last:
+        alive = np.isfinite(best)
+        flat = rows.reshape(-1)
+        if candidates is not None:
+          beams = prior.take(candidates, flat, room(tokens))
+        else:
+          choice = at, np.asarray(choice[1])[flat], np.asarray(choice[2])[flat]
+          beams = prior.take(beams, parents[flat], room(tokens), choice)
+      done = tokens
+    return ids[:, : plan.num_results], best[:, : plan.num_results], *steps
+
+  def _ahead(
+    self, rows: Rows, parents: Any, choice: Any, keys: jax.Array, at: int, tokens: int, goal: int
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Extends candidates to `tokens`, and greedily to `goal` tokens, some rows at a time, without keeping their caches.
+
+    Returns:
+      ids [rows, goal], and ids and log-probabilities [rows, tokens] before the lookahead.
+    """
+    count = len(keys)
+    if parents is None:
+      parents = np.arange(count)
+    if at >= tokens == goal:  # nothing to draw
+      old = rows.sequences
+      ids, log_probs = (np.asarray(x)[parents, :tokens] for x in (old.ids, old.log_probs))
+      if choice is not None:
+        open_rows = ~np.asarray(old.done)[parents]
+        ids[open_rows, choice[0]] = np.asarray(choice[1])[open_rows]
+        log_probs[open_rows, choice[0]] = np.asarray(choice[2])[open_rows]
+      return ids, ids, log_probs
+    found = []
+    length, size = sampling.padded_length(goal, self.prior.num_tokens), min(self.plan.batch_size, count)
+    for first in range(0, count, size):
+      some = np.minimum(np.arange(first, first + size), count - 1)
+      chosen = None if choice is None else (choice[0], *(np.asarray(x)[some] for x in choice[1:]))
+      part = self.prior.take(rows, parents[some], length, chosen)
+      if tokens > at:
+        part = self.prior.extend(part, keys[some], at, tokens, self.plan.greedy)
+      ids, log_probs = (np.asarray(x)[:, :tokens] for x in (part.sequences.ids, part.sequences.log_probs))
+      if goal > tokens:
+        part = self.prior.extend(part, keys[some], tokens, goal, True)
+      found.append((np.asarray(part.sequences.ids)[:, :goal], ids, log_probs))
+    ahead, ids, log_probs = (np.concatenate(x)[:count] for x in zip(*found))
+    return ahead, ids, log_probs
+
+  def _score(
+    self, ids: np.ndarray, log_probs: np.ndarray, before: int, which: np.ndarray, valid: np.ndarray
+  ) -> np.ndarray:
+    """Returns the scores float64 [n] of candidates, -inf where they are not valid."""
+    some = np.flatnonzero(valid)
+    ids, log_probs, which = ids[some], log_probs[some], which[some]
+    candidates = Candidates(
+      ids=ids,
+      images=self._decode(ids, which) if needs_images(self.verifier) else None,
+      prompts=None if self.prompts is None else [self.prompts[i] for i in which],
+      labels=None if self.labels is None else np.asarray(self.labels)[which],
+      which=which,
+      log_probs=log_probs.sum(1),
+      step_log_probs=log_probs[:, before:].sum(1),
+    )
+    scores = np.asarray(self.verifier(candidates), np.float64)
+    if scores.shape != which.shape or np.isnan(scores).any():
+      raise ValueError(
+        f"a verifier must return a score for each of {len(which)} candidates, got an array of shape "
+        f"{list(scores.shape)}{' with NaN' if np.isnan(scores).any() else ''}"
+      )
+    every = np.full(len(valid), -np.inf)
+    every[some] = np.maximum(scores, np.finfo(np.float64).min)
+    return every
+
+  def _decode(self, ids: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """Returns the pictures of sequences, all of a prompt from its noise."""
+    assert self.model is not None
+    noise_keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, np.uint32(2**32 - 1))
+    if self.prior.stop_id is None:
+      keep_k = np.full(len(ids), ids.shape[1], np.int32)
+    else:
+      keep_k = (ids != self.prior.stop_id).sum(1).astype(np.int32)  # it fills up from the end on
+    ids = np.where(np.arange(ids.shape[1]) < keep_k[:, None], ids, 0)
+    return batches.decode_rows(self.model, ids, keep_k, noise_keys[which], self.plan.batch_size)
+
+  def decode_all(self, ids: np.ndarray) -> np.ndarray:
+    """Returns the pictures float32 [p, n, h, w, 3] of ids [p, n, tokens]."""
+    count, number = ids.shape[:2]
+    images = self._decode(ids.reshape(count * number, -1), np.repeat(np.arange(count), number))
+    return images.reshape(count, number, *images.shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformPrior:
+  """Searches for token ids without a generator: every code is equally likely, and the verifier alone decides."""
+
+  tokenizer: tokenizer.FlexTok
+
+  def search(
+    self,
+    key: jax.Array,
+    verifier: Any,
+    prompts: Sequence[str] | None = None,
+    labels: Any = None,
+    weights: str | None = None,
+    references: Any = None,
+    ensemble: str = "rank",
+    **settings: Any,
+  ) -> Result:
+    """See ARGenerator.search, of which it takes the settings; prompts and labels are for the verifier alone."""
+    sizes = {
+      name: len(x)
+      for name, x in (("prompts", prompts), ("labels", labels), ("references", references))
+      if x is not None
+    }
+    batch = validation.num_samples({**sizes, "key": len(key) if validation.typed_keys(key).ndim else None})
+    prior = priors.Uniform(self.tokenizer.num_codes, self.tokenizer.num_registers)
+    check = verifiers.make(verifier, weights=weights, references=references, ensemble=ensemble)
+    texts = None if prompts is None else validation.prompts(prompts)
+    numbers = None if labels is None else np.asarray(labels, np.int32)
+    return search(prior, validation.keys(key, batch), check, self.tokenizer, texts, numbers, make_settings(settings))
+
+
+def make_settings(given: dict[str, Any]) -> Settings:
+  """Returns the settings that are given by name, and the defaults of the others.
+
+  Raises:
+    ValueError: no such setting.
+  """
+  known = {field.name for field in dataclasses.fields(Settings)}
+  for name in given:
+    if name not in known:
+      raise ValueError(f"search has no setting {quote(name)}: its settings are {', '.join(sorted(known))}")
+  return Settings(**given)
