@@ -4,6 +4,7 @@
   d18_d18_in1k  1152 x 18 and 1152 x 18, ImageNet: 949.1M
   d18_d28_in1k  1152 x 18 and 1792 x 28, ImageNet: 2,540.1M
   d18_d28_dfn   the same model on DFN
+  grid_d18_d28  the 2D baseline on ImageNet: a token for each of 16 x 16 patches, without registers
 
 The VAE is frozen: train one first (configs/vae.py) and start from its workdir or its weights file:
 
@@ -36,6 +37,12 @@ MODELS = {
   "d18_d18_in1k": dict(encoder=_D18, decoder=_D18, optim=dict(learning_rate=3.75e-4)),
   "d18_d28_in1k": _D18_D28,
   "d18_d28_dfn": _D18_D28,
+  "grid_d18_d28": _D18_D28
+  | dict(
+    decoder=dict(width=1792, depth=28, modulation="shared"),
+    tokens=dict(layout="grid", nested_dropout="none"),
+    sampler=dict(guidance_scale=5.0),  # [code]
+  ),
 }
 
 

@@ -9,6 +9,11 @@ lengths of the prefix are equally frequent, because any of them may be the one t
 
 These two were not run to their end. The shipped weights come from seven runs of the same course, four hours on two CPU
 cores (docs/generators.md): 29.0 dB at 16 tokens.
+
+shapes:grid is the 2D baseline of the same size: a token for each of 4 x 4 patches. Its tokens have their places, so it
+needs no first run on images that are nearly all noise:
+
+  python -m flextok_jax.train --config=shapes:grid --workdir=DIR
 """
 
 from flextok_jax import config as common
@@ -16,8 +21,8 @@ from flextok_jax.configs import quickstart
 
 
 def get_config(arg: str = ""):
-  common.check_argument("shapes", arg, ("", "coarse"))
-  c = quickstart.get_config(arg)
+  common.check_argument("shapes", arg, ("", "coarse", "grid"))
+  c = quickstart.get_config("coarse" if arg == "coarse" else "")
   c.update(
     encoder=dict(depth=4),
     tokens=dict(levels=(8, 5, 5, 5), nested_dropout="uniform"),
@@ -25,7 +30,10 @@ def get_config(arg: str = ""):
     data=dict(sources=dict(synthetic=dict(weight=1.0, style="plain"), emoji=dict(weight=0.0), photos=dict(weight=0.0))),
     eval=dict(sources=("synthetic",)),
   )
-  if arg:
+  if arg == "grid":
+    c.update(tokens=dict(layout="grid", nested_dropout="none"), decoder=dict(modulation="shared"))
+    c.train.update(num_steps=24_000, eval_every=6_000)  # as many as all runs of the ordered one together
+  elif arg == "coarse":
     c.optim.end_learning_rate = 3e-3  # constant: the next run continues
     c.train.update(num_steps=12_000, checkpoint_every=500, eval_every=3_000)
   else:

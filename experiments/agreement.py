@@ -13,7 +13,6 @@ caption.
 
 import json
 from pathlib import Path
-import re
 
 from absl import flags
 import flax.linen as nn
@@ -29,15 +28,8 @@ from flextok_jax.core import files
 from flextok_jax.core import images as images_lib
 from flextok_jax.data import transforms
 from flextok_jax.data.sources import synthetic
-
-COLORS = synthetic.COLOR_NAMES
-HEADS = {
-  "shape": len(synthetic.CLASS_NAMES),
-  "color": len(COLORS),
-  "background": len(COLORS),
-  "objects": synthetic.MAX_OBJECTS,
-}
-_COLOR = "|".join(COLORS)
+from flextok_jax.inference.scenes import HEADS, read_caption
+from flextok_jax.models.perception.scenes import SceneClassifier
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -52,42 +44,18 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_string("out", None, "Folder for agreement.json; default: none.", flag_values=values)
 
 
-class Network(nn.Module):
-  """Convolutions, four of them with stride 2, and a linear layer for each question."""
-
-  @nn.compact
-  def __call__(self, x):
-    for width in (16, 32, 64, 128):
-      x = nn.relu(nn.GroupNorm(8)(nn.Conv(width, (3, 3))(x)))
-      x = nn.relu(nn.Conv(width, (3, 3), 2)(x))
-    x = nn.relu(nn.Dense(256)(x.reshape(len(x), -1)))
-    return {name: nn.Dense(size)(x) for name, size in HEADS.items()}
-
-
-def answers(record: dict) -> dict[str, int]:
-  """Returns the answers in the record of a scene."""
-  color = re.match(rf"\S+ ({_COLOR}) ", record["caption"])[1]
-  background = re.search(rf"on a plain ({_COLOR}) background", record["caption"])[1]
-  return {
-    "shape": record["label"],
-    "color": COLORS.index(color),
-    "background": COLORS.index(background),
-    "objects": record["num_objects"] - 1,
-  }
-
-
 def scenes(split: str, start: int, count: int, size: int) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
   """Returns images uint8 [n, s, s, 3] of a split, their answers [n], their captions."""
   source = synthetic.Synthetic(split, 2 * size, "plain")
   records = [source[i] for i in range(start, start + count)]
   images = np.stack([transforms.center_crop(r["image"], size) for r in records])
-  said = [answers(r) for r in records]
-  return images, {k: np.array([x[k] for x in said]) for k in HEADS}, [r["caption"] for r in records]
+  said = [read_caption(r["caption"]) for r in records]
+  return images, {k: np.array([x[k] for x in said]) for k, _ in HEADS}, [r["caption"] for r in records]
 
 
-def learn(size: int, steps: int, seed: int, batch: int = 128):
-  """Trains the network; returns a function from images uint8 [n, s, s, 3] to answers [n]."""
-  network = Network()
+def learn(size: int, steps: int, seed: int, first: int = 0, batch: int = 128) -> dict:
+  """Trains a network on the scenes of the training split from number `first` on; returns its parameters."""
+  network = SceneClassifier(HEADS)
   params = network.init(jax.random.key(seed), jnp.zeros((1, size, size, 3)))
   optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, steps), weight_decay=1e-3)
 
@@ -99,7 +67,7 @@ def learn(size: int, steps: int, seed: int, batch: int = 128):
     x = x + 0.1 * jax.random.normal(noise, x.shape)
     logits = network.apply(params, x)
     ce = optax.softmax_cross_entropy_with_integer_labels
-    return sum(ce(logits[k], labels[k]).mean() for k in HEADS)
+    return sum(ce(logits[k], labels[k]).mean() for k, _ in HEADS)
 
   @jax.jit
   def update(params, state, images, labels, key):
@@ -109,16 +77,24 @@ def learn(size: int, steps: int, seed: int, batch: int = 128):
 
   state = optimizer.init(params)
   for step in range(steps):
-    images, labels, _ = scenes("train", step * batch, batch, size)
+    images, labels, _ = scenes("train", first + step * batch, batch, size)
     params, state, loss = update(params, state, images, labels, jax.random.fold_in(jax.random.key(seed), step))
     if step % 250 == 249:
       print(f"network: step {step + 1}, loss {float(loss):.3f}", flush=True)
+  return params["params"]
 
-  classify = jax.jit(lambda images: {k: v.argmax(-1) for k, v in network.apply(params, images / 127.5 - 1).items()})
+
+def make_answer(params: dict):
+  """Returns a function from images uint8 [n, s, s, 3] to a network's answers {question: [n]}."""
+  network = SceneClassifier(HEADS)
+
+  @jax.jit
+  def classify(images):
+    return {k: v.argmax(-1) for k, v in network.apply({"params": params}, images / 127.5 - 1).items()}
 
   def answer(images):
     parts = [jax.device_get(classify(images[i : i + 256])) for i in range(0, len(images), 256)]
-    return {k: np.concatenate([part[k] for part in parts]) for k in HEADS}
+    return {k: np.concatenate([part[k] for part in parts]) for k, _ in HEADS}
 
   return answer
 
@@ -151,11 +127,13 @@ def main(values: flags.FlagValues):
   images, said, captions = scenes("validation", 0, count, tokenizer.image_size)
   shapes = [synthetic.CLASS_NAMES.index(name) for name in synthetic.PLAIN_SHAPES]
   labels = np.resize(shapes, count)
-  answer = learn(tokenizer.image_size, values.steps, seed)
+  answer = make_answer(learn(tokenizer.image_size, values.steps, seed))
 
   def agreement(pictures, expected):
     found = answer(pictures)
-    return {k: float((found[k] == v).mean()) for k, v in expected.items()}
+    right = {k: found[k] == v for k, v in expected.items()}
+    share = {k: float(v.mean()) for k, v in right.items()}
+    return share | {"all": float(np.all(list(right.values()), axis=0).mean())}
 
   ids = np.concatenate([tokenizer.tokenize(images[i : i + 64]) for i in range(0, count, 64)])
   report = {

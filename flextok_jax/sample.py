@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-import re
 
 from absl import flags
 import jax
@@ -30,8 +29,6 @@ from flextok_jax.data import transforms
 from flextok_jax.evals import grids
 from flextok_jax.inference import batches, decoding, prompts, token_files, validation
 from flextok_jax.inference.generator import load_ar
-
-_NAME_LENGTH = 40  # characters of a prompt in a file's name
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -67,10 +64,7 @@ class Sample:
   def name(self) -> str:
     """Its part of a file name."""
     parts = [token_files.file_stem(self.image)] if self.image else []
-    if isinstance(self.condition, int):
-      parts.append(f"class_{self.condition}")
-    elif self.condition:
-      parts.append(re.sub(r"\W+", "_", self.condition.lower())[:_NAME_LENGTH].strip("_") or "prompt")
+    parts += filter(None, [prompts.condition_name(self.condition)])
     return files.shorten("_".join(parts)) or "unconditional"
 
   def label(self, num_samples: int, length: int) -> str:
@@ -213,13 +207,7 @@ def _check_flags(values: flags.FlagValues) -> list[str]:
   if bool(values.prefix_images) != (values.prefix_tokens is not None):
     missing = "prefix_tokens" if values.prefix_images else "prefix_images"
     raise ValueError(f"--{missing} is missing: --prefix_images and --prefix_tokens are given together")
-  if values.prompts_file is not None:
-    return prompts.read_prompts(values.prompts_file)
-  if values.prompts is None:
-    return []
-  texts = [prompt.strip() for prompt in values.prompts.split(";")]
-  prompts.check_prompts("--prompts", texts)
-  return texts
+  return prompts.read_texts(values.prompts, values.prompts_file)
 
 
 def _token_counts(values: flags.FlagValues, most: int) -> tuple[int, tuple[int, ...]]:

@@ -2,6 +2,9 @@
 # Sourced by the other scripts: changes to the repository, creates or updates its virtual environment (.venv, or
 # FLEXTOK_VENV) and puts it first in PATH. With the argument --functions it only defines the functions.
 
+# Where it is set, as in many container images, every process would compile all packages anew: seconds for each.
+unset PYTHONDONTWRITEBYTECODE
+
 # flextok_python VERSION: prints the path of a Python interpreter of a version such as 3.12, from PATH or pyenv.
 flextok_python() {
   local candidate

@@ -50,7 +50,8 @@ heading "3. The same run, resumed for a few more steps"
 "${train[@]}" --config.train.num_steps=275
 
 heading "4. Pretrained generators: images of 6 classes and of captions, with 1 to 16 tokens"
-sample=(python -m flextok_jax.sample --tokenizer=flextok_jax/assets/shapes.safetensors)
+echo "Decoded by a student of the tokenizer's decoder in 4 evaluations, where its teacher takes 50 (docs/students.md)."
+sample=(python -m flextok_jax.sample --tokenizer=flextok_jax/assets/shapes_student.safetensors)
 "${sample[@]}" --checkpoint=flextok_jax/assets/shapes_ar.safetensors --classes=0,5,9,10,11,12 --num_samples=2 \
   --out="$work/classes"
 captions="a red ring on a plain white background;a yellow heart on a plain blue background"

@@ -1,6 +1,7 @@
 """Conditions and choices of sampling: what the commands that draw from a generator share."""
 
 from collections.abc import Callable, Sequence
+import re
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from flextok_jax.parallel import batching
 from flextok_jax.weights import fingerprints
 
 Condition = int | str | None  # a class, a prompt, or unconditional
+_NAME_LENGTH = 40  # characters of a prompt in a file's name
 
 
 def read_prompts(path: str) -> list[str]:
@@ -26,6 +28,30 @@ def read_prompts(path: str) -> list[str]:
   prompts = [line.strip() for line in files.lines(text.rstrip())]
   check_prompts("prompts_file", prompts)
   return prompts
+
+
+def read_texts(listed: str | None, path: str | None) -> list[str]:
+  """Returns the prompts of the flags --prompts, separated by semicolons, or --prompts_file; [] if neither is given.
+
+  Raises:
+    FileNotFoundError, ValueError: see read_prompts; or a prompt is empty.
+  """
+  if path is not None:
+    return read_prompts(path)
+  if listed is None:
+    return []
+  texts = [prompt.strip() for prompt in listed.split(";")]
+  check_prompts("--prompts", texts)
+  return texts
+
+
+def condition_name(condition: Condition) -> str:
+  """Returns a condition's part of a file name; "" for none."""
+  if isinstance(condition, int):
+    return f"class_{condition}"
+  if not condition:
+    return ""
+  return re.sub(r"\W+", "_", condition.lower())[:_NAME_LENGTH].strip("_") or "prompt"
 
 
 def check_prompts(name: str, prompts: Sequence[str]) -> None:

@@ -252,7 +252,10 @@ def search(
     rows = min(size, count - first)
     found.append(jax.tree.map(lambda x: x[:rows], facts.search(which, rows)))  # noqa: B023 called at once
   ids, scores, *steps = jax.tree.map(lambda *x: np.concatenate(x), *found)
-  images = None if model is None else facts.decode_all(ids)
+  images, (_, number) = None, ids.shape[:2]
+  if model is not None:
+    images = facts.decode(ids.reshape(count * number, -1), np.repeat(np.arange(count), number))
+    images = images.reshape(count, number, *images.shape[1:])
   decoded = sum(int(step[2].max()) for step in steps) if needs_images(verifier) else 0
   return Result(ids, images, scores, tuple(Step(kept, best) for kept, best, _ in steps), decoded)
 
@@ -383,7 +386,7 @@ class _Facts:
     ids, log_probs, which = ids[some], log_probs[some], which[some]
     candidates = Candidates(
       ids=ids,
-      images=self._decode(ids, which) if needs_images(self.verifier) else None,
+      images=self.decode(ids, which) if needs_images(self.verifier) else None,
       prompts=None if self.prompts is None else [self.prompts[i] for i in which],
       labels=None if self.labels is None else np.asarray(self.labels)[which],
       which=which,
@@ -400,22 +403,28 @@ class _Facts:
     every[some] = np.maximum(scores, np.finfo(np.float64).min)
     return every
 
-  def _decode(self, ids: np.ndarray, which: np.ndarray) -> np.ndarray:
-    """Returns the pictures of sequences, all of a prompt from its noise."""
+  def decode(self, ids: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """Returns the pictures float32 [n, h, w, 3] of sequences [n, tokens] of the prompts `which` [n]."""
     assert self.model is not None
-    noise_keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, np.uint32(2**32 - 1))
-    if self.prior.stop_id is None:
-      keep_k = np.full(len(ids), ids.shape[1], np.int32)
-    else:
-      keep_k = (ids != self.prior.stop_id).sum(1).astype(np.int32)  # it fills up from the end on
-    ids = np.where(np.arange(ids.shape[1]) < keep_k[:, None], ids, 0)
-    return batches.decode_rows(self.model, ids, keep_k, noise_keys[which], self.plan.batch_size)
+    return decode(self.model, ids, self.prior.stop_id, self.keys[which], self.plan.batch_size)
 
-  def decode_all(self, ids: np.ndarray) -> np.ndarray:
-    """Returns the pictures float32 [p, n, h, w, 3] of ids [p, n, tokens]."""
-    count, number = ids.shape[:2]
-    images = self._decode(ids.reshape(count * number, -1), np.repeat(np.arange(count), number))
-    return images.reshape(count, number, *images.shape[1:])
+
+def decode(
+  model: tokenizer.FlexTok, ids: np.ndarray, stop_id: int | None, keys: jax.Array, batch_size: int
+) -> np.ndarray:
+  """Returns the pictures float32 [n, h, w, 3] in [-1, 1] that a search shows its verifier.
+
+  Args:
+    model: the tokenizer.
+    ids: int32 [n, tokens]; the stop id from the end of a sequence on.
+    stop_id: of the generator; None without one.
+    keys: of each sequence's prompt [n], from which its noise is drawn.
+    batch_size: pictures at once.
+  """
+  noise_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, np.uint32(2**32 - 1))
+  keep_k = np.full(len(ids), ids.shape[1]) if stop_id is None else (ids != stop_id).sum(1)
+  ids = np.where(np.arange(ids.shape[1]) < keep_k[:, None], ids, 0)
+  return batches.decode_rows(model, ids, keep_k.astype(np.int32), noise_keys, batch_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from flextok_jax.core.errors import quote
 from flextok_jax.core.images import to_float
+from flextok_jax.inference.scenes import Scenes
 from flextok_jax.parallel import batching
 from flextok_jax.weights.perception import files, networks
 
@@ -199,7 +200,7 @@ class Ensemble:
 
 
 _REFERENCES = ("psnr", "lpips", "dreamsim", "dinov2")
-NAMES = ("clip", "likelihood", "step_likelihood", "top1", "aesthetic", *_REFERENCES)
+NAMES = ("clip", "likelihood", "step_likelihood", "top1", "aesthetic", "scenes", *_REFERENCES)
 
 
 def make(
@@ -227,6 +228,8 @@ def make(
     return verifier
   if verifier in ("likelihood", "step_likelihood"):
     return Likelihood(verifier == "step_likelihood")
+  if verifier == "scenes":
+    return Scenes()
   networked: dict[str, Callable] = {"clip": Clip, "top1": Top1, "aesthetic": Aesthetic}
   if verifier in networked:
     return networked[verifier](weights)

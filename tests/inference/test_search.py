@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import flextok_jax
-from flextok_jax.inference import search, verifiers
+from flextok_jax.inference import batches, search, verifiers
 from flextok_jax.inference import tokenizer as api
+from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from tests.inference.test_generator import KEY, LABELS, forced_log_probs, tiny
 from tests.support.tiny import make_params, tiny_config
@@ -24,6 +25,13 @@ def table(candidates):
 
 
 table.needs_images = False
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  """Eight virtual devices would search for eight prompts."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  monkeypatch.setattr(batches, "local_mesh", lambda: mesh)
 
 
 def plain_beam(gen, score, counts, width, candidates, first, lookahead=0, scale=2.0):
@@ -98,8 +106,8 @@ def test_likelihoods_are_those_of_teacher_forcing():
   np.testing.assert_array_equal(seen[0].labels, np.repeat(LABELS, 2))
 
 
-def test_a_prompt_depends_on_its_key_alone():
-  """Whatever the batch size and its neighbours; and the candidates of a beam differ at the first new token."""
+def test_a_prompt_depends_on_its_key_alone(monkeypatch):
+  """Not on batch size, devices and neighbours; and the candidates of a beam differ at the first new token."""
   gen, seen = tiny("text_stop"), []
 
   def note(candidates):
@@ -109,7 +117,9 @@ def test_a_prompt_depends_on_its_key_alone():
   note.needs_images = False
   prompts, keys = ["red", "blue", "ä"], jax.random.split(KEY, 3)
   settings = dict(verifier=note, guidance_scale=1.5, beam_width=2, candidates=3, schedule=(1, 3, 8), num_results=2)
-  together = gen.search(keys, prompts=prompts, batch_size=128, **settings)
+  with monkeypatch.context() as patch:
+    patch.setattr(batches, "local_mesh", lambda: sharding.make_mesh(devices=jax.devices()[:4]))
+    together = gen.search(keys, prompts=prompts, batch_size=128, **settings)
   assert len(np.unique(seen[0].reshape(3, 3), axis=1)) == 3 and (np.diff(np.sort(seen[0].reshape(3, 3))) > 0).all()
   for i in range(3):
     alone = gen.search(keys[i : i + 1], prompts=prompts[i : i + 1], batch_size=1, **settings)
@@ -130,7 +140,7 @@ def test_best_of_n_is_the_best_of_its_samples():
   note.needs_images = False
   settings = dict(algorithm="best_of_n", candidates=7, num_results=2, batch_size=4)
   result = tiny("class").search(KEY, verifier=note, labels=LABELS, **settings)
-  (ids,) = seen
+  ids = np.concatenate(seen)
   assert len(np.unique(ids, axis=0)) > 15
   scores = sum(PLACES[i, column] for i, column in enumerate(ids.T)).reshape(3, 7)
   np.testing.assert_allclose(result.scores, -np.sort(-scores)[:, :2])

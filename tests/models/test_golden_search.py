@@ -2,11 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import flextok_jax
+from flextok_jax.inference import batches
+from flextok_jax.parallel import sharding
 from tests.conftest import SHARED
 
 pytestmark = pytest.mark.skipif(SHARED is None, reason="needs the golden set, ../shared/golden_search")
@@ -18,6 +21,13 @@ def generator():
   path = SHARED / "golden_ar" / "ar_t2i.safetensors"
   settings = json.loads((SHARED / "golden_ar" / "ar_t2i_config.json").read_text())
   return flextok_jax.load_ar(path, "float32", **settings), load_file(SHARED / "golden_ar" / "ar_t2i_io.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  """Eight virtual devices would search for eight prompts."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  monkeypatch.setattr(batches, "local_mesh", lambda: mesh)
 
 
 def table(recorded):

@@ -15,6 +15,7 @@ from flextok_jax.config import with_fields
 from flextok_jax.inference import tokenizer as api
 from flextok_jax.models.tokenizer.flextok import Sampler, sample_latents, sample_path
 from flextok_jax.ops import flow, fsq
+from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.tokenizer import make_model
 from tests.support.tiny import make_params, tiny_config
@@ -156,6 +157,22 @@ def test_buckets_have_the_plain_loss_and_gradients_reach_the_student_alone():
       assert not np.any(grad) and not np.any(other), path
   trained, frozen = jax.eval_shape(built()[0].init, jax.random.key(0))
   assert set(trained) == {"decoder"} and set(frozen) == {"encoder"}
+
+
+def test_many_devices_compute_the_same_as_one():
+  """Each holds whole groups of rows; its own states and paths are computed in the step."""
+  config = with_fields(student_config(), {"tokens.bucket_rows": 2})
+  stage, params = make_stage(config), built()[1]
+  latents = np.random.default_rng(6).normal(size=(8, 16, 16, 3)).astype(np.float32)
+  fn = jax.jit(jax.value_and_grad(lambda p, x: stage.latents_loss(p, x, jax.random.key(7))[0]))
+  mesh = sharding.make_mesh(devices=jax.devices()[:4])
+  spread = jax.device_put(latents, sharding.batch_sharding(mesh))
+  everywhere = jax.device_put(params, sharding.replicated(mesh))
+  (loss, grads), (one_loss, one) = jax.device_get((fn(everywhere, spread), fn(params, latents)))
+  np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()), grads["decoder"], one["decoder"]
+  )
 
 
 def test_a_student_decodes_without_guidance():

@@ -16,7 +16,7 @@ _ARGUMENTS = {
   "flextok": list(flextok.MODELS),
   "photos_vae": ["", "next"],
   "quickstart": ["", "coarse", "scratch"],
-  "shapes": ["", "coarse"],
+  "shapes": ["", "coarse", "grid"],
   "shapes_ar": ["", "text", "stop"],
   "vae": list(vae.CHANNELS),
 }
