@@ -3,6 +3,8 @@
 python -m flextok_jax.study --checkpoint=TOKENIZER --out=DIR [--study=tokens,variation,halting] [--metrics=psnr,ssim]
 python -m flextok_jax.study --checkpoint=TOKENIZER --out=DIR --study=steps [--step_counts=1,2,4]
 python -m flextok_jax.study --checkpoint=STUDENT --teacher=TOKENIZER --out=DIR --study=steps [--step_counts=1,2,4]
+python -m flextok_jax.study --checkpoint=TOKENIZER --grid=GRID --out=DIR --study=order
+    [--generator=GENERATOR --grid_generator=GENERATOR]
 python -m flextok_jax.study --checkpoint=TOKENIZER --generator=GENERATOR --out=DIR [--study=sampling]
     [--classes=0,3,7 | --prompts_file=FILE] [--temperatures=0.5,1] [--top_ps=0,0.9] [--decoder_scales=1,4]
 
@@ -10,6 +12,7 @@ python -m flextok_jax.study --checkpoint=TOKENIZER --generator=GENERATOR --out=D
   variation  differences between decodes of the same tokens from different noises, against the number of tokens
   halting    quality at the lengths that quality thresholds choose, and lengths against the number of objects
   steps      decoders with fewer steps, and a student beside its teacher: fidelity, variation, seconds
+  order      ordered tokens beside those of a 2D grid: reconstructions from the first tokens, loss by position, samples
   sampling   samples by the generator's choices of tokens against the decoder's guidance and steps
 
 Writes STUDY.json, STUDY.png and STUDY_grid.png for each study, and report.md and report.html of all studies in DIR.
@@ -33,7 +36,7 @@ from flextok_jax.evals.metrics import reference
 from flextok_jax.evals.progress import Progress
 from flextok_jax.evals.reconstruction import RFID
 from flextok_jax.evals.report import Report, write_document
-from flextok_jax.evals.studies import halting, sampling, steps, tokens, variation
+from flextok_jax.evals.studies import halting, order, sampling, steps, tokens, variation
 from flextok_jax.evals.studies.subject import Subject
 from flextok_jax.inference import decoding, prompts
 from flextok_jax.inference.generator import load_ar
@@ -56,10 +59,10 @@ _SAMPLERS = {"decoder_scales": ("guidance_scale", float), "decoder_step_counts":
 _ONLY = {  # flags of some studies
   ("variation", "steps"): ("num_decodes",),
   ("steps",): ("teacher", "step_counts"),
+  ("order",): ("grid", "grid_generator"),
+  ("order", "sampling"): ("generator", "setting"),
   ("halting",): ("quality_metric", "qualities"),
   ("sampling",): (
-    "generator",
-    "setting",
     "classes",
     "prompts_file",
     "num_samples",
@@ -80,8 +83,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   texts(
     "study",
     ["all"],
-    f"From {', '.join(STUDIES)}; or 'all', without sampling if there is no --generator, and steps "
-    "if there is no --teacher.",
+    f"From {', '.join(STUDIES)}; or 'all', without sampling if there is no --generator, steps if there is no "
+    "--teacher, and order if there is no --grid.",
   )
   string("checkpoint", None, "A tokenizer: file, folder or hub repository.")
   cli.define_config_flag("Settings of data, eval and sampler; default: the checkpoint's own.", values)
@@ -104,6 +107,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   texts("step_counts", [1, 2, 4, 8], "Study steps: numbers of steps, besides the tokenizer's own.")
   string("quality_metric", None, "Study halting: the metric of the thresholds; default: the first of --metrics.")
   texts("qualities", [], "Study halting: thresholds; default: the mean at each number of tokens.")
+  string("grid", None, "Study order: a tokenizer whose tokens are on a grid.")
+  string("grid_generator", None, "Study order: a generator of its tokens; --generator: one of the other tokens.")
   string("generator", None, "Study sampling, as the following flags: a generator, file, folder or hub repository.")
   cli.define_setting_flag(values)
   texts("classes", [], "Class numbers; default: all.")
@@ -198,6 +203,30 @@ def _study_steps(values: flags.FlagValues, subject: Subject, progress: Progress)
   )
 
 
+def _study_order(values: flags.FlagValues, subject: Subject, progress: Progress) -> Callable[[], Report]:
+  c = subject.config
+  config, params = loading.load(values.grid)
+  layouts = c.tokens.layout, config.tokens.layout
+  if layouts != ("registers", "grid") or config.image_size != c.image_size:
+    raise ValueError(
+      "--checkpoint and --grid must be tokenizers of ordered tokens and of a grid, for images of one size; their "
+      f"layouts are {layouts[0]!r} and {layouts[1]!r}, their sizes {c.image_size} and {config.image_size}"
+    )
+  fields = {f"eval.{name}": c.eval[name] for name in c.eval} | {"seed": c.seed}
+  fields |= {
+    f"data.sources.{name}.{field}": x for name, source in c.data.sources.items() for field, x in source.items()
+  }
+  config = with_fields(config, fields)
+  grid = Subject(config, params, subject.metrics, subject.mesh)
+  generators, settings = {}, {"grid": hash_tree({}, params, exact=True)}
+  for flag, label, tokenizer in (("generator", "ordered", subject), ("grid_generator", "grid", grid)):
+    if values[flag].value:
+      gen = load_ar(str(values[flag].value), mesh=subject.mesh, **cli.parse_settings(values.setting))
+      prompts.check_tokenizer(FlexTok(tokenizer.params, tokenizer.config), gen, f"the tokenizer of --{flag}")
+      generators[label], settings[flag] = gen, hash_tree({}, gen.params, exact=True)
+  return functools.partial(order.study, progress, {"ordered": subject, "grid": grid}, generators, settings)
+
+
 def _study_halting(values: flags.FlagValues, subject: Subject, progress: Progress) -> Callable[[], Report]:
   metric = values.quality_metric or next(iter(subject.metrics))
   return functools.partial(halting.study, progress, subject, metric, cli.numbers("qualities", values.qualities, float))
@@ -247,6 +276,7 @@ STUDIES = {
   "variation": _study_variation,
   "halting": _study_halting,
   "steps": _study_steps,
+  "order": _study_order,
   "sampling": _study_sampling,
 }
 
@@ -291,6 +321,10 @@ def _check_flags(values: flags.FlagValues) -> list[str]:
     chosen.remove("sampling")
   if "steps" in chosen and not ("steps" in values.study or values.teacher):
     chosen.remove("steps")
+  if "order" in chosen and not values.grid:
+    if "order" in values.study:
+      raise ValueError("--study=order needs --grid, a tokenizer whose tokens are on a grid")
+    chosen.remove("order")
   for studies, names in _ONLY.items():
     for name in names:
       if not set(studies) & set(chosen) and values[name].present:

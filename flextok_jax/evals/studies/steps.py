@@ -6,7 +6,6 @@ import itertools
 import time
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.evals import charts, grids
@@ -16,8 +15,6 @@ from flextok_jax.evals.progress import Progress
 from flextok_jax.evals.report import Report, Table, make_study_report
 from flextok_jax.evals.studies.subject import Subject
 from flextok_jax.models.tokenizer.flextok import Sampler
-from flextok_jax.ops import distances
-from flextok_jax.parallel.batching import Batched
 
 NAME = "steps"
 _SHOWN = 2  # decodes of an image in the picture
@@ -87,13 +84,7 @@ def study(
     settings: other settings that the results depend on.
   """
   counts, num_examples = subject.counts, subject.config.eval.grid_images
-  statistics = Batched(
-    lambda _, images: distances.statistics(images.astype(jnp.float32) / 127.5 - 1),
-    (),
-    subject.config.eval.batch_size,
-    subject.mesh,
-  )
-  gaussian = lambda images: _gaussian(statistics(images.reshape(-1, *images.shape[-3:])))
+  gaussian = lambda images: subject.gaussian(images.reshape(-1, *images.shape[-3:]))
   make = functools.cache(lambda label: decoders[label].subject.make_decode({"num_steps": decoders[label].num_steps}))
 
   def decode(label: str, name: str, count: int) -> tuple[np.ndarray, float]:
@@ -166,12 +157,6 @@ def study(
     functools.partial(charts.curves, panels, "evaluations per image", ticks),
     functools.partial(grids.below, pictures),
   )
-
-
-def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  moments = frechet.Moments(features.shape[1])
-  moments.add(features)
-  return moments.mean, moments.covariance()
 
 
 def _picture(images: np.ndarray, decodes: Mapping[str, np.ndarray]) -> Any:

@@ -12,9 +12,10 @@ import numpy as np
 from flextok_jax.config import with_fields
 from flextok_jax.core import images as images_lib
 from flextok_jax.data import pipeline
+from flextok_jax.evals.metrics import frechet
 from flextok_jax.evals.metrics.image import Metric, make_compare
 from flextok_jax.inference import decoding
-from flextok_jax.ops import nested
+from flextok_jax.ops import distances, nested
 from flextok_jax.parallel.batching import Batched, replicate
 from flextok_jax.stages import make_stage
 from flextok_jax.training import inputs
@@ -62,6 +63,18 @@ class Subject:
   def encoded(self, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns (images uint8 [n, h, w, 3], ids int32 [n, num_registers]) of an evaluation set."""
     return self.sets[name]["image"], self._ids[name]
+
+  @functools.cached_property
+  def _statistics(self) -> Batched:
+    compute = lambda _, images: distances.statistics(images.astype(jnp.float32) / 127.5 - 1)
+    return Batched(compute, (), self.config.eval.batch_size, self.mesh)
+
+  def gaussian(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and covariance of fixed filters (distances.statistics) over images uint8 [n, h, w, 3]."""
+    features = self._statistics(images)
+    moments = frechet.Moments(features.shape[1])
+    moments.add(features)
+    return moments.mean, moments.covariance()
 
   def decode_by_image(self, sampler: Mapping[str, Any]) -> Callable:
     """Returns decoding.decoder_by_image of the tokenizer, with other settings of its sampler."""
