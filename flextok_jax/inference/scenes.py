@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from flextok_jax.data.sources import synthetic
+from flextok_jax.inference import batches
 from flextok_jax.models.perception.scenes import SceneClassifier
 from flextok_jax.parallel import batching
 from flextok_jax.weights.perception import files
@@ -70,7 +71,7 @@ class Scenes:
       ]
       return sum(chosen[1:], chosen[0])
 
-    self._score = batching.Batched(score, _load(path), 128)
+    self._score = batching.Batched(score, _load(path), 128, batches.local_mesh())
 
   def __call__(self, candidates: "Candidates") -> np.ndarray:
     """See verifiers."""

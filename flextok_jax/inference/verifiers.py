@@ -15,6 +15,7 @@ import numpy as np
 
 from flextok_jax.core.errors import quote
 from flextok_jax.core.images import to_float
+from flextok_jax.inference import batches
 from flextok_jax.inference.scenes import Scenes
 from flextok_jax.parallel import batching
 from flextok_jax.weights.perception import files, networks
@@ -43,7 +44,7 @@ class _OfImages:
   """A network's scores of images [n, h, w, 3] in [0, 1] and of one more array [n, ...]."""
 
   def __init__(self, network: Any, score: Callable):
-    self._score = batching.Batched(score, network, _BATCH)
+    self._score = batching.Batched(score, network, _BATCH, batches.local_mesh())
 
   def __call__(self, images: np.ndarray, facts: np.ndarray) -> np.ndarray:
     return self._score(_UNIT(images), np.asarray(facts))

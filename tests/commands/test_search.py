@@ -1,6 +1,10 @@
 """python -m flextok_jax.search: files, resuming, processes, bad flags."""
 
 import json
+import os
+from pathlib import Path
+import subprocess
+import sys
 
 import numpy as np
 from PIL import Image
@@ -11,7 +15,7 @@ from flextok_jax import detokenize, search
 from flextok_jax.inference import search as search_lib
 from flextok_jax.inference import validation
 from tests.support import tiny_generators
-from tests.support.commands import fails, read_folder, run
+from tests.support.commands import ROOT, environment, fails, read_folder, run
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +36,17 @@ def arguments(saved, tmp_path_factory):
 
 
 def test_results_are_those_of_the_api(saved, arguments, tmp_path, monkeypatch, capsys):
-  """And of the parts in which an interrupted search resumes."""
+  """Of two processes, and of the parts in which an interrupted search resumes."""
   monkeypatch.setattr(search, "_PER_PART", 1)
-  run(search, f"--out={tmp_path / 'out'}", *arguments)
+  env = environment(1, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+  script = (
+    "from flextok_jax import cli, search; search._PER_PART = 1; search.define_flags(); "
+    "cli.run(lambda: search.main(search.flags.FLAGS))"
+  )
+  command = ["bash", "launch/local.sh", "2", "python", "-c", script, f"--out={tmp_path / 'out'}", *arguments]
+  done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=600)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert done.stdout.count("searches_0: computed before") == 1 and done.stdout.count("wrote to") == 1
   document = json.loads((tmp_path / "out" / "search.json").read_text())
   assert document["decoded_per_search"] == 3 + 6
   model, gen = flextok_jax.load(saved["tokenizer"]), flextok_jax.load_ar(saved["class"])
