@@ -96,7 +96,8 @@ def decoder(config: ConfigDict, slots: int) -> int:
   """
   part, (count, size) = config.decoder, patches(config, config.decoder)
   if config.tokens.layout == "grid":
-    ends = linear(count, len(config.tokens.levels), part.width) + 2 * linear(count, size, part.width)
+    embedded = linear(config.tokens.num_registers, len(config.tokens.levels), part.width)
+    ends = embedded + 2 * linear(count, size, part.width)
     return ends + blocks(part, count, count)
   ends = linear(slots, len(config.tokens.levels), part.width) + 2 * linear(count, size, part.width)
   return ends + blocks(part, count, count + slots)

@@ -126,6 +126,16 @@ def test_inference(job):
   assert fast == sorted(set(fast)) and fast[0] < counts[0]["plain"] and fast[-1] <= counts[0]["plain"]
 
 
+def test_a_grid():
+  """The decoder costs the same for any number of tokens; its patches are half as large as the encoder's here."""
+  grid = dict(layout="grid", num_registers=16, nested_dropout="none", bucket_rows=4)
+  config = small_config(tokens=grid, encoder=dict(patch_size=4), decoder=dict(modulation="shared"))
+  few, all_tokens = (check(config, "detokenize", count)["fast"] for count in (1, 16))
+  assert few == pytest.approx(all_tokens, rel=0.01)
+  check(config, "tokenize", 16)
+  check(config, "train")
+
+
 def test_training():
   counts = check(small_config(), "train")
   assert counts["fast"] < 0.85 * counts["plain"]

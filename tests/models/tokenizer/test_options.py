@@ -223,6 +223,25 @@ def test_gradients_reach_every_parameter_and_all_have_named_axes():
     assert np.isfinite(grad).all() and (grad != 0).any(), jax.tree_util.keystr(path)
 
 
+def test_a_grid_trains_alike_on_both_paths():
+  """The same loss and gradients with buckets and without; they reach every parameter."""
+  config = config_of(
+    tokens=GRID | dict(levels=LEVELS, null_prob=0.25, bucket_rows=4), decoder=dict(modulation="shared")
+  )
+  batch = {"image": np.random.default_rng(0).integers(0, 256, (4, 20, 20, 3), np.uint8)}
+  found = []
+  for fast in (True, False):
+    config.fast = fast
+    stage = make_stage(config)
+    params = fill(nn.unbox(jax.eval_shape(stage.init, jax.random.key(0))[0]))
+    loss = lambda params, stage=stage: stage.loss_fn(params, batch, jax.random.key(0), 0)[0]
+    found.append(jax.device_get(jax.jit(jax.value_and_grad(loss))(params)))
+  (loss, grads), (plain_loss, plain) = found
+  np.testing.assert_allclose(loss, plain_loss, rtol=1e-5)
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(plain)):
+    assert np.abs(b).max() > 0 and np.abs(a - b).max() < 2e-5 * np.abs(b).max(), jax.tree_util.keystr(path)
+
+
 OWN = {"num_registers", "layout", "code_dim", "dtype", "remat", "attention", "parent", "name"}  # from elsewhere
 
 
