@@ -47,7 +47,8 @@ def to_official(config: Mapping[str, Any]) -> dict[str, Any]:
   for name, value in (("stage", "tokenizer"), ("vae.kind", "autoencoder_kl")):
     if get(name) != value:
       raise ValueError(f"{name} must be {value!r} to be written as an official configuration, got {get(name)!r}")
-  if _is_grid(config) and get("decoder.patch_size") != get("encoder.patch_size"):
+  grid = _choose("tokens.layout", get("tokens.layout"), {"registers": False, "grid": True})
+  if grid and get("decoder.patch_size") != get("encoder.patch_size"):
     raise ValueError(
       f"decoder.patch_size must be {get('encoder.patch_size')}, that of the encoder, for tokens on a grid to be "
       f"written as an official configuration, got {get('decoder.patch_size')}"
@@ -81,7 +82,7 @@ def to_official(config: Mapping[str, Any]) -> dict[str, Any]:
       tokens_write_key="tokens",
       levels=list(get("tokens.levels")),
       drop_quant_p=0.0,
-      **_non_default("FSQ", packed_call=not _is_grid(config)),
+      **_non_default("FSQ", packed_call=not grid),
     ),
     flow_matching_noise_module=_module(
       "MinRFNoiseModule",
@@ -108,10 +109,6 @@ def to_official(config: Mapping[str, Any]) -> dict[str, Any]:
   widths = {half: _field(config, f"{half}.width") for half in multipliers}
   from_official(official, mup_base_width=_mup_base_width(multipliers, widths))
   return official
-
-
-def _is_grid(config: Mapping[str, Any]) -> bool:
-  return _choose("tokens.layout", _field(config, "tokens.layout"), {"registers": False, "grid": True})
 
 
 def _field(config: Mapping[str, Any], name: str) -> Any:
@@ -256,7 +253,7 @@ def _shared(
 
 def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
   get = lambda name: _field(config, f"encoder.{name}")
-  number, grid = _field(config, "tokens.num_registers"), _is_grid(config)
+  number, grid = _field(config, "tokens.num_registers"), _field(config, "tokens.layout") == "grid"
   packed = ["enc_patches"] if grid else ["enc_patches", "enc_registers"]
   mask = dict(mask_mode="full" if grid else "causal_last")
   embed, positions, packer, transformer, unpacker = _shared(
@@ -297,7 +294,7 @@ def _encoder(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
   get = lambda name: _field(config, f"decoder.{name}")
-  width, grid = get("width"), _is_grid(config)
+  width, grid = get("width"), _field(config, "tokens.layout") == "grid"
   per_segment = _choose("decoder.modulation", get("modulation"), {"per_segment": True, "shared": False})
   single_null_token = _choose(
     "decoder.null_condition", get("null_condition"), {"learned": False, "single": True, "zero": None}
