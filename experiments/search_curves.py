@@ -26,17 +26,21 @@ from flextok_jax.evals import charts, grids
 from flextok_jax.inference.scenes import HEADS
 
 SCHEDULE = (1, 2, 4, 8, 16)
-WIDTHS = ((1, 4), (2, 2), (2, 4), (4, 4), (3, 7))  # (beam width, candidates)
+WIDTHS = ((2, 2), (2, 4), (3, 7))  # (beam width, candidates)
 RUNS = {
   **{f"best of N, {n}": dict(algorithm="best_of_n", candidates=n) for n in (1, 4, 18, 36, 68, 91)},
   **{f"beam, {w} x {c}": dict(beam_width=w, candidates=c, schedule=SCHEDULE) for w, c in WIDTHS},
   **{
+    f"beam from 4 tokens, {w} x {c}": dict(beam_width=w, candidates=c, schedule=SCHEDULE[2:])
+    for w, c in ((2, 4), (3, 8), (4, 10))
+  },
+  **{
     f"lookahead, {w} x {c}": dict(algorithm="lookahead", lookahead=-1, beam_width=w, candidates=c, schedule=SCHEDULE)
-    for w, c in WIDTHS
+    for w, c in WIDTHS[1:]
   },
   **{
     f"branching last, {w} x {c}": dict(branching="last", beam_width=w, candidates=c, schedule=SCHEDULE)
-    for w, c in WIDTHS
+    for w, c in WIDTHS[1:]
   },
 }
 

@@ -7,28 +7,35 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from flextok_jax.evals.pictures import show_grid, to_pil
   from flextok_jax.inference.generator import ARGenerator, load_ar
   from flextok_jax.inference.search import UniformPrior
   from flextok_jax.inference.tokenizer import FlexTok, load
 
 __version__ = "0.1.0"
-__all__ = ["ARGenerator", "FlexTok", "UniformPrior", "__version__", "load", "load_ar"]
+__all__ = ["ARGenerator", "FlexTok", "UniformPrior", "__version__", "load", "load_ar", "show_grid", "to_pil"]
 
 
 _MODULES = {
-  "FlexTok": "tokenizer",
-  "load": "tokenizer",
-  "ARGenerator": "generator",
-  "load_ar": "generator",
-  "UniformPrior": "search",
+  "FlexTok": "inference.tokenizer",
+  "load": "inference.tokenizer",
+  "ARGenerator": "inference.generator",
+  "load_ar": "inference.generator",
+  "UniformPrior": "inference.search",
+  "to_pil": "evals.pictures",
+  "show_grid": "evals.pictures",
 }
+
+
+def __dir__() -> list[str]:
+  return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:
   # Imported at the first use: commands set up jax before it starts.
   if name not in _MODULES:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  return getattr(importlib.import_module(f"{__name__}.inference.{_MODULES[name]}"), name)
+  return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def _add_configs() -> None:

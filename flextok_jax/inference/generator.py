@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import os
@@ -16,7 +16,7 @@ import numpy as np
 
 from flextok_jax.data.text import make_tokenizer
 from flextok_jax.inference import priors, search, text_encoder, validation, verifiers
-from flextok_jax.inference.tokenizer import FlexTok
+from flextok_jax.inference.tokenizer import FlexTok, describe
 from flextok_jax.inference.validation import Array
 from flextok_jax.models.ar import sampling
 from flextok_jax.models.ar.generator import Generator
@@ -24,6 +24,7 @@ from flextok_jax.stages.ar import make_generator
 from flextok_jax.weights import loading, saving
 from flextok_jax.weights.official import generator as official_generator
 
+Schedule = float | Callable[[int], float]  # a number, or a function of the token's number from 0
 Text = tuple[Array, Array]  # features [b, t, f] and lengths int32 [b]
 
 
@@ -33,7 +34,8 @@ def load_ar(
   """Loads a generator of token ids.
 
   Args:
-    source: a workdir, folder or weights file of ours; or one in the released format (FlexAR): a .safetensors file, or
+    source: the name of a generator that ships, such as "shapes_ar"; a workdir, folder or weights file of ours; or one
+      in the released format (FlexAR): a .safetensors file, or
       a folder or a repository of the Hugging Face hub with weights and, optionally, a configuration.
     dtype: type of the parameters and of the computation, "float32" or "bfloat16"; default: that of the config, for
       released ones float32.
@@ -46,7 +48,7 @@ def load_ar(
     ValueError: a damaged, foreign or unsupported checkpoint, or settings that contradict it.
   """
   source = validation.path("source", source)
-  if os.path.exists(source) and loading.is_ours(source):
+  if loading.is_ours(source):
     if settings:
       raise ValueError(f"{source} has its own config: no setting like {next(iter(settings))!r} can be given")
     config, params = loading.load(source, param_dtype=None, dtype=dtype, mesh=mesh)
@@ -58,7 +60,7 @@ def load_ar(
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ARGenerator:
   """A generator of token ids: its parameters and its config.
 
@@ -68,6 +70,10 @@ class ARGenerator:
 
   params: Any
   config: FrozenConfigDict
+
+  def __repr__(self) -> str:
+    a = self.config.ar
+    return f"ARGenerator({a.num_tokens} tokens of {a.num_ids:,} ids, by {a.condition}, {describe(self)})"
 
   @property
   def num_tokens(self) -> int:
@@ -125,8 +131,8 @@ class ARGenerator:
     text_lengths: Array | Sequence[int] | None = None,
     num_tokens: int | None = None,
     prefix: Array | None = None,
-    guidance_scale: float | None = None,
-    temperature: float | None = None,
+    guidance_scale: Schedule | None = None,
+    temperature: Schedule | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     greedy: bool = False,
@@ -145,9 +151,10 @@ class ARGenerator:
       text_embeddings, text_lengths: text features [b, t, f] in place of prompts, and the valid positions of each.
       num_tokens: length of the result, prefix included; default: the model's num_tokens.
       prefix: int [b, p], the first tokens, of a real image, to draw the others. One row serves all samples.
-      guidance_scale: logits are u + guidance_scale (c - u), u without class or with the empty text; 1: no guidance.
-        Default: the checkpoint's (config.ar.guidance_scale), or 1 if no condition is given.
-      temperature: logits are divided by it; default: the checkpoint's.
+      guidance_scale: logits are u + guidance_scale (c - u), u without class or with the empty text; 1: no guidance; or
+        a function of the token's number from 0. Default: the checkpoint's (config.ar.guidance_scale), or 1 if no
+        condition is given.
+      temperature: logits are divided by it; also a function of the token's number; default: the checkpoint's.
       top_k: draw from the k most likely tokens; 0: from all; default: the checkpoint's.
       top_p: draw from the most likely tokens of this total probability; 0: from all; default: the checkpoint's.
       greedy: take the most likely token.
@@ -193,8 +200,8 @@ class ARGenerator:
     prompts: Sequence[str] | None = None,
     text_embeddings: Array | None = None,
     text_lengths: Array | Sequence[int] | None = None,
-    guidance_scale: float | None = None,
-    temperature: float | None = None,
+    guidance_scale: Schedule | None = None,
+    temperature: Schedule | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     null_text_embeddings: Array | None = None,
@@ -322,8 +329,8 @@ class ARGenerator:
   def _sampler(
     self,
     conditioned: bool,
-    guidance_scale: float | None,
-    temperature: float | None,
+    guidance_scale: Schedule | None,
+    temperature: Schedule | None,
     top_k: int | None,
     top_p: float | None,
     greedy: bool,
@@ -335,7 +342,7 @@ class ARGenerator:
     temperature = own.temperature if temperature is None else temperature
     top_k = own.top_k if top_k is None else top_k
     top_p = own.top_p if top_p is None else top_p
-    sampler = validation.token_sampler(guidance_scale, temperature, top_k, top_p, greedy, self.num_ids)
+    sampler = validation.token_sampler(guidance_scale, temperature, top_k, top_p, greedy, self.num_ids, self.num_tokens)
     if sampler.guidance_scale is not None and own.condition == "none":
       raise ValueError(f"guidance_scale={guidance_scale} needs a condition, and this model has none: leave it at 1")
     return sampler

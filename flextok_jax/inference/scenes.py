@@ -9,6 +9,7 @@ from flax.traverse_util import unflatten_dict
 import jax
 import numpy as np
 
+from flextok_jax.core import assets
 from flextok_jax.data.sources import synthetic
 from flextok_jax.inference import batches
 from flextok_jax.models.perception.scenes import SceneClassifier
@@ -18,7 +19,7 @@ from flextok_jax.weights.perception import files
 if TYPE_CHECKING:
   from flextok_jax.inference.search import Candidates
 
-WEIGHTS = Path(__file__).parents[1] / "assets" / "scenes.safetensors"  # experiments/scene_classifier.py
+WEIGHTS = assets.FOLDER / "scenes.safetensors"  # experiments/scene_classifier.py
 HEADS = (  # question, number of answers; shape and colour are those of the largest object
   ("shape", len(synthetic.CLASS_NAMES)),
   ("color", len(synthetic.COLOR_NAMES)),

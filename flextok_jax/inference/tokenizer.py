@@ -40,8 +40,9 @@ def load(
   """Loads a tokenizer, or a VAE alone, which only encodes and decodes latents.
 
   Args:
-    source: a repository of the Hugging Face hub ("EPFL-VILAB/flextok_d18_d28_dfn"), an official .safetensors file or
-      folder, a folder of diffusers' AutoencoderKL, or a workdir, folder or weights file of ours.
+    source: the name of a model that ships, such as "quickstart"; a repository of the Hugging Face hub
+      ("EPFL-VILAB/flextok_d18_d28_dfn"), an official .safetensors file or folder, a folder of diffusers' AutoencoderKL,
+      or a workdir, folder or weights file of ours.
     dtype: type of the parameters and of the computation, "float32" or "bfloat16"; default: that of the config, for
       official checkpoints float32. The VAE has its own (float32 in official checkpoints).
     vae_norm_num_groups: groups of the VAE's GroupNorms, which official files do not state (32 in the released models).
@@ -62,11 +63,13 @@ def load(
     image_size=None if image_size is None else validation.at_least_one("image_size", image_size),
     mesh=mesh,
   )
+  if config.stage == "ar":
+    raise ValueError(f"{source} is a generator: load it by flextok_jax.load_ar")
   return FlexTok(params, FrozenConfigDict(config))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class FlexTok:
   """A tokenizer: its parameters and its config (arXiv 2502.13967).
 
@@ -76,6 +79,11 @@ class FlexTok:
 
   params: Any
   config: FrozenConfigDict
+
+  def __repr__(self) -> str:
+    c = self.config
+    tokens = f", {c.tokens.num_registers} tokens of {fsq.num_codes(c.tokens.levels):,} codes"
+    return f"FlexTok({c.image_size} px{tokens if c.stage in TOKENIZER_STAGES else ', VAE alone'}, {describe(self)})"
 
   @property
   def image_size(self) -> int:
@@ -302,6 +310,13 @@ class FlexTok:
       raise ValueError(
         f"{name} must be {side} x {side}, as each token has its place in a grid, got shape {list(shape)}"
       )
+
+
+def describe(model: Any) -> str:
+  """Returns size and type of a model's parameters: "2.5M parameters, bfloat16"."""
+  leaves = jax.tree.leaves(model.params)
+  types = dict.fromkeys(str(x.dtype) for x in leaves if hasattr(x, "dtype"))
+  return f"{sum(np.size(x) for x in leaves) / 1e6:.1f}M parameters, {' and '.join(types)}"
 
 
 def _posterior_key(key: Any) -> jax.Array | None:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from flextok_jax.config.ranges import SCALES, TEMPERATURES
-from flextok_jax.core.errors import quote
+from flextok_jax.core.errors import quote, warn_once
 from flextok_jax.data import transforms
 from flextok_jax.models.ar.sampling import TokenSampler
 from flextok_jax.models.tokenizer.flextok import Sampler
@@ -150,15 +150,17 @@ def one_key(key: Any) -> jax.Array:
 
 
 def typed_keys(key: Any) -> jax.Array:
-  """Returns one key or one per sample [b] as jax.random.key makes them."""
+  """Returns one key, also of a seed, or one per sample [b] as jax.random.key makes them."""
   found: Any = key if isinstance(key, np.ndarray | jax.Array) else np.asarray(None)
+  if isinstance(key, int | np.integer) and not isinstance(key, bool):
+    found = jax.random.key(seed(key))
   try:
     if found.dtype == np.uint32:  # of PRNGKey
       found = jax.random.wrap_key_data(found)
   except (TypeError, ValueError):  # not of the shape of keys
     pass
   if not jnp.issubdtype(found.dtype, jax.dtypes.prng_key):
-    raise ValueError(f"key must be a key like jax.random.key(seed), got {quote(key)}")
+    raise ValueError(f"key must be a key like jax.random.key(seed), or a seed, got {quote(key)}")
   if found.ndim > 1:
     raise ValueError(f"key must be one key, or one per sample [b], got keys of shape {list(found.shape)}")
   return found
@@ -214,6 +216,10 @@ def images(images: Images, image_size: int, multiple: int) -> Array:
     low, high = extent(images)
     if not -2 < low <= high < 2:  # resampled images may overshoot slightly
       raise ValueError(f"float images must lie in [-1, 1], got {low} to {high}: scale or give uint8")
+    if 0 <= low < high <= 1:
+      warn_once(
+        "float images are taken to lie in [-1, 1], and these lie in [0, 1]: if that is their range, give 2 x - 1"
+      )
   height, width = images.shape[1:3]
   if height % multiple or width % multiple:
     raise ValueError(f"images of {height} x {width} pixels: sides must be multiples of {multiple}")
@@ -407,17 +413,22 @@ def null_text(features: Any, lengths: Any, batch: int, width: int) -> tuple[Arra
 
 
 def token_sampler(
-  guidance_scale: Any, temperature: Any, top_k: Any, top_p: Any, greedy: Any, num_ids: int
+  guidance_scale: Any, temperature: Any, top_k: Any, top_p: Any, greedy: Any, num_ids: int, num_tokens: int
 ) -> TokenSampler:
-  """Returns how tokens are drawn."""
-  scale = number("guidance_scale", guidance_scale, *SCALES)
-  remedy = "; greedy=True takes the most likely token"
-  divisor = number("temperature", temperature, *TEMPERATURES, remedy)
-  mass = number("top_p", top_p, 0, 1, ", 0 for off")
+  """Returns how tokens are drawn; guidance_scale and temperature may be functions of the token's number from 0."""
   real: Any = np.float32
+
+  def scheduled(name: str, value: Any, low: float, high: float, remedy: str = "") -> Any:
+    if not callable(value):
+      return real(number(name, value, low, high, remedy))
+    return np.array([number(f"{name}({i})", value(i), low, high, remedy) for i in range(num_tokens)], np.float32)
+
+  scale = scheduled("guidance_scale", guidance_scale, *SCALES)
+  divisor = scheduled("temperature", temperature, *TEMPERATURES, "; greedy=True takes the most likely token")
+  mass = number("top_p", top_p, 0, 1, ", 0 for off")
   return TokenSampler(
-    guidance_scale=None if scale == 1 else real(scale),
-    temperature=real(divisor),
+    guidance_scale=None if np.all(scale == 1) else scale,
+    temperature=divisor,
     top_p=real(mass) if mass else None,
     top_k=whole_number("top_k", top_k, 0, num_ids),
     greedy=flag("greedy", greedy),

@@ -23,7 +23,7 @@ import numpy as np
 
 from flextok_jax import stages
 from flextok_jax.config import derive, float_dtype, parse_config, read_config, with_fields
-from flextok_jax.core import accelerators, hub, literals, tensor_file, workdirs
+from flextok_jax.core import accelerators, assets, hub, literals, tensor_file, workdirs
 from flextok_jax.core.tensor_file import TensorFile, Tensors, named
 from flextok_jax.stages.tokenizer import grid_tokens, make_model
 from flextok_jax.weights import layout, orbax
@@ -53,9 +53,9 @@ def load(
   """Loads a model.
 
   Args:
-    source: a weights file, a run's workdir, a checkpoint of it (WORKDIR/checkpoints/STEP) or a folder of ours; an
-      official .safetensors file, or folder of config.json and model.safetensors; a folder of diffusers' AutoencoderKL;
-      or a repository of the Hugging Face hub.
+    source: the name of a model that ships, such as "quickstart"; a weights file, a run's workdir, a checkpoint of it
+      (WORKDIR/checkpoints/STEP) or a folder of ours; an official .safetensors file, or folder of config.json and
+      model.safetensors; a folder of diffusers' AutoencoderKL; or a repository of the Hugging Face hub.
     param_dtype: type of all arrays; None: each part has its compute type.
     dtype: compute type that replaces the checkpoint's (official checkpoints: float32). The VAE keeps its own.
     vae_norm_num_groups: groups of the VAE's GroupNorms, which official files do not store.
@@ -90,7 +90,10 @@ def _load(source: str, options: "_Options") -> tuple[ConfigDict, dict]:
     return _load_file(source, options)
   if hub.is_repository(source):
     return _load_pair(_on_hub(source), options)
-  raise FileNotFoundError(f"no such checkpoint: {source}; give a file, a folder or a repository on Hugging Face")
+  raise FileNotFoundError(
+    f"no such checkpoint: {source}; give a file, a folder, a repository on Hugging Face, or the name of a model that "
+    f"ships: {', '.join(assets.names())}"
+  )
 
 
 def load_config(source: str | os.PathLike) -> ConfigDict:
@@ -113,6 +116,7 @@ def _is_run(source: str) -> bool:
 @contextlib.contextmanager
 def _local(source: str) -> Iterator[str]:
   """Yields a source; in place of a file or a folder of weights in a bucket, a temporary copy of it."""
+  source = assets.resolve(source)
   source = str(workdirs.resolve(source, "source")) if source.startswith(("gs:", "~")) else source
   if not workdirs.is_remote(source) or _is_run(source):
     yield source

@@ -73,7 +73,7 @@ def forced_log_probs(gen, ids, guidance_scale=1.0):
   else:
     conditional = gen.logits(read, given.get("labels"))
   logits = np.float64(conditional)
-  if guidance_scale != 1:
+  if np.any(guidance_scale != 1):
     unconditional = np.float64(gen.logits(read))
     logits = unconditional + guidance_scale * (logits - unconditional)
   if gen.stop_id:
@@ -108,6 +108,20 @@ def test_greedy_equals_teacher_forcing(name, given):
   forced = assert_log_probs(gen, ids, log_probs, given, 2.0)
   stopped = np.cumsum(ids == 24, 1) > 1
   np.testing.assert_array_equal(np.where(stopped, 24, forced.argmax(-1))[:, given:], ids[:, given:])
+
+
+def test_schedules_of_guidance_and_temperature():
+  """Numbers of each token: the greedy choice follows the scale; a constant function is the number."""
+  gen, scale = tiny("class"), lambda i: 1.0 + i % 3
+  ids, log_probs = sample(gen, None, greedy=True, guidance_scale=scale)
+  scales = np.array([scale(i) for i in range(12)])[:, None]
+  forced = assert_log_probs(gen, ids, log_probs, 0, scales)
+  np.testing.assert_array_equal(forced.argmax(-1), ids)
+  drawn = [sample(gen, guidance_scale=2.0, temperature=x)[0] for x in (1.3, lambda i: 1.3, lambda i: 1.3 + i)]
+  np.testing.assert_array_equal(drawn[0], drawn[1])
+  assert (drawn[0][:, 0] == drawn[2][:, 0]).all() and (drawn[0] != drawn[2]).any()
+  with pytest.raises(ValueError, match=r"temperature\(1\)=0 must be a number"):
+    gen.generate(KEY, labels=LABELS, temperature=lambda i: 1 - i)
 
 
 @pytest.mark.parametrize("name, given", [("text", 3), ("class_stop", 11)])

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 import skimage.data
 
 import flextok_jax
+from flextok_jax.core import errors
 from flextok_jax.inference import generator as generation
 from flextok_jax.inference import tokenizer as api
 from flextok_jax.ops import fsq
@@ -291,12 +292,12 @@ BAD = [
   (r"lie in \[-1, 1\], got nan", lambda m: m.tokenize(jnp.full((1, 32, 32, 3), jnp.nan))),
   (r"lie in \[-1, 1\], got nan", lambda m: m.tokenize(jnp.full((1, 32, 32, 3), jnp.nan, jnp.bfloat16))),
   (r"lie in \[-1, 1\], got -inf to 0", lambda m: m.encode_latents(np.full((1, 32, 32, 3), [0.0, -np.inf, 0.0]))),
-  (r"key must be a key like", lambda m: m.tokenize(np.zeros((1, 32, 32, 3), np.uint8), key=0)),
+  (r"key must be a key like", lambda m: m.tokenize(np.zeros((1, 32, 32, 3), np.uint8), key=0.5)),
   (
     r"key must be one key",
     lambda m: m.encode_latents(np.zeros((1, 32, 32, 3), np.uint8), jax.random.split(KEY["key"])),
   ),
-  (r"key must be a key like", lambda m: m.detokenize([[1]], key=0)),
+  (r"key must be a key like", lambda m: m.detokenize([[1]], key="0")),
   (r"list of sequences of whole numbers, got None", lambda m: m.detokenize(None, **KEY)),
   (r"list of sequences of whole numbers, got 5", lambda m: m.detokenize(5, **KEY)),
   (r"ids=\[1, \[2\]\] must be an array of numbers", lambda m: m.detokenize([[1, [2]]], **KEY)),
@@ -403,8 +404,55 @@ def test_bfloat16_is_close_to_float32(model, images, ids, noise):
 
 
 def test_only_public_names_are_exported():
-  assert sorted(flextok_jax.__all__) == ["ARGenerator", "FlexTok", "UniformPrior", "__version__", "load", "load_ar"]
+  names = ["ARGenerator", "FlexTok", "UniformPrior", "__version__", "load", "load_ar", "show_grid", "to_pil"]
+  assert sorted(flextok_jax.__all__) == names == dir(flextok_jax)
   assert flextok_jax.load is api.load and flextok_jax.FlexTok is api.FlexTok
   assert flextok_jax.load_ar is generation.load_ar and flextok_jax.ARGenerator is generation.ARGenerator
   with pytest.raises(AttributeError, match="no attribute 'laod'"):
     flextok_jax.laod  # noqa: B018
+
+
+# What people try first.
+
+
+def test_models_that_ship_load_by_name(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  model, gen = flextok_jax.load("shapes"), flextok_jax.load_ar("shapes_ar")
+  assert repr(model) == "FlexTok(32 px, 16 tokens of 1,000 codes, 2.5M parameters, float32)"
+  assert repr(gen) == "ARGenerator(16 tokens of 1,000 ids, by class, 1.1M parameters, float32)"
+  with pytest.raises(FileNotFoundError, match="no such checkpoint: shapez.* ships: quickstart, shapes, shapes_ar, "):
+    flextok_jax.load("shapez")
+  with pytest.raises(ValueError, match="shapes_ar is a generator: load it by flextok_jax.load_ar"):
+    flextok_jax.load("shapes_ar")
+  model.save("quickstart")  # a folder of that name is meant
+  assert flextok_jax.load("quickstart").config == model.config
+
+
+def test_a_seed_is_a_key(model, ids):
+  expected = model.detokenize(ids, key=jax.random.key(3), num_steps=1)
+  np.testing.assert_array_equal(model.detokenize(ids, key=3, num_steps=1), expected)
+  for key in (-1, True, 2**32, 1.5):
+    with pytest.raises(ValueError, match="key must be a key|seed=.* must be a whole number"):
+      model.detokenize(ids, key=key)
+
+
+def test_images_in_the_unit_range_are_named_once(model, images, monkeypatch):
+  seen = []
+  monkeypatch.setattr(errors, "_warned", set())
+  monkeypatch.setattr(errors.logging, "warning", lambda text, *args: seen.append(text % args))
+  for scaled in (images, (images + 1) / 2, (images + 1) / 2):
+    model.encode_latents(scaled)
+  assert len(seen) == 1 and "these lie in [0, 1]: if that is their range, give 2 x - 1" in seen[0]
+
+
+def test_pictures(images):
+  pictures = flextok_jax.to_pil(images)
+  assert [picture.size for picture in pictures] == [(32, 32)] * 3
+  np.testing.assert_allclose(np.asarray(pictures[1]), np.clip((images[1] + 1) * 127.5, 0, 255), atol=0.5)
+  assert flextok_jax.to_pil(np.asarray(pictures[0]))[0] == pictures[0]
+  wide, tall = flextok_jax.show_grid(images, ["a", "b", "c"]), flextok_jax.show_grid(images, columns=1)
+  assert wide.width > tall.width and wide.height < tall.height
+  with pytest.raises(ValueError, match="2 labels for 3 images"):
+    flextok_jax.show_grid(images, ["a", "b"])
+  with pytest.raises(ValueError, match=r"images must have shape \[b, h, w, 3\] or \[h, w, 3\], got \[32, 32\]"):
+    flextok_jax.to_pil(images[0, ..., 0])

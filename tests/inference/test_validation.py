@@ -83,7 +83,7 @@ BAD = {
   "prefix_count": ("class", dict(prefix=np.zeros((2, 3), int), labels=[1, 2, 3]), "prefix says 2, labels says 3"),
   "no_key": ("class", dict(key=None), "pass key=jax.random.key"),
   "keys": ("class", dict(key=jax.random.split(KEY, 2), labels=[1, 2, 3]), "labels says 3, key says 2"),
-  "key_number": ("class", dict(key=3), r"key must be a key like jax.random.key\(seed\), got 3"),
+  "key_number": ("class", dict(key=3.5), r"key must be a key like jax.random.key\(seed\), or a seed, got 3.5"),
   "key_list": ("class", dict(key=[0, 1]), "key must be a key"),
   "key_shape": ("class", dict(key=np.zeros(3, np.uint32)), "key must be a key"),
   "class_ragged": ("class", dict(labels=[1, [2]]), r"labels=\[1, \[2\]\] must be an array of numbers"),
@@ -163,7 +163,7 @@ def test_sequences_are_cut_at_the_first_stop():
 
 def test_numbers_of_numpy_and_jax_are_accepted():
   sampler = validation.token_sampler(
-    np.float64(2), jax.numpy.float32(0.5), np.int64(3), np.float32(0), np.bool_(False), 9
+    np.float64(2), jax.numpy.float32(0.5), np.int64(3), np.float32(0), np.bool_(False), 9, 4
   )
   assert sampler == TokenSampler(guidance_scale=2.0, temperature=0.5, top_p=None, top_k=3, greedy=False)
   for number in (np.int64(3), np.uint8(3), jax.numpy.int32(3), np.array(3)):

@@ -29,7 +29,7 @@ class TokenSampler:
   Attributes:
     guidance_scale: guided logits are u + guidance_scale (c - u), of the unconditional u and the conditional c; None:
       no guidance.
-    temperature: see ops/sampling.py.
+    temperature: see ops/sampling.py; this and guidance_scale are numbers, or arrays [num_tokens], one for each token.
     top_p: see ops/sampling.py; None: off.
     top_k: see ops/sampling.py; 0: off.
     greedy: takes the most likely token, whatever temperature, top_k and top_p are.
@@ -119,12 +119,17 @@ def predict(
   if sampler.guidance_scale is not None:  # before the readout, which is linear: half the rows, the same logits
     # [2 b, d] -> [b, d]
     conditional, unconditional = jnp.split(hidden.astype(jnp.float32), 2)
-    guided = sampling.guide(conditional, unconditional, sampler.guidance_scale)
+    guided = sampling.guide(conditional, unconditional, _of_token(sampler.guidance_scale, i))
     hidden = guided.astype(hidden.dtype)
   logits: Any = model.ar.apply({"params": params["ar"]}, hidden, method="logits")
   if model.ar.num_outputs > model.ar.num_ids:  # at least one token before the stop id
     logits = logits.at[:, -1].set(jnp.where(i == 0, -jnp.inf, logits[:, -1]))
   return logits, sequences.replace(carried=carried)
+
+
+def _of_token(value: float | jax.Array, i: jax.Array) -> float | jax.Array:
+  """Returns a number, or entry i of an array of one number for each token."""
+  return jnp.asarray(value)[i] if jnp.ndim(value) else value
 
 
 def append(num_ids: int, sequences: Sequences, i: jax.Array, token: jax.Array, log_prob: jax.Array) -> Sequences:
@@ -164,7 +169,7 @@ def extend(
     if sampler.greedy:
       token = logits.argmax(-1).astype(jnp.int32)
     else:
-      filtered = sampling.filter_logits(logits, sampler.temperature, sampler.top_k, sampler.top_p)
+      filtered = sampling.filter_logits(logits, _of_token(sampler.temperature, i), sampler.top_k, sampler.top_p)
       token = sampling.sample(jax.vmap(jax.random.fold_in, (0, None))(keys, i), filtered)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], -1)[:, 0]
     return i + 1, append(model.ar.num_ids, sequences, i, token, chosen)
@@ -202,7 +207,7 @@ def branch(
     scores = logits
     tokens = sampling.candidates(None, scores, candidates)
   else:
-    scores = sampling.filter_logits(logits, sampler.temperature, sampler.top_k, sampler.top_p)
+    scores = sampling.filter_logits(logits, _of_token(sampler.temperature, i), sampler.top_k, sampler.top_p)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
     tokens = sampling.candidates(keys, scores, candidates, replacement)
   log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens, -1)
