@@ -216,7 +216,8 @@ def get_config() -> ConfigDict:
   c.data.sources = ConfigDict()
   # Procedural scenes: pixels per side when drawn; "scenes", or "plain" for flat shapes on plain backgrounds.
   c.data.sources.synthetic = ConfigDict(dict(weight=0.0, render_size=64, style="scenes"))
-  c.data.sources.emoji = ConfigDict(dict(weight=0.0, path=""))  # "" finds the system's NotoColorEmoji.ttf
+  # A font, or a folder of glyphs in several styles; "" finds the system's NotoColorEmoji.ttf.
+  c.data.sources.emoji = ConfigDict(dict(weight=0.0, path=""))
   c.data.sources.photos = ConfigDict(dict(weight=0.0, min_crop=64))  # photographs of scikit-image and scikit-learn
   # A folder of pictures; class = subfolder. caption_key, label_key: fields of metadata.jsonl or metadata.csv; "": those
   # named caption or text, and label.

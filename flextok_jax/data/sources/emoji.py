@@ -1,14 +1,21 @@
-"""The colour glyphs of the Noto Color Emoji font as an image source.
+"""Emoji as an image source: the colour glyphs of the Noto Color Emoji font, or a folder of glyphs in several styles.
 
 The CBDT table of the font holds one PNG of 136x128 px per glyph. The character map and the ligatures (GSUB) map glyphs
-to code points, whose Unicode names make the caption. Glyphs that differ only in skin tone, gender, hair or direction
-share a base (`base_key`), as do all clock faces, all keycaps and all letters of flags; the split into train and
-validation is by base. Glyphs are transparent: each draw composites one onto a random background.
+to code points, whose Unicode names make the caption. A folder has FOLDER/STYLE/CODES.png, RGBA pictures with their
+code points in hexadecimal, such as `3d/1f44b-1f3fd.png`, and the caption ends with the style.
+
+Glyphs that differ only in skin tone, gender, hair or direction share a base (`base_key`), as do all clock faces, all
+keycaps and all letters of flags; the split into train and validation is by base. Glyphs are transparent: each draw
+composites one onto a random background.
 """
 
 import functools
 import io
+import itertools
 import os
+from pathlib import Path
+import re
+from typing import NamedTuple
 import unicodedata
 
 import numpy as np
@@ -228,14 +235,38 @@ def caption_of(codes: tuple[int, ...]) -> str:
 
 
 def find_font(path: str) -> str:
-  """Returns path, or the path of the system's NotoColorEmoji.ttf if path is empty."""
+  """Returns path, of a font or a folder, or the path of the system's NotoColorEmoji.ttf if path is empty."""
   for candidate in (path,) if path else FONT_PATHS:
-    if os.path.isfile(candidate):
+    if os.path.isfile(candidate) or (path and os.path.isdir(path)):
       return candidate
   missing = f"the emoji font {path} does not exist" if path else "NotoColorEmoji.ttf was not found on this system"
   raise FileNotFoundError(
     f"{missing}: install Debian's fonts-noto-color-emoji, or set data.sources.emoji.path to the font file"
   )
+
+
+class Glyph(NamedTuple):
+  """A picture: code points, the bytes of a PNG, and its style, "" in a font."""
+
+  codes: tuple[int, ...]
+  png: bytes
+  style: str = ""
+
+
+def read_folder(path: str) -> list[Glyph]:
+  """Returns the glyphs of a folder, sorted by style and name.
+
+  Raises:
+    ValueError: a file's name is not made of code points, or there is no glyph.
+  """
+  found = []
+  for file in sorted(Path(path).glob("*/*.png")):
+    if not re.fullmatch(r"[0-9a-f]{1,6}(-[0-9a-f]{1,6}){0,15}", file.stem):
+      raise ValueError(f"{file} must be named by code points in hexadecimal, such as 1f44b-1f3fd.png")
+    found.append(Glyph(tuple(int(code, 16) for code in file.stem.split("-")), file.read_bytes(), file.parent.name))
+  if not found:
+    raise ValueError(f"{path} has no glyph: files such as {path}/3d/1f44b.png")
+  return found
 
 
 def read_glyphs(path: str) -> list[tuple[tuple[int, ...], bytes]]:
@@ -280,11 +311,12 @@ class Emoji:
   """Glyphs on backgrounds, records of CANVAS x CANVAS pixels.
 
   train: endless; index i draws a base (weighted by the square root of its number of glyphs), one of its glyphs, a
-  background, a size and a position. validation: CASTS fixed draws per held-out base.
+  background, a size and a position. validation: CASTS fixed draws per held-out base. The split is the same in every
+  style.
 
   Args:
     split: "train" or "validation".
-    path: the font file; "": see find_font.
+    path: the font file, or a folder of glyphs; "": see find_font.
   """
 
   framed = True  # placed and scaled here: the pipeline resizes without cropping
@@ -294,10 +326,10 @@ class Emoji:
   def __init__(self, split: str, path: str = ""):
     self._split = split
     path = find_font(path)
-    bases: dict[tuple[int, ...], list[tuple[tuple[int, ...], bytes]]] = {}
-    for codes, png in read_glyphs(path):
-      if is_validation(codes) == (split == "validation"):
-        bases.setdefault(base_key(codes), []).append((codes, png))
+    bases: dict[tuple[int, ...], list[Glyph]] = {}
+    for glyph in read_folder(path) if os.path.isdir(path) else itertools.starmap(Glyph, read_glyphs(path)):
+      if is_validation(glyph.codes) == (split == "validation"):
+        bases.setdefault(base_key(glyph.codes), []).append(glyph)
     if not bases:
       raise ValueError(f"{path} has no bitmap of a known code point for the {split} split")
     self._bases = list(bases.values())
@@ -309,7 +341,7 @@ class Emoji:
 
   def code_points(self) -> list[tuple[int, ...]]:
     """Returns the code points of every glyph of this split."""
-    return [codes for base in self._bases for codes, _ in base]
+    return [glyph.codes for base in self._bases for glyph in base]
 
   def __getitem__(self, index: int) -> Record:
     rng = generator(self._split, index)
@@ -318,9 +350,10 @@ class Emoji:
       base = self._bases[min(int(np.searchsorted(self._cumulative, draw)), len(self._bases) - 1)]
     else:
       base = self._bases[index % len(self._bases)]
-    codes, png = base[int(pick * len(base))]
+    codes, png, style = base[int(pick * len(base))]
     glyph = Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGBA")
-    return {"image": place(glyph, rng), "label": group_of(codes), "caption": caption_of(codes), "num_objects": -1}
+    caption = caption_of(codes) + (f", {style}" if style else "")
+    return {"image": place(glyph, rng), "label": group_of(codes), "caption": caption, "num_objects": -1}
 
 
 @functools.lru_cache(maxsize=4)

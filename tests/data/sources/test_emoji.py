@@ -1,6 +1,7 @@
 """Emoji: disjoint splits, captions, draws, and font errors."""
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from flextok_jax.data.sources import emoji
@@ -89,3 +90,26 @@ def test_font_without_bitmaps():
   outline = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
   with pytest.raises(ValueError, match="has no colour bitmaps"):
     emoji.Emoji("train", outline)
+
+
+def test_a_folder_has_styles(tmp_path):
+  """The split is by base and the same in every style; captions name the style."""
+  codes = [(0x1F600 + i,) for i in range(40)] + [(0x1F44B, 0x1F3FD), (0x1F680,)]
+  for i, style in enumerate(("3d", "flat")):
+    (tmp_path / style).mkdir()
+    for j, sequence in enumerate(codes):
+      picture = Image.new("RGBA", (32, 32), (6 * j, 100 * i, 50, 255))
+      picture.save(tmp_path / style / ("-".join(f"{c:x}" for c in sequence) + ".png"))
+  train, validation = (emoji.Emoji(split, str(tmp_path)) for split in ("train", "validation"))
+  assert len(train.code_points()) + len(validation.code_points()) == 2 * len(codes)
+  assert not set(train.code_points()) & set(validation.code_points()) and (0x1F680,) in validation.code_points()
+  captions = {train[i]["caption"] for i in range(300)}
+  assert {"waving hand sign: medium skin tone, 3d", "waving hand sign: medium skin tone, flat"} < captions
+  assert {caption.rpartition(", ")[2] for caption in captions} == {"3d", "flat"}
+  assert train[3]["image"].shape == (emoji.CANVAS, emoji.CANVAS, 3)
+  (tmp_path / "3d" / "smile.png").write_bytes(b"")
+  with pytest.raises(ValueError, match="smile.png must be named by code points in hexadecimal, such as 1f44b-1f3fd"):
+    emoji.Emoji("train", str(tmp_path))
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(ValueError, match="empty has no glyph: files such as"):
+    emoji.Emoji("train", str(tmp_path / "empty"))

@@ -1,0 +1,1 @@
+"""Small models of emoji in four styles."""
