@@ -109,10 +109,12 @@ def shares(right: dict) -> dict[str, float]:
 def draw(folder: Path, runs: dict):
   """Writes the curves."""
   lines = {}
-  for i, kind in enumerate(dict.fromkeys(name.split(",")[0] for name in runs if "," in name)):
-    points = sorted((row["decoded"], 100 * row["all"]) for name, row in runs.items() if name.startswith(f"{kind},"))
+  for i, kind in enumerate(dict.fromkeys(name.split(",")[0] for name in RUNS)):
+    points = sorted(
+      (row["decoded"], 100 * row["all"]) for name, row in runs.items() if name in RUNS and name.startswith(f"{kind},")
+    )
     lines[kind] = charts.Line(*zip(*points), color=i)
-  ticks = sorted({x for line in lines.values() for x in line.x})
+  ticks = [2**i for i in range(8)]
   picture = charts.curves({"pictures with all as asked, %": lines}, "decoded candidates per picture", ticks)
   files.write_file(folder / "search_curves.png", picture)
 
