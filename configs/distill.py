@@ -9,13 +9,13 @@ The teacher is the tokenizer at init_from, a workdir or a weights file:
 
 Its paths cost more than the student's own update. Stored, they serve for many epochs:
 
-  python -m flextok_jax.tokenize --what=trajectories --checkpoint=TEACHER --config=shapes --num_images=8192 \
-      --shards=16 --out=PATHS
+  python -m flextok_jax.tokenize --what=trajectories --checkpoint=TEACHER --config=shapes --num_images=16384 \
+      --shards=32 --out=PATHS
   python -m flextok_jax.train --config=distill:shapes --workdir=DIR --config.init_from=TEACHER \
       --config.data.trajectories=PATHS
 
-distill:shapes was run so on two CPU cores, 25 minutes for the paths and 47 for the training, and ships. The others were
-not trained.
+distill:shapes was run so on two CPU cores, 20 minutes for the paths and an hour for the training, and ships. The others
+were not trained.
 """
 
 from flextok_jax import config as common
@@ -40,6 +40,6 @@ def get_config(model: str = ""):
     c.update(
       distill=dict(steps=(1, 2, 4)),
       optim=dict(name="muon", learning_rate=2e-3, warmup_steps=50, ema_decay=0.998),
-      train=dict(num_steps=3_000, checkpoint_every=200, eval_every=3_000),
+      train=dict(num_steps=2_500, checkpoint_every=200, eval_every=2_500),
     )
   return c
