@@ -282,7 +282,7 @@ def test_more_bad_input_is_refused(models, tmp_path):
   for i, name in enumerate(("checkpoint", "tokenizer", "out")):
     fails(f"--{name} is missing", sample, *full[:i], *full[i + 1 :])
   fails("is a file", sample, *full[:2], f"--out={models['none']}")
-  fails("stage 'ar', which has no tokens", sample, full[0], f"--tokenizer={models['none']}", full[2])
+  fails("is a generator: load it by flextok_jax.load_ar", sample, full[0], f"--tokenizer={models['none']}", full[2])
   fails("absent", sample, "--checkpoint=absent", *full[1:])
   (tmp_path / "latin.txt").write_bytes("Äpfel".encode("latin-1"))
   fails("is no text in UTF-8", sample, *full, f"--prompts_file={tmp_path / 'latin.txt'}")
