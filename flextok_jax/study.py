@@ -254,10 +254,7 @@ def _study_sampling(values: flags.FlagValues, subject: Subject, progress: Progre
   def draw(choice):
     options = {"progress": printed, "num_tokens": gen.num_tokens, **choice}
     sequences, log_probs = prompts.draw(gen, repeated, None, c.seed, c.eval.batch_size, **options)
-    ids = np.zeros((len(repeated), gen.num_tokens), np.int32)
-    for row, sequence in zip(ids, sequences):
-      row[: len(sequence)] = sequence
-    return ids, np.array([len(sequence) for sequence in sequences]), log_probs
+    return *prompts.padded(sequences, gen.num_tokens), log_probs
 
   asked = {
     "generator": hash_tree({}, gen.params, exact=True),

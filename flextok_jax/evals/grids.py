@@ -80,11 +80,11 @@ def grid(
   return picture
 
 
-def strip(images: np.ndarray, labels: Sequence[str]) -> Image.Image:
-  """Draws images uint8 [n, h, w, 3] below their labels, from left to right in as many lines as needed."""
+def strip(images: np.ndarray, labels: Sequence[str], columns: int = _STRIP_COLUMNS) -> Image.Image:
+  """Draws images uint8 [n, h, w, 3] below their labels, from left to right in lines of `columns`."""
   lines = []
-  for start in range(0, len(images), _STRIP_COLUMNS):
-    part = slice(start, start + _STRIP_COLUMNS)
+  for start in range(0, len(images), columns):
+    part = slice(start, start + columns)
     lines.append(grid([image[None] for image in images[part]], labels[part], apart=False))
   picture = Image.new("RGB", (lines[0].width, sum(line.height for line in lines)), "white")
   for i, line in enumerate(lines):

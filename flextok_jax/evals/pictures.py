@@ -33,16 +33,7 @@ def show_grid(images: Any, labels: Sequence[str] | None = None, columns: int = 8
   names = [""] * len(pixels) if labels is None else [str(label) for label in labels]
   if len(names) != len(pixels) or columns < 1:
     raise ValueError(f"{len(names)} labels for {len(pixels)} images in {columns} columns: give a label for each image")
-  lines = []
-  for start in range(0, len(pixels), columns):
-    some = slice(start, start + columns)
-    lines.append(grids.grid([image[None] for image in pixels[some]], names[some], apart=False))
-  picture = Image.new("RGB", (max(line.width for line in lines), sum(line.height for line in lines)), "white")
-  top = 0
-  for line in lines:
-    picture.paste(line, (0, top))
-    top += line.height
-  return picture
+  return grids.strip(pixels, names, columns)
 
 
 def _to_uint8(images: Any) -> np.ndarray:

@@ -238,11 +238,8 @@ class ARGenerator:
     sampler = self._sampler(conditioned, guidance_scale, temperature, top_k, top_p, chosen.greedy)
     if key is None and tokenizer is not None:
       raise ValueError("decoding starts from noise: pass key=jax.random.key(seed)")
-    if tokenizer is not None and (tokenizer.num_codes != self.num_ids or tokenizer.num_registers < self.num_tokens):
-      raise ValueError(
-        f"the generator draws up to {self.num_tokens} tokens of {self.num_ids} ids, the tokenizer takes "
-        f"{tokenizer.num_registers} of {tokenizer.num_codes}: give the tokenizer whose ids it was trained on"
-      )
+    if tokenizer is not None:
+      self.check_sizes(tokenizer, "the tokenizer")
     told = {"verifier_prompts": verifier_prompts, "references": references}
     sizes = {name: len(value) for name, value in told.items() if value is not None}
     nulls = null_text_embeddings, null_text_lengths
@@ -252,6 +249,15 @@ class ARGenerator:
     prior = priors.GeneratorPrior(_network(self.config), self.params, np.asarray(rows), text, null_text, sampler)
     texts = verifier_prompts if verifier_prompts is not None else prompts
     return search.search(prior, keys, check, tokenizer, texts, None if labels is None else np.asarray(rows), chosen)
+
+  def check_sizes(self, tokenizer: FlexTok, name: str) -> None:
+    """Raises ValueError, calling the tokenizer `name`, unless it has as many codes and enough registers."""
+    codes, registers = tokenizer.num_codes, tokenizer.num_registers
+    if self.num_ids != codes or self.num_tokens > registers:
+      raise ValueError(
+        f"the generator draws up to {self.num_tokens} tokens of {self.num_ids} ids, {name} takes"
+        f" {registers} of {codes}: give the tokenizer whose ids it was trained on"
+      )
 
   def _inputs(
     self,

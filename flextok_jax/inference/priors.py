@@ -56,9 +56,6 @@ class Prior(Protocol):
   ) -> tuple[jax.Array, jax.Array, Rows]:
     """Returns candidates for token i: ids and log-probabilities [rows, count], and the rows, without the token."""
 
-  def take(self, rows: Rows, which: Any, length: int, chosen: Chosen | None = None) -> Rows:
-    """Returns the rows `which` int [n], with room for `length` tokens, and with the tokens that are chosen for them."""
-
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorPrior:
@@ -111,10 +108,6 @@ class GeneratorPrior:
     sampler = dataclasses.replace(self.sampler, greedy=greedy)
     return _branch(self.model, self.params, rows, keys, sampler, np.int32(i), count=count, replacement=replacement)
 
-  def take(self, rows: Rows, which: Any, length: int, chosen: Chosen | None = None) -> Rows:
-    """See Prior."""
-    return _take(rows, np.asarray(which, np.int32), _arrays(chosen), num_ids=self.num_ids, length=length)
-
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
@@ -131,12 +124,7 @@ class Uniform:
   def start(self, prompts: np.ndarray, length: int, mesh: Any) -> Rows:
     """See Prior."""
     del mesh
-    sequences = sampling.Sequences(
-      jnp.full((len(prompts), length), self.num_ids, jnp.int32),
-      jnp.zeros((len(prompts), length), jnp.float32),
-      jnp.zeros(len(prompts), bool),
-      (),
-    )
+    sequences = sampling.start(self.num_ids, len(prompts), length)
     return Rows(sequences, jnp.arange(len(prompts), dtype=jnp.int32))
 
   def extend(self, rows: Rows, keys: jax.Array, first: int, num_tokens: int, greedy: bool) -> Rows:
@@ -154,18 +142,16 @@ class Uniform:
     tokens = token_ops.candidates(keys, scores, count, replacement)
     return tokens, jnp.full(tokens.shape, -math.log(self.num_ids), jnp.float32), rows
 
-  def take(self, rows: Rows, which: Any, length: int, chosen: Chosen | None = None) -> Rows:
-    """See Prior."""
-    return _take(rows, np.asarray(which, np.int32), _arrays(chosen), num_ids=self.num_ids, length=length)
-
 
 def fold(keys: jax.Array, numbers: Any) -> jax.Array:
   """Returns fold_in(keys[i], numbers[i]) of keys [n]."""
   return jax.vmap(jax.random.fold_in)(keys, np.asarray(numbers, np.uint32))
 
 
-def _arrays(chosen: Chosen | None) -> Any:
-  return None if chosen is None else (np.int32(chosen[0]), *map(np.asarray, chosen[1:]))
+def take(prior: Prior, rows: Rows, which: Any, length: int, chosen: Chosen | None = None) -> Rows:
+  """Returns the rows `which` int [n], with room for `length` tokens, and with the tokens that are chosen for them."""
+  arrays = None if chosen is None else (np.int32(chosen[0]), *map(np.asarray, chosen[1:]))
+  return _take(rows, np.asarray(which, np.int32), arrays, num_ids=prior.num_ids, length=length)
 
 
 _fold = jax.jit(jax.vmap(jax.random.fold_in, (0, None)))
@@ -199,7 +185,7 @@ def _start(
     text = None if text is None else join_texts(text, null_text)
   read = sampling.read_text(model, params, *(text or (None, None)))
   runner = sampling.Cached(model, params, labels, read, length)
-  sequences = sampling.start(model, count, length)
+  sequences = sampling.start(model.ar.num_ids, count, length)
   sequences = sequences.replace(carried=runner.start(jnp.zeros((count, 0), jnp.int32)))
   return Rows(sequences, jnp.arange(count, dtype=jnp.int32), labels, read)
 

@@ -116,16 +116,13 @@ def sampling_choices(
 
 def check_tokenizer(tokenizer: FlexTok, gen: ARGenerator, name: str) -> None:
   """Raises ValueError, calling the model `name`, unless it is the tokenizer whose ids a generator draws."""
-  codes, registers = tokenizer.num_codes, tokenizer.num_registers
-  remedy = "give the tokenizer whose ids it was trained on"
-  if gen.num_ids != codes or gen.num_tokens > registers:
-    raise ValueError(
-      f"the generator draws up to {gen.num_tokens} tokens of {gen.num_ids} ids, {name} takes"
-      f" {registers} of {codes}: {remedy}"
-    )
+  gen.check_sizes(tokenizer, name)
   trained = gen.config.ar.tokenizer
   if trained and trained != (given := fingerprints.tokenizer(tokenizer.config, tokenizer.params)):
-    raise ValueError(f"the generator was trained on ids of the tokenizer {trained}, but {name} is {given}: {remedy}")
+    raise ValueError(
+      f"the generator was trained on ids of the tokenizer {trained}, but {name} is {given}: "
+      "give the tokenizer whose ids it was trained on"
+    )
 
 
 def load_matching_tokenizer(tokenizer: str, gen: ARGenerator, **sampler: Any) -> FlexTok:
@@ -141,6 +138,14 @@ def load_matching_tokenizer(tokenizer: str, gen: ARGenerator, **sampler: Any) ->
   model = load_tokenizer(tokenizer, **sampler)
   check_tokenizer(model, gen, f"tokenizer={tokenizer}")
   return model
+
+
+def padded(sequences: Sequence[np.ndarray], num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns sequences as ids int32 [n, num_tokens], 0 past their ends, and their lengths int [n]."""
+  ids = np.zeros((len(sequences), num_tokens), np.int32)
+  for row, sequence in zip(ids, sequences):
+    row[: len(sequence)] = sequence
+  return ids, np.array([len(sequence) for sequence in sequences])
 
 
 def draw(

@@ -34,7 +34,7 @@ def read_caption(caption: str) -> dict[str, int]:
   """Returns the answers that a caption of a plain scene gives: {question: number}.
 
   Raises:
-    ValueError: it is no such caption.
+    ValueError: the caption does not have this form.
   """
   things, _, ground = caption.partition(" on a plain ")
   background = ground.removesuffix(" background")

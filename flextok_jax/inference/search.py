@@ -15,7 +15,7 @@ import numpy as np
 
 from flextok_jax.core.errors import quote
 from flextok_jax.inference import batches, priors, tokenizer, validation, verifiers
-from flextok_jax.inference.priors import Prior, Rows, fold
+from flextok_jax.inference.priors import Prior, Rows, fold, take
 from flextok_jax.models.ar import sampling
 from flextok_jax.parallel import batching
 
@@ -291,12 +291,12 @@ class _Facts:
     room = lambda tokens: sampling.padded_length(tokens, most)
     # All beams are copies of the empty one at first, of which the first counts.
     length = room(plan.counts[0])
-    beams = prior.take(prior.start(which, length, self.mesh), np.repeat(np.arange(count), width), length)
+    beams = take(prior, prior.start(which, length, self.mesh), np.repeat(np.arange(count), width), length)
     alive = (np.arange(width) == 0) & (np.arange(count) < real)[:, None]
     steps, done, possible = [], 0, 1
     for number, tokens in enumerate(plan.counts):
       last = number == len(plan.counts) - 1
-      beams = prior.take(beams, np.arange(count * width), room(tokens))
+      beams = take(prior, beams, np.arange(count * width), room(tokens))
       step_keys = jnp.repeat(fold(keys, [number] * count), width)
       beam_keys = fold(step_keys, np.tile(np.arange(width), count))
 
@@ -316,7 +316,7 @@ class _Facts:
       goal, grown = plan.lookahead_to(number, most), tokens > at + 1
       candidates, keep = None, grown and not last
       if keep:
-        candidates = prior.take(beams, parents, room(tokens), choice)
+        candidates = take(prior, beams, parents, room(tokens), choice)
         candidates = prior.extend(candidates, rows_keys, at + 1, tokens, plan.greedy)
         ids, log_probs = (np.asarray(x)[:, :tokens] for x in (candidates.sequences.ids, candidates.sequences.log_probs))
         ahead = self._ahead(candidates, None, None, rows_keys, tokens, tokens, goal)[0]
@@ -337,10 +337,10 @@ class _Facts:
         alive = np.isfinite(best)
         flat = rows.reshape(-1)
         if candidates is not None:
-          beams = prior.take(candidates, flat, room(tokens))
+          beams = take(prior, candidates, flat, room(tokens))
         else:
           choice = at, np.asarray(choice[1])[flat], np.asarray(choice[2])[flat]
-          beams = prior.take(beams, parents[flat], room(tokens), choice)
+          beams = take(prior, beams, parents[flat], room(tokens), choice)
       done = tokens
     return ids[:, : plan.num_results], best[:, : plan.num_results], *steps
 
@@ -368,7 +368,7 @@ class _Facts:
     for first in range(0, count, size):
       some = np.minimum(np.arange(first, first + size), count - 1)
       chosen = None if choice is None else (choice[0], *(np.asarray(x)[some] for x in choice[1:]))
-      part = self.prior.take(rows, parents[some], length, chosen)
+      part = take(self.prior, rows, parents[some], length, chosen)
       if tokens > at:
         part = self.prior.extend(part, keys[some], at, tokens, self.plan.greedy)
       ids, log_probs = (np.asarray(x)[:, :tokens] for x in (part.sequences.ids, part.sequences.log_probs))

@@ -1,6 +1,6 @@
 """The study of why order matters: ordered tokens beside those of a 2D grid, whole and in part."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import functools
 from typing import Any
 
@@ -14,6 +14,7 @@ from flextok_jax.evals.metrics import image as metrics_lib
 from flextok_jax.evals.progress import Progress
 from flextok_jax.evals.report import Report, Table, make_study_report
 from flextok_jax.evals.studies.subject import Subject
+from flextok_jax.inference import prompts
 from flextok_jax.inference.generator import ARGenerator
 
 NAME = "order"
@@ -48,20 +49,19 @@ def study(
     ids = subject.encoded(name)[1][:, :count]
     decodes = subject.decode(ids, np.full(len(ids), ids.shape[1]), np.arange(len(ids)))
     values = {metric: float(found.mean()) for metric, found in first.compare(images, decodes).items()}
-    values["Fréchet"] = frechet.frechet_distance(*first.gaussian(images), *first.gaussian(decodes))
+    values["Fréchet"] = frechet.frechet_distance(*first.gaussian_of_set(name), *first.gaussian(decodes))
     return values, {"decodes": decodes[:num_examples]}
 
   def measure_generator(label: str, name: str):
     gen, subject, found = generators[label], subjects[label], first.sets[name]
-    condition = _condition(gen, found)
-    ids = subject.encoded(name)[1][:, : gen.num_tokens]
-    losses = np.concatenate([_losses(gen, ids, condition, rows) for rows in _slices(len(ids), _LOSS_ROWS)])
-    drawn = _draw(gen, condition, len(ids), first.config.seed, first.config.eval.batch_size)
+    conditions = _conditions(gen, found)
+    losses = _losses(gen, subject.encoded(name)[1][:, : gen.num_tokens], conditions)
+    sequences, _ = prompts.draw(gen, conditions, None, first.config.seed, first.config.eval.batch_size)
+    ids, drawn = prompts.padded(sequences, gen.num_tokens)
     quality, examples = {}, {}
     for count in counts:
-      lengths = np.minimum((drawn != gen.num_ids).sum(1), count)
-      decodes = subject.decode(np.where(drawn < gen.num_ids, drawn, 0)[:, :count], lengths, np.arange(len(ids)))
-      quality[str(count)] = frechet.frechet_distance(*first.gaussian(found["image"]), *first.gaussian(decodes))
+      decodes = subject.decode(ids[:, :count], np.minimum(drawn, count), np.arange(len(ids)))
+      quality[str(count)] = frechet.frechet_distance(*first.gaussian_of_set(name), *first.gaussian(decodes))
       examples[f"samples_{count}"] = decodes[:num_examples]
     return {"loss": losses.mean(0).tolist(), "quality": quality}, examples
 
@@ -109,33 +109,25 @@ def study(
   )
 
 
-def _condition(gen: ARGenerator, found: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the classes or captions of an evaluation set as arguments of a generator."""
+def _conditions(gen: ARGenerator, found: Mapping[str, Any]) -> list[prompts.Condition]:
+  """Returns the class or caption of each image of an evaluation set, as the generator takes them."""
   kind = gen.config.ar.condition
   if kind == "class":
-    return {"labels": found["label"]}
-  return {"prompts": found["caption"]} if kind == "text" else {}
+    return found["label"].tolist()
+  return list(found["caption"]) if kind == "text" else [None] * len(found["image"])
 
 
-def _slices(count: int, size: int) -> list[slice]:
-  return [slice(start, start + size) for start in range(0, count, size)]
-
-
-def _losses(gen: ARGenerator, ids: np.ndarray, condition: Mapping[str, Any], rows: slice) -> np.ndarray:
-  """Returns the cross-entropy [b, n] of some rows of ids."""
-  given = {name: value[rows] for name, value in condition.items()}
-  if "prompts" in given:
-    features, lengths = gen.encode_text(given.pop("prompts"))
-    given = {"text_embeddings": features, "text_lengths": lengths}
-  log_probs = jax.nn.log_softmax(gen.logits(ids[rows], **given))
-  return -np.asarray(jnp.take_along_axis(log_probs, jnp.asarray(ids[rows])[..., None], -1)[..., 0])
-
-
-def _draw(gen: ARGenerator, condition: Mapping[str, Any], count: int, seed: int, batch_size: int) -> np.ndarray:
-  """Draws one sequence per image, int32 [n, num_tokens]."""
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(count))
+def _losses(gen: ARGenerator, ids: np.ndarray, conditions: Sequence[prompts.Condition]) -> np.ndarray:
+  """Returns the cross-entropy [n, tokens] of ids [n, tokens]."""
   parts = []
-  for rows in _slices(count, batch_size):
-    given = {name: value[rows] for name, value in condition.items()}
-    parts.append(np.asarray(gen.generate(keys[rows], **given)))
+  for start in range(0, len(ids), _LOSS_ROWS):
+    rows = slice(start, start + _LOSS_ROWS)
+    given: dict[str, Any] = {}
+    if gen.config.ar.condition == "class":
+      given = {"labels": conditions[rows]}
+    elif gen.config.ar.condition == "text":
+      features, lengths = gen.encode_text([str(text) for text in conditions[rows]])
+      given = {"text_embeddings": features, "text_lengths": lengths}
+    log_probs = jax.nn.log_softmax(gen.logits(ids[rows], **given))
+    parts.append(-np.asarray(jnp.take_along_axis(log_probs, jnp.asarray(ids[rows])[..., None], -1)[..., 0]))
   return np.concatenate(parts)

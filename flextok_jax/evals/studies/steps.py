@@ -111,7 +111,7 @@ def study(
       "fidelity": mse(decodes, compared) / spread,
       "variation": between_decodes(decodes) / spread,
       "detail": detail(decodes) / max(detail(images), 1e-12),
-      "Fréchet": frechet.frechet_distance(*gaussian(images), *gaussian(decodes)),
+      "Fréchet": frechet.frechet_distance(*subject.gaussian_of_set(name), *gaussian(decodes)),
     }
     distances_to = [subject.compare(images, decodes[:, j]) for j in range(num_decodes)]
     for metric in subject.metrics:

@@ -39,6 +39,7 @@ class Subject:
     self.config, self.metrics, self.mesh = config, metrics, mesh
     self.params = replicate(params, mesh)
     self.counts = decoding.token_counts(config.eval.num_tokens, config.tokens.num_registers)
+    self._gaussians: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     self.compare = make_compare(metrics, config.eval.batch_size, mesh)
 
   def settings_of(self, sets: Sequence[str]) -> dict[str, Any]:
@@ -75,6 +76,12 @@ class Subject:
     moments = frechet.Moments(features.shape[1])
     moments.add(features)
     return moments.mean, moments.covariance()
+
+  def gaussian_of_set(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns gaussian of the images of an evaluation set, computed once."""
+    if name not in self._gaussians:
+      self._gaussians[name] = self.gaussian(self.sets[name]["image"])
+    return self._gaussians[name]
 
   def decode_by_image(self, sampler: Mapping[str, Any]) -> Callable:
     """Returns decoding.decoder_by_image of the tokenizer, with other settings of its sampler."""

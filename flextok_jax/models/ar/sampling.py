@@ -87,7 +87,7 @@ def generate(
     runner: Any = Cached(model, params, labels, text, length)
   else:
     runner = _Recomputed(model, params, labels, features, text_lengths, length)
-  sequences = start(model, batch, length)
+  sequences = start(model.ar.num_ids, batch, length)
   sequences = sequences.replace(ids=sequences.ids.at[:, :given].set(prefix), carried=runner.start(prefix))
   position = jnp.int32(given)
   for end in runner.stages(given):
@@ -105,9 +105,9 @@ class Sequences(flax.struct.PyTreeNode):
   carried: Any  # what the runner keeps of the positions before, such as keys and values
 
 
-def start(model: Generator, batch: int, length: int) -> Sequences:
+def start(num_ids: int, batch: int, length: int) -> Sequences:
   """Returns empty sequences."""
-  ids = jnp.full((batch, length), model.ar.num_ids, jnp.int32)
+  ids = jnp.full((batch, length), num_ids, jnp.int32)
   return Sequences(ids, jnp.zeros((batch, length), jnp.float32), jnp.zeros(batch, bool), ())
 
 

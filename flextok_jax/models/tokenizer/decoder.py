@@ -151,7 +151,7 @@ class Decoder(PatchTransformer, kw_only=True):
     return layers.dense(self.width, (None, "embed"), "code_embed", self.dtype, use_bias=self.code_bias)(codes)
 
   def _null(self) -> jax.Array:
-    """Returns what stands for every code without a condition: [width], or 0."""
+    """Returns the vector that replaces every code without a condition: [width], or 0."""
     if self.null_condition == "zero":
       return jnp.zeros((), self.dtype)
     return self.param("null_token", layers.normal(0.02, "embed"), (self.width,)).astype(self.dtype)

@@ -85,21 +85,14 @@ _UNPACKER = Role(
 )
 
 _CODE_EMBED = Role("code_embed", ("LinearLayer",), dict(read_key=CODES), dict(write_key=EMBEDDED))
-_PATCH_POSITIONS = Role(
-  "positions",
-  ("PositionalEmbeddingAdder",),
-  dict(read_key=PATCHES),
-  _POSITIONS_WRITES,
-  plays=lambda module: not _flat(module),
-)
+_POSITIONS = Role("positions", ("PositionalEmbeddingAdder",), dict(read_key=PATCHES), _POSITIONS_WRITES)
+_PATCH_POSITIONS = dataclasses.replace(_POSITIONS, plays=lambda module: not _flat(module))
+_TRANSFORMER = Role("transformer", ("FlexTransformer",), _TRANSFORMER_READS, _TRANSFORMER_WRITES)
 _TIME_EMBED = Role(
   "time_embed", ("TimestepEmbedder",), dict(timesteps_read_key=TIMES), dict(time_embedding_write_key=TIME_EMBEDDING)
 )
-_MODULATED_TRANSFORMER = Role(
-  "transformer",
-  ("FlexTransformer",),
-  _TRANSFORMER_READS | dict(adaLN_emb_read_key=TIME_EMBEDDING, adaLN_packing_fn_read_key=PACKING),
-  _TRANSFORMER_WRITES,
+_MODULATED_TRANSFORMER = dataclasses.replace(
+  _TRANSFORMER, reads=_TRANSFORMER_READS | dict(adaLN_emb_read_key=TIME_EMBEDDING, adaLN_packing_fn_read_key=PACKING)
 )
 _TO_VELOCITY = (
   Role(
@@ -122,7 +115,7 @@ _TO_VELOCITY = (
 ENCODER = (
   _TO_LAST,
   _PATCH_EMBED,
-  Role("positions", ("PositionalEmbeddingAdder",), dict(read_key=PATCHES), _POSITIONS_WRITES),
+  _POSITIONS,
   Role(
     "registers",
     ("Registers1D",),
@@ -130,7 +123,7 @@ ENCODER = (
     dict(register_sizes_read_write_key="numbers of registers", registers_write_key=REGISTERS),
   ),
   Role("packer", ("BlockWiseSequencePacker",), dict(input_list_read_keys=[PLACED, REGISTERS]), _PACKER_WRITES),
-  Role("transformer", ("FlexTransformer",), _TRANSFORMER_READS, _TRANSFORMER_WRITES),
+  _TRANSFORMER,
   _UNPACKER,
   Role("head", ("LinearHead",), dict(read_key=OUT_REGISTERS), dict(write_key=CODES)),
 )
@@ -170,9 +163,9 @@ _GRID_UNPACKER = dataclasses.replace(_UNPACKER, writes=dict(inner_seq_write_keys
 GRID_ENCODER = (
   _TO_LAST,
   _PATCH_EMBED,
-  Role("positions", ("PositionalEmbeddingAdder",), dict(read_key=PATCHES), _POSITIONS_WRITES),
+  _POSITIONS,
   _GRID_PACKER,
-  Role("transformer", ("FlexTransformer",), _TRANSFORMER_READS, _TRANSFORMER_WRITES),
+  _TRANSFORMER,
   _GRID_UNPACKER,
   Role("head", ("LinearHead",), dict(read_key=OUT_PATCHES), dict(write_key=CODES)),
 )
