@@ -54,6 +54,7 @@ setup(
     "pyyaml>=6.0",
     "safetensors>=0.5",
     "scipy>=1.15",
+    "tqdm>=4.66",
   ],
   extras_require={
     "cuda": ["jax[cuda12]"],

@@ -25,6 +25,8 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from flextok_jax.core import progress
+
 _MESSAGE = 400  # bytes at most
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -103,7 +105,7 @@ def is_process_0() -> bool:
 def log_on_process_0(text: str) -> None:
   """Prints a line on process 0 only."""
   if is_process_0():
-    print(text, flush=True)
+    progress.write(text)
 
 
 def true_on_all_processes(condition: bool) -> bool:
