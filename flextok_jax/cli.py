@@ -24,7 +24,7 @@ import jax
 from ml_collections import ConfigDict, config_flags
 
 from flextok_jax import config as common
-from flextok_jax.core import accelerators, files, interrupts, workdirs
+from flextok_jax.core import accelerators, files, interrupts, progress, workdirs
 from flextok_jax.core.extras import MissingPackageError
 from flextok_jax.ops import guidance
 from flextok_jax.parallel import processes
@@ -63,6 +63,7 @@ def _summary(command: str) -> str:
 def _fail(error: Exception, line: str = ""):
   logging.vlog(1, "traceback", exc_info=error)  # shown with --verbosity=1
   message = " ".join((line or with_flags(str(error), {name: name for name in flags.FLAGS})).split())
+  progress.close_all()
   print("error:", message, file=sys.stderr, flush=True)
   _free(error)
   sys.exit(1)
@@ -206,6 +207,7 @@ def _one_line() -> Iterator[None]:
       _fail(e)
     raise
   except KeyboardInterrupt as e:
+    progress.close_all()
     print(" ".join(str(e).split()) or interrupts.LINE, file=sys.stderr, flush=True)
     _free(e)
     sys.exit(interrupts.EXIT_CODE)
@@ -327,20 +329,6 @@ def choice_flags(values: flags.FlagValues) -> dict[str, Any]:
 def decoder_flags(values: flags.FlagValues) -> dict[str, Any]:
   """Returns the flags of the decoder's sampler by the names of its settings; errors: renamed(**DECODER_FLAGS)."""
   return {name: values[flag].value for name, flag in DECODER_FLAGS.items()}
-
-
-def print_progress(what: str, done: int, total: int, batch_size: int, step: int | None = None):
-  """Prints a line after about every tenth of the batches, and after the last.
-
-  Args:
-    what: is counted.
-    done: so far.
-    total: of all.
-    batch_size: that work is done in.
-    step: most that were done since the last call; default: batch_size.
-  """
-  if done == total or done % (batch_size * max(1, total // batch_size // 10)) < (step or batch_size):
-    print(f"{what}: {done} of {total}", flush=True)
 
 
 def eval_fields(values: flags.FlagValues) -> dict[str, Any]:

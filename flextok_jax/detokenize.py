@@ -13,6 +13,7 @@ import jax
 
 from flextok_jax import cli
 from flextok_jax.core import files
+from flextok_jax.core.progress import track
 from flextok_jax.evals import grids
 from flextok_jax.inference import batches, token_files, validation
 from flextok_jax.inference.tokenizer import load_tokenizer
@@ -52,8 +53,8 @@ def main(values: flags.FlagValues):
   sequences = token_files.cut(sequences, values.num_tokens, model.num_registers)
   files.clear_leftovers(out)
   images = batches.detokenize(model, sequences, jax.random.key(values.seed), values.batch_size)
-  for i, (name, image) in enumerate(zip(names, images)):
-    files.write_file(out / f"{i:05d}_{token_files.file_stem(name)}.png", grids.to_png(image))
+  for i, image in enumerate(track(images, len(names), "images decoded")):
+    files.write_file(out / f"{i:05d}_{token_files.file_stem(names[i])}.png", grids.to_png(image))
   print(f"wrote {len(names)} images of {model.image_size} px to {out}")
 
 

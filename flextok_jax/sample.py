@@ -25,6 +25,7 @@ import numpy as np
 
 from flextok_jax import cli
 from flextok_jax.core import files
+from flextok_jax.core.progress import track
 from flextok_jax.data import transforms
 from flextok_jax.evals import grids
 from flextok_jax.inference import batches, decoding, prompts, token_files, validation
@@ -78,7 +79,6 @@ class Sample:
 def main(values: flags.FlagValues):
   """Draws samples and writes what the module's docstring lists under values.out."""
   texts = _check_flags(values)
-  progress = functools.partial(cli.print_progress, batch_size=values.batch_size)
 
   # Models, and everything that can be checked before drawing.
   gen = load_ar(values.checkpoint, **cli.parse_settings(values.setting))
@@ -108,7 +108,7 @@ def main(values: flags.FlagValues):
     prefix,
     values.seed,
     values.batch_size,
-    progress=functools.partial(progress, "samples drawn"),
+    progress=None,
     num_tokens=num_tokens,
     **choices,
   )
@@ -126,14 +126,13 @@ def main(values: flags.FlagValues):
   everything = np.zeros((len(samples), size, size, 3), np.uint8) if values.npz else None
   jobs = list(dict.fromkeys((*complete, *drawn)))  # each once
   decoded = batches.decode_prefixes(tokenizer, sequences, jobs, jax.random.key(values.seed), values.batch_size)
-  for done, (job, picture) in enumerate(decoded, 1):
+  for job, picture in track(decoded, len(jobs), "pictures decoded"):
     if job in drawn:
       pictures[job] = picture
     if job == complete[job[0]]:
       files.write_file(paths[job[0]], grids.to_png(picture))
       if everything is not None:
         everything[job[0]] = picture
-    progress("pictures decoded", done, len(jobs), step=1)
 
   # Lists, grid, strip and archive.
   settings = {name: values[name].value for name in ("checkpoint", "tokenizer", "seed")}

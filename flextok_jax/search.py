@@ -29,6 +29,7 @@ from flextok_jax import cli
 from flextok_jax.core import files
 from flextok_jax.core import images as images_lib
 from flextok_jax.core.hashing import hash_tree
+from flextok_jax.core.progress import track
 from flextok_jax.data import transforms
 from flextok_jax.evals import grids
 from flextok_jax.evals.progress import Progress
@@ -141,7 +142,9 @@ def main(values: flags.FlagValues):
   part = lambda first: progress.compute(
     f"searches_{first}", {}, lambda: job.run(first, min(first + _PER_PART, len(job.conditions)))
   )
-  for first in starts[jax.process_index() :: jax.process_count()]:
+  own = starts[jax.process_index() :: jax.process_count()]
+  size = lambda first: min(_PER_PART, len(job.conditions) - first)
+  for first in track(own, sum(map(size, own)), "searches", size=size):
     part(first)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("search")

@@ -249,10 +249,9 @@ def _study_sampling(values: flags.FlagValues, subject: Subject, progress: Progre
   settings = _one_at_a_time(values, c.sampler, samplers, "decoder ")
   for sampler in settings.values():
     decoding.override_sampler(c.sampler, num_steps=sampler["num_steps"], guidance_scale=sampler.get("guidance_scale"))
-  printed = functools.partial(cli.print_progress, "samples drawn", batch_size=c.eval.batch_size)
 
   def draw(choice):
-    options = {"progress": printed, "num_tokens": gen.num_tokens, **choice}
+    options = {"progress": None, "num_tokens": gen.num_tokens, **choice}
     sequences, log_probs = prompts.draw(gen, repeated, None, c.seed, c.eval.batch_size, **options)
     return *prompts.padded(sequences, gen.num_tokens), log_probs
 

@@ -18,7 +18,6 @@ stage "distill" without running its teacher, image files for fast reading (data.
 they go on.
 """
 
-import functools
 from pathlib import Path
 
 from absl import flags
@@ -131,8 +130,7 @@ def tokenize_files(values: flags.FlagValues):
   out = cli.new_file(values.out, "--out")
   named = transforms.name_images(values.images)
   model = load_tokenizer(values.checkpoint)
-  progress = functools.partial(cli.print_progress, "images", batch_size=values.batch_size)
-  done = image_files.tokenize_files(model, named, out, values.num_tokens, values.batch_size, progress)
+  done = image_files.tokenize_files(model, named, out, values.num_tokens, values.batch_size, progress=None)
   left_out = f"; {done.unreadable} of {len(named)} are left out, the first: {done.reason}" if done.unreadable else ""
   print(f"wrote {out}: {done.images} images of {model.image_size} px, {done.num_tokens} tokens each{left_out}")
 

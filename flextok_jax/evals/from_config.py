@@ -72,7 +72,9 @@ def make_evaluator(
     if metrics:
       raise ValueError(f"metrics={','.join(metrics)} of a generator are of its samples: give a tokenizer as well")
     arrays = tokens.eval_arrays(*inputs.open_tokens(config, "validation"), c.num_images)
-    return TokenLoss(stage.predict_fns["token_losses"], arrays, c.batch_size, mesh, prepare)
+    return TokenLoss(
+      stage.predict_fns["token_losses"], arrays, c.batch_size, mesh, prepare, None if progress else False
+    )
   names = [name for name in metrics if name != RFID] if metrics else metrics_lib.METRICS
   per_image = metrics_lib.make_metrics(names, weights)
   features = networks.inception(weights, RFID) if RFID in metrics else None

@@ -115,7 +115,7 @@ class Generation:
     """
     s = self._settings
     size = batching.batch_rows(s.batch_size, s.num_images, self._mesh)
-    done, arrays = self._progress.resume(SET)
+    done, arrays = self._progress.resume(SET, s.num_images)
     results = Accumulator(s.grid_images, arrays)
     batches = batching.slices(np.arange(s.num_images, dtype=np.int32), size, done)
     with contextlib.ExitStack() as stack:

@@ -12,19 +12,19 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from flextok_jax.core import files, npz
+from flextok_jax.core.progress import Bar, write
 from flextok_jax.parallel import processes
 
-_LINES = 10  # printed per part, at most
 Result = tuple[Any, dict[str, np.ndarray]]  # what JSON can hold, and arrays
 
 
 class Progress:
-  """Keeps the results of the parts of a long computation, one file per part, and prints how far it is.
+  """Keeps the results of the parts of a long computation, one file per part, and shows how far it is.
 
   Process 0 reads and writes. A file is used only if it was written with the same settings.
 
   Args:
-    folder: of the files PART.npz; None: nothing is kept or printed.
+    folder: of the files PART.npz; None: nothing is kept or shown.
     settings: JSON-able, all settings that the results depend on.
     every: batches between two writes of a part that is computed batch by batch.
   """
@@ -34,7 +34,7 @@ class Progress:
     self.settings = dict(settings or {})
     self._every = every
     self._batches = 0
-    self._printed: dict[str, int] = {}  # tenths of each part
+    self._bar: Bar | None = None  # of the part that is computed
 
   def nested(self, name: str, settings: Mapping[str, Any]) -> "Progress":
     """Returns the progress of a part that has parts itself, in a folder of its name, with more settings."""
@@ -52,18 +52,18 @@ class Progress:
     settings = self.settings | dict(settings)
     found = self._read(part, settings)
     if found is not None:
-      print(f"{part}: computed before with these settings", flush=True)
+      write(f"{part}: computed before with these settings")
       return found
     start = time.monotonic()
     values, arrays = function()
     self._write(part, settings, values, arrays)
-    print(f"{part}: {time.monotonic() - start:.1f} s", flush=True)
+    write(f"{part}: {time.monotonic() - start:.1f} s")
     return json.loads(json.dumps(values)), arrays
 
   # Parts that are computed batch by batch.
 
-  def resume(self, part: str) -> tuple[int, dict[str, np.ndarray]]:
-    """Returns how many images of a part are done, and their results, which only process 0 gets."""
+  def resume(self, part: str, total: int) -> tuple[int, dict[str, np.ndarray]]:
+    """Returns how many of a part's `total` images are done, and their results, which only process 0 gets."""
     if self.folder is None:
       return 0, {}
     done, arrays = 0, {}
@@ -73,18 +73,20 @@ class Progress:
       done = int(multihost_utils.broadcast_one_to_all(np.int32(done)))
     if done:
       processes.log_on_process_0(f"{part}: resuming after {done} images, from {self._path(part)}")
+    self._bar = Bar(total, f"images of {part}", done=done)
     return done, arrays
 
   def after_batch(self, part: str, done: int, total: int, arrays: Callable[[], dict[str, np.ndarray]]):
-    """Prints and writes from time to time that `done` of `total` images are done; arrays() returns the results."""
+    """Shows, and writes from time to time, that `done` of `total` images are done; arrays() returns the results."""
     if self.folder is None:
       return
     self._batches += 1
     if processes.is_process_0() and (self._batches % self._every == 0 or done == total):
       self._write(part, self.settings, done, arrays())
-    if done * _LINES // total > self._printed.get(part, 0):
-      self._printed[part] = done * _LINES // total
-      processes.log_on_process_0(f"{part}: {done} of {total} images")
+    if self._bar is not None:
+      self._bar(done)
+      if done == total:
+        self._bar.close()
 
   def clear(self):
     """Removes the files."""

@@ -166,7 +166,7 @@ class Reconstruction:
   def _run_set(self, params: Any, name: str, images: Any) -> Accumulator:
     """Returns the accumulated results of all images of a set."""
     total, size = images.shape[0], self._batch_size
-    done, arrays = self._progress.resume(name)
+    done, arrays = self._progress.resume(name, total)
     results = Accumulator(self._settings.grid_images, arrays)
     batches = batching.slices((images, np.arange(total, dtype=np.int32)), size, done)
     for batch in batching.map_batches(functools.partial(self._run_batch, params), batches, size, self._mesh):

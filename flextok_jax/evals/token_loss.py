@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flextok_jax.core.progress import track
 from flextok_jax.evals import charts
 from flextok_jax.evals.report import Report, Table
 from flextok_jax.ops import nested
@@ -22,6 +23,7 @@ class TokenLoss:
     batch_size: sequences per batch, at most.
     mesh: devices that batches are split over; None: the default device.
     prepare: of the stage, applied to each batch on the devices.
+    progress: whether a bar shows the sequences done; None: a bar on a terminal, and elsewhere lines.
   """
 
   def __init__(
@@ -31,11 +33,12 @@ class TokenLoss:
     batch_size: int,
     mesh: jax.sharding.Mesh | None = None,
     prepare: Callable[[dict], dict] = lambda batch: batch,
+    progress: bool | None = False,
   ):
     self._arrays = {name: x for name, x in arrays.items() if isinstance(x, np.ndarray)}
     self._count = len(self._arrays["token_ids"])
     self._batch_size = batching.batch_rows(batch_size, self._count, mesh)
-    self._mesh, self._prepare = mesh, prepare
+    self._mesh, self._prepare, self._progress = mesh, prepare, progress
     self._losses = jax.jit(token_losses, out_shardings=None if mesh is None else sharding.replicated(mesh))
 
   def run(self, params: Any) -> Report:
@@ -51,7 +54,8 @@ class TokenLoss:
     totals = np.zeros(())
     function = lambda batch: self._losses(params, self._prepare(batch))
     batches = batching.slices(self._arrays, self._batch_size)
-    for batch in batching.map_batches(function, batches, self._batch_size, self._mesh):
+    computed = batching.map_batches(function, batches, self._batch_size, self._mesh)
+    for batch in track(computed, self._count, "sequences", self._progress, size=lambda batch: len(batch[0])):
       losses, counts = (x.astype(np.float64) for x in batch)
       totals = totals + np.stack([(losses * counts).sum(0), counts.sum(0)])
     if not np.isfinite(totals).all():

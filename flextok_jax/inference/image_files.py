@@ -5,7 +5,7 @@ it was. A file that cannot be read is left out and named, and the others are kep
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import json
 import os
@@ -16,6 +16,7 @@ from absl import logging
 import numpy as np
 
 from flextok_jax.core import files
+from flextok_jax.core.progress import Bar
 from flextok_jax.data import pipeline, transforms
 from flextok_jax.inference import batches, token_files, validation
 from flextok_jax.inference.tokenizer import FlexTok
@@ -42,7 +43,7 @@ def tokenize_files(
   out: Path,
   num_tokens: int | None = None,
   batch_size: int = 32,
-  progress: Callable[[int, int], None] = lambda done, total: None,
+  progress: bool | None = False,
 ) -> Written:
   """Writes the token ids of image files to a token file.
 
@@ -50,7 +51,7 @@ def tokenize_files(
     named: (path, name) of each image, see transforms.name_images. Bytes of a name that are not UTF-8 become \\xNN.
     out: the token file, whose suffix says its format (token_files.check_suffix).
     num_tokens: ids per image; default: all.
-    progress: called after each batch with the number of images done and of all.
+    progress: whether a bar shows the images done; None: a bar on a terminal, and elsewhere lines.
 
   Raises:
     ValueError: an argument out of range, no image can be read, another run writes `out`, or it cannot be written.
@@ -68,9 +69,10 @@ def tokenize_files(
       results = _Results(file, header, named)
       if results.done:
         print(f"{results.done} of {len(named)} images are done already, from {part}", flush=True)
-      for rows in _encode(model, named, results.done, num_tokens, batch_size):
-        results.append(rows)
-        progress(results.done, len(named))
+      with Bar(len(named), "images", progress, results.done) as bar:
+        for rows in _encode(model, named, results.done, num_tokens, batch_size):
+          results.append(rows)
+          bar(results.done)
       if not results.images:
         part.unlink()
         raise ValueError(f"none of the {len(named)} images can be read; the first is {results.reason}")

@@ -1,6 +1,6 @@
 """Conditions and choices of sampling: what the commands that draw from a generator share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import re
 from typing import Any
 
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from flextok_jax.core import files
+from flextok_jax.core.progress import track
 from flextok_jax.inference.generator import ARGenerator
 from flextok_jax.inference.tokenizer import FlexTok, load_tokenizer
 from flextok_jax.parallel import batching
@@ -155,14 +156,14 @@ def draw(
   seed: int,
   batch_size: int,
   *,
-  progress: Callable[[int, int], None] | None = None,
+  progress: bool | None = False,
   **choices: Any,
 ) -> tuple[list[np.ndarray], np.ndarray]:
   """Draws one sequence per condition (all classes, all prompts, or all None), sample i by fold_in(key(seed), i).
 
   Args:
     prefix: int32 [n, k] or None.
-    progress: called after each batch with the number of samples drawn and of all.
+    progress: whether a bar shows the samples drawn; None: a bar on a terminal, and elsewhere lines.
     **choices: of gen.generate.
 
   Returns:
@@ -184,11 +185,10 @@ def draw(
 
   size = batching.batch_rows(batch_size, count)
   sequences, sums = [], []
-  for ids, log_probs in batching.map_batches(draw_rows, batching.slices(np.arange(count), size), size):
+  drawn = batching.map_batches(draw_rows, batching.slices(np.arange(count), size), size)
+  for ids, log_probs in track(drawn, count, "samples drawn", progress, size=lambda batch: len(batch[0])):
     sequences += gen.trim(ids)
     sums.append(log_probs.sum(1))
-    if progress is not None:
-      progress(len(sequences), count)
   if not np.isfinite(np.concatenate(sums)).all():
     raise ValueError("the generator's log-probabilities are not finite: these weights diverged")
   return sequences, np.concatenate(sums)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flextok_jax.core.progress import track
 from flextok_jax.parallel import sharding
 
 
@@ -65,9 +66,13 @@ class Batched:
     params: its first argument, a tree of arrays. Those that are not yet on the devices of the mesh are replicated.
     batch_size: rows per batch at most, rounded up to a multiple of the parts of a batch.
     mesh: devices to use, of one or several processes; None: all devices.
+    what: rows, as a bar on a terminal names them while they are computed; "": no bar.
   """
 
-  def __init__(self, function: Callable, params: Any, batch_size: int, mesh: jax.sharding.Mesh | None = None):
+  def __init__(
+    self, function: Callable, params: Any, batch_size: int, mesh: jax.sharding.Mesh | None = None, what: str = ""
+  ):
+    self._what = what
     self._mesh = sharding.make_mesh() if mesh is None else mesh
     self._function = jax.jit(function, out_shardings=sharding.replicated(self._mesh))
     self._params = replicate(params, self._mesh)
@@ -80,7 +85,10 @@ class Batched:
   def batches(self, *arrays: np.ndarray) -> Iterator[Any]:
     """Yields the function of all rows, batch by batch."""
     size = batch_rows(self._batch_size, arrays[0].shape[0], self._mesh)
-    return map_batches(lambda batch: self._function(self._params, *batch), slices(arrays, size), size, self._mesh)
+    compute = lambda batch: self._function(self._params, *batch)
+    found = map_batches(compute, slices(arrays, size), size, self._mesh)
+    rows = lambda batch: len(jax.tree.leaves(batch)[0])
+    return track(found, len(arrays[0]), self._what, None if self._what else False, size=rows, transient=True)
 
 
 def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:

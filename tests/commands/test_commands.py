@@ -9,8 +9,8 @@ from PIL import Image
 import pytest
 import skimage.data
 
-from flextok_jax import cli, detokenize, evaluate, tokenize
-from flextok_jax.core import files
+from flextok_jax import detokenize, evaluate, tokenize
+from flextok_jax.core import files, progress
 from flextok_jax.inference import token_files
 from flextok_jax.stages import make_stage
 from flextok_jax.weights import saving
@@ -143,7 +143,7 @@ def test_tokenize_goes_on_where_it_was_stopped(model, pictures, tokens, tmp_path
   def stop(*args, **kwargs):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(cli, "print_progress", stop)  # after the first batch
+  monkeypatch.setattr(progress.Bar, "__call__", stop)  # after the first batch
   with pytest.raises(KeyboardInterrupt):
     run(tokenize, *given)
   monkeypatch.undo()

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import subprocess
 import sys
 
@@ -53,11 +54,30 @@ def test_a_terminal_shows_a_bar():
 def test_a_log_file_gets_plain_lines(capsys):
   assert list(progress.track(range(40), 40, "images")) == list(range(40))
   out, err = capsys.readouterr()
-  assert not err and out.splitlines() == [f"images: {done} of 40" for done in range(4, 41, 4)]
+  assert not err and [int(done) for done in re.findall(r"^images: (\d+) of 40, [\d.]+/s", out, re.M)] == [
+    *range(4, 41, 4)
+  ]
+  assert out.count(" left\n") == 9
   with progress.Bar(7, "images", done=5) as bar:
     bar(6)
     bar(7)
-  assert capsys.readouterr().out == "images: 6 of 7\nimages: 7 of 7\n"
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.partition(",")[0] for line in lines] == ["images: 6 of 7", "images: 7 of 7"]
+
+
+def test_an_unknown_total_and_a_slow_computation_get_a_line_per_minute(capsys, monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+  for total in (None, 1000):
+    for batch in progress.track([3] * 8, total, "images", size=lambda batch: batch):
+      now[0] += 25 * (batch == 3)
+  expected = ["images: 9, 0.1/s", "images: 18, 0.1/s", "images: 9 of 1000, 0.1/s", "images: 18 of 1000, 0.1/s"]
+  assert [line.partition("/s")[0] + "/s" for line in capsys.readouterr().out.splitlines()] == expected
+
+
+def test_a_transient_bar_is_no_line(capsys):
+  list(progress.track(range(3), 3, "images", transient=True))
+  assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -21,6 +21,7 @@ import numpy as np
 
 from flextok_jax.core import files
 from flextok_jax.core.literals import quote
+from flextok_jax.core.progress import Bar
 from flextok_jax.data import pipeline
 from flextok_jax.data.shards.files import FORMAT, META, Records, read_json, shard_name
 from flextok_jax.data.shards.split_images import SplitImages
@@ -31,7 +32,6 @@ RECORDS = 4096  # records per shard by default,
 MAX_SHARDS = 512  # unless that makes more shards than this: a reader keeps all files open
 _OPTIONS = "group_size:1,uncompressed"  # random access to single records, which do not compress
 _READ = 64  # records that are read at once to check a file
-_REPORT_SECONDS = 10.0
 _CROPS = ("crop", "crop_min_area", "flip")  # fields of ImageData that affect crops
 
 
@@ -116,10 +116,10 @@ def write_shards(
   rows = _MissingImages(images, [(s, bounds[s], bounds[s + 1]) for s in missing])
   batch_size = max(records.batch_size // copies, 1)
   batches = pipeline.read_ahead(rows, batch_size, data.loading, drop_remainder=False, batch_fn=list)
-  with pipeline.closing(batches, data.loading):
+  with pipeline.closing(batches, data.loading), Bar(tally.planned, "images", done=tally.skipped) as bar:
     elements = itertools.chain.from_iterable(batches)
     for s, group in itertools.groupby(elements, key=lambda element: element["shard"]):
-      _write_shard(paths[s], records.records(tally.readable(group)))
+      _write_shard(paths[s], records.records(tally.readable(group, bar)))
   return _finish(folder, plan, records, images, paths, tally)
 
 
@@ -176,20 +176,20 @@ class _MissingImages:
 
 
 class _Tally:
-  """Counts images, logs the unreadable ones, and prints progress."""
+  """Counts images, and logs the unreadable ones."""
 
   def __init__(self, planned: int, max_unreadable: float):
-    self._planned, self._max_unreadable = planned, max_unreadable
-    self._skipped = self._run = self.unreadable = self.images = 0
-    self._start = self._last_report = time.monotonic()
+    self.planned, self._max_unreadable = planned, max_unreadable
+    self.skipped = self._run = self.unreadable = self.images = 0
+    self._start = time.monotonic()
 
   def skip(self, images: int, unreadable: int):
     """Counts a shard that exists already."""
-    self._skipped += images
+    self.skipped += images
     self.unreadable += unreadable
 
-  def readable(self, elements: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields the readable elements.
+  def readable(self, elements: Iterable[dict[str, Any]], bar: Bar) -> Iterator[dict[str, Any]]:
+    """Yields the readable elements, and shows by the bar how many images are done.
 
     Raises:
       ValueError: a share above max_unreadable, or MAX_RUN consecutive images, are unreadable.
@@ -201,30 +201,19 @@ class _Tally:
       else:
         self._run = 0
         yield element
-      if time.monotonic() - self._last_report > _REPORT_SECONDS:
-        self._report()
+      bar(self.skipped + self.images)
 
   def _count_unreadable(self, reason: str):
     self._run += 1
     self.unreadable += 1
     logging.warning("Skipped unreadable image %s", reason)
-    if self.unreadable > self._max_unreadable * self._planned:
+    if self.unreadable > self._max_unreadable * self.planned:
       raise ValueError(
-        f"{self.unreadable} of {self._planned} images are unreadable, more than the share "
+        f"{self.unreadable} of {self.planned} images are unreadable, more than the share "
         f"max_unreadable={self._max_unreadable}; the last one is {reason}"
       )
     if self._run >= MAX_RUN:
       raise ValueError(f"{self._run} consecutive images are unreadable, the last one is {reason}")
-
-  def _report(self):
-    self._last_report = time.monotonic()
-    done = self._skipped + self.images
-    left = int((self._planned - done) / self.rate())
-    print(
-      f"{done}/{self._planned} images  {self.rate():.1f} images/s  "
-      f"ETA {left // 3600}h{left // 60 % 60:02d}m{left % 60:02d}s",
-      flush=True,
-    )
 
   def rate(self) -> float:
     """Returns images per second."""

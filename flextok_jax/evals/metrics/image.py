@@ -134,7 +134,7 @@ def make_compare(
     a, b = (x.astype(jnp.float32) / 255 for x in (a, b))
     return {name: metric(a, b) for name, metric in metrics.items()}
 
-  batched = Batched(values, dict(metrics), batch_size, mesh)
+  batched = Batched(values, dict(metrics), batch_size, mesh, "images compared")
 
   def compare(a, b):
     found = batched(a, b)

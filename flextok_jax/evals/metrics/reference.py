@@ -7,6 +7,7 @@ import os
 import jax
 import numpy as np
 
+from flextok_jax.core.progress import track
 from flextok_jax.evals.metrics import frechet
 from flextok_jax.parallel import batching, sharding
 
@@ -64,7 +65,7 @@ def load(
     ValueError: a damaged file, or no images although they are needed.
   """
   if not name.endswith(".npz"):
-    computed = from_features(extract(open_images(name)))
+    computed = from_features(_shown(extract(open_images(name))))
     return dataclasses.replace(computed, pools=computed.pools if need_images else None)
   names = frechet.array_names(name)
   gaussians = {}
@@ -75,9 +76,13 @@ def load(
       return Reference(gaussians, None, frechet.count_images(name))
   if "arr_0" not in names:
     raise ValueError(f"{name} has only statistics: precision and recall compare single images, give a .npz with arr_0")
-  computed = from_features(extract(frechet.SampleFile(name).batches(batch_size)))
+  computed = from_features(_shown(extract(frechet.SampleFile(name).batches(batch_size))))
   # Statistics in the file are the publisher's own.
   return dataclasses.replace(computed, gaussians=gaussians or computed.gaussians)
+
+
+def _shown(features: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+  return track(features, None, "images of the reference", size=lambda batch: len(batch["pool"]))
 
 
 def save(path: str | os.PathLike, reference: Reference):

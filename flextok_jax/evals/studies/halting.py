@@ -51,7 +51,7 @@ def make_lengths(subject: Subject, metric: str) -> Callable[..., tuple[np.ndarra
     return adaptive.shortest_prefix(decode, distance, images, ids, threshold)
 
   params_and_metric = subject.params, subject.metrics[metric]
-  batched = Batched(choose, params_and_metric, subject.config.eval.batch_size, subject.mesh)
+  batched = Batched(choose, params_and_metric, subject.config.eval.batch_size, subject.mesh, "lengths chosen")
 
   def lengths(images, ids, threshold: float):
     chosen, reached = batched(images, ids, np.full(len(ids), sign * threshold, np.float32))

@@ -58,7 +58,7 @@ class Subject:
   @functools.cached_property
   def _ids(self) -> dict[str, np.ndarray]:
     tokenize = make_stage(self.config).predict_fns["tokenize"]
-    batched = Batched(tokenize, self.params, self.config.eval.batch_size, self.mesh)
+    batched = Batched(tokenize, self.params, self.config.eval.batch_size, self.mesh, "images tokenized")
     return {name: batched(found["image"]) for name, found in self.sets.items()}
 
   def encoded(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +120,7 @@ def make_decode(
     images = images_lib.round_to_8bit(decode_by_image(params, ids, keep_k, noise))
     return images_lib.to_uint8(images), jnp.isfinite(images).all((1, 2, 3))
 
-  batched = Batched(restore, params, batch_size, mesh)
+  batched = Batched(restore, params, batch_size, mesh, "images decoded")
 
   def decode(ids, lengths, noise):
     slots = nested.padded_length(int(lengths.max()), num_registers)
