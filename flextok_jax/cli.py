@@ -296,7 +296,7 @@ def define_draw_flags(values: flags.FlagValues):
   real = functools.partial(flags.DEFINE_float, flag_values=values)
   string("tokenizer", None, "The tokenizer that the generator was trained with: file, folder or hub repository.")
   define_setting_flag(values)
-  flags.DEFINE_list("classes", [], "Class numbers, or 'all'.", flag_values=values)
+  flags.DEFINE_list("classes", [], "Numbers or names of classes, or 'all'.", flag_values=values)
   string("prompts_file", None, "Text file with one prompt per line.")
   real("guidance_scale", None, "Classifier-free guidance of the generator; 1: off; default: the checkpoint's.")
   real("temperature", None, "Logits are divided by it; default: the checkpoint's.", 0.0)

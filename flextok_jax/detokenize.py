@@ -47,9 +47,8 @@ def main(values: flags.FlagValues):
   model = load_tokenizer(
     values.checkpoint, num_steps=values.num_steps, guidance=values.guidance, guidance_scale=values.guidance_scale
   )
-  names, sequences = token_files.read_tokens(
-    Path(values.tokens), model.image_size, model.num_registers, model.num_codes
-  )
+  facts = token_files.Facts(model.fingerprint, model.image_size, model.num_registers)
+  names, sequences = token_files.read_tokens(Path(values.tokens), facts, model.num_codes)
   sequences = token_files.cut(sequences, values.num_tokens, model.num_registers)
   files.clear_leftovers(out)
   images = batches.detokenize(model, sequences, jax.random.key(values.seed), values.batch_size)

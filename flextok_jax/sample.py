@@ -68,9 +68,9 @@ class Sample:
     parts += filter(None, [prompts.condition_name(self.condition)])
     return files.shorten("_".join(parts)) or "unconditional"
 
-  def label(self, num_samples: int, length: int) -> str:
+  def label(self, num_samples: int, length: int, class_names: Sequence[str]) -> str:
     """Its label in the grid, with its number if there are several, and its length unless it is 0."""
-    named = f"class {self.condition}" if isinstance(self.condition, int) else self.condition
+    named = prompts.condition_text(self.condition, class_names)
     more = [f"#{self.number + 1}"] * (num_samples > 1) + [f"{self.kept} kept"] * (self.kept > 0)
     more += [f"{length} token{'s' * (length > 1)}"] * (length > 0)
     return "\n".join(filter(None, (named or self.image or "unconditional", ", ".join(more))))
@@ -139,11 +139,12 @@ def main(values: flags.FlagValues):
   settings |= {"num_tokens": num_tokens, **choices, "decoder": tokenizer.config.sampler.to_dict()}
   entries = [(sample.name, sequence) for sample, sequence in zip(samples, sequences)]
   outputs = {
-    "tokens.json": token_files.to_json(size, num_tokens, entries),
+    "tokens.json": token_files.to_json(token_files.Facts(tokenizer.fingerprint, size, num_tokens), entries),
     "samples.json": _samples_json(samples, paths, sequences, log_probs, settings),
   }
   if shown:
-    labels = [samples[i].label(values.num_samples, len(sequences[i]) if gen.config.ar.stop else 0) for i in shown]
+    lengths = [len(sequences[i]) if gen.config.ar.stop else 0 for i in shown]
+    labels = [samples[i].label(values.num_samples, n, gen.class_names) for i, n in zip(shown, lengths)]
     left = [labels] if originals is None else [labels, originals[shown]]
     ended = {
       (row, len(left) + column)

@@ -184,8 +184,9 @@ def _write(
       {"condition": job.conditions[i], "text": job.texts and job.texts[i], "results": listed, "steps": steps}
     )
   document = {"settings": settings, "decoded_per_search": facts["decoded"], "searches": searches}
+  tokens = token_files.Facts(job.tokenizer.fingerprint, job.tokenizer.image_size, found["ids"].shape[2])
   outputs = {
-    "tokens.json": token_files.to_json(job.tokenizer.image_size, found["ids"].shape[2], entries),
+    "tokens.json": token_files.to_json(tokens, entries),
     "search.json": (json.dumps(document, indent=1) + "\n").encode(),
   }
   rows = min(values.grid_rows, count)

@@ -38,7 +38,7 @@ from flextok_jax.evals.reconstruction import RFID
 from flextok_jax.evals.report import Report, write_document
 from flextok_jax.evals.studies import halting, order, sampling, steps, tokens, variation
 from flextok_jax.evals.studies.subject import Subject
-from flextok_jax.inference import decoding, prompts
+from flextok_jax.inference import adaptive, decoding, prompts
 from flextok_jax.inference.generator import load_ar
 from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.ops import guidance
@@ -111,7 +111,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   string("grid_generator", None, "Study order: a generator of its tokens; --generator: one of the other tokens.")
   string("generator", None, "Study sampling, as the following flags: a generator, file, folder or hub repository.")
   cli.define_setting_flag(values)
-  texts("classes", [], "Class numbers; default: all.")
+  texts("classes", [], "Numbers or names of classes; default: all.")
   string("prompts_file", None, "Text file with one prompt per line.")
   integer("num_samples", 4, "Samples per class or prompt.", 1)
   texts("temperatures", [0.5, 1.5], "Each replaces the generator's own, as do top_ks, top_ps and guidance_scales.")
@@ -222,7 +222,7 @@ def _study_order(values: flags.FlagValues, subject: Subject, progress: Progress)
   for flag, label, tokenizer in (("generator", "ordered", subject), ("grid_generator", "grid", grid)):
     if values[flag].value:
       gen = load_ar(str(values[flag].value), mesh=subject.mesh, **cli.parse_settings(values.setting))
-      prompts.check_tokenizer(FlexTok(tokenizer.params, tokenizer.config), gen, f"the tokenizer of --{flag}")
+      gen.check_tokenizer(FlexTok(tokenizer.params, tokenizer.config), f"the tokenizer of --{flag}")
       generators[label], settings[flag] = gen, hash_tree({}, gen.params, exact=True)
   return functools.partial(order.study, progress, {"ordered": subject, "grid": grid}, generators, settings)
 
@@ -235,7 +235,7 @@ def _study_halting(values: flags.FlagValues, subject: Subject, progress: Progres
 def _study_sampling(values: flags.FlagValues, subject: Subject, progress: Progress) -> Callable[[], Report]:
   c = subject.config
   gen = load_ar(values.generator, mesh=subject.mesh, **cli.parse_settings(values.setting))
-  prompts.check_tokenizer(FlexTok(subject.params, c), gen, f"--checkpoint={values.checkpoint}")
+  gen.check_tokenizer(FlexTok(subject.params, c), f"--checkpoint={values.checkpoint}")
   given = prompts.read_prompts(values.prompts_file) if values.prompts_file else []
   classes = values.classes or (["all"] if gen.num_classes else [])
   conditions = prompts.read_conditions(classes, given, gen, values.generator)
@@ -253,7 +253,7 @@ def _study_sampling(values: flags.FlagValues, subject: Subject, progress: Progre
   def draw(choice):
     options = {"progress": None, "num_tokens": gen.num_tokens, **choice}
     sequences, log_probs = prompts.draw(gen, repeated, None, c.seed, c.eval.batch_size, **options)
-    return *prompts.padded(sequences, gen.num_tokens), log_probs
+    return *adaptive.pad_sequences(sequences, gen.num_tokens), log_probs
 
   asked = {
     "generator": hash_tree({}, gen.params, exact=True),

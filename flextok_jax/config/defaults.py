@@ -138,6 +138,7 @@ def get_config() -> ConfigDict:
   c.ar.num_tokens = 256  # most tokens per image [paper]
   c.ar.condition = "class"  # "class" (added to the start vector), "text" (cross-attention in every block) or "none"
   c.ar.num_classes = 1000
+  c.ar.class_names = ()  # of the classes from 0 on; training takes them from the shards
   # True: an additional id ends a sequence; train on shards with lengths (python -m flextok_jax.tokenize --quality).
   c.ar.stop = False
   # The block. That of the released models is not in the public record; this is a LLaMA-like one [ours].

@@ -164,6 +164,7 @@ RANGES = {
   "ar.pos_embed": one_of("absolute", "sincos1d"),
   "ar.readout_multiplier": POSITIVE,
   "ar.drop_condition": BELOW_1,
+  "ar.class_names": several(_TYPES[str], "a tuple of texts"),
   "ar.position_decay": FINITE,
   "ar.loss_chunk": COUNT,
   "ar.guidance_scale": between(*SCALES),

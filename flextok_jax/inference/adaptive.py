@@ -4,10 +4,11 @@ A simple image needs few tokens, a complex one needs more (arXiv 2502.13967 sugg
 decoding prefixes and comparing them with the image, in a bisection over lengths for a whole batch at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flextok_jax.core.images import to_float
 from flextok_jax.ops import distances, nested
@@ -114,3 +115,11 @@ def pad_to_slots(ids: jax.Array, num_registers: int) -> jax.Array:
 def shared_noise(seed: int, shape: tuple[int, ...]) -> jax.Array:
   """Returns starting latents [h, w, c] for all images: those of image 0 in a call with key(seed)."""
   return jax.random.normal(jax.random.fold_in(jax.random.key(seed), 0), shape, jnp.float32)
+
+
+def pad_sequences(sequences: Sequence[np.ndarray], num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns sequences as ids int32 [n, num_tokens], 0 past their ends, and their lengths int [n]."""
+  ids = np.zeros((len(sequences), num_tokens), np.int32)
+  for row, sequence in zip(ids, sequences):
+    row[: len(sequence)] = sequence
+  return ids, np.array([len(sequence) for sequence in sequences])

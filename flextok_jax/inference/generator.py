@@ -15,31 +15,41 @@ from ml_collections import FrozenConfigDict
 import numpy as np
 
 from flextok_jax.data.text import make_tokenizer
-from flextok_jax.inference import priors, search, text_encoder, validation, verifiers
-from flextok_jax.inference.tokenizer import FlexTok, describe
+from flextok_jax.inference import priors, search, sharing, text_encoder, validation, verifiers
+from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.inference.validation import Array
 from flextok_jax.models.ar import sampling
 from flextok_jax.models.ar.generator import Generator
+from flextok_jax.parallel import batching
 from flextok_jax.stages.ar import make_generator
-from flextok_jax.weights import loading, saving
+from flextok_jax.weights import loading
 from flextok_jax.weights.official import generator as official_generator
 
 Schedule = float | Callable[[int], float]  # a number, or a function of the token's number from 0
+Labels = Array | Sequence[int | str] | int | str
 Text = tuple[Array, Array]  # features [b, t, f] and lengths int32 [b]
 
 
 def load_ar(
-  source: str | os.PathLike, dtype: str | None = None, *, mesh: Mesh | None = None, **settings: Any
+  source: str | os.PathLike,
+  dtype: str | None = None,
+  *,
+  mesh: Mesh | None = None,
+  revision: str | None = None,
+  subfolder: str = "",
+  **settings: Any,
 ) -> ARGenerator:
   """Loads a generator of token ids.
 
   Args:
     source: the name of a generator that ships, such as "shapes_ar"; a workdir, folder or weights file of ours; or one
-      in the released format (FlexAR): a .safetensors file, or
-      a folder or a repository of the Hugging Face hub with weights and, optionally, a configuration.
+      in the released format (FlexAR): a .safetensors file, or a folder with weights and, optionally, a configuration;
+      or a repository of the Hugging Face hub with a folder of either format.
     dtype: type of the parameters and of the computation, "float32" or "bfloat16"; default: that of the config, for
       released ones float32.
     mesh: devices to place the parameters on; default: the first device.
+    revision: branch, tag or commit of a repository; default: its main branch.
+    subfolder: of the folder or repository.
     **settings: of the released format, values that its files do not state (see weights/official/generator.py): dim,
       head_dim, depth, vocab, num_tokens, num_classes, cross, bias, norm, qk_norm, ffn, pos_embed, text_len, ...
 
@@ -48,20 +58,21 @@ def load_ar(
     ValueError: a damaged, foreign or unsupported checkpoint, or settings that contradict it.
   """
   source = validation.path("source", source)
-  if loading.is_ours(source):
+  where: dict[str, Any] = dict(mesh=mesh, revision=revision, subfolder=subfolder)
+  if loading.is_ours(source, revision, subfolder):
     if settings:
       raise ValueError(f"{source} has its own config: no setting like {next(iter(settings))!r} can be given")
-    config, params = loading.load(source, param_dtype=None, dtype=dtype, mesh=mesh)
+    config, params = loading.load(source, param_dtype=None, dtype=dtype, **where)
     if config.stage != "ar":
       raise ValueError(f"{source} is a model of stage {config.stage!r}, not a generator: load it by flextok_jax.load")
   else:
-    config, params = official_generator.load(source, settings, dtype, mesh)
+    config, params = official_generator.load(source, settings, dtype, **where)
   return ARGenerator(params, FrozenConfigDict(config))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True, repr=False)
-class ARGenerator:
+class ARGenerator(sharing.SharedModel):
   """A generator of token ids: its parameters and its config.
 
   A pytree (the config is static). Each method is compiled once per shape of its arguments, generation once per length
@@ -73,7 +84,12 @@ class ARGenerator:
 
   def __repr__(self) -> str:
     a = self.config.ar
-    return f"ARGenerator({a.num_tokens} tokens of {a.num_ids:,} ids, by {a.condition}, {describe(self)})"
+    return f"ARGenerator({a.num_tokens} tokens of {a.num_ids:,} ids, by {a.condition}, {sharing.describe(self)})"
+
+  @classmethod
+  def from_pretrained(cls, source: str | os.PathLike, **options: Any) -> ARGenerator:
+    """Returns load_ar(source, **options)."""
+    return load_ar(source, **options)
 
   @property
   def num_tokens(self) -> int:
@@ -91,6 +107,11 @@ class ARGenerator:
     return self.config.ar.num_classes if self.config.ar.condition == "class" else 0
 
   @property
+  def class_names(self) -> tuple[str, ...]:
+    """Names of the classes from 0 on; () if they have none."""
+    return tuple(self.config.ar.class_names)
+
+  @property
   def stop_id(self) -> int | None:
     """The id that ends a sequence, num_ids; None for models whose sequences all have num_tokens ids."""
     return self.num_ids if self.config.ar.stop else None
@@ -98,7 +119,7 @@ class ARGenerator:
   def logits(
     self,
     ids: Array,
-    labels: Array | Sequence[int] | int | None = None,
+    labels: Labels | None = None,
     text_embeddings: Array | None = None,
     text_lengths: Array | Sequence[int] | None = None,
   ) -> jax.Array:
@@ -106,7 +127,7 @@ class ARGenerator:
 
     Args:
       ids: int [b, n].
-      labels: int [b], -1 for none; None: unconditional.
+      labels: int [b], -1 for none, or class names; None: unconditional.
       text_embeddings: features [b, t, f] of a text encoder (see encode_text); None: of the empty text.
       text_lengths: int [b], number of valid positions of each text; default: t.
 
@@ -125,7 +146,7 @@ class ARGenerator:
   def generate(
     self,
     key: jax.Array | None,
-    labels: Array | Sequence[int] | int | None = None,
+    labels: Labels | None = None,
     prompts: Sequence[str] | None = None,
     text_embeddings: Array | None = None,
     text_lengths: Array | Sequence[int] | None = None,
@@ -139,14 +160,16 @@ class ARGenerator:
     return_log_probs: bool = False,
     null_text_embeddings: Array | None = None,
     null_text_lengths: Array | Sequence[int] | None = None,
+    num_samples: int | None = None,
     batch_size: int | None = None,
+    progress: bool | None = False,
     fast: bool = True,
   ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Draws token ids, one after another.
 
     Args:
       key: one key, by which sample i draws with fold_in(key, i); or one per sample [b]. None only if greedy.
-      labels: classes int [b], -1 for none.
+      labels: classes int [b], -1 for none, or their names (see class_names).
       prompts: texts, encoded by the model's text encoder. Without prompts and text_embeddings: the empty text.
       text_embeddings, text_lengths: text features [b, t, f] in place of prompts, and the valid positions of each.
       num_tokens: length of the result, prefix included; default: the model's num_tokens.
@@ -162,7 +185,9 @@ class ARGenerator:
         before temperature, top-k and top-p; 0 for the prefix, and after the end.
       null_text_embeddings, null_text_lengths: features [1 or b, t, f] of the empty text, for guidance; default: those
         of the model's text encoder.
-      batch_size: number of samples; default: that of labels, prompts, text_embeddings, prefix or keys, else 1.
+      num_samples: how many; default: as many as labels, prompts, text_embeddings, prefix or keys, else 1.
+      batch_size: draw this many at a time; default: all at once. The samples are the same.
+      progress: show a progress bar; None: a bar on a terminal, and lines elsewhere.
       fast: False for the slow reference implementation, which recomputes everything at every step.
 
     Returns:
@@ -171,14 +196,20 @@ class ARGenerator:
     Raises:
       ValueError: an argument out of range, or a condition that the model does not take.
     """
+    if batch_size is not None or validation.progress(progress) is not False:
+      given = dict(labels=labels, prompts=prompts, text_embeddings=text_embeddings, text_lengths=text_lengths)
+      given |= dict(prefix=prefix, null_text_embeddings=null_text_embeddings, null_text_lengths=null_text_lengths)
+      same: dict[str, Any] = dict(num_tokens=num_tokens, guidance_scale=guidance_scale, temperature=temperature)
+      same |= dict(top_k=top_k, top_p=top_p, greedy=greedy, return_log_probs=return_log_probs, fast=fast)
+      return self._generate_in_batches(key, given, same, num_samples, batch_size, progress)
     num_tokens = self.num_tokens if num_tokens is None else num_tokens
     num_tokens = validation.whole_number("num_tokens", num_tokens, 1, self.num_tokens)
     fast, return_log_probs = validation.flag("fast", fast), validation.flag("return_log_probs", return_log_probs)
     conditioned = any(x is not None for x in (labels, prompts, text_embeddings))
     sampler = self._sampler(conditioned, guidance_scale, temperature, top_k, top_p, greedy)
     sizes: dict[str, int | None] = {}
-    if batch_size is not None:
-      sizes["batch_size"] = validation.at_least_one("batch_size", batch_size)
+    if num_samples is not None:
+      sizes["num_samples"] = validation.at_least_one("num_samples", num_samples)
     if prefix is not None:
       prefix = validation.generator_ids("prefix", prefix, self.num_tokens, self.num_ids)
       sizes["prefix"] = len(prefix) if len(prefix) > 1 else None
@@ -191,12 +222,44 @@ class ARGenerator:
     ids, log_probs = ids[:, :num_tokens], log_probs[:, :num_tokens]
     return (ids, log_probs) if return_log_probs else ids
 
+  def _generate_in_batches(
+    self,
+    key: Any,
+    given: Mapping[str, Any],
+    same: Mapping[str, Any],
+    num_samples: int | None,
+    batch_size: int | None,
+    progress: bool | None,
+  ) -> Any:
+    """Returns generate(**given, **same), computed in batches of one size.
+
+    Args:
+      key, num_samples, batch_size, progress: of generate.
+      given: arguments that may have a value for each sample.
+      same: the others.
+    """
+    several = lambda x: not isinstance(x, str) and np.ndim(x) > 0 and len(x) > 1
+    key = None if key is None else validation.typed_keys(key)
+    sizes: dict[str, int | None] = {name: len(x) if several(x) else None for name, x in given.items() if x is not None}
+    sizes |= {"num_samples": num_samples, "key": len(key) if key is not None and key.ndim else None}
+    count = validation.num_samples(sizes)
+    keys = None if key is None else validation.keys(key, count)
+
+    def draw(rows: np.ndarray) -> Any:
+      take = lambda x: [x[i] for i in rows] if isinstance(x, Sequence) else x[rows]
+      part: dict[str, Any] = {name: take(x) if x is not None and several(x) else x for name, x in given.items()}
+      return self.generate(None if keys is None else keys[rows], **part, **same, num_samples=len(rows))
+
+    return batching.apply_in_batches(
+      draw, np.arange(count), validation.batch_size(batch_size), "samples drawn" if progress else ""
+    )
+
   def search(
     self,
     key: jax.Array | None,
     tokenizer: FlexTok | None = None,
     verifier: Any = "likelihood",
-    labels: Array | Sequence[int] | int | None = None,
+    labels: Labels | None = None,
     prompts: Sequence[str] | None = None,
     text_embeddings: Array | None = None,
     text_lengths: Array | Sequence[int] | None = None,
@@ -239,7 +302,7 @@ class ARGenerator:
     if key is None and tokenizer is not None:
       raise ValueError("decoding starts from noise: pass key=jax.random.key(seed)")
     if tokenizer is not None:
-      self.check_sizes(tokenizer, "the tokenizer")
+      self.check_tokenizer(tokenizer)
     told = {"verifier_prompts": verifier_prompts, "references": references}
     sizes = {name: len(value) for name, value in told.items() if value is not None}
     nulls = null_text_embeddings, null_text_lengths
@@ -250,13 +313,19 @@ class ARGenerator:
     texts = verifier_prompts if verifier_prompts is not None else prompts
     return search.search(prior, keys, check, tokenizer, texts, None if labels is None else np.asarray(rows), chosen)
 
-  def check_sizes(self, tokenizer: FlexTok, name: str) -> None:
-    """Raises ValueError, calling the tokenizer `name`, unless it has as many codes and enough registers."""
+  def check_tokenizer(self, tokenizer: FlexTok, name: str = "the tokenizer") -> None:
+    """Raises ValueError, calling the tokenizer `name`, unless it is the one whose ids this generator draws."""
     codes, registers = tokenizer.num_codes, tokenizer.num_registers
     if self.num_ids != codes or self.num_tokens > registers:
       raise ValueError(
         f"the generator draws up to {self.num_tokens} tokens of {self.num_ids} ids, {name} takes"
         f" {registers} of {codes}: give the tokenizer whose ids it was trained on"
+      )
+    trained = self.config.ar.tokenizer
+    if trained and trained != (given := tokenizer.fingerprint):
+      raise ValueError(
+        f"the generator was trained on ids of the tokenizer {trained}, but {name} is {given}: "
+        "give the tokenizer whose ids it was trained on"
       )
 
   def _inputs(
@@ -280,7 +349,7 @@ class ARGenerator:
     """
     sizes = dict(sizes)
     if labels is not None:
-      labels = validation.array("labels", labels)
+      labels = validation.array("labels", validation.class_numbers(labels, self.class_names))
       sizes["labels"] = len(labels) if labels.ndim else None
     if prompts is not None:
       prompts = validation.prompts(prompts, allow_empty=False)
@@ -328,10 +397,6 @@ class ARGenerator:
       return _encode_text(self, ids, lengths), lengths
     return text_encoder.load_t5_once(settings.path, self.config.dtype, settings.features)(ids, lengths), lengths
 
-  def save(self, folder: str | os.PathLike) -> None:
-    """Writes a folder that load_ar reads: weights.safetensors (each array in its type) and config.json."""
-    saving.save_folder(validation.path("folder", folder), self.config, self.params)
-
   def _sampler(
     self,
     conditioned: bool,
@@ -356,7 +421,7 @@ class ARGenerator:
   def _labels(self, labels: Any, batch: int) -> Array:
     if labels is not None and not self.num_classes:
       raise ValueError(f"this model's condition is {self.config.ar.condition!r}: it takes no labels")
-    return validation.labels(labels, batch, self.num_classes)
+    return validation.labels(validation.class_numbers(labels, self.class_names), batch, self.num_classes)
 
   def _text(self, prompts: Sequence[str] | None, features: Any, lengths: Any, batch: int) -> Text | None:
     """Returns the text of each sample, by default the empty text; None for models without."""

@@ -22,7 +22,6 @@ from flextok_jax.inference import batches, token_files, validation
 from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.ops import fsq
 from flextok_jax.parallel import batching
-from flextok_jax.weights import fingerprints
 
 _THREADS = 8  # that read images
 
@@ -60,13 +59,13 @@ def tokenize_files(
   num_tokens = validation.token_count(num_tokens, model.num_registers)
   names = (files.as_text(name) for _, name in named)
   token_files.check_json_size(out, names, num_tokens, fsq.num_codes(model.config.tokens.levels))
-  header = [fingerprints.tokenizer(model.config, model.params), model.image_size, num_tokens]
+  facts = token_files.Facts(model.fingerprint, model.image_size, num_tokens)
   part = out.with_name(f"{files.shorten(out.name)}.part")
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
     with files.open_regular(part) as file:
       _lock(file, out)
-      results = _Results(file, header, named)
+      results = _Results(file, list(dataclasses.astuple(facts)), named)
       if results.done:
         print(f"{results.done} of {len(named)} images are done already, from {part}", flush=True)
       with Bar(len(named), "images", progress, results.done) as bar:
@@ -76,7 +75,7 @@ def tokenize_files(
       if not results.images:
         part.unlink()
         raise ValueError(f"none of the {len(named)} images can be read; the first is {results.reason}")
-      token_files.write_tokens(out, model.image_size, num_tokens, results)
+      token_files.write_tokens(out, facts, results)
       part.unlink()
   except OSError as e:
     raise ValueError(f"cannot write {part}: {e.strerror}; rerun the same command to go on") from e

@@ -8,11 +8,8 @@ import jax
 import numpy as np
 
 from flextok_jax.core import files
-from flextok_jax.core.progress import track
 from flextok_jax.inference.generator import ARGenerator
 from flextok_jax.inference.tokenizer import FlexTok, load_tokenizer
-from flextok_jax.parallel import batching
-from flextok_jax.weights import fingerprints
 
 Condition = int | str | None  # a class, a prompt, or unconditional
 _NAME_LENGTH = 40  # characters of a prompt in a file's name
@@ -46,13 +43,18 @@ def read_texts(listed: str | None, path: str | None) -> list[str]:
   return texts
 
 
+def condition_text(condition: Condition, class_names: Sequence[str]) -> str:
+  """Returns a condition in words; "" for none."""
+  if isinstance(condition, int):
+    return f"class {condition}" + (f": {class_names[condition]}" if condition < len(class_names) else "")
+  return condition or ""
+
+
 def condition_name(condition: Condition) -> str:
   """Returns a condition's part of a file name; "" for none."""
-  if isinstance(condition, int):
-    return f"class_{condition}"
-  if not condition:
+  if condition is None:
     return ""
-  return re.sub(r"\W+", "_", condition.lower())[:_NAME_LENGTH].strip("_") or "prompt"
+  return re.sub(r"\W+", "_", condition_text(condition, ()).lower())[:_NAME_LENGTH].strip("_") or "prompt"
 
 
 def check_prompts(name: str, prompts: Sequence[str]) -> None:
@@ -67,7 +69,7 @@ def read_conditions(
   """Returns classes, prompts, or [None].
 
   Args:
-    classes: numbers as text, or ["all"].
+    classes: numbers as text, names, or ["all"].
     prompts: texts.
     gen: the generator.
     generator: its name, for messages.
@@ -81,10 +83,12 @@ def read_conditions(
     raise ValueError(f"{generator} is a model of condition {kind!r}: it takes {takes}")
   if classes == ["all"]:
     return list(range(gen.num_classes))
-  for item in classes:
-    if not item.isdecimal() or int(item) >= gen.num_classes:
-      raise ValueError(f"class {item} is out of range: classes are 0 to {gen.num_classes - 1}, or 'all'")
-  return [int(item) for item in classes] or list(prompts) or [None]
+  numbers = [gen.class_names.index(item) if item in gen.class_names else item for item in classes]
+  for item in numbers:
+    if isinstance(item, str) and (not item.isdecimal() or int(item) >= gen.num_classes):
+      named = f", their names ({', '.join(gen.class_names)[:120]})" if gen.class_names else ""
+      raise ValueError(f"class {item} is out of range: classes are 0 to {gen.num_classes - 1}{named}, or 'all'")
+  return [int(item) for item in numbers] or list(prompts) or [None]
 
 
 def sampling_choices(
@@ -115,17 +119,6 @@ def sampling_choices(
   return {name: gen.config.ar[name] if value is None else value for name, value in given.items()} | {"greedy": greedy}
 
 
-def check_tokenizer(tokenizer: FlexTok, gen: ARGenerator, name: str) -> None:
-  """Raises ValueError, calling the model `name`, unless it is the tokenizer whose ids a generator draws."""
-  gen.check_sizes(tokenizer, name)
-  trained = gen.config.ar.tokenizer
-  if trained and trained != (given := fingerprints.tokenizer(tokenizer.config, tokenizer.params)):
-    raise ValueError(
-      f"the generator was trained on ids of the tokenizer {trained}, but {name} is {given}: "
-      "give the tokenizer whose ids it was trained on"
-    )
-
-
 def load_matching_tokenizer(tokenizer: str, gen: ARGenerator, **sampler: Any) -> FlexTok:
   """Loads the tokenizer of a generator.
 
@@ -137,16 +130,8 @@ def load_matching_tokenizer(tokenizer: str, gen: ARGenerator, **sampler: Any) ->
     FileNotFoundError, ValueError: see load_tokenizer; or not the tokenizer whose ids the generator draws.
   """
   model = load_tokenizer(tokenizer, **sampler)
-  check_tokenizer(model, gen, f"tokenizer={tokenizer}")
+  gen.check_tokenizer(model, f"tokenizer={tokenizer}")
   return model
-
-
-def padded(sequences: Sequence[np.ndarray], num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns sequences as ids int32 [n, num_tokens], 0 past their ends, and their lengths int [n]."""
-  ids = np.zeros((len(sequences), num_tokens), np.int32)
-  for row, sequence in zip(ids, sequences):
-    row[: len(sequence)] = sequence
-  return ids, np.array([len(sequence) for sequence in sequences])
 
 
 def draw(
@@ -172,23 +157,19 @@ def draw(
   Raises:
     ValueError: a choice out of range, or log-probabilities that are not finite.
   """
-  count = len(conditions)
-
-  def draw_rows(rows: np.ndarray) -> Any:
-    given = [conditions[i] for i in rows]
-    condition: dict[str, Any] = (
-      {} if given[0] is None else {"prompts" if isinstance(given[0], str) else "labels": given}
-    )
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
-    kept = None if prefix is None else prefix[rows]
-    return gen.generate(keys, **condition, prefix=kept, return_log_probs=True, **choices)
-
-  size = batching.batch_rows(batch_size, count)
-  sequences, sums = [], []
-  drawn = batching.map_batches(draw_rows, batching.slices(np.arange(count), size), size)
-  for ids, log_probs in track(drawn, count, "samples drawn", progress, size=lambda batch: len(batch[0])):
-    sequences += gen.trim(ids)
-    sums.append(log_probs.sum(1))
-  if not np.isfinite(np.concatenate(sums)).all():
+  name = "prompts" if isinstance(conditions[0], str) else "labels"
+  condition: dict[str, Any] = {} if conditions[0] is None else {name: list(conditions)}
+  ids, log_probs = gen.generate(
+    jax.random.key(seed),
+    **condition,
+    **choices,
+    prefix=prefix,
+    num_samples=len(conditions),
+    return_log_probs=True,
+    batch_size=batch_size,
+    progress=progress,
+  )
+  sums = np.asarray(log_probs).sum(1)
+  if not np.isfinite(sums).all():
     raise ValueError("the generator's log-probabilities are not finite: these weights diverged")
-  return sequences, np.concatenate(sums)
+  return gen.trim(ids), sums

@@ -49,7 +49,7 @@ def tokens(
   validation.at_least_one("batch_size", batch_size)
   num_tokens = validation.token_count(num_tokens, model.num_registers)
   facts = {
-    "fingerprint": fingerprints.tokenizer(model.config, model.params),
+    "fingerprint": model.fingerprint,
     "dtype": model.config.dtype,
     "image_size": model.image_size,
     "num_ids": model.num_codes,

@@ -1,10 +1,11 @@
 """Token files: JSON or .npz with the token ids of many images, as the commands exchange them.
 
-JSON holds {"image_size": pixels, "num_tokens": K, "names": [n], "token_ids": [n][at most K]}, of which only "token_ids"
-is required; an .npz holds the same four arrays (without pickled objects).
+JSON holds {"tokenizer": fingerprint, "image_size": pixels, "num_tokens": K, "names": [n], "token_ids": [n][at most K]},
+of which only "token_ids" is required; an .npz holds the same as arrays (without pickled objects).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,21 @@ from flextok_jax.inference import decoding
 SUFFIXES = (".json", ".npz")
 MAX_JSON = 2**28  # bytes of a JSON token file, which takes up to thirty times as much memory when it is read
 Ids = Sequence[int] | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+  """What a token file says of all its entries.
+
+  Attributes:
+    tokenizer: fingerprint of the tokenizer of the ids; "": unknown.
+    image_size: in pixels.
+    num_tokens: most ids of an image.
+  """
+
+  tokenizer: str
+  image_size: int
+  num_tokens: int
 
 
 def check_suffix(name: str, path: Path) -> None:
@@ -37,29 +53,31 @@ def check_json_size(path: Path, names: Iterable[str], num_tokens: int, num_codes
     )
 
 
-def write_tokens(path: Path, image_size: int, num_tokens: int, entries: Iterable[tuple[str, Ids]]) -> None:
+def write_tokens(path: Path, facts: Facts, entries: Iterable[tuple[str, Ids]]) -> None:
   """Writes a token file atomically, one entry at a time.
 
   Args:
+    path: of the file.
+    facts: what the file says of all entries.
     entries: (name, num_tokens ids) of each image; iterated several times.
   """
   files.clear_leftovers(path.parent, [path.name])
   with files.replacing(path) as temporary:
     if path.suffix == ".npz":
-      _write_npz(temporary, image_size, num_tokens, entries)
+      _write_npz(temporary, facts, entries)
     else:
       with open(temporary, "wb") as file:
-        for part in _json_parts(image_size, num_tokens, entries):
+        for part in _json_parts(facts, entries):
           file.write(part)
 
 
-def to_json(image_size: int, num_tokens: int, entries: Iterable[tuple[str, Ids]]) -> bytes:
+def to_json(facts: Facts, entries: Iterable[tuple[str, Ids]]) -> bytes:
   """Returns the content of a JSON token file; arguments as of write_tokens, but with at most num_tokens ids."""
-  return b"".join(_json_parts(image_size, num_tokens, entries))
+  return b"".join(_json_parts(facts, entries))
 
 
-def _json_parts(image_size: int, num_tokens: int, entries: Iterable[tuple[str, Ids]]) -> Iterator[bytes]:
-  yield f'{{"image_size": {image_size}, "num_tokens": {num_tokens}, "names": ['.encode()
+def _json_parts(facts: Facts, entries: Iterable[tuple[str, Ids]]) -> Iterator[bytes]:
+  yield json.dumps(dataclasses.asdict(facts)).encode().removesuffix(b"}") + b', "names": ['
   for i, (name, _) in enumerate(entries):
     yield b", " * (i > 0) + json.dumps(name).encode()
   yield b'], "token_ids": ['
@@ -68,7 +86,7 @@ def _json_parts(image_size: int, num_tokens: int, entries: Iterable[tuple[str, I
   yield b"]}\n"
 
 
-def _write_npz(path: Path, image_size: int, num_tokens: int, entries: Iterable[tuple[str, Ids]]) -> None:
+def _write_npz(path: Path, facts: Facts, entries: Iterable[tuple[str, Ids]]) -> None:
   lengths = [len(name) for name, _ in entries]
   count, text = len(lengths), np.dtype(("<U", max(1, *lengths, 1)))
   with zipfile.ZipFile(path, "w") as archive:
@@ -80,20 +98,23 @@ def _write_npz(path: Path, image_size: int, num_tokens: int, entries: Iterable[t
         for row in rows:
           file.write(np.asarray(row, dtype).tobytes())
 
-    write("image_size", np.dtype("<i8"), (), [image_size])
-    write("num_tokens", np.dtype("<i8"), (), [num_tokens])
+    write("tokenizer", np.dtype(("<U", max(1, len(facts.tokenizer)))), (), [facts.tokenizer])
+    write("image_size", np.dtype("<i8"), (), [facts.image_size])
+    write("num_tokens", np.dtype("<i8"), (), [facts.num_tokens])
     write("names", text, (count,), (name for name, _ in entries))
-    write("token_ids", np.dtype("<i4"), (count, num_tokens), (ids for _, ids in entries))
+    write("token_ids", np.dtype("<i4"), (count, facts.num_tokens), (ids for _, ids in entries))
 
 
-def read_tokens(path: Path, image_size: int, num_registers: int, num_codes: int) -> tuple[list[str], list[Ids]]:
+def read_tokens(path: Path, facts: Facts, num_codes: int) -> tuple[list[str], list[Ids]]:
   """Reads and checks a token file.
 
   Args:
-    image_size, num_registers, num_codes: of the tokenizer that is to decode it.
+    path: of the file.
+    facts: of the tokenizer that is to decode it; num_tokens: its registers.
+    num_codes: of that tokenizer.
 
   Returns:
-    (names, token ids): one entry per image, each of 1 to num_registers ids in [0, num_codes); its name can be part of a
+    (names, token ids): one entry per image, each of 1 to num_tokens ids in [0, num_codes); its name can be part of a
     file's name, see file_stem.
 
   Raises:
@@ -103,11 +124,16 @@ def read_tokens(path: Path, image_size: int, num_registers: int, num_codes: int)
   check_suffix("tokens", path)
   if not path.is_file():
     raise FileNotFoundError(f"no token file at {path}")
-  found, names, sequences = (_read_npz if path.suffix == ".npz" else _read_json)(path)
-  if found is not None and found != image_size:
+  found, size, names, sequences = (_read_npz if path.suffix == ".npz" else _read_json)(path)
+  if size is not None and size != facts.image_size:
     raise ValueError(
-      f"{path} holds tokens of {quote(found)} px images, but this checkpoint makes {image_size} px images: use the "
-      "checkpoint that wrote them"
+      f"{path} holds tokens of {quote(size)} px images, but this checkpoint makes {facts.image_size} px images: use "
+      "the checkpoint that wrote them"
+    )
+  if found and facts.tokenizer and found != facts.tokenizer:
+    raise ValueError(
+      f"{path} holds ids of the tokenizer {quote(found)}, but this checkpoint is {facts.tokenizer}: use the checkpoint "
+      "that wrote them"
     )
   if len(names) != len(sequences):
     raise ValueError(f"{path} has {len(names)} names for {len(sequences)} token sequences")
@@ -115,8 +141,8 @@ def read_tokens(path: Path, image_size: int, num_registers: int, num_codes: int)
     if not _can_be_in_a_path(name):
       raise ValueError(f"{path}: names[{i}] is {quote(name)}, which cannot be part of a file's name: correct it")
   for i, sequence in enumerate(sequences):
-    if not 1 <= len(sequence) <= num_registers:
-      raise ValueError(f"{path}: token_ids[{i}] has {len(sequence)} tokens, this model takes 1 to {num_registers}")
+    if not 1 <= len(sequence) <= facts.num_tokens:
+      raise ValueError(f"{path}: token_ids[{i}] has {len(sequence)} tokens, this model takes 1 to {facts.num_tokens}")
     if isinstance(sequence, np.ndarray) and sequence.min() >= 0 and sequence.max() < num_codes:
       continue
     for j, token in enumerate(sequence.tolist() if isinstance(sequence, np.ndarray) else sequence):
@@ -137,8 +163,8 @@ def _can_be_in_a_path(name: str) -> bool:
     return False
 
 
-def _read_json(path: Path) -> tuple[object, list[str], list[Ids]]:
-  """Returns (image_size or None, names, token ids)."""
+def _read_json(path: Path) -> tuple[object, object, list[str], list[Ids]]:
+  """Returns (fingerprint of the tokenizer or None, image_size or None, names, token ids)."""
   size = path.stat().st_size
   if size > MAX_JSON:
     raise ValueError(f"{path} has {size} bytes, and a JSON token file has at most {MAX_JSON}: write it as .npz")
@@ -159,11 +185,11 @@ def _read_json(path: Path) -> tuple[object, list[str], list[Ids]]:
   for i, name in enumerate(names):
     if not isinstance(name, str):
       raise ValueError(f"{path}: 'names' must be a list of strings, but names[{i}] is {quote(name)}")
-  return fields.get("image_size"), names, sequences
+  return fields.get("tokenizer"), fields.get("image_size"), names, sequences
 
 
-def _read_npz(path: Path) -> tuple[object, list[str], list[Ids]]:
-  """Returns (image_size or None, names, token ids)."""
+def _read_npz(path: Path) -> tuple[object, object, list[str], list[Ids]]:
+  """Returns (fingerprint of the tokenizer or None, image_size or None, names, token ids)."""
   with npz.opened(path) as archive:
     found = npz.names(archive)
     if "token_ids" not in found:
@@ -179,7 +205,8 @@ def _read_npz(path: Path) -> tuple[object, list[str], list[Ids]]:
         raise ValueError(f"there are {list(array.shape)} names for {shape[0]} token sequences")
       names = array.tolist()
     size = npz.read(archive, "image_size", "iu").item() if "image_size" in found else None
-    return size, names, list(npz.read(archive, "token_ids", "iu"))
+    tokenizer = npz.read(archive, "tokenizer", "U").item() if "tokenizer" in found else None
+    return tokenizer, size, names, list(npz.read(archive, "token_ids", "iu"))
 
 
 def cut(sequences: list[Ids], num_tokens: int | None, num_registers: int) -> list[Ids]:

@@ -15,14 +15,15 @@ from ml_collections import FrozenConfigDict
 import numpy as np
 
 from flextok_jax.config import TOKENIZER_STAGES, with_fields
-from flextok_jax.inference import adaptive, validation
+from flextok_jax.inference import adaptive, sharing, validation
 from flextok_jax.inference.validation import Array, Images, Scale, TokenIds
 from flextok_jax.models.tokenizer import flextok
 from flextok_jax.models.tokenizer.flextok import Sampler
 from flextok_jax.ops import distances, fsq, nested
+from flextok_jax.parallel import batching
 from flextok_jax.stages.tokenizer import check_sampler, make_model
 from flextok_jax.stages.vae import make_vae
-from flextok_jax.weights import loading, saving
+from flextok_jax.weights import fingerprints, loading, saving
 
 KeepK = int | Sequence[int] | Array
 CHUNK_STEPS = 50  # of the sampler in one program
@@ -36,6 +37,8 @@ def load(
   mup_base_width: int | None = None,
   image_size: int | None = None,
   mesh: Mesh | None = None,
+  revision: str | None = None,
+  subfolder: str = "",
 ) -> FlexTok:
   """Loads a tokenizer, or a VAE alone, which only encodes and decodes latents.
 
@@ -49,6 +52,8 @@ def load(
     mup_base_width: base width of an official model trained with use_mup_readout, which its files do not state.
     image_size: pixels a side, in place of the checkpoint's own (256 in official ones, whose files do not state it).
     mesh: devices to place the parameters on, by their logical axes; default: the first device.
+    revision: branch, tag or commit of a repository; default: its main branch.
+    subfolder: of the folder or repository.
 
   Raises:
     FileNotFoundError: there is no checkpoint, or it cannot be downloaded; the message says which file to put where.
@@ -62,6 +67,8 @@ def load(
     mup_base_width=None if mup_base_width is None else validation.at_least_one("mup_base_width", mup_base_width),
     image_size=None if image_size is None else validation.at_least_one("image_size", image_size),
     mesh=mesh,
+    revision=revision,
+    subfolder=subfolder,
   )
   if config.stage == "ar":
     raise ValueError(f"{source} is a generator: load it by flextok_jax.load_ar")
@@ -70,7 +77,7 @@ def load(
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True, repr=False)
-class FlexTok:
+class FlexTok(sharing.SharedModel):
   """A tokenizer: its parameters and its config (arXiv 2502.13967).
 
   A pytree (the config is static): it can be passed through jax.jit, where all methods work except tokenize by quality.
@@ -83,7 +90,14 @@ class FlexTok:
   def __repr__(self) -> str:
     c = self.config
     tokens = f", {c.tokens.num_registers} tokens of {fsq.num_codes(c.tokens.levels):,} codes"
-    return f"FlexTok({c.image_size} px{tokens if c.stage in TOKENIZER_STAGES else ', VAE alone'}, {describe(self)})"
+    return (
+      f"FlexTok({c.image_size} px{tokens if c.stage in TOKENIZER_STAGES else ', VAE alone'}, {sharing.describe(self)})"
+    )
+
+  @classmethod
+  def from_pretrained(cls, source: str | os.PathLike, **options: Any) -> FlexTok:
+    """Returns load(source, **options)."""
+    return load(source, **options)
 
   @property
   def image_size(self) -> int:
@@ -99,6 +113,11 @@ class FlexTok:
   def num_codes(self) -> int:
     """Size of the vocabulary: token ids are 0 to num_codes - 1."""
     return fsq.num_codes(self._tokenizer_config().tokens.levels)
+
+  @property
+  def fingerprint(self) -> str:
+    """Identifies the token ids: tokenizers with the same fingerprint have the same (weights/fingerprints.py)."""
+    return fingerprints.tokenizer(self._tokenizer_config(), self.params)
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
@@ -122,6 +141,8 @@ class FlexTok:
     guidance: str | None = None,
     guidance_scale: Scale | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = False,
   ) -> jax.Array | list[np.ndarray]:
     """Encodes images as token ids: the same number for each, or, given a quality, the fewest that reach it.
 
@@ -137,6 +158,9 @@ class FlexTok:
         batches [b, h, w, 3] in [-1, 1] that jax can trace and that returns one number per image.
       noise: as for detokenize; default: the same for all images, so that a length depends on the image alone.
       num_steps, guidance, guidance_scale, guidance_interval: as for detokenize.
+      batch_size: read and encode this many at a time; default: all at once. The ids are the same; but with a key,
+        batch i has the key fold_in(key, i).
+      progress: show a progress bar; None: a bar on a terminal, and lines elsewhere.
 
     Returns:
       int32 [b, num_tokens]; given a quality, a list of b arrays int32 [1 to num_tokens], which detokenize takes.
@@ -144,6 +168,12 @@ class FlexTok:
     Raises:
       ValueError: an argument out of range, or a VAE alone, which has no tokens.
     """
+    if batch_size is not None or validation.progress(progress) is not False:
+      given: dict[str, Any] = dict(
+        num_tokens=num_tokens, quality=quality, metric=metric, num_steps=num_steps, guidance=guidance
+      )
+      given |= dict(guidance_scale=guidance_scale, guidance_interval=guidance_interval)
+      return self._tokenize_in_batches(images, key, noise, given, batch_size, progress)
     num_tokens = validation.token_count(num_tokens, self.num_registers)
     images, key = self._images(images), _posterior_key(key)
     self._check_grid("images", images.shape, self.image_size)
@@ -168,6 +198,8 @@ class FlexTok:
     guidance: str | None = None,
     guidance_scale: Scale | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = False,
   ) -> jax.Array:
     """Decodes token ids to images, by guided Euler steps of the rectified flow.
 
@@ -182,6 +214,8 @@ class FlexTok:
       guidance: "apg" (adaptive projected guidance), "cfg" or "none".
       guidance_scale: a number, or a function of t in (0, 1] that is called once per step. 1: no guidance.
       guidance_interval: the times t at which guidance is applied; the other steps take half the time.
+      batch_size: decode this many at a time; default: all at once. The images are the same.
+      progress: show a progress bar; None: a bar on a terminal, and lines elsewhere.
 
     Returns:
       Images float32 [b, h, w, 3], about [-1, 1] and not clipped.
@@ -192,13 +226,25 @@ class FlexTok:
     ids, keep_k = self._ids(ids, keep_k)
     sampler = self._sampler(num_steps, guidance, guidance_scale, guidance_interval)
     if noise is not None:
-      noise = self._noised("noise", noise, len(ids))
+      given = self._noised("noise", noise, len(ids))
+      starts = lambda rows: given[rows]
     elif key is not None:
-      noise = sample_noise(validation.keys(key, len(ids)), self.latent_shape)
+      keys = validation.keys(key, len(ids))
+      starts = lambda rows: sample_noise(keys[rows], self.latent_shape)
     else:
       shape = [len(ids), *self.latent_shape]
       raise ValueError(f"detokenize starts from noise: pass key=jax.random.key(seed), or noise=... of shape {shape}")
-    return _decode(self, ids, keep_k, noise, sampler)
+    if batch_size is None and validation.progress(progress) is False:
+      return _decode(self, ids, keep_k, starts(slice(None)), sampler)
+
+    def decode(batch: tuple[Array, Array, Array]) -> jax.Array:
+      ids, keep_k, rows = batch
+      return _decode(self, ids, keep_k, starts(rows), sampler)
+
+    rows = np.asarray(ids), np.asarray(keep_k), np.arange(len(ids))
+    return batching.apply_in_batches(
+      decode, rows, validation.batch_size(batch_size), "images decoded" if progress else ""
+    )
 
   def encode_latents(self, images: Images, key: jax.Array | None = None) -> jax.Array:
     """Encodes images, as for tokenize, to scaled latents float32 [b, h, w, c]; with a key a sample of the posterior."""
@@ -236,10 +282,6 @@ class FlexTok:
     drop = validation.per_sample("drop_condition", False if drop_condition is None else drop_condition, batch, bool)
     return _velocity(self, x_t, validation.times(t, batch), ids, keep_k, drop)
 
-  def save(self, folder: str | os.PathLike) -> None:
-    """Writes a folder that load reads: weights.safetensors (each array in its type) and config.json."""
-    saving.save_folder(validation.path("folder", folder), self.config, self.params)
-
   def to_official(self, path: str | os.PathLike) -> None:
     """Writes what the authors' PyTorch code reads: a .safetensors file, or a folder in the hub's layout.
 
@@ -249,6 +291,32 @@ class FlexTok:
       ValueError: the official format cannot express this model.
     """
     saving.save_official(validation.path("path", path), self.config, self.params)
+
+  def _tokenize_in_batches(
+    self,
+    images: Images,
+    key: jax.Array | None,
+    noise: Array | None,
+    given: dict[str, Any],
+    batch_size: int | None,
+    progress: bool | None,
+  ) -> Any:
+    """Returns tokenize(images, key=key, noise=noise, **given), computed in batches of one size."""
+    count = len(images) if isinstance(images, Sequence | np.ndarray | jax.Array) else 0
+    if not count or isinstance(images, str):
+      return self.tokenize(images, **given)  # raises the error
+
+    def encode(rows: np.ndarray) -> Any:
+      kept = np.unique(rows)  # without the padding, which need not be read again
+      part = self._images([images[i] for i in kept] if isinstance(images, Sequence) else images[kept])
+      part = np.pad(part, ((0, len(rows) - len(kept)), *((0, 0),) * 3), mode="edge")
+      own_key = None if key is None else jax.random.fold_in(validation.one_key(key), int(rows[0]) // len(rows))
+      found: Any = self.tokenize(part, key=own_key, noise=None if noise is None else noise[rows], **given)
+      return found if given["quality"] is None else adaptive.pad_sequences(found, self.num_registers)
+
+    rows, batch_size = np.arange(count), validation.batch_size(batch_size)
+    found = batching.apply_in_batches(encode, rows, batch_size, "images encoded", progress)
+    return found if given["quality"] is None else [np.asarray(ids)[:n] for ids, n in zip(*found)]
 
   def _tokenizer_config(self) -> FrozenConfigDict:
     if self.config.stage not in TOKENIZER_STAGES:
@@ -310,13 +378,6 @@ class FlexTok:
       raise ValueError(
         f"{name} must be {side} x {side}, as each token has its place in a grid, got shape {list(shape)}"
       )
-
-
-def describe(model: Any) -> str:
-  """Returns size and type of a model's parameters: "2.5M parameters, bfloat16"."""
-  leaves = jax.tree.leaves(model.params)
-  types = dict.fromkeys(str(x.dtype) for x in leaves if hasattr(x, "dtype"))
-  return f"{sum(np.size(x) for x in leaves) / 1e6:.1f}M parameters, {' and '.join(types)}"
 
 
 def _posterior_key(key: Any) -> jax.Array | None:

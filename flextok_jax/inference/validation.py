@@ -61,6 +61,11 @@ def at_least_one(name: str, value: Any) -> int:
   return whole_number(name, value, 1)
 
 
+def batch_size(value: Any) -> int | None:
+  """Returns a number of rows per batch, or None for all."""
+  return None if value is None else at_least_one("batch_size", value)
+
+
 def seed(value: Any) -> int:
   """Returns a seed, which fits 32 bits."""
   return whole_number("seed", value, 0, 2**32 - 1)
@@ -79,6 +84,11 @@ def flag(name: str, value: Any) -> bool:
   if not isinstance(value, bool | np.bool_):
     raise ValueError(f"{name}={quote(value)} must be True or False")
   return bool(value)
+
+
+def progress(value: Any) -> bool | None:
+  """Returns True (a bar), False, or None (a bar on a terminal, elsewhere lines)."""
+  return None if value is None else flag("progress", value)
 
 
 def path(name: str, value: Any) -> str:
@@ -362,6 +372,20 @@ def prefix(ids: Array | None, batch: int, num_tokens: int) -> Array:
   if ids.shape[1] >= num_tokens:
     raise ValueError(f"a prefix of {ids.shape[1]} tokens leaves nothing to draw of num_tokens={num_tokens}")
   return namespace(ids).broadcast_to(ids, (batch, ids.shape[1]))
+
+
+def class_numbers(classes: Any, names: Sequence[str]) -> Any:
+  """Returns one class or several with a number in place of each name."""
+  if isinstance(classes, np.ndarray) and classes.dtype.kind == "U":
+    classes = classes.tolist()
+  if isinstance(classes, str):
+    if classes not in names:
+      known = f"its classes are {quote(', '.join(names))}" if names else "it has no names of classes: give numbers"
+      raise ValueError(f"this model has no class named {quote(classes)}: {known}")
+    return list(names).index(classes)
+  if isinstance(classes, Sequence) and any(isinstance(x, str) for x in classes):
+    return [class_numbers(x, names) for x in classes]
+  return classes
 
 
 def labels(classes: Any, batch: int, num_classes: int) -> Array:

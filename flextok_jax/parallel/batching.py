@@ -58,6 +58,25 @@ def map_batches(
     waiting = begun
 
 
+def apply_in_batches(
+  function: Callable, rows: Any, batch_size: int | None, what: str, progress: bool | None = False
+) -> Any:
+  """Returns a function of all rows, computed in batches of one size, so that it is compiled once.
+
+  Args:
+    function: batch -> tree of arrays [b, ...]; a row of the result depends on the same row of the batch alone.
+    rows: tree of numpy arrays [n, ...].
+    batch_size: rows per batch at most; None: all.
+    what: the rows, as a progress bar names them.
+    progress: whether to show one, see core.progress.Bar.
+  """
+  count = len(jax.tree.leaves(rows)[0])
+  size = batch_rows(batch_size or count, count)
+  results = map_batches(function, slices(rows, size), size)
+  shown = track(results, count, what, progress, size=lambda result: len(jax.tree.leaves(result)[0]))
+  return jax.tree.map(lambda *parts: jax.numpy.concatenate(parts), *shown)
+
+
 class Batched:
   """A function (params, *arrays [b, ...]) -> tree of arrays [b, ...] that takes and returns numpy arrays of any length.
 

@@ -57,7 +57,7 @@ def open_tokens(config: ConfigDict, split: str) -> tuple[tokens.TokenShards, tok
 
 
 def with_tokenizer(config: ConfigDict) -> ConfigDict:
-  """Returns the config of stage "ar" with the fingerprint of the tokenizer that wrote its token shards.
+  """Returns the config of stage "ar" with its token shards' class names and the fingerprint of their tokenizer.
 
   With it a run and its weights belong to one tokenizer. Configs of other stages are returned unchanged.
 
@@ -67,7 +67,10 @@ def with_tokenizer(config: ConfigDict) -> ConfigDict:
   if config.stage != "ar":
     return config
   config = config.copy_and_resolve_references()
-  config.ar.tokenizer = open_tokens(config, "train")[0].meta["fingerprint"]
+  meta = open_tokens(config, "train")[0].meta
+  config.ar.tokenizer = meta["fingerprint"]
+  if config.ar.condition == "class":
+    config.ar.class_names = tuple(meta["class_names"] or ())
   return config
 
 

@@ -32,14 +32,23 @@ class Folder:
     example: a repository with such a model, for errors.
     inside: folder within the source.
     config: name of the configuration, for errors.
+    revision: branch, tag or commit of a repository; None: the main branch.
 
   Raises:
     FileNotFoundError: neither a folder nor the name of a repository.
   """
 
-  def __init__(self, source: str | os.PathLike, kind: str, example: str, inside: str = "", config: str = hub.CONFIG):
+  def __init__(
+    self,
+    source: str | os.PathLike,
+    kind: str,
+    example: str,
+    inside: str = "",
+    config: str = hub.CONFIG,
+    revision: str | None = None,
+  ):
     self.name = os.fspath(source)
-    self._inside, self._needed = inside, f"{config} and {_NEEDED}"
+    self._inside, self._needed, self._revision = inside, f"{config} and {_NEEDED}", revision
     self._local = os.path.isdir(self.name)
     if not self._local and not hub.is_repository(self.name):
       raise FileNotFoundError(
@@ -50,7 +59,7 @@ class Folder:
     """Returns the path of the first of the named files that exists."""
     names = tuple(f"{self._inside}/{name}" if self._inside else name for name in names)
     if not self._local:
-      return hub.fetch_file(self.name, *names, needed=self._needed)
+      return hub.fetch_file(self.name, *names, needed=self._needed, revision=self._revision)
     for name in names:
       path = os.path.join(self.name, name)
       if os.path.isfile(path):

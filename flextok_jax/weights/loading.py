@@ -49,13 +49,16 @@ def load(
   mup_base_width: int | None = None,
   image_size: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
+  revision: str | None = None,
+  subfolder: str = "",
 ) -> tuple[ConfigDict, dict]:
   """Loads a model.
 
   Args:
     source: the name of a model that ships, such as "quickstart"; a weights file, a run's workdir, a checkpoint of it
       (WORKDIR/checkpoints/STEP) or a folder of ours; an official .safetensors file, or folder of config.json and
-      model.safetensors; a folder of diffusers' AutoencoderKL; or a repository of the Hugging Face hub.
+      model.safetensors; a folder of diffusers' AutoencoderKL; or a repository of the Hugging Face hub with one of these
+      folders.
     param_dtype: type of all arrays; None: each part has its compute type.
     dtype: compute type that replaces the checkpoint's (official checkpoints: float32). The VAE keeps its own.
     vae_norm_num_groups: groups of the VAE's GroupNorms, which official files do not store.
@@ -63,6 +66,8 @@ def load(
     image_size: side in pixels that replaces the checkpoint's. Official files do not store it: the default is that of
       the authors' code, 32 latent pixels (256 px), or less if a position table is smaller.
     mesh: devices to place the arrays on by their logical axes; None: the default device.
+    revision: branch, tag or commit of a repository; None: the main branch.
+    subfolder: of the folder or repository.
 
   Returns:
     (config, params). From a folder with orbax checkpoints, params are the newest average.
@@ -76,8 +81,8 @@ def load(
   if source.endswith(".json") and os.path.isfile(source):  # an index or a config.json stands for its folder
     source = os.path.dirname(source) or "."
   accelerators.start()
-  options = _Options(param_dtype, dtype, vae_norm_num_groups, mup_base_width, image_size, mesh)
-  with _local(source) as source:
+  options = _Options(param_dtype, dtype, vae_norm_num_groups, mup_base_width, image_size, mesh, revision, subfolder)
+  with _local(source, revision, subfolder) as source:
     return _load(source, options)
 
 
@@ -89,7 +94,7 @@ def _load(source: str, options: "_Options") -> tuple[ConfigDict, dict]:
   if os.path.isfile(source):
     return _load_file(source, options)
   if hub.is_repository(source):
-    return _load_pair(_on_hub(source), options)
+    return _load_pair(_on_hub(source, options), options)
   raise FileNotFoundError(
     f"no such checkpoint: {source}; give a file, a folder, a repository on Hugging Face, or the name of a model that "
     f"ships: {', '.join(assets.names())}"
@@ -114,10 +119,20 @@ def _is_run(source: str) -> bool:
 
 
 @contextlib.contextmanager
-def _local(source: str) -> Iterator[str]:
-  """Yields a source; in place of a file or a folder of weights in a bucket, a temporary copy of it."""
+def _local(source: str, revision: str | None = None, subfolder: str = "") -> Iterator[str]:
+  """Yields a source, with its subfolder, as a path of this machine if it is one of ours.
+
+  Of a repository of the hub with a model of ours it is the weights file in the cache, of a file or a folder of weights
+  in a bucket a temporary copy. Other repositories are yielded as they are.
+  """
   source = assets.resolve(source)
   source = str(workdirs.resolve(source, "source")) if source.startswith(("gs:", "~")) else source
+  if hub.is_repository(source) and not os.path.lexists(source):
+    yield _own_weights(source, revision, subfolder) or source
+    return
+  if revision is not None:
+    raise ValueError(f"revision={revision!r:.80} is of a repository of the Hugging Face hub, and {source} is none")
+  source = os.path.join(source, subfolder) if subfolder else source
   if not workdirs.is_remote(source) or _is_run(source):
     yield source
     return
@@ -130,9 +145,19 @@ def _local(source: str) -> Iterator[str]:
     yield os.path.join(folder, path.name)
 
 
-def is_ours(source: str | os.PathLike) -> bool:
-  """Whether a path exists and is a workdir, a folder, a checkpoint or a weights file in our own format."""
-  with _local(os.fspath(source)) as source:
+def _own_weights(repository: str, revision: str | None, subfolder: str) -> str | None:
+  """Returns the path of the weights, in the cache, of a repository with a model of ours; None if it has none."""
+  folder = Folder(repository, *_KIND, inside=subfolder, revision=revision)
+  try:
+    path = folder.find(hub.CONFIG)
+  except FileNotFoundError:  # raised again where other formats are looked for
+    return None
+  return folder.find(WEIGHTS) if "stage" in folder.read_json(path) else None
+
+
+def is_ours(source: str | os.PathLike, revision: str | None = None, subfolder: str = "") -> bool:
+  """Whether a source exists and is a workdir, a folder, a checkpoint or a weights file in our own format."""
+  with _local(os.fspath(source), revision, subfolder) as source:
     if os.path.isdir(source) and os.path.exists(os.path.join(source, WEIGHTS)):
       return True
     return _is_run(source) or (os.path.isfile(source) and CONFIG_KEY in TensorFile(source).metadata)
@@ -154,6 +179,8 @@ class _Options:
   mup_base_width: int | None
   image_size: int | None
   mesh: jax.sharding.Mesh | None
+  revision: str | None = None
+  subfolder: str = ""
 
   def __post_init__(self):
     for name in ("param_dtype", "dtype"):
@@ -205,10 +232,13 @@ def _load_folder(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
   )
 
 
-def _on_hub(repository: str) -> Folder:
+def _on_hub(repository: str, options: _Options) -> Folder:
   """Returns a repository, or the VAE in it if it is a pipeline of diffusers."""
-  config = Folder(repository, *_KIND).find(hub.CONFIG, f"{_VAE}/{hub.CONFIG}")
-  return Folder(repository, *_KIND, inside=_VAE if os.path.basename(os.path.dirname(config)) == _VAE else "")
+  if options.subfolder:
+    return Folder(repository, *_KIND, inside=options.subfolder, revision=options.revision)
+  config = Folder(repository, *_KIND, revision=options.revision).find(hub.CONFIG, f"{_VAE}/{hub.CONFIG}")
+  inside = _VAE if os.path.basename(os.path.dirname(config)) == _VAE else ""
+  return Folder(repository, *_KIND, inside=inside, revision=options.revision)
 
 
 def _load_workdir(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
@@ -280,8 +310,10 @@ def _load_official(file: Tensors, official: Mapping, options: _Options) -> tuple
   if hub_id and not (has_vae and vae["scaling_factor"] is not None):
     if not hub.is_repository(hub_id):
       raise ValueError(f"{file.path}: vae.hf_hub_path {hub_id!r:.80} is no repository of the Hugging Face hub")
-    own = dataclasses.replace(options, param_dtype=options.param_dtype or vae["dtype"], image_size=None)
-    vae_config, loaded = _load_pair(_on_hub(hub_id), own)
+    own = dataclasses.replace(
+      options, param_dtype=options.param_dtype or vae["dtype"], image_size=None, revision=None, subfolder=""
+    )
+    vae_config, loaded = _load_pair(_on_hub(hub_id, own), own)
     if vae_config.stage != "vae":
       raise ValueError(f"{file.path}: vae.hf_hub_path {hub_id} is no autoencoder")
     vae["scaling_factor"] = vae["scaling_factor"] or vae_config.vae.scaling_factor

@@ -9,6 +9,7 @@ from PIL import Image
 import pytest
 import skimage.data
 
+import flextok_jax
 from flextok_jax import detokenize, evaluate, tokenize
 from flextok_jax.core import files, progress
 from flextok_jax.inference import token_files
@@ -125,7 +126,7 @@ def test_tokenize_leaves_out_broken_files_and_detokenize_reads_all_names(
     assert "4 images of 16 px, 4 tokens each; " in printed and " are left out, the first: " in printed
     assert all(f"{name} cannot be read" in caplog.text for name in ("0.png", "b.png", "z1.png"))
     caplog.clear()
-    read, ids = token_files.read_tokens(out, 16, 4, NUM_CODES)
+    read, ids = token_files.read_tokens(out, token_files.Facts(flextok_jax.load(model).fingerprint, 16, 4), NUM_CODES)
     assert read == ["a.png", "caf\\xe9.png", "n" * 251 + ".png", "z.png"]
     np.testing.assert_array_equal(ids, expected["token_ids"][:4])
     run(detokenize, f"--checkpoint={model}", f"--tokens={out}", f"--out={tmp_path / suffix}", "--num_steps=1")

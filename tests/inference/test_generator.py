@@ -5,10 +5,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict, FrozenConfigDict
 import numpy as np
 import pytest
 
 import flextok_jax
+from flextok_jax.config import with_fields
 from flextok_jax.inference import generator as generation
 from flextok_jax.models.ar import sampling as ar_sampling
 from flextok_jax.ops import sampling
@@ -51,7 +53,7 @@ def condition(gen, rows=slice(None)):
     return dict(labels=LABELS[rows])
   if gen.config.ar.condition == "text":
     return dict(prompts=[PROMPTS[i] for i in np.arange(3)[rows]])
-  return dict(batch_size=len(LABELS[rows]))
+  return dict(num_samples=len(LABELS[rows]))
 
 
 def sample(gen, key=KEY, rows=slice(None), **kwargs):
@@ -180,11 +182,11 @@ def test_guidance_scales():
   guided = sample(gen, guidance_scale=1 + 1e-12)  # 1 in float32, but runs the program with guidance
   np.testing.assert_array_equal(guided[0], conditional[0])
   close(guided[1], conditional[1])
-  unconditional = gen.generate(KEY, batch_size=3)
+  unconditional = gen.generate(KEY, num_samples=3)
   np.testing.assert_array_equal(gen.generate(KEY, labels=[-1, -1, -1]), unconditional)
   np.testing.assert_array_equal(sample(gen, guidance_scale=0.0)[0], unconditional)
   np.testing.assert_array_equal(gen.generate(KEY, labels=np.full(3, -1), guidance_scale=4.0), unconditional)
-  np.testing.assert_array_equal(gen.generate(KEY, labels=-1, batch_size=3), unconditional)
+  np.testing.assert_array_equal(gen.generate(KEY, labels=-1, num_samples=3), unconditional)
   assert (conditional[0] != unconditional).any(1)[:2].all()
 
 
@@ -193,7 +195,7 @@ def test_no_text_equals_the_empty_text():
   features, lengths = gen.encode_text([""])
   assert lengths.tolist() == [1] and features.shape == (1, 10, 16)
   empty = dict(text_embeddings=np.repeat(features, 3, 0), text_lengths=np.repeat(lengths, 3))
-  unconditional = gen.generate(KEY, batch_size=3)
+  unconditional = gen.generate(KEY, num_samples=3)
   np.testing.assert_array_equal(gen.generate(KEY, **empty), unconditional)
   np.testing.assert_array_equal(sample(gen, guidance_scale=0.0)[0], unconditional)
   ids = np.asarray(unconditional)
@@ -348,3 +350,35 @@ def test_bfloat16():
   exact = np.take_along_axis(forced_log_probs(gen, ids), ids[..., None], -1)[..., 0]
   assert log_probs.dtype == np.float32
   assert np.abs(log_probs - forced).max() < 0.1 and np.abs(log_probs - exact).max() < 0.3
+
+
+# In batches, and by names.
+
+
+@pytest.mark.parametrize("name", ["class_stop", "text"])
+def test_batches_of_any_size_draw_the_same_samples(name, capsys):
+  gen = tiny(name)
+  given = condition(gen) | dict(temperature=1.2, guidance_scale=2.0)
+  once, log_probs = gen.generate(KEY, **given, return_log_probs=True)
+  before = generation._generate._cache_size()
+  for batch_size in (2, 3):
+    ids, sums = gen.generate(KEY, **given, return_log_probs=True, batch_size=batch_size, progress=batch_size == 2)
+    np.testing.assert_array_equal(ids, once)
+    close(sums, log_probs)
+  assert generation._generate._cache_size() == before + 1  # the batch that is not full is padded
+  assert "samples drawn: 100%" in capsys.readouterr().err
+  kept = prefix_of(2)
+  ids = gen.generate(KEY, **given, prefix=kept[:1], batch_size=2)
+  np.testing.assert_array_equal(ids, gen.generate(KEY, **given, prefix=kept[:1]))
+
+
+def test_classes_by_name():
+  gen = tiny("class")
+  named = with_fields(ConfigDict(gen.config), {"ar.class_names": ("disc", "ring")})
+  gen = dataclasses.replace(gen, config=FrozenConfigDict(named))
+  ids = np.array([[1, 2], [3, 4]])
+  np.testing.assert_array_equal(gen.logits(ids, labels=["ring", "disc"]), gen.logits(ids, labels=[1, 0]))
+  np.testing.assert_array_equal(gen.generate(KEY, "ring", num_samples=2), gen.generate(KEY, [1, 1]))
+  np.testing.assert_array_equal(gen.generate(KEY, ["ring", 3]), gen.generate(KEY, [1, 3]))
+  with pytest.raises(ValueError, match="no class named 'star': its classes are 'disc, ring'"):
+    gen.generate(KEY, ["ring", "star"])

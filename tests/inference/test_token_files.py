@@ -1,5 +1,6 @@
 """Token files: reading, and one-line errors."""
 
+import dataclasses
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from flextok_jax.inference import token_files
 from tests.support import token_mutants
 
 NUM_CODES = 8 * 5 * 5
+FACTS = token_files.Facts("f0", 16, 4)
 
 
 def write(path, **fields):
@@ -41,19 +43,20 @@ def write(path, **fields):
     ("tokens of 'xxx", dict(token_ids=[[1]], image_size="x" * 300_000)),
     ("'names' must be a list of strings, not 'xxx", dict(token_ids=[[1]], names="x" * 300_000)),
     ("tokens of 32 px images, but this checkpoint makes 16 px", dict(token_ids=[[1]], image_size=32)),
+    ("ids of the tokenizer 'abc', but this checkpoint is f0", dict(token_ids=[[1]], tokenizer="abc")),
   ],
 )
 def test_invalid_token_files(pattern, fields, tmp_path):
   with pytest.raises(ValueError, match=pattern) as caught:
-    token_files.read_tokens(write(tmp_path / "t.json", **fields), 16, 4, NUM_CODES)
+    token_files.read_tokens(write(tmp_path / "t.json", **fields), FACTS, NUM_CODES)
   assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 400
 
 
 def test_damaged_token_files(tmp_path):
   def read(path):
-    return token_files.read_tokens(path, 16, 4, NUM_CODES)
+    return token_files.read_tokens(path, FACTS, NUM_CODES)
 
-  bad, whole = tmp_path / "t.json", token_files.to_json(16, 4, [("a", [1, 2, 3, 4]), ("b", [5, 6])])
+  bad, whole = tmp_path / "t.json", token_files.to_json(FACTS, [("a", [1, 2, 3, 4]), ("b", [5, 6])])
   for content in (b"", b"{", b"\xff\xfe", whole[:-20], b"[" * 100_000):
     bad.write_bytes(content)
     with pytest.raises(ValueError, match="not a complete .json token file"):
@@ -63,7 +66,7 @@ def test_damaged_token_files(tmp_path):
     read(bad)
 
   archive = tmp_path / "t.npz"
-  token_files.write_tokens(archive, 16, 2, [("a", [1, 2]), ("b", [3, 4])])
+  token_files.write_tokens(archive, dataclasses.replace(FACTS, num_tokens=2), [("a", [1, 2]), ("b", [3, 4])])
   names, ids = read(archive)
   assert names == ["a", "b"] and np.array_equal(ids, [[1, 2], [3, 4]])
   whole = archive.read_bytes()
@@ -86,11 +89,11 @@ def test_damaged_token_files(tmp_path):
 def test_json_files_are_bounded(tmp_path, monkeypatch):
   """A file of the largest size that may be written is read."""
   path = tmp_path / "t.json"
-  content = token_files.to_json(16, 2, [("a", [199, 199]), ("b", [1, 2])])
+  content = token_files.to_json(dataclasses.replace(FACTS, num_tokens=2), [("a", [199, 199]), ("b", [1, 2])])
   path.write_bytes(content)
   monkeypatch.setattr(token_files, "MAX_JSON", len(content) - 1)
   with pytest.raises(ValueError, match=f"has {len(content)} bytes, .* at most {len(content) - 1}: write it as .npz$"):
-    token_files.read_tokens(path, 16, 4, NUM_CODES)
+    token_files.read_tokens(path, FACTS, NUM_CODES)
   with pytest.raises(ValueError, match="out=.*t.json would have up to .*: write FILE.npz"):
     token_files.check_json_size(path, ["a" * 30, "b" * 30], 4, NUM_CODES)
   token_files.check_json_size(tmp_path / "t.npz", ["a" * 30, "b" * 30], 4, NUM_CODES)
@@ -100,13 +103,13 @@ def test_json_files_are_bounded(tmp_path, monkeypatch):
 def test_names_of_files_become_parts_of_names_of_files(tmp_path):
   names = ["n" * 300 + ".png", "é" * 127, os.fsdecode(b"caf\xe9.png"), "a\nb", "", "..", "x/../y.z"]
   path = write(tmp_path / "t.json", token_ids=[[1]] * len(names), names=names)
-  for name in token_files.read_tokens(path, 16, 4, NUM_CODES)[0]:
+  for name in token_files.read_tokens(path, FACTS, NUM_CODES)[0]:
     files.write_file(tmp_path / f"00000_{token_files.file_stem(name)}.png", b"x")
 
 
 def test_npz_files_expand_within_bounds(tmp_path, monkeypatch):
   path = tmp_path / "t.npz"
-  read = lambda: token_files.read_tokens(path, 16, 4, NUM_CODES)
+  read = lambda: token_files.read_tokens(path, FACTS, NUM_CODES)
   np.savez_compressed(path, token_ids=np.zeros((10**6, 4), np.int32))
   with pytest.raises(ValueError, match=r"not a complete .npz file .*token_ids has shape \[1000000, 4\]"):
     read()  # more images than bytes

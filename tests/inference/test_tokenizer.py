@@ -456,3 +456,32 @@ def test_pictures(images):
     flextok_jax.show_grid(images, ["a", "b"])
   with pytest.raises(ValueError, match=r"images must have shape \[b, h, w, 3\] or \[h, w, 3\], got \[32, 32\]"):
     flextok_jax.to_pil(images[0, ..., 0])
+
+
+def test_batches_of_any_size_give_the_same_ids_and_images(model, images, ids, noise, tmp_path, capsys):
+  expected = np.asarray(model.tokenize(images))
+  before = api._tokenize._cache_size()
+  np.testing.assert_array_equal(model.tokenize(images, batch_size=2), expected)
+  assert api._tokenize._cache_size() == before + 1  # the batch that is not full is padded
+  paths = []
+  for i, image in enumerate(np.round((images + 1) * 127.5).astype(np.uint8)):
+    paths.append(tmp_path / f"{i}.png")
+    Image.fromarray(image).save(paths[-1])
+  np.testing.assert_array_equal(model.tokenize(paths, batch_size=2, progress=True), model.tokenize(paths))
+  assert "images encoded: 100%" in capsys.readouterr().err
+  with pytest.raises(ValueError, match="the image .*absent.png cannot be read"):
+    model.tokenize([*paths, tmp_path / "absent.png"], batch_size=2)
+
+  settings = dict(quality=0.5, noise=noise, num_steps=2)
+  for found, row in zip(model.tokenize(images, **settings, batch_size=2), model.tokenize(images, **settings)):
+    np.testing.assert_array_equal(found, row)
+
+  for start in (dict(key=jax.random.key(1)), dict(noise=noise)):
+    expected = model.detokenize(ids, [6, 2, 1], **start, num_steps=2)
+    found = model.detokenize(ids, [6, 2, 1], **start, num_steps=2, batch_size=2, progress=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+  assert "images decoded: 100%" in capsys.readouterr().err
+  assert capsys.readouterr().out == ""
+  for call in (lambda: model.tokenize(images, batch_size=0), lambda: model.detokenize(ids, key=1, batch_size=0)):
+    with pytest.raises(ValueError, match="batch_size=0 must be a whole number of at least 1"):
+      call()

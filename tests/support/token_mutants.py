@@ -22,6 +22,7 @@ from flextok_jax.weights.perception import files as perception_files
 from tests.support.mutations import mutate
 
 SIZE, TOKENS, IDS = 16, 4, 200
+_FACTS = token_files.Facts("f", SIZE, TOKENS)
 _NAMES = ["a.png", "b/é.png", "n" * 251 + ".png"]
 
 
@@ -33,7 +34,7 @@ def _token_files() -> dict[str, bytes]:
     found = {}
     for suffix in token_files.SUFFIXES:
       path = Path(folder) / f"t{suffix}"
-      token_files.write_tokens(path, SIZE, TOKENS, list(zip(_NAMES, ids)))
+      token_files.write_tokens(path, _FACTS, list(zip(_NAMES, ids)))
       found[suffix] = path.read_bytes()
   buffer = io.BytesIO()
   np.savez_compressed(buffer, names=np.array(_NAMES), token_ids=np.array(ids))
@@ -53,9 +54,9 @@ def token_file(rng: random.Random, folder: Path):
       results = image_files._Results(file, ["f", SIZE, TOKENS], [(str(folder / name), name) for name in _NAMES])
       entries = list(results)
       assert len(entries) == results.images and all(len(ids) == TOKENS for _, ids in entries)
-      token_files.write_tokens(folder / rng.choice(("t.json", "t.npz")), SIZE, TOKENS, results)
+      token_files.write_tokens(folder / rng.choice(("t.json", "t.npz")), _FACTS, results)
     return
-  names, ids = token_files.read_tokens(path, SIZE, TOKENS, IDS)
+  names, ids = token_files.read_tokens(path, _FACTS, IDS)
   assert len(names) == len(ids) and all(0 < len(row) <= TOKENS and 0 <= min(row) <= max(row) < IDS for row in ids)
   for i, name in enumerate(names[:9]):
     files.write_file(folder / f"{i:05d}_{token_files.file_stem(name)}.png", b"")

@@ -14,7 +14,7 @@ from flextok_jax.evals.metrics import image as metrics_lib
 from flextok_jax.evals.progress import Progress
 from flextok_jax.evals.report import Report, Table, make_study_report
 from flextok_jax.evals.studies.subject import Subject
-from flextok_jax.inference import prompts
+from flextok_jax.inference import adaptive, prompts
 from flextok_jax.inference.generator import ARGenerator
 
 NAME = "order"
@@ -57,7 +57,7 @@ def study(
     conditions = _conditions(gen, found)
     losses = _losses(gen, subject.encoded(name)[1][:, : gen.num_tokens], conditions)
     sequences, _ = prompts.draw(gen, conditions, None, first.config.seed, first.config.eval.batch_size)
-    ids, drawn = prompts.padded(sequences, gen.num_tokens)
+    ids, drawn = adaptive.pad_sequences(sequences, gen.num_tokens)
     quality, examples = {}, {}
     for count in counts:
       decodes = subject.decode(ids[:, :count], np.minimum(drawn, count), np.arange(len(ids)))

@@ -36,6 +36,8 @@ def load(
   settings: Mapping[str, object],
   dtype: str | None = None,
   mesh: jax.sharding.Mesh | None = None,
+  revision: str | None = None,
+  subfolder: str = "",
 ) -> tuple[ConfigDict, dict]:
   """Loads a generator in the authors' format.
 
@@ -53,6 +55,8 @@ def load(
       or repository of the T5, google/flan-t5-xl; only this one may differ from the configuration's.
     dtype: type of parameters and computation; None: float32, as in the authors' code.
     mesh: devices to place the arrays on by their logical axes; None: the default device.
+    revision: branch, tag or commit of a repository; None: the main branch.
+    subfolder: of the folder or repository.
 
   Returns:
     (config, params): a config of stage "ar"; trees "ar" and, if the model is conditioned on text, "text_mlp". The
@@ -64,7 +68,7 @@ def load(
   """
   accelerators.start()
   param_dtype = jnp.dtype(float_dtype("dtype", dtype or "float32"))
-  file, config_file = _find(os.fspath(source))
+  file, config_file = _find(os.fspath(source), revision, subfolder)
   found = Settings()
   found.add_all(settings, "the settings")
   if config_file:
@@ -82,11 +86,13 @@ def load(
   return config, _read(file, boxed, param_dtype, multiplier, mesh, unused)
 
 
-def _find(source: str) -> tuple[Tensors, str | None]:
+def _find(source: str, revision: str | None, subfolder: str) -> tuple[Tensors, str | None]:
   """Returns the weights and the path of the configuration file, which may be None."""
   if os.path.isfile(source):
     return TensorFile(source, _IGNORED), None
-  folder = Folder(source, "generator", "organisation/name", config=CONFIGS[0])
+  if os.path.isdir(source) and subfolder:
+    source, subfolder = os.path.join(source, subfolder), ""
+  folder = Folder(source, "generator", "organisation/name", subfolder, CONFIGS[0], revision)
   if not os.path.isdir(source):
     return folder.tensors(_IGNORED), folder.find(CONFIGS[0])
   config = next((path for name in CONFIGS if os.path.isfile(path := os.path.join(source, name))), None)

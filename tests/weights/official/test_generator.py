@@ -234,7 +234,7 @@ def test_missing_files(tmp_path, monkeypatch):
   assert "several .safetensors files (a.safetensors, b.safetensors)" in error(tmp_path)
   assert "not a whole safetensors file" in error(tmp_path / "a.safetensors")
 
-  def refuse(repository, name):
+  def refuse(repository, name, **kwargs):
     raise OSError(f"offline: {name}")
 
   monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)

@@ -21,7 +21,7 @@ def test_load_from_the_hub(tmp_path, monkeypatch):
   params, official = tensors("text")
   write(tmp_path / "model.safetensors", official)
   (tmp_path / "config.yaml").write_text(text_yaml())
-  monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name: str(tmp_path / name))
+  monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name, **kwargs: str(tmp_path / name))
   config, loaded = generator.load("authors/generator", {})
   assert_same(loaded, params)
   assert config.text.max_length == 12
