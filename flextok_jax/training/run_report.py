@@ -6,6 +6,7 @@ import html
 import io
 import json
 import math
+import os
 from pathlib import Path
 import time
 from typing import Any
@@ -59,7 +60,7 @@ class RunReport:
   def __init__(
     self, path: Path, metrics: Path, folder: epath.Path, config: ConfigDict, clock: Callable[[], float] = time.monotonic
   ):
-    self._path, self._config, self._clock, self._name = path, config, clock, folder.name
+    self._path, self._config, self._clock, self._name = path, config, clock, run_name(folder)
     self._written = -math.inf
     self._curves: dict[str, dict[int, float]] = {}
     self._last: dict[str, float] = {}  # scalars of the newest step
@@ -131,10 +132,10 @@ class RunReport:
       if not name.startswith(_GRID):
         body.append(f'<p class="card">{picture}</p>')
     shown = [
-      f'<div class="card"><b>step {at:,}</b> {html.escape(name.removeprefix(_GRID))}<br>{picture}</div>'
+      f'<div class="card"><b>step {at:,}</b> {html.escape(name.removeprefix(_GRID))}<br>{image}</div>'
       for name in sorted({name for pictures in self._pictures.values() for name in pictures if name.startswith(_GRID)})
       for at, pictures in sorted(self._pictures.items(), reverse=True)
-      if (picture := pictures.get(name))
+      if (image := pictures.get(name))
     ]
     body += ["<h2>Pictures by step</h2>", f'<div class="tiles">{"".join(shown)}</div>'] if shown else []
     config = html.escape(self._config.to_json(indent=1))
@@ -154,6 +155,11 @@ class RunReport:
       tiles["time"] = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.01)
     cards = (f'<div class="card"><b class="value">{html.escape(text)}</b>{name}</div>' for name, text in tiles.items())
     return f'<div class="tiles">{"".join(cards)}</div>'
+
+
+def run_name(folder: str | os.PathLike) -> str:
+  """Returns the name of a run: that of its workdir, which may be in a bucket."""
+  return os.path.basename(os.path.abspath(folder))
 
 
 def _children(folder: epath.Path, suffix: str = "") -> list[epath.Path]:
@@ -244,7 +250,7 @@ def _panel(title: str, lines: Lines) -> str:
   y = lambda value: 8 + (_H - _BOTTOM - 8) * (1 - ((value - bottom) / (top - bottom) if top > bottom else 0.5))
   parts = []
   for tick in y_ticks:
-    text = f"{10**tick:.2g}" if logarithmic else f"{tick:.6g}"
+    text = f"{float(f'{10**tick:.2g}'):g}" if logarithmic else f"{tick:.6g}"
     parts.append(f'<path d="M{_LEFT} {y(tick):.1f}H{_W}" stroke="#eceef1"/>')
     parts.append(f'<text x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{text}</text>')
   for tick in x_ticks:

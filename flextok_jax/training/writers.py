@@ -17,7 +17,7 @@ from flextok_jax.config import flatten
 from flextok_jax.core import extras, files, json_lines, progress
 from flextok_jax.core.errors import first_line
 from flextok_jax.parallel import processes
-from flextok_jax.training.run_report import RunReport
+from flextok_jax.training.run_report import RunReport, run_name
 
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id.txt"
@@ -59,7 +59,7 @@ class Writer:
         except ImportError as e:
           progress.write(f"no TensorBoard files ({e}): pip install 'flextok-jax[tensorboard]', or watch report.html")
       if config.train.wandb:
-        self._outputs.append(stack.enter_context(contextlib.closing(_Wandb(config, folder.name, path))))
+        self._outputs.append(stack.enter_context(contextlib.closing(_Wandb(config, run_name(folder), path))))
       self._stack = stack.pop_all()
 
   def write(self, step: int, scalars: Mapping[str, float], line: str, pictures: Sequence[Path] = ()) -> None:
