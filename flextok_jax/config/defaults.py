@@ -270,7 +270,8 @@ def get_config() -> ConfigDict:
   c.train.keep_checkpoints = 3  # newest checkpoints to keep, and of the older ones that of the lowest loss
   c.train.keep_period = 100_000  # also keep checkpoints at multiples of this step; 0: none
   c.train.eval_every = 10_000  # steps
-  c.train.tensorboard = True  # if tensorflow is installed
+  c.train.tensorboard = True  # if the extra tensorboard is installed
+  c.train.wandb = ""  # project of Weights & Biases that the run is logged to; "": none
   c.train.export_dtype = "bfloat16"  # of weights.safetensors, the averaged weights written at the end
 
   c.eval = ConfigDict()

@@ -220,6 +220,10 @@ RANGES = {
   "train.keep_period": whole(0),
   "train.eval_every": COUNT,
   "train.export_dtype": DTYPE,
+  "train.wandb": Range(
+    "a project's name of at most 128 characters without any of / \\ # ? % :, or empty",
+    lambda x: isinstance(x, str) and len(x) <= 128 and not set(x) & set("/\\#?%:"),
+  ),
   "eval.sources": several(
     one_of(*get_config().data.sources), f"a tuple of names of {', '.join(get_config().data.sources)}"
   ),

@@ -1,6 +1,5 @@
 """Reports of evaluations and studies: results, tables and pictures, as files and as one document."""
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import html
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flextok_jax.core import files
+from flextok_jax.core import files, pages
 from flextok_jax.evals import grids
 
 _MAX_WIDTH = 4096  # pixels of pictures in the document of studies; wider ones are reduced
@@ -131,8 +130,7 @@ def write_document(folder: Path, names: Sequence[str]) -> list[Path]:
     markdown += [f"## {study['title']}", study["about"], *(f"![]({picture})" for picture in pictures)]
     page += [f"<h2>{html.escape(study['title'])}</h2>", f"<p>{html.escape(study['about'])}</p>"]
     for picture in pictures:
-      data = base64.b64encode((folder / picture).read_bytes()).decode()
-      page.append(f'<p><img alt="{html.escape(picture)}" src="data:image/png;base64,{data}"></p>')
+      page.append(f"<p>{pages.picture(picture, (folder / picture).read_bytes())}</p>")
     for table in (Table(**fields) for fields in study["tables"]):
       markdown.append(table.to_markdown())
       page.append(table.to_html())
@@ -141,17 +139,8 @@ def write_document(folder: Path, names: Sequence[str]) -> list[Path]:
     page.append(f"<details><summary>Settings</summary><pre>{html.escape(settings)}</pre></details>")
   paths = [folder / "report.md", folder / "report.html"]
   files.write_file(paths[0], ("\n\n".join(markdown) + "\n").encode())
-  files.write_file(paths[1], (_HEAD + "\n".join(page) + "\n</body></html>\n").encode())
+  files.write_file(paths[1], pages.page("Studies", page))
   return paths
-
-
-_HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Studies</title><style>
-body { font: 16px/1.5 sans-serif; max-width: 1400px; margin: 2em auto; padding: 0 1em; color: #202020 }
-img { max-width: 100% } table { border-collapse: collapse } td, th { padding: 2px 12px; text-align: right }
-tr { border-bottom: 1px solid #e0e0e0 } td:first-child, th:first-child { text-align: left }
-</style></head><body>
-"""
 
 
 def _to_text(value: Any) -> str:

@@ -15,17 +15,17 @@ from ml_collections import ConfigDict
 
 from flextok_jax import stages
 from flextok_jax.config import check, with_fields
-from flextok_jax.core import interrupts, workdirs
+from flextok_jax.core import extras, interrupts, workdirs
+from flextok_jax.core.progress import Bar, on_terminal
 from flextok_jax.data import pipeline
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages.stage import Params
-from flextok_jax.training import checkpoint, goodput, inputs, optim
+from flextok_jax.training import checkpoint, goodput, inputs, optim, writers
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training.state import TrainState, init_state, make_update
 from flextok_jax.training.warm_start import warm_start
 from flextok_jax.weights import loading, saving
 
-_METRICS = "metrics.jsonl"
 _MAX_HEADER = 10**8  # bytes of the header of weights.safetensors
 _ON_CTRL_C = "Ctrl-C: stopping after this step, with a checkpoint; a second Ctrl-C stops at once"
 _STEP = "flextok_jax.step"  # metadata entry of weights.safetensors: the step whose averaged parameters it holds
@@ -35,7 +35,7 @@ class Evaluation(Protocol):
   """An evaluation that runs every train.eval_every steps."""
 
   def run(self, params: Params) -> Any:
-    """Returns a report with scalars, table() and write(folder)."""
+    """Returns a report with scalars, table(), and write(folder), which returns the paths of its files."""
 
 
 Measure = Callable[[Params], Mapping[str, float]]  # params -> {dotted name of a config field: its measured value}
@@ -72,6 +72,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
   Raises:
     FileNotFoundError: nothing is at config.init_from.
     KeyboardInterrupt: the run was stopped by Ctrl-C.
+    MissingPackageError: train.wandb without its package.
     OSError: the disk is full.
     ValueError: bad settings, a workdir that another run uses or that cannot be written, unusable weights at
       config.init_from, no readable checkpoint, too many unreadable files, or a loss that is not finite.
@@ -79,6 +80,8 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
   # Settings. Everything is validated before anything is written.
   time_spent = goodput.Goodput()
   check(config)
+  if config.train.wandb:
+    extras.require("wandb", "wandb", f"train.wandb={config.train.wandb}")
   folder = workdirs.resolve(workdir)
   workdir = str(folder)
   if workdirs.is_remote(folder):
@@ -141,11 +144,8 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
     # Outputs.
     processes.run_on_process_0(lambda: checkpoint.claim_workdir(workdir, config))
     preempted = stack.enter_context(processes.preemption())
-    outputs = stack.enter_context(contextlib.closing(workdirs.Outputs(folder, [_METRICS])))
-    writer = metrics_lib.Writer(
-      outputs.path / _METRICS, outputs.path / "tensorboard" if config.train.tensorboard else None
-    )
-    stack.enter_context(contextlib.closing(writer))
+    outputs = stack.enter_context(contextlib.closing(workdirs.Outputs(folder, writers.FETCH)))
+    writer = stack.enter_context(contextlib.closing(writers.Writer(config, folder, outputs.path)))
     profile = goodput.Profile(config.profile_steps, outputs.path / "profile", os.path.join(workdir, "profile"))
     stack.enter_context(contextlib.closing(profile))
     count = sum(x.size for x in jax.tree.leaves(state.params))
@@ -156,6 +156,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
     pending, measured = None, None  # metrics since the last log, and fields measured at the last checkpoint
     losses: list[float] = []  # of the steps since the last checkpoint, averaged between logs
     logged_at, logged_step = time.monotonic(), first
+    bar = stack.enter_context(Bar(num_steps, "steps", on_terminal(), first))
     with time_spent.spending("step"), interrupts.as_sigterm(_ON_CTRL_C) as interrupted:
       for step in range(first + 1, num_steps + 1):
         profile.before(step, state)
@@ -168,6 +169,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
           del batch  # its memory is free for the next one
           if step == first + 1:  # traced while the devices compute the first step
             mfu = goodput.make_mfu(config, list(mesh.devices.flat))
+        bar(step)
         pending = metrics if pending is None else metrics_lib.merge(pending, metrics)
         stop, save = preempted(step), step % config.train.checkpoint_every == 0 or step == num_steps
 
@@ -280,7 +282,7 @@ def _check_unreadable(scalars: Mapping[str, float], images: int, max_unreadable:
 
 
 def _evaluate(
-  evaluation: Evaluation, state: TrainState, workdir: str, outputs: workdirs.Outputs, writer: metrics_lib.Writer
+  evaluation: Evaluation, state: TrainState, workdir: str, outputs: workdirs.Outputs, writer: writers.Writer
 ) -> None:
   """Evaluates the averaged parameters and writes numbers and pictures to workdir/eval/STEP."""
   report = evaluation.run(state.joined(average=True))
@@ -288,8 +290,9 @@ def _evaluate(
     return
   step = int(state.step)
   folder = os.path.join("eval", f"{step:08d}")
-  report.write(outputs.path / folder)
-  writer.write(step, report.scalars, f"{report.table()}\npictures of step {step}: {os.path.join(workdir, folder)}")
+  pictures = [path for path in report.write(outputs.path / folder) if path.suffix == ".png"]
+  line = f"{report.table()}\npictures of step {step}: {os.path.join(workdir, folder)}"
+  writer.write(step, report.scalars, line, pictures)
   outputs.upload()
 
 

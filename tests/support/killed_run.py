@@ -13,13 +13,13 @@ import sys
 import jax
 
 from flextok_jax import cli, train
-from flextok_jax.training import checkpoint, loop, metrics
+from flextok_jax.training import checkpoint, loop, writers
 
 
 def disturb(moment, step, signum):
   """Patches the loop so that it signals itself."""
   send = lambda: os.kill(os.getpid(), getattr(signal, signum))
-  write, save, evaluate, last = metrics.Writer.write, checkpoint.Checkpoints.save, loop._evaluate, []
+  write, save, evaluate, last = writers.Writer.write, checkpoint.Checkpoints.save, loop._evaluate, []
 
   def writing(self, at, *args):
     write(self, at, *args)
@@ -39,7 +39,7 @@ def disturb(moment, step, signum):
       send()
     evaluate(evaluation, state, *args)
 
-  metrics.Writer.write, checkpoint.Checkpoints.save, loop._evaluate = writing, saving, evaluating
+  writers.Writer.write, checkpoint.Checkpoints.save, loop._evaluate = writing, saving, evaluating
 
 
 if __name__ == "__main__":

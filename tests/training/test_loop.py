@@ -57,7 +57,7 @@ class NoEvaluation:
 
   scalars: dict = {}
   run = lambda self, params: self
-  write = lambda self, folder: None
+  write = lambda self, folder: []
   table = lambda self: ""
 
 
@@ -127,6 +127,7 @@ def test_files_of_a_run(run):
     folder = run.workdir / "eval" / f"{step:08d}"
     assert {p.name for p in folder.iterdir()} == {"report.json", "curve.png", "grid_synthetic.png"}
     assert Image.open(folder / "grid_synthetic.png").width > 96
+    assert f"<b>step {step}</b> synthetic" in (run.workdir / "report.html").read_text()
   assert read_config(str(run.workdir)) == run.config
   config, weights = loading.load(str(run.workdir / "weights.safetensors"))
   assert config.stage == "tokenizer"
@@ -149,6 +150,11 @@ def test_tensorboard_holds_the_same_numbers(run):
     }
     expected = {x["step"]: x[name] for x in (evals if "/" in name else lines)}
     assert written == pytest.approx(expected, rel=1e-5)
+  assert (
+    [e.step for e in events.Tensors("eval/grid_synthetic")]
+    == [e.step for e in events.Tensors("eval/curve")]
+    == [10, 20]
+  )
 
 
 def test_rerunning_a_finished_run_does_nothing(run, capsys):

@@ -19,7 +19,16 @@ from tests.support.commands import run
 from tests.support.runs import assert_trees_equal, checkpoint_steps, config_of, read_metrics
 
 WORKDIR = "gs://bucket/runs/a"
-FILES = {"config.json", "metrics.jsonl", "weights.safetensors", "checkpoints", "eval", "tensorboard", "profile"}
+FILES = {
+  "config.json",
+  "metrics.jsonl",
+  "report.html",
+  "weights.safetensors",
+  "checkpoints",
+  "eval",
+  "tensorboard",
+  "profile",
+}
 
 
 def test_a_run_in_a_bucket_writes_and_resumes_as_in_a_folder(tmp_path, monkeypatch, capsys):
@@ -44,6 +53,8 @@ def test_a_run_in_a_bucket_writes_and_resumes_as_in_a_folder(tmp_path, monkeypat
   lines, evals = read_metrics(here)
   assert [x["step"] for x in lines] == [2, 4] and [x["step"] for x in evals] == [2, 4]
   assert {p.name for p in (here / "eval").iterdir()} == {"00000002", "00000004"}
+  report = (here / "report.html").read_text()  # of the last start
+  assert "finished" in report and "<b>step 2</b>" in report and "<b>step 4</b>" in report
   assert len(list((here / "tensorboard").iterdir())) == 3 and list((here / "profile").rglob("*.pb"))
   params = loading.load(WORKDIR)[1]
   assert_trees_equal(params, loading.load(str(here))[1])
