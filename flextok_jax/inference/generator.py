@@ -251,7 +251,7 @@ class ARGenerator(sharing.SharedModel):
       return self.generate(None if keys is None else keys[rows], **part, **same, num_samples=len(rows))
 
     return batching.apply_in_batches(
-      draw, np.arange(count), validation.batch_size(batch_size), "samples drawn" if progress else ""
+      draw, np.arange(count), validation.batch_size(batch_size), "samples drawn", progress
     )
 
   def search(

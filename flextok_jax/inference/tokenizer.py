@@ -242,9 +242,7 @@ class FlexTok(sharing.SharedModel):
       return _decode(self, ids, keep_k, starts(rows), sampler)
 
     rows = np.asarray(ids), np.asarray(keep_k), np.arange(len(ids))
-    return batching.apply_in_batches(
-      decode, rows, validation.batch_size(batch_size), "images decoded" if progress else ""
-    )
+    return batching.apply_in_batches(decode, rows, validation.batch_size(batch_size), "images decoded", progress)
 
   def encode_latents(self, images: Images, key: jax.Array | None = None) -> jax.Array:
     """Encodes images, as for tokenize, to scaled latents float32 [b, h, w, c]; with a key a sample of the posterior."""
