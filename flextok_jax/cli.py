@@ -16,6 +16,7 @@ from pathlib import Path
 import re
 import runpy
 import sys
+import textwrap
 import traceback
 from typing import Any
 
@@ -100,8 +101,43 @@ class _ConfigParser(flags.ArgumentParser):
 def define_config_flag(help_text: str, values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None):
   """Defines --config and the --config.FIELD that argv (default: sys.argv) has; returns the holder of the config."""
   holder = config_flags.DEFINE_config_file("config", None, help_text, flag_values=values, sys_argv=argv)
+  flags.DEFINE_bool("print_config", False, "Print the config, with comments, and end.", flag_values=values)
   values["config"].parser = _ConfigParser()
   return holder
+
+
+def define_data_flag(values: flags.FlagValues = flags.FLAGS):
+  """Defines --data, see with_data."""
+  flags.DEFINE_string(
+    "data",
+    None,
+    "A folder of pictures: the only source, of training and of evaluation, in place of those of the config.",
+    flag_values=values,
+  )
+
+
+def with_data(config: ConfigDict, values: flags.FlagValues) -> ConfigDict:
+  """Returns a config with the folder --data as its only source, also of evaluation; unchanged without --data.
+
+  Raises:
+    ValueError: the config reads shards, not sources.
+  """
+  if not values.data:
+    return config
+  for name in ("tokens", "latents", "trajectories"):
+    if config.data[name]:
+      raise ValueError(f"--data={values.data} has no effect, as data.{name}={config.data[name]} is read: give one")
+  fields: dict[str, Any] = {f"data.sources.{name}.weight": float(name == "folder") for name in config.data.sources}
+  fields |= {"data.sources.folder.path": values.data, "data.sources.folder.val_path": "", "eval.sources": ("folder",)}
+  return common.with_fields(config, fields)
+
+
+def config_of_run(values: flags.FlagValues) -> ConfigDict | None:
+  """Returns --config, or without it the config in --workdir, with --data; None if there is neither."""
+  config = values.config
+  if config is None and values.workdir and (workdirs.resolve(values.workdir) / "config.json").exists():
+    config = common.read_config(workdirs.resolve(values.workdir))
+  return config if config is None else with_data(config, values)
 
 
 def config_spec(values: flags.FlagValues) -> str:
@@ -109,7 +145,24 @@ def config_spec(values: flags.FlagValues) -> str:
   return config_flags.get_config_filename(values["config"])
 
 
+def _print_help():
+  """Prints the docstring of the command, its flags, and the fields of a config if it takes one."""
+  values = flags.FLAGS
+  print((sys.modules["__main__"].__doc__ or "").strip(), "\n\nflags:")
+  for module, found in sorted(values.flags_by_module_dict().items()):
+    for flag in sorted(found, key=lambda flag: flag.name) if "flextok_jax" in module else ():
+      usual = f" (default: {flag.default_as_str})" if flag.default is not None else ""
+      text = " ".join(f"{flag.help}{usual}".split())
+      print(textwrap.fill(f"--{flag.name}: {text}", 120, initial_indent="  ", subsequent_indent="    "))
+  if "config" in values:
+    print("\nfields of --config, as --config.NAME=VALUE, and their defaults:\n")
+    print(common.describe(common.get_config()), end="")
+
+
 def _parse(argv: list[str], arguments: Sequence[str]) -> list[str]:
+  if any(re.fullmatch("-h|--?help(short|full)?", arg) for arg in argv[1:]):
+    _print_help()
+    sys.exit(0)
   try:
     rest = flags.FLAGS(argv)
   except (AttributeError, KeyError) as e:
@@ -185,12 +238,22 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()):
       sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have bytes that are not UTF-8
     _keep_compiled()
     with processes.exit_on_failure(), _one_line():
+      if "print_config" in flags.FLAGS and flags.FLAGS.print_config:
+        _print_config(flags.FLAGS)
+        return
       processes.initialize()
       main(*argv[1:])
 
   interrupts.watch()
   with _one_line():
     app.run(call, flags_parser=functools.partial(_parse, arguments=arguments))
+
+
+def _print_config(values: flags.FlagValues):
+  config = config_of_run(values) if "workdir" in values else values.config
+  if config is None:
+    raise ValueError("no config to print: give --config=NAME" + " or --workdir=DIR of a run" * ("workdir" in values))
+  print(common.describe(config), end="")
 
 
 @contextlib.contextmanager

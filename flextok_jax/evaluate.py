@@ -1,6 +1,6 @@
 """Evaluates a checkpoint: reconstructions at every token count, the loss of a generator, or a generator's samples.
 
-python -m flextok_jax.evaluate --workdir=DIR [--config=NAME] [--checkpoint=PATH] [--num_tokens=1,2,4]
+python -m flextok_jax.evaluate --workdir=DIR [--config=NAME] [--data=FOLDER] [--checkpoint=PATH] [--num_tokens=1,2,4]
     [--metrics=psnr,ssim,mae,lpips_alex,lpips_vgg,dreamsim,dinov2,rfid --weights=DIR]
 python -m flextok_jax.evaluate --checkpoint=GENERATOR --tokenizer=PATH --metrics=gfid,sfid,is,precision,recall,top1
     --weights=DIR --reference=FILE.npz|FOLDER|SOURCE [--num_images=50000] [--classes=0,3,7 | --prompts_file=FILE]
@@ -51,6 +51,7 @@ _PARTIAL = "so_far"  # folder of partial results
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
   cli.define_config_flag("Settings of data, eval and sampler; default: the checkpoint's own.", values)
+  cli.define_data_flag(values)
   flags.DEFINE_string(
     "workdir", None, "The run's directory: its newest checkpoint, and DIR/eval for results.", flag_values=values
   )
@@ -146,6 +147,7 @@ def _evaluate_checkpoint(values: flags.FlagValues, out: Path) -> tuple[Report, d
   config, params = loading.load(source, mesh=sharding.make_mesh())  # all devices, whatever the training had
   if values.config is not None:
     config = from_config.with_model(values.config, config, check=loading.is_ours(source))
+  config = cli.with_data(config, values)
   for name in ("num_tokens", "sources"):
     if values[name].value and config.stage == "ar":
       raise ValueError(f"--{name} has no meaning for a generator: its loss is over all tokens of config.data.tokens")

@@ -1,13 +1,13 @@
 """Turns images into token ids, or into shards: of token ids, of a VAE's latents, of a teacher's features, or of files.
 
 python -m flextok_jax.tokenize --checkpoint=PATH --images=FILE_OR_FOLDER[,...] --out=tokens.json [--num_tokens=K]
-python -m flextok_jax.tokenize --checkpoint=PATH --config=FILE --out=DIR [--split=validation] [--num_images=N]
-    [--copies=K] [--quality=Q]
-python -m flextok_jax.tokenize --what=latents --checkpoint=PATH --config=FILE --out=DIR [--copies=K] [--dtype=bfloat16]
-python -m flextok_jax.tokenize --what=trajectories --checkpoint=PATH --config=FILE --out=DIR [--copies=K]
+python -m flextok_jax.tokenize --checkpoint=PATH [--config=NAME] [--data=FOLDER] --out=DIR [--split=validation]
+    [--num_images=N] [--copies=K] [--quality=Q]
+python -m flextok_jax.tokenize --what=latents --checkpoint=PATH --config=NAME --out=DIR [--copies=K] [--dtype=bfloat16]
+python -m flextok_jax.tokenize --what=trajectories --checkpoint=PATH --config=NAME --out=DIR [--copies=K]
     [--dtype=bfloat16] [--steps=1,2,4]
-python -m flextok_jax.tokenize --what=dino --config=FILE --out=DIR [--copies=K] [--dtype=bfloat16]
-python -m flextok_jax.tokenize --what=images --config=FILE --out=DIR
+python -m flextok_jax.tokenize --what=dino --config=NAME --out=DIR [--copies=K] [--dtype=bfloat16]
+python -m flextok_jax.tokenize --what=images --config=NAME --out=DIR
 
 The first makes a token file: JSON, {"image_size": pixels, "num_tokens": K, "names": [n], "token_ids": [n][K]}, or an
 .npz of the same four arrays (no pickles inside); files that cannot be read are left out, counted and named, and bytes
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from absl import flags
 import jax
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict
 
 from flextok_jax import cli
 from flextok_jax.config import float_dtype, get_config
@@ -33,7 +33,7 @@ from flextok_jax.data.shards.files import DTYPES, ArrayRecords, Records
 from flextok_jax.data.shards.images import ImageRecords
 from flextok_jax.data.shards.tokens import TokenRecords
 from flextok_jax.inference import batches, image_files, shards, token_files
-from flextok_jax.inference.tokenizer import FlexTok, load_tokenizer
+from flextok_jax.inference.tokenizer import load, load_tokenizer
 from flextok_jax.ops import guidance
 from flextok_jax.parallel import batching
 from flextok_jax.stages import repa
@@ -62,7 +62,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_string("out", None, "File to write, .json or .npz; with --config a folder.", flag_values=values)
   flags.DEFINE_integer("num_tokens", None, "Tokens to write an image; default: all.", flag_values=values)
   flags.DEFINE_integer("batch_size", 32, "Images per batch.", flag_values=values)
-  cli.define_config_flag("For shards: a file whose data and seed say what to read.", values)
+  cli.define_config_flag(
+    "For shards: a config whose data and seed say what to read; default: that of the checkpoint, if it is a run's.",
+    values,
+  )
+  cli.define_data_flag(values)
   flags.DEFINE_enum("what", "tokens", WHAT, "With --config: what the shards hold.", flag_values=values)
   flags.DEFINE_enum("split", "train", ("train", "validation"), "With --config: of the sources.", flag_values=values)
   flags.DEFINE_integer("num_images", None, "With --config: images; default: all of one source.", flag_values=values)
@@ -107,16 +111,19 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
 
 
 def main(values: flags.FlagValues):
-  """Tokenizes values.images, or the sources of values.config, into values.out."""
+  """Tokenizes values.images, or the sources of a config, into values.out."""
   if values.what in ("tokens", "latents", "trajectories"):
     cli.require(values, "checkpoint")
-  if not values.images and values.config is None:
-    raise ValueError("--images is missing (or --config, for shards)")
+  config = values.config
+  if config is None and not values.images and values.checkpoint and loading.is_run(values.checkpoint):
+    config = loading.load_config(values.checkpoint)  # the data that it was trained on
+  if not values.images and config is None:
+    raise ValueError("--images is missing (or --config or --data, for shards)")
   cli.require(values, "out")
-  if values.config is None:
+  if config is None:
     tokenize_files(values)
   else:
-    write_shards(values)
+    write_shards(values, cli.with_data(config, values))
 
 
 def tokenize_files(values: flags.FlagValues):
@@ -135,8 +142,8 @@ def tokenize_files(values: flags.FlagValues):
   print(f"wrote {out}: {done.images} images of {model.image_size} px, {done.num_tokens} tokens each{left_out}")
 
 
-def write_shards(values: flags.FlagValues):
-  """Writes the shards of values.config that belong to this process, on the devices of this process."""
+def write_shards(values: flags.FlagValues, config: ConfigDict):
+  """Writes the shards of a config's sources that belong to this process, on the devices of this process."""
   if values.images:
     raise ValueError("--images and --config are two ways to name images: give one of them")
   for name in _NOT_OF[values.what]:
@@ -149,10 +156,10 @@ def write_shards(values: flags.FlagValues):
   ]
   shard_writer.write_shards(
     out,
-    make(values, mesh),
-    inputs.image_data(values.config),
-    seed=values.config.seed,
-    max_unreadable=values.config.data.max_unreadable,
+    make(values, config, mesh),
+    inputs.image_data(config),
+    seed=config.seed,
+    max_unreadable=config.data.max_unreadable,
     split=values.split,
     num_images=values.num_images,
     copies=values.copies,
@@ -162,7 +169,7 @@ def write_shards(values: flags.FlagValues):
   )
 
 
-def _tokens(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> TokenRecords:
+def _tokens(values: flags.FlagValues, config: ConfigDict, mesh: jax.sharding.Mesh) -> TokenRecords:
   for name in _OF_LENGTHS:
     if values.quality is None and values[name].present:
       raise ValueError(f"--{name} needs --quality, the largest acceptable distance")
@@ -178,20 +185,18 @@ def _tokens(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> TokenRecords:
   )
 
 
-def _latents(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> ArrayRecords:
-  config, params = loading.load(values.checkpoint)
-  model = FlexTok(params, FrozenConfigDict(config))
+def _latents(values: flags.FlagValues, config: ConfigDict, mesh: jax.sharding.Mesh) -> ArrayRecords:
+  model = load(values.checkpoint)
   return shards.latents(model, mesh, dtype=values.dtype, batch_size=values.batch_size)
 
 
-def _trajectories(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> Records:
+def _trajectories(values: flags.FlagValues, config: ConfigDict, mesh: jax.sharding.Mesh) -> Records:
   steps = cli.numbers("steps", values.steps, int)
-  options = dict(steps=steps, seed=values.config.seed, dtype=values.dtype, batch_size=values.batch_size)
+  options = dict(steps=steps, seed=config.seed, dtype=values.dtype, batch_size=values.batch_size)
   return shards.trajectories(load_tokenizer(values.checkpoint), mesh, **options)
 
 
-def _features(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> ArrayRecords:
-  config = values.config
+def _features(values: flags.FlagValues, config: ConfigDict, mesh: jax.sharding.Mesh) -> ArrayRecords:
   sizes, params = teacher.read_teacher(config.repa.teacher, config.repa.features)
   facts = {
     "fingerprint": fingerprints.teacher(sizes, params),
@@ -212,7 +217,7 @@ def _features(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> ArrayRecords
   return ArrayRecords(FeatureShards, encode, facts, size, mesh)
 
 
-def _images(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> ImageRecords:
+def _images(values: flags.FlagValues, config: ConfigDict, mesh: jax.sharding.Mesh) -> ImageRecords:
   return ImageRecords(batching.batch_rows(values.batch_size, values.batch_size, mesh))
 
 

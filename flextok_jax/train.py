@@ -1,6 +1,7 @@
-"""Trains any stage: python -m flextok_jax.train --config=NAME --workdir=DIR [--config.a.b=v].
+"""Trains any stage: python -m flextok_jax.train --config=NAME --workdir=DIR [--data=FOLDER] [--config.a.b=v].
 
-Rerunning the same command resumes from the newest checkpoint, bit for bit if the devices compute deterministically.
+The same command again, or --workdir=DIR alone, resumes from the newest checkpoint, bit for bit if the devices compute
+deterministically.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,10 @@ from flextok_jax.stages.stage import Stage
 from flextok_jax.training import loop
 
 CONFIG = cli.define_config_flag("Experiment: NAME[:ARGUMENT] of a config, or PATH.py[:ARGUMENT].")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and pictures; made if missing.")
+cli.define_data_flag()
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of checkpoints, metrics and pictures; made if missing. Of a run: alone, it resumes."
+)
 
 
 def make_evaluation(
@@ -33,10 +37,11 @@ def train(config: ConfigDict, workdir: str) -> None:
 
 
 def main() -> None:
-  if CONFIG.value is None or not WORKDIR.value:
-    raise ValueError("give --config=NAME and --workdir=DIR")
-  with cli.renamed(**{name: f"config.{name}" for name in flatten(CONFIG.value)}):
-    train(CONFIG.value, WORKDIR.value)
+  config = cli.config_of_run(flags.FLAGS)
+  if config is None or not WORKDIR.value:
+    raise ValueError("give --config=NAME and --workdir=DIR, or --workdir=DIR of a run to resume it")
+  with cli.renamed(**{name: f"config.{name}" for name in flatten(config)}):
+    train(config, WORKDIR.value)
 
 
 if __name__ == "__main__":

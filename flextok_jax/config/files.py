@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 import importlib
 import inspect
+import os
 from pathlib import Path
 import pkgutil
 from types import ModuleType
@@ -10,18 +11,24 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from flextok_jax.config.fields import read_config
+
 
 def load_config(spec: str) -> ConfigDict:
   """Returns the config that --config=SPEC names, locked.
 
   Args:
-    spec: NAME or NAME:ARGUMENT of a shipped config ("flextok:d12_d12_in1k"), or PATH.py or PATH.py:ARGUMENT of a file
-      with get_config.
+    spec: NAME or NAME:ARGUMENT of a shipped config ("flextok:d12_d12_in1k"), PATH.py or PATH.py:ARGUMENT of a file
+      with get_config, or the config.json of a run or a model.
 
   Raises:
     FileNotFoundError: no such config.
     ValueError: the file cannot be executed, has no get_config, or does not take the argument.
   """
+  if spec.endswith(".json"):
+    if os.path.basename(spec) != "config.json":
+      raise ValueError(f"{spec} is no config: of .json files, the config.json of a run or a model is one")
+    return read_config(os.path.dirname(spec) or ".")
   config = call(spec, "get_config")
   if not isinstance(config, ConfigDict):
     raise ValueError(f"get_config() of {spec} must return a ConfigDict, got {config!r:.80}")

@@ -104,7 +104,7 @@ def _load(source: str, options: "_Options") -> tuple[ConfigDict, dict]:
 def load_config(source: str | os.PathLike) -> ConfigDict:
   """Returns the config of a model, without reading the arrays of our own formats. Arguments and errors are load's."""
   with _local(os.fspath(source)) as source:
-    if _is_run(source):
+    if is_run(source):
       config = read_config(orbax.split(source)[0])
       return with_fields(config, orbax.restore_average(source, {}, {}, _has_measured(config.stage, config.vae))[1])
     path = os.path.join(source, WEIGHTS) if os.path.isdir(source) else source
@@ -113,7 +113,7 @@ def load_config(source: str | os.PathLike) -> ConfigDict:
     return load(source)[0]
 
 
-def _is_run(source: str) -> bool:
+def is_run(source: str) -> bool:
   """Whether a source is a workdir with checkpoints, or one checkpoint of it."""
   return orbax.split(source)[1] is not None or orbax.directory(source).is_dir()
 
@@ -133,7 +133,7 @@ def _local(source: str, revision: str | None = None, subfolder: str = "") -> Ite
   if revision is not None:
     raise ValueError(f"revision={revision!r:.80} is of a repository of the Hugging Face hub, and {source} is none")
   source = os.path.join(source, subfolder) if subfolder else source
-  if not workdirs.is_remote(source) or _is_run(source):
+  if not workdirs.is_remote(source) or is_run(source):
     yield source
     return
   path = epath.Path(source)
@@ -160,7 +160,7 @@ def is_ours(source: str | os.PathLike, revision: str | None = None, subfolder: s
   with _local(os.fspath(source), revision, subfolder) as source:
     if os.path.isdir(source) and os.path.exists(os.path.join(source, WEIGHTS)):
       return True
-    return _is_run(source) or (os.path.isfile(source) and CONFIG_KEY in TensorFile(source).metadata)
+    return is_run(source) or (os.path.isfile(source) and CONFIG_KEY in TensorFile(source).metadata)
 
 
 def abstract_params(config: ConfigDict) -> dict:

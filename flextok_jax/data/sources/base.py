@@ -1,6 +1,6 @@
 """What all image sources share: records, reading past unreadable ones, validation splits, endless sources."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import hashlib
 import os
 from typing import Any, NotRequired, Protocol, TypedDict
@@ -116,6 +116,18 @@ def read(
 def held_out(key: str, percent: int) -> bool:
   """Returns whether a key is in the validation split: a stable hash selects `percent` percent of all keys."""
   return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:4], "big") % 100 < percent
+
+
+def in_split(keys: Sequence[str], split: str, percent: int) -> list[bool]:
+  """Returns which keys are in a split: "validation", those that are held_out, or "train", the others.
+
+  If all or none of several keys are held out, the one with the smallest hash changes sides: no split is empty.
+  """
+  chosen = [held_out(key, percent) for key in keys]
+  if len(keys) > 1 and len(set(chosen)) == 1:
+    first = min(range(len(keys)), key=lambda i: hashlib.sha256(os.fsencode(keys[i])).digest())
+    chosen[first] = not chosen[first]
+  return [validation == (split == "validation") for validation in chosen]
 
 
 def generator(split: str, index: int) -> np.random.Generator:

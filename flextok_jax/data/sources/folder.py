@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+import itertools
 import os
 from typing import Any
 
@@ -15,7 +16,7 @@ from flextok_jax.data.sources.base import (
   StoredImages,
   UnreadableRecord,
   check_size,
-  held_out,
+  in_split,
   stored_record,
 )
 from flextok_jax.data.sources.metadata import Metadata
@@ -33,8 +34,9 @@ class Folder(StoredImages):
   Args:
     split: "train" or "validation".
     path: the folder.
-    val_path: folder of the validation split; "": VALIDATION_PERCENT percent of path, selected by a hash of the
-      relative path. Labels number the classes of path in both splits; a file outside of them has label -1.
+    val_path: folder of the validation split; "": VALIDATION_PERCENT percent of path, at least one picture, selected by
+      a hash of the relative path. Labels number the classes of path in both splits; a file outside of them has label
+      -1.
     caption_key: field of the captions in metadata and .json files; "": see captions.KEYS.
     label_key: field of the label in metadata; "": "label", if there is one.
 
@@ -59,8 +61,8 @@ class Folder(StoredImages):
       _report_classes(path, found)
     self._labels = {name: i for i, name in enumerate(self.class_names)}
     if not val_path:
-      is_validation = (held_out(key, VALIDATION_PERCENT) == (split == "validation") for key in found.keys)
-      self._files = [file for file, chosen in zip(found.files, is_validation) if chosen]
+      chosen = in_split(found.keys, split, VALIDATION_PERCENT)
+      self._files = list(itertools.compress(found.files, chosen))
     elif split == "validation":
       self._root = val_path
       found = listing.scan(val_path)
@@ -71,8 +73,8 @@ class Folder(StoredImages):
       self._files = found.files
     if not self._files:
       raise ValueError(
-        f"the image folder {path} is too small to hold out {VALIDATION_PERCENT} percent (the {split} split is empty): "
-        "set data.sources.folder.val_path to a second folder"
+        f"the image folder {path} is too small to hold out a picture (the {split} split is empty): set "
+        "data.sources.folder.val_path to a second folder"
       )
 
   def __len__(self) -> int:

@@ -24,7 +24,7 @@ from flextok_jax.data.sources.base import (
   StoredImages,
   UnreadableRecord,
   check_size,
-  held_out,
+  in_split,
   stored_record,
 )
 
@@ -76,11 +76,10 @@ class WebDataset(StoredImages):
     if not keys:
       raise ValueError(f"{self._name} has no picture ({listing.describe(left_out) or 'it is empty'})")
     if not val_path:
-      chosen = np.array([held_out(key, VALIDATION_PERCENT) == (split == "validation") for key in keys])
-      rows = rows[chosen]
+      rows = rows[np.array(in_split(keys, split, VALIDATION_PERCENT))]
     if not len(rows):
       raise ValueError(
-        f"{self._name} is too small to hold out {VALIDATION_PERCENT} percent (the {split} split is empty): set"
+        f"{self._name} is too small to hold out a picture (the {split} split is empty): set"
         " data.sources.webdataset.val_path to other tar files"
       )
     self._rows = rows

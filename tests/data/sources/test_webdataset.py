@@ -185,8 +185,8 @@ def test_patterns(tmp_path, warnings):
     WebDataset("train", "")
   with pytest.raises(ValueError, match="path and val_path both have .*00003.tar"):
     WebDataset("train", str(tmp_path), f"{tmp_path}/00003.tar")
-  with pytest.raises(ValueError, match="too small to hold out"):
-    WebDataset("validation", f"{tmp_path}/00000.tar")
+  few = [len(WebDataset(split, f"{tmp_path}/00000.tar")) for split in ("train", "validation")]
+  assert min(few) == 1  # a split is never empty
 
 
 @pytest.mark.parametrize("kind", ["tars", "texts"])
