@@ -118,7 +118,7 @@ def main(values: flags.FlagValues):
   if config is None and not values.images and values.checkpoint and loading.is_run(values.checkpoint):
     config = loading.load_config(values.checkpoint)  # the data that it was trained on
   if not values.images and config is None:
-    raise ValueError("--images is missing (or --config or --data, for shards)")
+    raise ValueError("--images is missing (or --data or --config, for shards)")
   cli.require(values, "out")
   if config is None:
     tokenize_files(values)
