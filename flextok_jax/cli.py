@@ -30,7 +30,7 @@ from flextok_jax.ops import guidance
 from flextok_jax.parallel import processes
 
 COMMANDS = (
-  *("train", "evaluate", "tokenize", "detokenize", "sample", "search", "convert", "study", "sweep"),
+  *("train", "evaluate", "tokenize", "detokenize", "sample", "search", "demo", "convert", "study", "sweep"),
   *("compile", "benchmark", "benchmark_loader", "mup_check", "convert_torch"),
 )
 _MAY_BE_EMPTY = (  # flags of a study whose defaults are replaced by nothing
