@@ -39,6 +39,7 @@ def main(values: flags.FlagValues):
   extras.require("gradio", "demo", "the demo")
   from flextok_jax.tools.demo import model, server  # late: imports gradio
 
+  server.check_port(values.host, values.port)
   generator = values.generator or (None if values.checkpoint else _GENERATOR)
   with cli.renamed(**cli.DECODER_FLAGS):
     tokenizer = load_tokenizer(values.checkpoint or _TOKENIZER, num_steps=values.decoder_steps)

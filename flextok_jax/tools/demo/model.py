@@ -31,7 +31,7 @@ MAX_PIXELS = 2**25  # of an uploaded picture
 MAX_TEXT = 10_000  # characters of pasted tokens
 EXAMPLES = (25, 33, 32, 28, 3, 2)  # numbers of scenes of the validation split
 SEARCHES: dict[str, dict[str, Any]] = {  # settings of search.Settings by what the page calls them
-  "lookahead, 2 beams of 4": dict(algorithm="lookahead", beam_width=2, candidates=4, num_results=2),
+  "lookahead, 2 beams of 4": dict(algorithm="lookahead", beam_width=2, candidates=4, lookahead=-1, num_results=2),
   "best of 18": dict(algorithm="best_of_n", candidates=18, num_results=18),
   "beam search, 2 beams of 4": dict(algorithm="beam", beam_width=2, candidates=4, num_results=2),
 }
@@ -100,14 +100,13 @@ class Models:
     noise = np.repeat(np.asarray(noise), size, 0)
     pictures = []
     for start in range(0, len(jobs), size):
-      some = [*jobs[start : start + size]]
+      some = [ids[:count] for ids, count in jobs[start : start + size]]
       some += some[-1:] * (size - len(some))
-      ids = np.zeros((size, self.num_tokens), np.int32)
-      for row, (sequence, count) in zip(ids, some):
-        row[:count] = sequence[:count]
-      keep_k = np.array([min(count, len(sequence)) for sequence, count in some], np.int32)
+      ids, keep_k = prompts.padded([np.array(row) for row in some], self.num_tokens)
       with self._lock:
-        pictures.append(np.asarray(_to_uint8(tokenizer_lib.decode_ids(self.tokenizer, ids, keep_k, noise))))
+        pictures.append(
+          np.asarray(_to_uint8(tokenizer_lib.decode_ids(self.tokenizer, ids, keep_k.astype(np.int32), noise)))
+        )
     return np.concatenate(pictures)[: len(jobs)]
 
   def prefixes(self, ids: Ids, seed: int) -> dict[int, np.ndarray]:

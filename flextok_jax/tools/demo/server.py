@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import tempfile
 import threading
 from typing import Any
@@ -41,6 +42,16 @@ class _Closed:
       await send(message)
 
     await self._app(scope, receive, send_with_policy)
+
+
+def check_port(host: str, port: int) -> None:
+  """Raises ValueError unless a server can listen there."""
+  with socket.socket() as probe:
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      probe.bind((host, port))
+    except OSError as e:
+      raise ValueError(f"port={port} of host={host} cannot be used ({e.strerror}): give another") from None
 
 
 def start(models: Models, folder: str, host: str, port: int, share: bool = False) -> tuple[gr.Blocks, str]:
