@@ -109,7 +109,6 @@ def test_draws_and_searches_are_those_of_the_api(saved, name, condition):
 def test_models_that_do_not_fit_are_refused(saved):
   with pytest.raises(ValueError, match="trained on ids of the tokenizer 0123456789abcdef"):
     model_lib.Models(flextok_jax.load(saved["tokenizer"]), flextok_jax.load_ar(saved["foreign"]))
-  fails("is a generator", demo, f"--checkpoint={saved['text']}")
 
 
 def free_port():
@@ -185,7 +184,8 @@ def test_addresses_in_place_of_uploads_are_not_opened(address):
       user.predict({"path": path, "meta": {"_type": "gradio.FileData"}}, 2, api_name="/open_upload")
 
 
-def test_a_port_in_use_is_one_line(address):
+def test_bad_flags_are_one_line(address, saved):
+  fails("is a generator", demo, f"--checkpoint={saved['text']}", f"--port={free_port()}")
   port = address.rpartition(":")[2]
   fails(
     rf"port={port} of host=127.0.0.1 cannot be used \(Address already in use\): give another", demo, f"--port={port}"

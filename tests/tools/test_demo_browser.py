@@ -2,6 +2,7 @@
 elsewhere. With FLEXTOK_DEMO_IMAGES=docs/images it also remakes the pictures of docs/demo.md.
 """
 
+import io
 import os
 from pathlib import Path
 import re
@@ -94,11 +95,14 @@ def slide(page, count):
   page.wait_for_function(f"document.querySelector('#stage').innerText.includes('first {count} tokens')")
 
 
-def keep(page, name):
-  """Saves what is seen for the documentation, if it is asked for."""
+def keep(page, name, top=None):
+  """Saves what is seen, or what is below the text `top`, for the documentation, if it is asked for."""
   if IMAGES:
+    page.evaluate("scrollTo(0, 0)")
     page.wait_for_timeout(500)
-    page.screenshot(path=f"{IMAGES}/demo_{name}.png", full_page=True)
+    picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+    above = 0 if top is None else page.get_by_text(top).bounding_box()["y"] - 24
+    picture.crop((90, above, picture.width - 90, picture.height)).save(f"{IMAGES}/demo_{name}.png", optimize=True)
 
 
 def test_upload_slider_chips_and_noise(user, tmp_path):
@@ -118,10 +122,16 @@ def test_upload_slider_chips_and_noise(user, tmp_path):
   page.wait_for_function("old => [...document.querySelectorAll('#stage img')].at(-1).src != old", arg=picture)
 
 
-def test_tokens_are_edited_and_mixed(user):
+def test_tokens_are_replaced_mixed_and_edited(user):
   page = user()
   before = tokens(page)
   page.get_by_text("Edit tokens").click()
+  page.get_by_text("Replace this token by others").click()
+  page.wait_for_selector("#replaced img")
+  page.get_by_text("Mix two pictures").click()
+  page.locator(".ft-pick").nth(6 + 3).click()  # the fourth example as picture B
+  page.wait_for_function("document.querySelectorAll('#mixed .ft-chip.b').length == 14")
+  keep(page, "mix", top="Edit tokens")
   field = page.locator("#tokens textarea, #tokens input")
   field.fill("1 2 3000")
   field.press("Enter")
@@ -129,12 +139,6 @@ def test_tokens_are_edited_and_mixed(user):
   field.fill("1, 2, 3")
   field.press("Enter")
   assert changed(page, before)[:4] == ["1\n1", "2\n2", "3\n3", "4\n·"]
-  page.get_by_text("Replace this token by others").click()
-  page.wait_for_selector("#replaced img")
-  page.get_by_text("Mix two pictures").click()
-  page.locator(".ft-pick").nth(6 + 3).click()  # the fourth example as picture B
-  page.wait_for_function("document.querySelectorAll('#mixed .ft-chip.b').length == 14")
-  keep(page, "mix")
 
 
 def test_a_picture_is_drawn_token_by_token(user):

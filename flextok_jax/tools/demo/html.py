@@ -149,8 +149,15 @@ def growing(pictures: Mapping[int, np.ndarray], ids: Ids, total: int, status: st
   return f"{_box(last, 'ft-stage')}<br>{chips(ids, len(ids), total, new=True)}<br>{strip(pictures, None)}"
 
 
-def search(steps: Sequence[SearchStep], plain: np.ndarray, verifier: str) -> str:
-  """Returns the result beside one draw without a search, and what each step kept, best first."""
+def search(steps: Sequence[SearchStep], plain: np.ndarray, verifier: str, ahead: bool) -> str:
+  """Returns the result beside one draw without a search, and what each step kept, best first.
+
+  Args:
+    steps: of the search.
+    plain: the picture of the draw.
+    verifier: which scored the candidates.
+    ahead: whether it scored them completed.
+  """
   # The verifier "scenes" returns log-probabilities of a picture, of which most are near 0.
   score = lambda x: f"{math.exp(x):.1%}" if verifier == "scenes" else f"{x:.2f}"
   last = steps[-1]
@@ -165,6 +172,7 @@ def search(steps: Sequence[SearchStep], plain: np.ndarray, verifier: str) -> str
     for step in steps
   ]
   if len(steps) == 1:
-    return top + note("All candidates by their score, the best first:") + _box("".join(columns[0]))
+    return f"{top}{note('All candidates, the best first')}{_box(''.join(columns[0]))}"
   table = "".join(f"<div>{''.join(cells)}</div>" for cells in columns)
-  return top + note("What each step kept, by its score, the best first:") + _box(table, "ft-steps")
+  told = "What each step kept, the best first" + "; scores are those of the completed sequences" * ahead
+  return f"{top}{note(told)}{_box(table, 'ft-steps')}"

@@ -319,6 +319,7 @@ def _search_tab(models: Models) -> None:
     steps = models.search(given, int(seed), verifier, how)
     *_, (ids, _) = models.draw(given, int(seed))
     (plain,) = models.decode([(ids, len(ids))], int(seed))
-    return html.search(steps, plain, verifier)
+    ahead = SEARCHES[how]["algorithm"] == "lookahead" and verifier != "likelihood"
+    return html.search(steps, plain, verifier, ahead)
 
   go.click(_checked(search), [condition, seed, verifier, how], found)

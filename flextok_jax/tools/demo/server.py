@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import tempfile
 import threading
@@ -94,7 +95,8 @@ def start(models: Models, folder: str, host: str, port: int, share: bool = False
 
 
 def run(models: Models, host: str, port: int, share: bool) -> None:
-  """Serves the page until the process is stopped."""
+  """Serves the page until the process is stopped by SIGINT or SIGTERM."""
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
   with tempfile.TemporaryDirectory(prefix="flextok_demo_") as folder:
     page, address = start(models, folder, host, port, share)
     print(f"open {address} in a browser; Ctrl-C ends the demo", flush=True)
