@@ -60,9 +60,10 @@ setup(
   ],
   extras_require={
     "cuda": ["jax[cuda12]"],
+    "demo": ["gradio>=6.0"],
     "docs": DOCS,
     "gcs": ["gcsfs>=2024.2", "google-cloud-storage>=2.14"],  # workdirs in buckets of Google Cloud Storage
-    # scikit-learn for precision and recall, the others to convert the networks of FID and LPIPS (convert_torch).
+    # scikit-learn for precision and recall, the others to convert the networks of FID and LPIPS (convert).
     "eval": [*METRICS, "pytorch-fid>=0.3", "torch>=2.4"],
     "tensorboard": TENSORBOARD,
     "text": TEXT,

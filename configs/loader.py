@@ -1,6 +1,6 @@
 """A tiny model of 256 px images whose step takes less time than loading them: 0.1M parameters.
 
-python -m flextok_jax.benchmark_loader --config=loader --out=DIR
+python -m flextok_jax.benchmark --config=loader --jobs=loader
 """
 
 from flextok_jax.configs import debug

@@ -14,6 +14,10 @@ once and leaves out kernels of other libraries.
 Job "repa" is the step of "train" on latents without REPA, with it, and with its teacher in the step
 (flextok_jax/tools/benchmark/repa.py).
 
+Job "loader" reads crops from JPEG files, and trains on them (flextok_jax/tools/loader.py):
+
+python -m flextok_jax.benchmark --config=loader --jobs=loader [--files=512] [--parallel=2]
+
 Job "ar" draws token ids with the guidance of config.ar. Each round also calls the fast program for 1 token and for one,
 two and three quarters of them; the differences are the time per token of each span, without the fixed cost of a call.
 The untimed round draws a single token.
@@ -27,6 +31,7 @@ from absl import flags
 from flextok_jax import cli
 from flextok_jax.config import with_fields
 from flextok_jax.core import files, timing
+from flextok_jax.tools import loader
 from flextok_jax.tools.benchmark import repa, report
 from flextok_jax.tools.benchmark.jobs import PATHS
 from flextok_jax.tools.benchmark.run import JOBS, benchmark, jobs_of
@@ -36,8 +41,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the command's flags."""
   cli.define_config_flag("The model and its training.", values)
   flags.DEFINE_list(
-    "jobs", [], f"Of {', '.join(JOBS)}; default: all that the config has, except repa.", flag_values=values
+    "jobs",
+    [],
+    f"Of {', '.join(JOBS)}, or loader alone; default: all that the config has, except repa.",
+    flag_values=values,
   )
+  flags.DEFINE_integer("files", 512, "Of job loader: JPEG files.", 1, 100_000, flag_values=values)
+  flags.DEFINE_integer("parallel", 2, "Of job loader: threads, and worker processes.", 1, 1024, flag_values=values)
   flags.DEFINE_list("paths", list(PATHS), "plain, fast or both.", flag_values=values)
   flags.DEFINE_list(
     "num_tokens",
@@ -66,6 +76,11 @@ def main(values: flags.FlagValues) -> None:
   if values.config is None:
     raise ValueError("nothing to measure: give --config=NAME")
   out = cli.out_file(values)
+  if values.jobs == ["loader"]:
+    lines = loader.run(values.config, values.files, values.parallel, values.repeats)
+    if out:
+      files.write_file(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return
   config = with_fields(values.config, {"dtype": values.dtype or values.config.dtype})
   jobs = _choices("jobs", values.jobs or jobs_of(config), JOBS)
   for job in jobs:

@@ -31,8 +31,8 @@ from flextok_jax.ops import guidance
 from flextok_jax.parallel import processes
 
 COMMANDS = (
-  *("train", "evaluate", "tokenize", "detokenize", "sample", "search", "convert", "study", "sweep"),
-  *("compile", "benchmark", "benchmark_loader", "mup_check", "convert_torch"),
+  *("train", "evaluate", "tokenize", "detokenize", "sample", "search", "demo", "convert", "study", "sweep"),
+  *("compile", "benchmark", "mup_check"),
 )
 _MAY_BE_EMPTY = (  # flags of a study whose defaults are replaced by nothing
   *("temperatures", "top_ks", "top_ps", "guidance_scales", "decoder_scales", "decoder_step_counts"),

@@ -2,11 +2,16 @@
 
 python -m flextok_jax.convert SRC DST [--to=ours|official] [--dtype=bfloat16] [--check]
 python -m flextok_jax.convert SRC DST --generator [--setting=name=value ...]
+python -m flextok_jax.convert SRC.pth DST.safetensors
 
 SRC is what flextok_jax.load takes, or with --generator flextok_jax.load_ar; generators are written in our format. DST
 is a .safetensors file or a folder, and must not exist. The default format is the one that SRC does not have. Prints the
 parameters by part. With --check, reads DST back, tokenizes and reconstructs a photograph with both, compares, and
 writes the image beside DST; for generators it compares logits.
+
+The third form writes the tensors of a PyTorch file (.pth, .pt, .bin, .ckpt), as networks of metrics are read: float32,
+under their names, where keys of nested dictionaries are joined by dots, and a dictionary that alone holds the tensors
+("state_dict", "model", ...) is not part of the names. It needs PyTorch and unpickles only tensors and plain values.
 """
 
 from collections.abc import Mapping
@@ -29,6 +34,7 @@ from flextok_jax.evals import grids
 from flextok_jax.evals.metrics import image as metrics
 from flextok_jax.inference.generator import ARGenerator, load_ar
 from flextok_jax.inference.tokenizer import FlexTok, load
+from flextok_jax.tools import convert_torch
 from flextok_jax.weights import loading, saving
 
 
@@ -59,6 +65,14 @@ def main(source: str, target: str, values: flags.FlagValues):
     raise ValueError(f"{path} exists: remove it, or give another DST")
   files.check_writable(path.parent)
   target = str(path)
+  if source.endswith(convert_torch.SUFFIXES):
+    for name in ("to", "dtype", "check", "generator", "vae_norm_num_groups", "mup_base_width", "image_size", "setting"):
+      if values[name].present:
+        raise ValueError(f"--{name} has no meaning for a PyTorch file, whose tensors are written as they are")
+    count, others = convert_torch.convert(source, target)
+    left = f", without {len(others)} others such as {others[0]!r:.80}" if others else ""
+    print(f"wrote {count} tensors to {target}{left}")
+    return
   if values.generator:
     if values.to == "official":
       raise ValueError("--to=official: generators are only written in our format")

@@ -17,7 +17,7 @@ import safetensors
 from flextok_jax.core import files
 from flextok_jax.core.errors import first_line
 
-CONVERT = "convert it by python -m flextok_jax.convert_torch SOURCE TARGET.safetensors"  # a remedy, for errors
+CONVERT = "convert it by python -m flextok_jax.convert SOURCE TARGET.safetensors"  # a remedy, for errors
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 CHECKSUM = "flextok_jax.sha256"  # metadata entry of our files: of the other entries and of all tensors

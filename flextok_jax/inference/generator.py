@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import os
@@ -253,6 +253,42 @@ class ARGenerator(sharing.SharedModel):
     return batching.apply_in_batches(
       draw, np.arange(count), validation.batch_size(batch_size), "samples drawn", progress
     )
+
+  def stream(
+    self,
+    key: jax.Array | None,
+    labels: Labels | None = None,
+    prompts: Sequence[str] | None = None,
+    num_tokens: int | None = None,
+    guidance_scale: Schedule | None = None,
+    temperature: Schedule | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+  ) -> Iterator[np.ndarray]:
+    """Draws token ids as generate does, from the same keys the same ids, and yields them after each token.
+
+    Args:
+      key, labels, prompts, num_tokens, guidance_scale, temperature, top_k, top_p, greedy: as for generate.
+
+    Yields:
+      int32 [b, 1], [b, 2], ... up to num_tokens, or until all sequences have ended.
+
+    Raises:
+      ValueError: an argument out of range, or a condition that the model does not take.
+    """
+    num_tokens = self.num_tokens if num_tokens is None else num_tokens
+    num_tokens = validation.whole_number("num_tokens", num_tokens, 1, self.num_tokens)
+    conditioned = labels is not None or prompts is not None
+    sampler = self._sampler(conditioned, guidance_scale, temperature, top_k, top_p, greedy)
+    keys, classes, text, null_text = self._inputs(key, labels, prompts, None, None, (None, None), sampler, {})
+    prior = priors.GeneratorPrior(_network(self.config), self.params, np.asarray(classes), text, null_text, sampler)
+    rows = prior.start(np.arange(len(keys)), sampling.padded_length(num_tokens, self.num_tokens), None)
+    for i in range(num_tokens):
+      rows = prior.extend(rows, keys, i, i + 1, greedy)
+      yield np.asarray(rows.sequences.ids)[:, : i + 1]
+      if np.asarray(rows.sequences.done).all():
+        return
 
   def search(
     self,

@@ -9,6 +9,8 @@ import numpy as np
 
 from flextok_jax.core import extras, tensor_file
 
+SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")  # of PyTorch files
+
 
 def convert(source: str, target: str) -> tuple[int, list[str]]:
   """Writes the floating-point tensors of a PyTorch file as float32 to a .safetensors file.

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 from pathlib import Path
 import statistics
+import tempfile
 import threading
 import time
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from flextok_jax.config import with_fields
-from flextok_jax.core import timing
+from flextok_jax.core import accelerators, timing
 from flextok_jax.data import pipeline, transforms
 from flextok_jax.data.sources import photos
 from flextok_jax.stages import make_stage
@@ -34,6 +35,35 @@ from flextok_jax.training.state import init_state, make_update
 
 WAYS = ("plain", "threads", "workers")
 QUALITY = 90  # of the JPEG files
+SIZE = (500, 375)  # of a file, pixels
+STEPS = 20  # of training
+
+
+def run(config: ConfigDict, count: int, parallel: int, rounds: int) -> list[dict]:
+  """Measures reading and training, and prints the results.
+
+  Args:
+    config: size, crops and batch of the images, and the model that trains.
+    count: number of files, crops of the photographs that scikit-image and scikit-learn ship.
+    parallel, rounds: see measure.
+
+  Returns:
+    {"kind": "way"} with what measure returns for each way, and {"kind": "training"} with what train returns.
+  """
+  accelerators.start()  # training, after all rounds, needs them
+  with tempfile.TemporaryDirectory() as folder:
+    paths = write_photographs(Path(folder), count, SIZE)
+    config = config.copy_and_resolve_references()
+    for source in config.data.sources.values():
+      source.weight = 0.0
+    config.data.sources.folder.update(weight=1.0, path=f"{folder}/train", val_path=f"{folder}/validation")
+    size = sum(path.stat().st_size for path in paths) / len(paths) / 1e3
+    pixels = f"{SIZE[0]} x {SIZE[1]} px, {size:.0f} kB each, to crops of {config.image_size} px"
+    print(f"{len(paths)} JPEG files of {pixels}", flush=True)
+    rows = measure(config, paths, parallel, rounds)
+    training = train(config, parallel, STEPS)
+  print(format_report(rows, training))
+  return [{"kind": "way", **row} for row in rows] + [{"kind": "training", **training}]
 
 
 def write_photographs(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:

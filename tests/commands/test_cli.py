@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import flextok_jax
-from flextok_jax import benchmark_loader, convert, evaluate
+from flextok_jax import benchmark, convert, evaluate
 from flextok_jax.core import accelerators
 from flextok_jax.tools import loader
 from tests.support import numpy_ar
@@ -56,7 +56,6 @@ def test_loading_asks_for_devices_first(generator, monkeypatch):
 
 OUTPUTS = {  # by command: the other flags it needs, all of which are looked at later
   "benchmark": ("--config=debug",),
-  "benchmark_loader": ("--config=loader",),
   "compile": ("--config=debug", "--topology=v5e:2x2"),
   "detokenize": ("--checkpoint=/absent", "--tokens=/absent.json"),
   "evaluate": ("--checkpoint=/absent",),
@@ -99,4 +98,4 @@ def test_the_loader_benchmark_starts_devices_before_its_rounds(monkeypatch):
 
   monkeypatch.setattr(accelerators, "start", missing)
   monkeypatch.setattr(loader, "write_photographs", None)
-  fails("cannot start its devices", benchmark_loader, "--config=loader")
+  fails("cannot start its devices", benchmark, "--config=loader", "--jobs=loader")

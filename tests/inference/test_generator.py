@@ -297,6 +297,23 @@ def test_generation_ends_when_all_have_stopped(monkeypatch):
     assert ((ids == 24).sum(1) == 8 - min(steps, 8) + (steps == 2)).all()
 
 
+@pytest.mark.parametrize("name", ["class", "text_stop"])
+def test_a_stream_draws_what_generate_draws(name):
+  """Token by token, with guidance, until all sequences have ended."""
+  gen = tiny(name)
+  given = {**DRAWS, "guidance_scale": 1.5}
+  whole = np.asarray(gen.generate(KEY, **condition(gen), **given))
+  steps = list(gen.stream(KEY, **condition(gen), **given))
+  assert [step.shape[1] for step in steps] == list(range(1, len(steps) + 1))
+  ended = (whole == gen.num_ids).any(1)
+  assert len(steps) == (1 + (whole == gen.num_ids).argmax(1).max() if ended.all() else gen.num_tokens)
+  for step in steps:
+    np.testing.assert_array_equal(step, whole[:, : step.shape[1]])
+  assert next(gen.stream(None, **condition(gen), greedy=True)).shape == (3, 1)
+  with pytest.raises(ValueError, match="num_tokens=99"):
+    next(gen.stream(KEY, num_tokens=99))
+
+
 def test_model_without_stop():
   gen = tiny("class")
   assert gen.stop_id is None and gen.logits(np.zeros((1, 3), int)).shape == (1, 3, 24)

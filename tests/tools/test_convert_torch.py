@@ -2,11 +2,12 @@
 
 import sys
 
+from absl import flags
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from flextok_jax import convert_torch as command
+from flextok_jax import convert
 from flextok_jax.tools import convert_torch
 
 
@@ -67,7 +68,15 @@ def test_tensors_are_unchanged(torch, tmp_path, capsys):
     count=torch.tensor(3),
   )
   torch.save({"state_dict": values, "epoch": 1}, tmp_path / "x.pth")
-  command.main(f"{tmp_path}/x.pth", f"{tmp_path}/x.safetensors")
+  values_of = flags.FlagValues()
+  convert.define_flags(values_of)
+  values_of(["convert", "--check"])
+  with pytest.raises(ValueError, match="--check has no meaning for a PyTorch file"):
+    convert.main(f"{tmp_path}/x.pth", f"{tmp_path}/x.safetensors", values_of)
+  values_of.unparse_flags()
+  values_of["check"].unparse()
+  values_of(["convert"])
+  convert.main(f"{tmp_path}/x.pth", f"{tmp_path}/x.safetensors", values_of)
   assert "wrote 6 tensors to" in capsys.readouterr().out
   found = load_file(tmp_path / "x.safetensors")
   assert found.keys() == values.keys() - {"count"}

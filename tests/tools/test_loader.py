@@ -7,10 +7,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from flextok_jax import benchmark_loader
+from flextok_jax import benchmark
 from flextok_jax.data import transforms
 from flextok_jax.tools import loader
-from tests.conftest import ROOT
 from tests.support.commands import config_file, fails, run
 
 
@@ -18,16 +17,9 @@ def test_rows_table_and_lines(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(loader, "WAYS", ("plain", "threads"))  # without worker processes, which start slowly
   config = config_file(tmp_path / "config.py", data=dict(global_batch=4))
   out = tmp_path / "loader.jsonl"
-  run(
-    benchmark_loader,
-    f"--config={config}",
-    "--images=6",
-    "--width=60",
-    "--height=50",
-    "--rounds=2",
-    "--steps=1",
-    f"--out={out}",
-  )
+  monkeypatch.setattr(loader, "SIZE", (60, 50))
+  monkeypatch.setattr(loader, "STEPS", 1)
+  run(benchmark, f"--config={config}", "--jobs=loader", "--files=6", "--repeats=2", f"--out={out}")
   printed = capsys.readouterr().out
   *ways, training = map(json.loads, out.read_text().splitlines())
   assert [row["way"] for row in ways] == ["plain", "threads"] and all(row["way"] in printed for row in ways)
@@ -59,5 +51,5 @@ def test_plain_loop_draws_the_same_crops(tmp_path):
 
 
 def test_bad_input_is_one_line():
-  fails("nothing to measure: give --config=loader", benchmark_loader)
-  fails("--images=0: .*", benchmark_loader, f"--config={ROOT}/configs/loader.py", "--images=0")
+  fails("--files=0: .*", benchmark, "--config=loader", "--jobs=loader", "--files=0")
+  fails("--jobs: unknown 'loader'", benchmark, "--config=loader", "--jobs=loader,train")

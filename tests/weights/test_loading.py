@@ -309,7 +309,7 @@ def test_files_as_other_software_writes_them(model, autoencoder, tmp_path, name)
 
 def test_files_that_are_not_read_are_named_with_the_remedy(autoencoder, tmp_path):
   config = (autoencoder / "config.json").read_text()
-  convert = "convert it by python -m flextok_jax.convert_torch"
+  convert = "convert it by python -m flextok_jax.convert"
   for name, words in {
     "diffusion_pytorch_model.bin": f"diffusion_pytorch_model.bin is not supported, as a pickled .*: {convert}",
     "flax_model.msgpack": "flax_model.msgpack is not supported: save the model as safetensors",

@@ -52,7 +52,7 @@ def _updates(folder: str, depth: int, width: int) -> list[np.ndarray]:
     if not os.path.isfile(os.path.join(folder, name)):
       raise FileNotFoundError(
         f"no {name} in {folder}: give a folder in peft's format; an adapter_model.bin there is "
-        f"converted by python -m flextok_jax.convert_torch SOURCE {WEIGHTS}"
+        f"converted by python -m flextok_jax.convert SOURCE {WEIGHTS}"
       )
   path = os.path.join(folder, CONFIG)
   with open(path, "rb") as f:

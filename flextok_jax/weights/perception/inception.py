@@ -22,7 +22,7 @@ def load_inception(path: str | os.PathLike) -> dict:
   Args:
     path: a .safetensors or .npz file with the tensors of pt_inception-2015-12-05-6726825d.pth (of pytorch-fid; the
       same tensors as torch-fidelity's weights-inception-2015-12-05-6726825d.pth), converted by
-      python -m flextok_jax.convert_torch.
+      python -m flextok_jax.convert.
 
   Raises:
     FileNotFoundError: no such file.

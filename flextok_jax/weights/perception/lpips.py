@@ -19,7 +19,7 @@ def load_lpips(backbone: str | os.PathLike, heads: str | os.PathLike | None = No
 
   Args:
     backbone: a .safetensors or .npz file with torchvision's names: its ImageNet classifier alexnet or vgg16, converted
-      by python -m flextok_jax.convert_torch.
+      by python -m flextok_jax.convert.
     heads: the lpips package's weights/v0.1/alex.pth or vgg.pth, likewise converted; None: the first file has both, with
       the names of lpips.LPIPS(...).state_dict().
 

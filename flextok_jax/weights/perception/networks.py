@@ -24,7 +24,7 @@ from flextok_jax.weights.perception.inception import load_inception
 from flextok_jax.weights.perception.lpips import load_lpips
 from flextok_jax.weights.perception.vit import load_vit
 
-_CONVERT = "converted by python -m flextok_jax.convert_torch SOURCE TARGET"
+_CONVERT = "converted by python -m flextok_jax.convert SOURCE TARGET"
 # Name in the weights' folder, of a .safetensors or .npz file or of a folder: what to put there.
 SOURCES = {
   "inception": f"pt_inception-2015-12-05-6726825d.pth of pytorch-fid's releases, {_CONVERT}",
