@@ -10,7 +10,8 @@ import jax
 from tqdm import tqdm
 
 T = TypeVar("T")
-_LINES = 10  # a line after each such part of the items
+_LINES = 10  # a line after each such part of the items,
+_SOON = 5.0  # unless the last one, or the beginning, is less than so many seconds ago,
 _SECONDS = 60.0  # and at least one in this time
 _shown: set["Bar"] = set()  # bars on the terminal that are not closed
 
@@ -55,8 +56,11 @@ class Bar:
     self._done = done
 
   def _is_due(self, done: int) -> bool:
+    waited = time.monotonic() - self._printed
+    if done == self._total and self._printed > self._begun:
+      return True
     passed = self._total and done * _LINES // self._total > self._done * _LINES // self._total
-    return bool(passed) or time.monotonic() - self._printed >= _SECONDS
+    return waited >= (_SOON if passed else _SECONDS)
 
   def _line(self, done: int) -> str:
     rate = max(done - self._first, 1) / max(time.monotonic() - self._begun, 1e-9)

@@ -309,6 +309,7 @@ class ARGenerator(sharing.SharedModel):
     weights: str | None = None,
     references: Array | None = None,
     ensemble: str = "rank",
+    progress: bool | None = False,
     **settings: Any,
   ) -> search.Result:
     """Searches for the token ids, of each class or prompt, whose pictures a verifier scores best.
@@ -322,6 +323,7 @@ class ARGenerator(sharing.SharedModel):
       guidance_scale, temperature, top_k, top_p: as for generate.
       verifier_prompts: texts for the verifier in place of the prompts, for instance of a generator without text.
       weights, references, ensemble: of the verifier, see verifiers.make.
+      progress: show a progress bar; None: a bar on a terminal, and lines elsewhere.
       **settings: of search.Settings: algorithm, beam_width, candidates, schedule, steps, lookahead, branching, greedy,
         num_results, ...
 
@@ -347,7 +349,8 @@ class ARGenerator(sharing.SharedModel):
     )
     prior = priors.GeneratorPrior(_network(self.config), self.params, np.asarray(rows), text, null_text, sampler)
     texts = verifier_prompts if verifier_prompts is not None else prompts
-    return search.search(prior, keys, check, tokenizer, texts, None if labels is None else np.asarray(rows), chosen)
+    classes = None if labels is None else np.asarray(rows)
+    return search.search(prior, keys, check, tokenizer, texts, classes, chosen, progress)
 
   def check_tokenizer(self, tokenizer: FlexTok, name: str = "the tokenizer") -> None:
     """Raises ValueError, calling the tokenizer `name`, unless it is the one whose ids this generator draws."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.core.errors import quote
+from flextok_jax.core.progress import track
 from flextok_jax.inference import batches, priors, tokenizer, validation, verifiers
 from flextok_jax.inference.priors import Prior, Rows, fold, take
 from flextok_jax.models.ar import sampling
@@ -220,6 +221,7 @@ def search(
   prompts: Sequence[str] | None,
   labels: np.ndarray | None,
   settings: Settings,
+  progress: bool | None = False,
 ) -> Result:
   """Searches for each prompt.
 
@@ -231,6 +233,7 @@ def search(
     prompts: texts [p] for the verifier, or None.
     labels: classes int [p] for the verifier, or None.
     settings: of the search.
+    progress: whether to show a bar, see core.progress.Bar.
 
   Raises:
     ValueError: a setting out of range; scores of a wrong shape, or NaN; no tokenizer for a verifier of images.
@@ -246,10 +249,11 @@ def search(
     prior, model = prior.on(mesh), None if model is None else batching.replicate(model, mesh)
   facts = _Facts(prior, plan, verifier, model, prompts, labels, keys, mesh)
   found = []
-  for first in range(0, count, size):
+  left = lambda first: min(size, count - first)
+  for first in track(range(0, count, size), count, "searches", validation.progress(progress), size=left):
     # The last group is filled up with the last prompt, which is not scored again, to compile no other program.
     which = np.minimum(np.arange(first, first + size), count - 1)
-    rows = min(size, count - first)
+    rows = left(first)
     found.append(jax.tree.map(lambda x: x[:rows], facts.search(which, rows)))  # noqa: B023 called at once
   ids, scores, *steps = jax.tree.map(lambda *x: np.concatenate(x), *found)
   images, (_, number) = None, ids.shape[:2]
@@ -442,6 +446,7 @@ class UniformPrior:
     weights: str | None = None,
     references: Any = None,
     ensemble: str = "rank",
+    progress: bool | None = False,
     **settings: Any,
   ) -> Result:
     """See ARGenerator.search, of which it takes the settings; prompts and labels are for the verifier alone."""
@@ -455,7 +460,8 @@ class UniformPrior:
     check = verifiers.make(verifier, weights=weights, references=references, ensemble=ensemble)
     texts = None if prompts is None else validation.prompts(prompts)
     numbers = None if labels is None else np.asarray(labels, np.int32)
-    return search(prior, validation.keys(key, batch), check, self.tokenizer, texts, numbers, make_settings(settings))
+    keys, chosen = validation.keys(key, batch), make_settings(settings)
+    return search(prior, keys, check, self.tokenizer, texts, numbers, chosen, progress)
 
 
 def make_settings(given: dict[str, Any]) -> Settings:
