@@ -247,7 +247,7 @@ def test_bad_input_is_refused(tmp_path):
   fails("num_tokens=0 is out of range", benchmark, given, "--num_tokens=0")
   fails("--num_tokens takes whole numbers separated by commas, got 'many'", benchmark, given, "--num_tokens=many")
   fails("--seconds=nan must be a finite number", benchmark, given, "--seconds=nan")
-  fails("dtype must be one of bfloat16, .*'int8'", benchmark, given, "--dtype=int8")
+  fails("dtype must be one of float32, bfloat16, .*'int8'", benchmark, given, "--dtype=int8")
   fails("--out=.* is a folder: give a file", benchmark, given, f"--out={tmp_path}")
   for flag in ("repeats=0", "batch_size=-1", "seconds=-1"):
     fails(f"--{flag}", benchmark, given, f"--{flag}")
