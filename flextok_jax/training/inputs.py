@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from flextok_jax.config import TOKENIZER_STAGES, float_dtype, read_config, with_fields
+from flextok_jax.config import TOKENIZER_STAGES, float_dtype, get_config, read_config, with_fields
+from flextok_jax.core.errors import quote
 from flextok_jax.data import pipeline
 from flextok_jax.data.shards import features, latents, tokens, trajectories
 from flextok_jax.inference.text_encoder import load_t5_encoder
@@ -24,6 +25,8 @@ from flextok_jax.training import teacher as teacher_lib
 from flextok_jax.weights import fingerprints, loading
 from flextok_jax.weights.perception import networks
 
+_PLACES = ("path", "val_path", "name")  # settings of sources that say where their images are
+
 
 def image_data(config: ConfigDict) -> pipeline.ImageData:
   """Returns the image options of config.data; ValueError if a value is out of range."""
@@ -35,7 +38,41 @@ def image_data(config: ConfigDict) -> pipeline.ImageData:
     flip=data.flip,
     reduce_jpeg=data.reduce_jpeg,
     loading=pipeline.Loading(data.num_threads, data.num_workers, data.prefetch),
+    max_unreadable=data.max_unreadable,
   )
+
+
+def check_new(config: ConfigDict):
+  """Checks a new run for settings that cannot be meant; a resumed run has those that it began with.
+
+  Raises:
+    ValueError: see check_sources; or ar.num_classes is above the number of ar.class_names, and no weights
+      (config.init_from) need it.
+  """
+  ar, names = config.ar, config.ar.class_names
+  if config.stage == "ar":
+    if ar.condition == "class" and names and ar.num_classes > len(names) and not config.init_from:
+      raise ValueError(
+        f"the token shards have {len(names)} classes, but ar.num_classes is {ar.num_classes}: set "
+        f"ar.num_classes={len(names)}"
+      )
+  elif not config.data.latents and not config.data.trajectories:
+    check_sources(config)
+
+
+def check_sources(config: ConfigDict):
+  """Raises ValueError if config.data names images of a source that is not read: of weight 0, not in eval.sources."""
+  defaults = get_config().data.sources
+  for kind, settings in config.data.sources.items():
+    if settings.weight or kind in config.eval.sources:
+      continue
+    for name in _PLACES:
+      if settings.get(name) != defaults[kind].get(name):
+        alone = ", or give --data=DIR to use this folder alone" if kind == "folder" else ""
+        raise ValueError(
+          f"data.sources.{kind}.{name}={quote(settings[name])} is not read, because the weight of source {kind!r} is "
+          f"0: set data.sources.{kind}.weight=1{alone}"
+        )
 
 
 def open_tokens(config: ConfigDict, split: str) -> tuple[tokens.TokenShards, tokens.TokenFormat]:

@@ -397,7 +397,7 @@ def test_the_unreadable_fraction_covers_all_images_since_the_last_check(pictures
 
 def test_too_many_unreadable_files_stop_the_run(pictures, tmp_path):
   config = folder_config(pictures, 0.05, log_every=4)
-  with pytest.raises(ValueError, match=r"\d unreadable files among the last 32 images.*max_unreadable=0.05") as error:
+  with pytest.raises(ValueError, match=r"\d of the last 32 images are unreadable.*max_unreadable=0.05") as error:
     train_only(config, tmp_path)
   assert "\n" not in str(error.value)
 
