@@ -154,7 +154,7 @@ def write_shards(values: flags.FlagValues):
   shard_writer.write_shards(
     out,
     make(values, mesh),
-    inputs.image_data(values.config),
+    inputs.image_data(inputs.with_present_sources(values.config)),
     seed=values.config.seed,
     split=values.split,
     num_images=values.num_images,

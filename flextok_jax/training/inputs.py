@@ -1,6 +1,6 @@
 """Training inputs of every stage: images or latents, features of REPA's teacher, tokens and texts."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 import contextlib
 import math
 from typing import Any
@@ -12,11 +12,12 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from flextok_jax.config import TOKENIZER_STAGES, float_dtype, get_config, read_config, with_fields
-from flextok_jax.core.errors import quote
+from flextok_jax.core.errors import quote, warn_once
 from flextok_jax.data import pipeline
 from flextok_jax.data.shards import features, latents, tokens, trajectories
+from flextok_jax.data.sources import registry
 from flextok_jax.inference.text_encoder import load_t5_encoder
-from flextok_jax.parallel import sharding
+from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages import repa
 from flextok_jax.stages.distill import DistillStage
 from flextok_jax.stages.stage import Stage
@@ -73,6 +74,59 @@ def check_sources(config: ConfigDict):
           f"data.sources.{kind}.{name}={quote(settings[name])} is not read, because the weight of source {kind!r} is "
           f"0: set data.sources.{kind}.weight=1{alone}"
         )
+
+
+def with_present_sources(config: ConfigDict, workdir: str = "") -> ConfigDict:
+  """Returns the config with weight 0 for the optional sources (emoji, photos) that are missing on this machine.
+
+  A warning names each of them. If nothing else would be left, all stay, and opening them is an error. So a run's
+  config.json, its weights and the plan of shards say what was read, and with another choice they are not continued. All
+  processes call it; what one of them lacks is left out in all.
+
+  Args:
+    config: of training or shards.
+    workdir: of the run; "": of shards.
+
+  Raises:
+    ValueError: a source is missing with which the run in the workdir was trained.
+  """
+  if config.stage == "ar" or config.data.latents or config.data.trajectories:
+    return config
+  weights = {kind: settings.weight for kind, settings in config.data.sources.items() if settings.weight}
+  lacking = _missing(weights, config)
+  if lacking and workdir and (epath.Path(workdir) / "config.json").exists():
+    trained = read_config(workdir).data.sources
+    for kind, reason in lacking.items():
+      if trained[kind].weight:
+        raise ValueError(f"the run in {workdir} is trained on source {kind!r}, which is missing here: {reason}")
+  if len(lacking) == len(weights):
+    return config
+  _warn_left_out(lacking)
+  return with_fields(config, {f"data.sources.{kind}.weight": 0.0 for kind in lacking})
+
+
+def with_present_sets(config: ConfigDict) -> ConfigDict:
+  """Returns the config without the evaluation sets that are missing on this machine, as with_present_sources."""
+  lacking = {} if config.stage == "ar" else _missing(config.eval.sources, config)
+  present = tuple(kind for kind in config.eval.sources if kind not in lacking)
+  if not lacking or not present:
+    return config
+  _warn_left_out(lacking)
+  return with_fields(config, {"eval.sources": present})
+
+
+def _missing(kinds: Iterable[str], config: ConfigDict) -> dict[str, str]:
+  """Returns {kind of source: reason} of those that are missing on the machine of any process."""
+  reasons = {}
+  for kind in sorted(registry.OPTIONAL.keys() & set(kinds)):
+    reason = registry.missing(kind, config.data.sources[kind].get("path", ""))
+    reasons[kind] = processes.first_message(reason)
+  return {kind: reason for kind, reason in reasons.items() if reason}
+
+
+def _warn_left_out(lacking: Mapping[str, str]):
+  for kind, reason in lacking.items() if processes.is_process_0() else ():
+    warn_once(f"source {kind!r} is left out: {reason}")
 
 
 def open_tokens(config: ConfigDict, split: str) -> tuple[tokens.TokenShards, tokens.TokenFormat]:

@@ -89,6 +89,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
   config = inputs.with_weights(inputs.with_tokenizer(config), workdir)
   if not (epath.Path(workdir) / "config.json").exists():
     inputs.check_new(config)
+  config = inputs.with_present_sets(inputs.with_present_sources(config, workdir))
   mesh = sharding.make_mesh(**config.mesh)
   batch_size, num_steps = config.data.global_batch, config.train.num_steps
   sharding.check_batch(batch_size, config.optim.accumulate_steps, mesh)

@@ -15,8 +15,9 @@ import skimage.data
 
 from flextok_jax import train
 from flextok_jax.config import read_config
-from flextok_jax.core import hub
+from flextok_jax.core import errors, hub
 from flextok_jax.data import pipeline
+from flextok_jax.data.sources import emoji, registry
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.training import goodput, loop, optim
@@ -393,6 +394,24 @@ def test_a_few_unreadable_files_are_skipped_and_counted(pictures, tmp_path):
 def test_the_unreadable_fraction_covers_all_images_since_the_last_check(pictures, tmp_path):
   """An evaluation in between does not shorten the interval."""
   train_only(folder_config(pictures, 0.5, log_every=20, eval_every=19, checkpoint_every=20), tmp_path)
+
+
+def test_a_run_without_the_emoji_font_says_what_it_was_trained_on(tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(emoji, "FONT_PATHS", ())
+  monkeypatch.setattr(errors, "_warned", set())
+  config = config_of(
+    data=dict(sources=dict(emoji=dict(weight=0.5))), eval=dict(sources=("synthetic", "emoji")), train=dict(num_steps=2)
+  )
+  train_only(config, tmp_path)
+  found = read_config(tmp_path)
+  assert (found.data.sources.emoji.weight, found.eval.sources) == (0.0, ("synthetic",))
+  assert "source 'emoji' is left out: NotoColorEmoji.ttf was not found" in caplog.text
+  config.train.num_steps = 4
+  train_only(config, tmp_path)
+  assert step_of_weights(tmp_path) == "4"
+  monkeypatch.setitem(registry.OPTIONAL, "emoji", lambda: None)
+  with pytest.raises(ValueError, match="set data.sources.emoji.weight=0.0"):
+    train_only(config, tmp_path)
 
 
 def test_too_many_unreadable_files_stop_the_run(pictures, tmp_path):
