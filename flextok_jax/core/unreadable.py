@@ -34,8 +34,7 @@ def check(count: int, seen: int, share: float, *, what: str = "", example: str =
   """
   if count > (max(1, share * seen) if share else 0):
     limit = f"the share data.max_unreadable={share}"
-    named = f"such as {example}" if example else "which the log names"
     raise ValueError(
-      f"{count} of {what or f'{seen} images'} are unreadable, more than {limit}, {named}; "
+      f"{count} of {what or f'{seen} images'} are unreadable, more than {limit}: {example or 'the log names them'}; "
       f"{remedy or 'remove them, or raise data.max_unreadable'}"
     )

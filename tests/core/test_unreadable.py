@@ -12,8 +12,6 @@ def test_few_stop_nothing(count, seen, share):
 
 @pytest.mark.parametrize("count, seen, share", [(1, 10**6, 0.0), (2, 3, 0.01), (3, 200, 0.01)])
 def test_many_stop_with_the_remedy(count, seen, share):
-  message = (
-    f"{count} of {seen} images are unreadable, .*data.max_unreadable={share}, such as a.jpg: .*; remove them, or"
-  )
+  message = f"{count} of {seen} images are unreadable, .*data.max_unreadable={share}: a.jpg: .*; remove them, or"
   with pytest.raises(ValueError, match=message):
     unreadable.check(count, seen, share, example="a.jpg: truncated")

@@ -313,7 +313,7 @@ def test_batches_of_a_folder_leave_out_a_share_of_unreadable_pictures(tmp_path, 
   assert "Skipped unreadable image" in caplog.text and "1 of 9 pictures of" in caplog.text
   (tmp_path / "5.png").write_text("x")
   assert read(0.3) == [3, 3, 1]
-  with pytest.raises(ValueError, match="2 of 9 pictures of .* are unreadable, .*max_unreadable=0.01, such as .*3.png"):
+  with pytest.raises(ValueError, match="2 of 9 pictures of .* are unreadable, .*max_unreadable=0.01: .*3.png"):
     read(0.01)
   for i in range(9):
     (tmp_path / f"{i}.png").write_text("x")

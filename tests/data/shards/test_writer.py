@@ -194,7 +194,7 @@ def test_unreadable_images_are_skipped(tmp_path, pictures):
   whole = records(tmp_path / "whole")
   assert records(tmp_path / "one") == whole[:9] + whole[10:] and meta["shard_records"] == [10, 12]
   (folder / "b" / "07.png").write_text("broken")  # the eleventh
-  with pytest.raises(ValueError, match=r"2 of 23 images are unreadable, .*max_unreadable=0.01, such as .*07"):
+  with pytest.raises(ValueError, match=r"2 of 23 images are unreadable, .*max_unreadable=0.01: .*07"):
     write(tmp_path / "out", config(folder), num_shards=2)
   write(tmp_path / "out", config(folder, max_unreadable=0.1), num_shards=2)
   assert records(tmp_path / "out") == whole[:9] + whole[11:]
