@@ -4,6 +4,8 @@ from absl import logging
 
 from flextok_jax.core.errors import warn_once
 
+_met: set[str] = set()
+
 
 def skip(reason: str | Exception, key: str = ""):
   """Logs that a picture is skipped.
@@ -15,8 +17,14 @@ def skip(reason: str | Exception, key: str = ""):
   message = f"Skipped unreadable image {reason}"
   if key:
     warn_once(message, key=key)
+    _met.add(key)
   else:
     logging.warning("%s", message)
+
+
+def met() -> int:
+  """Returns how many pictures, by key, this process has skipped, without those that its worker processes have read."""
+  return len(_met)
 
 
 def check(count: int, seen: int, share: float, *, what: str = "", example: str = "", remedy: str = ""):

@@ -15,7 +15,7 @@ import skimage.data
 
 from flextok_jax import train
 from flextok_jax.config import read_config
-from flextok_jax.core import errors, hub
+from flextok_jax.core import errors, hub, unreadable
 from flextok_jax.data import pipeline
 from flextok_jax.data.sources import emoji, registry
 from flextok_jax.parallel import sharding
@@ -394,6 +394,24 @@ def test_a_few_unreadable_files_are_skipped_and_counted(pictures, tmp_path):
 def test_the_unreadable_fraction_covers_all_images_since_the_last_check(pictures, tmp_path):
   """An evaluation in between does not shorten the interval."""
   train_only(folder_config(pictures, 0.5, log_every=20, eval_every=19, checkpoint_every=20), tmp_path)
+
+
+def test_a_single_unreadable_file_of_a_small_folder_stops_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(unreadable, "_met", set())
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  for i in range(6):
+    Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(folder / f"{i}.png")
+  (folder / "3.png").write_bytes(b"broken")
+  sources = dict(synthetic=dict(weight=0.0), folder=dict(weight=1.0, path=str(folder), val_path=str(tmp_path / "val")))
+  config = config_of(data=dict(sources=sources), train=dict(num_steps=4, log_every=4))
+  train_only(config, tmp_path / "run")
+  lines, _ = read_metrics(tmp_path / "run")
+  assert lines[-1]["unreadable"] >= 4  # of 32 images
+  config.data.max_unreadable = 0.0
+  config.train.num_steps = 8
+  with pytest.raises(ValueError, match="of the last 32 images are unreadable"):
+    train_only(config, tmp_path / "run")
 
 
 def test_a_run_without_the_emoji_font_says_what_it_was_trained_on(tmp_path, monkeypatch, caplog):
