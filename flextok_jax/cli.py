@@ -127,8 +127,10 @@ def with_data(config: ConfigDict, values: flags.FlagValues) -> ConfigDict:
   for name in ("tokens", "latents", "trajectories"):
     if config.data[name]:
       raise ValueError(f"--data={values.data} has no effect, as data.{name}={config.data[name]} is read: give one")
-  fields: dict[str, Any] = {f"data.sources.{name}.weight": float(name == "folder") for name in config.data.sources}
-  fields |= {"data.sources.folder.path": values.data, "data.sources.folder.val_path": "", "eval.sources": ("folder",)}
+  sources = common.get_config().data.sources
+  fields = {f"data.sources.{name}.{field}": value for name in sources for field, value in sources[name].items()}
+  fields |= {f"data.sources.{name}.weight": float(name == "folder") for name in sources}
+  fields |= {"data.sources.folder.path": values.data, "eval.sources": ("folder",)}
   return common.with_fields(config, fields)
 
 

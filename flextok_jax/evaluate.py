@@ -38,6 +38,7 @@ from flextok_jax.inference import decoding, prompts
 from flextok_jax.inference.generator import load_ar
 from flextok_jax.parallel import batching, processes, sharding
 from flextok_jax.stages import make_stage
+from flextok_jax.training import inputs
 from flextok_jax.weights import loading
 from flextok_jax.weights.perception import networks
 
@@ -153,7 +154,7 @@ def _evaluate_checkpoint(values: flags.FlagValues, out: Path) -> tuple[Report, d
       raise ValueError(f"--{name} has no meaning for a generator: its loss is over all tokens of config.data.tokens")
   if config.stage == "vae" and values.num_tokens:
     raise ValueError("--num_tokens has no meaning for a model of stage 'vae', which has no tokens")
-  config = with_fields(config, fields)
+  config = inputs.with_present_sets(with_fields(config, fields))
   settings = {"weights": hash_tree({}, params, exact=True), "networks": values.weights, "config": config.to_dict()}
   progress = Progress(out / _PARTIAL, settings | {"metrics": values.metrics}, values.keep_every)
   report = from_config.evaluate(config, params, values.metrics, values.weights, progress)

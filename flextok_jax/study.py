@@ -43,6 +43,7 @@ from flextok_jax.inference.generator import load_ar
 from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.ops import guidance
 from flextok_jax.parallel import sharding
+from flextok_jax.training import inputs
 from flextok_jax.weights import fingerprints, loading
 from flextok_jax.weights.perception import networks
 
@@ -160,7 +161,7 @@ def _load_subject(values: flags.FlagValues) -> Subject:
   with cli.renamed(**cli.DECODER_FLAGS):
     sampler = decoding.override_sampler(config.sampler, **cli.decoder_flags(values))
   config = with_fields(config, cli.eval_fields(values) | {f"sampler.{name}": value for name, value in sampler.items()})
-  return Subject(config, params, metrics, sharding.make_mesh())
+  return Subject(inputs.with_present_sets(config), params, metrics, sharding.make_mesh())
 
 
 def _study_tokens(values: flags.FlagValues, subject: Subject, progress: Progress) -> Callable[[], Report]:

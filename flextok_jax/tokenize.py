@@ -9,9 +9,9 @@ python -m flextok_jax.tokenize --what=trajectories --checkpoint=PATH --config=NA
 python -m flextok_jax.tokenize --what=dino --config=NAME --out=DIR [--copies=K] [--dtype=bfloat16]
 python -m flextok_jax.tokenize --what=images --config=NAME --out=DIR
 
-The first makes a token file: JSON, {"image_size": pixels, "num_tokens": K, "names": [n], "token_ids": [n][K]}, or an
-.npz of the same four arrays (no pickles inside); files that cannot be read are left out, counted and named, and bytes
-of a name that are not UTF-8 become \\xNN. The others make shards of the sources of config.data
+The first makes a token file, JSON or .npz (inference/token_files.py); bytes of a name that are not UTF-8 become \\xNN.
+Files that cannot be read are left out, counted and named; beyond the share data.max_unreadable of the checkpoint's
+config the command writes the others and exits with code 1. The other commands make shards of the sources of config.data
 (data/shards): token ids for training stage "ar", latents for training stage "tokenizer" without the VAE's encoder,
 features of the teacher of config.repa for its REPA beside them, paths of the decoder from noise to latents for training
 stage "distill" without running its teacher, image files for fast reading (data.sources.arrayrecord). Killed and rerun,
@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from flextok_jax import cli
 from flextok_jax.config import float_dtype, get_config
+from flextok_jax.core import unreadable
 from flextok_jax.data import transforms
 from flextok_jax.data.shards import writer as shard_writer
 from flextok_jax.data.shards.features import FeatureShards
@@ -140,6 +141,8 @@ def tokenize_files(values: flags.FlagValues):
   done = image_files.tokenize_files(model, named, out, values.num_tokens, values.batch_size, progress=None)
   left_out = f"; {done.unreadable} of {len(named)} are left out, the first: {done.reason}" if done.unreadable else ""
   print(f"wrote {out}: {done.images} images of {model.image_size} px, {done.num_tokens} tokens each{left_out}")
+  share = model.config.data.max_unreadable
+  unreadable.check(done.unreadable, len(named), share, example=done.reason, remedy=f"{out} has the others")
 
 
 def write_shards(values: flags.FlagValues, config: ConfigDict):
@@ -149,6 +152,7 @@ def write_shards(values: flags.FlagValues, config: ConfigDict):
   for name in _NOT_OF[values.what]:
     if values[name].present:
       raise ValueError(f"--{name} has no meaning for --what={values.what}")
+  inputs.check_sources(config)
   out = cli.out_folder(values)
   mesh = batches.local_mesh()
   make = {"tokens": _tokens, "latents": _latents, "trajectories": _trajectories, "dino": _features, "images": _images}[
@@ -157,9 +161,8 @@ def write_shards(values: flags.FlagValues, config: ConfigDict):
   shard_writer.write_shards(
     out,
     make(values, config, mesh),
-    inputs.image_data(config),
+    inputs.image_data(inputs.with_present_sources(config)),
     seed=config.seed,
-    max_unreadable=config.data.max_unreadable,
     split=values.split,
     num_images=values.num_images,
     copies=values.copies,

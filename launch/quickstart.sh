@@ -21,13 +21,7 @@ mkdir -p "$work" "$photos"
 heading() { printf '\n=== %s ===\n\n' "$1"; }
 
 heading "1. The pretrained tokenizer on held-out images, with 1 to 16 tokens"
-sources=synthetic,photos
-if python -c 'from flextok_jax.data.sources.emoji import find_font; find_font("")' 2>/dev/null; then
-  sources+=,emoji
-else
-  echo "Noto Color Emoji font not found: continuing without emoji"
-fi
-python -m flextok_jax.evaluate --checkpoint=$model --sources=$sources --num_images=32 --out="$work/pretrained" |
+python -m flextok_jax.evaluate --checkpoint=$model --sources=synthetic,photos,emoji --num_images=32 --out="$work/pretrained" |
   tee "$work/pretrained.txt"
 
 for photo in chelsea coffee; do # not in the training data

@@ -212,7 +212,9 @@ def get_config() -> ConfigDict:
   c.data.trajectories = ""
   # With repa and data.latents: a folder that python -m flextok_jax.tokenize --what=dino wrote of the same images.
   c.data.teacher = ""
-  c.data.max_unreadable = 0.01  # fraction of unreadable files since the last log line above which the run stops
+  # Share of unreadable images above which a command stops (training: of those since the last log line). A single one
+  # stops nothing, unless the share is 0.
+  c.data.max_unreadable = 0.01
   # weight: fraction of the images from a source. Its validation split never overlaps its training split.
   c.data.sources = ConfigDict()
   # Procedural scenes: pixels per side when drawn; "scenes", or "plain" for flat shapes on plain backgrounds.

@@ -19,6 +19,8 @@ from absl import flags
 import grain
 import numpy as np
 
+from flextok_jax.core import unreadable
+from flextok_jax.core.errors import warn_once
 from flextok_jax.data import transforms
 from flextok_jax.data.sources import base, registry
 
@@ -52,6 +54,7 @@ class ImageData:
     flip: whether half of the images are mirrored, if the source allows it.
     reduce_jpeg: whether a JPEG is decoded at 1/2, 1/4 or 1/8 if its crop needs no more pixels.
     loading: threads and workers.
+    max_unreadable: share of unreadable images above which evaluation and the writing of shards stop.
 
   Raises:
     ValueError: an unknown source or crop, or a number out of range.
@@ -63,6 +66,7 @@ class ImageData:
   flip: bool
   reduce_jpeg: bool
   loading: Loading
+  max_unreadable: float
 
   def __post_init__(self):
     if self.crop not in ("random", "center"):
@@ -266,7 +270,8 @@ def ignore_interrupts(worker: int, num_workers: int):
 class EvalImages:
   """The first num_images centre crops of a source's validation split in a fixed shuffled order; fewer if it is smaller.
 
-  Slicing reads the images, uint8 [n, image_size, image_size, 3], with data.loading's threads.
+  Slicing reads the images, uint8 [n, image_size, image_size, 3], with data.loading's threads. The next readable image
+  takes the place of an unreadable one.
 
   Attributes:
     shape: of all images.
@@ -279,6 +284,8 @@ class EvalImages:
     if num_images < 1:
       raise ValueError(f"an evaluation set needs at least one image, got num_images={num_images}")
     self._source = data.open_source(kind, "validation")
+    self._kind, self._max_unreadable = kind, data.max_unreadable
+    self._unreadable: set[int] = set()  # their positions in the source
     self._order = grain.MapDataset.range(len(self._source)).shuffle(seed=EVAL_SHUFFLE_SEED)
     self._threads = max(data.loading.num_threads, 1)
     self.shape = (min(num_images, len(self._source)), image_size, image_size, 3)
@@ -290,11 +297,20 @@ class EvalImages:
     return np.stack([record["image"] for record in self.records(rows, with_captions=False)])
 
   def records(self, rows: slice, with_captions: bool = True) -> list[base.Record]:
-    """Returns the records of a slice."""
+    """Returns the records of a slice; ValueError if too many were unreadable (core/unreadable.py)."""
     crop = lambda image: transforms.center_crop(image, self.shape[1])
-    read = lambda i: base.read(self._source, int(self._order[i]), crop, with_captions)[0]
+    positions = [int(self._order[i]) for i in range(*rows.indices(len(self)))]
+    read = lambda position: base.read(self._source, position, crop, with_captions)
+    records = []
     with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
-      return list(pool.map(read, range(*rows.indices(len(self)))))
+      for position, (record, skipped) in zip(positions, pool.map(read, positions)):
+        records.append(record)
+        self._unreadable |= {(position + i) % len(self._source) for i in range(skipped)}
+    what = f"{len(self)} images of source {self._kind!r}"
+    unreadable.check(len(self._unreadable), len(self), self._max_unreadable, what=what)
+    if self._unreadable:
+      warn_once(f"{len(self._unreadable)} of {what} are unreadable: the next ones take their places")
+    return records
 
 
 def eval_set(data: ImageData, kind: str, *, image_size: int, num_images: int) -> dict:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, JpegImagePlugin
 
-from flextok_jax.core import files
+from flextok_jax.core import files, unreadable
 from flextok_jax.core.errors import warn_once
 from flextok_jax.data import listing
 from flextok_jax.data.pictures import UnreadablePicture, decoding, open_picture, orientation
@@ -276,36 +276,42 @@ def load_images(paths: Any, size: int) -> tuple[np.ndarray, list[str]]:
   return images, [name for _, name in named]
 
 
-def folder_batches(folder: str, size: int, num_images: int, batch_size: int) -> Iterator[np.ndarray]:
+def folder_batches(
+  folder: str, size: int, num_images: int, batch_size: int, max_unreadable: float
+) -> Iterator[np.ndarray]:
   """Yields the centre crops of the pictures under a folder, uint8 [b, size, size, 3], of at most batch_size.
 
-  Unreadable pictures are left out, and counted in a warning.
+  Unreadable pictures are left out, named, and counted in a warning.
 
   Args:
     num_images: pictures at most, from all parts of the folder: a fixed random choice.
+    max_unreadable: share of unreadable pictures above which reading stops.
 
   Raises:
-    FileNotFoundError, ValueError: no folder, no picture, or none that can be read.
+    FileNotFoundError, ValueError: no folder, no picture, or too many that cannot be read (core/unreadable.py).
   """
   paths = listing.list_images(folder)
   if num_images < len(paths):
     paths = [paths[i] for i in np.sort(np.random.default_rng(0).permutation(len(paths))[:num_images])]
-  unreadable: list[str] = []
+  what, reasons = f"{len(paths)} pictures of {files.printable(folder)}", []
 
-  def read(path: str) -> np.ndarray | None:
+  def read(path: str) -> np.ndarray | str:
     try:
       return load_image(path, size)
     except ValueError as error:
-      unreadable.append(str(error))
-      return None
+      return str(error)
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for start in range(0, len(paths), batch_size):
-      images = [image for image in pool.map(read, paths[start : start + batch_size]) if image is not None]
+      found = list(pool.map(read, paths[start : start + batch_size]))
+      for reason in (x for x in found if isinstance(x, str)):
+        unreadable.skip(reason, key=reason)
+        reasons.append(reason)
+        unreadable.check(len(reasons), len(paths), max_unreadable, what=what, example=reasons[0])
+      images = [x for x in found if not isinstance(x, str)]
       if images:
         yield np.stack(images)
-  if unreadable:
-    counted = f"{len(unreadable)} of {len(paths)} pictures of {files.printable(folder)} are left out, such as"
-    if len(unreadable) == len(paths):
-      raise ValueError(f"{counted}: {unreadable[0]}")
-    warn_once(f"{counted}: {unreadable[0]}")
+  if len(reasons) == len(paths):
+    raise ValueError(f"none of {what} can be read: {reasons[0]}")
+  if reasons:
+    warn_once(f"{len(reasons)} of {what} are left out, such as: {reasons[0]}")

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 import numpy as np
 
-from flextok_jax.config import flatten
+from flextok_jax.config import flatten, get_config
 from flextok_jax.core.files import printable
 from flextok_jax.data import pipeline, transforms
 from flextok_jax.data.shards import tokens
@@ -132,7 +132,8 @@ def reference_images(
     if image_size is None:
       raise ValueError("image_size is missing: the size in pixels of the pictures of the reference")
     if not is_source:
-      return transforms.folder_batches(name, image_size, num_images, batch_size)
+      share = (config or get_config()).data.max_unreadable
+      return transforms.folder_batches(name, image_size, num_images, batch_size, share)
     images = pipeline.EvalImages(inputs.image_data(config), name, image_size=image_size, num_images=num_images)
     return batching.slices(images, batch_size)
 

@@ -12,10 +12,9 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from absl import logging
 import numpy as np
 
-from flextok_jax.core import files
+from flextok_jax.core import files, unreadable
 from flextok_jax.core.progress import Bar
 from flextok_jax.data import pipeline, transforms
 from flextok_jax.inference import batches, token_files, validation
@@ -126,7 +125,7 @@ class _Results:
     for row in rows:
       self._count(row)
       if isinstance(row[3], str):
-        logging.warning("Skipped unreadable image %s", row[3])
+        unreadable.skip(row[3])
     self._write(rows)
 
   def _count(self, row: list) -> None:

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from flextok_jax.config import flatten, read_config
 from flextok_jax.core import files, workdirs
-from flextok_jax.core.errors import first_line
+from flextok_jax.core.errors import first_line, quote
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.training.state import TrainState
 from flextok_jax.weights import checksums, orbax
@@ -46,7 +46,7 @@ def check_workdir(workdir: str, config: ConfigDict) -> None:
     if old[name] != new[name] and not name.startswith(_FREE) and name not in _FREE_DATA + FREE_AR:
       raise ValueError(
         f"workdir {workdir} belongs to another config: {name} is {old[name]!r} there and {new[name]!r} here; "
-        "use another workdir"
+        f"use another workdir, or set {name}={quote(old[name])}"
       )
 
 

@@ -1,6 +1,6 @@
 """Training inputs of every stage: images or latents, features of REPA's teacher, tokens and texts."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 import contextlib
 import math
 from typing import Any
@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from flextok_jax.config import TOKENIZER_STAGES, float_dtype, read_config, with_fields
+from flextok_jax.config import TOKENIZER_STAGES, float_dtype, get_config, read_config, with_fields
+from flextok_jax.core.errors import quote, warn_once
 from flextok_jax.data import pipeline
 from flextok_jax.data.shards import features, latents, tokens, trajectories
+from flextok_jax.data.sources import registry
 from flextok_jax.inference.text_encoder import load_t5_encoder
-from flextok_jax.parallel import sharding
+from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages import repa
 from flextok_jax.stages.distill import DistillStage
 from flextok_jax.stages.stage import Stage
@@ -23,6 +25,8 @@ from flextok_jax.stages.tokenizer import TokenizerStage, bucket_rows
 from flextok_jax.training import teacher as teacher_lib
 from flextok_jax.weights import fingerprints, loading
 from flextok_jax.weights.perception import networks
+
+_PLACES = ("path", "val_path", "name")  # settings of sources that say where their images are
 
 
 def image_data(config: ConfigDict) -> pipeline.ImageData:
@@ -35,7 +39,94 @@ def image_data(config: ConfigDict) -> pipeline.ImageData:
     flip=data.flip,
     reduce_jpeg=data.reduce_jpeg,
     loading=pipeline.Loading(data.num_threads, data.num_workers, data.prefetch),
+    max_unreadable=data.max_unreadable,
   )
+
+
+def check_new(config: ConfigDict):
+  """Checks a new run for settings that cannot be meant; a resumed run has those that it began with.
+
+  Raises:
+    ValueError: see check_sources; or ar.num_classes is above the number of ar.class_names, and no weights
+      (config.init_from) need it.
+  """
+  ar, names = config.ar, config.ar.class_names
+  if config.stage == "ar":
+    if ar.condition == "class" and names and ar.num_classes > len(names) and not config.init_from:
+      raise ValueError(
+        f"the token shards have {len(names)} classes, but ar.num_classes is {ar.num_classes}: set "
+        f"ar.num_classes={len(names)}"
+      )
+  elif not config.data.latents and not config.data.trajectories:
+    check_sources(config)
+
+
+def check_sources(config: ConfigDict):
+  """Raises ValueError if config.data names images of a source that is not read: of weight 0, not in eval.sources."""
+  defaults = get_config().data.sources
+  for kind, settings in config.data.sources.items():
+    if settings.weight or kind in config.eval.sources:
+      continue
+    for name in _PLACES:
+      if settings.get(name) != defaults[kind].get(name):
+        alone = ", or give --data=DIR to use this folder alone" if kind == "folder" else ""
+        raise ValueError(
+          f"data.sources.{kind}.{name}={quote(settings[name])} is not read, because the weight of source {kind!r} is "
+          f"0: set data.sources.{kind}.weight=1{alone}"
+        )
+
+
+def with_present_sources(config: ConfigDict, workdir: str = "") -> ConfigDict:
+  """Returns the config with weight 0 for the optional sources (emoji, photos) that are missing on this machine.
+
+  A warning names each of them. If nothing else would be left, all stay, and opening them is an error. So a run's
+  config.json, its weights and the plan of shards say what was read, and with another choice they are not continued. All
+  processes call it; what one of them lacks is left out in all.
+
+  Args:
+    config: of training or shards.
+    workdir: of the run; "": of shards.
+
+  Raises:
+    ValueError: a source is missing with which the run in the workdir was trained.
+  """
+  if config.stage == "ar" or config.data.latents or config.data.trajectories:
+    return config
+  weights = {kind: settings.weight for kind, settings in config.data.sources.items() if settings.weight}
+  lacking = _missing(weights, config)
+  if lacking and workdir and (epath.Path(workdir) / "config.json").exists():
+    trained = read_config(workdir).data.sources
+    for kind, reason in lacking.items():
+      if trained[kind].weight:
+        raise ValueError(f"the run in {workdir} is trained on source {kind!r}, which is missing here: {reason}")
+  if len(lacking) == len(weights):
+    return config
+  _warn_left_out(lacking)
+  return with_fields(config, {f"data.sources.{kind}.weight": 0.0 for kind in lacking})
+
+
+def with_present_sets(config: ConfigDict) -> ConfigDict:
+  """Returns the config without the evaluation sets that are missing on this machine, as with_present_sources."""
+  lacking = {} if config.stage == "ar" else _missing(config.eval.sources, config)
+  present = tuple(kind for kind in config.eval.sources if kind not in lacking)
+  if not lacking or not present:
+    return config
+  _warn_left_out(lacking)
+  return with_fields(config, {"eval.sources": present})
+
+
+def _missing(kinds: Iterable[str], config: ConfigDict) -> dict[str, str]:
+  """Returns {kind of source: reason} of those that are missing on the machine of any process."""
+  reasons = {}
+  for kind in sorted(registry.OPTIONAL.keys() & set(kinds)):
+    reason = registry.missing(kind, config.data.sources[kind].get("path", ""))
+    reasons[kind] = processes.first_message(reason)
+  return {kind: reason for kind, reason in reasons.items() if reason}
+
+
+def _warn_left_out(lacking: Mapping[str, str]):
+  for kind, reason in lacking.items() if processes.is_process_0() else ():
+    warn_once(f"source {kind!r} is left out: {reason}")
 
 
 def open_tokens(config: ConfigDict, split: str) -> tuple[tokens.TokenShards, tokens.TokenFormat]:

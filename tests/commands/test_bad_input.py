@@ -103,6 +103,10 @@ def refused(pattern, workdir, **overrides):
     # No data.
     ("set data.sources.folder.path", dict(data=sources(folder=dict(weight=1.0)))),
     ("no data source has a weight above 0", dict(data=sources())),
+    (
+      "data.sources.folder.path='/x' is not read, .*set data.sources.folder.weight=1, or give --data=DIR",
+      dict(data=dict(sources=dict(folder=dict(path="/x")))),
+    ),
   ],
 )
 def test_bad_settings_are_refused(pattern, overrides, tmp_path):

@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from flextok_jax import evaluate
+from flextok_jax.core import errors
+from flextok_jax.data.sources import emoji
 from flextok_jax.stages import make_stage
 from flextok_jax.weights import saving
 from tests.support.commands import ROOT, environment, fails, run
@@ -39,6 +41,16 @@ def whole(model, tmp_path_factory):
   out = tmp_path_factory.mktemp("whole")
   run(evaluate, f"--checkpoint={model}", "--metrics=psnr,mse", "--num_tokens=1,4", f"--out={out}")
   return out
+
+
+def test_sets_that_are_missing_are_left_out(model, whole, tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(emoji, "FONT_PATHS", ())
+  monkeypatch.setattr(errors, "_warned", set())
+  given = f"--checkpoint={model}", "--metrics=psnr,mse", "--num_tokens=1,4", f"--out={tmp_path}"
+  run(evaluate, *given, "--sources=emoji,synthetic")
+  assert "source 'emoji' is left out: " in caplog.text
+  assert_same_scores(scored(tmp_path), scored(whole))
+  fails("fonts-noto-color-emoji", evaluate, *given, "--sources=emoji")
 
 
 KILLED = """

@@ -77,4 +77,7 @@ def test_flags_of_other_modes_are_refused(tmp_path):
   fails("--dtype has no meaning for --what=tokens", tokenize, *given[1:], "--checkpoint=x", "--dtype=float16")
   fails("--what has no meaning for --images", tokenize, "--what=images", "--images=x", "--out=y.json")
   fails("--checkpoint is missing", tokenize, "--what=latents", *given[1:])
+  sources = dict(tfds=dict(weight=0.0), photos=dict(weight=1.0), folder=dict(path="/x"))
+  other = f"--config={config_file(tmp_path / 'other.py', data=dict(sources=sources))}"
+  fails("data.sources.folder.path='/x' is not read, .*give --data=DIR", tokenize, given[0], other, given[2])
   assert not (tmp_path / "out").exists()

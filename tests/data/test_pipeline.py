@@ -14,12 +14,12 @@ SIZE = 16
 NO_PHOTOS = dict(photos=dict(weight=0.0, min_crop=64))
 
 
-def images(sources=(), num_threads=2, num_workers=0, prefetch=1, **kwargs) -> pipeline.ImageData:
+def images(sources=(), num_threads=2, num_workers=0, prefetch=1, max_unreadable=0.01, **kwargs) -> pipeline.ImageData:
   """Returns scenes and photographs, three to one."""
   known = dict(synthetic=dict(weight=0.75, render_size=16), photos=dict(weight=0.25, min_crop=64))
   crops = dict(crop="random", crop_min_area=0.4, flip=True, reduce_jpeg=True) | kwargs
   loading = pipeline.Loading(num_threads, num_workers, prefetch)
-  return pipeline.ImageData(known | dict(sources), **crops, loading=loading)
+  return pipeline.ImageData(known | dict(sources), **crops, loading=loading, max_unreadable=max_unreadable)
 
 
 def steps(data, count, **kwargs):
@@ -176,6 +176,22 @@ def test_eval_set():
   assert len(few["image"]) == photos.CROPS * len(photos.VALIDATION)
   with pytest.raises(ValueError, match="at least one image"):
     pipeline.eval_set(images(), "photos", image_size=SIZE, num_images=0)
+
+
+def test_evaluation_stops_beyond_a_share_of_unreadable_files(tmp_path, caplog):
+  data = folder_data(tmp_path, 12)
+  folder = tmp_path / "val"
+  for i in range(12):
+    (folder / f"{i}.png").write_bytes((tmp_path / "train" / f"{i}.png").read_bytes())
+  (folder / "3.png").write_text("broken")
+  whole = pipeline.EvalImages(data, "folder", image_size=SIZE, num_images=12)
+  values = (np.concatenate([whole[:5], whole[5:], whole[:5]])[:12, 0, 0, 0] // 10).tolist()
+  assert sorted(values) == [0, 1, 2, 4, 4, *range(5, 12)]
+  assert "1 of 12 images of source 'folder' are unreadable: the next" in caplog.text
+  (folder / "7.png").write_text("broken")
+  pipeline.eval_set(dataclasses.replace(data, max_unreadable=0.2), "folder", image_size=SIZE, num_images=12)
+  with pytest.raises(ValueError, match="2 of 12 images of source 'folder' are unreadable, .*max_unreadable=0.01"):
+    pipeline.eval_set(data, "folder", image_size=SIZE, num_images=12)
 
 
 def jpeg_data(root, **kwargs) -> pipeline.ImageData:

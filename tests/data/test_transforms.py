@@ -304,6 +304,23 @@ def test_load_images(tmp_path):
     transforms.load_images(tmp_path, 8)
 
 
+def test_batches_of_a_folder_leave_out_a_share_of_unreadable_pictures(tmp_path, caplog):
+  for i in range(9):
+    Image.fromarray(halves()).save(tmp_path / f"{i}.png")
+  (tmp_path / "3.png").write_text("x")
+  read = lambda share: [len(batch) for batch in transforms.folder_batches(str(tmp_path), 8, 99, 4, share)]
+  assert read(0.01) == [3, 4, 1]
+  assert "Skipped unreadable image" in caplog.text and "1 of 9 pictures of" in caplog.text
+  (tmp_path / "5.png").write_text("x")
+  assert read(0.3) == [3, 3, 1]
+  with pytest.raises(ValueError, match="2 of 9 pictures of .* are unreadable, .*max_unreadable=0.01: .*3.png"):
+    read(0.01)
+  for i in range(9):
+    (tmp_path / f"{i}.png").write_text("x")
+  with pytest.raises(ValueError, match="none of 9 pictures of .* can be read"):
+    read(1.0)
+
+
 def test_paths_are_checked_before_reading(tmp_path, monkeypatch):
   Image.new("RGB", (12, 9)).save(tmp_path / "a.png")
   (tmp_path / "empty").mkdir()

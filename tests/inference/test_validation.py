@@ -185,8 +185,9 @@ def test_bad_files(tmp_path):
   gen.save(tmp_path / "gen")
   with pytest.raises(ValueError, match="no setting like 'vocab' can be given"):
     flextok_jax.load_ar(tmp_path / "gen", vocab=24)
-  with pytest.raises(ValueError, match="dtype must be one of .*'int8'"):
-    flextok_jax.load_ar(tmp_path / "gen", "int8")
+  for dtype in ("int8", "float16"):
+    with pytest.raises(ValueError, match=f"dtype must be one of float32, bfloat16, got '{dtype}'"):
+      flextok_jax.load_ar(tmp_path / "gen", dtype)
   with pytest.raises(FileNotFoundError, match="nowhere"):
     flextok_jax.load_ar(tmp_path / "nowhere")
   with pytest.raises(ValueError, match="takes no prompts"):

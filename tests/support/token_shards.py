@@ -51,8 +51,7 @@ def write(out, cfg, encode=encode, **kwargs):
 
 def write_records(out, kind, cfg, **kwargs):
   """Calls write_shards with the images of a config."""
-  options = dict(seed=cfg.seed, max_unreadable=cfg.data.max_unreadable) | kwargs
-  return writer.write_shards(out, kind, image_data(cfg), **options)
+  return writer.write_shards(out, kind, image_data(cfg), **dict(seed=cfg.seed) | kwargs)
 
 
 def records(out, split="train"):

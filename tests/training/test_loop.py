@@ -15,8 +15,9 @@ import skimage.data
 
 from flextok_jax import train
 from flextok_jax.config import read_config
-from flextok_jax.core import hub
+from flextok_jax.core import errors, hub, unreadable
 from flextok_jax.data import pipeline
+from flextok_jax.data.sources import emoji, registry
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.training import goodput, loop, optim
@@ -251,7 +252,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(run, tmp_path, monkeypatch, capsy
   assert out.count("Ctrl-C: stopping after this step, with a checkpoint") == (name == "SIGINT")
 
 
-def asked_for(repository, *names, needed):
+def asked_for(repository, *names, needed, revision):
   raise FileNotFoundError(f"asked the hub for {repository}")
 
 
@@ -395,9 +396,45 @@ def test_the_unreadable_fraction_covers_all_images_since_the_last_check(pictures
   train_only(folder_config(pictures, 0.5, log_every=20, eval_every=19, checkpoint_every=20), tmp_path)
 
 
+def test_a_single_unreadable_file_of_a_small_folder_stops_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(unreadable, "_met", set())
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  for i in range(6):
+    Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(folder / f"{i}.png")
+  (folder / "3.png").write_bytes(b"broken")
+  sources = dict(synthetic=dict(weight=0.0), folder=dict(weight=1.0, path=str(folder), val_path=str(tmp_path / "val")))
+  config = config_of(data=dict(sources=sources), train=dict(num_steps=4, log_every=4))
+  train_only(config, tmp_path / "run")
+  lines, _ = read_metrics(tmp_path / "run")
+  assert lines[-1]["unreadable"] >= 4  # of 32 images
+  config.data.max_unreadable = 0.0
+  config.train.num_steps = 8
+  with pytest.raises(ValueError, match="of the last 32 images are unreadable"):
+    train_only(config, tmp_path / "run")
+
+
+def test_a_run_without_the_emoji_font_says_what_it_was_trained_on(tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(emoji, "FONT_PATHS", ())
+  monkeypatch.setattr(errors, "_warned", set())
+  config = config_of(
+    data=dict(sources=dict(emoji=dict(weight=0.5))), eval=dict(sources=("synthetic", "emoji")), train=dict(num_steps=2)
+  )
+  train_only(config, tmp_path)
+  found = read_config(tmp_path)
+  assert (found.data.sources.emoji.weight, found.eval.sources) == (0.0, ("synthetic",))
+  assert "source 'emoji' is left out: NotoColorEmoji.ttf was not found" in caplog.text
+  config.train.num_steps = 4
+  train_only(config, tmp_path)
+  assert step_of_weights(tmp_path) == "4"
+  monkeypatch.setitem(registry.OPTIONAL, "emoji", lambda: None)
+  with pytest.raises(ValueError, match="set data.sources.emoji.weight=0.0"):
+    train_only(config, tmp_path)
+
+
 def test_too_many_unreadable_files_stop_the_run(pictures, tmp_path):
   config = folder_config(pictures, 0.05, log_every=4)
-  with pytest.raises(ValueError, match=r"\d unreadable files among the last 32 images.*max_unreadable=0.05") as error:
+  with pytest.raises(ValueError, match=r"\d of the last 32 images are unreadable.*max_unreadable=0.05") as error:
     train_only(config, tmp_path)
   assert "\n" not in str(error.value)
 

@@ -144,6 +144,7 @@ def test_class_conditional_training(written, tmp_path):
   [
     (dict(data=dict(tokens="")), "set data.tokens to a folder"),
     (dict(ar=dict(num_ids=150)), "set ar.num_ids=200"),
+    (dict(ar=dict(num_classes=16)), "set ar.num_classes=3"),
     (dict(ar=dict(drop_condition=1.0)), r"ar.drop_condition must be .* in \[0, 1\), got 1.0"),
   ],
 )

@@ -14,12 +14,11 @@ from pathlib import Path
 import time
 from typing import Any
 
-from absl import logging
 from array_record.python import array_record_module
 from flax.traverse_util import flatten_dict
 import numpy as np
 
-from flextok_jax.core import files
+from flextok_jax.core import files, unreadable
 from flextok_jax.core.literals import quote
 from flextok_jax.core.progress import Bar
 from flextok_jax.data import pipeline
@@ -41,7 +40,6 @@ def write_shards(
   data: pipeline.ImageData,
   *,
   seed: int,
-  max_unreadable: float,
   split: str = "train",
   num_images: int | None = None,
   copies: int = 1,
@@ -55,7 +53,6 @@ def write_shards(
     records: makes the records from images.
     data: the images.
     seed: of their order and crops.
-    max_unreadable: share of unreadable images above which writing stops.
     num_images: None: all images of a single source that is not endless.
     copies: crops per image, the first the centre crop; 1 for image files.
     num_shards: None: as many as planned before, else about one per RECORDS records.
@@ -100,7 +97,7 @@ def write_shards(
   sizes = [end - start for start, end in itertools.pairwise(bounds)]
   paths = [folder / shard_name(what, s, num_shards) for s in range(num_shards)]
   own = range(process_index, num_shards, process_count)
-  tally = _Tally(sum(sizes[s] for s in own), max_unreadable)
+  tally = _Tally(sum(sizes[s] for s in own), data.max_unreadable)
   files.clear_leftovers(folder, [paths[s].name for s in own])
   missing = []
   for s in own:
@@ -192,7 +189,7 @@ class _Tally:
     """Yields the readable elements, and shows by the bar how many images are done.
 
     Raises:
-      ValueError: a share above max_unreadable, or MAX_RUN consecutive images, are unreadable.
+      ValueError: too many images (core/unreadable.py), or MAX_RUN consecutive ones, are unreadable.
     """
     for element in elements:
       self.images += 1
@@ -206,12 +203,8 @@ class _Tally:
   def _count_unreadable(self, reason: str):
     self._run += 1
     self.unreadable += 1
-    logging.warning("Skipped unreadable image %s", reason)
-    if self.unreadable > self._max_unreadable * self.planned:
-      raise ValueError(
-        f"{self.unreadable} of {self.planned} images are unreadable, more than the share "
-        f"max_unreadable={self._max_unreadable}; the last one is {reason}"
-      )
+    unreadable.skip(reason)
+    unreadable.check(self.unreadable, self.planned, self._max_unreadable, example=reason)
     if self._run >= MAX_RUN:
       raise ValueError(f"{self._run} consecutive images are unreadable, the last one is {reason}")
 

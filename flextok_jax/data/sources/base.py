@@ -7,7 +7,8 @@ from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
-from flextok_jax.core.errors import first_line, warn_once
+from flextok_jax.core import unreadable
+from flextok_jax.core.errors import first_line
 from flextok_jax.core.files import printable
 from flextok_jax.data import transforms
 
@@ -108,7 +109,7 @@ def read(
       return {"captions": (record["caption"],), **record}, skipped
     except UnreadableRecord as error:
       skipped += 1
-      warn_once(f"Skipped unreadable image {error}", key=error.name)
+      unreadable.skip(error, key=error.name)
       if skipped >= min(MAX_RUN, len(source)):
         raise ValueError(f"{skipped} consecutive images are unreadable, the last one is {error}") from error
 

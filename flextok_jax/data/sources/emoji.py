@@ -245,6 +245,12 @@ def find_font(path: str) -> str:
   )
 
 
+def check_present():
+  """Raises FileNotFoundError or MissingPackageError if this machine lacks the font, or the package that reads it."""
+  find_font("")
+  extras.require("fontTools.ttLib", "toy", "the source emoji")
+
+
 class Glyph(NamedTuple):
   """A picture: code points, the bytes of a PNG, and its style, "" in a font."""
 

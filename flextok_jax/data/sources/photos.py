@@ -51,6 +51,12 @@ def photo_path(package: str, file: str) -> str:
   return path
 
 
+def check_present():
+  """Raises MissingPackageError if this machine lacks a photograph."""
+  for package, file, _ in TRAIN + VALIDATION:
+    photo_path(package, file)
+
+
 @functools.lru_cache(maxsize=len(TRAIN) + len(VALIDATION))
 def _pixels(path: str) -> Image.Image:
   return transforms.to_rgb(path)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from flextok_jax.core.extras import MissingPackageError
+from flextok_jax.data.sources import emoji, photos
 from flextok_jax.data.sources.arrayrecord import ArrayRecord
 from flextok_jax.data.sources.base import Source
 from flextok_jax.data.sources.emoji import Emoji
@@ -21,6 +23,17 @@ SOURCES = {
   "arrayrecord": ArrayRecord,
 }
 SPLITS = ("train", "validation")
+OPTIONAL = {"emoji": emoji.check_present, "photos": photos.check_present}  # what they read may be missing
+
+
+def missing(kind: str, path: str = "") -> str:
+  """Returns what a source of OPTIONAL lacks on this machine and how to get it; "" if nothing, or if a path is given."""
+  try:
+    if not path:
+      OPTIONAL[kind]()
+  except (FileNotFoundError, MissingPackageError) as error:
+    return str(error)
+  return ""
 
 
 def check_kind(kind: str):

@@ -190,11 +190,14 @@ def test_unreadable_images_are_skipped(tmp_path, pictures):
   write_folder(tmp_path / "validation", 3)
   write(tmp_path / "whole", config(folder), num_shards=2)
   (folder / "b" / "04.png").write_text("broken")  # the tenth image overall
-  with pytest.raises(ValueError, match=r"1 of 23 images are unreadable, .*max_unreadable=0.01; the last one is .*04"):
-    write(tmp_path / "out", config(folder), num_shards=2)
-  meta = write(tmp_path / "out", config(folder, max_unreadable=0.05), num_shards=2)
+  meta = write(tmp_path / "one", config(folder), num_shards=2)
   whole = records(tmp_path / "whole")
-  assert records(tmp_path / "out") == whole[:9] + whole[10:] and meta["shard_records"] == [10, 12]
+  assert records(tmp_path / "one") == whole[:9] + whole[10:] and meta["shard_records"] == [10, 12]
+  (folder / "b" / "07.png").write_text("broken")  # the eleventh
+  with pytest.raises(ValueError, match=r"2 of 23 images are unreadable, .*max_unreadable=0.01: .*07"):
+    write(tmp_path / "out", config(folder), num_shards=2)
+  write(tmp_path / "out", config(folder, max_unreadable=0.1), num_shards=2)
+  assert records(tmp_path / "out") == whole[:9] + whole[11:]
 
 
 def test_mixtures_match_training_and_offset_class_numbers(pictures, tmp_path):
