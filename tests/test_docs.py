@@ -58,7 +58,8 @@ def flag_names(module: str) -> set[str]:
   source = Path(loaded.__file__).read_text(encoding="utf-8")
   names = set(values) | set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source))
   names |= set(re.findall(r'add_argument\("--(\w+)"', source))
-  return names | ({"config"} if "define_config_flag(" in source else set())
+  names |= {"config", "print_config"} if "define_config_flag(" in source else set()
+  return names | ({"data"} if "define_data_flag(" in source else set())
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_configs_exist(path):
   for name in names:
     file, _, argument = name.removeprefix("configs/").partition(":")
     file = file.removesuffix(".py")
-    if PLACEHOLDER.fullmatch(name.removeprefix("configs/")):
+    if PLACEHOLDER.fullmatch(name.removeprefix("configs/")) or name.endswith("config.json"):
       continue
     assert (ROOT / "configs" / f"{file}.py").exists(), name
     module = importlib.import_module(f"configs.{file}")

@@ -34,6 +34,7 @@ _NO_EFFECT = (  # fields of the model that have no effect on evaluations
   "tokens.null_prob",
   "tokens.quantization_dropout",
   "tokens.corruption",
+  "ar.class_names",
   "ar.tokenizer",
   "ar.drop_condition",
   "ar.position_decay",
