@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import io
 import os
+import sys
 from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Response, UploadFile
@@ -152,8 +153,10 @@ def make_app(
     max_bytes: of a picture's request.
 
   Raises:
-    ValueError: the generator draws ids of another tokenizer.
+    ValueError: a model without tokens, a generator of another tokenizer's ids, or sizes below 1.
   """
+  if min(sizes) < 1:
+    raise ValueError(f"sizes of batches must be at least 1, got {min(sizes)}")
   if generator is not None:
     prompts.check_tokenizer(tokenizer, generator, "the tokenizer")
   longest, num_codes, size = tokenizer.num_registers, tokenizer.num_codes, tokenizer.image_size
@@ -287,14 +290,13 @@ def main():
   parser.add_argument("--max_bytes", type=int, default=10_000_000, help="of a picture's request")
   args = parser.parse_args()
   os.environ.setdefault("FLEXTOK_MAX_MEGAPIXELS", MAX_MEGAPIXELS)
-  app = make_app(
-    flextok_jax.load(args.tokenizer),
-    flextok_jax.load_ar(args.generator) if args.generator else None,
-    [int(size) for size in args.sizes.split(",")],
-    args.wait_ms,
-    args.max_requests,
-    args.max_bytes,
-  )
+  try:
+    tokenizer = flextok_jax.load(args.tokenizer)
+    generator = flextok_jax.load_ar(args.generator) if args.generator else None
+    sizes = [int(size) for size in args.sizes.split(",")]
+    app = make_app(tokenizer, generator, sizes, args.wait_ms, args.max_requests, args.max_bytes)
+  except (OSError, ValueError) as error:
+    sys.exit(f"error: {error}")
   uvicorn.run(app, host=args.host, port=args.port)
 
 

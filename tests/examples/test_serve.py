@@ -232,6 +232,14 @@ def test_other_generators(models):
   assert answer.status_code == 404 and "no generator" in answer.text
   with pytest.raises(ValueError, match="was trained on ids of the tokenizer 0123456789abcdef"):
     serve.make_app(models["tokenizer"], models["foreign"])
+  with pytest.raises(ValueError, match="at least 1, got 0"):
+    serve.make_app(models["tokenizer"], sizes=(0, 4))
+
+
+def test_a_model_that_is_missing_is_one_line(monkeypatch):
+  monkeypatch.setattr("sys.argv", ["serve.py", "--tokenizer=/absent"])
+  with pytest.raises(SystemExit, match="^error: no such checkpoint: /absent[^\n]*$"):
+    serve.main()
 
 
 def test_a_batch_that_fails_leaves_the_server_running(app, address):
