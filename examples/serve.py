@@ -32,7 +32,6 @@ import uvicorn
 
 import flextok_jax
 from flextok_jax.data import transforms
-from flextok_jax.inference import prompts
 
 MAX_MEGAPIXELS = "40"  # of an uploaded picture
 MAX_CAPTION = 1000  # characters
@@ -49,10 +48,10 @@ class Tokens(BaseModel):
 
 
 class Wish(BaseModel):
-  """What to draw: a caption or a class, as the generator takes it, or neither."""
+  """What to draw: a caption or a class, by number or name, as the generator takes it, or neither."""
 
   prompt: Annotated[str | None, Field(max_length=MAX_CAPTION)] = None
-  label: int | None = None
+  label: int | str | None = None
   seed: Seed = 0
 
 
@@ -158,7 +157,7 @@ def make_app(
   if min(sizes) < 1:
     raise ValueError(f"sizes of batches must be at least 1, got {min(sizes)}")
   if generator is not None:
-    prompts.check_tokenizer(tokenizer, generator, "the tokenizer")
+    generator.check_tokenizer(tokenizer)
   longest, num_codes, size = tokenizer.num_registers, tokenizer.num_codes, tokenizer.image_size
   condition = generator.config.ar.condition if generator is not None else "none"
 
@@ -234,11 +233,14 @@ def make_app(
     for name in ("label", "prompt"):
       needed = "needs" if name == takes else "takes no"
       check((getattr(wish, name) is not None) == (name == takes), f"this generator {needed} {name}")
+    asked: Any = wish.prompt
     if takes == "label":
-      most = generator.num_classes - 1
-      check(0 <= wish.label <= most, f"label={wish.label} must be from 0 to {most}")
-    check(takes != "prompt" or is_text(wish.prompt), "the prompt is empty or no valid text")
-    ids = await batchers["generate"]((getattr(wish, takes) if takes else None, wish.seed))
+      classes, names = range(generator.num_classes), generator.class_names
+      known = ", ".join([f"{classes[0]} to {classes[-1]}", *names])
+      check(wish.label in classes or wish.label in names, f"label={wish.label!r} must be one of {known}")
+      asked = names.index(wish.label) if wish.label in names else wish.label
+    check(takes != "prompt" or is_text(asked), "the prompt is empty or no valid text")
+    ids = await batchers["generate"]((asked, wish.seed))
     return await picture(ids.tolist(), len(ids), wish.seed)
 
   async def picture(ids: list[int], keep_k: int, seed: int) -> Response:

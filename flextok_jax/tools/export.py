@@ -144,6 +144,7 @@ def generate(model: ARGenerator, num_tokens: int | None = None, **choices: Any) 
   bytewise = config.ar.condition == "text" and config.text.encoder == "bytes"
   longest = config.text.max_length
   if config.ar.condition == "class":
+    settings["class_names"] = list(model.class_names)
     inputs["labels"] = Input(np.int32, (BATCH,), f"classes, 0 to {model.num_classes - 1}; -1: none")
   elif bytewise:
     caption = "captions: bytes of UTF-8, then 256, then zeros; the empty caption is 256 alone"

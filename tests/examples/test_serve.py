@@ -2,15 +2,18 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import socket
 import threading
 
+from ml_collections import ConfigDict, FrozenConfigDict
 import numpy as np
 from PIL import Image
 import pytest
 
 import flextok_jax
+from flextok_jax.config import with_fields
 from tests.support import tiny_generators
 
 for package in ("fastapi", "httpx", "python_multipart", "uvicorn"):
@@ -222,11 +225,16 @@ def test_bad_requests(address):
 
 
 def test_other_generators(models):
-  with running(serve.make_app(models["tokenizer"], models["class"], (1,))) as address:
-    fine, beyond = send(address, *(("/generate", {"json": {"label": label, "seed": 9}}) for label in (4, 5)))
-  ids = models["class"].generate(9, labels=[4])[0]
-  assert fine.headers["x-token-ids"] == ",".join(map(str, ids)) and read(fine).shape == (16, 16, 3)
-  assert beyond.status_code == 422 and "label=5 must be from 0 to 4" in beyond.text
+  named = with_fields(ConfigDict(models["class"].config), {"ar.class_names": ("disc", "ring", "star", "heart", "moon")})
+  gen = dataclasses.replace(models["class"], config=FrozenConfigDict(named))
+  with running(serve.make_app(models["tokenizer"], gen, (1, 4))) as address:
+    wishes = [{"label": label, "seed": 9} for label in (4, "moon", "disc", 5, "sun")]
+    *fine, beyond, unknown = send(address, *(("/generate", {"json": wish}) for wish in wishes))
+  for answer, label in zip(fine, (4, 4, 0), strict=True):
+    ids = gen.generate(9, labels=[label])[0]
+    assert answer.headers["x-token-ids"] == ",".join(map(str, ids)) and read(answer).shape == (16, 16, 3)
+  assert beyond.status_code == 422 and "label=5 must be one of 0 to 4, disc, ring" in beyond.text
+  assert unknown.status_code == 422 and "label='sun' must be" in unknown.text
   with running(serve.make_app(models["tokenizer"], sizes=(1,))) as address:
     (answer,) = send(address, ("/generate", {"json": {}}))
   assert answer.status_code == 404 and "no generator" in answer.text

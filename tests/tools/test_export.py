@@ -211,6 +211,11 @@ def test_about(models, files):
   assert about["inputs"]["ids"] | {"description": ""} == {"dtype": "int32", "shape": ["b", 4], "description": ""}
   assert about["settings"]["tokenizer"] == fingerprints.tokenizer(model.config, model.params)
   assert about["settings"]["sampler"]["guidance_scale"] == 3.0 and about["settings"]["image_size"] == 16
+  with zipfile.ZipFile(files / "class.zip") as archive:
+    settings = json.loads(archive.read("about.json"))["settings"]
+  assert settings["tokenizer"] == load_ar(models["class"]).config.ar.tokenizer
+  assert settings["sampler"]["top_k"] == 50 and settings["sampler"]["guidance_scale"] == 2.0
+  assert settings["condition"] == "class" and settings["class_names"] == [] and settings["stop_id"] is None
   # Only the weights that the program reads.
   names = " ".join(about["weights"])
   assert "params.decoder." in names and "params.vae.decoder." in names
