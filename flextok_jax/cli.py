@@ -31,7 +31,7 @@ from flextok_jax.ops import guidance
 from flextok_jax.parallel import processes
 
 COMMANDS = (
-  *("train", "evaluate", "tokenize", "detokenize", "sample", "search", "demo", "convert", "study", "sweep"),
+  *("train", "evaluate", "tokenize", "detokenize", "sample", "search", "demo", "convert", "export", "study", "sweep"),
   *("compile", "benchmark", "mup_check"),
 )
 _MAY_BE_EMPTY = (  # flags of a study whose defaults are replaced by nothing

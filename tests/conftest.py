@@ -34,6 +34,7 @@ LONG_FILES = [
   "test_evaluate_samples.py",
   "test_loop.py",
   "test_resume.py",
+  "test_notebooks.py",
   "test_flops.py",
   "test_launch.py",
   "test_sweep.py",

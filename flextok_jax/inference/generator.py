@@ -206,7 +206,7 @@ class ARGenerator(sharing.SharedModel):
     num_tokens = validation.whole_number("num_tokens", num_tokens, 1, self.num_tokens)
     fast, return_log_probs = validation.flag("fast", fast), validation.flag("return_log_probs", return_log_probs)
     conditioned = any(x is not None for x in (labels, prompts, text_embeddings))
-    sampler = self._sampler(conditioned, guidance_scale, temperature, top_k, top_p, greedy)
+    sampler = self.token_sampler(conditioned, guidance_scale, temperature, top_k, top_p, greedy)
     sizes: dict[str, int | None] = {}
     if num_samples is not None:
       sizes["num_samples"] = validation.at_least_one("num_samples", num_samples)
@@ -280,7 +280,7 @@ class ARGenerator(sharing.SharedModel):
     num_tokens = self.num_tokens if num_tokens is None else num_tokens
     num_tokens = validation.whole_number("num_tokens", num_tokens, 1, self.num_tokens)
     conditioned = labels is not None or prompts is not None
-    sampler = self._sampler(conditioned, guidance_scale, temperature, top_k, top_p, greedy)
+    sampler = self.token_sampler(conditioned, guidance_scale, temperature, top_k, top_p, greedy)
     keys, classes, text, null_text = self._inputs(key, labels, prompts, None, None, (None, None), sampler, {})
     prior = priors.GeneratorPrior(_network(self.config), self.params, np.asarray(classes), text, null_text, sampler)
     rows = prior.start(np.arange(len(keys)), sampling.padded_length(num_tokens, self.num_tokens), None)
@@ -336,7 +336,7 @@ class ARGenerator(sharing.SharedModel):
     chosen = search.make_settings(settings)
     check = verifiers.make(verifier, weights=weights, references=references, ensemble=ensemble)
     conditioned = any(x is not None for x in (labels, prompts, text_embeddings))
-    sampler = self._sampler(conditioned, guidance_scale, temperature, top_k, top_p, chosen.greedy)
+    sampler = self.token_sampler(conditioned, guidance_scale, temperature, top_k, top_p, chosen.greedy)
     if key is None and tokenizer is not None:
       raise ValueError("decoding starts from noise: pass key=jax.random.key(seed)")
     if tokenizer is not None:
@@ -433,19 +433,23 @@ class ARGenerator(sharing.SharedModel):
       raise ValueError(f"this model's condition is {self.config.ar.condition!r}: it takes no prompts")
     ids, lengths = _tokenizer(settings)(validation.prompts(prompts))
     if settings.encoder == "bytes":
-      return _encode_text(self, ids, lengths), lengths
+      return encode_text_ids(self, ids, lengths), lengths
     return text_encoder.load_t5_once(settings.path, self.config.dtype, settings.features)(ids, lengths), lengths
 
-  def _sampler(
+  def token_sampler(
     self,
     conditioned: bool,
-    guidance_scale: Schedule | None,
-    temperature: Schedule | None,
-    top_k: int | None,
-    top_p: float | None,
-    greedy: bool,
+    guidance_scale: Schedule | None = None,
+    temperature: Schedule | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
   ) -> sampling.TokenSampler:
-    """Returns how tokens are drawn: as the checkpoint's config says where an argument is None."""
+    """Returns how tokens are drawn, as for generate: as the checkpoint's config says where an argument is None.
+
+    Raises:
+      ValueError: an argument out of range.
+    """
     own = self.config.ar
     if guidance_scale is None:
       guidance_scale = own.guidance_scale if conditioned else 1.0
@@ -478,6 +482,35 @@ class ARGenerator(sharing.SharedModel):
     return validation.text(features, lengths, batch, self.config.text.features)
 
 
+def draw_ids(
+  gen: ARGenerator,
+  keys: jax.Array,
+  labels: Array,
+  text: Text | None,
+  null_text: Text | None,
+  num_tokens: int,
+  sampler: sampling.TokenSampler,
+) -> jax.Array:
+  """ARGenerator.generate without its checks: keys and labels [b], whose b may also be a symbol of jax.export.
+
+  Args:
+    gen: the generator.
+    keys: one for each sample.
+    labels: classes, -1 for none.
+    text: features [b, t, f] and lengths [b]; None for models without text.
+    null_text: features [1 or b, t, f] and lengths of the empty text; None without guidance.
+    num_tokens: length of the result.
+    sampler: how tokens are drawn.
+
+  Returns:
+    int32 [b, num_tokens].
+  """
+  prefix = jnp.zeros((keys.shape[0], 0), jnp.int32)
+  length = sampling.padded_length(num_tokens, gen.num_tokens)
+  args = keys, labels, text, null_text, prefix, np.int32(num_tokens), sampler
+  return _generate(gen, *args, length=length, fast=True)[0][:, :num_tokens]
+
+
 @functools.lru_cache(maxsize=4)
 def _tokenizer(text: FrozenConfigDict) -> Any:
   return make_tokenizer(text.encoder, text.max_length, text.path)
@@ -495,7 +528,7 @@ def _apply(gen: ARGenerator, function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @jax.jit
-def _encode_text(gen: ARGenerator, text_ids: jax.Array, text_lengths: jax.Array) -> jax.Array:
+def encode_text_ids(gen: ARGenerator, text_ids: jax.Array, text_lengths: jax.Array) -> jax.Array:
   return _apply(gen, _network(gen.config).apply, {"params": gen.params}, text_ids, text_lengths, method="encode_text")
 
 

@@ -193,7 +193,7 @@ def _start(
 def join_texts(text: tuple[Any, Any], null_text: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
   """Appends the unconditional half's text, of one row or b, padding both to the same t: [2 b, t, f] and [2 b]."""
   (features, lengths), (null_features, null_lengths) = text, null_text
-  batch, size = len(lengths), max(features.shape[1], null_features.shape[1])
+  batch, size = features.shape[0], max(features.shape[1], null_features.shape[1])
   null_features = jnp.broadcast_to(null_features, (batch, *null_features.shape[1:]))
   both = [jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0))) for x in (features, null_features)]
   return jnp.concatenate(both), jnp.concatenate([lengths, jnp.broadcast_to(null_lengths, (batch,))])

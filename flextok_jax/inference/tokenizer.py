@@ -433,6 +433,11 @@ def slots(model: FlexTok, count: int) -> int:
   return nested.padded_length(count, total) if model.config.fast else total
 
 
+def encode_ids(model: FlexTok, images: Array, num_tokens: int) -> jax.Array:
+  """FlexTok.tokenize without its checks: images [b, h, w, 3], of the batch size also a symbol of jax.export."""
+  return _tokenize(model, images, slots(model, num_tokens - 1), None)[:, :num_tokens]
+
+
 def decode_ids(model: FlexTok, ids: Array, keep_k: Array, noise: Array) -> jax.Array:
   """FlexTok.detokenize without its checks: ids int32 [b, slots(model, largest keep_k)], keep_k int32 [b]."""
   return _decode(model, ids, keep_k, noise, model._sampler())

@@ -59,6 +59,7 @@ OUTPUTS = {  # by command: the other flags it needs, all of which are looked at 
   "compile": ("--config=debug", "--topology=v5e:2x2"),
   "detokenize": ("--checkpoint=/absent", "--tokens=/absent.json"),
   "evaluate": ("--checkpoint=/absent",),
+  "export": ("--checkpoint=/absent", "--what=tokenize"),
   "mup_check": ("--config=debug",),
   "sample": ("--checkpoint=/absent", "--tokenizer=/absent"),
   "study": ("--checkpoint=/absent",),

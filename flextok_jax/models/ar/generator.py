@@ -122,7 +122,7 @@ class ARTransformer(nn.Module):
 
   def start_vector(self, labels: jax.Array) -> jax.Array:
     """labels int [b], -1 for none -> the input of position 0, without the position embedding, [b, d] float32."""
-    start = jnp.broadcast_to(self.start, (len(labels), self.choices.width))
+    start = jnp.broadcast_to(self.start, (labels.shape[0], self.choices.width))
     if not self.num_classes:
       return start
     return start + jnp.where((labels >= 0)[:, None], self.class_embedding[jnp.maximum(labels, 0)], 0)

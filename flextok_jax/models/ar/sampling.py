@@ -265,12 +265,12 @@ class Cached:
   def start(self, prefix: jax.Array) -> list:
     """Returns the caches [b, h, length, e] of all blocks, filled with the prefix except for its last token."""
     c = self.choices
-    rows, given = len(self.labels), prefix.shape[1]
+    rows, given = self.labels.shape[0], prefix.shape[1]
     shape = rows, c.width // c.head_dim, self.length, c.head_dim
     caches = [tuple(jnp.zeros(shape, c.dtype) for _ in range(2)) for _ in self.blocks]
     if not given:
       return caches
-    prefix = jnp.tile(prefix, (rows // len(prefix), 1))
+    prefix = jnp.tile(prefix, (rows // prefix.shape[0], 1))
     x = self._ar(prefix, self.labels, method="inputs")
     for i, params in enumerate(self.blocks):
       text = self.text[:2] if self.text else (None, None)
@@ -281,8 +281,8 @@ class Cached:
   def hidden(self, ids: jax.Array, i: jax.Array, caches: list, end: int) -> tuple[jax.Array, list]:
     """Returns the input of the readout for token i, [rows, d], and the caches with position i."""
     del end  # the caches hold all positions
-    rows = len(self.labels)
-    last = jnp.tile(ids[:, i - 1], rows // len(ids))
+    rows = self.labels.shape[0]
+    last = jnp.tile(ids[:, i - 1], rows // ids.shape[0])
     x = jnp.where(i == 0, self.first, self._ar(jnp.minimum(last, self.model.ar.num_ids - 1), method="embed"))
     x = self._ar(x[:, None], i[None], method="add_positions")
     new = []
