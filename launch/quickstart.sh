@@ -57,3 +57,9 @@ heading "The pretrained tokenizer's metrics again, and the paths of all images"
 cat "$work/pretrained.txt"
 find "$work/classes" "$work/captions" -name '*.png' -not -name '0*' | sort
 find "$photos" "$scratch" -name '*.png' | sort
+echo "$scratch/report.html"
+
+heading "What to try next, after: source .venv/bin/activate"
+echo "python -m flextok_jax.demo                                   # tokens, drawing and search in a browser"
+echo "python -m flextok_jax.train --config=quickstart --data=FOLDER --workdir=runs/mine  # on pictures of your own"
+echo "python -m flextok_jax.train --help                           # and docs/getting-started.md"
