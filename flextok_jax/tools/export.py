@@ -35,7 +35,6 @@ from flextok_jax.inference.generator import ARGenerator
 from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.inference.validation import token_count, whole_number
 from flextok_jax.models.ar.sampling import TokenSampler
-from flextok_jax.weights import fingerprints
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 FORMAT = 1  # of the file
@@ -256,9 +255,8 @@ def _count(model: FlexTok, num_tokens: int | None) -> int:
 
 
 def _tokenizer_settings(model: FlexTok, num_tokens: int) -> dict[str, Any]:
-  fingerprint = fingerprints.tokenizer(model.config, model.params)
   sizes = {"image_size": model.image_size, "num_tokens": num_tokens, "num_codes": model.num_codes}
-  return {"tokenizer": fingerprint, **sizes}
+  return {"tokenizer": model.fingerprint, **sizes}
 
 
 def _choices(sampler: TokenSampler) -> dict[str, Any]:

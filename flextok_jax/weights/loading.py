@@ -205,7 +205,8 @@ class _Options:
   def dtype_of(self, dtype: str, vae_dtype: str) -> Callable[[str], np.dtype]:
     """Returns a function from the path of an array to its type, for a model that computes in these types."""
     types = {name: self.param_dtype or default for name, default in (("dtype", dtype), ("vae.dtype", vae_dtype))}
-    found = {name: np.dtype(float_dtype(name, value)) for name, value in types.items()}
+    stored = "param_dtype"  # arrays may have a type in which nothing is computed
+    found = {name: np.dtype(float_dtype(stored, value)) for name, value in types.items()}
     return lambda path: found["vae.dtype" if path.startswith("vae/") else "dtype"]
 
 
