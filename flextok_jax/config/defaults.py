@@ -221,7 +221,8 @@ def get_config() -> ConfigDict:
   c.data.sources.synthetic = ConfigDict(dict(weight=0.0, render_size=64, style="scenes"))
   # A font, or a folder of glyphs in several styles; "" finds the system's NotoColorEmoji.ttf.
   c.data.sources.emoji = ConfigDict(dict(weight=0.0, path=""))
-  c.data.sources.photos = ConfigDict(dict(weight=0.0, min_crop=64))  # photographs of scikit-image and scikit-learn
+  # Photographs of scikit-image and scikit-learn, and of a folder's subfolders train and validation; "": no folder.
+  c.data.sources.photos = ConfigDict(dict(weight=0.0, min_crop=64, path=""))
   # A folder of pictures; class = subfolder. caption_key, label_key: fields of metadata.jsonl or metadata.csv; "": those
   # named caption or text, and label.
   c.data.sources.folder = ConfigDict(dict(weight=0.0, path="", val_path="", caption_key="", label_key=""))

@@ -1,4 +1,4 @@
-"""Crops of the photographs in the scikit-image and scikit-learn wheels; nothing is downloaded."""
+"""Crops of the photographs in the scikit-image and scikit-learn wheels, and of a folder; nothing is downloaded."""
 
 import functools
 import importlib.util
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from flextok_jax.core import extras
-from flextok_jax.data import transforms
+from flextok_jax.data import listing, transforms
 from flextok_jax.data.sources.base import ENDLESS, Record, generator
 
 # (package, file, caption). Drawings, scanned text and charts in these packages are excluded.
@@ -57,7 +57,7 @@ def check_present():
     photo_path(package, file)
 
 
-@functools.lru_cache(maxsize=len(TRAIN) + len(VALIDATION))
+@functools.lru_cache(maxsize=128)
 def _pixels(path: str) -> Image.Image:
   return transforms.to_rgb(path)
 
@@ -66,18 +66,22 @@ class Photos:
   """Square crops; the side is drawn log-uniformly from min_crop pixels to the photograph's shorter side.
 
   train: endless; index i draws a photograph and a crop. validation: CROPS fixed crops per held-out photograph. The
-  label is an index into TRAIN + VALIDATION.
+  label is an index into TRAIN + VALIDATION, -1 for photographs of the folder.
 
   Args:
     split: "train" or "validation".
     min_crop: smallest side of a crop, pixels.
+    path: folder with more photographs, in PATH/train and PATH/validation; "": none.
+
+  Raises:
+    FileNotFoundError: the folder has no such photographs.
   """
 
   framed = True  # cropped here
   flip = True
   class_names = ()
 
-  def __init__(self, split: str, min_crop: int):
+  def __init__(self, split: str, min_crop: int, path: str = ""):
     if min_crop < 8:
       raise ValueError(f"photos need min_crop >= 8 pixels, got {min_crop}")
     self._split = split
@@ -89,6 +93,10 @@ class Photos:
     ]
     if split == "train":
       self._photos += [p for p in self._photos if os.path.basename(p[0]) in _OFTEN]
+    if path:
+      folder = os.path.join(path, split)
+      found = listing.scan(folder).files
+      self._photos += [(os.path.join(folder, file), -1, os.path.splitext(file)[0]) for file in found]
 
   def __len__(self) -> int:
     return ENDLESS if self._split == "train" else CROPS * len(self._photos)

@@ -1,5 +1,6 @@
 """Photographs: disjoint splits and fixed crops."""
 
+from PIL import Image
 import pytest
 
 from flextok_jax.data.sources import photos
@@ -27,3 +28,17 @@ def test_crops():
   assert min(sizes) < 80 and max(sizes) > 200
   with pytest.raises(ValueError, match="min_crop"):
     photos.Photos("train", 0)
+
+
+def test_a_folder_adds_photographs(tmp_path):
+  for split, color in (("train", "red"), ("validation", "blue")):
+    (tmp_path / split).mkdir()
+    Image.new("RGB", (90, 60), color).save(tmp_path / split / "plain.png")
+  alone, more = photos.Photos("validation", 48), photos.Photos("validation", 48, str(tmp_path))
+  assert len(more) - len(alone) == photos.CROPS
+  added = more[len(photos.VALIDATION)]
+  assert added["caption"] == "plain" and added["label"] == -1
+  assert added["image"].getpixel((0, 0)) == (0, 0, 255) and 48 <= added["image"].width <= 60
+  assert "plain" in {photos.Photos("train", 48, str(tmp_path))[i]["caption"] for i in range(40)}
+  with pytest.raises(FileNotFoundError, match="train does not exist"):
+    photos.Photos("train", 48, str(tmp_path / "none"))
