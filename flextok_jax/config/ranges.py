@@ -88,9 +88,10 @@ _PART = {
   "patch_size": whole(1, 4096),
   "mlp_ratio": number("above 0 and up to 1024", lambda x: 0 < x <= 1024),
   "activation": one_of("silu", "gelu", "gelu_tanh", "relu", "quick_gelu"),
-  "posemb": one_of("sincos", "learnable_sum", "learnable_prod"),
-  "posemb_scaling": one_of("absolute", "interpolate"),
+  "posemb": one_of("sincos", "learnable_sum", "learnable_prod", "sincos_released"),
+  "posemb_scaling": one_of("absolute", "interpolate", "scaled"),
   "max_grid": PATCHES,
+  "max_grid_width": PATCHES,
   "readout_multiplier": POSITIVE,
 }  # of encoder and decoder
 _SAMPLER = {

@@ -101,8 +101,13 @@ def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, si
   )
   if part.width % part.head_dim:
     raise ValueError(f"{name}.width {part.width} is not a multiple of {name}.head_dim {part.head_dim}")
-  if part.posemb == "sincos" and part.width % 4:
-    raise ValueError(f"{name}.width {part.width} is not a multiple of 4, which {name}.posemb 'sincos' needs")
+  if part.posemb.startswith("sincos") and part.width % 4:
+    raise ValueError(f"{name}.width {part.width} is not a multiple of 4, which {name}.posemb {part.posemb!r} needs")
+  if part.posemb_scaling == "scaled" and part.posemb != "sincos":
+    raise ValueError(
+      f"{name}.posemb_scaling 'scaled' computes positions, and {name}.posemb {part.posemb!r} has a table of them: set "
+      f"{name}.posemb_scaling to 'interpolate'"
+    )
   if mlp_hidden(part.width, part.mlp_ratio, part.gated_mlp) < 1:
     raise ValueError(f"{name}.mlp_ratio={part.mlp_ratio} of width {part.width} leaves no hidden width: raise it")
   if side < part.patch_size or side % part.patch_size:
@@ -116,12 +121,15 @@ def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, si
       f"image_size {config.image_size} gives {grid} patches per side of the {name}, at most {MAX_GRID}: lower it, or "
       f"raise {name}.patch_size"
     )
-  if part.posemb_scaling == "absolute" and 0 < part.max_grid < grid:
-    raise ValueError(
-      f"{name}.max_grid {part.max_grid} is less than the {grid} patches per side of image_size {config.image_size}: "
-      f"raise it, or set {name}.posemb_scaling to 'interpolate'"
-    )
-  return part.clone(max_grid=part.max_grid or grid)
+  for field in ("max_grid", "max_grid_width"):
+    most = getattr(part, field)
+    if part.posemb_scaling == "absolute" and 0 < most < grid:
+      raise ValueError(
+        f"{name}.{field} {most} is less than the {grid} patches per side of image_size {config.image_size}: "
+        f"raise it, or set {name}.posemb_scaling to 'interpolate'"
+      )
+  height, width = part.clone(max_grid=part.max_grid or grid).table_shape
+  return part.clone(max_grid=height, max_grid_width=0 if width == height else width)
 
 
 def bucket_rows(size: int, most: int) -> int:

@@ -330,8 +330,9 @@ def _load_official(file: Tensors, official: Mapping, options: _Options) -> tuple
       f"the weights have {sizes['latent_channels']}"
     )
   vae |= sizes
-  grids = (settings[half]["max_grid"] * settings[half]["patch_size"] for half in ("encoder", "decoder"))
-  settings["image_size"] = min(_LATENT_SIDE, *grids) * 2 ** (len(vae["block_out_channels"]) - 1)
+  parts = [settings[half] for half in ("encoder", "decoder")]
+  sides = (part["patch_size"] * min(part["max_grid"], part["max_grid_width"] or part["max_grid"]) for part in parts)
+  settings["image_size"] = min(_LATENT_SIDE, *sides) * 2 ** (len(vae["block_out_channels"]) - 1)
   if settings["tokens"]["layout"] == "grid":
     settings["tokens"]["num_registers"] = grid_tokens(derive(**settings))
   config = options.apply(settings)
