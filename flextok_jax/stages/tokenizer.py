@@ -354,7 +354,7 @@ class TokenizerStage(Stage):
       return self.model.apply({"params": params}, images, num_tokens, method="tokenize")
 
     def detokenize(params, token_ids, keep_k, keys):
-      shape = self.model.latent_shape(self.image_size)
+      shape = self.model.latent_shape(self.image_size, self.image_size)
       noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
       latents = sample_latents(self.model, params, token_ids, keep_k, noise, self.sampler, self.fast)
       return jnp.clip(self.model.apply({"params": params}, latents, method="decode_latents"), -1, 1)
