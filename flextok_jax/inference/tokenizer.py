@@ -141,6 +141,7 @@ class FlexTok(sharing.SharedModel):
     shape = network.latent_shape(*validation.image_size(size, multiple))
     if network.decoder:
       self._check_grid("size", (1, *size), self.image_size)
+      network.decoder.check_grid(*(side // network.decoder.patch_size for side in shape[:2]))
     return shape
 
   @property
@@ -455,13 +456,14 @@ def load_tokenizer(
   num_steps: int | None = None,
   guidance: str | None = None,
   guidance_scale: float | None = None,
+  posemb_scaling: str | None = None,
 ) -> FlexTok:
-  """Loads a model that has tokens, with these settings of the sampler in its config; None keeps its own.
+  """Loads a model that has tokens, with these settings of sampler and positions in its config; None keeps its own.
 
   Raises:
     FileNotFoundError, ValueError: see load; a VAE alone; or a setting out of range.
   """
-  model = load(source)
+  model = load(source, posemb_scaling=posemb_scaling)
   if model.config.stage not in TOKENIZER_STAGES:
     raise ValueError(f"{source} is a model of stage {model.config.stage!r}, which has no tokens")
   return with_sampler(model, num_steps=num_steps, guidance=guidance, guidance_scale=guidance_scale)

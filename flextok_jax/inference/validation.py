@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from flextok_jax.config.ranges import SCALES, TEMPERATURES
+from flextok_jax.config.ranges import MAX_SIDE, SCALES, TEMPERATURES
 from flextok_jax.core.errors import quote, warn_once
 from flextok_jax.data import transforms
 from flextok_jax.models.ar.sampling import TokenSampler
@@ -214,7 +214,7 @@ def image_size(size: Any, multiple: int) -> tuple[int, int]:
   listed = isinstance(size, Sequence | np.ndarray) and not isinstance(size, str)
   if not listed or len(size) != 2:
     raise ValueError(f"size={quote(size)} must be (height, width) in pixels")
-  height, width = (whole_number("size", side, 1) for side in size)
+  height, width = (whole_number("size", side, 1, MAX_SIDE) for side in size)
   _check_sides(height, width, multiple)
   return height, width
 

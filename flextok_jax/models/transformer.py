@@ -222,6 +222,11 @@ class PatchTransformer(nn.Module, kw_only=True):
     """Rows and columns of the table of positions."""
     return self.max_grid, self.max_grid_width or self.max_grid
 
+  def check_grid(self, height: int, width: int) -> None:
+    """Raises ValueError if the table has too few positions for a grid of patches."""
+    if self.posemb_scaling == "absolute":
+      posemb.check_fits(self.table_shape, height, width)
+
   def embed_patches(self, x: jax.Array) -> jax.Array:
     """Embeds the patches of x and adds their positions: [b, h, w, c] -> [b, h/p * w/p, width]."""
     # [b, h, w, c] -> [b, h/p, w/p, p * p * c]

@@ -325,7 +325,7 @@ BAD = [
   ),
   (r"30 x 32 pixels: .* resize='fit'", lambda m: m.tokenize([Image.new("RGB", (32, 30))], resize="none")),
   (r"size=32 must be \(height, width\) in pixels", lambda m: m.detokenize([[1]], size=32, **KEY)),
-  (r"size=0 must be a whole number of at least 1", lambda m: m.detokenize([[1]], size=(0, 32), **KEY)),
+  (r"size=0 must be a whole number from 1 to 4096", lambda m: m.detokenize([[1]], size=(0, 32), **KEY)),
   (r"36 x 32 pixels: sides must be multiples of 8", lambda m: m.detokenize([[1]], size=(36, 32), **KEY)),
   (r"8 x 4 patches does not fit max_grid 4", lambda m: m.detokenize([[1]], size=(64, 32), **KEY)),
   (
