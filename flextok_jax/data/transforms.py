@@ -207,7 +207,7 @@ def size_of(image: Any, resize: str, size: int, multiple: int) -> tuple[int, int
   """Returns the height and width of to_size of an image, whose pixels are not decoded if it is a path."""
   if resize == "crop":
     return size, size
-  image = open_picture(image) if isinstance(image, str | os.PathLike) else to_rgb(image)
+  image = open_picture(image) if isinstance(image, str | os.PathLike | io.IOBase) else to_rgb(image)
   width, height = _upright_size(image)
   return fit_size(height, width, size**2, multiple) if resize == "fit" else (height, width)
 

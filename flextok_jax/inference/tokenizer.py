@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import functools
-import math
 import os
 from typing import Any, cast
 
@@ -147,9 +146,7 @@ class FlexTok(sharing.SharedModel):
   @property
   def patch_multiple(self) -> int:
     """Pixels whose multiples are sides of images that both encoder and decoder can cut into patches."""
-    network = _network(self.config)
-    parts = [part.patch_size for part in (network.encoder, network.decoder) if part is not None]
-    return network.downscale * math.lcm(*parts)
+    return _network(self.config).patch_multiple
 
   @property
   def sampler(self) -> Sampler:
@@ -288,7 +285,7 @@ class FlexTok(sharing.SharedModel):
     return batching.apply_in_batches(decode, rows, validation.batch_size(batch_size), "images decoded", progress)
 
   def encode_latents(self, images: Images, key: jax.Array | None = None) -> jax.Array:
-    """Encodes images, as for tokenize, to scaled latents float32 [b, h, w, c]; with a key a sample of the posterior."""
+    """Encodes images (those of a list are cropped) to scaled latents float32 [b, h, w, c]; with a key samples them."""
     return _encode_latents(self, self._images(images), _posterior_key(key))
 
   def decode_latents(self, z: Array) -> jax.Array:

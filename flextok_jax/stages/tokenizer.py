@@ -346,15 +346,15 @@ class TokenizerStage(Stage):
   def predict_fns(self) -> dict[str, Callable]:
     """tokenize(params, images, num_tokens) -> ids [b, num_tokens], by default all registers.
 
-    detokenize(params, ids, keep_k [b], keys [b]) -> images [b, H, W, 3] in [-1, 1]; faster for fewer ids (see
-    sample_latents).
+    detokenize(params, ids, keep_k [b], keys [b], size) -> images [b, H, W, 3] in [-1, 1], of size (H, W), by default
+    image_size; faster for fewer ids (see sample_latents).
     """
 
     def tokenize(params, images, num_tokens=None):
       return self.model.apply({"params": params}, images, num_tokens, method="tokenize")
 
-    def detokenize(params, token_ids, keep_k, keys):
-      shape = self.model.latent_shape(self.image_size, self.image_size)
+    def detokenize(params, token_ids, keep_k, keys, size=None):
+      shape = self.model.latent_shape(*(size or (self.image_size, self.image_size)))
       noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
       latents = sample_latents(self.model, params, token_ids, keep_k, noise, self.sampler, self.fast)
       return jnp.clip(self.model.apply({"params": params}, latents, method="decode_latents"), -1, 1)

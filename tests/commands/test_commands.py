@@ -317,6 +317,39 @@ def test_evaluate_with_checkpoint_settings_and_with_overrides(model, pictures, t
   assert lines[1]["sets"]["folder"]["num_images"] == 2
 
 
+def test_evaluate_pictures_of_other_shapes(model, tmp_path):
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  picture = skimage.data.astronaut()
+  for i, (height, width) in enumerate(((24, 48), (48, 24), (32, 64))):
+    Image.fromarray(picture[40 * i : 40 * i + height, 100 : 100 + width]).save(folder / f"{i}.png")
+  shutil.copytree(folder, tmp_path / "train")
+  config = config_file(
+    tmp_path / "data.py",
+    tokens=dict(num_registers=4, levels=(8, 5, 5), nested_dropout="pow2"),
+    data=dict(sources=dict(folder=dict(path=str(tmp_path / "train"), val_path=str(folder)))),
+  )
+  given = (f"--checkpoint={model}", f"--config={config}", "--sources=folder", "--num_tokens=4", "--metrics=psnr")
+  fails("does not fit max_grid 4", evaluate, *given, "--resize=fit", f"--out={tmp_path / 'no'}")
+  for resize, sizes in (("fit", {"12x24": 2, "24x12": 1}), ("none", {"24x48": 1, "48x24": 1, "32x64": 1})):
+    out = tmp_path / resize
+    run(evaluate, *given, f"--resize={resize}", "--posemb_scaling=interpolate", f"--out={out}")
+    report = json.loads((out / "report.json").read_text())
+    assert report["sets"]["folder"]["sizes"] == sizes and report["resize"] == resize
+    assert report["sets"]["folder"]["num_images"] == 3
+    with Image.open(out / "grid_folder.png") as grid:
+      assert grid.width > 100
+  Image.new("RGB", (30, 16)).save(folder / "0.png")
+  fails(
+    "has 16 x 30 pixels: sides must be multiples of 4; resize='fit' makes them so",
+    evaluate,
+    *given,
+    "--resize=none",
+    "--posemb_scaling=interpolate",
+    f"--out={tmp_path / 'no'}",
+  )
+
+
 def test_evaluate_rejects_the_config_of_another_model(model, tmp_path):
   other = config_file(tmp_path / "other.py", tokens=dict(num_registers=8, levels=(8, 5, 5)))
   fails(

@@ -48,6 +48,11 @@ class FlexTok(nn.Module):
     """Image pixels per latent pixel, along each side."""
     return 1 if self.vae is None else self.vae.downscale
 
+  @property
+  def patch_multiple(self) -> int:
+    """Pixels whose multiples are sides of images that both encoder and decoder can cut into patches."""
+    return self.downscale * math.lcm(*(part.patch_size for part in (self.encoder, self.decoder) if part is not None))
+
   def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
     """Returns (height, width, channels) of the latents of an image of height x width pixels."""
     channels = 3 if self.vae is None else self.vae.latent_channels
