@@ -27,6 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from flextok_jax import config as common
 from flextok_jax.core import accelerators, files, interrupts, progress, workdirs
 from flextok_jax.core.extras import MissingPackageError
+from flextok_jax.data import transforms
 from flextok_jax.ops import guidance
 from flextok_jax.parallel import processes
 
@@ -104,6 +105,29 @@ def define_config_flag(help_text: str, values: flags.FlagValues = flags.FLAGS, a
   flags.DEFINE_bool("print_config", False, "Print the config, with comments, and end.", flag_values=values)
   values["config"].parser = _ConfigParser()
   return holder
+
+
+def define_posemb_flag(values: flags.FlagValues):
+  """Defines --posemb_scaling, of the tokenizer."""
+  flags.DEFINE_string(
+    "posemb_scaling",
+    None,
+    "How the tokenizer's positions fit other sizes than that of training: absolute, interpolate or scaled; default: "
+    "the checkpoint's.",
+    flag_values=values,
+  )
+
+
+def define_resize_flag(values: flags.FlagValues, note: str = ""):
+  """Defines --resize, of pictures."""
+  flags.DEFINE_enum(
+    "resize",
+    "crop",
+    transforms.RESIZES,
+    f"{note}crop: shorter side to the image size, centre; fit: the whole picture at about the area of training, sides "
+    "rounded to patches; none: as it is.",
+    flag_values=values,
+  )
 
 
 def define_data_flag(values: flags.FlagValues = flags.FLAGS):

@@ -3,13 +3,16 @@
 python -m flextok_jax.detokenize --checkpoint=PATH --tokens=tokens.json --out=DIR [--num_tokens=K]
 
 Reads the files that flextok_jax.tokenize writes (inference/token_files.py). In JSON only "token_ids" is needed, and its
-sequences may have different lengths: each image is decoded from all tokens of its sequence.
+sequences may have different lengths: each image is decoded from all tokens of its sequence, at its size if the file
+says it.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from absl import flags
 import jax
+import numpy as np
 
 from flextok_jax import cli
 from flextok_jax.core import files
@@ -37,6 +40,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     flag_values=values,
   )
   flags.DEFINE_integer("batch_size", 32, "Images per batch.", flag_values=values)
+  cli.define_posemb_flag(values)
 
 
 def main(values: flags.FlagValues):
@@ -45,16 +49,30 @@ def main(values: flags.FlagValues):
   out = cli.out_folder(values)
   validation.seed(values.seed)
   model = load_tokenizer(
-    values.checkpoint, num_steps=values.num_steps, guidance=values.guidance, guidance_scale=values.guidance_scale
+    values.checkpoint,
+    num_steps=values.num_steps,
+    guidance=values.guidance,
+    guidance_scale=values.guidance_scale,
+    posemb_scaling=values.posemb_scaling,
   )
   facts = token_files.Facts(model.fingerprint, model.image_size, model.num_registers)
-  names, sequences = token_files.read_tokens(Path(values.tokens), facts, model.num_codes)
+  names, sequences, sizes = token_files.read_tokens(Path(values.tokens), facts, model.num_codes)
   sequences = token_files.cut(sequences, values.num_tokens, model.num_registers)
+  for size in dict.fromkeys(sizes or ()):
+    model.latent_shape_of(size)  # raises for a size that this model cannot decode
   files.clear_leftovers(out)
-  images = batches.detokenize(model, sequences, jax.random.key(values.seed), values.batch_size)
-  for i, image in enumerate(track(images, len(names), "images decoded")):
+  key = jax.random.key(values.seed)
+  images: Iterable[tuple[int, np.ndarray]]
+  if sizes is None:
+    images = enumerate(batches.detokenize(model, sequences, key, values.batch_size))
+  else:
+    jobs = [(i, len(ids)) for i, ids in enumerate(sequences)]
+    found = batches.decode_prefixes(model, sequences, jobs, key, values.batch_size, sizes)
+    images = ((i, image) for (i, _), image in found)
+  for i, image in track(images, len(names), "images decoded"):
     files.write_file(out / f"{i:05d}_{token_files.file_stem(names[i])}.png", grids.to_png(image))
-  print(f"wrote {len(names)} images of {model.image_size} px to {out}")
+  what = f"{model.image_size} px" if sizes is None else f"{len(set(sizes))} sizes"
+  print(f"wrote {len(names)} images of {what} to {out}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 python -m flextok_jax.evaluate --workdir=DIR [--config=NAME] [--data=FOLDER] [--checkpoint=PATH] [--num_tokens=1,2,4]
     [--metrics=psnr,ssim,mae,lpips_alex,lpips_vgg,dreamsim,dinov2,rfid --weights=DIR]
+    [--resize=crop|fit|none --posemb_scaling=interpolate]
 python -m flextok_jax.evaluate --checkpoint=GENERATOR --tokenizer=PATH --metrics=gfid,sfid,is,precision,recall,top1
     --weights=DIR --reference=FILE.npz|FOLDER|SOURCE [--num_images=50000] [--classes=0,3,7 | --prompts_file=FILE]
     [--num_tokens=1,4,16] [--guidance_scale=...] [--samples_npz] --out=DIR
@@ -79,6 +80,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     flag_values=values,
   )
   flags.DEFINE_string("weights", None, "Folder with the weights of the metrics' networks.", flag_values=values)
+  cli.define_resize_flag(values, "Of images whose reconstructions are measured. ")
+  cli.define_posemb_flag(values)
   flags.DEFINE_integer("keep_every", 50, "Batches between two writes of partial results.", 1, flag_values=values)
   _define_sample_flags(values)
 
@@ -120,7 +123,7 @@ def main(values: flags.FlagValues):
   folder = workdirs.resolve(values.out or os.path.join(values.workdir, "eval"), what)
   of_samples = flags.FlagValues()
   _define_sample_flags(of_samples)
-  for name in ("config", "sources") if values.tokenizer else of_samples:
+  for name in ("config", "sources", "resize", "posemb_scaling") if values.tokenizer else of_samples:
     if values[name].present:
       raise ValueError(
         f"--{name} has no meaning {'with' if values.tokenizer else 'without'} --tokenizer, which asks"
@@ -145,9 +148,11 @@ def main(values: flags.FlagValues):
 def _evaluate_checkpoint(values: flags.FlagValues, out: Path) -> tuple[Report, dict[str, Any], Progress]:
   """Returns the report of a checkpoint, the settings to write with it, and its partial results."""
   source, fields = values.checkpoint or values.workdir, cli.eval_fields(values)
-  config, params = loading.load(source, mesh=sharding.make_mesh())  # all devices, whatever the training had
+  mesh = sharding.make_mesh()  # all devices, whatever the training had
+  config, params = loading.load(source, mesh=mesh, posemb_scaling=values.posemb_scaling)
   if values.config is not None:
-    config = from_config.with_model(values.config, config, check=loading.is_ours(source))
+    check = loading.is_ours(source) and values.posemb_scaling is None
+    config = from_config.with_model(values.config, config, check=check)
   config = cli.with_data(config, values)
   for name in ("num_tokens", "sources"):
     if values[name].value and config.stage == "ar":
@@ -156,9 +161,13 @@ def _evaluate_checkpoint(values: flags.FlagValues, out: Path) -> tuple[Report, d
     raise ValueError("--num_tokens has no meaning for a model of stage 'vae', which has no tokens")
   config = inputs.with_present_sets(with_fields(config, fields))
   settings = {"weights": hash_tree({}, params, exact=True), "networks": values.weights, "config": config.to_dict()}
-  progress = Progress(out / _PARTIAL, settings | {"metrics": values.metrics}, values.keep_every)
-  report = from_config.evaluate(config, params, values.metrics, values.weights, progress)
+  progress = Progress(
+    out / _PARTIAL, settings | {"metrics": values.metrics, "resize": values.resize}, values.keep_every
+  )
+  report = from_config.evaluate(config, params, values.metrics, values.weights, progress, values.resize)
   written = {"checkpoint": str(source), "image_size": config.image_size}
+  if values.resize != "crop":
+    written["resize"] = values.resize
   if report.scores.get("num_tokens"):  # images were decoded
     written["sampler"] = config.sampler.to_dict()
   return report, written, progress

@@ -1,6 +1,7 @@
 """Turns images into token ids, or into shards: of token ids, of a VAE's latents, of a teacher's features, or of files.
 
 python -m flextok_jax.tokenize --checkpoint=PATH --images=FILE_OR_FOLDER[,...] --out=tokens.json [--num_tokens=K]
+    [--resize=crop|fit|none --posemb_scaling=interpolate] [--quality=Q]
 python -m flextok_jax.tokenize --checkpoint=PATH [--config=NAME] [--data=FOLDER] --out=DIR [--split=validation]
     [--num_images=N] [--copies=K] [--quality=Q]
 python -m flextok_jax.tokenize --what=latents --checkpoint=PATH --config=NAME --out=DIR [--copies=K] [--dtype=bfloat16]
@@ -10,6 +11,7 @@ python -m flextok_jax.tokenize --what=dino --config=NAME --out=DIR [--copies=K] 
 python -m flextok_jax.tokenize --what=images --config=NAME --out=DIR
 
 The first makes a token file, JSON or .npz (inference/token_files.py); bytes of a name that are not UTF-8 become \\xNN.
+With --resize=fit or none the file says the size of each image; with --quality images have as many tokens as they need.
 Files that cannot be read are left out, counted and named; beyond the share data.max_unreadable of the checkpoint's
 config the command writes the others and exits with code 1. The other commands make shards of the sources of config.data
 (data/shards): token ids for training stage "ar", latents for training stage "tokenizer" without the VAE's encoder,
@@ -34,7 +36,7 @@ from flextok_jax.data.shards.files import DTYPES, ArrayRecords, Records
 from flextok_jax.data.shards.images import ImageRecords
 from flextok_jax.data.shards.tokens import TokenRecords
 from flextok_jax.inference import batches, image_files, shards, token_files
-from flextok_jax.inference.tokenizer import load, load_tokenizer
+from flextok_jax.inference.tokenizer import FlexTok, load, load_tokenizer
 from flextok_jax.ops import guidance
 from flextok_jax.parallel import batching
 from flextok_jax.stages import repa
@@ -44,13 +46,14 @@ from flextok_jax.weights import fingerprints, loading
 WHAT = ("tokens", "latents", "dino", "images", "trajectories")
 _OF_LENGTHS = ("metric", "decoder_steps", "decoder_guidance")  # flags that need --quality
 # Flags that --images has no use for.
-_OF_SHARDS = ("what", "split", "num_images", "copies", "shards", "quality", *_OF_LENGTHS, "dtype", "steps")
+_OF_SHARDS = ("what", "split", "num_images", "copies", "shards", "dtype", "steps")
+_OF_FILES = ("resize", "posemb_scaling")
 _NOT_OF = {  # flags that the kinds of shards have no use for
-  "tokens": ("dtype", "steps"),
-  "latents": ("num_tokens", "quality", *_OF_LENGTHS, "steps"),
-  "dino": ("num_tokens", "quality", *_OF_LENGTHS, "checkpoint", "steps"),
-  "images": ("num_tokens", "quality", *_OF_LENGTHS, "dtype", "checkpoint", "copies", "steps"),
-  "trajectories": ("num_tokens", "quality", *_OF_LENGTHS),
+  "tokens": ("dtype", "steps", *_OF_FILES),
+  "latents": ("num_tokens", "quality", *_OF_LENGTHS, "steps", *_OF_FILES),
+  "dino": ("num_tokens", "quality", *_OF_LENGTHS, "checkpoint", "steps", *_OF_FILES),
+  "images": ("num_tokens", "quality", *_OF_LENGTHS, "dtype", "checkpoint", "copies", "steps", *_OF_FILES),
+  "trajectories": ("num_tokens", "quality", *_OF_LENGTHS, *_OF_FILES),
 }
 
 
@@ -81,8 +84,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_float(
     "quality",
     None,
-    "With --config: stores the length of the shortest prefix whose reconstruction is "
-    "this near, in --metric; default: all tokens.",
+    "Keeps the shortest prefix whose reconstruction is this near, in --metric; shards store its length; default: all "
+    "tokens.",
     flag_values=values,
   )
   flags.DEFINE_string("metric", "mse", "With --quality: the distance.", flag_values=values)
@@ -107,6 +110,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     "Of trajectories: numbers of steps of the students to train.",
     flag_values=values,
   )
+  cli.define_resize_flag(values, "Of --images. ")
+  cli.define_posemb_flag(values)
   # float16 has 11 bits of mantissa to bfloat16's 8, and latents are far from its largest value, 65504.
   flags.DEFINE_enum("dtype", "float16", DTYPES, "Of latents, features and trajectories.", flag_values=values)
 
@@ -137,10 +142,23 @@ def tokenize_files(values: flags.FlagValues):
     raise ValueError("--images runs in one process: set JAX_NUM_PROCESSES=1, or write shards of a --config")
   out = cli.new_file(values.out, "--out")
   named = transforms.name_images(values.images)
-  model = load_tokenizer(values.checkpoint)
-  done = image_files.tokenize_files(model, named, out, values.num_tokens, values.batch_size, progress=None)
+  model = _load(values)
+  done = image_files.tokenize_files(
+    model,
+    named,
+    out,
+    values.num_tokens,
+    values.batch_size,
+    progress=None,
+    resize=values.resize,
+    quality=values.quality,
+    metric=values.metric,
+  )
   left_out = f"; {done.unreadable} of {len(named)} are left out, the first: {done.reason}" if done.unreadable else ""
-  print(f"wrote {out}: {done.images} images of {model.image_size} px, {done.num_tokens} tokens each{left_out}")
+  area = f"{model.image_size} x {model.image_size}"
+  size = {"crop": f"{model.image_size} px", "fit": f"about {area} px", "none": "their own size"}[values.resize]
+  count = f"{done.num_tokens} tokens each" if values.quality is None else f"up to {done.num_tokens} tokens"
+  print(f"wrote {out}: {done.images} images of {size}, {count}{left_out}")
   share = model.config.data.max_unreadable
   unreadable.check(done.unreadable, len(named), share, example=done.reason, remedy=f"{out} has the others")
 
@@ -172,14 +190,23 @@ def write_shards(values: flags.FlagValues, config: ConfigDict):
   )
 
 
-def _tokens(values: flags.FlagValues, config: ConfigDict, mesh: jax.sharding.Mesh) -> TokenRecords:
+def _load(values: flags.FlagValues) -> FlexTok:
+  """Returns the tokenizer, whose sampler --quality uses."""
   for name in _OF_LENGTHS:
     if values.quality is None and values[name].present:
       raise ValueError(f"--{name} needs --quality, the largest acceptable distance")
   with cli.renamed(**cli.DECODER_FLAGS):
-    model = load_tokenizer(values.checkpoint, num_steps=values.decoder_steps, guidance=values.decoder_guidance)
+    return load_tokenizer(
+      values.checkpoint,
+      num_steps=values.decoder_steps,
+      guidance=values.decoder_guidance,
+      posemb_scaling=values.posemb_scaling,
+    )
+
+
+def _tokens(values: flags.FlagValues, config: ConfigDict, mesh: jax.sharding.Mesh) -> TokenRecords:
   return shards.tokens(
-    model,
+    _load(values),
     mesh,
     num_tokens=values.num_tokens,
     batch_size=values.batch_size,

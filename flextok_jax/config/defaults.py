@@ -59,12 +59,14 @@ def get_config() -> ConfigDict:
     part.out_bias = False  # of attention's output projection
     part.mlp_bias = False
     # Positions of the patches: "sincos" (fixed), or learned row and column vectors, added ("learnable_sum") or
-    # multiplied ("learnable_prod").
+    # multiplied ("learnable_prod"). "sincos_released": as the released code arranges a table that is not square.
     part.posemb = "sincos"
-    # How a grid uses the table of max_grid x max_grid positions. "absolute": its corner, and no grid may be larger;
-    # "interpolate": all of it, resized bilinearly.
+    # How a grid uses the table of max_grid rows and max_grid_width columns. "absolute": its corner, and no grid may be
+    # larger; "interpolate": all of it, resized bilinearly; "scaled", of "sincos" alone: positions from 0 to 1 over the
+    # grid, times those of the last row and the last column [ours: the same as absolute for a grid of the table's size].
     part.posemb_scaling = "absolute"
-    part.max_grid = 0  # patches per side; 0: those of image_size
+    part.max_grid = 0  # patches per side, or per column; 0: those of image_size
+    part.max_grid_width = 0  # patches per row; 0: max_grid
     part.head_bias = True  # of the output projection
     part.readout_multiplier = 1.0  # factor on the input of the output projection (muP)
   c.decoder.modulation = "per_segment"  # separate adaLN for patches and registers; "shared": one for both [paper]

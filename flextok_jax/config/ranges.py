@@ -70,6 +70,7 @@ _TYPES = {
 WIDTH = whole(1, 65_536)
 DEPTH = whole(1, 1024)
 COUNT = whole(1)
+MAX_SIDE = 4096  # pixels of an image
 MAX_GRID = 512  # patches per side; a table of 512 x 512 positions of width 1024 has 1 GiB
 PATCHES = whole(0, MAX_GRID)
 FRACTION = between(0, 1)
@@ -88,9 +89,10 @@ _PART = {
   "patch_size": whole(1, 4096),
   "mlp_ratio": number("above 0 and up to 1024", lambda x: 0 < x <= 1024),
   "activation": one_of("silu", "gelu", "gelu_tanh", "relu", "quick_gelu"),
-  "posemb": one_of("sincos", "learnable_sum", "learnable_prod"),
-  "posemb_scaling": one_of("absolute", "interpolate"),
+  "posemb": one_of("sincos", "learnable_sum", "learnable_prod", "sincos_released"),
+  "posemb_scaling": one_of("absolute", "interpolate", "scaled"),
   "max_grid": PATCHES,
+  "max_grid_width": PATCHES,
   "readout_multiplier": POSITIVE,
 }  # of encoder and decoder
 _SAMPLER = {
@@ -105,7 +107,7 @@ _SAMPLER = {
 RANGES = {
   "stage": one_of("tokenizer", "vae", "ar", "distill"),
   "seed": whole(0, 2**32 - 1),  # more bits than a key of jax has without 64-bit numbers
-  "image_size": whole(1, 4096),
+  "image_size": whole(1, MAX_SIDE),
   "dtype": one_of("float32", "bfloat16"),  # sums of many terms can exceed float16
   "attention": one_of("auto", "xla", "cudnn", "pallas"),
   "remat": one_of("none", "dots", "full"),

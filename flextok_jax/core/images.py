@@ -1,7 +1,10 @@
 """Formats of image files; images as floats and as 8-bit levels."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # The formats that are read, {Pillow's name: extensions}: pure codecs, none of which starts a program.
 FORMATS = {
@@ -39,3 +42,16 @@ def round_to_8bit(images: jax.Array) -> jax.Array:
 def to_uint8(images: jax.Array) -> jax.Array:
   """Converts images of round_to_8bit, in [0, 1], to uint8."""
   return jnp.round(images * 255).astype(jnp.uint8)
+
+
+def pad_together(batches: Sequence[np.ndarray]) -> np.ndarray:
+  """Joins batches of images uint8 [b, h, w, 3] of any sizes, centred on white of the largest height and width."""
+  height, width = (max(images.shape[axis] for images in batches) for axis in (1, 2))
+
+  def pad(images: np.ndarray) -> np.ndarray:
+    down, right = height - images.shape[1], width - images.shape[2]
+    return np.pad(
+      images, ((0, 0), (down // 2, down - down // 2), (right // 2, right - right // 2), (0, 0)), constant_values=255
+    )
+
+  return np.concatenate([pad(images) for images in batches])

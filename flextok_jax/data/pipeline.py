@@ -9,6 +9,7 @@ element, and a restart continues at the element it needs.
 from collections.abc import Callable, Iterator, Mapping
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import gc
 import signal
@@ -268,27 +269,39 @@ def ignore_interrupts(worker: int, num_workers: int):
 
 
 class EvalImages:
-  """The first num_images centre crops of a source's validation split in a fixed shuffled order; fewer if it is smaller.
+  """The first num_images images of a source's validation split in a fixed shuffled order; fewer if it is smaller.
 
-  Slicing reads the images, uint8 [n, image_size, image_size, 3], with data.loading's threads. The next readable image
-  takes the place of an unreadable one.
+  Slicing reads the images, uint8 [n, h, w, 3], with data.loading's threads. The next readable image takes the place of
+  an unreadable one. Where images are not cropped, by_size divides them.
+
+  Args:
+    data: which images to read.
+    kind: of the source.
+    image_size: in pixels.
+    num_images: images at most.
+    resize: see transforms.to_size, as for `multiple`.
 
   Attributes:
-    shape: of all images.
+    shape: of all images, if they are of one size.
 
   Raises:
     FileNotFoundError, ValueError: the source cannot be opened, or num_images is below 1.
   """
 
-  def __init__(self, data: ImageData, kind: str, *, image_size: int, num_images: int):
+  def __init__(
+    self, data: ImageData, kind: str, *, image_size: int, num_images: int, resize: str = "crop", multiple: int = 1
+  ):
     if num_images < 1:
       raise ValueError(f"an evaluation set needs at least one image, got num_images={num_images}")
     self._source = data.open_source(kind, "validation")
     self._kind, self._max_unreadable = kind, data.max_unreadable
     self._unreadable: set[int] = set()  # their positions in the source
-    self._order = grain.MapDataset.range(len(self._source)).shuffle(seed=EVAL_SHUFFLE_SEED)
+    self._order: Any = grain.MapDataset.range(len(self._source)).shuffle(seed=EVAL_SHUFFLE_SEED)
     self._threads = max(data.loading.num_threads, 1)
-    self.shape = (min(num_images, len(self._source)), image_size, image_size, 3)
+    self._decode = lambda image: transforms.to_size(image, resize, image_size, multiple)
+    self._multiple = multiple
+    self.shape: tuple[int, ...] = (min(num_images, len(self._source)), image_size, image_size, 3)
+    self._total = self.shape[0]
 
   def __len__(self) -> int:
     return self.shape[0]
@@ -298,16 +311,40 @@ class EvalImages:
 
   def records(self, rows: slice, with_captions: bool = True) -> list[base.Record]:
     """Returns the records of a slice; ValueError if too many were unreadable (core/unreadable.py)."""
-    crop = lambda image: transforms.center_crop(image, self.shape[1])
+    return self._read(rows, self._decode, with_captions)
+
+  def by_size(self) -> list[tuple[np.ndarray, "EvalImages"]]:
+    """Returns (numbers int32 [n], these images) of each size that occurs; reads all images, without keeping them.
+
+    Raises:
+      ValueError: the patches do not divide an image.
+    """
+    found = self._read(slice(None), lambda image: self._decode(image).shape, with_captions=False)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, shape in enumerate(record["image"] for record in found):
+      if any(side % self._multiple for side in shape[:2]):
+        raise ValueError(
+          f"image {i} of source {self._kind!r} has {shape[0]} x {shape[1]} pixels: sides must be multiples of "
+          f"{self._multiple}; resize='fit' makes them so"
+        )
+      groups.setdefault(shape, []).append(i)
+    parts = []
+    for shape, rows in groups.items():
+      part = copy.copy(self)
+      part._order, part.shape = [self._order[i] for i in rows], (len(rows), *shape)
+      parts.append((np.array(rows, np.int32), part))
+    return parts
+
+  def _read(self, rows: slice, decode: Callable[[Any], Any], with_captions: bool) -> list[base.Record]:
     positions = [int(self._order[i]) for i in range(*rows.indices(len(self)))]
-    read = lambda position: base.read(self._source, position, crop, with_captions)
+    read = lambda position: base.read(self._source, position, decode, with_captions)
     records = []
     with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
       for position, (record, skipped) in zip(positions, pool.map(read, positions)):
         records.append(record)
         self._unreadable |= {(position + i) % len(self._source) for i in range(skipped)}
-    what = f"{len(self)} images of source {self._kind!r}"
-    unreadable.check(len(self._unreadable), len(self), self._max_unreadable, what=what)
+    what = f"{self._total} images of source {self._kind!r}"
+    unreadable.check(len(self._unreadable), self._total, self._max_unreadable, what=what)
     if self._unreadable:
       warn_once(f"{len(self._unreadable)} of {what} are unreadable: the next ones take their places")
     return records

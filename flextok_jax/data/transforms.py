@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import concurrent.futures
 import io
+import math
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ from flextok_jax.core.errors import warn_once
 from flextok_jax.data import listing
 from flextok_jax.data.pictures import UnreadablePicture, decoding, open_picture, orientation
 
+RESIZES = ("crop", "fit", "none")  # see to_size
 MAX_ASPECT = 64  # longer strips are cut to this aspect ratio before they are resized, to bound memory
 REDUCTIONS = (8, 4, 2)  # libjpeg can decode at 1 / these sizes, which is faster
 # EXIF orientations with swapped sides; with the end of a stored row or column on the left; and with it at the top.
@@ -190,6 +192,44 @@ def center_crop(image: Any, size: int, reduce: bool = False) -> np.ndarray:
   return np.asarray(image)[top : top + size, left : left + size].copy()
 
 
+def fit_size(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
+  """Returns a height and a width that are multiples of `multiple`, at about the aspect ratio and about this area.
+
+  A side has at least one multiple; the other then has the multiples that the area leaves it at most.
+  """
+  most = max(area // multiple**2, 1)
+  ratios = height / width, width / height
+  tall, wide = (min(max(round(math.sqrt(area * ratio) / multiple), 1), most) * multiple for ratio in ratios)
+  return tall, wide
+
+
+def size_of(image: Any, resize: str, size: int, multiple: int) -> tuple[int, int]:
+  """Returns the height and width of to_size of an image, whose pixels are not decoded if it is a path."""
+  if resize == "crop":
+    return size, size
+  image = open_picture(image) if isinstance(image, str | os.PathLike | io.IOBase) else to_rgb(image)
+  width, height = _upright_size(image)
+  return fit_size(height, width, size**2, multiple) if resize == "fit" else (height, width)
+
+
+def to_size(image: Any, resize: str, size: int, multiple: int) -> np.ndarray:
+  """Returns an image as uint8 [h, w, 3].
+
+  Args:
+    image: see to_rgb.
+    resize: "crop": center_crop of `size`; "fit": the whole image, bilinear and antialiased, at the fit_size of the area
+      size x size; "none": as it is.
+    size: pixels.
+    multiple: divisor of the sides of "fit".
+  """
+  if resize == "crop":
+    return center_crop(image, size)
+  image = to_rgb(image)
+  height, width = size_of(image, resize, size, multiple)
+  image = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
+  return np.asarray(image).copy()
+
+
 def random_box(width: int, height: int, rng: np.random.Generator, min_area: float) -> tuple[int, int, int, int]:
   """Draws (left, top, right, bottom) with a share min_area to 1 of the area and an aspect ratio of 3/4 to 4/3.
 
@@ -255,10 +295,10 @@ def name_images(paths: Any) -> list[tuple[str, str]]:
   return named
 
 
-def load_image(path: str, size: int) -> np.ndarray:
-  """Returns the centre crop, uint8 [size, size, 3], of an image file; ValueError if it cannot be read."""
+def load_image(path: str, size: int, resize: str = "crop", multiple: int = 1) -> np.ndarray:
+  """Returns an image file as uint8 [h, w, 3], see to_size; ValueError if it cannot be read."""
   try:
-    return center_crop(path, size)
+    return to_size(path, resize, size, multiple)
   except UnreadablePicture as error:
     raise ValueError(f"the image {files.printable(path)} cannot be read: {error}") from error
 

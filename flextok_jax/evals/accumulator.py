@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from flextok_jax.core import images as images_lib
 from flextok_jax.evals.metrics import frechet
 from flextok_jax.evals.metrics import samples as sample_metrics
 
@@ -76,8 +77,8 @@ class Accumulator:
     return moments.mean, moments.covariance()
 
   def examples(self) -> dict[str, np.ndarray]:
-    """Returns the first images, uint8 [n, h, w, 3], by column."""
-    return {column: np.concatenate(parts) for column, parts in self._examples.items()}
+    """Returns the first images, uint8 [n, h, w, 3], by column, padded to one size."""
+    return {column: images_lib.pad_together(parts) for column, parts in self._examples.items()}
 
   def to_arrays(self) -> dict[str, Any]:
     """Returns the state as arrays by name."""

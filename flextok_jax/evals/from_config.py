@@ -51,6 +51,7 @@ def make_evaluator(
   weights: str | None = None,
   progress: Progress | None = None,
   lazy: bool = False,
+  resize: str = "crop",
 ) -> Reconstruction | TokenLoss:
   """Returns the evaluation of config.eval; its run(params) returns a report.
 
@@ -64,12 +65,15 @@ def make_evaluator(
     weights: folder with the weights of networks, see weights/perception/networks.py.
     progress: keeps partial results.
     lazy: whether images are read as they are needed, and not kept for another run.
+    resize: of images, see transforms.to_size; other than "crop" needs `lazy`. Not for stage "ar".
 
   Raises:
     ValueError: a setting out of range, or nothing to evaluate on.
   """
   c = config.eval
   if config.stage == "ar":
+    if resize != "crop":
+      raise ValueError(f"resize={resize} has no meaning for a generator, whose data are tokens")
     if metrics:
       raise ValueError(f"metrics={','.join(metrics)} of a generator are of its samples: give a tokenizer as well")
     arrays = tokens.eval_arrays(*inputs.open_tokens(config, "validation"), c.num_images)
@@ -82,9 +86,13 @@ def make_evaluator(
   counts = () if config.stage == "vae" else token_counts(c.num_tokens, config.tokens.num_registers)
   data = inputs.image_data(config)
   sets: dict[str, Any] = {}
+  if resize != "crop" and config.stage != "vae" and config.tokens.layout == "grid":
+    raise ValueError(f"resize={resize} has no meaning for tokens on a grid, whose images have one size: use crop")
+  multiple = stage.vae.downscale if config.stage == "vae" else stage.model.patch_multiple
+  how: dict[str, Any] = dict(resize=resize, multiple=multiple)
   for name in c.sources:
-    images = pipeline.EvalImages(data, name, image_size=config.image_size, num_images=c.num_images)
-    sets[name] = images if lazy else images[:]
+    images = pipeline.EvalImages(data, name, image_size=config.image_size, num_images=c.num_images, **how)
+    sets[name] = images.by_size() if resize != "crop" else images if lazy else images[:]
   settings = Settings(counts, c.batch_size, config.seed, c.grid_images)
   return Reconstruction(stage.predict_fns, sets, settings, mesh, per_image, features, progress)
 
@@ -95,12 +103,14 @@ def evaluate(
   metrics: Sequence[str] = (),
   weights: str | None = None,
   progress: Progress | None = None,
+  resize: str = "crop",
 ) -> Report:
   """Evaluates params on all devices, as make_evaluator says; images are read as they are needed."""
   mesh, stage = sharding.make_mesh(), make_stage(config)
   prepare = inputs.make_prepare(config, mesh)
-  evaluator = make_evaluator(config, stage, mesh, prepare, metrics, weights, progress, lazy=True)
-  return with_published(evaluator.run(replicate(params, mesh)), config)
+  evaluator = make_evaluator(config, stage, mesh, prepare, metrics, weights, progress, lazy=True, resize=resize)
+  report = evaluator.run(replicate(params, mesh))
+  return with_published(report, config) if resize == "crop" else report  # published ones are of crops
 
 
 def with_published(report: Report, config: ConfigDict) -> Report:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -50,7 +51,8 @@ class Reconstruction:
 
   Args:
     predict_fns: {"tokenize", "detokenize"} or {"reconstruct"} (see flextok_jax/stages).
-    eval_sets: {name: uint8 [n, h, w, 3]}; images are only sliced, so they may be read as needed.
+    eval_sets: {name: uint8 [n, h, w, 3]}; images are only sliced, so they may be read as needed. A set of images of
+      several sizes is a list of (their numbers int32 [n], images of one size).
     settings: token counts, batch size, seed, number of examples.
     mesh: devices that batches are split over; None: the default device.
     metrics: per-image metrics by name (evals/metrics/image.py); None: PSNR, SSIM and MAE.
@@ -74,18 +76,23 @@ class Reconstruction:
     self._metrics = metrics_lib.make_metrics(metrics_lib.METRICS) if metrics is None else dict(metrics)
     if not eval_sets:
       raise ValueError("no evaluation set is named: set eval.sources")
-    for name, images in eval_sets.items():
-      shape = images.shape
-      if not shape[0]:
-        raise ValueError(f"evaluation set {name!r} has no images")
-      if "ssim" in self._metrics and min(shape[1:3]) < metrics_lib.SSIM_WINDOW:
-        raise ValueError(
-          f"evaluation set {name!r}: images of {shape[1]}x{shape[2]} px are smaller than SSIM's window"
-          f" of {metrics_lib.SSIM_WINDOW}x{metrics_lib.SSIM_WINDOW}"
-        )
+    self._parts: dict[str, list[tuple[np.ndarray, Any]]] = {
+      name: images if isinstance(images, list) else [(np.arange(images.shape[0], dtype=np.int32), images)]
+      for name, images in eval_sets.items()
+    }
+    for name, parts in self._parts.items():
+      for _, images in parts:
+        shape = images.shape
+        if not shape[0]:
+          raise ValueError(f"evaluation set {name!r} has no images")
+        if "ssim" in self._metrics and min(shape[1:3]) < metrics_lib.SSIM_WINDOW:
+          raise ValueError(
+            f"evaluation set {name!r}: images of {shape[1]}x{shape[2]} px are smaller than SSIM's window"
+            f" of {metrics_lib.SSIM_WINDOW}x{metrics_lib.SSIM_WINDOW}"
+          )
     self.images = dict(eval_sets)
     self._settings = settings
-    largest = max(images.shape[0] for images in self.images.values())
+    largest = max(images.shape[0] for parts in self._parts.values() for _, images in parts)
     self._batch_size = batching.batch_rows(settings.batch_size, largest, mesh)
     self._has_tokens = "tokenize" in predict_fns
     self._mesh = mesh
@@ -113,7 +120,7 @@ class Reconstruction:
 
     def decode(params, networks, images, ids, num_tokens, index):
       keep_k = jnp.full(len(images), num_tokens)
-      return compare(networks, images, detokenize(params, ids, keep_k, index))
+      return compare(networks, images, detokenize(params, ids, keep_k, index, images.shape[1:3]))
 
     def reconstruct(params, networks, images):
       return compare(networks, images, predict_fns["reconstruct"](params, images))
@@ -133,7 +140,8 @@ class Reconstruction:
     The scores of the report are {"seed", "num_tokens", "sets": {set: {"num_images": n, "by_tokens": {column:
     {"psnr", ...}}, "intervals": {column: {"psnr": [low, high], ...}}}}}. A column is a token count as a string ("1",
     "2", ...), or "vae"; a metric is the mean over the n images (8-bit, evals/metrics/image.py) with the 95% interval of
-    that mean by bootstrap, or one number for the whole set (rfid).
+    that mean by bootstrap, or one number for the whole set (rfid). A set of images of several sizes also has "sizes":
+    {"16x32": images, ...}, height first.
 
     Raises:
       ValueError: a token count that the model does not take, or a metric that is not finite.
@@ -142,8 +150,9 @@ class Reconstruction:
       networks = self._metrics, self._features
       self._networks = networks if self._mesh is None else batching.replicate(networks, self._mesh)
     sets, examples, notes = {}, {}, []
-    for name, images in self.images.items():
-      results = self._run_set(params, name, images)
+    for name, parts in self._parts.items():
+      count = sum(len(numbers) for numbers, _ in parts)
+      results = self._run_set(params, name, parts)
       means, intervals = {}, {}
       for column in results.columns:
         values = results.values(column)
@@ -154,25 +163,41 @@ class Reconstruction:
         if self._features is not None:
           gaussians = results.gaussian(column, "pool"), results.gaussian(ORIGINAL, "pool")
           means[column][RFID] = frechet.frechet_distance(*gaussians[0], *gaussians[1])
-      sets[name] = {"num_images": images.shape[0], "by_tokens": means, "intervals": intervals}
+      sets[name] = {"num_images": count, "by_tokens": means, "intervals": intervals}
+      if isinstance(self.images[name], list):
+        sets[name]["sizes"] = {f"{x.shape[1]}x{x.shape[2]}": x.shape[0] for _, x in parts}
       if self._features is not None:
-        sizes = {"reconstructions": images.shape[0], "originals": images.shape[0]}
-        sets[name]["reference_images"] = images.shape[0]
+        sizes = {"reconstructions": count, "originals": count}
+        sets[name]["reference_images"] = count
         notes.append(frechet.caution(f"rFID on {name}", sizes, len(gaussians[0][0])))
-      examples[name] = {"original": images[: self._settings.grid_images], **results.examples()}
+      shown = results.examples()
+      examples[name] = {"original": self._originals(parts), **shown}
     num_tokens = [int(column) for column in means] if self._has_tokens else []
     return make_report({"seed": self._settings.seed, "num_tokens": num_tokens, "sets": sets}, examples, notes)
 
-  def _run_set(self, params: Any, name: str, images: Any) -> Accumulator:
-    """Returns the accumulated results of all images of a set."""
-    total, size = images.shape[0], self._batch_size
+  def _originals(self, parts: Sequence[tuple[np.ndarray, Any]]) -> np.ndarray:
+    """Returns the first images of a set, uint8 [n, h, w, 3], padded to one size."""
+    found: list[np.ndarray] = []
+    for _, images in parts:
+      missing = self._settings.grid_images - sum(map(len, found))
+      if missing > 0 or not found:
+        found.append(images[:missing])
+    return images_lib.pad_together(found)
+
+  def _run_set(self, params: Any, name: str, parts: Sequence[tuple[np.ndarray, Any]]) -> Accumulator:
+    """Returns the accumulated results of all images of a set, in the order of its parts."""
+    total, size = sum(len(numbers) for numbers, _ in parts), self._batch_size
     done, arrays = self._progress.resume(name, total)
     results = Accumulator(self._settings.grid_images, arrays)
-    batches = batching.slices((images, np.arange(total, dtype=np.int32)), size, done)
+    starts = np.cumsum([0, *(len(numbers) for numbers, _ in parts)])
+    batches = itertools.chain.from_iterable(
+      batching.slices((images, numbers), size, max(done - int(start), 0))
+      for start, (numbers, images) in zip(starts, parts)
+    )
     for batch in batching.map_batches(functools.partial(self._run_batch, params), batches, size, self._mesh):
       for column, values in zip(self._columns, batch, strict=True):
         results.add(column, *values)
-      done = min(done + size, total)
+      done += len(jax.tree.leaves(batch)[0])
       self._progress.after_batch(name, done, total, results.to_arrays)
     return results
 

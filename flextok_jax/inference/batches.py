@@ -33,8 +33,30 @@ def tokenize_batches(
   model: FlexTok, images: Iterable[np.ndarray], size: int, num_tokens: int | None = None
 ) -> Iterator[np.ndarray]:
   """Yields the token ids int32 [b, num_tokens] of each batch of images uint8 [b, h, w, 3], b <= size."""
+  return (ids for ids, _ in tokenize_to_quality(model, images, size, num_tokens, None))
+
+
+def tokenize_to_quality(
+  model: FlexTok,
+  images: Iterable[np.ndarray],
+  size: int,
+  num_tokens: int | None,
+  quality: float | None,
+  metric: str = "mse",
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+  """Yields (token ids int32 [b, num_tokens], lengths int32 [b] or None) of each batch of images, see tokenize_batches.
+
+  Args:
+    quality: the lengths are those of the shortest prefixes whose reconstructions are within this distance; None: None.
+    metric: the distance, a name of ops/distances.py.
+  """
   mesh = local_mesh()
-  encode = jax.jit(lambda model, rows: model.tokenize(rows, num_tokens), out_shardings=sharding.replicated(mesh))
+
+  def run(model: FlexTok, rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    ids = jax.numpy.asarray(model.tokenize(rows, num_tokens))
+    return ids, None if quality is None else tokenizer.prefix_lengths(model, rows, ids, quality, metric)
+
+  encode = jax.jit(run, out_shardings=sharding.replicated(mesh))
   model = batching.replicate(model, mesh)
   return batching.map_batches(lambda rows: encode(model, rows), images, size, mesh)
 
@@ -58,20 +80,30 @@ def decode_prefixes(
   jobs: Sequence[Job],
   key: jax.Array,
   batch_size: int = 32,
+  sizes: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[tuple[Job, np.ndarray]]:
   """Yields (job, image uint8 [h, w, 3]) in any order; job (i, k) is sequence i cut to k tokens, with the noise of i.
 
-  Jobs that need the same number of slots run together, so each size is compiled once.
+  Jobs of the same size that need the same number of slots run together, so each size is compiled once.
+
+  Args:
+    sizes: (height, width) of the image of each sequence; None: the model's image_size.
   """
-  groups: dict[int, list[Job]] = {}
+  groups: dict[tuple, list[Job]] = {}
   for job in jobs:
-    groups.setdefault(tokenizer.slots(model, job[1]), []).append(job)
-  for group in groups.values():
-    yield from zip(group, itertools.chain.from_iterable(_decode(model, sequences, group, key, batch_size)))
+    size = None if sizes is None else sizes[job[0]]
+    groups.setdefault((tokenizer.slots(model, job[1]), size), []).append(job)
+  for (_, size), group in groups.items():
+    yield from zip(group, itertools.chain.from_iterable(_decode(model, sequences, group, key, batch_size, size)))
 
 
 def _decode(
-  model: FlexTok, sequences: Sequence[Sequence[int] | np.ndarray], jobs: Sequence[Job], key: jax.Array, batch_size: int
+  model: FlexTok,
+  sequences: Sequence[Sequence[int] | np.ndarray],
+  jobs: Sequence[Job],
+  key: jax.Array,
+  batch_size: int,
+  image_size: tuple[int, int] | None = None,
 ) -> Iterator[np.ndarray]:
   """Yields batches of the images uint8 [b, h, w, 3] of jobs, which run on the same number of slots."""
   validation.at_least_one("batch_size", batch_size)
@@ -83,10 +115,11 @@ def _decode(
   mesh = local_mesh()
   model = batching.replicate(model, mesh)
   size = batching.batch_rows(batch_size, len(jobs), mesh)
+  shape = model.latent_shape if image_size is None else model.latent_shape_of(image_size)
 
   def decode(batch: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
     ids, keep_k, owners = batch
-    noise = tokenizer.sample_noise(_fold_in(key, owners), model.latent_shape)
+    noise = tokenizer.sample_noise(_fold_in(key, owners), shape)
     return _to_uint8(tokenizer.decode_ids(model, ids, keep_k, noise))
 
   rows = batching.slices((ids, keep_k, owners), size)

@@ -35,16 +35,19 @@ def decoder_by_image(detokenize: Callable, seed: int) -> Callable:
     seed: of the noise.
 
   Returns:
-    (params, ids [b, slots], keep_k [b], index [b]) -> images [b, h, w, 3]; index is the number of each image.
+    (params, ids [b, slots], keep_k [b], index [b], size) -> images [b, h, w, 3]; index is the number of each image,
+    size is (h, w), by default that of training.
 
   Raises:
     ValueError: a seed that does not fit 32 bits.
   """
   validation.seed(seed)
 
-  def decode(params: Any, ids: jax.Array, keep_k: jax.Array, index: jax.Array) -> jax.Array:
+  def decode(
+    params: Any, ids: jax.Array, keep_k: jax.Array, index: jax.Array, size: tuple[int, int] | None = None
+  ) -> jax.Array:
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
-    return detokenize(params, ids, keep_k, keys)
+    return detokenize(params, ids, keep_k, keys) if size is None else detokenize(params, ids, keep_k, keys, size)
 
   return decode
 

@@ -14,15 +14,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from flextok_jax.config.ranges import MAX_SIDE
 from flextok_jax.core import files, unreadable
 from flextok_jax.core.progress import Bar
 from flextok_jax.data import pipeline, transforms
 from flextok_jax.inference import batches, token_files, validation
 from flextok_jax.inference.tokenizer import FlexTok
-from flextok_jax.ops import fsq
+from flextok_jax.ops import distances, fsq
 from flextok_jax.parallel import batching
 
 _THREADS = 8  # that read images
+_BATCHES = 4  # that are read at once if images have several sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,9 @@ def tokenize_files(
   num_tokens: int | None = None,
   batch_size: int = 32,
   progress: bool | None = False,
+  resize: str = "crop",
+  quality: float | None = None,
+  metric: str = "mse",
 ) -> Written:
   """Writes the token ids of image files to a token file.
 
@@ -50,31 +55,44 @@ def tokenize_files(
     out: the token file, whose suffix says its format (token_files.check_suffix).
     num_tokens: ids per image; default: all.
     progress: whether a bar shows the images done; None: a bar on a terminal, and elsewhere lines.
+    resize: "crop", "fit" or "none", see FlexTok.tokenize. With "fit" and "none" the file says the size of each image.
+    quality: keep the fewest tokens of each image that decode within this distance; None: num_tokens of each.
+    metric: the distance, a name of ops/distances.py.
 
   Raises:
     ValueError: an argument out of range, no image can be read, another run writes `out`, or it cannot be written.
   """
   validation.at_least_one("batch_size", batch_size)
   num_tokens = validation.token_count(num_tokens, model.num_registers)
+  sized = validation.resize(resize) != "crop"
+  if quality is not None:
+    validation.quality(quality)
+    distances.resolve(metric)
+    if out.suffix != ".json":
+      raise ValueError(f"out={out}: sequences of different lengths, those of a quality, are written to .json files")
   names = (files.as_text(name) for _, name in named)
-  token_files.check_json_size(out, names, num_tokens, fsq.num_codes(model.config.tokens.levels))
+  token_files.check_json_size(out, names, num_tokens, fsq.num_codes(model.config.tokens.levels), sized)
   facts = token_files.Facts(model.fingerprint, model.image_size, num_tokens)
   part = out.with_name(f"{files.shorten(out.name)}.part")
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
     with files.open_regular(part) as file:
       _lock(file, out)
-      results = _Results(file, list(dataclasses.astuple(facts)), named)
+      header = [*dataclasses.astuple(facts)]
+      if sized or quality is not None:  # what else the ids depend on
+        header += [resize, quality, metric, model.config.sampler.to_dict()]
+      results = _Results(file, json.loads(json.dumps(header)), named, sized, quality is not None)
       if results.done:
         print(f"{results.done} of {len(named)} images are done already, from {part}", flush=True)
       with Bar(len(named), "images", progress, results.done) as bar:
-        for rows in _encode(model, named, results.done, num_tokens, batch_size):
+        goal = resize, quality, metric
+        for rows in _encode(model, named, results.done, num_tokens, batch_size, *goal):
           results.append(rows)
           bar(results.done)
       if not results.images:
         part.unlink()
         raise ValueError(f"none of the {len(named)} images can be read; the first is {results.reason}")
-      token_files.write_tokens(out, facts, results)
+      token_files.write_tokens(out, facts, results, results.sizes if sized else None)
       part.unlink()
   except OSError as e:
     raise ValueError(f"cannot write {part}: {e.strerror}; rerun the same command to go on") from e
@@ -93,14 +111,22 @@ class _Results:
 
   Iterates over (name, ids) of the readable images.
 
+  Args:
+    header: fingerprint, image size, number of tokens, and other settings that affect the ids.
+    sized: whether [height, width] of the image follows the ids.
+    ragged: whether images may have fewer tokens.
+
   Attributes:
     done: number of the first images that the file has results of.
     images: how many of these are readable.
     reason: name and reason of the first that is not; "" if all are.
   """
 
-  def __init__(self, file: BinaryIO, header: list, named: Sequence[tuple[str, str]]) -> None:
+  def __init__(
+    self, file: BinaryIO, header: list, named: Sequence[tuple[str, str]], sized: bool = False, ragged: bool = False
+  ) -> None:
     self._file = file
+    self.sizes = _Sizes(self)
     self.done, self.images, self.reason = 0, 0, ""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -109,7 +135,9 @@ class _Results:
       end = file.tell()
       for (path, name), line in zip(named, iter(file.readline, b"")):
         row = _parse(line)
-        if not isinstance(row, list) or row[:3] != _identity(path, name) or not _is_result(row[3:], header[-1]):
+        if not isinstance(row, list) or row[:3] != _identity(path, name):
+          break
+        if not _is_result(row[3:], header[2], sized, ragged):
           break
         self._count(row)
         end = file.tell()
@@ -117,7 +145,7 @@ class _Results:
     file.truncate()
     if not end:
       if size:
-        print(f"{file.name} is of another tokenizer or number of tokens: starting over", flush=True)
+        print(f"{file.name} is of another tokenizer, number of tokens or way to resize: starting over", flush=True)
       self._write([header])
 
   def append(self, rows: list[list]) -> None:
@@ -139,13 +167,27 @@ class _Results:
     self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
     self._file.flush()
 
-  def __iter__(self) -> Iterator[tuple[str, list[int]]]:
+  def rows(self) -> Iterator[list]:
+    """Yields the lines of the readable images."""
     self._file.seek(0)
     self._file.readline()
     for line in self._file:
-      name, _, _, ids = json.loads(line)
-      if not isinstance(ids, str):
-        yield name, ids
+      row = json.loads(line)
+      if not isinstance(row[3], str):
+        yield row
+
+  def __iter__(self) -> Iterator[tuple[str, list[int]]]:
+    return ((row[0], row[3]) for row in self.rows())
+
+
+class _Sizes:
+  """The sizes of the readable images of _Results, which may be iterated several times."""
+
+  def __init__(self, results: _Results) -> None:
+    self._results = results
+
+  def __iter__(self) -> Iterator[tuple[int, int]]:
+    return ((height, width) for *_, (height, width) in self._results.rows())
 
 
 def _parse(line: bytes) -> Any:
@@ -155,11 +197,15 @@ def _parse(line: bytes) -> Any:
     return None
 
 
-def _is_result(items: list, num_tokens: int) -> bool:
-  """Returns whether the items are [ids] or [reason]."""
-  if len(items) != 1 or not isinstance(items[0], list):
+def _is_result(items: list, num_tokens: int, sized: bool, ragged: bool) -> bool:
+  """Returns whether the items are [ids], if sized [ids, [height, width]], or [reason]."""
+  if not items or not isinstance(items[0], list):
     return len(items) == 1 and isinstance(items[0], str)
-  return len(items[0]) == num_tokens and all(type(token) is int and 0 <= token < 2**31 for token in items[0])
+  ids, *size = items
+  whole = lambda values, low, high: isinstance(values, list) and all(type(x) is int and low <= x < high for x in values)
+  if not (len(size) == sized and all(len(x) == 2 and whole(x, 1, MAX_SIDE + 1) for x in size)):
+    return False
+  return (1 if ragged else num_tokens) <= len(ids) <= num_tokens and whole(ids, 0, 2**31)
 
 
 def _identity(path: str, name: str) -> list:
@@ -174,8 +220,9 @@ def _identity(path: str, name: str) -> list:
 class _Rows:
   """The images from number `first` on, at random access: rows of _Results whose last item is the image or a reason."""
 
-  def __init__(self, named: Sequence[tuple[str, str]], first: int, size: int):
+  def __init__(self, named: Sequence[tuple[str, str]], first: int, size: int, resize: str, multiple: int):
     self._named, self._first, self._size = named, first, size
+    self._resize, self._multiple = resize, multiple
 
   def __len__(self) -> int:
     return len(self._named) - self._first
@@ -184,40 +231,70 @@ class _Rows:
     path, name = self._named[self._first + int(index)]
     identity = _identity(path, name)
     try:
-      return {"row": [*identity, transforms.load_image(path, self._size)]}
+      image = transforms.load_image(path, self._size, self._resize, self._multiple)
     except ValueError as error:
       return {"row": [*identity, str(error)]}
+    try:
+      if self._resize != "crop":
+        validation.image_size(image.shape[:2], self._multiple)
+    except ValueError as error:
+      return {"row": [*identity, f"the image {files.printable(path)} has a size that cannot be used: {error}"]}
+    return {"row": [*identity, image]}
 
 
 def _encode(
-  model: FlexTok, named: Sequence[tuple[str, str]], first: int, num_tokens: int, batch_size: int
+  model: FlexTok,
+  named: Sequence[tuple[str, str]],
+  first: int,
+  num_tokens: int,
+  batch_size: int,
+  resize: str,
+  quality: float | None,
+  metric: str,
 ) -> Iterator[list[list]]:
   """Yields rows of _Results in order."""
   size = batching.batch_rows(batch_size, max(len(named) - first, 1), batches.local_mesh())
   loading = pipeline.Loading(num_threads=min(_THREADS, os.cpu_count() or 1), num_workers=0, prefetch=2)
-  read = pipeline.read_ahead(_Rows(named, first, model.image_size), size, loading, drop_remainder=False, batch_fn=list)
-  waiting: deque[list[list]] = deque([[]])  # rows of the batches that are being encoded, and then of the next
+  source = _Rows(named, first, model.image_size, resize, model.patch_multiple)
+  read = pipeline.read_ahead(source, size, loading, drop_remainder=False, batch_fn=list)
+  window = size if resize == "crop" else size * _BATCHES  # images that are in memory, so that batches are of one size
+  # Of each batch that is being encoded: its rows, and those that are complete with it. Last, the rows read since.
+  waiting: deque[tuple[list[list], list[list]]] = deque()
+  rest: list[list] = []
+
+  def batches_of(rows: list[list]) -> Iterator[np.ndarray]:
+    """Yields batches of one size of the images in the rows, which are complete with the last batch."""
+    groups: dict[tuple[int, ...], list[list]] = {}
+    for row in rows:
+      if not isinstance(row[3], str):
+        groups.setdefault(row[3].shape, []).append(row)
+    parts = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+    for part in parts:
+      waiting.append((part, rows if part is parts[-1] else []))
+      images = np.stack([row[3] for row in part])
+      for row in part:
+        row[3:] = [None, *([images.shape[1:3]] if resize != "crop" else [])]
+      yield images
 
   def images() -> Iterator[np.ndarray]:
-    crops = []
+    count = 0  # readable images in `rest`
     for row in (element["row"] for elements in read for element in elements):
-      waiting[-1].append(row)
-      if isinstance(row[3], str):
-        continue
-      crops.append(row[3])
-      row[3] = None
-      if len(crops) == size:
-        waiting.append([])
-        yield np.stack(crops)
-        crops = []
-    if crops:
-      waiting.append([])
-      yield np.stack(crops)
+      rest.append(row)
+      count += not isinstance(row[3], str)
+      if count == window:
+        rows, count = rest.copy(), 0
+        rest.clear()
+        yield from batches_of(rows)
+    if count:
+      rows = rest.copy()
+      rest.clear()
+      yield from batches_of(rows)
 
-  for ids in batches.tokenize_batches(model, images(), size, num_tokens):
-    rows, found = waiting.popleft(), iter(ids.tolist())
-    for row in rows:
-      row[3] = next(found) if row[3] is None else row[3]
-    yield rows
-  if waiting[0]:
-    yield waiting[0]  # unreadable ones after the last image
+  for ids, lengths in batches.tokenize_to_quality(model, images(), size, num_tokens, quality, metric):
+    part, complete = waiting.popleft()
+    for row, found, length in zip(part, ids.tolist(), [None] * len(part) if lengths is None else lengths):
+      row[3] = found[:length]
+    if complete:
+      yield complete
+  if rest:
+    yield rest  # unreadable ones after the last image

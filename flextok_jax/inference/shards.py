@@ -96,7 +96,7 @@ def trajectories(
   config = distill.student_config(model.config, steps)
   stage, rows, n = distill.DistillStage(config), config.tokens.bucket_rows, config.tokens.num_registers
   params = {**model.params, "teacher": model.params["decoder"]}
-  params, state = batching.replicate(params, mesh), stage.model.latent_shape(model.image_size)
+  params, state = batching.replicate(params, mesh), model.latent_shape
 
   @jax.jit
   def encode(params: dict, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:

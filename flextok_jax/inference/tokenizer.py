@@ -6,13 +6,14 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import os
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 import numpy as np
+from PIL import Image
 
 from flextok_jax.config import TOKENIZER_STAGES, with_fields
 from flextok_jax.inference import adaptive, sharing, validation
@@ -36,6 +37,7 @@ def load(
   vae_norm_num_groups: int = 32,
   mup_base_width: int | None = None,
   image_size: int | None = None,
+  posemb_scaling: str | None = None,
   mesh: Mesh | None = None,
   revision: str | None = None,
   subfolder: str = "",
@@ -51,6 +53,8 @@ def load(
     vae_norm_num_groups: groups of the VAE's GroupNorms, which official files do not state (32 in the released models).
     mup_base_width: base width of an official model trained with use_mup_readout, which its files do not state.
     image_size: pixels a side, in place of the checkpoint's own (256 in official ones, whose files do not state it).
+    posemb_scaling: how encoder and decoder use their position tables, in place of the checkpoint's own: with
+      "interpolate" or "scaled" images may have any size, with "absolute" none above the table's (config/defaults.py).
     mesh: devices to place the parameters on, by their logical axes; default: the first device.
     revision: branch, tag or commit of a repository; default: its main branch.
     subfolder: of the folder or repository.
@@ -66,6 +70,7 @@ def load(
     vae_norm_num_groups=validation.at_least_one("vae_norm_num_groups", vae_norm_num_groups),
     mup_base_width=None if mup_base_width is None else validation.at_least_one("mup_base_width", mup_base_width),
     image_size=None if image_size is None else validation.at_least_one("image_size", image_size),
+    posemb_scaling=posemb_scaling,
     mesh=mesh,
     revision=revision,
     subfolder=subfolder,
@@ -122,7 +127,26 @@ class FlexTok(sharing.SharedModel):
   @property
   def latent_shape(self) -> tuple[int, int, int]:
     """(h, w, c) of the latents of an image of image_size."""
-    return _network(self.config).latent_shape(self.image_size)
+    return _network(self.config).latent_shape(self.image_size, self.image_size)
+
+  def latent_shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
+    """Returns (h, w, c) of the latents of an image of (height, width) pixels.
+
+    Raises:
+      ValueError: the patches of the decoder do not divide the size, or tokens on a grid have another size.
+    """
+    network = _network(self.config)
+    multiple = network.downscale * (network.decoder.patch_size if network.decoder else 1)
+    shape = network.latent_shape(*validation.image_size(size, multiple))
+    if network.decoder:
+      self._check_grid("size", (1, *size), self.image_size)
+      network.decoder.check_grid(*(side // network.decoder.patch_size for side in shape[:2]))
+    return shape
+
+  @property
+  def patch_multiple(self) -> int:
+    """Pixels whose multiples are sides of images that both encoder and decoder can cut into patches."""
+    return _network(self.config).patch_multiple
 
   @property
   def sampler(self) -> Sampler:
@@ -143,14 +167,15 @@ class FlexTok(sharing.SharedModel):
     guidance_interval: tuple[float, float] | None = None,
     batch_size: int | None = None,
     progress: bool | None = False,
+    resize: str = "crop",
   ) -> jax.Array | list[np.ndarray]:
     """Encodes images as token ids: the same number for each, or, given a quality, the fewest that reach it.
 
     For a quality, each image is compared with the clipped reconstructions of its prefixes (adaptive.shortest_prefix).
 
     Args:
-      images: [b, h, w, 3], uint8 or float in [-1, 1]; or a list of Pillow images or paths, which are converted to RGB
-        (transparency on white), resized to image_size on the shorter side (bilinear) and cropped to the centre.
+      images: [b, h, w, 3], uint8 or float in [-1, 1], of any sides that the patches divide and the position table
+        holds; or a list of Pillow images or paths, which are converted to RGB (transparency on white) and resized.
       num_tokens: how many of the first tokens; default: all. Fewer take less time.
       key: to sample the VAE's posterior; default: its mode.
       quality: largest acceptable distance of a reconstruction. The arguments below have no effect without it.
@@ -161,6 +186,10 @@ class FlexTok(sharing.SharedModel):
       batch_size: read and encode this many at a time; default: all at once. The ids are the same; but with a key,
         batch i has the key fold_in(key, i).
       progress: show a progress bar; None: a bar on a terminal, and lines elsewhere.
+      resize: of a list. "crop": to image_size on the shorter side (bilinear), cropped to the centre; "fit": the whole
+        picture, at about the area image_size x image_size and sides that the patches divide; "none": as it is.
+        Pictures of one size run together; with a key, those of the i-th size that occurs have the key fold_in(key, i)
+        if there are several.
 
     Returns:
       int32 [b, num_tokens]; given a quality, a list of b arrays int32 [1 to num_tokens], which detokenize takes.
@@ -168,14 +197,19 @@ class FlexTok(sharing.SharedModel):
     Raises:
       ValueError: an argument out of range, or a VAE alone, which has no tokens.
     """
+    given: dict[str, Any] = dict(
+      num_tokens=num_tokens, quality=quality, metric=metric, num_steps=num_steps, guidance=guidance
+    )
+    given |= dict(guidance_scale=guidance_scale, guidance_interval=guidance_interval)
+    cropped = validation.resize(resize) == "crop" or isinstance(images, str) or not isinstance(images, Sequence)
+    groups = {} if cropped else self.rows_by_size(cast(Sequence, images), resize)
+    if len(groups) > 1:
+      given |= dict(batch_size=batch_size, progress=progress, resize=resize)
+      return self._tokenize_by_size(cast(Sequence, images), list(groups.values()), key, noise, given)
     if batch_size is not None or validation.progress(progress) is not False:
-      given: dict[str, Any] = dict(
-        num_tokens=num_tokens, quality=quality, metric=metric, num_steps=num_steps, guidance=guidance
-      )
-      given |= dict(guidance_scale=guidance_scale, guidance_interval=guidance_interval)
-      return self._tokenize_in_batches(images, key, noise, given, batch_size, progress)
+      return self._tokenize_in_batches(images, key, noise, given, batch_size, progress, resize)
     num_tokens = validation.token_count(num_tokens, self.num_registers)
-    images, key = self._images(images), _posterior_key(key)
+    images, key = self._images(images, resize), _posterior_key(key)
     self._check_grid("images", images.shape, self.image_size)
     if quality is not None:  # its arguments are checked before anything is encoded
       goal = self._goal(images.shape, quality, metric, noise)
@@ -200,6 +234,7 @@ class FlexTok(sharing.SharedModel):
     guidance_interval: tuple[float, float] | None = None,
     batch_size: int | None = None,
     progress: bool | None = False,
+    size: tuple[int, int] | None = None,
   ) -> jax.Array:
     """Decodes token ids to images, by guided Euler steps of the rectified flow.
 
@@ -209,13 +244,14 @@ class FlexTok(sharing.SharedModel):
       ids: int [b, n], n from 1 to num_registers, or a list of sequences of different lengths.
       keep_k: how many of them to use, one number or one per sample; default: all that are given.
       key: draws the noise: of sample i with fold_in(key, i); or one key per sample [b]. Give key or noise.
-      noise: starting latents [b, h, w, c] (h = w = image_size / 8 for the usual VAE).
+      noise: starting latents [b, h, w, c] (h = w = image_size / 8 for the usual VAE), which say the size of the images.
       num_steps: Euler steps.
       guidance: "apg" (adaptive projected guidance), "cfg" or "none".
       guidance_scale: a number, or a function of t in (0, 1] that is called once per step. 1: no guidance.
       guidance_interval: the times t at which guidance is applied; the other steps take half the time.
       batch_size: decode this many at a time; default: all at once. The images are the same.
       progress: show a progress bar; None: a bar on a terminal, and lines elsewhere.
+      size: (height, width) of the images, which token ids do not tell; default: image_size, or that of the noise.
 
     Returns:
       Images float32 [b, h, w, 3], about [-1, 1] and not clipped.
@@ -225,15 +261,19 @@ class FlexTok(sharing.SharedModel):
     """
     ids, keep_k = self._ids(ids, keep_k)
     sampler = self._sampler(num_steps, guidance, guidance_scale, guidance_interval)
+    shape = self.latent_shape if size is None else self.latent_shape_of(size)
     if noise is not None:
       given = self._noised("noise", noise, len(ids))
+      if size is not None and given.shape[1:] != shape:
+        raise ValueError(f"size={size} needs noise of shape {[len(ids), *shape]}, got {list(given.shape)}")
       starts = lambda rows: given[rows]
     elif key is not None:
       keys = validation.keys(key, len(ids))
-      starts = lambda rows: sample_noise(keys[rows], self.latent_shape)
+      starts = lambda rows: sample_noise(keys[rows], shape)
     else:
-      shape = [len(ids), *self.latent_shape]
-      raise ValueError(f"detokenize starts from noise: pass key=jax.random.key(seed), or noise=... of shape {shape}")
+      raise ValueError(
+        f"detokenize starts from noise: pass key=jax.random.key(seed), or noise=... of shape {[len(ids), *shape]}"
+      )
     if batch_size is None and validation.progress(progress) is False:
       return _decode(self, ids, keep_k, starts(slice(None)), sampler)
 
@@ -245,7 +285,7 @@ class FlexTok(sharing.SharedModel):
     return batching.apply_in_batches(decode, rows, validation.batch_size(batch_size), "images decoded", progress)
 
   def encode_latents(self, images: Images, key: jax.Array | None = None) -> jax.Array:
-    """Encodes images, as for tokenize, to scaled latents float32 [b, h, w, c]; with a key a sample of the posterior."""
+    """Encodes images (those of a list are cropped) to scaled latents float32 [b, h, w, c]; with a key samples them."""
     return _encode_latents(self, self._images(images), _posterior_key(key))
 
   def decode_latents(self, z: Array) -> jax.Array:
@@ -298,6 +338,7 @@ class FlexTok(sharing.SharedModel):
     given: dict[str, Any],
     batch_size: int | None,
     progress: bool | None,
+    resize: str,
   ) -> Any:
     """Returns tokenize(images, key=key, noise=noise, **given), computed in batches of one size."""
     count = len(images) if isinstance(images, Sequence | np.ndarray | jax.Array) else 0
@@ -306,7 +347,7 @@ class FlexTok(sharing.SharedModel):
 
     def encode(rows: np.ndarray) -> Any:
       kept = np.unique(rows)  # without the padding, which need not be read again
-      part = self._images([images[i] for i in kept] if isinstance(images, Sequence) else images[kept])
+      part = self._images([images[i] for i in kept] if isinstance(images, Sequence) else images[kept], resize)
       part = np.pad(part, ((0, len(rows) - len(kept)), *((0, 0),) * 3), mode="edge")
       own_key = None if key is None else jax.random.fold_in(validation.one_key(key), int(rows[0]) // len(rows))
       found: Any = self.tokenize(part, key=own_key, noise=None if noise is None else noise[rows], **given)
@@ -316,15 +357,39 @@ class FlexTok(sharing.SharedModel):
     found = batching.apply_in_batches(encode, rows, batch_size, "images encoded", progress)
     return found if given["quality"] is None else [np.asarray(ids)[:n] for ids, n in zip(*found)]
 
+  def rows_by_size(
+    self, images: Sequence[Image.Image | str | os.PathLike], resize: str
+  ) -> dict[tuple[int, int], list[int]]:
+    """Returns {(height, width): numbers of the pictures} of a list, as tokenize reads them with `resize`."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, size in enumerate(validation.sizes(images, validation.resize(resize), self.image_size, self.patch_multiple)):
+      groups.setdefault(size, []).append(i)
+    return groups
+
+  def _tokenize_by_size(
+    self, images: Sequence, groups: Sequence[Sequence[int]], key: jax.Array | None, noise: Any, given: dict[str, Any]
+  ) -> Any:
+    """Returns tokenize(images, key=key, **given) of pictures in groups of one size."""
+    if noise is not None:
+      raise ValueError(f"noise is of one size, and the images have {len(groups)} sizes: call tokenize once per size")
+    found: dict[int, Any] = {}
+    for i, rows in enumerate(groups):
+      own_key = None if key is None else jax.random.fold_in(validation.one_key(key), i)
+      found |= zip(rows, self.tokenize([images[row] for row in rows], key=own_key, **given))
+    ids = [found[i] for i in range(len(images))]
+    return ids if given["quality"] is not None else jnp.stack(ids)
+
   def _tokenizer_config(self) -> FrozenConfigDict:
     if self.config.stage not in TOKENIZER_STAGES:
       raise ValueError(f"this is a model of stage {self.config.stage!r}: it has latents, but no tokens")
     return self.config
 
-  def _images(self, images: Images) -> Array:
+  def _images(self, images: Images, resize: str = "crop") -> Array:
     network = _network(self.config)
     patch_size = network.encoder.patch_size if network.encoder else 1
-    return validation.images(images, self.image_size, network.downscale * patch_size)
+    return validation.images(
+      images, self.image_size, network.downscale * patch_size, resize, self.patch_multiple if resize == "fit" else 1
+    )
 
   def _ids(self, ids: TokenIds, keep_k: KeepK | None) -> tuple[Array, Array]:
     """Returns (ids int32 [b, slots], keep_k int32 [b])."""
@@ -388,13 +453,14 @@ def load_tokenizer(
   num_steps: int | None = None,
   guidance: str | None = None,
   guidance_scale: float | None = None,
+  posemb_scaling: str | None = None,
 ) -> FlexTok:
-  """Loads a model that has tokens, with these settings of the sampler in its config; None keeps its own.
+  """Loads a model that has tokens, with these settings of sampler and positions in its config; None keeps its own.
 
   Raises:
     FileNotFoundError, ValueError: see load; a VAE alone; or a setting out of range.
   """
-  model = load(source)
+  model = load(source, posemb_scaling=posemb_scaling)
   if model.config.stage not in TOKENIZER_STAGES:
     raise ValueError(f"{source} is a model of stage {model.config.stage!r}, which has no tokens")
   return with_sampler(model, num_steps=num_steps, guidance=guidance, guidance_scale=guidance_scale)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from flextok_jax.config.ranges import SCALES, TEMPERATURES
+from flextok_jax.config.ranges import MAX_SIDE, SCALES, TEMPERATURES
 from flextok_jax.core.errors import quote, warn_once
 from flextok_jax.data import transforms
 from flextok_jax.models.ar.sampling import TokenSampler
@@ -202,20 +202,49 @@ def quality(value: Any) -> float:
   return float(value)
 
 
-def images(images: Images, image_size: int, multiple: int) -> Array:
+def resize(value: Any) -> str:
+  """Returns how the pictures of a list come to their sizes."""
+  if value not in transforms.RESIZES:
+    raise ValueError(f"resize={quote(value)} must be {', '.join(transforms.RESIZES[:-1])} or {transforms.RESIZES[-1]}")
+  return value
+
+
+def image_size(size: Any, multiple: int) -> tuple[int, int]:
+  """Returns (height, width) of images, which are multiples of `multiple`."""
+  listed = isinstance(size, Sequence | np.ndarray) and not isinstance(size, str)
+  if not listed or len(size) != 2:
+    raise ValueError(f"size={quote(size)} must be (height, width) in pixels")
+  height, width = (whole_number("size", side, 1, MAX_SIDE) for side in size)
+  _check_sides(height, width, multiple)
+  return height, width
+
+
+def _check_sides(height: int, width: int, multiple: int, remedy: str = "") -> None:
+  if height % multiple or width % multiple:
+    raise ValueError(f"images of {height} x {width} pixels: sides must be multiples of {multiple}{remedy}")
+
+
+def sizes(images: Sequence, resize: str, image_size: int, multiple: int) -> list[tuple[int, int]]:
+  """Returns the (height, width) of each picture of a list as `images` reads it; arguments as of transforms.to_size."""
+  return [_read(image, transforms.size_of, resize, image_size, multiple) for image in images]
+
+
+def images(images: Images, image_size: int, multiple: int, resize: str = "crop", fit_multiple: int = 1) -> Array:
   """Returns images as an array uint8 or float [b, h, w, 3].
 
   Args:
-    images: an array, or a list of Pillow images and paths.
-    image_size: size that the items of a list are cropped to, in pixels.
+    images: an array, or a list of Pillow images and paths, of one size if they are not cropped.
+    image_size: size of the items of a list, in pixels.
     multiple: divisor of the sides.
+    resize: how the items of a list come to their size, see transforms.to_size.
+    fit_multiple: divisor of the sides for "fit".
   """
   if isinstance(images, str | os.PathLike | Image.Image):
     raise ValueError(f"images must be a list of images or an array, got a {type(images).__name__}: put it in a list")
-  if isinstance(images, Sequence):
+  if listed := isinstance(images, Sequence):
     if not len(images):
       raise ValueError("images is an empty list")
-    return np.stack([_crop(image, image_size) for image in images])
+    images = np.stack([_read(image, transforms.to_size, resize, image_size, fit_multiple) for image in images])
   if not isinstance(images, np.ndarray | jax.Array):
     raise ValueError(f"images must be an array of numpy or jax, or a list of images, got a {type(images).__name__}")
   if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
@@ -231,16 +260,15 @@ def images(images: Images, image_size: int, multiple: int) -> Array:
         "float images are taken to lie in [-1, 1], and these lie in [0, 1]: if that is their range, give 2 x - 1"
       )
   height, width = images.shape[1:3]
-  if height % multiple or width % multiple:
-    raise ValueError(f"images of {height} x {width} pixels: sides must be multiples of {multiple}")
+  _check_sides(height, width, multiple, "; resize='fit' makes them so" if listed else "")
   return images
 
 
-def _crop(image: Image.Image | str | os.PathLike, image_size: int) -> np.ndarray:
+def _read(image: Any, function: Callable, *args: Any) -> Any:
   if not isinstance(image, str | os.PathLike | Image.Image):
     raise ValueError(f"a list of images holds Pillow images or paths, got a {type(image).__name__}: stack arrays")
   try:
-    return transforms.center_crop(image, image_size)
+    return function(image, *args)
   except (OSError, ValueError) as e:
     raise ValueError(f"the image {image} cannot be read: {e}") from e
 

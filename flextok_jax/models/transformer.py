@@ -192,6 +192,7 @@ class PatchTransformer(nn.Module, kw_only=True):
   posemb: str = "sincos"
   posemb_scaling: str = "absolute"
   max_grid: int = 0
+  max_grid_width: int = 0
   head_bias: bool = True
   readout_multiplier: float = 1.0
   dtype: jnp.dtype = jnp.float32
@@ -216,22 +217,41 @@ class PatchTransformer(nn.Module, kw_only=True):
       attention=self.attention,
     )
 
+  @property
+  def table_shape(self) -> tuple[int, int]:
+    """Rows and columns of the table of positions."""
+    return self.max_grid, self.max_grid_width or self.max_grid
+
+  def check_grid(self, height: int, width: int) -> None:
+    """Raises ValueError if the table has too few positions for a grid of patches."""
+    if self.posemb_scaling == "absolute":
+      posemb.check_fits(self.table_shape, height, width)
+
   def embed_patches(self, x: jax.Array) -> jax.Array:
     """Embeds the patches of x and adds their positions: [b, h, w, c] -> [b, h/p * w/p, width]."""
     # [b, h, w, c] -> [b, h/p, w/p, p * p * c]
     x = layers.patchify(x, self.patch_size)
     batch, height, width, _ = x.shape
     x = layers.dense(self.width, (None, "embed"), "patch_embed", self.dtype)(x)
-    if self.posemb == "sincos":
-      axes: Any = posemb.sincos_axes(self.max_grid, self.width)
-    else:
-      init = layers.normal(0.02, None, "grid", "embed")
-      axes = self.param("positions", init, (2, self.max_grid, self.width))
-    product = self.posemb == "learnable_prod"
-    # [h/p, w/p, width]
-    table = posemb.grid_table(axes, height, width, scaling=self.posemb_scaling, product=product)
+    table = self._positions(height, width)
     # [b, h/p, w/p, width] -> [b, h/p * w/p, width]
     return (x + table.astype(self.dtype)).reshape(batch, height * width, self.width)
+
+  def _positions(self, height: int, width: int) -> jax.Array:
+    """Returns the positions of a grid of patches, float32 [height, width, self.width]."""
+    shape, scaling = self.table_shape, self.posemb_scaling
+    if self.posemb == "sincos_released":
+      return posemb.fit_table(posemb.released_table(shape, self.width), height, width, scaling=scaling)
+    axes: Any
+    if self.posemb == "sincos":
+      scaled = scaling == "scaled"
+      axes = posemb.scaled_axes(shape, height, width, self.width) if scaled else posemb.sincos_axes(*shape, self.width)
+    else:
+      init = layers.normal(0.02, None, "grid", "embed")
+      rows, columns = self.param("positions", init, (2, max(shape), self.width))
+      axes = rows[: shape[0]], columns[: shape[1]]
+    scaling = "absolute" if scaling == "scaled" else scaling  # the axes are of this grid
+    return posemb.grid_table(axes, height, width, scaling=scaling, product=self.posemb == "learnable_prod")
 
   def run_blocks(
     self,

@@ -5,58 +5,109 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def sincos_axes(size: int, dim: int) -> np.ndarray:
-  """Returns the row table and the column table [2, size, dim], float64: [sin, cos, 0, 0] and [0, 0, sin, cos].
+def sincos_axes(rows: np.ndarray | int, columns: np.ndarray | int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns a row table [n, dim] and a column table [m, dim], float64: [sin, cos, 0, 0] and [0, 0, sin, cos].
 
-  The angles are position * 10000^(-4j/dim). Computed on the host, as the table is a constant.
+  The angles are position * 10000^(-4j/dim). Computed on the host, as the tables are constants.
+
+  Args:
+    rows: positions of the rows [n]; or n, for 0 to n - 1.
+    columns: positions of the columns [m]; or m, for 0 to m - 1.
+    dim: of a position, a multiple of 4.
 
   Raises:
     ValueError: dim is not a multiple of 4.
   """
   if dim % 4:
     raise ValueError(f"a 2D sin-cos table needs a width that is a multiple of 4, got {dim}")
-  angles = np.arange(size)[:, None] * 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
-  axis = np.concatenate([np.sin(angles), np.cos(angles)], -1)  # [size, dim / 2]
-  return np.stack([np.pad(axis, ((0, 0), (0, dim // 2))), np.pad(axis, ((0, 0), (dim // 2, 0)))])
+  frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
+
+  def axis(positions: np.ndarray | int, before: int, after: int) -> np.ndarray:
+    angles = (np.arange(positions) if isinstance(positions, int) else positions)[:, None] * frequencies
+    return np.pad(np.concatenate([np.sin(angles), np.cos(angles)], -1), ((0, 0), (before, after)))
+
+  return axis(rows, 0, dim // 2), axis(columns, dim // 2, 0)
+
+
+def scaled_axes(shape: tuple[int, int], height: int, width: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns sincos_axes of height rows and width columns whose positions in [0, 1] are scaled to those of a shape.
+
+  Row i is at i / (height - 1) of the way from the first to the last of the shape's rows, columns likewise: a grid of
+  the shape itself has the positions 0, 1, 2, ... Unlike resizing a table, it keeps the norm of every vector.
+  """
+  return sincos_axes(_places(height, shape[0]), _places(width, shape[1]), dim)
 
 
 def grid_table(
-  axes: jax.Array | np.ndarray, height: int, width: int, *, scaling: str = "absolute", product: bool = False
+  axes: tuple[jax.Array | np.ndarray, jax.Array | np.ndarray],
+  height: int,
+  width: int,
+  *,
+  scaling: str = "absolute",
+  product: bool = False,
 ) -> jax.Array:
   """Returns the table [height, width, dim] of sums (or products) of a row vector and a column vector.
 
   Args:
-    axes: row table and column table [2, size, dim].
+    axes: row table [n, dim] and column table [m, dim].
     height: rows of the grid.
     width: columns of the grid.
-    scaling: "absolute" crops a corner of the size x size table; "interpolate" resizes all of it bilinearly, with
-      aligned corners. A sum or product of two axes is resized by resizing each axis.
+    scaling: "absolute" crops a corner of the n x m table; "interpolate" resizes all of it bilinearly, with aligned
+      corners. A sum or product of two axes is resized by resizing each axis.
     product: multiply the two vectors.
 
   Raises:
     ValueError: the grid is larger than the table to crop.
   """
-  size = axes.shape[1]
   if scaling == "absolute":
-    if max(height, width) > size:
-      raise ValueError(
-        f"a grid of {height} x {width} patches does not fit max_grid {size}: give a smaller image, "
-        "or set posemb_scaling to 'interpolate'"
-      )
-    rows, cols = axes[0, :height], axes[1, :width]
+    check_fits((len(axes[0]), len(axes[1])), height, width)
+    rows, cols = axes[0][:height], axes[1][:width]
   else:
     rows, cols = resize_axis(axes[0], height), resize_axis(axes[1], width)
   rows, cols = rows[:, None], cols[None]
   return jnp.asarray(rows * cols if product else rows + cols, jnp.float32)
 
 
+def released_table(shape: tuple[int, int], dim: int) -> np.ndarray:
+  """Returns the sin-cos table [n, m, dim] of the released code, float64, for a shape (n, m).
+
+  That code computes a table of m rows and n columns, and reads its positions in their order as n rows of m: the same
+  as sincos_axes describes if n = m only.
+  """
+  rows, columns = sincos_axes(shape[1], shape[0], dim)
+  return (rows[:, None] + columns[None]).reshape(*shape, dim)
+
+
+def fit_table(table: np.ndarray, height: int, width: int, *, scaling: str = "absolute") -> jax.Array:
+  """Returns a table [n, m, dim] for a grid, [height, width, dim], as grid_table does for two axes."""
+  if scaling == "absolute":
+    check_fits(table.shape[:2], height, width)
+    return jnp.asarray(table[:height, :width], jnp.float32)
+  columns_first = np.asarray(resize_axis(table, height)).swapaxes(0, 1)
+  return jnp.asarray(np.asarray(resize_axis(columns_first, width)).swapaxes(0, 1), jnp.float32)
+
+
+def check_fits(shape: tuple[int, ...], height: int, width: int) -> None:
+  """Raises ValueError if a grid is larger than a table of a shape (n, m)."""
+  if height > shape[0] or width > shape[1]:
+    size = str(shape[0]) if shape[0] == shape[1] else f"{shape[0]} x {shape[1]}"
+    raise ValueError(
+      f"a grid of {height} x {width} patches does not fit max_grid {size}: give a smaller image, "
+      "or set posemb_scaling to 'interpolate' or 'scaled'"
+    )
+
+
 def resize_axis(table: jax.Array | np.ndarray, size: int) -> jax.Array | np.ndarray:
-  """Linearly interpolates a table [n, dim] at size points from its first row to its last: [size, dim]."""
-  last = len(table) - 1
-  place = np.arange(size) * last / max(size - 1, 1)  # one point: the first row
+  """Linearly interpolates a table [n, ...] at size points from its first row to its last: [size, ...]."""
+  place = _places(size, len(table))
   low = place.astype(np.int32)
-  part = (place - low)[:, None]
-  return table[low] * (1 - part) + table[np.minimum(low + 1, last)] * part
+  part = (place - low).reshape(-1, *[1] * (table.ndim - 1))
+  return table[low] * (1 - part) + table[np.minimum(low + 1, len(table) - 1)] * part
+
+
+def _places(count: int, size: int) -> np.ndarray:
+  """Returns `count` positions, evenly from 0 to size - 1; one position is 0."""
+  return np.arange(count) * (size - 1) / max(count - 1, 1)
 
 
 def resize_bicubic(
@@ -102,7 +153,7 @@ def sincos_2d(height: int, width: int, dim: int) -> jax.Array:
   Raises:
     ValueError: dim is not a multiple of 4.
   """
-  return grid_table(sincos_axes(max(height, width), dim), height, width)
+  return grid_table(sincos_axes(height, width, dim), height, width)
 
 
 def timestep_features(t: jax.Array, dim: int = 256, max_period: float = 256.0, time_scale: float = 1000.0) -> jax.Array:

@@ -101,8 +101,13 @@ def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, si
   )
   if part.width % part.head_dim:
     raise ValueError(f"{name}.width {part.width} is not a multiple of {name}.head_dim {part.head_dim}")
-  if part.posemb == "sincos" and part.width % 4:
-    raise ValueError(f"{name}.width {part.width} is not a multiple of 4, which {name}.posemb 'sincos' needs")
+  if part.posemb.startswith("sincos") and part.width % 4:
+    raise ValueError(f"{name}.width {part.width} is not a multiple of 4, which {name}.posemb {part.posemb!r} needs")
+  if part.posemb_scaling == "scaled" and part.posemb != "sincos":
+    raise ValueError(
+      f"{name}.posemb_scaling 'scaled' computes positions, and {name}.posemb {part.posemb!r} has a table of them: set "
+      f"{name}.posemb_scaling to 'interpolate'"
+    )
   if mlp_hidden(part.width, part.mlp_ratio, part.gated_mlp) < 1:
     raise ValueError(f"{name}.mlp_ratio={part.mlp_ratio} of width {part.width} leaves no hidden width: raise it")
   if side < part.patch_size or side % part.patch_size:
@@ -116,12 +121,15 @@ def _make_part(module: type[PatchTransformer], name: str, config: ConfigDict, si
       f"image_size {config.image_size} gives {grid} patches per side of the {name}, at most {MAX_GRID}: lower it, or "
       f"raise {name}.patch_size"
     )
-  if part.posemb_scaling == "absolute" and 0 < part.max_grid < grid:
-    raise ValueError(
-      f"{name}.max_grid {part.max_grid} is less than the {grid} patches per side of image_size {config.image_size}: "
-      f"raise it, or set {name}.posemb_scaling to 'interpolate'"
-    )
-  return part.clone(max_grid=part.max_grid or grid)
+  for field in ("max_grid", "max_grid_width"):
+    most = getattr(part, field)
+    if part.posemb_scaling == "absolute" and 0 < most < grid:
+      raise ValueError(
+        f"{name}.{field} {most} is less than the {grid} patches per side of image_size {config.image_size}: "
+        f"raise it, or set {name}.posemb_scaling to 'interpolate'"
+      )
+  height, width = part.clone(max_grid=part.max_grid or grid).table_shape
+  return part.clone(max_grid=height, max_grid_width=0 if width == height else width)
 
 
 def bucket_rows(size: int, most: int) -> int:
@@ -338,15 +346,15 @@ class TokenizerStage(Stage):
   def predict_fns(self) -> dict[str, Callable]:
     """tokenize(params, images, num_tokens) -> ids [b, num_tokens], by default all registers.
 
-    detokenize(params, ids, keep_k [b], keys [b]) -> images [b, H, W, 3] in [-1, 1]; faster for fewer ids (see
-    sample_latents).
+    detokenize(params, ids, keep_k [b], keys [b], size) -> images [b, H, W, 3] in [-1, 1], of size (H, W), by default
+    image_size; faster for fewer ids (see sample_latents).
     """
 
     def tokenize(params, images, num_tokens=None):
       return self.model.apply({"params": params}, images, num_tokens, method="tokenize")
 
-    def detokenize(params, token_ids, keep_k, keys):
-      shape = self.model.latent_shape(self.image_size)
+    def detokenize(params, token_ids, keep_k, keys, size=None):
+      shape = self.model.latent_shape(*(size or (self.image_size, self.image_size)))
       noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
       latents = sample_latents(self.model, params, token_ids, keep_k, noise, self.sampler, self.fast)
       return jnp.clip(self.model.apply({"params": params}, latents, method="decode_latents"), -1, 1)

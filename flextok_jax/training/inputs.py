@@ -313,9 +313,9 @@ def abstract_batch(config: ConfigDict, stage: Stage) -> dict[str, jax.ShapeDtype
     return batch | (abstract_text(size, config.dtype, **config.text) if config.ar.condition == "text" else {})
   if isinstance(stage, DistillStage) and config.data.trajectories:
     batch |= {"token_ids": shape("int32", config.tokens.num_registers), "keep_k": shape("int32")}
-    batch["path"] = shape("float16", stage.intervals + 1, *stage.model.latent_shape(image_size))
+    batch["path"] = shape("float16", stage.intervals + 1, *stage.model.latent_shape(image_size, image_size))
   elif isinstance(stage, TokenizerStage) and config.data.latents:  # moments of the VAE, in float16 or bfloat16
-    *sides, channels = stage.model.latent_shape(image_size)
+    *sides, channels = stage.model.latent_shape(image_size, image_size)
     batch["latents"] = shape("bfloat16", *sides, 2 * channels)
   else:
     batch["image"] = shape("uint8", image_size, image_size, 3)

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import numpy as np
 
 from flextok_jax import stages
-from flextok_jax.config import derive, float_dtype, parse_config, read_config, with_fields
+from flextok_jax.config import TOKENIZER_STAGES, derive, float_dtype, parse_config, read_config, with_fields
 from flextok_jax.core import accelerators, assets, hub, literals, tensor_file, workdirs
 from flextok_jax.core.tensor_file import TensorFile, Tensors, named
 from flextok_jax.stages.tokenizer import grid_tokens, make_model
@@ -48,6 +48,7 @@ def load(
   vae_norm_num_groups: int = 32,
   mup_base_width: int | None = None,
   image_size: int | None = None,
+  posemb_scaling: str | None = None,
   mesh: jax.sharding.Mesh | None = None,
   revision: str | None = None,
   subfolder: str = "",
@@ -63,6 +64,7 @@ def load(
     dtype: compute type that replaces the checkpoint's (official checkpoints: float32). The VAE keeps its own.
     vae_norm_num_groups: groups of the VAE's GroupNorms, which official files do not store.
     mup_base_width: base width of official models trained with a muP readout, which their files do not store.
+    posemb_scaling: of encoder and decoder, in place of the checkpoint's.
     image_size: side in pixels that replaces the checkpoint's. Official files do not store it: the default is that of
       the authors' code, 32 latent pixels (256 px), or less if a position table is smaller.
     mesh: devices to place the arrays on by their logical axes; None: the default device.
@@ -81,7 +83,9 @@ def load(
   if source.endswith(".json") and os.path.isfile(source):  # an index or a config.json stands for its folder
     source = os.path.dirname(source) or "."
   accelerators.start()
-  options = _Options(param_dtype, dtype, vae_norm_num_groups, mup_base_width, image_size, mesh, revision, subfolder)
+  options = _Options(
+    param_dtype, dtype, vae_norm_num_groups, mup_base_width, image_size, mesh, revision, subfolder, posemb_scaling
+  )
   with _local(source, revision, subfolder) as source:
     return _load(source, options)
 
@@ -181,6 +185,7 @@ class _Options:
   mesh: jax.sharding.Mesh | None
   revision: str | None = None
   subfolder: str = ""
+  posemb_scaling: str | None = None
 
   def __post_init__(self):
     for name in ("param_dtype", "dtype"):
@@ -194,6 +199,8 @@ class _Options:
   def apply(self, config: Mapping) -> ConfigDict:
     """Returns a whole config with the compute type and the image size that the options ask for."""
     found = derive(**config)
+    if self.posemb_scaling:
+      found = self._with_scaling(found)
     if self.image_size:
       found.image_size = self.image_size
       if found.tokens.layout == "grid":
@@ -201,6 +208,20 @@ class _Options:
     if self.dtype:
       found.dtype = jnp.dtype(self.dtype).name
     return found.lock()
+
+  def _with_scaling(self, config: ConfigDict) -> ConfigDict:
+    """Returns a config with the options' scaling of positions, of tables as large as before."""
+    if config.stage not in TOKENIZER_STAGES:
+      raise ValueError(
+        f"posemb_scaling={self.posemb_scaling!r:.80}: a model of stage {config.stage!r} has no positions"
+      )
+    model = make_model(config)
+    fields: dict = {}
+    for name, part in (("encoder", model.encoder), ("decoder", model.decoder)):
+      fields |= {f"{name}.posemb_scaling": self.posemb_scaling, f"{name}.max_grid": part.max_grid}
+    config = with_fields(config, fields)
+    make_model(config)  # raises for a scaling that the positions do not have
+    return config.unlock()
 
   def dtype_of(self, dtype: str, vae_dtype: str) -> Callable[[str], np.dtype]:
     """Returns a function from the path of an array to its type, for a model that computes in these types."""
@@ -330,8 +351,9 @@ def _load_official(file: Tensors, official: Mapping, options: _Options) -> tuple
       f"the weights have {sizes['latent_channels']}"
     )
   vae |= sizes
-  grids = (settings[half]["max_grid"] * settings[half]["patch_size"] for half in ("encoder", "decoder"))
-  settings["image_size"] = min(_LATENT_SIDE, *grids) * 2 ** (len(vae["block_out_channels"]) - 1)
+  parts = [settings[half] for half in ("encoder", "decoder")]
+  sides = (part["patch_size"] * min(part["max_grid"], part["max_grid_width"] or part["max_grid"]) for part in parts)
+  settings["image_size"] = min(_LATENT_SIDE, *sides) * 2 ** (len(vae["block_out_channels"]) - 1)
   if settings["tokens"]["layout"] == "grid":
     settings["tokens"]["num_registers"] = grid_tokens(derive(**settings))
   config = options.apply(settings)

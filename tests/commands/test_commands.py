@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -127,7 +128,9 @@ def test_tokenize_leaves_out_broken_files_and_detokenize_reads_all_names(
     assert "4 images of 16 px, 4 tokens each; " in printed and " are left out, the first: " in printed
     assert all(f"{name} cannot be read" in caplog.text for name in ("0.png", "b.png", "z1.png"))
     caplog.clear()
-    read, ids = token_files.read_tokens(out, token_files.Facts(flextok_jax.load(model).fingerprint, 16, 4), NUM_CODES)
+    read, ids, _ = token_files.read_tokens(
+      out, token_files.Facts(flextok_jax.load(model).fingerprint, 16, 4), NUM_CODES
+    )
     assert read == ["a.png", "caf\\xe9.png", "n" * 251 + ".png", "z.png"]
     np.testing.assert_array_equal(ids, expected["token_ids"][:4])
     run(detokenize, f"--checkpoint={model}", f"--tokens={out}", f"--out={tmp_path / suffix}", "--num_steps=1")
@@ -160,6 +163,51 @@ def test_tokenize_goes_on_where_it_was_stopped(model, pictures, tokens, tmp_path
   fields, expected = json.loads(out.read_text()), json.loads(tokens.read_text())
   assert fields["token_ids"] == (expected["token_ids"] * 4)[1:]
   assert fields["names"] == [f"{i}/{name}" for i in range(4) for name in expected["names"]][1:]
+
+
+def test_pictures_of_other_shapes(model, tmp_path, capsys, caplog):
+  """Tokens and images are those of the methods, at the sizes that the token file says."""
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  picture = skimage.data.astronaut()
+  for i, (height, width) in enumerate(((16, 32), (48, 24), (20, 20), (12, 24), (16, 30))):
+    Image.fromarray(picture[40 * i : 40 * i + height, 100 : 100 + width]).save(folder / f"{i}.png")
+  paths = [str(path) for path in sorted(folder.iterdir())]
+  scaled = flextok_jax.load(model, posemb_scaling="scaled")
+  given = (f"--checkpoint={model}", f"--images={folder}", "--batch_size=2")
+  fit = (*given, "--resize=fit")
+  fails("3 x 6 patches does not fit max_grid 4.*'scaled'", tokenize, *fit, f"--out={tmp_path / 't.json'}")
+  (tmp_path / "t.json.part").unlink()
+  ids, sizes = np.asarray(scaled.tokenize(paths, resize="fit")), [[12, 24], [24, 12], [16, 16], [12, 24], [12, 20]]
+  for name in ("t.json", "t.npz"):
+    run(tokenize, *fit, "--posemb_scaling=scaled", f"--out={tmp_path / name}")
+    assert "5 images of about 16 x 16 px, 4 tokens each" in capsys.readouterr().out
+  fields = json.loads((tmp_path / "t.json").read_text())
+  assert fields["sizes"] == sizes and fields["token_ids"] == ids.tolist()
+  with np.load(tmp_path / "t.npz") as arrays:
+    np.testing.assert_array_equal(arrays["sizes"], sizes)
+    np.testing.assert_array_equal(arrays["token_ids"], ids)
+  given_tokens = (f"--checkpoint={model}", f"--tokens={tmp_path / 't.npz'}", f"--out={tmp_path / 'out'}")
+  fails("use the checkpoint that wrote them, with the same posemb_scaling", detokenize, *given_tokens)
+  large = write(tmp_path / "large.json", token_ids=[[1]], sizes=[[12, 24]])
+  fails("grid of 3 x 6 patches does not fit", detokenize, given[0], f"--tokens={large}", given_tokens[2])
+  run(detokenize, *given_tokens, "--posemb_scaling=scaled")
+  for i, (name, image) in enumerate(sorted(read_folder(tmp_path / "out").items())):
+    key = jax.random.fold_in(jax.random.key(0), i)
+    expected = scaled.detokenize(ids[i : i + 1], size=tuple(sizes[i]), key=key[None])
+    assert name == f"{i:05d}_{i}.png" and image.shape == (*sizes[i], 3)
+    np.testing.assert_allclose(image, np.asarray(flextok_jax.to_pil(expected)[0], int), atol=1)
+
+  # As they are, with as many tokens as they need.
+  own = (*given, "--resize=none", "--posemb_scaling=scaled", "--quality=0.2", "--decoder_steps=1")
+  run(tokenize, *own, f"--out={tmp_path / 'own.json'}")
+  assert "4 images of their own size, up to 4 tokens; 1 of 5 are left out" in capsys.readouterr().out
+  assert "4.png has a size that cannot be used: images of 16 x 30 pixels: sides must be multiples of 4" in caplog.text
+  fields = json.loads((tmp_path / "own.json").read_text())
+  assert fields["sizes"] == [[16, 32], [48, 24], [20, 20], [12, 24]]
+  short = scaled.tokenize(paths[:4], resize="none", quality=0.2, num_steps=1)
+  assert fields["token_ids"] == [row.tolist() for row in short]
+  fails("of a quality, are written to .json files", tokenize, *own, f"--out={tmp_path / 'own.npz'}")
 
 
 def test_detokenize_ragged_and_handwritten_token_files(model, tokens, decoded, tmp_path):
@@ -267,6 +315,39 @@ def test_evaluate_with_checkpoint_settings_and_with_overrides(model, pictures, t
   assert len(lines) == 2 and lines[0] == report and lines[1]["seed"] == 7
   assert {k: list(v["by_tokens"]) for k, v in lines[1]["sets"].items()} == {"folder": ["1", "3"]}
   assert lines[1]["sets"]["folder"]["num_images"] == 2
+
+
+def test_evaluate_pictures_of_other_shapes(model, tmp_path):
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  picture = skimage.data.astronaut()
+  for i, (height, width) in enumerate(((24, 48), (48, 24), (32, 64))):
+    Image.fromarray(picture[40 * i : 40 * i + height, 100 : 100 + width]).save(folder / f"{i}.png")
+  shutil.copytree(folder, tmp_path / "train")
+  config = config_file(
+    tmp_path / "data.py",
+    tokens=dict(num_registers=4, levels=(8, 5, 5), nested_dropout="pow2"),
+    data=dict(sources=dict(folder=dict(path=str(tmp_path / "train"), val_path=str(folder)))),
+  )
+  given = (f"--checkpoint={model}", f"--config={config}", "--sources=folder", "--num_tokens=4", "--metrics=psnr")
+  fails("does not fit max_grid 4", evaluate, *given, "--resize=fit", f"--out={tmp_path / 'no'}")
+  for resize, sizes in (("fit", {"12x24": 2, "24x12": 1}), ("none", {"24x48": 1, "48x24": 1, "32x64": 1})):
+    out = tmp_path / resize
+    run(evaluate, *given, f"--resize={resize}", "--posemb_scaling=interpolate", f"--out={out}")
+    report = json.loads((out / "report.json").read_text())
+    assert report["sets"]["folder"]["sizes"] == sizes and report["resize"] == resize
+    assert report["sets"]["folder"]["num_images"] == 3
+    with Image.open(out / "grid_folder.png") as grid:
+      assert grid.width > 100
+  Image.new("RGB", (30, 16)).save(folder / "0.png")
+  fails(
+    "has 16 x 30 pixels: sides must be multiples of 4; resize='fit' makes them so",
+    evaluate,
+    *given,
+    "--resize=none",
+    "--posemb_scaling=interpolate",
+    f"--out={tmp_path / 'no'}",
+  )
 
 
 def test_evaluate_rejects_the_config_of_another_model(model, tmp_path):

@@ -75,6 +75,7 @@ def test_flags_of_other_modes_are_refused(tmp_path):
   for flag in ("--copies=2", "--num_tokens=1", "--quality=0.1", "--dtype=bfloat16", "--checkpoint=x"):
     fails(f"{flag.split('=')[0]} has no meaning for --what=images", tokenize, *given, flag)
   fails("--dtype has no meaning for --what=tokens", tokenize, *given[1:], "--checkpoint=x", "--dtype=float16")
+  fails("--resize has no meaning for --what=tokens", tokenize, *given[1:], "--checkpoint=x", "--resize=fit")
   fails("--what has no meaning for --images", tokenize, "--what=images", "--images=x", "--out=y.json")
   fails("--checkpoint is missing", tokenize, "--what=latents", *given[1:])
   sources = dict(tfds=dict(weight=0.0), photos=dict(weight=1.0), folder=dict(path="/x"))

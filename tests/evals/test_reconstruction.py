@@ -63,6 +63,43 @@ def test_noise_is_shared_by_token_counts_and_differs_between_images(in_parts, pa
   assert len({image.tobytes() for image in shown["1"]}) == len(shown["1"]) == 4
 
 
+def test_images_of_several_sizes(images, tmp_path):
+  """Each has the metrics and the noise that it has alone; pictures are padded to one size; partial results go on."""
+  part = tiny_config().encoder.to_dict() | dict(posemb_scaling="scaled")
+  stage = make_stage(tiny_config(encoder=part, decoder=part))
+  params = make_params(stage)
+  wide = np.concatenate([images[:2], images[2:4]], 2)  # 16 x 32
+  sets = {"set": [(np.array([0, 2, 4], np.int32), images[:3]), (np.array([1, 3], np.int32), wide)]}
+  scaled = evaluator(stage, sets, 2)
+  report = scaled.run(params)
+  found = report.scores["sets"]["set"]
+  assert found["num_images"] == 5 and found["sizes"] == {"16x16": 3, "16x32": 2}
+  assert {column: shown.shape for column, shown in report.examples["set"].items()} == dict.fromkeys(
+    ("original", "1", "2", "4"), (4, 16, 32, 3)
+  )
+  np.testing.assert_array_equal(report.examples["set"]["original"][:3, :, 8:24], images[:3])
+  assert (report.examples["set"]["2"][:3, :, :8] == 255).all()
+  values = []
+  for numbers, given in sets["set"]:
+    for i, image in zip(numbers, given):
+      key = jax.random.fold_in(jax.random.key(3), i)[None]
+      ids = stage.predict_fns["tokenize"](params, image[None])
+      restored = stage.predict_fns["detokenize"](params, ids, np.array([2]), key, image.shape[:2])
+      values.append(metrics.psnr(jnp.float32(image[None]) / 255, images_lib.round_to_8bit(restored))[0])
+  np.testing.assert_allclose(found["by_tokens"]["2"]["psnr"], np.mean(values), rtol=1e-3)
+
+  class Stopped(Progress):
+    def after_batch(self, part, done, *args):
+      super().after_batch(part, done, *args)
+      if done == 3:
+        raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    evaluator(stage, sets, 2, progress=Stopped(tmp_path, every=1)).run(params)
+  again = evaluator(stage, sets, 2, progress=Progress(tmp_path, every=1)).run(params)
+  assert again.scores == report.scores
+
+
 def test_padding_is_ignored_and_batches_do_not_matter(stage, images, params, report):
   tokenize, detokenize = (jax.jit(stage.predict_fns[k]) for k in ("tokenize", "detokenize"))
   scores = []

@@ -43,6 +43,13 @@ def write(path, **fields):
     ("tokens of 'xxx", dict(token_ids=[[1]], image_size="x" * 300_000)),
     ("'names' must be a list of strings, not 'xxx", dict(token_ids=[[1]], names="x" * 300_000)),
     ("tokens of 32 px images, but this checkpoint makes 16 px", dict(token_ids=[[1]], image_size=32)),
+    ("'sizes' must be a list of .height, width., one for each of 2", dict(token_ids=[[1]] * 2, sizes=[[16, 16]])),
+    (
+      r"sizes\[1\] is \[16, 0\], not .height, width. of 1 to 4096",
+      dict(token_ids=[[1]] * 2, sizes=[[16, 16], [16, 0]]),
+    ),
+    (r"sizes\[0\] is \[16, True\], not", dict(token_ids=[[1]], sizes=[[16, True]])),
+    (r"sizes\[0\] is 16, not", dict(token_ids=[[1]], sizes=[16])),
     ("ids of the tokenizer 'abc', but this checkpoint is f0", dict(token_ids=[[1]], tokenizer="abc")),
   ],
 )
@@ -67,8 +74,8 @@ def test_damaged_token_files(tmp_path):
 
   archive = tmp_path / "t.npz"
   token_files.write_tokens(archive, dataclasses.replace(FACTS, num_tokens=2), [("a", [1, 2]), ("b", [3, 4])])
-  names, ids = read(archive)
-  assert names == ["a", "b"] and np.array_equal(ids, [[1, 2], [3, 4]])
+  names, ids, sizes = read(archive)
+  assert sizes is None and names == ["a", "b"] and np.array_equal(ids, [[1, 2], [3, 4]])
   whole = archive.read_bytes()
   rng = np.random.default_rng(0)
   for _ in range(100):  # truncated, or one wrong byte: a one-line error or, if the byte has no effect, the same tokens

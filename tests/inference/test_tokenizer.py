@@ -243,6 +243,66 @@ def test_each_method_compiles_once_per_shape(model, images, ids, noise):
   assert [f._cache_size() for f in functions] == [1] * 5
 
 
+# Other sizes and shapes.
+
+
+@pytest.fixture(scope="module")
+def scaled(model, tmp_path_factory):
+  """The model with positions that are scaled to any grid."""
+  path = tmp_path_factory.mktemp("scaled") / "model.safetensors"
+  model.save(path)
+  with pytest.raises(ValueError, match="posemb_scaling must be one of absolute, interpolate, scaled, got 'crop'"):
+    flextok_jax.load(path, posemb_scaling="crop")
+  return flextok_jax.load(path, posemb_scaling="scaled")
+
+
+def test_wide_images_against_numpy(model, scaled, images):
+  """2:1. Square images have the same ids as before."""
+  np.testing.assert_array_equal(scaled.tokenize(images), model.tokenize(images))
+  wide = np.concatenate([images, images[::-1]], 2)  # [3, 32, 64, 3]
+  w, options = reference.float64(to_official(model.params)), reference.Options(posemb_scaling="scaled", max_grid=4)
+  scale, levels = model.config.vae.scaling_factor, tuple(model.config.tokens.levels)
+  z = reference.encode(w, scale * reference.vae_encode(w, wide.astype(np.float64), GROUPS)[0], options=options)
+  ids = scaled.tokenize(wide)
+  np.testing.assert_array_equal(ids, reference.fsq_quantize(z, levels)[1])
+  assert scaled.latent_shape_of((32, 64)) == (8, 16, 4)
+  decoded = scaled.detokenize(ids, size=(32, 64), key=jax.random.key(0), num_steps=2)
+  assert decoded.shape == wide.shape
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(3))
+  noise = api.sample_noise(keys, (8, 16, 4))
+  np.testing.assert_array_equal(decoded, scaled.detokenize(ids, noise=noise, num_steps=2))
+  codes, t, keep_k, drop = (
+    reference.fsq_lookup(np.asarray(ids), levels),
+    np.full(3, 0.5),
+    np.full(3, 6),
+    np.zeros(3, bool),
+  )
+  expected = reference.velocity(w, np.asarray(noise), t, codes, keep_k, drop, options=options)
+  np.testing.assert_allclose(scaled.velocity(noise, t, ids), expected, atol=1e-3)
+
+
+def test_pictures_of_several_shapes(scaled, tmp_path):
+  """Whatever their order, each has the ids of its own pixels, at the area of training."""
+  photo = Image.fromarray(skimage.data.astronaut())
+  pictures = [photo.resize(size) for size in ((64, 32), (96, 96), (40, 80), (128, 64), (900, 3))]
+  pictures[2].save(tmp_path / "tall.png")
+  groups = scaled.rows_by_size([*pictures, tmp_path / "tall.png"], "fit")
+  assert groups == {(24, 48): [0, 3], (32, 32): [1], (48, 24): [2, 5], (8, 128): [4]}
+  ids = scaled.tokenize([*pictures, tmp_path / "tall.png"], resize="fit")
+  assert ids.shape == (6, 6)
+  for size, rows in groups.items():
+    given = [pictures[i % 5 if i < 5 else 2] for i in rows]
+    pixels = np.stack([np.asarray(x.resize(size[::-1], Image.Resampling.BILINEAR)) for x in given])
+    np.testing.assert_array_equal(ids[np.array(rows)], scaled.tokenize(pixels))
+  np.testing.assert_array_equal(
+    scaled.tokenize(pictures[:1], resize="none")[0], scaled.tokenize(np.asarray(pictures[0])[None])[0]
+  )
+  given = dict(quality=0.5, num_steps=1, guidance="none")
+  short = scaled.tokenize(pictures[:3], resize="fit", batch_size=2, **given)
+  alone = [scaled.tokenize([x], resize="fit", **given)[0] for x in pictures[:3]]
+  assert [row.tolist() for row in short] == [row.tolist() for row in alone]
+
+
 # Rejected arguments: one line that names the argument.
 
 KEY = dict(key=jax.random.key(0))
@@ -258,6 +318,20 @@ BAD = [
   (r"lie in \[-1, 1\], got nan", lambda m: m.tokenize(np.full((1, 32, 32, 3), np.nan))),
   (r"30 x 32 pixels: sides must be multiples of 8", lambda m: m.tokenize(np.zeros((1, 30, 32, 3), np.uint8))),
   (r"5 x 4 patches does not fit max_grid 4", lambda m: m.tokenize(np.zeros((1, 40, 32, 3), np.uint8))),
+  (r"resize='pad' must be crop, fit or none", lambda m: m.tokenize([], resize="pad")),
+  (
+    r"6 x 3 patches does not fit max_grid 4: .*'scaled'",
+    lambda m: m.tokenize([Image.new("RGB", (9, 18))], resize="fit"),
+  ),
+  (r"30 x 32 pixels: .* resize='fit'", lambda m: m.tokenize([Image.new("RGB", (32, 30))], resize="none")),
+  (r"size=32 must be \(height, width\) in pixels", lambda m: m.detokenize([[1]], size=32, **KEY)),
+  (r"size=0 must be a whole number from 1 to 4096", lambda m: m.detokenize([[1]], size=(0, 32), **KEY)),
+  (r"36 x 32 pixels: sides must be multiples of 8", lambda m: m.detokenize([[1]], size=(36, 32), **KEY)),
+  (r"8 x 4 patches does not fit max_grid 4", lambda m: m.detokenize([[1]], size=(64, 32), **KEY)),
+  (
+    r"size=\(16, 16\) needs noise of shape \[1, 4, 4, 4\], got \[1, 8, 8, 4\]",
+    lambda m: m.detokenize([[1]], size=(16, 16), noise=np.zeros((1, 8, 8, 4))),
+  ),
   (r"num_tokens=0 must be a whole number from 1 to 6", lambda m: m.tokenize(np.zeros((1, 32, 32, 3), np.uint8), 0)),
   (r"num_tokens=7 must", lambda m: m.tokenize(np.zeros((1, 32, 32, 3), np.uint8), num_tokens=7)),
   (r"num_tokens=2.0 must", lambda m: m.tokenize(np.zeros((1, 32, 32, 3), np.uint8), num_tokens=2.0)),

@@ -23,6 +23,7 @@ class Options:
   posemb: str = "sincos"
   posemb_scaling: str = "absolute"
   max_grid: int = 0  # of the fixed table; 0: large enough
+  max_grid_width: int = 0  # 0: max_grid
   readout_multiplier: float = 1.0
   max_timestep: float = 1.0
   single_null: bool = False
@@ -86,42 +87,57 @@ def unpatchify(patches, p, h, width):
   return x
 
 
-def sincos_2d(h, width, dim):
+def sincos_2d(h, width, dim, step_down=1.0, step_right=1.0):
   """[h, width, dim]: sin, cos of the row, then sin, cos of the column, at dim / 4 frequencies each."""
   table = np.zeros((h, width, dim))
   quarter = dim // 4
   for row, col, i in itertools.product(range(h), range(width), range(quarter)):
     frequency = 1 / 10000 ** (i / quarter)
     table[row, col, i::quarter] = (
-      math.sin(row * frequency),
-      math.cos(row * frequency),
-      math.sin(col * frequency),
-      math.cos(col * frequency),
+      math.sin(row * step_down * frequency),
+      math.cos(row * step_down * frequency),
+      math.sin(col * step_right * frequency),
+      math.cos(col * step_right * frequency),
     )
   return table
 
 
+def released_sincos(h, width, dim):
+  """The table of the released code: its positions are counted as for width rows of h, and placed as h rows of width."""
+  square = sincos_2d(max(h, width), max(h, width), dim)
+  table = np.zeros((h, width, dim))
+  for n in range(h * width):
+    table[n // width, n % width] = square[n // h, n % h]
+  return table
+
+
 def bilinear(table, h, width):
-  """Resizes [g, g, d] to [h, width, d] with fixed corners."""
-  out, last = np.zeros((h, width, table.shape[-1])), len(table) - 1
+  """Resizes [g, k, d] to [h, width, d] with fixed corners."""
+  out, low, right = np.zeros((h, width, table.shape[-1])), len(table) - 1, table.shape[1] - 1
   for i, j in itertools.product(range(h), range(width)):
-    row = i * last / (h - 1) if h > 1 else 0.0
-    col = j * last / (width - 1) if width > 1 else 0.0
-    for r, c in itertools.product(range(last + 1), range(last + 1)):
+    row = i * low / (h - 1) if h > 1 else 0.0
+    col = j * right / (width - 1) if width > 1 else 0.0
+    for r, c in itertools.product(range(low + 1), range(right + 1)):
       out[i, j] += max(0.0, 1 - abs(row - r)) * max(0.0, 1 - abs(col - c)) * table[r, c]
   return out
 
 
 def patch_positions(w, name, h, width, dim, options):
   """Returns [h * width, dim] from a table of all positions of the largest grid; only learned vectors are in w."""
+  rows_of, columns_of = options.max_grid or max(h, width), options.max_grid_width or options.max_grid or max(h, width)
+  if options.posemb_scaling == "scaled":  # from 0 to 1, times the last position of the table
+    steps = ((last - 1) * (1 / (count - 1)) for last, count in ((rows_of, h), (columns_of, width)))
+    return sincos_2d(h, width, dim, *steps).reshape(h * width, dim)
   if options.posemb == "sincos":
-    side = options.max_grid or max(h, width)
-    table = sincos_2d(side, side, dim)
+    table = sincos_2d(rows_of, columns_of, dim)
+  elif options.posemb == "sincos_released":
+    table = released_sincos(rows_of, columns_of, dim)
   else:
     rows, cols = w[f"{name}.posembs"][:, 0]  # [d, g] each
     side = rows.shape[1]
-    table = np.zeros((side, side, dim))
-    for r, c in itertools.product(range(side), range(side)):
+    shape = (options.max_grid, options.max_grid_width) if options.max_grid_width else (side, side)
+    table = np.zeros((*shape, dim))
+    for r, c in itertools.product(*map(range, shape)):
       pair = rows[:, r], cols[:, c]
       table[r, c] = pair[0] * pair[1] if options.posemb == "learnable_prod" else pair[0] + pair[1]
   table = bilinear(table, h, width) if options.posemb_scaling == "interpolate" else table[:h, :width]

@@ -22,6 +22,7 @@ HALF = dict(
   posemb="sincos",
   posemb_scaling="absolute",
   max_grid=8,
+  max_grid_width=0,
   head_bias=True,
   readout_multiplier=1.0,
 )

@@ -34,7 +34,7 @@ def _token_files() -> dict[str, bytes]:
     found = {}
     for suffix in token_files.SUFFIXES:
       path = Path(folder) / f"t{suffix}"
-      token_files.write_tokens(path, _FACTS, list(zip(_NAMES, ids)))
+      token_files.write_tokens(path, _FACTS, list(zip(_NAMES, ids)), [(16, 8 + i) for i in range(len(ids))])
       found[suffix] = path.read_bytes()
   buffer = io.BytesIO()
   np.savez_compressed(buffer, names=np.array(_NAMES), token_ids=np.array(ids))
@@ -51,13 +51,18 @@ def token_file(rng: random.Random, folder: Path):
   path.write_bytes(mutate(data, rng))
   if suffix == ".part":
     with files.open_regular(path) as file:
-      results = image_files._Results(file, ["f", SIZE, TOKENS], [(str(folder / name), name) for name in _NAMES])
+      sized, ragged = rng.random() < 0.5, rng.random() < 0.5
+      results = image_files._Results(
+        file, ["f", SIZE, TOKENS], [(str(folder / name), name) for name in _NAMES], sized, ragged
+      )
       entries = list(results)
-      assert len(entries) == results.images and all(len(ids) == TOKENS for _, ids in entries)
-      token_files.write_tokens(folder / rng.choice(("t.json", "t.npz")), _FACTS, results)
+      assert len(entries) == results.images and all(len(ids) == TOKENS or ragged for _, ids in entries)
+      suffix = ".json" if ragged else rng.choice(token_files.SUFFIXES)
+      token_files.write_tokens(folder / f"t{suffix}", _FACTS, results, results.sizes if sized else None)
     return
-  names, ids = token_files.read_tokens(path, _FACTS, IDS)
+  names, ids, sizes = token_files.read_tokens(path, _FACTS, IDS)
   assert len(names) == len(ids) and all(0 < len(row) <= TOKENS and 0 <= min(row) <= max(row) < IDS for row in ids)
+  assert sizes is None or all(0 < side <= 4096 for size in sizes for side in size) and len(sizes) == len(ids)
   for i, name in enumerate(names[:9]):
     files.write_file(folder / f"{i:05d}_{token_files.file_stem(name)}.png", b"")
 

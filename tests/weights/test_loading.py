@@ -29,6 +29,10 @@ OPTIONS = {
   "default": {},
   "learnable sum, interpolated": dict(encoder=dict(posemb="learnable_sum", posemb_scaling="interpolate", max_grid=7)),
   "learnable product": dict(decoder=dict(posemb="learnable_prod"), encoder=dict(posemb="learnable_prod")),
+  "rectangular table": dict(
+    encoder=dict(posemb="sincos_released", max_grid=9, max_grid_width=5),
+    decoder=dict(posemb="sincos_released", max_grid=4, max_grid_width=6, posemb_scaling="interpolate"),
+  ),
   "larger sincos table": dict(encoder=dict(max_grid=9), decoder=dict(max_grid=6)),
   "plain MLP with biases": dict(decoder=dict(gated_mlp=False, mlp_bias=True, mlp_ratio=3.0, activation="gelu")),
   "gelu by tanh": dict(encoder=dict(gated_mlp=True, mlp_bias=True, activation="gelu_tanh")),

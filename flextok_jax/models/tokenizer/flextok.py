@@ -48,10 +48,15 @@ class FlexTok(nn.Module):
     """Image pixels per latent pixel, along each side."""
     return 1 if self.vae is None else self.vae.downscale
 
-  def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-    """Returns (height, width, channels) of the latents of a square image."""
-    side = image_size // self.downscale
-    return side, side, 3 if self.vae is None else self.vae.latent_channels
+  @property
+  def patch_multiple(self) -> int:
+    """Pixels whose multiples are sides of images that both encoder and decoder can cut into patches."""
+    return self.downscale * math.lcm(*(part.patch_size for part in (self.encoder, self.decoder) if part is not None))
+
+  def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+    """Returns (height, width, channels) of the latents of an image of height x width pixels."""
+    channels = 3 if self.vae is None else self.vae.latent_channels
+    return height // self.downscale, width // self.downscale, channels
 
   def encode_latents(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """images uint8 or float [b, H, W, 3] -> latents [b, h, w, c]: the mode of the posterior, or with a key a sample."""

@@ -212,7 +212,7 @@ class TokenizerBenchmark:
 
   def _noise(self) -> jax.Array:
     """[b, h, w, c] of latents."""
-    shape = self._stage(ONLY).model.latent_shape(self.config.image_size)
+    shape = self._stage(ONLY).model.latent_shape(*[self.config.image_size] * 2)
     return jax.random.normal(self._key(3), (self.batch_size, *shape))
 
   def _tokenize(self, num_tokens: int):

@@ -19,9 +19,10 @@ def _read_common(half: Mapping[str, Module], mask_mode: str, mup_base_width: int
   check_norm(transformer)
   check_norm(head)
   half["packer"].check(half["packer"]["mask_mode"] == mask_mode, "mask_mode", repr(mask_mode))
-  square = len(size) == 2 and size[0] == size[1] <= MAX_GRID
-  positions.check(square, "max_sizes", f"two equal whole numbers in [1, {MAX_GRID}]")
   sincos = positions["posemb_type"] == "sincos"
+  positions.check(len(size) == 2 and max(size) <= MAX_GRID, "max_sizes", f"two whole numbers in [1, {MAX_GRID}]")
+  square = size[0] == size[1]
+  positions.check(square or sincos, "max_sizes", "two equal numbers for learned positions")
   transformer.check(width % 4 == 0 or not sincos, "dim", "a multiple of 4 for sin-cos positions")
   hidden = int(transformer["mlp_ratio"] * width)
   hidden = int(2 * hidden / 3) if transformer["gated_mlp"] else hidden
@@ -45,9 +46,10 @@ def _read_common(half: Mapping[str, Module], mask_mode: str, mup_base_width: int
     qkv_bias=transformer["qkv_bias"],
     out_bias=transformer["proj_bias"],
     mlp_bias=transformer["mlp_bias"],
-    posemb=positions["posemb_type"],
+    posemb=positions["posemb_type"] if square else "sincos_released",
     posemb_scaling=positions["posemb_scaling"],
     max_grid=size[0],
+    max_grid_width=0 if square else size[1],
     head_bias=head["proj_bias"],
     readout_multiplier=multiplier,
   )

@@ -49,7 +49,7 @@ def from_official(official: Mapping[str, Any], mup_base_width: int | None = None
   Returns:
     settings: nested dict of the fields of flextok_jax/config that describe a model, and vae.hub_id (text or None).
       The VAE's sizes are not in the file; image_size is 0 (it depends on the VAE's downscaling), and so is the number
-      of tokens on a grid; vae.scaling_factor is None if the file leaves it to the VAE; max_grid is a side in patches.
+      of tokens on a grid; vae.scaling_factor is None if the file leaves it to the VAE; max_grid is in patches.
     roles: our module -> full name of the official one, as in DEFAULT_ROLES.
 
   Raises:

@@ -113,17 +113,16 @@ def fixed_tables(
   """Returns the sin-cos tables, which official files store and we compute.
 
   Returns:
-    {official name: (dtype, shape [1, d, g, g], function that computes it)}.
+    {official name: (dtype, shape [1, d, rows, columns], function that computes it)}.
   """
 
-  def compute(size: int, width: int) -> np.ndarray:
-    table = posemb.grid_table(posemb.sincos_axes(size, width), size, size)
-    return np.asarray(table, np.float32).transpose(2, 0, 1)[None]
+  def compute(shape: tuple[int, int], width: int) -> np.ndarray:
+    return posemb.released_table(shape, width).astype(np.float32).transpose(2, 0, 1)[None]
 
   tables: dict[str, tuple[np.dtype, Shape, Callable[[], np.ndarray]]] = {}
   for half, part in (("encoder", model.encoder), ("decoder", model.decoder)):
-    if part is not None and part.posemb == "sincos":
-      size, width = part.max_grid, part.width
-      make = functools.partial(compute, size, width)
-      tables[f"{roles[f'{half}/positions']}.posembs"] = np.dtype(np.float32), (1, width, size, size), make
+    if part is not None and part.posemb.startswith("sincos"):
+      shape, width = part.table_shape, part.width
+      make = functools.partial(compute, shape, width)
+      tables[f"{roles[f'{half}/positions']}.posembs"] = np.dtype(np.float32), (1, width, *shape), make
   return tables

@@ -191,6 +191,12 @@ def _shared(
   if not grid:
     downscale = 2 ** (len(_field(config, "vae.block_out_channels")) - 1)
     grid = _field(config, "image_size") // downscale // get("patch_size")
+  columns = get("max_grid_width") or grid
+  if columns != grid and get("posemb") == "sincos":
+    raise ValueError(
+      f"{half}.max_grid_width must be {grid}, {half}.max_grid: the official format has another table of {grid} x "
+      f"{columns} positions ('sincos_released')"
+    )
   return (
     _module(
       "PatchEmbedder",
@@ -207,8 +213,8 @@ def _shared(
       read_key=f"{prefix}_patches",
       write_key=f"{prefix}_patches",
       dim=get("width"),
-      max_sizes=[grid, grid],
-      posemb_type=get("posemb"),
+      max_sizes=[grid, columns],
+      posemb_type="sincos" if get("posemb") == "sincos_released" else get("posemb"),
       posemb_scaling=get("posemb_scaling"),
     ),
     _module(

@@ -258,7 +258,7 @@ def test_sizes(settings, latent_shape):
   stage = make_stage(config_of(settings | dict(tokens=tokens)))
   n, size = tokens["num_registers"], settings.get("image_size", 16)
   levels = tokens.get("levels", (8, 8, 8, 5, 5, 5))
-  assert stage.model.latent_shape(size) == latent_shape
+  assert stage.model.latent_shape(size, size) == latent_shape
 
   @jax.jit
   def everything(params, images, keep_k, keys):

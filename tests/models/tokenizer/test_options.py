@@ -46,6 +46,11 @@ BOTH = {  # options of encoder and decoder, as config fields
   "interpolated_sincos": dict(posemb_scaling="interpolate", max_grid=4),
   "interpolated_sum": dict(posemb="learnable_sum", posemb_scaling="interpolate", max_grid=7),
   "interpolated_prod": dict(posemb="learnable_prod", posemb_scaling="interpolate", max_grid=2),
+  "scaled": dict(posemb_scaling="scaled", max_grid=7),
+  "scaled_rectangle": dict(posemb_scaling="scaled", max_grid=3, max_grid_width=9),
+  "interpolated_rectangle": dict(posemb="learnable_prod", posemb_scaling="interpolate", max_grid=7, max_grid_width=3),
+  "released_rectangle": dict(posemb="sincos_released", max_grid=5, max_grid_width=8),
+  "interpolated_released": dict(posemb="sincos_released", posemb_scaling="interpolate", max_grid=4, max_grid_width=7),
   "no_head_bias": dict(head_bias=False),
   "readout": dict(readout_multiplier=0.3),
 }
@@ -114,7 +119,16 @@ def official(params):
 
 def options(fields):
   """Options of a config section that the numpy reference takes."""
-  names = ("activation", "qk_norm", "posemb", "posemb_scaling", "max_grid", "readout_multiplier", "max_timestep")
+  names = (
+    "activation",
+    "qk_norm",
+    "posemb",
+    "posemb_scaling",
+    "max_grid",
+    "max_grid_width",
+    "readout_multiplier",
+    "max_timestep",
+  )
   told = {name: fields[name] for name in names if name in fields}
   return reference.Options(**told, single_null=fields.get("null_condition") == "single")
 
@@ -175,7 +189,7 @@ def test_every_option_changes_the_outputs(name):
 
 @pytest.mark.parametrize("product", [False, True])
 def test_interpolating_to_the_same_grid_changes_nothing(product):
-  axes = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.float32)
+  axes = tuple(np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32))
   table = posemb.grid_table(axes, 5, 5, product=product)
   assert table.dtype == jnp.float32
   np.testing.assert_array_equal(posemb.grid_table(axes, 5, 5, scaling="interpolate", product=product), table)
@@ -183,6 +197,30 @@ def test_interpolating_to_the_same_grid_changes_nothing(product):
   np.testing.assert_array_equal(resized[::2], table[:, :1])
   halves = (np.float64(table[1:, :1]) + table[:-1, :1]) / 2
   np.testing.assert_allclose(resized[1::2], halves, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["scaled", "interpolated_sum"])
+def test_a_wide_image(name):
+  """2:1, more patches per row than the table has."""
+  (encoder, decoder), (model, params) = VARIANTS[name], built(name)
+  latents = np.random.default_rng(1).normal(size=(1, 16, 32, 3)).astype(np.float32)
+  apply = functools.partial(model.apply, {"params": params})
+  z = apply(latents, method="encode_registers")
+  gap(z, reference.encode(official(params), latents, PART["head_dim"], options(encoder)), GAP)
+  args = latents, np.float32([0.02]), Inputs().codes[:1], np.array([4]), np.array([False])
+  v = apply(*args, method="velocity")
+  gap(v, reference.velocity(official(params), *args, PART["head_dim"], options(decoder)), GAP)
+
+
+def test_scaling_to_the_size_of_the_table_changes_nothing():
+  for shape in ((5, 5), (3, 7)):
+    table = posemb.grid_table(posemb.sincos_axes(*shape, 16), *shape)
+    np.testing.assert_array_equal(posemb.grid_table(posemb.scaled_axes(shape, *shape, 16), *shape), table)
+    wider = posemb.grid_table(posemb.scaled_axes(shape, 1, 9, 16), 1, 9)
+    np.testing.assert_array_equal(wider[0, [0, 8]], table[0, [0, -1]])
+    np.testing.assert_allclose(np.linalg.norm(wider, axis=-1), np.sqrt(8), rtol=1e-6)
+  square = posemb.grid_table(posemb.sincos_axes(5, 5, 16), 5, 5)
+  np.testing.assert_array_equal(posemb.fit_table(posemb.released_table((5, 5), 16), 5, 5), square)
 
 
 def test_the_grid_of_image_size_is_the_largest():
@@ -277,6 +315,11 @@ def test_default_options_build_the_released_model():
     (dict(encoder=dict(readout_multiplier=float("inf"))), "readout_multiplier must be a finite .*, got inf"),
     (dict(decoder=dict(max_grid=-1)), "decoder.max_grid must be .*, got -1"),
     (dict(encoder=dict(max_grid=4)), "encoder.max_grid 4 is less than the 5 patches per side of image_size 20"),
+    (dict(encoder=dict(max_grid=9, max_grid_width=4)), "encoder.max_grid_width 4 is less than the 5 patches per side"),
+    (
+      dict(decoder=dict(posemb="learnable_sum", posemb_scaling="scaled")),
+      "decoder.posemb_scaling 'scaled' computes positions, and decoder.posemb 'learnable_sum' has a table",
+    ),
     (dict(encoder=dict(width=66, head_dim=33)), "encoder.width 66 is not a multiple of 4, .* 'sincos'"),
     (dict(flow=dict(mode_scale=1.76)), "flow.mode_scale must be .*, got 1.76"),
     (dict(flow=dict(mode_scale=-1.01)), "flow.mode_scale must be .*, got -1.01"),

@@ -140,6 +140,8 @@ class TestOptions:
           ("head_bias", False),
         )
       ),
+      dict(encoder__posemb="sincos_released", encoder__max_grid_width=4),
+      dict(decoder__posemb="sincos_released", decoder__max_grid_width=32, decoder__posemb_scaling="interpolate"),
       dict(decoder__modulation="shared"),
       dict(decoder__head_modulation=False),
       dict(decoder__head_modulation_bias=False),
