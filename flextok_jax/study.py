@@ -5,6 +5,7 @@ python -m flextok_jax.study --checkpoint=TOKENIZER --out=DIR --study=steps [--st
 python -m flextok_jax.study --checkpoint=STUDENT --teacher=TOKENIZER --out=DIR --study=steps [--step_counts=1,2,4]
 python -m flextok_jax.study --checkpoint=TOKENIZER --grid=GRID --out=DIR --study=order
     [--generator=GENERATOR --grid_generator=GENERATOR]
+python -m flextok_jax.study --checkpoint=TOKENIZER --out=DIR --study=probe [--train_images=2000] [--weights=DIR]
 python -m flextok_jax.study --checkpoint=TOKENIZER --generator=GENERATOR --out=DIR [--study=sampling]
     [--classes=0,3,7 | --prompts_file=FILE] [--temperatures=0.5,1] [--top_ps=0,0.9] [--decoder_scales=1,4]
 
@@ -13,9 +14,11 @@ python -m flextok_jax.study --checkpoint=TOKENIZER --generator=GENERATOR --out=D
   halting    quality at the lengths that quality thresholds choose, and lengths against the number of objects
   steps      decoders with fewer steps, and a student beside its teacher: fidelity, variation, seconds
   order      ordered tokens beside those of a 2D grid: reconstructions from the first tokens, loss by position, samples
+  probe      classes of images by linear probes of the encoder's features, from the first tokens
   sampling   samples by the generator's choices of tokens against the decoder's guidance and steps
 
-Writes STUDY.json, STUDY.png and STUDY_grid.png for each study, and report.md and report.html of all studies in DIR.
+Writes STUDY.json, STUDY.png and, except for probe, STUDY_grid.png for each study, and report.md and report.html of all
+studies in DIR.
 An interrupted study resumes when it is run again: results in DIR/parts of the same models and settings are reused.
 """
 
@@ -36,7 +39,7 @@ from flextok_jax.evals.metrics import reference
 from flextok_jax.evals.progress import Progress
 from flextok_jax.evals.reconstruction import RFID
 from flextok_jax.evals.report import Report, write_document
-from flextok_jax.evals.studies import halting, order, sampling, steps, tokens, variation
+from flextok_jax.evals.studies import halting, order, probe, sampling, steps, tokens, variation
 from flextok_jax.evals.studies.subject import Subject
 from flextok_jax.inference import adaptive, decoding, prompts
 from flextok_jax.inference.generator import load_ar
@@ -63,6 +66,7 @@ _ONLY = {  # flags of some studies
   ("order",): ("grid", "grid_generator"),
   ("order", "sampling"): ("generator", "setting"),
   ("halting",): ("quality_metric", "qualities"),
+  ("probe",): ("train_images",),
   ("sampling",): (
     "classes",
     "prompts_file",
@@ -84,7 +88,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   texts(
     "study",
     ["all"],
-    f"From {', '.join(STUDIES)}; or 'all', without sampling if there is no --generator, steps if there is no "
+    f"From {', '.join(STUDIES)}; or 'all', without probe, sampling if there is no --generator, steps if there is no "
     "--teacher, and order if there is no --grid.",
   )
   string("checkpoint", None, "A tokenizer: file, folder or hub repository.")
@@ -110,6 +114,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   texts("qualities", [], "Study halting: thresholds; default: the mean at each number of tokens.")
   string("grid", None, "Study order: a tokenizer whose tokens are on a grid.")
   string("grid_generator", None, "Study order: a generator of its tokens; --generator: one of the other tokens.")
+  integer("train_images", 2000, "Study probe: training images per set; --num_images are for validation.", 2)
   string("generator", None, "Study sampling, as the following flags: a generator, file, folder or hub repository.")
   cli.define_setting_flag(values)
   texts("classes", [], "Numbers or names of classes; default: all.")
@@ -228,6 +233,11 @@ def _study_order(values: flags.FlagValues, subject: Subject, progress: Progress)
   return functools.partial(order.study, progress, {"ordered": subject, "grid": grid}, generators, settings)
 
 
+def _study_probe(values: flags.FlagValues, subject: Subject, progress: Progress) -> Callable[[], Report]:
+  others = networks.features(values.weights)
+  return functools.partial(probe.study, progress, subject, values.train_images, others)
+
+
 def _study_halting(values: flags.FlagValues, subject: Subject, progress: Progress) -> Callable[[], Report]:
   metric = values.quality_metric or next(iter(subject.metrics))
   return functools.partial(halting.study, progress, subject, metric, cli.numbers("qualities", values.qualities, float))
@@ -274,6 +284,7 @@ STUDIES = {
   "halting": _study_halting,
   "steps": _study_steps,
   "order": _study_order,
+  "probe": _study_probe,
   "sampling": _study_sampling,
 }
 
@@ -322,6 +333,8 @@ def _check_flags(values: flags.FlagValues) -> list[str]:
     if "order" in values.study:
       raise ValueError("--study=order needs --grid, a tokenizer whose tokens are on a grid")
     chosen.remove("order")
+  if "probe" in chosen and "probe" not in values.study:
+    chosen.remove("probe")
   for studies, names in _ONLY.items():
     for name in names:
       if not set(studies) & set(chosen) and values[name].present:

@@ -25,7 +25,7 @@ from flextok_jax.core.errors import warn_once
 from flextok_jax.data import transforms
 from flextok_jax.data.sources import base, registry
 
-EVAL_SHUFFLE_SEED = 0  # of the order of the validation split
+EVAL_SHUFFLE_SEED = 0  # of the order of EvalImages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +269,7 @@ def ignore_interrupts(worker: int, num_workers: int):
 
 
 class EvalImages:
-  """The first num_images images of a source's validation split in a fixed shuffled order; fewer if it is smaller.
+  """The first num_images images of a split of a source in a fixed shuffled order; fewer if it is smaller.
 
   Slicing reads the images, uint8 [n, h, w, 3], with data.loading's threads. The next readable image takes the place of
   an unreadable one. Where images are not cropped, by_size divides them.
@@ -279,6 +279,7 @@ class EvalImages:
     kind: of the source.
     image_size: in pixels.
     num_images: images at most.
+    split: "train" or "validation".
     resize: see transforms.to_size, as for `multiple`.
 
   Attributes:
@@ -289,11 +290,19 @@ class EvalImages:
   """
 
   def __init__(
-    self, data: ImageData, kind: str, *, image_size: int, num_images: int, resize: str = "crop", multiple: int = 1
+    self,
+    data: ImageData,
+    kind: str,
+    *,
+    image_size: int,
+    num_images: int,
+    split: str = "validation",
+    resize: str = "crop",
+    multiple: int = 1,
   ):
     if num_images < 1:
       raise ValueError(f"an evaluation set needs at least one image, got num_images={num_images}")
-    self._source = data.open_source(kind, "validation")
+    self._source = data.open_source(kind, split)
     self._kind, self._max_unreadable = kind, data.max_unreadable
     self._unreadable: set[int] = set()  # their positions in the source
     self._order: Any = grain.MapDataset.range(len(self._source)).shuffle(seed=EVAL_SHUFFLE_SEED)

@@ -93,23 +93,26 @@ def make_study_report(
   about: str,
   tables: Sequence[Table],
   figure: Callable[[], bytes],
-  grid: Callable[[], Image.Image],
+  grid: Callable[[], Image.Image] | None = None,
 ) -> Report:
   """Returns the report of a study, which write_document can join with others.
 
   Args:
     name: of the study and its files.
     title, about: heading, and a paragraph that explains what is shown.
-    figure, grid: draw NAME.png and NAME_grid.png.
+    figure, grid: draw NAME.png and NAME_grid.png, if there is one.
   """
+  pictures: dict[str, Callable[[], bytes | Image.Image]] = {f"{name}.png": figure}
+  if grid is not None:
 
-  def reduced():
-    picture = grid().copy()
-    picture.thumbnail((_MAX_WIDTH, picture.height))
-    return picture
+    def reduced():
+      picture = grid().copy()
+      picture.thumbnail((_MAX_WIDTH, picture.height))
+      return picture
 
+    pictures[f"{name}_grid.png"] = reduced
   scores = {"title": title, "about": about, "tables": [dataclasses.asdict(table) for table in tables]}
-  return Report(scores, tables, {f"{name}.png": figure, f"{name}_grid.png": reduced})
+  return Report(scores, tables, pictures)
 
 
 def write_document(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -126,7 +129,7 @@ def write_document(folder: Path, names: Sequence[str]) -> list[Path]:
     if not (folder / f"{name}.json").is_file():
       continue
     study = json.loads((folder / f"{name}.json").read_bytes())
-    pictures = [f"{name}.png", f"{name}_grid.png"]
+    pictures = [picture for picture in (f"{name}.png", f"{name}_grid.png") if (folder / picture).is_file()]
     markdown += [f"## {study['title']}", study["about"], *(f"![]({picture})" for picture in pictures)]
     page += [f"<h2>{html.escape(study['title'])}</h2>", f"<p>{html.escape(study['about'])}</p>"]
     for picture in pictures:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import os
@@ -16,8 +16,10 @@ import numpy as np
 from PIL import Image
 
 from flextok_jax.config import TOKENIZER_STAGES, with_fields
+from flextok_jax.core.errors import quote
 from flextok_jax.inference import adaptive, sharing, validation
 from flextok_jax.inference.validation import Array, Images, Scale, TokenIds
+from flextok_jax.models import transformer
 from flextok_jax.models.tokenizer import flextok
 from flextok_jax.models.tokenizer.flextok import Sampler
 from flextok_jax.ops import distances, fsq, nested
@@ -28,6 +30,7 @@ from flextok_jax.weights import fingerprints, loading, saving
 
 KeepK = int | Sequence[int] | Array
 CHUNK_STEPS = 50  # of the sampler in one program
+FEATURES = ("registers", "patches", "codes")
 
 
 def load(
@@ -284,6 +287,57 @@ class FlexTok(sharing.SharedModel):
     rows = np.asarray(ids), np.asarray(keep_k), np.arange(len(ids))
     return batching.apply_in_batches(decode, rows, validation.batch_size(batch_size), "images decoded", progress)
 
+  def features(
+    self,
+    images: Images,
+    what: str = "registers",
+    layer: int | None = None,
+    num_tokens: int | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = False,
+  ) -> jax.Array:
+    """Encodes images as features for other models: vectors after a block of the encoder, or the codes of the tokens.
+
+    Only the blocks up to `layer` are computed. Tokens depend on the patches after the last block but one and not on
+    those after the last, unless the tokens are a grid.
+
+    Args:
+      images: as for tokenize, whose latents are the mode of the VAE's posterior.
+      what: "registers", the vectors from which the head makes tokens; "patches", those of the latents, row by row; or
+        "codes", what the token ids stand for: the values of each channel of FSQ, rounded to its levels in [-1, 1].
+      layer: number of the block of the encoder, from 1; default: the last, before the head and its LayerNorm.
+      num_tokens: how many of the first registers or codes; default: all. Fewer take less time.
+      batch_size: read and encode this many at a time; default: all at once. The features are the same.
+      progress: show a progress bar; None: a bar on a terminal, and lines elsewhere.
+
+    Returns:
+      float32: registers [b, num_tokens, width], patches [b, h * w, width] of an h x w grid of patches, or codes
+      [b, num_tokens, levels], levels being the number of channels of FSQ.
+
+    Raises:
+      ValueError: an argument out of range or without effect, registers of a tokenizer whose tokens are a grid, or a VAE
+        alone.
+    """
+    c = self._tokenizer_config()
+    if not isinstance(what, str) or what not in FEATURES:
+      raise ValueError(f"what={quote(what)} must be one of {', '.join(FEATURES)}")
+    if what == "registers" and c.tokens.layout == "grid":
+      raise ValueError("the tokens of this model are a grid, without registers: use what='patches' or what='codes'")
+    if what == "codes" and layer is not None:
+      raise ValueError(f"layer={quote(layer)} has no effect on codes, which follow the last block: leave it out")
+    if what == "patches" and num_tokens is not None:
+      raise ValueError(f"num_tokens={quote(num_tokens)} has no effect on patches: leave it out")
+    layer = validation.whole_number("layer", c.encoder.depth if layer is None else layer, 1, c.encoder.depth)
+    count = validation.token_count(num_tokens, self.num_registers)
+
+    def encode(images: Array) -> jax.Array:
+      self._check_grid("images", images.shape, self.image_size)
+      return encode_features(self, images, what, layer, count)
+
+    if batch_size is None and validation.progress(progress) is False:
+      return encode(self._images(images))
+    return self._in_batches(images, lambda images, rows: encode(images), batch_size, progress)
+
   def encode_latents(self, images: Images, key: jax.Array | None = None) -> jax.Array:
     """Encodes images (those of a list are cropped) to scaled latents float32 [b, h, w, c]; with a key samples them."""
     return _encode_latents(self, self._images(images), _posterior_key(key))
@@ -341,20 +395,13 @@ class FlexTok(sharing.SharedModel):
     resize: str,
   ) -> Any:
     """Returns tokenize(images, key=key, noise=noise, **given), computed in batches of one size."""
-    count = len(images) if isinstance(images, Sequence | np.ndarray | jax.Array) else 0
-    if not count or isinstance(images, str):
-      return self.tokenize(images, **given)  # raises the error
 
-    def encode(rows: np.ndarray) -> Any:
-      kept = np.unique(rows)  # without the padding, which need not be read again
-      part = self._images([images[i] for i in kept] if isinstance(images, Sequence) else images[kept], resize)
-      part = np.pad(part, ((0, len(rows) - len(kept)), *((0, 0),) * 3), mode="edge")
+    def encode(part: Array, rows: np.ndarray) -> Any:
       own_key = None if key is None else jax.random.fold_in(validation.one_key(key), int(rows[0]) // len(rows))
       found: Any = self.tokenize(part, key=own_key, noise=None if noise is None else noise[rows], **given)
       return found if given["quality"] is None else adaptive.pad_sequences(found, self.num_registers)
 
-    rows, batch_size = np.arange(count), validation.batch_size(batch_size)
-    found = batching.apply_in_batches(encode, rows, batch_size, "images encoded", progress)
+    found = self._in_batches(images, encode, batch_size, progress, resize)
     return found if given["quality"] is None else [np.asarray(ids)[:n] for ids, n in zip(*found)]
 
   def rows_by_size(
@@ -378,6 +425,27 @@ class FlexTok(sharing.SharedModel):
       found |= zip(rows, self.tokenize([images[row] for row in rows], key=own_key, **given))
     ids = [found[i] for i in range(len(images))]
     return ids if given["quality"] is not None else jnp.stack(ids)
+
+  def _in_batches(
+    self,
+    images: Images,
+    encode: Callable[[Array, np.ndarray], Any],
+    batch_size: int | None,
+    progress: bool | None,
+    resize: str = "crop",
+  ) -> Any:
+    """Returns encode(images [b, h, w, 3], their numbers [b]) of all images, which are read in batches of one size."""
+    count = len(images) if isinstance(images, Sequence | np.ndarray | jax.Array) else 0
+    if not count or isinstance(images, str):
+      return self._images(images)  # raises the error
+
+    def read(rows: np.ndarray) -> Any:
+      kept = np.unique(rows)  # without the padding, which need not be read again
+      part = self._images([images[i] for i in kept] if isinstance(images, Sequence) else images[kept], resize)
+      return encode(np.pad(part, ((0, len(rows) - len(kept)), *((0, 0),) * 3), mode="edge"), rows)
+
+    rows, batch_size = np.arange(count), validation.batch_size(batch_size)
+    return batching.apply_in_batches(read, rows, batch_size, "images encoded", progress)
 
   def _tokenizer_config(self) -> FrozenConfigDict:
     if self.config.stage not in TOKENIZER_STAGES:
@@ -504,6 +572,12 @@ def encode_ids(model: FlexTok, images: Array, num_tokens: int) -> jax.Array:
   return _tokenize(model, images, slots(model, num_tokens - 1), None)[:, :num_tokens]
 
 
+def encode_features(model: FlexTok, images: Array, what: str, layer: int, num_tokens: int) -> jax.Array:
+  """FlexTok.features without its checks: images [b, h, w, 3]."""
+  found = _features(model, images, what, layer, slots(model, num_tokens - 1))
+  return found if what == "patches" else found[:, :num_tokens]
+
+
 def decode_ids(model: FlexTok, ids: Array, keep_k: Array, noise: Array) -> jax.Array:
   """FlexTok.detokenize without its checks: ids int32 [b, slots(model, largest keep_k)], keep_k int32 [b]."""
   return _decode(model, ids, keep_k, noise, model._sampler())
@@ -551,6 +625,17 @@ def sample_noise(keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="num_tokens")
 def _tokenize(model: FlexTok, images: jax.Array, num_tokens: int, key: jax.Array | None) -> jax.Array:
   return _apply(model, "tokenize", images, num_tokens, key)
+
+
+@functools.partial(jax.jit, static_argnames=("what", "layer", "num_tokens"))
+def _features(model: FlexTok, images: jax.Array, what: str, layer: int, num_tokens: int) -> jax.Array:
+  network, encoder = _network(model.config), model.params["encoder"]
+  network = network.clone(encoder=network.encoder.clone(depth=layer))
+  encoder = {**encoder, "transformer": transformer.first_blocks(encoder["transformer"], layer)}
+  with _precision(model):
+    variables = {"params": {**model.params, "encoder": encoder}}
+    found: Any = network.apply(variables, images, what, num_tokens, method="features")
+  return found
 
 
 @jax.jit

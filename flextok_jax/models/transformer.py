@@ -1,6 +1,6 @@
 """The pre-norm transformer of the tokenizer's encoder and decoder: a scanned stack over one or more segments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import itertools
 from typing import Any
 
@@ -139,6 +139,15 @@ class Transformer(nn.Module):
     (x,) = block(self.choices, self.output, name="last")(segments, last, mask, key_bias)
     x = layout.constrain(x, "batch", None, None)
     return x, x if feature_block == self.depth else features
+
+
+def first_blocks(params: Mapping[str, Any], depth: int) -> dict[str, Any]:
+  """Returns the parameters of the first `depth` blocks of a Transformer, as those of one of that depth."""
+  if "blocks" not in params or depth > len(jax.tree.leaves(params["blocks"])[0]):
+    return dict(params)
+  stacked = params["blocks"]
+  cut = {"last": jax.tree.map(lambda x: x[depth - 1], stacked)}
+  return cut if depth == 1 else cut | {"blocks": jax.tree.map(lambda x: x[: depth - 1], stacked)}
 
 
 class AdaLN(nn.Module):

@@ -150,7 +150,10 @@ def test_samples_by_sampling_and_decoder_settings(models, args, tmp_path):
   "pattern, given",
   [
     ("--checkpoint is missing", ("--checkpoint=",)),
-    ("unknown study 'token': one of tokens, variation, halting, steps, order, sampling, or all", ("--study=token",)),
+    (
+      "unknown study 'token': one of tokens, variation, halting, steps, order, probe, sampling, or all",
+      ("--study=token",),
+    ),
     ("--study=sampling needs --generator", ("--study=sampling",)),
     ("--qualities is a flag of the study halting: name it in --study", ("--study=tokens", "--qualities=1")),
     ("--top_ks is a flag of the study sampling: name it in --study, and give --generator", ("--top_ks=1",)),

@@ -225,8 +225,8 @@ def patch_size_of(w, name, channels):
   return math.isqrt(w[f"{name}.weight"].shape[1] // channels)
 
 
-def encode(w, latents, head_dim=64, options=RELEASED):
-  """Latents [b, h, w, c] to the encoder's output [b, n, len(levels)], before FSQ."""
+def encoder_blocks(w, latents, head_dim=64, options=RELEASED, layers=None):
+  """Latents [b, h, w, c] to patches [b, n, d] and registers [b, r, d] after `layers` blocks of the encoder, or all."""
   b, h, width, c = latents.shape
   p = patch_size_of(w, ENC + "patch_emb.patch_proj", c)
   x = linear(w, ENC + "patch_emb.patch_proj", patchify(latents, p))
@@ -239,11 +239,17 @@ def encode(w, latents, head_dim=64, options=RELEASED):
   mask = np.zeros((length, length), bool)
   for i, j in itertools.product(range(length), range(length)):
     mask[i, j] = j < patches or j <= i
-  for i in range(num_modules(w, ENC + "transformer.blocks")):
+  for i in range(num_modules(w, ENC + "transformer.blocks") if layers is None else layers):
     block = f"{ENC}transformer.blocks.{i}"
     x = x + attention(w, f"{block}.attn", layer_norm(x), head_dim, mask, options.qk_norm)
     x = x + mlp(w, f"{block}.mlp", layer_norm(x), options.activation)
-  out = x if grid else x[:, patches:]
+  return x[:, :patches], x[:, patches:]
+
+
+def encode(w, latents, head_dim=64, options=RELEASED):
+  """Latents [b, h, w, c] to the encoder's output [b, n, len(levels)], before FSQ."""
+  patches, registers = encoder_blocks(w, latents, head_dim, options)
+  out = registers if registers.shape[1] else patches  # a token for each patch
   return linear(w, ENC + "to_latents.proj", options.readout_multiplier * layer_norm(out))
 
 

@@ -22,11 +22,22 @@ class Encoder(PatchTransformer, kw_only=True):
   code_dim: int
 
   @nn.compact
-  def __call__(self, latents: jax.Array, num_tokens: int | None = None) -> jax.Array:
-    """latents [b, h, w, c] -> [b, num_tokens, code_dim] float32, of the first num_tokens tokens; None: all."""
+  def __call__(self, latents: jax.Array, num_tokens: int | None = None, features: str | None = None) -> jax.Array:
+    """Encodes latents.
+
+    Args:
+      latents: [b, h, w, c].
+      num_tokens: how many of the first tokens; None: all.
+      features: "registers" or "patches" to return these as the last block leaves them; None: apply the head.
+
+    Returns:
+      Vectors of the tokens [b, num_tokens, code_dim] float32; with features [b, num_tokens or patches, width].
+    """
     num_tokens = self.num_registers if num_tokens is None else num_tokens
     patches = self.embed_patches(latents)
     batch, num_patches, _ = patches.shape
+    if features == "patches":  # which attend to each other alone
+      return self.run_blocks((patches,), 0)[0]
     if self.layout == "grid":
       x, _ = self.run_blocks((patches,), 0)
       x = x[:, :num_tokens]
@@ -39,5 +50,7 @@ class Encoder(PatchTransformer, kw_only=True):
       registers = jnp.broadcast_to(registers[:num_tokens].astype(self.dtype), (batch, num_tokens, self.width))
       mask = jnp.asarray(causal_last_mask(num_patches, num_tokens))
       x, _ = self.run_blocks((patches, registers), 1, mask=mask)
+    if features == "registers":
+      return x
     # In float32 for every dtype, as FSQ rounds it. The kernel starts at zero, in the linear part of the tanh of FSQ.
     return self.project(x, self.code_dim, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)

@@ -80,6 +80,22 @@ class FlexTok(nn.Module):
     """latents [b, h, w, c] -> codes [b, num_tokens, len(levels)] in [-1, 1], with straight-through gradients."""
     return fsq.quantize(self.encode_registers(latents, num_tokens), self.levels)
 
+  def features(self, images: jax.Array, what: str, num_tokens: int | None = None) -> jax.Array:
+    """Encodes images [b, H, W, 3] as features, float32.
+
+    Args:
+      images: [b, H, W, 3].
+      what: "registers" or "patches" (see Encoder), or "codes" (see encode).
+      num_tokens: how many of the first registers or codes; None: all.
+
+    Returns:
+      Registers [b, num_tokens, width], patches [b, h/p * w/p, width], or codes [b, num_tokens, len(levels)].
+    """
+    latents = self.encode_latents(images)
+    if what == "codes":
+      return self.encode(latents, num_tokens)
+    return self.encoder(latents, num_tokens, what).astype(jnp.float32)
+
   def velocity(self, *args: Any, **kwargs: Any) -> jax.Array:
     """Returns the velocity; arguments as for Decoder."""
     return self.decoder(*args, **kwargs)[0]

@@ -97,15 +97,24 @@ def dreamsim(folder: str | None) -> Partial:
 
 def similarity(folder: str | None) -> Partial:
   """Returns (images, images) -> [b], the cosine similarity of their DINOv2 class tokens."""
-  sizes, params = load_vit(find(folder, "dinov2", "dinov2"))
-  apply = vit.ViT(**sizes).apply
+  class_tokens, params = _dinov2(find(folder, "dinov2", "dinov2"))
 
   def cosine(variables, a, b):
-    x, y = (apply(variables, vit.preprocess(images))["cls"] for images in (a, b))
+    x, y = (class_tokens(variables, images) for images in (a, b))
     x, y = (x / jax.numpy.linalg.norm(x, axis=1, keepdims=True) for x in (x, y))
     return (x * y).sum(1)
 
   return _partial(cosine, params)
+
+
+def features(folder: str | None) -> dict[str, Partial]:
+  """Returns {name: images -> [b, d]} of the networks that a folder has: class tokens of "dinov2", vectors of "clip"."""
+  found = {}
+  if folder is not None and (path := path_in(folder, "dinov2")) is not None:
+    found["dinov2"] = _partial(*_dinov2(path))
+  if folder is not None and path_in(folder, "clip") is not None:
+    found["clip"] = clip(folder, "clip")[0]
+  return found
 
 
 def classifier(folder: str | None, metric: str) -> Partial:
@@ -149,6 +158,17 @@ def path_in(folder: str, name: str) -> str | None:
   """Returns the path of the file or folder with a name in a folder, whatever its ending, or None."""
   candidates = (Path(folder) / f"{name}{ending}" for ending in _ENDINGS)
   return next((os.fspath(path) for path in candidates if path.exists()), None)
+
+
+def _dinov2(path: str) -> tuple[Callable, dict]:
+  """Returns ((variables, images) -> class tokens [b, d], parameters) of a DINOv2."""
+  sizes, params = load_vit(path)
+  apply = vit.ViT(**sizes).apply
+
+  def class_tokens(variables, images):
+    return apply(variables, vit.preprocess(images))["cls"]
+
+  return class_tokens, params
 
 
 def _partial(fn: Callable, params: dict) -> Partial:
