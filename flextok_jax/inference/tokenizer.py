@@ -136,7 +136,8 @@ class FlexTok(sharing.SharedModel):
     """Returns (h, w, c) of the latents of an image of (height, width) pixels.
 
     Raises:
-      ValueError: the patches of the decoder do not divide the size, or tokens on a grid have another size.
+      ValueError: the patches of the decoder do not divide the size, its position table is too small, or tokens on a
+        grid have another size.
     """
     network = _network(self.config)
     multiple = network.downscale * (network.decoder.patch_size if network.decoder else 1)
@@ -455,9 +456,7 @@ class FlexTok(sharing.SharedModel):
   def _images(self, images: Images, resize: str = "crop") -> Array:
     network = _network(self.config)
     patch_size = network.encoder.patch_size if network.encoder else 1
-    return validation.images(
-      images, self.image_size, network.downscale * patch_size, resize, self.patch_multiple if resize == "fit" else 1
-    )
+    return validation.images(images, self.image_size, network.downscale * patch_size, resize, network.patch_multiple)
 
   def _ids(self, ids: TokenIds, keep_k: KeepK | None) -> tuple[Array, Array]:
     """Returns (ids int32 [b, slots], keep_k int32 [b])."""

@@ -33,6 +33,32 @@ def halves() -> np.ndarray:
   return array
 
 
+def test_fitted_sizes():
+  """Multiples, never above the area by more than rounding, and close to the aspect ratio."""
+  rng = np.random.default_rng(0)
+  for height, width in rng.integers(1, 5000, (200, 2)).tolist():
+    tall, wide = transforms.fit_size(height, width, 256**2, 16)
+    assert tall % 16 == wide % 16 == 0 and min(tall, wide) >= 16
+    assert (tall, wide) == transforms.fit_size(width, height, 256**2, 16)[::-1]
+    if 1 / 4 < height / width < 4:
+      assert 0.85 < tall * wide / 256**2 < 1.15 and 0.85 < tall / wide / (height / width) < 1.15
+  assert transforms.fit_size(7, 7, 256**2, 16) == (256, 256)
+  assert transforms.fit_size(1, 10**6, 256**2, 16) == (16, 4096)
+  assert transforms.fit_size(3, 4, 8**2, 16) == (16, 16)
+
+
+def test_pictures_at_other_sizes(tmp_path):
+  """The whole picture, upright; its size is known before its pixels are decoded."""
+  exif = Image.Exif()
+  exif[ExifTags.Base.Orientation] = 6  # turned by a quarter
+  Image.fromarray(halves()).resize((64, 32), Image.Resampling.NEAREST).save(tmp_path / "x.png", exif=exif)
+  for resize, size in (("crop", (16, 16)), ("fit", (24, 12)), ("none", (64, 32))):
+    image = transforms.load_image(str(tmp_path / "x.png"), 16, resize, 4)
+    assert image.shape == (*size, 3) and image.dtype == np.uint8
+    assert transforms.size_of(str(tmp_path / "x.png"), resize, 16, 4) == size
+    assert image[0, 0].tolist() == [200, 0, 0] and image[-1, 0].tolist() == [0, 0, 200]
+
+
 def test_grey():
   grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
   assert (rgb(stored(Image.fromarray(grey))) == grey[..., None]).all()
