@@ -262,11 +262,14 @@ def _tables(title: str, counts: Sequence[int], found: Mapping[str, Mapping[str, 
 
 
 def _lines(counts: Sequence[int], found: Mapping[str, Mapping[str, list[float]]]) -> dict[str, charts.Line]:
-  """Returns a line for each of the features; those that do not depend on the number of tokens are level."""
+  """Returns a line for the features of tokens, and level ones for the others, of which the control is left out."""
   lines = {}
   names = [name for name in found if not name.endswith(_RANDOM)]
   for name, rows in found.items():
     color, dashed = names.index(name.removesuffix(_RANDOM)), name.endswith(_RANDOM)
-    known = [count for count in counts if "all" in rows or str(count) in rows]
-    lines[name] = charts.Line(known, [rows.get(str(count), rows.get("all", [])) for count in known], color, dashed)
+    if "all" not in rows:
+      known = [count for count in counts if str(count) in rows]
+      lines[name] = charts.Line(known, [rows[str(count)] for count in known], color, dashed)
+    elif not dashed:
+      lines[name] = charts.Line(counts, [rows["all"][0]] * len(counts), color)
   return lines
