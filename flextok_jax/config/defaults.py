@@ -257,6 +257,8 @@ def get_config() -> ConfigDict:
   c.optim.clip_norm = 1.0  # global L2 norm of the gradient
   c.optim.accumulate_steps = 1  # split the global batch into this many equal parts and average their gradients
   c.optim.ema_decay = 0.9999  # per step; evaluation and release use the average
+  # Factors on the learning rate of these parts, weight decay included.
+  c.optim.rates = ConfigDict(dict(encoder=1.0, decoder=1.0))
   # Adam of the discriminator; warm-up and end of its schedule are those above, in proportion.
   c.optim.discriminator = ConfigDict()
   c.optim.discriminator.learning_rate = 1e-4  # peak [ours: that of configs/vae.py; LDM has one for both networks]
@@ -267,6 +269,9 @@ def get_config() -> ConfigDict:
 
   c.train = ConfigDict()
   c.train.num_steps = 400_000
+  # Top-level parts of the model to train: of stage "tokenizer" ("encoder", "decoder"); (): all that the stage trains.
+  # The others stay as in init_from, without gradients and optimizer state.
+  c.train.parts = ()
   c.train.log_every = 100  # steps
   c.train.checkpoint_every = 5_000  # steps
   c.train.keep_checkpoints = 3  # newest checkpoints to keep, and of the older ones that of the lowest loss

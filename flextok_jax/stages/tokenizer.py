@@ -162,6 +162,8 @@ def ungroup(x: jax.Array) -> jax.Array:
 class TokenizerStage(Stage):
   """Trains {"encoder", "decoder"} on latents of a frozen {"vae"}, or on pixels without a VAE."""
 
+  parts: tuple[str, ...] = ("encoder", "decoder")
+
   def __init__(self, config: ConfigDict):
     self.model = make_model(config)
     nested.check_mode(config.tokens.nested_dropout, config.tokens.num_registers)
@@ -176,7 +178,7 @@ class TokenizerStage(Stage):
     self.repa, self.repa_grid = repa.section(config), repa.decoder_grid(config)
     self.sampler = Sampler(**config.sampler)
 
-  def init(self, key: jax.Array) -> tuple[Params, Params]:
+  def init_model(self, key: jax.Array) -> tuple[Params, Params]:
     images = jnp.zeros((1, self.image_size, self.image_size, 3))
     params = dict(self.model.init(key, images)["params"])
     frozen = {k: params.pop(k) for k in ("vae",) if k in params}
