@@ -267,6 +267,13 @@ def get_config() -> ConfigDict:
   c.optim.discriminator.eps = 1e-8
   c.optim.discriminator.clip_norm = 1.0  # [ours: LDM does not clip]
 
+  # LoRA (Hu et al. 2021): trains low-rank additions to the matrices of attention and MLP in place of a part.
+  c.lora = ConfigDict()
+  c.lora.rank = 0  # 0: off
+  c.lora.alpha = 16.0  # the additions are multiplied by alpha / rank
+  # Parts that have them, of those in train.parts, whose others are trained in full; (): all that have attention.
+  c.lora.parts = ()
+
   c.train = ConfigDict()
   c.train.num_steps = 400_000
   # Top-level parts of the model to train: of stage "tokenizer" ("encoder", "decoder"); (): all that the stage trains.

@@ -113,6 +113,7 @@ class ARStage(Stage):
     self.parts = ("ar",)
     if config.ar.condition == "text":
       self.parts += ("text_mlp",) if self.model.text is None else ("text_mlp", "text")
+    self.block_parts = tuple(name for name in self.parts if name != "text_mlp")
 
   def init_model(self, key: jax.Array) -> tuple[Params, Params]:
     c = self.config

@@ -62,6 +62,7 @@ class DistillStage(TokenizerStage):
   """
 
   parts = ("decoder",)
+  block_parts = ()  # a student has new parameters outside of its blocks
 
   def __init__(self, config: ConfigDict):
     # Every row has a condition: there is no unconditional pass to train.

@@ -163,6 +163,7 @@ class TokenizerStage(Stage):
   """Trains {"encoder", "decoder"} on latents of a frozen {"vae"}, or on pixels without a VAE."""
 
   parts: tuple[str, ...] = ("encoder", "decoder")
+  block_parts = parts
 
   def __init__(self, config: ConfigDict):
     self.model = make_model(config)

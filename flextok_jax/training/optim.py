@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 import optax
 from optax import contrib
 
+from flextok_jax.stages import lora
 from flextok_jax.training import mup
 
 OPTIMIZERS = ("adamw", "muon")
@@ -94,13 +95,13 @@ def _make_for_discriminator(optim: ConfigDict, num_steps: int) -> optax.Gradient
 
 
 def scale_parts(rates: Mapping[str, float]) -> optax.GradientTransformation:
-  """Multiplies the updates of top-level parts by their rates; parts without a rate keep theirs."""
+  """Multiplies the updates of top-level parts, or of their LoRA, by their rates; parts without a rate keep theirs."""
 
-  def scale(updates, params):
-    del params
-    return {part: optax.tree.scale(rates.get(part, 1.0), tree) for part, tree in updates.items()}
+  def scale(updates):
+    of = lambda part, tree: scale(tree) if part == lora.PART else optax.tree.scale(rates.get(part, 1.0), tree)
+    return {part: of(part, tree) for part, tree in updates.items()}
 
-  return optax.stateless(scale)
+  return optax.stateless(lambda updates, params: scale(updates))
 
 
 def _make_main(optim: ConfigDict, num_steps: int) -> optax.GradientTransformation:

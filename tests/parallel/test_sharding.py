@@ -233,10 +233,10 @@ def ar_config():
   return c
 
 
-def decoder_config():
-  """Trains the decoder alone."""
+def finetuning_config():
+  """Trains the encoder, and LoRA of the frozen decoder."""
   c = tokenizer_config()
-  c.update(train=dict(parts=("decoder",)))
+  c.update(lora=dict(rank=4, parts=("decoder",)))
   return c
 
 
@@ -280,7 +280,7 @@ def run_on(config, mesh, batches):
 def alone():
   """Of each config what one device computes."""
   out = {}
-  for make in (tokenizer_config, decoder_config, ar_config):
+  for make in (tokenizer_config, finetuning_config, ar_config):
     config = make()
     batches = batches_of(config)
     out[make] = config, batches, run_on(config, mesh_of(devices=jax.devices()[:1]), batches)
@@ -288,7 +288,7 @@ def alone():
 
 
 @pytest.mark.parametrize(
-  "make, name", [*((ar_config, name) for name in MESHES), (tokenizer_config, "mixed"), (decoder_config, "mixed")]
+  "make, name", [*((ar_config, name) for name in MESHES), (tokenizer_config, "mixed"), (finetuning_config, "mixed")]
 )
 def test_a_mesh_changes_no_loss(monkeypatch, alone, make, name):
   """Ten steps of AdamW, up to float32 rounding; every matrix is sharded according to the mesh."""
