@@ -86,6 +86,9 @@ def get_config() -> ConfigDict:
   # Distribution of the number of kept tokens: "uniform" on 1..N; "pow2": uniform over the powers of two [paper];
   # "uniform_pow2": a uniform length rounded up to a power of two, so about half of the samples keep all; "none": all.
   c.tokens.nested_dropout = "pow2"
+  # What the decoder has in place of dropped registers: the learned mask token ("token") [code], or nothing: attention
+  # leaves them out ("attention").
+  c.tokens.mask = "token"
   c.tokens.saturation_weight = 0.0  # penalty on encoder outputs beyond [-1, 1], where FSQ's tanh saturates [ours]
   # Kept lengths are stratified over groups of this many rows of the batch, or of its next smaller divisor. Rows of
   # similar lengths run together; best if the rows per device are a multiple of it.

@@ -129,6 +129,7 @@ RANGES = {
     lambda x: len(x) >= 1 and math.prod(x) <= MAX_INT,
   ),
   "tokens.nested_dropout": one_of("uniform", "pow2", "uniform_pow2", "none"),
+  "tokens.mask": one_of("token", "attention"),
   "tokens.saturation_weight": NOT_NEGATIVE,
   "tokens.bucket_rows": COUNT,
   "tokens.null_prob": FRACTION,

@@ -35,7 +35,7 @@ def make_model(config: ConfigDict) -> FlexTok:
   side = config.image_size // (1 if vae is None else vae.downscale)
   model = FlexTok(
     encoder=_make_part(Encoder, "encoder", config, side, code_dim=len(levels)),
-    decoder=_make_part(Decoder, "decoder", config, side),
+    decoder=_make_part(Decoder, "decoder", config, side, mask=config.tokens.mask),
     vae=vae,
     levels=levels,
     scaling_factor=config.vae.scaling_factor or 1.0,  # 0: set by training (inputs.with_weights)
@@ -59,6 +59,7 @@ def _check_grid(config: ConfigDict) -> None:
   for name, value, allowed in (
     ("tokens.num_registers", config.tokens.num_registers, (count,)),
     ("tokens.nested_dropout", config.tokens.nested_dropout, ("none",)),
+    ("tokens.mask", config.tokens.mask, ("token",)),
     ("decoder.modulation", config.decoder.modulation, ("shared",)),
     ("decoder.null_condition", config.decoder.null_condition, ("learned", "zero")),
   ):
