@@ -208,6 +208,21 @@ def test_a_model_trained_by_lora_is_exported_as_an_official_one(tmp_path):
   assert_trees_equal(loading.load(tmp_path / "official", vae_norm_num_groups=4, image_size=16)[1], merged)
 
 
+def test_an_official_folder_is_tuned_and_exported(tmp_path):
+  vae = dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(32,), layers_per_block=1, norm_groups=32)
+  released = config_of(vae=vae | dict(scaling_factor=0.25))
+  params = make_params(make_stage(released))
+  saving.save_official(tmp_path / "official", released, params)
+  settings = dict(init_from=str(tmp_path / "official"), lora=dict(rank=2), vae=vae | dict(scaling_factor=0.0))
+  train(tuned(**settings, train=TRAIN | dict(num_steps=1, parts=("decoder",))), tmp_path / "run")
+  config, tuned_params = loading.load(tmp_path / "run")
+  assert config.vae.scaling_factor == 0.25
+  for part in ("vae", "encoder"):
+    assert_trees_equal(tuned_params[part], params[part])
+  saving.save_official(tmp_path / "exported", config, tuned_params)
+  assert_trees_equal(loading.load(tmp_path / "exported", image_size=16)[1], tuned_params)
+
+
 # Bad input.
 
 
