@@ -88,6 +88,9 @@ def get_config() -> ConfigDict:
   # Distribution of the number of kept tokens: "uniform" on 1..N; "pow2": uniform over the powers of two [paper];
   # "uniform_pow2": a uniform length rounded up to a power of two, so about half of the samples keep all; "none": all.
   c.tokens.nested_dropout = "pow2"
+  # What the decoder has in place of dropped registers: the learned mask token ("token") [code], or nothing: attention
+  # leaves them out ("attention").
+  c.tokens.mask = "token"
   c.tokens.saturation_weight = 0.0  # penalty on encoder outputs beyond [-1, 1], where FSQ's tanh saturates [ours]
   # Kept lengths are stratified over groups of this many rows of the batch, or of its next smaller divisor. Rows of
   # similar lengths run together; best if the rows per device are a multiple of it.
@@ -260,6 +263,8 @@ def get_config() -> ConfigDict:
   c.optim.clip_norm = 1.0  # global L2 norm of the gradient
   c.optim.accumulate_steps = 1  # split the global batch into this many equal parts and average their gradients
   c.optim.ema_decay = 0.9999  # per step; evaluation and release use the average
+  # Factors on the learning rate of these parts, weight decay included.
+  c.optim.rates = ConfigDict(dict(encoder=1.0, decoder=1.0))
   # Adam of the discriminator; warm-up and end of its schedule are those above, in proportion.
   c.optim.discriminator = ConfigDict()
   c.optim.discriminator.learning_rate = 1e-4  # peak [ours: that of configs/vae.py; LDM has one for both networks]
@@ -268,8 +273,18 @@ def get_config() -> ConfigDict:
   c.optim.discriminator.eps = 1e-8
   c.optim.discriminator.clip_norm = 1.0  # [ours: LDM does not clip]
 
+  # LoRA (Hu et al. 2021): trains low-rank additions to the matrices of attention and MLP in place of a part.
+  c.lora = ConfigDict()
+  c.lora.rank = 0  # 0: off
+  c.lora.alpha = 16.0  # the additions are multiplied by alpha / rank
+  # Parts that have them, of those in train.parts, whose others are trained in full; (): all that have attention.
+  c.lora.parts = ()
+
   c.train = ConfigDict()
   c.train.num_steps = 400_000
+  # Top-level parts of the model to train: of stage "tokenizer" ("encoder", "decoder"); (): all that the stage trains.
+  # The others stay as in init_from, without gradients and optimizer state.
+  c.train.parts = ()
   c.train.log_every = 100  # steps
   c.train.checkpoint_every = 5_000  # steps
   c.train.keep_checkpoints = 3  # newest checkpoints to keep, and of the older ones that of the lowest loss

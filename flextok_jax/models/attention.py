@@ -40,7 +40,7 @@ class QKV(nn.Module):
     def project(x, which):
       # [b, l, d] -> [b, l, n, h, e]
       y = jnp.tensordot(x.astype(self.dtype), kernel[:, which], 1)
-      y = y + bias[which] if self.use_bias else y
+      y = layers.add_low_rank(self, x, y + bias[which] if self.use_bias else y, which)
       return [layout.constrain(y[:, :, i], "batch", None, "heads", None) for i in range(y.shape[2])]
 
     if queries is None:
@@ -59,7 +59,7 @@ class _Attention(nn.Module):
     if c.qk_norm in layers.NORMS:
       self.q_norm = layers.norm(c.qk_norm, c.qk_norm_eps, c.dtype, axis=None)
       self.k_norm = layers.norm(c.qk_norm, c.qk_norm_eps, c.dtype, axis=None)
-    self.out = nn.DenseGeneral(
+    self.out = layers.DenseGeneral(
       c.width,
       axis=(-2, -1),
       use_bias=c.out_bias,
@@ -151,7 +151,7 @@ class CrossAttention(_Attention):
   def setup(self) -> None:
     c = self.choices
     heads = c.width // c.head_dim
-    dense = lambda shape, axes: nn.DenseGeneral(
+    dense = lambda shape, axes: layers.DenseGeneral(
       shape,
       use_bias=c.qkv_bias,
       dtype=c.dtype,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from flextok_jax.ops import layout
 
+LORA_DOWN, LORA_UP = "lora_down", "lora_up"  # parameters that a linear layer may have besides its own
 NORMS = {"layernorm": 1e-5, "rmsnorm": 1e-6}  # norms with learned scales: default epsilon
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "silu": nn.silu,
@@ -133,6 +134,36 @@ def norm(kind: str, eps: float, dtype: jnp.dtype, name: str | None = None, axis:
   return nn.LayerNorm(eps, dtype=dtype, scale_init=ones, bias_init=zeros(axis), use_fast_variance=False, name=name)
 
 
+def add_low_rank(module: nn.Module, x: jax.Array, y: jax.Array, which: slice = slice(None)) -> jax.Array:
+  """Adds the low-rank product of a linear layer, if its parameters hold the factors (stages/lora.py).
+
+  Args:
+    module: the layer.
+    x: its input [..., *inputs].
+    y: its output without them [..., *outputs].
+    which: of the first axis of the outputs that y has.
+  """
+  if not module.has_variable("params", LORA_DOWN):
+    return y
+  factor = lambda name: jnp.asarray(module.get_variable("params", name), y.dtype)
+  down, up = factor(LORA_DOWN), factor(LORA_UP)
+  return y + jnp.tensordot(jnp.tensordot(x.astype(y.dtype), down, down.ndim - 1), up[:, which], 1)
+
+
+class Dense(nn.Dense):
+  """nn.Dense that adds low-rank factors."""
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return add_low_rank(self, x, super().__call__(x))
+
+
+class DenseGeneral(nn.DenseGeneral):
+  """nn.DenseGeneral over the last axes that adds low-rank factors."""
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return add_low_rank(self, x, super().__call__(x))
+
+
 class MLP(nn.Module):
   """W2(act(W1 x) * W3 x), or without a gate W2(act(W1 x))."""
 
@@ -143,7 +174,7 @@ class MLP(nn.Module):
     """x [b, l, d] -> [b, l, d]."""
     c = self.choices
     # [b, l, d] -> [b, l, n, hidden]: n = 2 with a gate, else 1
-    x = nn.DenseGeneral(
+    x = DenseGeneral(
       (2 if c.gated_mlp else 1, c.mlp_hidden),
       use_bias=c.mlp_bias,
       dtype=c.dtype,
@@ -191,7 +222,7 @@ def dense(
   precision: jax.lax.Precision | None = None,
 ) -> nn.Dense:
   """Returns a linear layer with named axes; initialised Xavier-uniform or with zeros, the bias with zeros."""
-  return nn.Dense(
+  return Dense(
     features,
     use_bias=use_bias,
     dtype=dtype,

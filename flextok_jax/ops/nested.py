@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flextok_jax.ops.attention import MASKED
+
 _TINY = 1e-9  # far below any probability or weight here
 MODES = ("uniform", "pow2", "uniform_pow2", "none")
 
@@ -89,7 +91,7 @@ def padded_length(keep_k: int, num_registers: int) -> int:
 
 
 def key_log_counts(
-  keep_k: jax.Array, drop: jax.Array, length: int, num_registers: int, single_null: bool = False
+  keep_k: jax.Array, drop: jax.Array, length: int, num_registers: int, single_null: bool = False, hide: bool = False
 ) -> jax.Array:
   """Returns how often each of `length` registers counts as a key of attention, as a logarithm, float32 [b, length].
 
@@ -97,10 +99,11 @@ def key_log_counts(
   position to them, and they share one modulation: they stay equal in every block. n equal keys weigh n exp(s) = exp(s +
   log n). So the registers past keep_k (at least one, unless none is masked) share the count of the masked ones. Where
   the condition is dropped, all registers are equal, and all share the count num_registers, or 1 with single_null.
+  With `hide`, registers past keep_k are no keys at all.
   """
   masked = (num_registers - keep_k)[:, None].astype(jnp.float32) / jnp.maximum(length - keep_k, 1)[:, None]
   tail = jnp.arange(length, dtype=jnp.int32) >= keep_k[:, None]
-  kept = jnp.where(tail, jnp.log(jnp.maximum(masked, _TINY)), 0.0)
+  kept = jnp.where(tail, jnp.float32(MASKED) if hide else jnp.log(jnp.maximum(masked, _TINY)), 0.0)
   null = math.log((1 if single_null else num_registers) / length)
   return jnp.where(drop[:, None], null, kept)
 

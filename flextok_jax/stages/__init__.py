@@ -19,10 +19,14 @@ def make_stage(config: ConfigDict) -> Stage:
   """Returns the stage named by config.stage.
 
   Raises:
-    ValueError: a field is out of its range, or sizes do not fit together.
+    ValueError: a field is out of its range, sizes do not fit together, or train.parts or lora.parts name a
+      part that the stage does not train.
   """
   check(config)
-  return _STAGES[config.stage](config)
+  stage = _STAGES[config.stage](config)
+  stage.train_only(config.train.parts)
+  stage.use_lora(**config.lora)
+  return stage
 
 
 def divided_by_tensor(config: ConfigDict) -> dict[str, int]:

@@ -110,8 +110,12 @@ class ARStage(Stage):
   def __init__(self, config: ConfigDict):
     self.config = config
     self.model = make_generator(config)
+    self.parts = ("ar",)
+    if config.ar.condition == "text":
+      self.parts += ("text_mlp",) if self.model.text is None else ("text_mlp", "text")
+    self.block_parts = tuple(name for name in self.parts if name != "text_mlp")
 
-  def init(self, key: jax.Array) -> tuple[Params, Params]:
+  def init_model(self, key: jax.Array) -> tuple[Params, Params]:
     c = self.config
     ids, labels, lengths = jnp.zeros((1, c.ar.num_tokens), jnp.int32), jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32)
     features = None

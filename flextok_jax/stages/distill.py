@@ -61,6 +61,9 @@ class DistillStage(TokenizerStage):
     ValueError: the decoder of the config is not that of a student.
   """
 
+  parts = ("decoder",)
+  block_parts = ()  # a student has new parameters outside of its blocks
+
   def __init__(self, config: ConfigDict):
     # Every row has a condition: there is no unconditional pass to train.
     super().__init__(with_fields(config, {"tokens.null_prob": 0.0, "repa.weight": 0.0}))
@@ -71,8 +74,8 @@ class DistillStage(TokenizerStage):
     self.steps = tuple(config.distill.steps)
     self.intervals = math.lcm(*self.steps)  # of a path
 
-  def init(self, key: jax.Array) -> tuple[Params, Params]:
-    params, frozen = super().init(key)
+  def init_model(self, key: jax.Array) -> tuple[Params, Params]:
+    params, frozen = super().init_model(key)
     return {"decoder": params.pop("decoder")}, {**params, **frozen}
 
   def init_auxiliary(self, key: jax.Array) -> tuple[Params, Params]:

@@ -35,7 +35,7 @@ def make_model(config: ConfigDict) -> FlexTok:
   side = config.image_size // (1 if vae is None else vae.downscale)
   model = FlexTok(
     encoder=_make_part(Encoder, "encoder", config, side, code_dim=len(levels)),
-    decoder=_make_part(Decoder, "decoder", config, side),
+    decoder=_make_part(Decoder, "decoder", config, side, mask=config.tokens.mask),
     vae=vae,
     levels=levels,
     scaling_factor=config.vae.scaling_factor or 1.0,  # 0: set by training (inputs.with_weights)
@@ -59,6 +59,7 @@ def _check_grid(config: ConfigDict) -> None:
   for name, value, allowed in (
     ("tokens.num_registers", config.tokens.num_registers, (count,)),
     ("tokens.nested_dropout", config.tokens.nested_dropout, ("none",)),
+    ("tokens.mask", config.tokens.mask, ("token",)),
     ("decoder.modulation", config.decoder.modulation, ("shared",)),
     ("decoder.null_condition", config.decoder.null_condition, ("learned", "zero")),
   ):
@@ -170,6 +171,9 @@ def ungroup(x: jax.Array) -> jax.Array:
 class TokenizerStage(Stage):
   """Trains {"encoder", "decoder"} on latents of a frozen {"vae"}, or on pixels without a VAE."""
 
+  parts: tuple[str, ...] = ("encoder", "decoder")
+  block_parts = parts
+
   def __init__(self, config: ConfigDict):
     self.model = make_model(config)
     nested.check_mode(config.tokens.nested_dropout, config.tokens.num_registers)
@@ -184,7 +188,7 @@ class TokenizerStage(Stage):
     self.repa, self.repa_grid = repa.section(config), repa.decoder_grid(config)
     self.sampler = Sampler(**config.sampler)
 
-  def init(self, key: jax.Array) -> tuple[Params, Params]:
+  def init_model(self, key: jax.Array) -> tuple[Params, Params]:
     images = jnp.zeros((1, self.image_size, self.image_size, 3))
     params = dict(self.model.init(key, images)["params"])
     frozen = {k: params.pop(k) for k in ("vae",) if k in params}

@@ -63,6 +63,8 @@ class VAEStage(Stage):
   sums.
   """
 
+  parts = ("vae",)
+
   def __init__(self, config: ConfigDict):
     if config.vae.kind != "autoencoder_kl":
       raise ValueError(f"stage 'vae' trains vae.kind 'autoencoder_kl', got {config.vae.kind!r}")
@@ -74,7 +76,7 @@ class VAEStage(Stage):
     self.discriminator = make_discriminator(config)
     self.adversarial = config.discriminator
 
-  def init(self, key: jax.Array) -> tuple[Params, Params]:
+  def init_model(self, key: jax.Array) -> tuple[Params, Params]:
     return {"vae": self.vae.init(key, self._images())["params"]}, {}
 
   def init_auxiliary(self, key: jax.Array) -> tuple[Params, Params]:

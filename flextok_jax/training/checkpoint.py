@@ -25,6 +25,7 @@ from flextok_jax.weights import checksums, orbax
 
 # Fields that may change when a run is resumed; a change of any other field is an error.
 _FREE = ("train.", "eval.", "sampler.", "mesh.", "remat", "profile_steps", "init_from")
+_FIXED = ("train.parts",)  # although their section is in _FREE
 _FREE_DATA = ("data.num_threads", "data.num_workers", "data.prefetch", "data.max_unreadable")
 # A loss above the lowest one by more than this share of it is not sane: those of healthy runs differ by a few percent.
 _SANE = 0.1
@@ -43,7 +44,8 @@ def check_workdir(workdir: str, config: ConfigDict) -> None:
     return
   old, new = flatten(read_config(workdir)), flatten(config)
   for name in sorted(new):
-    if old[name] != new[name] and not name.startswith(_FREE) and name not in _FREE_DATA + FREE_AR:
+    free = name.startswith(_FREE) and name not in _FIXED or name in _FREE_DATA + FREE_AR
+    if old[name] != new[name] and not free:
       raise ValueError(
         f"workdir {workdir} belongs to another config: {name} is {old[name]!r} there and {new[name]!r} here; "
         f"use another workdir, or set {name}={quote(old[name])}"

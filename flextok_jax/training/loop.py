@@ -196,7 +196,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
         # Checkpoint.
         if stop or save:
           with time_spent.spending("save"):
-            measured = measure(state.joined(average=True))
+            measured = measure(stage.merged(state.joined(average=True)))
             checkpoints.save(state, measured, loss=sum(losses) / len(losses))
             losses = []
         if stop:
@@ -211,7 +211,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
         if evaluation and step % config.train.eval_every == 0 and step < num_steps:
           begun = time.monotonic()
           with time_spent.spending("evaluate"):
-            _evaluate(evaluation, state, workdir, outputs, writer)
+            _evaluate(evaluation, stage, state, workdir, outputs, writer)
           logged_at += time.monotonic() - begun
 
       # Last evaluation, then the weights: without those of the last step, an earlier run was stopped before this.
@@ -220,10 +220,11 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
         processes.log_on_process_0(f"nothing to do: {workdir} is at step {first} of train.num_steps={num_steps}")
         return
       if evaluation:
-        _evaluate(evaluation, state, workdir, outputs, writer)
+        _evaluate(evaluation, stage, state, workdir, outputs, writer)
       if measured is None:  # no step was left to do
-        measured = measure(state.joined(average=True))
-      params = {name: tree for name, tree in state.joined(average=True).items() if name in exported}
+        measured = measure(stage.merged(state.joined(average=True)))
+      params = stage.merged(state.joined(average=True))
+      params = {name: tree for name, tree in params.items() if name in exported}
       params = processes.gather_on_process_0(params)
       if processes.is_process_0():
         extra = {_STEP: str(int(state.step))}
@@ -286,10 +287,15 @@ def _check_unreadable(count: int, images: int, data: ConfigDict) -> None:
 
 
 def _evaluate(
-  evaluation: Evaluation, state: TrainState, workdir: str, outputs: workdirs.Outputs, writer: writers.Writer
+  evaluation: Evaluation,
+  stage: stages.Stage,
+  state: TrainState,
+  workdir: str,
+  outputs: workdirs.Outputs,
+  writer: writers.Writer,
 ) -> None:
   """Evaluates the averaged parameters and writes numbers and pictures to workdir/eval/STEP."""
-  report = evaluation.run(state.joined(average=True))
+  report = evaluation.run(stage.merged(state.joined(average=True)))
   if not processes.is_process_0():
     return
   step = int(state.step)

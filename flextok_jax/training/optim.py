@@ -1,6 +1,6 @@
 """AdamW or Muon with warm-up, cosine decay and optional muP; warnings about unusual settings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import math
 
 import jax
@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 import optax
 from optax import contrib
 
+from flextok_jax.stages import lora
 from flextok_jax.training import mup
 
 OPTIMIZERS = ("adamw", "muon")
@@ -64,7 +65,7 @@ def make_optimizer(optim: ConfigDict, num_steps: int) -> optax.GradientTransform
   "adamw", or "muon" (Jordan et al. 2024): the matrices of transformer blocks move along the orthogonalised momentum,
   scaled to the root mean square of Adam's updates (Liu et al. 2025, section 2.2) so that one learning rate suits both;
   the rest by Adam. With mup_base_width the learning rate is that of a model of this width (training/mup.py); weight
-  decay does not depend on the width.
+  decay does not depend on the width. Factors of optim.rates apply last, to the whole update.
 
   The discriminator has Adam with the settings of optim.discriminator, its own gradient clipping and a schedule of the
   same shape.
@@ -93,7 +94,24 @@ def _make_for_discriminator(optim: ConfigDict, num_steps: int) -> optax.Gradient
   return optax.chain(optax.clip_by_global_norm(c.clip_norm), adam)
 
 
+def scale_parts(rates: Mapping[str, float]) -> optax.GradientTransformation:
+  """Multiplies the updates of top-level parts, or of their LoRA, by their rates; parts without a rate keep theirs."""
+
+  def scale(updates):
+    of = lambda part, tree: scale(tree) if part == lora.PART else optax.tree.scale(rates.get(part, 1.0), tree)
+    return {part: of(part, tree) for part, tree in updates.items()}
+
+  return optax.stateless(lambda updates, params: scale(updates))
+
+
 def _make_main(optim: ConfigDict, num_steps: int) -> optax.GradientTransformation:
+  rates = optim.rates.to_dict()
+  if set(rates.values()) == {1}:
+    return _make_for_all(optim, num_steps)
+  return optax.chain(_make_for_all(optim, num_steps), scale_parts(rates))
+
+
+def _make_for_all(optim: ConfigDict, num_steps: int) -> optax.GradientTransformation:
   if optim.name not in OPTIMIZERS:
     raise ValueError(f"unknown optim.name {optim.name!r}: one of {', '.join(OPTIMIZERS)}")
   schedule, base_width, weight_decay = make_schedule(optim, num_steps), optim.mup_base_width, optim.weight_decay
@@ -136,6 +154,10 @@ def check(config: ConfigDict) -> list[str]:
   warnings: list[str] = []
   if config.stage == "vae" and c.name == "muon":
     raise ValueError("optim.name='muon' is for transformers and stage 'vae' has no transformer blocks: use 'adamw'")
+  trained = config.train.parts or {"tokenizer": ("encoder", "decoder"), "distill": ("decoder",)}.get(config.stage, ())
+  for part, rate in c.rates.items():
+    if rate != 1 and part not in trained:
+      raise ValueError(f"optim.rates.{part}={rate:g} has no effect, as the {part} is not trained here: set it to 1")
   off = c.learning_rate / _USUAL_RATE
   if not 1 / 100 <= off <= 100:
     warnings.append(

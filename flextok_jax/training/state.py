@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flextok_jax.stages import lora
 from flextok_jax.training import metrics as metrics_lib
 
 Params = Any
@@ -23,7 +24,7 @@ class TrainState(flax.struct.PyTreeNode):
   opt_state: Any
 
   def joined(self, average: bool = False) -> Params:
-    """Returns the parameters that predict functions take, trained and frozen; `average`: the moving average."""
+    """Returns all parts, trained and frozen; `average`: the moving average. Stage.merged makes a model of them."""
     return {**(self.ema if average else self.params), **self.frozen}
 
 
@@ -31,6 +32,8 @@ def init_state(stage, optimizer: optax.GradientTransformation, key: jax.Array) -
   """Returns a new state; leaves are boxed with their logical axes."""
   params, frozen = stage.init(key)
   helpers, networks = stage.init_auxiliary(jax.random.fold_in(key, 1))
+  if stage.lora:
+    helpers = {**helpers, lora.PART: stage.lora.init(jax.random.fold_in(key, 2), frozen)}
   params, frozen = {**params, **helpers}, {**frozen, **networks}
   return TrainState(
     step=jnp.int32(0),
@@ -56,7 +59,7 @@ def make_update(
   """
 
   def grads_of(params, frozen, batch, key, step):
-    loss_fn = lambda p: stage.loss_fn({**p, **frozen}, batch, key, step)
+    loss_fn = lambda p: stage.loss_fn(stage.attached({**p, **frozen}), batch, key, step)
     (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return grads, metrics
 

@@ -25,6 +25,7 @@ from flextok_jax import stages
 from flextok_jax.config import TOKENIZER_STAGES, derive, float_dtype, parse_config, read_config, with_fields
 from flextok_jax.core import accelerators, assets, hub, literals, tensor_file, workdirs
 from flextok_jax.core.tensor_file import TensorFile, Tensors, named
+from flextok_jax.stages import lora
 from flextok_jax.stages.tokenizer import grid_tokens, make_model
 from flextok_jax.weights import layout, orbax
 from flextok_jax.weights.folder import Folder, describe_others, has_weights
@@ -267,6 +268,9 @@ def _load_workdir(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
   config = options.apply(read_config(orbax.split(folder)[0]))
   with _named_config_errors(folder):
     trained, frozen = _init_shapes(FrozenConfigDict(config))
+    stage = stages.make_stage(config)
+    if stage.lora:
+      trained = trained | {lora.PART: jax.eval_shape(stage.lora.init, jax.random.key(0), frozen)}
   where = layout.placements({**trained, **frozen}, options.mesh)
   dtype_of = options.dtype_of(config.dtype, config.vae.dtype)
   typed = lambda boxed: unflatten_dict(
@@ -278,7 +282,7 @@ def _load_workdir(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
   )
   measured = _has_measured(config.stage, config.vae)
   params, fields = orbax.restore_average(folder, typed(trained), typed(frozen), measured)
-  return with_fields(config, fields), params
+  return with_fields(config, fields), stage.merged(params)
 
 
 def _has_measured(stage: str, vae: Mapping) -> bool:

@@ -233,6 +233,13 @@ def ar_config():
   return c
 
 
+def finetuning_config():
+  """Trains the encoder, and LoRA of the frozen decoder."""
+  c = tokenizer_config()
+  c.update(lora=dict(rank=4, parts=("decoder",)))
+  return c
+
+
 def batches_of(config):
   if config.stage == "tokenizer":
     sizes = dict(global_batch=config.data.global_batch, image_size=config.image_size)
@@ -273,14 +280,16 @@ def run_on(config, mesh, batches):
 def alone():
   """Of each config what one device computes."""
   out = {}
-  for make in (tokenizer_config, ar_config):
+  for make in (tokenizer_config, finetuning_config, ar_config):
     config = make()
     batches = batches_of(config)
     out[make] = config, batches, run_on(config, mesh_of(devices=jax.devices()[:1]), batches)
   return out
 
 
-@pytest.mark.parametrize("make, name", [*((ar_config, name) for name in MESHES), (tokenizer_config, "mixed")])
+@pytest.mark.parametrize(
+  "make, name", [*((ar_config, name) for name in MESHES), (tokenizer_config, "mixed"), (finetuning_config, "mixed")]
+)
 def test_a_mesh_changes_no_loss(monkeypatch, alone, make, name):
   """Ten steps of AdamW, up to float32 rounding; every matrix is sharded according to the mesh."""
   monkeypatch.setattr(sharding, "SMALL", 1024)

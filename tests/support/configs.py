@@ -4,7 +4,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from flextok_jax import cli
-from flextok_jax.configs import ar, distill, flextok, vae
+from flextok_jax.configs import ar, distill, finetune, flextok, vae
 from tests.support.commands import ROOT
 
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -13,6 +13,7 @@ _ARGUMENTS = {
   "distill": list(distill.MODELS),
   "emoji": ["", "coarse"],
   "emoji_ar": ["", "text"],
+  "finetune": list(finetune.MODELS),
   "flextok": list(flextok.MODELS),
   "photos_vae": ["", "next"],
   "quickstart": ["", "coarse", "scratch"],

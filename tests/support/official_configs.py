@@ -48,7 +48,13 @@ OURS = dict(
     null_condition="learned",
   ),
   tokens=dict(
-    layout="registers", num_registers=16, levels=(8, 6, 5), nested_dropout="pow2", saturation_weight=0.0, null_prob=0.1
+    layout="registers",
+    num_registers=16,
+    levels=(8, 6, 5),
+    nested_dropout="pow2",
+    mask="token",
+    saturation_weight=0.0,
+    null_prob=0.1,
   ),
   flow=dict(t_sampling="mode", mode_scale=0.25, t_shift=1.0),
   sampler=dict(num_steps=25, guidance="apg", guidance_scale=7.5, apg_momentum=-0.5, apg_eta=0.0, apg_threshold=2.5),

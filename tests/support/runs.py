@@ -50,7 +50,8 @@ def programs_shared():
     made = {}
 
     def cached(config, *args):
-      key = repr([(k, v) for k, v in sorted(flatten(config).items()) if not k.startswith(ignored)]), args
+      fields = sorted(flatten(config).items())
+      key = repr([(k, v) for k, v in fields if k == "train.parts" or not k.startswith(ignored)]), args
       if key not in made:
         made[key] = make(config, *args)
       return made[key]

@@ -30,6 +30,20 @@ def test_only_kernels_have_weight_decay():
   assert names >= {"kernel", "bias", "registers", "mask_token", "null_token", "register_positions"}
 
 
+def test_rates_scale_the_updates_of_their_part():
+  params = unbox(jax.eval_shape(make_stage(config_of()).init, jax.random.key(0))[0])
+  params = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+
+  def first_step(rates):
+    optimizer = optim.make_optimizer(config_of(optim=dict(warmup_steps=0, rates=rates)).optim, 100)
+    return jax.jit(lambda p: optimizer.update(p, optimizer.init(p), p)[0])(params)
+
+  plain, scaled = first_step({}), first_step(dict(encoder=0.25))
+  np.testing.assert_equal(jax.device_get(scaled["decoder"]), jax.device_get(plain["decoder"]))
+  quarter = jax.tree.map(lambda x: np.asarray(x) * np.float32(0.25), plain["encoder"])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scaled["encoder"], quarter)
+
+
 def test_muon_orthogonalises_block_matrices_and_uses_adam_for_the_rest():
   """Compared with singular value decompositions, for each layer and separately for queries, keys, values and gates."""
   stage = make_stage(config_of())

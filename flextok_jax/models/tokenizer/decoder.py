@@ -42,6 +42,7 @@ class Decoder(PatchTransformer, kw_only=True):
   max_timestep: float = 1.0
   null_condition: str = "learned"
   interval: bool = False
+  mask: str = "token"
 
   def setup(self) -> None:
     self.time_embed = TimeEmbedding(self.width, self.dtype, self.max_timestep)
@@ -78,7 +79,8 @@ class Decoder(PatchTransformer, kw_only=True):
     """Predicts the velocity noise - x0; a student predicts its mean over the path from t to t - interval.
 
     With fewer codes than registers, masked registers are merged (nested.key_log_counts): the same function of a shorter
-    sequence. There must be more codes than kept registers, unless all are kept. A grid is completed with id 0.
+    sequence. There must be more codes than kept registers, unless all are kept, or masked ones are hidden from the
+    attention (`mask` "attention"). A grid is completed with id 0.
 
     Args:
       x_t: noised latents [b, h, w, c].
@@ -109,10 +111,10 @@ class Decoder(PatchTransformer, kw_only=True):
       segments = (patches + self._embed_grid(codes, keep_k, drop_condition, patches.shape[1]),)
     else:
       segments = patches, self._embed_registers(codes, keep_k, drop_condition)
-      # A merged register counts as many keys of attention, a patch as one.
-      single = self.null_condition == "single"
-      if single or num_codes < self.num_registers:
-        log_counts = nested.key_log_counts(keep_k, drop_condition, num_codes, self.num_registers, single)
+      # A merged register counts as many keys of attention, a patch as one, a hidden register as none.
+      single, hide = self.null_condition == "single", self.mask == "attention"
+      if single or hide or num_codes < self.num_registers:
+        log_counts = nested.key_log_counts(keep_k, drop_condition, num_codes, self.num_registers, single, hide)
         key_bias = jnp.pad(log_counts, ((0, 0), (patches.shape[1], 0)))  # [b, h/p * w/p + n]
 
     block_modulation, head_modulation = self.modulations(t, interval) if modulations is None else modulations

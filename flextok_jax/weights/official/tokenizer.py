@@ -105,6 +105,7 @@ def from_official(official: Mapping[str, Any], mup_base_width: int | None = None
       num_registers=num_registers,
       levels=tuple(fsq["levels"]),
       nested_dropout="none" if grid else decoder["nested_dropout"]["size_sampling_mode"],
+      mask="token",
       saturation_weight=0.0,
       null_prob=float(decoder["null_condition"]["dropout_prob"]),
     ),

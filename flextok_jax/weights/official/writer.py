@@ -302,6 +302,7 @@ def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
   get = lambda name: _field(config, f"decoder.{name}")
   width, grid = get("width"), _field(config, "tokens.layout") == "grid"
   per_segment = _choose("decoder.modulation", get("modulation"), {"per_segment": True, "shared": False})
+  _choose("tokens.mask", _field(config, "tokens.mask"), {"token": True})
   single_null_token = _choose(
     "decoder.null_condition", get("null_condition"), {"learned": False, "single": True, "zero": None}
   )

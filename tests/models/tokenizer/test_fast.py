@@ -121,6 +121,40 @@ def test_modulations_computed_in_advance(case):
   near(*with_and_without(case.params), 1e-5)
 
 
+# Registers that the attention does not see.
+
+
+@pytest.fixture(scope="module")
+def hiding():
+  return Case(tokens=dict(mask="attention"))
+
+
+@pytest.mark.parametrize("slots", [8, 40])
+def test_hidden_registers(hiding, case, slots):
+  keep_k, drop = np.minimum(KEEP, slots), np.arange(6) == 5
+  plain = hiding.velocity(256, keep_k, drop)
+  near(hiding.velocity(slots, keep_k, drop), plain, 1e-5)
+  assert np.abs(plain - case.velocity(256, keep_k, drop))[:5].max() > 0.01  # another function than with mask tokens
+  near(plain[5:], case.velocity(256, keep_k, drop)[5:], 1e-5)  # but the same without condition
+
+
+def test_hidden_registers_are_as_if_they_were_absent(hiding, case):
+  """In a model with as many registers as are kept, where mask tokens are nowhere needed."""
+  few = case.model.clone(decoder=case.model.decoder.clone(num_registers=7))
+  params = copy.deepcopy(case.params)
+  params["decoder"]["register_positions"] = params["decoder"]["register_positions"][:7]
+  seven, drop = np.full(6, 7), np.zeros(6, bool)
+  inputs = case.x, case.t, case.codes[:, :7], seven, drop
+  alone = jax.jit(lambda params: few.apply({"params": params}, *inputs, method="velocity"))(params)
+  near(hiding.velocity(256, seven, drop), alone, 1e-5)
+
+
+def test_25_steps_with_hidden_registers(hiding):
+  keep_k = np.minimum(KEEP, 8)
+  run = lambda fast, ids: hiding.sampler(SAMPLER, fast)(hiding.params, ids, keep_k)
+  near(run(True, hiding.ids[:, :8]), run(False, hiding.ids), 1e-4)
+
+
 # The sampler.
 
 
@@ -188,6 +222,7 @@ def bucket_inputs(size, *args, **fields):
     (32, "pow2", 4, 1, {}),
     (16, "uniform", 16, 2, dict(quantization_dropout=0.5, corruption=0.3)),
     (6, "uniform_pow2", 6, 1, {}),
+    (8, "pow2", 8, 1, dict(mask="attention")),
   ],
 )
 def test_buckets_have_the_plain_loss_and_gradients(size, mode, rows, depth, more):
@@ -197,6 +232,9 @@ def test_buckets_have_the_plain_loss_and_gradients(size, mode, rows, depth, more
   np.testing.assert_allclose(loss, plain_loss, rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), metrics, plain_metrics)
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(plain_grads)):
+    if path[-1].key == "mask_token" and "mask" in more:
+      assert not a.any() and not b.any()
+      continue
     assert np.abs(b).max() > 0, jax.tree_util.keystr(path)
     assert np.abs(a - b).max() / np.abs(b).max() < 1e-5, jax.tree_util.keystr(path)
 

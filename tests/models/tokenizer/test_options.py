@@ -280,7 +280,7 @@ def test_a_grid_trains_alike_on_both_paths():
     assert np.abs(b).max() > 0 and np.abs(a - b).max() < 2e-5 * np.abs(b).max(), jax.tree_util.keystr(path)
 
 
-OWN = {"num_registers", "layout", "code_dim", "dtype", "remat", "attention", "parent", "name"}  # from elsewhere
+OWN = {"num_registers", "layout", "mask", "code_dim", "dtype", "remat", "attention", "parent", "name"}  # from elsewhere
 
 
 @pytest.mark.parametrize("section, module", [("encoder", Encoder), ("decoder", Decoder)])
@@ -328,6 +328,8 @@ def test_default_options_build_the_released_model():
       dict(tokens=GRID | dict(num_registers=9)),
       "a token for each of 25 patches: tokens.num_registers must be 25, got 9",
     ),
+    (dict(tokens=GRID | dict(mask="attention")), "'grid' .*: tokens.mask must be 'token', got 'attention'"),
+    (dict(tokens=dict(mask="tokens")), "tokens.mask must be one of token, attention, got 'tokens'"),
     (dict(tokens=GRID | dict(nested_dropout="pow2")), "'grid' .*: tokens.nested_dropout must be 'none', got 'pow2'"),
     (dict(tokens=GRID), "'grid' .*: decoder.modulation must be 'shared', got 'per_segment'"),
     (

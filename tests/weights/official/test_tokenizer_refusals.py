@@ -195,6 +195,7 @@ class TestRefusals:
       (dict(flow__t_sampling="cosine"), "flow.t_sampling must be one of"),
       (dict(encoder__activation="tanh"), "encoder.activation must be one of"),
       (dict(decoder__modulation="none"), "decoder.modulation must be one of"),
+      (dict(tokens__mask="attention"), "tokens.mask must be one of 'token', got 'attention'"),
       (dict(decoder__null_condition=None), "decoder.null_condition must be one of"),
       (dict(tokens__nested_dropout="geometric"), "dec_nested_dropout.size_sampling_mode must be"),
       (dict(tokens__levels=(8, 1)), "regularizer.levels must be"),
