@@ -8,8 +8,8 @@
 The encoder stays as it is, and token ids keep their meaning; --config.train.parts="('encoder', 'decoder')" trains both.
 LoRA: --config.lora.rank=16 --config.optim.learning_rate=2e-4. Other weights: --config.init_from=WEIGHTS.
 
-Hardware: one GPU of 80 GB for d18_d28. finetune:quickstart was run on two CPU cores that other work shared, minutes for
-150 steps; the others were not trained.
+Hardware: one GPU of 80 GB for d18_d28. finetune:quickstart was run for 150 steps on two CPU cores that other work
+shared, about five minutes (docs/training.md); the others were not trained.
 """
 
 from flextok_jax import config as common
