@@ -34,10 +34,10 @@ def disturb(moment, step, signum):
     if moment == "saving" and int(state.step) == step:
       send()
 
-  def evaluating(evaluation, state, *args):
+  def evaluating(evaluation, stage, state, *args):
     if moment == "evaluating" and int(state.step) == step:
       send()
-    evaluate(evaluation, state, *args)
+    evaluate(evaluation, stage, state, *args)
 
   writers.Writer.write, checkpoint.Checkpoints.save, loop._evaluate = writing, saving, evaluating
 

@@ -73,9 +73,9 @@ def disturbed(kind: str, step: int, process: int = 0, name: str = "SIGKILL", del
 
   evaluate_state, save, preemption = loop._evaluate, checkpoint.Checkpoints.save, processes.preemption
 
-  def evaluating(evaluation, state, *args):
+  def evaluating(evaluation, stage, state, *args):
     reached("evaluate", int(state.step))
-    evaluate_state(evaluation, state, *args)
+    evaluate_state(evaluation, stage, state, *args)
 
   def saving(self, state, *args, **kwargs):
     save(self, state, *args, **kwargs)  # continues in the background

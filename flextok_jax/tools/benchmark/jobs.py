@@ -276,7 +276,7 @@ class TokenizerBenchmark:
     def make(stage, _: bool):
       if self.latents:  # the batch's images are latents
         loss = lambda params, batch, key, step: stage.latents_loss(params, batch["image"], key, batch.get("teacher"))
-        return self._update(types.SimpleNamespace(loss_fn=loss), optimizer)
+        return self._update(types.SimpleNamespace(loss_fn=loss, attached=stage.attached), optimizer)
       return self._update(stage, optimizer)
 
     trained, frozen = self._trained_and_frozen
@@ -308,7 +308,7 @@ class TokenizerBenchmark:
     given = self._random_params(trained, "float32"), self._random_params(frozen, "float32") if frozen else {}
 
     def init(given, key):
-      stage = types.SimpleNamespace(init=lambda key: given, init_auxiliary=lambda key: ({}, {}))
+      stage = types.SimpleNamespace(init=lambda key: given, init_auxiliary=lambda key: ({}, {}), lora=None)
       return init_state(stage, optimizer, key)
 
     state = jax.jit(init, donate_argnums=0)(given, self._key(5))
