@@ -21,7 +21,7 @@ _INTERPRETER = code.InteractiveInterpreter()
 
 TEXT = """# The first ten minutes
 
-Everything below was run as it stands, on two CPU cores, with the small models that ship; `python
+Everything below was run exactly as shown, on two CPU cores, with the small models that ship; `python
 docs/write_getting_started.py` runs it again. Install the package from a clone, with Python 3.11 or newer:
 
 ```bash
@@ -31,7 +31,7 @@ pip install .
 ## Draw pictures
 
 A generator draws tokens for a caption, a tokenizer decodes them. Models that ship have short names; a path, a run's
-workdir or a repository of the Hugging Face hub stands in the same place.
+workdir or a repository of the Hugging Face hub works in their place.
 
 $ python -m flextok_jax.sample --checkpoint=shapes_ar_stop --tokenizer=shapes_student --num_samples=4 \\
     --prompts="a red ring on a plain white background;two blue hearts on a plain pink background" --out=drawn

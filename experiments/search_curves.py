@@ -72,7 +72,7 @@ def main(values: flags.FlagValues):
   gen, tokenizer = flextok_jax.load_ar(values.generator), flextok_jax.load(values.tokenizer)
   images, said, captions = agreement.scenes("validation", 0, values.num_images, tokenizer.image_size)
   answer = judge(folder, tokenizer.image_size)
-  to_uint8 = lambda x: np.asarray(images_lib.to_uint8(images_lib.round_to_8bit(x)))
+  to_uint8 = lambda x: np.asarray(images_lib.as_uint8(x))
   right = lambda pictures: {name: (answer(pictures)[name] == said[name]) for name, _ in HEADS}
   path = folder / "search_curves.json"
   settings = {name: values[name].value for name in ("generator", "tokenizer", "num_images", "seed")}

@@ -214,7 +214,7 @@ def _name(job: _Job, i: int) -> str:
   return files.shorten(name) or "unconditional"
 
 
-_to_uint8 = lambda images: np.asarray(images_lib.to_uint8(images_lib.round_to_8bit(images)))
+_to_uint8 = lambda images: np.asarray(images_lib.as_uint8(images))
 
 
 def _load(values: flags.FlagValues) -> tuple[ARGenerator | None, FlexTok]:

@@ -12,7 +12,7 @@ from flextok_jax.config.ranges import flat
 
 _WIDTH = 120
 _LINE = re.compile(r"(c|part)\.([\w.]+) = (.*?)(?:  # (.*))?")
-_PARTS = ("encoder", "decoder")  # that `part` stands for
+_PARTS = ("encoder", "decoder")  # the sections that `part` refers to
 
 
 class _Field(NamedTuple):

@@ -27,7 +27,7 @@ def load_config(spec: str) -> ConfigDict:
   """
   if spec.endswith(".json"):
     if os.path.basename(spec) != "config.json":
-      raise ValueError(f"{spec} is no config: of .json files, the config.json of a run or a model is one")
+      raise ValueError(f"{spec} is not a config: among .json files, only the config.json of a run or a model is one")
     return read_config(os.path.dirname(spec) or ".")
   config = call(spec, "get_config")
   if not isinstance(config, ConfigDict):

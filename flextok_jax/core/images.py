@@ -44,6 +44,11 @@ def to_uint8(images: jax.Array) -> jax.Array:
   return jnp.round(images * 255).astype(jnp.uint8)
 
 
+def as_uint8(images: jax.Array) -> jax.Array:
+  """Converts float images in [-1, 1] to uint8; values beyond are clipped."""
+  return to_uint8(round_to_8bit(images))
+
+
 def pad_together(batches: Sequence[np.ndarray]) -> np.ndarray:
   """Joins batches of images uint8 [b, h, w, 3] of any sizes, centred on white of the largest height and width."""
   height, width = (max(images.shape[axis] for images in batches) for axis in (1, 2))

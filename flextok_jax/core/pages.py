@@ -24,6 +24,7 @@ def page(title: str, body: list[str], style: str = "", refresh: int = 0) -> byte
   return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{chr(10).join(body)}\n</body></html>\n'.encode()
 
 
-def picture(name: str, data: bytes, kind: str = "png") -> str:
-  """Returns an <img> that holds the bytes of a picture file."""
-  return f'<img alt="{html.escape(name)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+def picture(name: str, data: bytes, kind: str = "png", css: str = "") -> str:
+  """Returns an <img>, of a CSS class if one is given, that holds the bytes of a picture file."""
+  of_class = f'class="{css}" ' if css else ""
+  return f'<img {of_class}alt="{html.escape(name)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'

@@ -27,7 +27,7 @@ class Bar:
   Args:
     total: number of items; None: unknown.
     what: the items, like "images decoded".
-    enabled: True: a bar, even if stderr is no terminal (a notebook); False: nothing; None: a bar on a terminal, and
+    enabled: True: a bar, even if stderr is not a terminal (a notebook); False: nothing; None: a bar on a terminal, and
       elsewhere lines on stdout.
     done: items that were done before.
     transient: of a short computation, one of many: the bar disappears at its end, and there are no lines.

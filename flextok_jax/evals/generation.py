@@ -101,7 +101,7 @@ class Generation:
       keep_k = jnp.clip((ids < num_ids).sum(1), 1, count)
       ids = jnp.where(ids < num_ids, ids, 0)[:, :slots]
       ids = jnp.pad(ids, ((0, 0), (0, slots - ids.shape[1])))  # [b, slots]
-      return images_lib.to_uint8(images_lib.round_to_8bit(decode(params, ids, keep_k, numbers)))
+      return images_lib.as_uint8(decode(params, ids, keep_k, numbers))
 
     self._restore = jax.jit(restore, static_argnames="count", out_shardings=sharding.batch_sharding(mesh))
     self._extract = jax.jit(self._measure, out_shardings=replicated)

@@ -45,4 +45,4 @@ def _to_uint8(images: Any) -> np.ndarray:
     return np.asarray(x)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f"images must be uint8 or floating point in [-1, 1], got {x.dtype}")
-  return np.asarray(images_lib.to_uint8(images_lib.round_to_8bit(x)))
+  return np.asarray(images_lib.as_uint8(x))

@@ -152,7 +152,7 @@ def decode_rows(model: FlexTok, ids: np.ndarray, keep_k: np.ndarray, keys: jax.A
 
 _clip = jax.jit(lambda images: jax.numpy.clip(images, -1, 1))
 _fold_in = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
-_to_uint8 = jax.jit(lambda images: images_lib.to_uint8(images_lib.round_to_8bit(images)))
+_to_uint8 = jax.jit(images_lib.as_uint8)
 
 
 def local_mesh() -> jax.sharding.Mesh:

@@ -110,7 +110,7 @@ def detokenize(model: FlexTok, num_tokens: int | None = None) -> Program:
     ids = jnp.pad(inputs["ids"], ((0, 0), (0, width - count)))
     noise = tokenizer.sample_noise(_keys(inputs["seeds"]), model.latent_shape)
     images = tokenizer.decode_ids(model, ids, inputs["keep_k"], noise)
-    return {"images": images_lib.to_uint8(images_lib.round_to_8bit(images))}
+    return {"images": images_lib.as_uint8(images)}
 
   inputs = {
     "ids": Input(np.int32, (BATCH, count), f"token ids, 0 to {model.num_codes - 1}; from keep_k on without effect"),

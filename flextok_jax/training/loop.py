@@ -196,7 +196,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
         # Checkpoint.
         if stop or save:
           with time_spent.spending("save"):
-            measured = measure(stage.merged(state.joined(average=True)))
+            measured = measure(_averaged(stage, state))
             checkpoints.save(state, measured, loss=sum(losses) / len(losses))
             losses = []
         if stop:
@@ -222,8 +222,8 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
       if evaluation:
         _evaluate(evaluation, stage, state, workdir, outputs, writer)
       if measured is None:  # no step was left to do
-        measured = measure(stage.merged(state.joined(average=True)))
-      params = stage.merged(state.joined(average=True))
+        measured = measure(_averaged(stage, state))
+      params = _averaged(stage, state)
       params = {name: tree for name, tree in params.items() if name in exported}
       params = processes.gather_on_process_0(params)
       if processes.is_process_0():
@@ -286,6 +286,11 @@ def _check_unreadable(count: int, images: int, data: ConfigDict) -> None:
       raise
 
 
+def _averaged(stage: stages.Stage, state: TrainState) -> Any:
+  """Returns the averaged parameters as those of a model."""
+  return stage.merged(state.joined(average=True))
+
+
 def _evaluate(
   evaluation: Evaluation,
   stage: stages.Stage,
@@ -295,7 +300,7 @@ def _evaluate(
   writer: writers.Writer,
 ) -> None:
   """Evaluates the averaged parameters and writes numbers and pictures to workdir/eval/STEP."""
-  report = evaluation.run(stage.merged(state.joined(average=True)))
+  report = evaluation.run(_averaged(stage, state))
   if not processes.is_process_0():
     return
   step = int(state.step)

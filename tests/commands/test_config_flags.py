@@ -58,7 +58,7 @@ def test_a_workdir_alone_goes_on(run_of_pictures, tmp_path):
   code, _, err = shell("flextok_jax.train", f"--workdir={tmp_path / 'none'}")
   assert code == 1 and err == "error: give --config=NAME and --workdir=DIR, or --workdir=DIR of a run to resume it\n"
   code, _, err = shell("flextok_jax.train", f"--config={tmp_path / 'other.json'}", f"--workdir={workdir}")
-  assert code == 1 and "of .json files, the config.json of a run or a model is one" in err
+  assert code == 1 and "is not a config: among .json files, only the config.json of a run or a model is one" in err
 
 
 def test_printed_configs(run_of_pictures, pictures):

@@ -1,12 +1,12 @@
 """The demo's pictures, chips of tokens and strips as HTML; pictures are inside it, so no file is served for them."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 import math
 
 import numpy as np
 
+from flextok_jax.core import pages
 from flextok_jax.evals import grids
 from flextok_jax.tools.demo import model as model_lib
 from flextok_jax.tools.demo.model import Ids, SearchStep
@@ -57,9 +57,7 @@ def _box(content: str, kind: str = "ft-row") -> str:
 
 
 def _image(pixels: np.ndarray, alt: str) -> str:
-  data = base64.b64encode(grids.to_png(pixels)).decode()
-  kind = "px" if len(pixels) <= _PIXELATED else "smooth"
-  return f'<img class="{kind}" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+  return pages.picture(alt, grids.to_png(pixels), css="px" if len(pixels) <= _PIXELATED else "smooth")
 
 
 def _figure(pixels: np.ndarray, title: str, note: str = "", pick: int | None = None, kind: str = "") -> str:
@@ -96,8 +94,8 @@ def stage(original: np.ndarray | None, decoded: np.ndarray, kept: int, bits: flo
   """Returns the original beside its picture from the first `kept` tokens of `bits` each."""
   size = f"{len(decoded)} × {len(decoded)} px"
   quality = "" if original is None else f"PSNR {model_lib.psnr(original, decoded):.1f} dB · "
-  told = f"{quality}{kept * bits:.0f} bits"
-  right = _figure(decoded, f"<b>from the first {count(kept) if kept > 1 else 'token'}</b>", told)
+  facts = f"{quality}{kept * bits:.0f} bits"
+  right = _figure(decoded, f"<b>from the first {count(kept) if kept > 1 else 'token'}</b>", facts)
   if original is None:
     return _box(right, "ft-stage")
   raw = f"{size} · {original.size * 8:,} bits"
@@ -174,5 +172,5 @@ def search(steps: Sequence[SearchStep], plain: np.ndarray, verifier: str, ahead:
   if len(steps) == 1:
     return f"{top}{note('All candidates, the best first')}{_box(''.join(columns[0]))}"
   table = "".join(f"<div>{''.join(cells)}</div>" for cells in columns)
-  told = "What each step kept, the best first" + "; scores are those of the completed sequences" * ahead
-  return f"{top}{note(told)}{_box(table, 'ft-steps')}"
+  caption = "What each step kept, the best first" + "; scores are those of the completed sequences" * ahead
+  return f"{top}{note(caption)}{_box(table, 'ft-steps')}"

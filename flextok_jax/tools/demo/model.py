@@ -231,7 +231,7 @@ def swap(a: Ids, b: Ids, count: int) -> Ids:
   return (*a[:count], *b[count:])
 
 
-_to_uint8 = jax.jit(lambda images: images_lib.to_uint8(images_lib.round_to_8bit(images)))
+_to_uint8 = jax.jit(images_lib.as_uint8)
 
 
 def _given(condition: Condition) -> dict[str, Any]:
