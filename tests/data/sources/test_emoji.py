@@ -92,6 +92,24 @@ def test_font_without_bitmaps():
     emoji.Emoji("train", outline)
 
 
+def test_names_and_keywords_of_a_folder(tmp_path):
+  """Training draws keywords too, validation only names; variation selectors do not matter; tones follow the name."""
+  (tmp_path / "3d").mkdir()
+  for name in ("1f44b", "1f44b-1f3fd", "1f680", "263a-fe0f", "1f34e"):
+    Image.new("RGBA", (8, 8)).save(tmp_path / "3d" / f"{name}.png")
+  words = tmp_path / emoji.WORDS
+  words.write_text("1f44b\twaving hand\thello\n1f680\trocket\tspace\n263a\tsmiling face\n")
+  captions = [emoji.Emoji("train", str(tmp_path))[i]["caption"] for i in range(400)]
+  expected = ("waving hand", "hello", "waving hand: medium skin tone", "smiling face", "red apple")
+  assert set(captions) == {f"{caption}, 3d" for caption in expected}
+  assert 0.2 < captions.count("hello, 3d") / (captions.count("hello, 3d") + captions.count("waving hand, 3d")) < 0.47
+  validation = emoji.Emoji("validation", str(tmp_path))
+  assert {validation[i]["caption"] for i in range(len(validation))} == {"rocket, 3d"}
+  words.write_text("1f44b\twaving hand\nwave\thello\n")
+  with pytest.raises(ValueError, match="words.tsv, line 2: code points in hexadecimal"):
+    emoji.Emoji("train", str(tmp_path))
+
+
 def test_a_folder_has_styles(tmp_path):
   """The split is by base and the same in every style; captions name the style."""
   codes = [(0x1F600 + i,) for i in range(40)] + [(0x1F44B, 0x1F3FD), (0x1F680,)]
