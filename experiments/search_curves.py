@@ -1,15 +1,17 @@
 """What does search buy? Share of pictures that show all that a caption asks for, by number of decoded candidates.
 
 python -m experiments.search_curves --generator=FILE --tokenizer=FILE [--num_images=128] --out=DIR
+python -m experiments.search_curves --generator=OF_THE_GRID --tokenizer=GRID --decoder_steps=4 --beside=DIR --out=DIR2
 
 Captions are those of held-out plain scenes. The verifier is `scenes`; the judge is the network of
 experiments/agreement.py, trained on other scenes from another seed. A picture is right if shape and colour of the
 largest object, the background and the number of objects are all as asked. Writes search_curves.json and .png; what is
-in the json with the same settings is not computed again.
+in the json with the same settings is not computed again. --beside draws the curves of another folder too, dashed.
 """
 
 import json
 from pathlib import Path
+import re
 import time
 
 from absl import flags
@@ -20,11 +22,13 @@ import numpy as np
 from experiments import agreement
 import flextok_jax
 from flextok_jax import cli
+from flextok_jax.config import with_fields
 from flextok_jax.core import files
 from flextok_jax.core import images as images_lib
 from flextok_jax.evals import charts, grids
 from flextok_jax.inference.scenes import HEADS
 
+SETTINGS = ("generator", "tokenizer", "decoder_steps", "num_images", "seed")
 SCHEDULE = (1, 2, 4, 8, 16)
 WIDTHS = ((2, 2), (2, 4), (3, 7))  # (beam width, candidates)
 RUNS = {
@@ -50,6 +54,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_string("generator", None, "By caption: anything that load_ar takes.", flag_values=values)
   flags.DEFINE_string("tokenizer", None, "Of its tokens.", flag_values=values)
   flags.DEFINE_integer("num_images", 128, "Captions.", flag_values=values)
+  flags.DEFINE_integer("decoder_steps", 0, "Unguided Euler steps; 0: the tokenizer's sampler.", flag_values=values)
+  flags.DEFINE_string("only", "", "Runs whose names this regular expression matches.", flag_values=values)
+  flags.DEFINE_string("beside", None, "Folder of another call, drawn dashed.", flag_values=values)
   flags.DEFINE_integer("seed", 0, "Of the samples.", flag_values=values)
   flags.DEFINE_string("out", None, "Folder for the results.", flag_values=values)
 
@@ -70,19 +77,22 @@ def main(values: flags.FlagValues):
   cli.require(values, "generator", "tokenizer", "out")
   folder = Path(values.out)
   gen, tokenizer = flextok_jax.load_ar(values.generator), flextok_jax.load(values.tokenizer)
+  if values.decoder_steps:
+    sampler = {"sampler.num_steps": values.decoder_steps, "sampler.guidance": "none"}
+    tokenizer = flextok_jax.FlexTok(with_fields(tokenizer.config, sampler), tokenizer.params)
   images, said, captions = agreement.scenes("validation", 0, values.num_images, tokenizer.image_size)
   answer = judge(folder, tokenizer.image_size)
   to_uint8 = lambda x: np.asarray(images_lib.as_uint8(x))
   right = lambda pictures: {name: (answer(pictures)[name] == said[name]) for name, _ in HEADS}
   path = folder / "search_curves.json"
-  settings = {name: values[name].value for name in ("generator", "tokenizer", "num_images", "seed")}
+  settings = {name: values[name].value for name in SETTINGS}
   report = json.loads(path.read_text()) if path.exists() else {}
   if report.get("settings") != settings:
     report = {"settings": settings, "runs": {}}
   pictures = {"held-out": images[:8]}
   report["runs"]["held-out scenes"] = {"decoded": 0} | shares(right(images))
   for name, run in RUNS.items():
-    if name in report["runs"]:
+    if name in report["runs"] or not re.match(values.only, name):
       continue
     start = time.monotonic()
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(values.seed), np.arange(len(captions)))
@@ -92,7 +102,8 @@ def main(values: flags.FlagValues):
     report["runs"][name] = {"decoded": found.decoded, "seconds": time.monotonic() - start} | shares(right(shown))
     print(name, json.dumps(report["runs"][name]), flush=True)
     files.write_file(path, (json.dumps(report, indent=1) + "\n").encode())
-  draw(folder, report["runs"])
+  beside = json.loads((Path(values.beside) / path.name).read_text())["runs"] if values.beside else {}
+  draw(folder, report["runs"], beside)
   labels = captions[:8]
   if len(pictures) > 1:
     chosen = [name for name in pictures if name in ("held-out", "best of N, 1", "best of N, 91", "beam, 3 x 7")]
@@ -106,14 +117,14 @@ def shares(right: dict) -> dict[str, float]:
   return each | {"all": float(np.all(list(right.values()), axis=0).mean())}
 
 
-def draw(folder: Path, runs: dict):
-  """Writes the curves."""
+def draw(folder: Path, runs: dict, beside: dict):
+  """Writes the curves, those of another folder dashed."""
   lines = {}
   for i, kind in enumerate(dict.fromkeys(name.split(",")[0] for name in RUNS)):
-    points = sorted(
-      (row["decoded"], 100 * row["all"]) for name, row in runs.items() if name in RUNS and name.startswith(f"{kind},")
-    )
-    lines[kind] = charts.Line(*zip(*points), color=i)
+    for label, found in ((kind, runs), (f"{kind}, beside", beside)):
+      of_kind = (row for name, row in found.items() if name in RUNS and name.startswith(f"{kind},"))
+      if points := sorted((row["decoded"], 100 * row["all"]) for row in of_kind):
+        lines[label] = charts.Line(*zip(*points), color=i, dashed=found is beside)
   ticks = [2**i for i in range(8)]
   picture = charts.curves({"pictures with all as asked, %": lines}, "decoded candidates per picture", ticks)
   files.write_file(folder / "search_curves.png", picture)
