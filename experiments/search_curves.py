@@ -9,6 +9,7 @@ largest object, the background and the number of objects are all as asked. Write
 in the json with the same settings is not computed again. --beside draws the curves of another folder too, dashed.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 import re
@@ -17,6 +18,7 @@ import time
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
+from ml_collections import FrozenConfigDict
 import numpy as np
 
 from experiments import agreement
@@ -79,7 +81,7 @@ def main(values: flags.FlagValues):
   gen, tokenizer = flextok_jax.load_ar(values.generator), flextok_jax.load(values.tokenizer)
   if values.decoder_steps:
     sampler = {"sampler.num_steps": values.decoder_steps, "sampler.guidance": "none"}
-    tokenizer = flextok_jax.FlexTok(with_fields(tokenizer.config, sampler), tokenizer.params)
+    tokenizer = dataclasses.replace(tokenizer, config=FrozenConfigDict(with_fields(tokenizer.config, sampler)))
   images, said, captions = agreement.scenes("validation", 0, values.num_images, tokenizer.image_size)
   answer = judge(folder, tokenizer.image_size)
   to_uint8 = lambda x: np.asarray(images_lib.as_uint8(x))
