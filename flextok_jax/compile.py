@@ -8,7 +8,8 @@ Jobs: "train", the update of python -m flextok_jax.train; "sample", token ids to
 config.sampler; "ar", the generator's loop over tokens with the guidance of config.ar. Each is compiled as the commands
 compile it, on the mesh of --config.mesh, by the TPU compiler (the extra [tpu]); nothing is allocated or run.
 docs/scaling.md explains the numbers. --search tries meshes, remat policies and batches from --per_device_batch on;
---out receives a JSON file, and --table prints those of a folder as a Markdown table.
+--profile lists the kernels that take the most cycles. --out receives a JSON file, and --table prints those of a folder
+as a Markdown table, with --profile that of their kinds of kernels.
 """
 
 import json
@@ -51,6 +52,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flag_values=values,
   )
   flags.DEFINE_integer("num_tokens", None, "Of sample and ar; default: all.", 1, flag_values=values)
+  flags.DEFINE_bool("profile", False, "List the kernels with the most cycles.", flag_values=values)
   flags.DEFINE_bool("search", False, "Try meshes, remat policies and batches.", flag_values=values)
   flags.DEFINE_string("out", None, "Folder for the JSON file.", flag_values=values)
   flags.DEFINE_string("table", None, "Only print the reports in this folder as a Markdown table.", flag_values=values)
@@ -59,7 +61,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 def main(values: flags.FlagValues) -> None:
   """Compiles with the settings of the flags and prints the report."""
   if values.table:
-    print(report.markdown(read_reports(Path(values.table))))
+    table = report.markdown_kinds if values.profile else report.markdown
+    print(table(read_reports(Path(values.table))))
     return
   if values.config is None or not values.topology:
     raise ValueError("give --config=NAME and --topology=v5e:16x16 (or v5p:4x4x4, v6e:16x16, tpu7x:2x2x2)")
@@ -84,7 +87,7 @@ def main(values: flags.FlagValues) -> None:
   else:
     reports = [run(config, batch)]
   best = reports[0]
-  print(report.format_report(best))
+  print(report.format_report(best, values.profile))
   if out:
     parts = (re.sub(r"[^\w-]+", "_", part) for part in (name, values.job, values.topology))
     path = out / f"{'.'.join(parts)}.json"

@@ -19,6 +19,7 @@ from flextok_jax.configs import debug
 from flextok_jax.core import accelerators
 from flextok_jax.parallel import sharding
 from flextok_jax.tools.compile import jobs as compile_jobs
+from flextok_jax.tools.compile import profile
 from flextok_jax.tools.compile import report as compile_report
 from flextok_jax.tools.compile import run as compile_run
 from flextok_jax.tools.compile import search as compile_search
@@ -136,9 +137,28 @@ def test_report_as_table_and_json(train):
   again = json.loads(json.dumps(report.to_json()))
   assert again["mfu"] == report.mfu
   assert again["memory"] == report.memory
+  assert report.kinds == [] and "cycles" not in text  # CPU compilers report no cycles
   header, _, row = compile_report.markdown([again]).splitlines()
   assert header.count("|") == row.count("|")
   assert "8 x 1 x 1" in row
+
+
+def test_kinds_of_kernels_as_table_and_json(train):
+  """Shares of the cycles add up to one; the products' FLOPs are relative to the peak in these cycles."""
+  kinds = [
+    {"kind": profile.PRODUCTS, "runs": 3, "cycles": 300, "flops": 1000, "peak": 2000.0},
+    {"kind": profile.MOVES, "runs": 9, "cycles": 100, "flops": 0, "peak": 700.0},
+  ]
+  longest = [dataclasses.asdict(profile.Kernel(profile.PRODUCTS, "jit(update)/dot_general", 3, 300, 1000))]
+  report = dataclasses.replace(train[2], kinds=kinds, kernels=longest)
+  lines = [" ".join(line.split()) for line in compile_report.format_report(report, longest=True).splitlines()]
+  assert "products with weights 75.0% 3 50%" in lines
+  assert "copies and layout changes 25.0% 9 0%" in lines
+  assert "75.0% 3 jit(update)/dot_general" in lines
+  assert "jit(update)/dot_general" not in compile_report.format_report(report)
+  table = compile_report.markdown_kinds([json.loads(json.dumps(made.to_json())) for made in (report, train[2])])
+  assert table.splitlines()[0].count("|") == 3  # that of a CPU has no cycles
+  assert table.splitlines()[2:] == ["| products with weights | 75.0% (50%) |", "| copies and layout changes | 25.0% |"]
 
 
 def test_rematerialisation_does_not_count_as_model_flops():

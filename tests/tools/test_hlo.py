@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from flextok_jax.tools.compile import hlo
+from flextok_jax.tools.compile import hlo, profile
 from flextok_jax.tools.compile import traffic as hlo_traffic
 
 # A shortened TPU program for 4 devices. The sharded weights of a layer are gathered in a loop of 7 iterations (its
@@ -48,7 +48,7 @@ HloModule jit_f, is_scheduled=true, num_partitions=4
   %n = s32[]{:T(128)} get-tuple-element(%state), index=4
   %shard = bf16[1,256,1024]{2,1,0:T(8,128)(2,1)S(1)} fusion(%ws, %i.1), kind=kLoop, calls=%slice_fusion, backend_config={"window_config":{"estimated_cycles":"1000"}}
   %gathered = bf16[1,1024,1024]{2,1,0:T(8,128)(2,1)S(1)} all-gather(%shard), channel_id=1, replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={1}, use_global_device_ids=true
-  %both = (bf16[512,1024]{1,0:T(8,128)(2,1)}, bf16[7,512,1024]{2,1,0:T(8,128)(2,1)}) fusion(%x, %gathered, %ys, %i.1), kind=kOutput, calls=%product_fusion, backend_config={"window_config":{"estimated_cycles":"20000"}}
+  %both = (bf16[512,1024]{1,0:T(8,128)(2,1)}, bf16[7,512,1024]{2,1,0:T(8,128)(2,1)}) fusion(%x, %gathered, %ys, %i.1), kind=kOutput, calls=%product_fusion, metadata={op_name="jit(update)/jvp(Model)/decoder/transformer/last/mlp/dot_general"}, backend_config={"window_config":{"estimated_cycles":"20000"}}
   %x.1 = bf16[512,1024]{1,0:T(8,128)(2,1)} get-tuple-element(%both), index=0
   %ys.1 = bf16[7,512,1024]{2,1,0:T(8,128)(2,1)} get-tuple-element(%both), index=1
   %next = s32[]{:T(128)} add(%i.1, %one)
@@ -128,6 +128,48 @@ def test_loops_of_a_saved_program_are_multiplied_out(tpu):
   assert hlo.matmul_flops(tpu) == 7 * 2 * 512 * 1024 * 1024
   assert hlo.cycles(tpu) == 7 * 21_000
   assert tpu.unknown_loops == 0
+
+
+def test_cycles_by_kind_of_kernel(tpu):
+  """A fused product counts as a product, with its FLOPs; a kernel that only cuts out a part, as a move."""
+  product, move = profile.kernels(tpu)
+  assert product == profile.Kernel(
+    profile.PRODUCTS,
+    "jit(update)/jvp(Model)/decoder/transformer/last/mlp/dot_general",
+    runs=7,
+    cycles=7 * 20_000,
+    flops=hlo.matmul_flops(tpu),
+  )
+  assert move == profile.Kernel(profile.MOVES, "fusion", runs=7, cycles=7_000, flops=0)
+  assert [row["kind"] for row in profile.by_kind([move, product])] == [profile.PRODUCTS, profile.MOVES]
+
+
+@pytest.mark.parametrize(
+  "opcode, source, kind",
+  [
+    ("dot", "jit(update)/jvp(M)/decoder/transformer/last/attention/attention._attend/vmap()/dot_general", "ATTENTION"),
+    ("dot", "jit(update)/jvp(M)/decoder/transformer/last/attention/attention._attend/out/dot_general", "PRODUCTS"),
+    ("reduce", "jit(update)/jvp(M)/decoder/transformer/last/attention/attention._attend/reduce_max", "SOFTMAX"),
+    ("rsqrt", "jit(update)/jvp(M)/decoder/transformer/last/attention/attention._norm_q/rsqrt", "HEAD_NORMS"),
+    ("multiply", "jit(update)/transpose(jvp(M))/decoder/transformer/last/mul", "BLOCKS"),
+    ("multiply", "jit(update)/mul", "OPTIMIZER"),
+    ("multiply", "jit(update)/jvp()/mul", "REST"),
+    ("all-reduce", "jit(update)/transpose(jvp(M))/decoder/transformer/last/dot_general", "WAITS"),
+    ("transpose", "jit(update)/jvp(M)/decoder/transformer/last/attention/attention._attend/transpose", "MOVES"),
+  ],
+)
+def test_kinds_of_kernels(opcode, source, kind):
+  """By what a kernel computes and where in the model it comes from."""
+  metadata = f'metadata={{op_name="{source}"}}, backend_config={{"estimated_cycles":"5"}}'
+  program = f"""HloModule m
+
+ENTRY %main (a: f32[8,8]) -> f32[8,8] {{
+  %a = f32[8,8]{{1,0}} parameter(0)
+  ROOT %y = f32[8,8]{{1,0}} {opcode}(%a, %a), {metadata}
+}}
+"""
+  (kernel,) = profile.kernels(hlo.Module(program))
+  assert (kernel.kind, kernel.cycles, kernel.source) == (getattr(profile, kind), 5, source)
 
 
 def test_collectives_of_a_saved_program(tpu):

@@ -303,21 +303,23 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 def matmul_flops(module: Module) -> int:
   """Returns the FLOPs of products and convolutions, 2 per multiply-add, without padding and custom kernels."""
-  return sum(
-    run.times * _FLOPS[run.instruction.opcode](run) for run in module.runs() if run.instruction.opcode in _FLOPS
-  )
+  return sum(run.times * product_flops(run.instruction, run.computation) for run in module.runs())
 
 
-def _dot_flops(run: Run) -> int:
-  left = run.computation.operands(run.instruction)[0].arrays[0]
-  contracted = run.instruction.attribute("lhs_contracting_dims") or ""
-  return 2 * run.instruction.arrays[0].size * math.prod(left.dims[int(d)] for d in contracted.split(",") if d)
+def product_flops(x: Instruction, computation: Computation) -> int:
+  """Returns the FLOPs of one run of an instruction of the computation, if it is a product or a convolution; else 0."""
+  return _FLOPS[x.opcode](x, computation) if x.opcode in _FLOPS else 0
 
 
-def _convolution_flops(run: Run) -> int:
+def _dot_flops(x: Instruction, computation: Computation) -> int:
+  left = computation.operands(x)[0].arrays[0]
+  contracted = x.attribute("lhs_contracting_dims") or ""
+  return 2 * x.arrays[0].size * math.prod(left.dims[int(d)] for d in contracted.split(",") if d)
+
+
+def _convolution_flops(x: Instruction, computation: Computation) -> int:
   """Counts pairs of an output and an input that the kernel joins; batched products are convolutions on TPUs."""
-  x = run.instruction
-  left, right = (operand.arrays[0] for operand in run.computation.operands(x)[:2])
+  left, right = (operand.arrays[0] for operand in computation.operands(x)[:2])
   inputs, kernel, outputs = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes)[0]
   window = dict(re.findall(r"(\w+)=([\w\-]+)", x.attribute("window") or ""))
   pairs = 1
@@ -340,16 +342,18 @@ def _convolution_flops(run: Run) -> int:
   return 2 * batch * features * right.dims[kernel.index("i")] * pairs // groups
 
 
-_FLOPS: dict[str, Callable[[Run], int]] = {"dot": _dot_flops, "convolution": _convolution_flops}
+_FLOPS: dict[str, Callable[[Instruction, Computation], int]] = {"dot": _dot_flops, "convolution": _convolution_flops}
+
+
+def kernel_cycles(run: Run) -> int:
+  """Returns the TPU compiler's estimate of cycles for one run of a kernel; 0 of other instructions and devices."""
+  found = re.search(r'"estimated_cycles":"(\d+)"', run.instruction.attributes) if run.scheduled else None
+  return int(found[1]) if found else 0
 
 
 def cycles(module: Module) -> int:
   """Returns the TPU compiler's estimate of cycles for all kernels in sequence; 0 on other devices."""
-  total = 0
-  for run in module.runs():
-    if run.scheduled and (found := re.search(r'"estimated_cycles":"(\d+)"', run.instruction.attributes)):
-      total += run.times * int(found[1])
-  return total
+  return sum(run.times * kernel_cycles(run) for run in module.runs())
 
 
 def custom_kernels(module: Module) -> int:

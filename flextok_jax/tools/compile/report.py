@@ -12,10 +12,11 @@ import numpy as np
 
 from flextok_jax.core import timing
 from flextok_jax.core.accelerators import Accelerator
-from flextok_jax.tools.compile import hlo
+from flextok_jax.tools.compile import hlo, profile
 from flextok_jax.tools.compile import traffic as hlo_traffic
 from flextok_jax.tools.compile.jobs import Job
 
+LONGEST = 25  # kernels in a report
 _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -30,6 +31,8 @@ class CompileReport:
   collectives: list[dict] = dataclasses.field(default_factory=list)
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by resource, if nothing else limited the job
   notes: tuple[str, ...] = ()
+  kinds: list[dict] = dataclasses.field(default_factory=list)  # of kernels, as of profile.by_kind
+  kernels: list[dict] = dataclasses.field(default_factory=list)  # those with the most cycles, as profile.Kernel
 
   @property
   def bound(self) -> str:
@@ -89,7 +92,7 @@ def make_report(settings: dict, job: Job, compiled, text: str, accelerator: Acce
   """Returns the report of a compiled job from its HLO."""
   module = hlo.Module(text, job.loop_trips)
   sent = hlo_traffic.collectives(module, mesh.size)
-  cycles, kernels = hlo.cycles(module), hlo.custom_kernels(module)
+  kernels, custom = profile.kernels(module), hlo.custom_kernels(module)
   flops = {
     "analytic": job.flops / mesh.size,
     "model": job.model_flops / mesh.size,
@@ -102,15 +105,25 @@ def make_report(settings: dict, job: Job, compiled, text: str, accelerator: Acce
     "memory": hlo_traffic.memory_bytes(module) / accelerator.bandwidth,
     "interconnect": sum(link_seconds(c, accelerator, mesh) for c in sent),
   }
-  if cycles and accelerator.clock:
-    seconds["schedule"] = cycles / accelerator.clock
+  if kernels and accelerator.clock:
+    seconds["schedule"] = sum(kernel.cycles for kernel in kernels) / accelerator.clock
   notes = []
-  if kernels:
-    notes.append(f"{kernels} runs of Pallas kernels, which neither the compiled FLOPs nor the schedule include")
+  if custom:
+    notes.append(f"{custom} runs of Pallas kernels, which neither the compiled FLOPs nor the schedule include")
   if module.unknown_loops:
     notes.append(f"{module.unknown_loops} data-dependent loops: {job.loop_trips} trips assumed")
   table = memory(job, compiled.memory_analysis(), accelerator.memory)
-  return CompileReport(settings, table["total"] <= table["limit"], table, flops, _summed(sent), seconds, tuple(notes))
+  return CompileReport(
+    settings,
+    table["total"] <= table["limit"],
+    table,
+    flops,
+    _summed(sent),
+    seconds,
+    tuple(notes),
+    [row | {"peak": row["cycles"] * accelerator.flops / accelerator.clock} for row in profile.by_kind(kernels)],
+    [dataclasses.asdict(kernel) for kernel in kernels[:LONGEST]],
+  )
 
 
 def arguments_fit(job: Job, accelerator: Accelerator) -> bool:
@@ -163,8 +176,8 @@ def _summed(collectives: Iterable[hlo_traffic.Collective]) -> list[dict]:
   ]
 
 
-def format_report(report: CompileReport) -> str:
-  """Returns a report as a table for the console."""
+def format_report(report: CompileReport, longest: bool = False) -> str:
+  """Returns a report as a table for the console, with the kernels that take the most cycles if `longest`."""
   s, m = report.settings, report.memory
   mesh = " x ".join(f"{axis} {size}" for axis, size in s["mesh"].items())
   lines = [
@@ -195,6 +208,18 @@ def format_report(report: CompileReport) -> str:
   )
   lines += ["", "time of a call if only this resource limited it"]
   lines += _columns([(name, _amount(seconds, "s")) for name, seconds in t.items()])
+  total = sum(row["cycles"] for row in report.kinds)
+  if report.kinds:
+    lines += ["", "cycles that the compiler expects: share, runs, products' FLOPs over the peak of these cycles"]
+    lines += _columns(
+      [
+        (row["kind"], f"{row['cycles'] / total:.1%}", str(row["runs"]), f"{row['flops'] / row['peak']:.0%}")
+        for row in report.kinds
+      ]
+    )
+  if longest and report.kernels:
+    lines += ["", "the longest kernels: share, runs, source"]
+    lines += _columns([(f"{k['cycles'] / total:.1%}", str(k["runs"]), k["source"]) for k in report.kernels])
   lines += [
     "",
     f"roofline: {_amount(t[report.bound], 's')}, bound by {report.bound}; MFU at most {report.mfu_roofline:.1%}",
@@ -264,4 +289,24 @@ def markdown(reports: Iterable[dict]) -> str:
     else:
       cells += ["", "does not fit", "", "", "", ""]
     lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def markdown_kinds(reports: Iterable[dict]) -> str:
+  """Returns a Markdown table of the shares of the kinds of kernels, with a column for each report that has them."""
+  reports = [r for r in reports if r.get("kinds")]
+  head = [
+    "share of the cycles",
+    *(f"{r['settings']['config']}, {r['settings']['job']}, {r['settings']['topology']}" for r in reports),
+  ]
+  lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(reports)]
+  for kind in profile.KINDS:
+    cells = []
+    for r in reports:
+      total = sum(row["cycles"] for row in r["kinds"])
+      found = [row for row in r["kinds"] if row["kind"] == kind]
+      share = f"{found[0]['cycles'] / total:.1%}" if found else ""
+      cells.append(f"{share} ({found[0]['flops'] / found[0]['peak']:.0%})" if found and found[0]["flops"] else share)
+    if any(cells):
+      lines.append(f"| {kind} | " + " | ".join(cells) + " |")
   return "\n".join(lines)
