@@ -11,6 +11,7 @@ that stop by themselves it also reports the rank correlation of their length wit
 caption.
 """
 
+from collections.abc import Callable
 import json
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from flextok_jax.data import transforms
 from flextok_jax.data.sources import synthetic
 from flextok_jax.inference.scenes import HEADS, read_caption
 from flextok_jax.models.perception.scenes import SceneClassifier
+
+Draw = Callable[[int], tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -53,9 +56,14 @@ def scenes(split: str, start: int, count: int, size: int) -> tuple[np.ndarray, d
   return images, {k: np.array([x[k] for x in said]) for k, _ in HEADS}, [r["caption"] for r in records]
 
 
-def learn(size: int, steps: int, seed: int, first: int = 0, batch: int = 128) -> dict:
-  """Trains a network on the scenes of the training split from number `first` on; returns its parameters."""
-  network = SceneClassifier(HEADS)
+def draw_scenes(size: int, first: int = 0, batch: int = 128):
+  """Returns a function from a step to scenes of the training split, from number `first` on, for learn."""
+  return lambda step: scenes("train", first + step * batch, batch, size)[:2]
+
+
+def learn(draw: Draw, size: int, steps: int, seed: int, heads=HEADS) -> dict:
+  """Trains a network on images uint8 [n, s, s, 3] and answers {question: [n]} of every step; returns its parameters."""
+  network = SceneClassifier(heads)
   params = network.init(jax.random.key(seed), jnp.zeros((1, size, size, 3)))
   optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, steps), weight_decay=1e-3)
 
@@ -67,7 +75,7 @@ def learn(size: int, steps: int, seed: int, first: int = 0, batch: int = 128) ->
     x = x + 0.1 * jax.random.normal(noise, x.shape)
     logits = network.apply(params, x)
     ce = optax.softmax_cross_entropy_with_integer_labels
-    return sum(ce(logits[k], labels[k]).mean() for k, _ in HEADS)
+    return sum(ce(logits[k], labels[k]).mean() for k, _ in heads)
 
   @jax.jit
   def update(params, state, images, labels, key):
@@ -77,16 +85,16 @@ def learn(size: int, steps: int, seed: int, first: int = 0, batch: int = 128) ->
 
   state = optimizer.init(params)
   for step in range(steps):
-    images, labels, _ = scenes("train", first + step * batch, batch, size)
+    images, labels = draw(step)
     params, state, loss = update(params, state, images, labels, jax.random.fold_in(jax.random.key(seed), step))
     if step % 250 == 249:
       print(f"network: step {step + 1}, loss {float(loss):.3f}", flush=True)
   return params["params"]
 
 
-def make_answer(params: dict):
+def make_answer(params: dict, heads=HEADS):
   """Returns a function from images uint8 [n, s, s, 3] to a network's answers {question: [n]}."""
-  network = SceneClassifier(HEADS)
+  network = SceneClassifier(heads)
 
   @jax.jit
   def classify(images):
@@ -94,7 +102,7 @@ def make_answer(params: dict):
 
   def answer(images):
     parts = [jax.device_get(classify(images[i : i + 256])) for i in range(0, len(images), 256)]
-    return {k: np.concatenate([part[k] for part in parts]) for k, _ in HEADS}
+    return {k: np.concatenate([part[k] for part in parts]) for k, _ in heads}
 
   return answer
 
@@ -127,7 +135,7 @@ def main(values: flags.FlagValues):
   images, said, captions = scenes("validation", 0, count, tokenizer.image_size)
   shapes = [synthetic.CLASS_NAMES.index(name) for name in synthetic.PLAIN_SHAPES]
   labels = np.resize(shapes, count)
-  answer = make_answer(learn(tokenizer.image_size, values.steps, seed))
+  answer = make_answer(learn(draw_scenes(tokenizer.image_size), tokenizer.image_size, values.steps, seed))
 
   def agreement(pictures, expected):
     found = answer(pictures)

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 import jax
 import numpy as np
 
-from experiments.agreement import learn, make_answer, scenes
+from experiments.agreement import draw_scenes, learn, make_answer, scenes
 from flextok_jax import cli
 from flextok_jax.core import tensor_file
 
@@ -29,7 +29,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
 def main(values: flags.FlagValues):
   """Trains, reports the share of right answers on held-out scenes, and writes values.out."""
   cli.require(values, "out")
-  params = jax.device_get(learn(32, values.steps, values.seed, FIRST))
+  params = jax.device_get(learn(draw_scenes(32, FIRST), 32, values.steps, values.seed))
   images, said, _ = scenes("validation", FIRST, 1024, 32)
   found = make_answer(params)(images)
   print({k: float((found[k] == v).mean()) for k, v in said.items()})

@@ -67,7 +67,7 @@ def judge(folder: Path, size: int):
   """Returns the judge's function from images to answers; its parameters are kept in the folder."""
   path = folder / "judge.npz"
   if not path.exists():
-    params = jax.device_get(agreement.learn(size, 1000, 0))
+    params = jax.device_get(agreement.learn(agreement.draw_scenes(size), size, 1000, 0))
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(path, **flatten_dict(params, sep="/"))
   with np.load(path) as stored:

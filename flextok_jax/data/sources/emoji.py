@@ -389,14 +389,16 @@ class Emoji:
     codes, png, style = base[int(pick * len(base))]
     glyph = Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGBA")
     image = place(glyph, rng)
-    caption = self._caption(codes, rng) + (f", {style}" if style else "")
+    words = self._words.get(without_variation(codes), ())
+    keyword = self._split == "train" and len(words) > 1 and rng.random() < KEYWORD_SHARE
+    name = words[int(rng.integers(1, len(words)))] if keyword else self.name_of(codes)
+    caption = name + (f", {style}" if style else "")
     return {"image": image, "label": group_of(codes), "caption": caption, "num_objects": -1}
 
-  def _caption(self, codes: tuple[int, ...], rng: np.random.Generator) -> str:
-    words = self._words.get(without_variation(codes))
-    if words:
-      keyword = self._split == "train" and len(words) > 1 and rng.random() < KEYWORD_SHARE
-      return words[int(rng.integers(1, len(words)))] if keyword else words[0]
+  def name_of(self, codes: tuple[int, ...]) -> str:
+    """Returns the name in WORDS, with skin tones that it leaves out, else caption_of."""
+    if words := self._words.get(without_variation(codes)):
+      return words[0]
     tones = [_TONES[code] for code in codes if code in _TONES]
     words = self._words.get(without_variation(code for code in codes if code not in _TONES))
     if words and tones:
