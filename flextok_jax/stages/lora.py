@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank additions to the matrices of attention and MLP blocks.
 
 A matrix W [in, out] of a frozen part becomes W + alpha / rank * down up, with down [in, rank] and up [rank, out]. What
-is fused in one array (queries, keys and values; both halves of a gated MLP) shares one `down`. In training the product
+is fused in one array (queries, keys and values) shares one `down`. In training the product
 with x is computed as (x down) up, so that no gradient of the size of W exists.
 """
 

@@ -43,7 +43,7 @@ def by_muon(names: Sequence[str]) -> bool:
 def muon_dimensions(params):
   """Returns MuonDimensionNumbers for the matrices of transformer blocks and None for other parameters.
 
-  The layers of a scanned stack are separate matrices, and so are the queries, keys, values and gates in one kernel.
+  The layers of a scanned stack are separate matrices, and so are the queries, keys and values in one kernel.
   """
 
   def dimensions(path, x):
@@ -54,7 +54,7 @@ def muon_dimensions(params):
     name = names[names.index("kernel") - 1]
     if name == "out":
       return contrib.MuonDimensionNumbers(axes[:-1], axes[-1:])
-    return contrib.MuonDimensionNumbers(axes[:1], axes[1:] if name == "q" else axes[2:])
+    return contrib.MuonDimensionNumbers(axes[:1], axes[2:] if name in ("qkv", "kv") else axes[1:])
 
   return jax.tree.map_with_path(dimensions, params)
 

@@ -1,8 +1,7 @@
 """Parameter names and layouts in weights files, both ways.
 
 Linear layers of official files are [out, in] and convolutions [out, in, kh, kw]; every block and projection is a tensor
-of its own. Ours are [in, out] and [kh, kw, in, out]; blocks are stacked, and q, k, v (and both halves of a gated MLP)
-are one array.
+of its own. Ours are [in, out] and [kh, kw, in, out]; blocks are stacked, and q, k and v are one array.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -36,6 +35,7 @@ class Entry:
     stacked: whether the first axis of our array is the block.
     parts: number of fused parts per block.
     axis: of the fused parts within a block of our array; -1: nothing is fused.
+    share: (i, n) if our array is the i-th of n equal parts of the official tensors along their first axis.
   """
 
   path: str
@@ -45,6 +45,7 @@ class Entry:
   stacked: bool = False
   parts: int = 1
   axis: int = -1
+  share: tuple[int, int] = (0, 1)
 
   def view(self, array: np.ndarray, index: int) -> np.ndarray:
     """Returns the part of our array that is the official tensor names[index]; writing to it writes to the array."""
@@ -54,7 +55,7 @@ class Entry:
     return array if self.axis < 0 else np.moveaxis(array, self.axis, 0)[part]
 
   def to_official(self, array: np.ndarray, index: int) -> np.ndarray:
-    """Returns the official tensor names[index] of our array."""
+    """Returns the official tensor names[index] of our array, or the share of it that our array is."""
     return rearrange(self.view(array, index), self.layout)
 
   def from_official(self, read: Callable[[str], np.ndarray], dtype: np.dtype) -> np.ndarray:
@@ -71,7 +72,8 @@ class Entry:
         array = tensor_file.empty(self.shape, dtype)
       view = self.view(array, i)
       with np.errstate(over="ignore", invalid="ignore"):
-        view[...] = rearrange(tensor, f"{official} -> {ours}", **parse_shape(view, ours))
+        part, parts = self.share
+        view[...] = rearrange(np.split(tensor, parts)[part], f"{official} -> {ours}", **parse_shape(view, ours))
       if not np.isfinite(view).all():
         wrong = f"values beyond those of {dtype}" if np.isfinite(tensor).all() else "NaN or infinite values"
         raise ValueError(f"{name} has {wrong}: not usable weights")
@@ -80,7 +82,8 @@ class Entry:
   @property
   def official_shape(self) -> Shape:
     """The shape of each official tensor."""
-    return self.to_official(np.broadcast_to(np.int8(0), self.shape), 0).shape  # allocates nothing
+    length, *rest = self.to_official(np.broadcast_to(np.int8(0), self.shape), 0).shape  # allocates nothing
+    return (self.share[1] * length, *rest)
 
   def check_shape(self, name: str, shape: Shape):
     """Raises ValueError if an official tensor has another shape."""
@@ -106,12 +109,9 @@ def block_entry(
     modules: names within a block of what our array consists of, fused along `axis` if there are several.
     suffix: of all names.
     layout: einops pattern from a part of a block of our array to the official tensor.
-    axis: of the fused parts within a block of our array. There are at most as many parts as it is long: an MLP without
-      gate has one.
+    axis: of the fused parts within a block of our array.
   """
   modules = tuple(modules)
-  if axis >= 0:
-    modules = modules[: shape[1 + axis]]
   names = (f"{blocks}.{i}.{module}{suffix}" for i in range(shape[0]) for module in modules)
   return Entry(path, shape, tuple(names), layout, True, len(modules), axis)
 

@@ -88,9 +88,9 @@ def _sample(p, c, ids, label, text):
       q = _linear(_norm(x, block["norm_2"], c.norm, c.norm_eps), a["q"])
       x = x + _attend(q, _linear(text, a["kv"], 0), _linear(text, a["kv"], 1), a, c, [slice(None)] * len(x))
     normed = _norm(x, block["norm_2" if text is None else "norm_3"], c.norm, c.norm_eps)
-    hidden = _linear(normed, block["mlp"]["in"], 0)
+    hidden = _linear(normed, block["mlp"]["in"])
     if c.ffn == "swiglu":
-      hidden = hidden / (1 + np.exp(-hidden)) * _linear(normed, block["mlp"]["in"], 1)
+      hidden = hidden / (1 + np.exp(-hidden)) * _linear(normed, block["mlp"]["gate"])
     else:
       hidden = hidden * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2))) / 2
     x = x + _linear(hidden, block["mlp"]["out"])
@@ -178,9 +178,9 @@ def to_official(params):
     for kind in ("norm_1", "norm_2", "norm_3"):
       if kind in block:
         norm(name + kind, block[kind])
-    gate = block["mlp"]["in"]["kernel"].shape[1]
-    parts((f"{name}mlp.fc1", f"{name}mlp.fc3")[:gate], block["mlp"]["in"])
-    linear(f"{name}mlp.fc2", block["mlp"]["out"])
+    for ours, official in (("in", "fc1"), ("gate", "fc3"), ("out", "fc2")):
+      if ours in block["mlp"]:
+        linear(f"{name}mlp.{official}", block["mlp"][ours])
   norm(f"{own}trunk.post_trunk_norm", ar["norm"])
   norm(f"{own}head.norm", ar.get("head_norm", {}))
   linear(f"{own}head.linear", ar["readout"])

@@ -114,10 +114,9 @@ def to_official(params, config, apart=False):
       linear(f"{name}cross_attn.Wq", q["kernel"], q.get("bias"))
       for j, which in enumerate("kv"):
         linear(f"{name}cross_attn.W{which}", kv["kernel"][:, j], kv["bias"][j] if "bias" in kv else None)
-    mlp = block["mlp"]
-    for j, which in enumerate(("fc1", "fc3")[: mlp["in"]["kernel"].shape[1]]):
-      linear(f"{name}mlp.{which}", mlp["in"]["kernel"][:, j], mlp["in"]["bias"][j] if "bias" in mlp["in"] else None)
-    linear(f"{name}mlp.fc2", mlp["out"]["kernel"], mlp["out"].get("bias"))
+    for ours, official in (("in", "fc1"), ("gate", "fc3"), ("out", "fc2")):
+      if layer := block["mlp"].get(ours):
+        linear(f"{name}mlp.{official}", layer["kernel"], layer.get("bias"))
   return out
 
 

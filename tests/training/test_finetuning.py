@@ -195,7 +195,8 @@ def test_lora_costs_little():
   state, part = state_of(lora), full.decoder
   assert set(state.params) == {"lora"}
   hidden = int(2 * int(4 * part.width) / 3)  # of the gated MLP
-  sizes = [(32, 3 * 32), (32, 32), (32, 2 * hidden), (hidden, 32)]  # in and out of qkv, out, mlp/in, mlp/out
+  # In and out of qkv, out, mlp/in, mlp/gate, mlp/out.
+  sizes = [(32, 3 * 32), (32, 32), (32, hidden), (32, hidden), (hidden, 32)]
   assert bytes_of(state.params) == 2 * 4 * 2 * sum(a + b for a, b in sizes)  # float32, rank 2, encoder and decoder
   assert bytes_of(state.opt_state) - 2 * bytes_of(state.params) <= 64
   assert goodput.update_flops(lora) < 0.85 * goodput.update_flops(full)

@@ -71,7 +71,7 @@ def test_muon_orthogonalises_block_matrices_and_uses_adam_for_the_rest():
     pairs = [(np.asarray(update), grad)]
     if "blocks" in name:
       pairs = [pair for both in pairs for pair in zip(*both)]
-    if "qkv" in name or "mlp/in" in name:
+    if "qkv" in name:
       pairs = [pair for both in pairs for pair in zip(*(np.moveaxis(x, 1, 0) for x in both))]
     for u, g in pairs:
       inputs = int(np.prod(g.shape[:-1])) if "out" in name else g.shape[0]

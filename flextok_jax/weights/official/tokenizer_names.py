@@ -52,8 +52,10 @@ _BLOCK = {  # our array in a block: (official modules in it, layout, axis of the
   "attention/qkv/bias": (("attn.wq", "attn.wk", "attn.wv"), "h e -> (h e)", 0),
   "attention/out/kernel": (("attn.proj",), "h e d -> d (h e)", -1),
   "attention/out/bias": (("attn.proj",), "d -> d", -1),
-  "mlp/in/kernel": (("mlp.fc1", "mlp.fc3"), "d f -> f d", 1),
-  "mlp/in/bias": (("mlp.fc1", "mlp.fc3"), "f -> f", 0),
+  "mlp/in/kernel": (("mlp.fc1",), "d f -> f d", -1),
+  "mlp/in/bias": (("mlp.fc1",), "f -> f", -1),
+  "mlp/gate/kernel": (("mlp.fc3",), "d f -> f d", -1),
+  "mlp/gate/bias": (("mlp.fc3",), "f -> f", -1),
   "mlp/out/kernel": (("mlp.fc2",), "f d -> d f", -1),
   "mlp/out/bias": (("mlp.fc2",), "d -> d", -1),
 }

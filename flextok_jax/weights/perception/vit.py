@@ -1,6 +1,7 @@
 """Vision transformers from Hugging Face folders and repositories, and from files with facebookresearch's names."""
 
 from collections.abc import Mapping
+import dataclasses
 import math
 import os
 import re
@@ -30,8 +31,8 @@ _LAYOUTS = {  # of our arrays in a block if the official tensor has another shap
   "attention/qkv/kernel": "d n h e -> (n h e) d",
   "attention/qkv/bias": "n h e -> (n h e)",
   "attention/out/kernel": "h e d -> d (h e)",
-  "mlp/in/kernel": "d n f -> (n f) d",
-  "mlp/in/bias": "n f -> (n f)",
+  "mlp/in/kernel": "d f -> f d",
+  "mlp/gate/kernel": "d f -> f d",
   "mlp/out/kernel": "f d -> d f",
 }
 # Official tables have a batch axis, except in CLIP.
@@ -54,7 +55,7 @@ _DINOV2: dict[str, Any] = {
   "norm_2": "norm2",
   "mlp/in": "mlp.fc1",
   "mlp/out": "mlp.fc2",
-  "gated/in": "mlp.weights_in",
+  "gated/in": "mlp.weights_in",  # and after it the gate
   "gated/out": "mlp.weights_out",
   "scale_2": "layer_scale2.lambda1",
 }
@@ -82,7 +83,7 @@ NAMES: dict[str, dict[str, Any]] = {
     "norm_2": "norm2",
     "mlp/in": "mlp.fc1",
     "mlp/out": "mlp.fc2",
-    "gated/in": "mlp.w12",
+    "gated/in": "mlp.w12",  # and after it the gate
     "gated/out": "mlp.w3",
     "scale_2": "ls2.gamma",
   },
@@ -154,7 +155,7 @@ def entries(shapes: Mapping[str, Shape], style: str, prefix: str = "") -> list[E
   names, found = NAMES[style], []
   for path, shape in shapes.items():
     if path.startswith("blocks/"):
-      gated = shapes["blocks/mlp/in/bias"][1] > 1
+      gated = "blocks/mlp/gate/bias" in shapes
       found.append(vit_block_entry(path, shape, names, prefix, gated))
       continue
     module, _, kind = path.rpartition("/")
@@ -172,6 +173,9 @@ def vit_block_entry(path: str, shape: Shape, names: Mapping, prefix: str, gated:
   """Returns the entry of an array "blocks/..." of a ViT; `names` are the values of NAMES."""
   inner = path.removeprefix("blocks/")
   module, _, kind = inner.rpartition("/")
+  share = (0, 1)
+  if gated and module in ("mlp/in", "mlp/gate"):  # one official module
+    module, share = "mlp/in", (int(module == "mlp/gate"), 2)
   modules = names[(module.replace("mlp/", "gated/") if gated else module) or kind]
   layout, axis = _LAYOUTS.get(inner, "d -> d"), -1
   if isinstance(modules, str):
@@ -179,7 +183,8 @@ def vit_block_entry(path: str, shape: Shape, names: Mapping, prefix: str, gated:
   elif len(modules) > 1:
     layout, axis = _SPLIT[inner]
   suffix = "" if not module else ".bias" if kind == "bias" else ".weight"
-  return block_entry(path, shape, prefix + names["blocks"], modules, suffix, layout, axis)
+  entry = block_entry(path, shape, prefix + names["blocks"], modules, suffix, layout, axis)
+  return dataclasses.replace(entry, share=share)
 
 
 def facebook_sizes(path: str, tensors: Mapping[str, np.ndarray]) -> dict:
