@@ -33,6 +33,11 @@ class Stage:
   frozen_parts: frozenset[str] = frozenset()
   lora: LoRA | None = None
 
+  @property
+  def trained_parts(self) -> tuple[str, ...]:
+    """Those of `parts` that this run trains, in full or by low-rank factors."""
+    return tuple(name for name in self.parts if name not in self.frozen_parts)
+
   def init(self, key: jax.Array) -> tuple[Params, Params]:
     """Returns the trained and the frozen parts of the model, boxed with logical axes. Weights files hold both."""
     params, frozen = self.init_model(key)
@@ -74,7 +79,7 @@ class Stage:
     for name in parts:
       if name in self.frozen_parts:
         raise ValueError(f"lora.parts names the {name}, which train.parts freezes: add it to train.parts")
-    parts = tuple(parts) or tuple(name for name in self.block_parts if name not in self.frozen_parts)
+    parts = tuple(parts) or tuple(name for name in self.trained_parts if name in self.block_parts)
     if not parts:
       raise ValueError(f"lora.rank={rank} has no effect, as train.parts freezes {', '.join(self.block_parts)}")
     self.lora = LoRA(rank, alpha, parts)

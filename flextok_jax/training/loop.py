@@ -93,9 +93,9 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
   mesh = sharding.make_mesh(**config.mesh)
   batch_size, num_steps = config.data.global_batch, config.train.num_steps
   sharding.check_batch(batch_size, config.optim.accumulate_steps, mesh)
-  for warning in optim.check(config):
-    processes.log_on_process_0(f"warning: {warning}")
   stage = stages.make_stage(config)
+  for warning in optim.check(config, stage.trained_parts):
+    processes.log_on_process_0(f"warning: {warning}")
   stages.check_mesh(config, mesh)
   schedule = optim.make_schedule(config.optim, num_steps)
   init_key, run_key = jax.random.split(jax.random.key(config.seed))
