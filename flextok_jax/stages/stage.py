@@ -9,6 +9,7 @@ from flextok_jax.core.errors import quote
 from flextok_jax.stages.lora import LoRA
 
 Params = Any
+Maps = Callable[[bool], bool]  # whether attention, with a mask or without, writes its logits to memory
 
 
 def check_parts(field: str, names: Sequence[str], known: Sequence[str]) -> None:
@@ -99,6 +100,21 @@ class Stage:
     """
     del key
     return {}, {}
+
+  @property
+  def passes(self) -> int:
+    """How many gradients of the blocks' parameters an update sums, all of which may be in memory at once."""
+    return 1
+
+  def activation_bytes(self, rows: float, maps: Maps, images: bool) -> float:
+    """Returns an estimate of the bytes of activations that an update holds at once on a device.
+
+    Args:
+      rows: of the batch on a device, in one of the parts that optim.accumulate_steps makes.
+      maps: see Maps.
+      images: whether the update gets images, and not what a frozen VAE made of them.
+    """
+    raise NotImplementedError
 
   def initial_weights(self, weights: Mapping[str, Params], params: Params) -> dict[str, Params]:
     """Returns the parts that a new run starts from, made of another model's weights by part and its own new params."""

@@ -11,11 +11,13 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from flextok_jax import stages
+from flextok_jax.config import with_fields
 from flextok_jax.core import accelerators
 from flextok_jax.ops import attention
 from flextok_jax.parallel import sharding
 from flextok_jax.tools.compile import report
 from flextok_jax.tools.compile.jobs import make_job
+from flextok_jax.training import plan
 
 
 def read_reports(folder: Path) -> list[dict]:
@@ -80,7 +82,11 @@ def compile_job(
   accelerator = accelerators.known(devices[0])
   if accelerator is None:
     raise ValueError(f"no figures of {devices[0].device_kind!r} in flextok_jax/core/accelerators.py: add them there")
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  if batch is not None:
+    config = with_fields(config, {"data.global_batch": batch * len(devices)})
+  fitting = plan.choose(config, devices) if job_name == "train" else None
+  axes = fitting.axes if fitting else {**config.mesh, "fsdp": config.mesh.fsdp or 1}
+  mesh = sharding.make_mesh(**axes, devices=devices)
   stages.check_mesh(config, mesh)
   with jax.default_device(devices[0]):  # the device that attention is chosen for
     job = make_job(config, job_name, mesh, batch, num_tokens)
