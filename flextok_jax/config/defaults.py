@@ -307,6 +307,8 @@ def get_config() -> ConfigDict:
   # Data parallelism with parameters and optimizer state sharded over the parts. 0: at each start, as small as fits the
   # devices (training/plan.py); with a given data, the remaining devices.
   c.mesh.fsdp = 0
+  # Shards optimizer state and average over "data" too (ZeRO-1): "on", "off", or "auto": where a step needs it to fit.
+  c.mesh.shard_update = "auto"
   c.mesh.tensor = 1  # tensor parallelism: parts of every block's heads and hidden units
   # Slices of a TPU pod (or groups of GPUs that jax calls slices; on CPUs, processes) that "data" spans: only gradients
   # cross the slower connections between them.

@@ -244,6 +244,7 @@ RANGES = {
   "mesh.fsdp": whole(0, or_else=-1),
   "mesh.tensor": MESH_AXIS,
   "mesh.slices": COUNT,
+  "mesh.shard_update": one_of("auto", "on", "off"),
 }
 
 

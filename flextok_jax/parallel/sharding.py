@@ -98,31 +98,33 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def tree_shardings(abstract: Any, mesh: Mesh) -> Any:
+def tree_shardings(abstract: Any, mesh: Mesh, over_data: bool = False) -> Any:
   """Returns the NamedSharding of each leaf of an abstract tree, boxed with its logical axes or not.
 
   By layout.RULES, except that arrays up to SMALL are not sharded over "fsdp"; for larger ones that the rules do not
-  shard over it, the largest divisible dimension is, "layers" only as a last resort, as a scan slices it.
+  shard over it, the largest divisible dimension is, "layers" only as a last resort, as a scan slices it. With over_data
+  these arrays are then sharded over "data" in the same way: for what the forward and backward pass do not read.
   """
 
   def place(leaf):  # a box may be empty: of a parameter that another part of the optimiser holds
     names = getattr(leaf, "names", None)
-    spec = lambda x: P(*(axes or None for axes in _parameter_axes(x, names, mesh.shape)))
+    spec = lambda x: P(*(axes or None for axes in _parameter_axes(x, names, mesh.shape, over_data)))
     return jax.tree.map(lambda x: NamedSharding(mesh, spec(x)), nn.meta.unbox(leaf))
 
   return jax.tree.map(place, abstract, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 
 
-def part_sizes(abstract: Any, sizes: Mapping[str, int]) -> Any:
+def part_sizes(abstract: Any, sizes: Mapping[str, int], over_data: bool = False) -> Any:
   """Returns how many numbers of each leaf of an abstract tree are on a device, as tree_shardings places it.
 
   Args:
     abstract: see tree_shardings.
     sizes: of the axes of a mesh, whose devices need not exist; missing ones have size 1.
+    over_data: see tree_shardings.
   """
 
   def size(x, names):
-    axes = itertools.chain(*_parameter_axes(x, names, sizes))
+    axes = itertools.chain(*_parameter_axes(x, names, sizes, over_data))
     return math.prod(x.shape) // math.prod(sizes[axis] for axis in axes)
 
   def measure(leaf):
@@ -133,19 +135,22 @@ def part_sizes(abstract: Any, sizes: Mapping[str, int]) -> Any:
 
 
 def _parameter_axes(
-  x: jax.ShapeDtypeStruct, names: Sequence[str | None] | None, sizes: Mapping[str, int]
+  x: jax.ShapeDtypeStruct, names: Sequence[str | None] | None, sizes: Mapping[str, int], over_data: bool
 ) -> list[tuple[str, ...]]:
   """Returns the mesh axes of each dimension of a parameter."""
   names = (None,) * x.ndim if names is None else names
   small = math.prod(x.shape) * x.dtype.itemsize <= SMALL
   sizes = {axis: size for axis, size in sizes.items() if axis != "fsdp" or not small}
-  parts, fsdp = layout.split(names, x.shape, sizes), sizes.get("fsdp", 1)
-  if fsdp > 1 and not any("fsdp" in axes for axes in parts):
+  parts = layout.split(names, x.shape, sizes)
+  for axis in ("fsdp", "data") if over_data and not small else ("fsdp",):
+    size = sizes.get(axis, 1)
+    if size == 1 or any(axis in axes for axes in parts):
+      continue
     rest = [length // math.prod(sizes[axis] for axis in axes) for length, axes in zip(x.shape, parts)]
-    places = [i for i, length in enumerate(rest) if length % fsdp == 0]
+    places = [i for i, length in enumerate(rest) if length % size == 0]
     if places:
       best = max(places, key=lambda i: (names[i] != "layers", rest[i]))
-      parts[best] += ("fsdp",)
+      parts[best] += (axis,)
   return parts
 
 

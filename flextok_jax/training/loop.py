@@ -23,7 +23,7 @@ from flextok_jax.stages.stage import Params
 from flextok_jax.training import checkpoint, goodput, inputs, optim, writers
 from flextok_jax.training import metrics as metrics_lib
 from flextok_jax.training import plan as plans
-from flextok_jax.training.state import TrainState, init_state, make_update
+from flextok_jax.training.state import TrainState, init_state, make_update, state_shardings
 from flextok_jax.training.warm_start import warm_start
 from flextok_jax.weights import loading, saving
 
@@ -118,7 +118,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
     optimizer = optim.make_optimizer(config.optim, num_steps)
     init = jax.jit(functools.partial(init_state, stage, optimizer))  # traced once for both uses
     boxed = jax.eval_shape(init, init_key)
-    shardings = sharding.tree_shardings(boxed, mesh)
+    shardings = state_shardings(boxed, mesh, plan.shard_update)
     exported = loading.abstract_params(config)  # top-level parts of the model, without those that only the loss needs
     if checkpoints.latest_step() is None:
       frozen = [name for name in boxed.frozen if name in exported]

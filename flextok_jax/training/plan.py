@@ -19,6 +19,7 @@ from flextok_jax.stages import make_stage
 from flextok_jax.training import mup, optim
 from flextok_jax.training.state import TrainState, init_state
 
+_UPDATES = {"auto": (False, True), "on": (True,), "off": (False,)}  # mesh.shard_update: what may be chosen
 _SHARE = 0.8  # of a device's memory that a chosen mesh may take by the estimate, which is that uncertain
 _ACCUMULATE = (1, 2, 4, 8, 16, 32)  # numbers of parts of a batch that a remedy may propose
 
@@ -47,12 +48,14 @@ class Plan:
 
   Attributes:
     axes: arguments of sharding.make_mesh.
+    shard_update: see state.state_shardings.
     text: the mesh, and what it is estimated to need.
     problem: why it may not fit, with the setting that would; "": it does, or the memory is unknown.
     impossible: whether it cannot fit, as the state alone is larger than the memory.
   """
 
   axes: dict[str, Any]
+  shard_update: bool
   text: str
   problem: str = ""
   impossible: bool = False
@@ -62,13 +65,14 @@ def choose(config: ConfigDict, devices: Sequence[jax.Device], memory: float | No
   """Returns the mesh that config.mesh gives, or chooses where mesh.fsdp is 0.
 
   The smallest fsdp is chosen for which a training step takes at most 80% of a device's memory by the estimate, or else
-  the one that takes the least. The result depends on the config and on number and kind of the devices alone, and is the
-  same in all processes, which must all call this.
+  the one that takes the least. With mesh.shard_update "auto", optimizer state and average are sharded over "data" where
+  the step fits at that fsdp with it only. The result depends on the config and on the devices' number and memory alone,
+  and is the same in all processes, which must all call this.
 
   Args:
     config: of a run.
     devices: all devices of the run.
-    memory: bytes of each; None: as accelerators.memory says. If that is unknown, fsdp is 1.
+    memory: bytes of each; None: as accelerators.memory says. If that is unknown or infinite, fsdp is 1.
 
   Raises:
     ValueError: the mesh does not suit the devices.
@@ -78,21 +82,25 @@ def choose(config: ConfigDict, devices: Sequence[jax.Device], memory: float | No
   choices = _fsdp_choices(given, len(devices))
   known = math.isfinite(memory)
   estimates = _Estimates(config, devices) if known else None
-  fsdp = choices[0]
-  if estimates and len(choices) > 1:
-    fits = (size for size in choices if estimates.of({**given, "fsdp": size}).total <= _SHARE * memory)
-    fsdp = next(fits, None) or min(choices, key=lambda size: estimates.of({**given, "fsdp": size}).total)
+  options = [(size, shard) for size in choices for shard in _UPDATES[config.mesh.shard_update]]
+  fsdp, shard = options[0]
+  if estimates and len(options) > 1:
+    total = lambda option: estimates.of({**given, "fsdp": option[0]}, option[1]).total
+    fits = (option for option in options if total(option) <= _SHARE * memory)
+    fsdp, shard = next(fits, None) or min(options, key=total)
   axes = {**given, "fsdp": fsdp}
   sizes = sharding.axis_sizes(axes["data"], fsdp, axes["tensor"], len(devices))
   text = ", ".join(f"{name} {size}" for name, size in zip(sharding.AXES, sizes))
+  shard = shard and sizes[0] > 1
+  text += ", update sharded over data" if shard else ""
   if not estimates:
-    return Plan(axes, text)
-  needed = estimates.of(axes)
+    return Plan(axes, shard, text)
+  needed = estimates.of(axes, shard)
   text += f": about {needed} of {memory / 1e9:.1f} GB"
   if needed.total <= memory:
-    return Plan(axes, text)
+    return Plan(axes, shard, text)
   remedy = _remedy(config, estimates, given, len(devices), memory)
-  return Plan(axes, text, f"out of memory expected with the mesh {text}: {remedy}", needed.state > memory)
+  return Plan(axes, shard, text, f"out of memory expected with the mesh {text}: {remedy}", needed.state > memory)
 
 
 def _fsdp_choices(given: Mapping[str, int], count: int) -> list[int]:
@@ -123,7 +131,7 @@ class _Estimates:
     arguments = config.attention, part.head_dim, config.dtype, devices[0]
     self._maps = lambda masked: attention.choose_implementation(*arguments, masked) == "xla"
 
-  def of(self, mesh: Mapping[str, int], fields: Mapping[str, Any] | None = None) -> Estimate:
+  def of(self, mesh: Mapping[str, int], shard_update: bool, fields: Mapping[str, Any] | None = None) -> Estimate:
     """Returns the estimate of a mesh {axis: size, or -1}, with some fields of the config changed."""
     config = with_fields(self._config, fields) if fields else self._config
     given = (mesh["data"], mesh["fsdp"], mesh["tensor"])
@@ -134,16 +142,21 @@ class _Estimates:
     scanned, single = self._parameters(sizes, self._state.params)
     gradients = 4 * (stage.passes * sum(scanned.values()) + sum(single.values())) * (2 if parts > 1 else 1)
     return Estimate(
-      state=self._bytes(sizes),
+      state=self._bytes(sizes, shard_update),
       gradients=gradients,
       copies=self._copies(sizes),
       activations=stage.activation_bytes(rows, self._maps, images),
     )
 
-  def _bytes(self, sizes: Mapping[str, int]) -> float:
+  def _bytes(self, sizes: Mapping[str, int], shard_update: bool) -> float:
     """Returns the bytes of the state on a device."""
-    local = sharding.part_sizes(self._state, sizes)
-    return sum(n * x.dtype.itemsize for n, x in zip(jax.tree.leaves(local), jax.tree.leaves(unbox(self._state))))
+
+    def local(tree, over_data):
+      numbers = jax.tree.leaves(sharding.part_sizes(tree, sizes, over_data))
+      return sum(n * x.dtype.itemsize for n, x in zip(numbers, jax.tree.leaves(unbox(tree))))
+
+    state = self._state
+    return local((state.params, state.frozen), False) + local((state.ema, state.opt_state), shard_update)
 
   def _parameters(self, sizes: Mapping[str, int], params: Any) -> tuple[dict, dict]:
     """Returns ({path: numbers on a device} of the scanned blocks, the same of all other parameters)."""
@@ -169,14 +182,15 @@ class _Estimates:
 
 def _remedy(config: ConfigDict, estimates: _Estimates, given: Mapping[str, int], count: int, memory: float) -> str:
   """Returns the settings nearest to those given that fit by the estimate."""
-  sizes = _fsdp_choices({**given, "data": -1, "fsdp": 0}, count)
+  explicit, shard = given["fsdp"] != 0 or given["data"] != -1, _UPDATES[config.mesh.shard_update][-1]
+  meshes = [{**given, "data": -1, "fsdp": size} for size in _fsdp_choices({**given, "data": -1, "fsdp": 0}, count)]
   for fields in _milder(config):
-    for fsdp in sizes:
-      parts = fields.get("optim.accumulate_steps", 1) * count // max(given["tensor"], 1)
-      if config.data.global_batch % parts:
-        continue
-      if estimates.of({**given, "data": -1, "fsdp": fsdp}, fields).total <= _SHARE * memory:
-        changed = {**fields, **({"mesh.data": -1, "mesh.fsdp": fsdp} if given["fsdp"] or given["data"] != -1 else {})}
+    parts = fields.get("optim.accumulate_steps", 1) * count // max(given["tensor"], 1)
+    if config.data.global_batch % parts:
+      continue
+    for mesh in [given, *meshes] if explicit else meshes:
+      if estimates.of(mesh, shard, fields).total <= _SHARE * memory:
+        changed = fields | ({"mesh.data": -1, "mesh.fsdp": mesh["fsdp"]} if explicit and mesh is not given else {})
         return "set " + " and ".join(f"{name}={value!r}" for name, value in changed.items())
   return "use more devices, or a smaller data.global_batch"
 

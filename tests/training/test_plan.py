@@ -74,13 +74,13 @@ def test_configs_fit_without_further_flags(spec):
     assert used <= 0.82 * memory
     sizes = sharding.axis_sizes(*(chosen.axes[axis] for axis in sharding.AXES), len(devices))
     assert sizes[0] * sizes[1] == len(devices) and sizes[2] == 1
-    row.append("-" if sizes[1] == 1 else str(sizes[1]))
+    row.append(("-" if sizes[1] == 1 else str(sizes[1])) + " z" * chosen.shard_update)
   assert row == table()[spec]
 
 
 def fixed(spec, rows, devices, fsdp, remat, **fields):
   """Returns (config, devices) of a row of the reports in docs/scaling.md."""
-  fields = {"data.global_batch": rows * len(devices), "mesh.fsdp": fsdp, "remat": remat} | fields
+  fields |= {"data.global_batch": rows * len(devices), "mesh.fsdp": fsdp, "mesh.shard_update": "off", "remat": remat}
   fields |= {"data.latents": "DIR", "repa.weight": 0.0} if spec.startswith("flextok") else {}
   return with_fields(parse(spec), fields), devices
 
@@ -119,6 +119,23 @@ def test_a_given_mesh_is_kept():
     plan.choose(parse("ar:49m", "--config.mesh.fsdp=3"), devices)
 
 
+def test_the_update_is_sharded_over_data_only_where_needed():
+  devices = MACHINES["v6e:16x16"]
+  choose = lambda *fields: plan.choose(parse("ar:1b3", *fields), devices)
+  state = lambda chosen: float(re.search(r"state ([\d.]+)", chosen.text)[1])
+  auto, off = choose(), choose("--config.mesh.shard_update=off")
+  assert auto.shard_update and auto.axes["fsdp"] == 1 and "update sharded over data" in auto.text
+  assert not off.shard_update and off.axes["fsdp"] == 2
+  parameters = 4 * 1.575  # GB; two moments and the average have as much
+  assert state(off) == pytest.approx(parameters * 4 / 2, abs=0.1)
+  on = plan.choose(parse("ar:1b3", "--config.mesh.shard_update=on"), MACHINES["v5p:4x4x4"])
+  assert on.axes["fsdp"] == 1 and state(on) == pytest.approx(parameters * (1 + 3 / 64), abs=0.1)
+  assert parameters < state(auto) < state(off)  # not all dimensions are divisible by 256
+  assert not plan.choose(parse("ar:49m"), devices).shard_update
+  assert plan.choose(parse("ar:49m", "--config.mesh.shard_update=on"), devices).shard_update
+  assert not plan.choose(parse("ar:49m", "--config.mesh.shard_update=on", "--config.mesh.data=1"), devices).shard_update
+
+
 def test_slices_are_divided_by_whole_copies():
   """fsdp stays within a slice; without slices it would be 32."""
   axes = plan.choose(parse("flextok:d18_d28_in1k", "--config.mesh.slices=16"), MACHINES["v5e:16x16"]).axes
@@ -133,7 +150,9 @@ def test_on_devices_of_unknown_memory_only_the_batch_is_divided():
 
 def test_too_large_runs_name_the_nearest_settings_that_fit():
   devices = MACHINES["v5e:16x16"]
-  too_large = plan.choose(parse("flextok:d18_d28_in1k", "--config.mesh.fsdp=1"), devices)
+  too_large = plan.choose(
+    parse("flextok:d18_d28_in1k", "--config.mesh.fsdp=1", "--config.mesh.shard_update=off"), devices
+  )
   assert too_large.impossible
   assert re.search(r"of 17.2 GB: set mesh.data=-1 and mesh.fsdp=32$", too_large.problem)
   assert "\n" not in too_large.problem
@@ -146,6 +165,8 @@ def test_too_large_runs_name_the_nearest_settings_that_fit():
     remedy = re.search(f": set ({words})$", expected.problem)[1]
     followed = with_fields(config, {k: literal_eval(v) for k, v in (x.split("=") for x in remedy.split(" and "))})
     assert not plan.choose(followed, devices).problem
+  given = with_fields(parse("ar:1b3"), {"remat": "none", "mesh.fsdp": 8, "data.global_batch": 2048})
+  assert plan.choose(given, devices).problem.endswith(": set remat='full'")  # on the mesh that was given
   least = plan.choose(config, devices, memory=1e8)
   assert least.impossible and least.problem.endswith("use more devices, or a smaller data.global_batch")
 

@@ -1,6 +1,7 @@
 """Compiles a job ahead of time for a TPU topology."""
 
 import json
+import math
 from pathlib import Path
 import resource
 import tempfile
@@ -84,12 +85,11 @@ def compile_job(
     raise ValueError(f"no figures of {devices[0].device_kind!r} in flextok_jax/core/accelerators.py: add them there")
   if batch is not None:
     config = with_fields(config, {"data.global_batch": batch * len(devices)})
-  fitting = plan.choose(config, devices) if job_name == "train" else None
-  axes = fitting.axes if fitting else {**config.mesh, "fsdp": config.mesh.fsdp or 1}
-  mesh = sharding.make_mesh(**axes, devices=devices)
+  fitting = plan.choose(config, devices, None if job_name == "train" else math.inf)
+  mesh = sharding.make_mesh(**fitting.axes, devices=devices)
   stages.check_mesh(config, mesh)
   with jax.default_device(devices[0]):  # the device that attention is chosen for
-    job = make_job(config, job_name, mesh, batch, num_tokens)
+    job = make_job(config, job_name, mesh, batch, num_tokens, fitting.shard_update)
   head_dim = config.ar.head_dim if config.stage == "ar" else config.decoder.head_dim
   settings = {
     "config": name,
