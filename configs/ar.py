@@ -11,7 +11,8 @@ What the public record does not give is ours: a LLaMA-like block (flextok_jax/co
 of 1,024 sequences.
 
 Hardware: 49m to 393m are meant for one host of accelerators, 1b3 and 3b for a slice: state and gradients of 3b take
-67 GB, sharded by --config.mesh.fsdp. 3b was compiled for 256 chips of TPU v5e (docs/scaling.md); none was trained.
+67 GB, which training shards as far as the devices need it. 3b was compiled for 256 chips of TPU v5e (docs/scaling.md);
+none was trained.
 """
 
 from flextok_jax import config as common
@@ -39,7 +40,7 @@ def get_config(size: str = ""):
   width, depth = TEXT[size] if text else (64 * CLASS[size], CLASS[size])
   return common.derive(
     stage="ar",
-    remat="full" if depth >= 24 else "none",
+    remat="full" if depth >= 24 else "dots" if depth >= 16 else "none",  # [ours] so that 128 sequences fit a device
     ar=dict(
       width=width,
       depth=depth,

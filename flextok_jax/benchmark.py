@@ -11,6 +11,10 @@ has fewer. MFU is FLOPs / time / peak; the peak is that of the fastest matrix pr
 XLA's own count is printed too: it includes elementwise work, but counts the body of a loop (over blocks, steps, tokens)
 once and leaves out kernels of other libraries.
 
+--parity compares results instead: those of this machine's accelerator with those of the plain path on its CPU in
+float32; it fails if they are too far apart. --table=DIR prints the JSON lines in a folder as Markdown tables.
+launch/accelerator_check.sh runs all of this.
+
 Job "repa" is the step of "train" on latents without REPA, with it, and with its teacher in the step
 (flextok_jax/tools/benchmark/repa.py).
 
@@ -25,6 +29,7 @@ The untimed round draws a single token.
 
 from collections.abc import Iterable
 import json
+from pathlib import Path
 
 from absl import flags
 
@@ -34,7 +39,7 @@ from flextok_jax.core import files, timing
 from flextok_jax.tools import loader
 from flextok_jax.tools.benchmark import repa, report
 from flextok_jax.tools.benchmark.jobs import PATHS
-from flextok_jax.tools.benchmark.run import JOBS, benchmark, jobs_of
+from flextok_jax.tools.benchmark.run import JOBS, benchmark, jobs_of, parity, read_lines
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -68,11 +73,16 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     0,
     flag_values=values,
   )
+  flags.DEFINE_bool("parity", False, "Compare results with the CPU's, in place of times.", flag_values=values)
   flags.DEFINE_string("out", None, "File for the JSON lines, overwritten.", flag_values=values)
+  flags.DEFINE_string("table", None, "Only print the files of JSON lines in this folder.", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:
   """Measures with the settings of the flags."""
+  if values.table:
+    print(report.markdown(read_lines(Path(values.table))))
+    return
   if values.config is None:
     raise ValueError("nothing to measure: give --config=NAME")
   out = cli.out_file(values)
@@ -95,17 +105,18 @@ def main(values: flags.FlagValues) -> None:
       lines = report.to_json(rows, peaks)
       files.write_file(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
-  rows, peaks = benchmark(
-    config,
-    jobs,
+  paths, choices = (
     _choices("paths", values.paths, PATHS),
-    num_tokens=cli.numbers("num_tokens", values.num_tokens),
-    batch_size=values.batch_size,
-    latents=values.latents,
-    repeats=values.repeats,
-    seconds=values.seconds,
-    save=save,
+    dict(num_tokens=cli.numbers("num_tokens", values.num_tokens), batch_size=values.batch_size, latents=values.latents),
   )
+  if values.parity:
+    compared = parity(config, jobs, paths, **choices)
+    if out:
+      files.write_file(out, "".join(json.dumps(line) + "\n" for line in compared).encode())
+    if failed := [line["job"] for line in compared if not line["passed"]]:
+      raise ValueError(f"the results of {', '.join(dict.fromkeys(failed))} differ from those of the CPU: see above")
+    return
+  rows, peaks = benchmark(config, jobs, paths, repeats=values.repeats, seconds=values.seconds, save=save, **choices)
   print("\n" + report.format_report(rows, peaks) + "\n")
   for (dtype, precision), (start, end) in peaks.items():
     busy = ": other programs were running, MFU is unreliable" if max(start, end) > 1.25 * min(start, end) else ""

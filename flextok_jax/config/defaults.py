@@ -304,9 +304,14 @@ def get_config() -> ConfigDict:
   # Axes of the device mesh; a run may resume with others. One may be -1: all remaining devices.
   c.mesh = ConfigDict()
   c.mesh.data = -1  # data parallelism: each part of the batch has its own copy of parameters and optimizer state
-  c.mesh.fsdp = 1  # data parallelism with parameters and optimizer state sharded over the parts
+  # Data parallelism with parameters and optimizer state sharded over the parts. 0: at each start, as small as fits the
+  # devices (training/plan.py); with a given data, the remaining devices.
+  c.mesh.fsdp = 0
+  # Shards optimizer state and average over "data" too (ZeRO-1): "on", "off", or "auto": where a step needs it to fit.
+  c.mesh.shard_update = "auto"
   c.mesh.tensor = 1  # tensor parallelism: parts of every block's heads and hidden units
   # Slices of a TPU pod (or groups of GPUs that jax calls slices; on CPUs, processes) that "data" spans: only gradients
   # cross the slower connections between them.
   c.mesh.slices = 1
+  c.mesh.chosen = ""  # set by training: the mesh of its last start, with what it was estimated to need
   return c.lock()

@@ -241,9 +241,10 @@ RANGES = {
   "eval.num_tokens": several(WIDTH, "a tuple of whole numbers from 1 to tokens.num_registers"),
   "eval.grid_images": COUNT,
   "mesh.data": MESH_AXIS,
-  "mesh.fsdp": MESH_AXIS,
+  "mesh.fsdp": whole(0, or_else=-1),
   "mesh.tensor": MESH_AXIS,
   "mesh.slices": COUNT,
+  "mesh.shard_update": one_of("auto", "on", "off"),
 }
 
 

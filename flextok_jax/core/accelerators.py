@@ -56,6 +56,21 @@ def start() -> None:
     ) from e
 
 
+def memory(device: jax.Device) -> float | None:
+  """Returns the bytes of memory that a program can use on a device: what JAX reserves, or the data sheet's figure.
+
+  None: they are unknown, or (on a CPU) shared with everything else.
+  """
+  if device.platform == "cpu":
+    return None
+  try:
+    reserved = (device.memory_stats() or {}).get("bytes_limit")
+  except Exception:  # a device that is only described, or one that keeps no statistics
+    reserved = None
+  chip = known(device)
+  return reserved or (None if chip is None else chip.memory)
+
+
 def known(device: jax.Device) -> Accelerator | None:
   """Returns the peak rates of a device, or None if they are unknown (a CPU, another kind).
 

@@ -126,6 +126,11 @@ def first_message(text: str) -> str:
   return next(filter(None, texts), "")
 
 
+def least(value: float) -> float:
+  """Returns the smallest of the values of all processes, which must all call it."""
+  return value if jax.process_count() == 1 else float(multihost_utils.process_allgather(np.float64(value)).min())
+
+
 def run_on_process_0(function: Callable[[], Any]) -> None:
   """Calls the function on process 0 only; all processes must call this.
 

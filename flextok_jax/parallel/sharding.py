@@ -41,7 +41,7 @@ def make_mesh(
   devices = jax.devices() if devices is None else list(devices)
   found = len({getattr(device, "slice_index", 0) for device in devices})
   slices = found if slices is None else slices
-  data, fsdp, tensor = _sizes((data, fsdp, tensor), len(devices))
+  data, fsdp, tensor = axis_sizes(data, fsdp, tensor, len(devices))
   if slices == 1:
     if found > 1 and devices[0].platform == "tpu":
       raise ValueError(f"these devices are {found} slices: set slices={found}")
@@ -61,8 +61,9 @@ def make_mesh(
     raise ValueError(f"a mesh of {sizes} does not suit these {len(devices)} devices: {e}") from e
 
 
-def _sizes(sizes: tuple[int, ...], count: int) -> list[int]:
-  """Returns the sizes of AXES for `count` devices, -1 replaced."""
+def axis_sizes(data: int, fsdp: int, tensor: int, count: int) -> list[int]:
+  """Returns the sizes of AXES for `count` devices, -1 replaced; ValueError if they do not suit."""
+  sizes = data, fsdp, tensor
   text = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
   if any(not isinstance(size, int) or size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
     raise ValueError(f"a mesh of {text}: sizes are at least 1, and one of them may be -1, for the rest")
@@ -97,32 +98,60 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def tree_shardings(abstract: Any, mesh: Mesh) -> Any:
+def tree_shardings(abstract: Any, mesh: Mesh, over_data: bool = False) -> Any:
   """Returns the NamedSharding of each leaf of an abstract tree, boxed with its logical axes or not.
 
   By layout.RULES, except that arrays up to SMALL are not sharded over "fsdp"; for larger ones that the rules do not
-  shard over it, the largest divisible dimension is, "layers" only as a last resort, as a scan slices it.
+  shard over it, the largest divisible dimension is, "layers" only as a last resort, as a scan slices it. With over_data
+  these arrays are then sharded over "data" in the same way: for what the forward and backward pass do not read.
   """
 
   def place(leaf):  # a box may be empty: of a parameter that another part of the optimiser holds
     names = getattr(leaf, "names", None)
-    return jax.tree.map(lambda x: NamedSharding(mesh, _parameter_spec(x, names, mesh)), nn.meta.unbox(leaf))
+    spec = lambda x: P(*(axes or None for axes in _parameter_axes(x, names, mesh.shape, over_data)))
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec(x)), nn.meta.unbox(leaf))
 
   return jax.tree.map(place, abstract, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 
 
-def _parameter_spec(x: jax.ShapeDtypeStruct, names: Sequence[str | None] | None, mesh: Mesh) -> P:
+def part_sizes(abstract: Any, sizes: Mapping[str, int], over_data: bool = False) -> Any:
+  """Returns how many numbers of each leaf of an abstract tree are on a device, as tree_shardings places it.
+
+  Args:
+    abstract: see tree_shardings.
+    sizes: of the axes of a mesh, whose devices need not exist; missing ones have size 1.
+    over_data: see tree_shardings.
+  """
+
+  def size(x, names):
+    axes = itertools.chain(*_parameter_axes(x, names, sizes, over_data))
+    return math.prod(x.shape) // math.prod(sizes[axis] for axis in axes)
+
+  def measure(leaf):
+    names = getattr(leaf, "names", None)
+    return jax.tree.map(lambda x: size(x, names), nn.meta.unbox(leaf))
+
+  return jax.tree.map(measure, abstract, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+
+
+def _parameter_axes(
+  x: jax.ShapeDtypeStruct, names: Sequence[str | None] | None, sizes: Mapping[str, int], over_data: bool
+) -> list[tuple[str, ...]]:
+  """Returns the mesh axes of each dimension of a parameter."""
   names = (None,) * x.ndim if names is None else names
   small = math.prod(x.shape) * x.dtype.itemsize <= SMALL
-  sizes = {axis: size for axis, size in mesh.shape.items() if axis != "fsdp" or not small}
-  parts, fsdp = layout.split(names, x.shape, sizes), sizes.get("fsdp", 1)
-  if fsdp > 1 and not any("fsdp" in axes for axes in parts):
+  sizes = {axis: size for axis, size in sizes.items() if axis != "fsdp" or not small}
+  parts = layout.split(names, x.shape, sizes)
+  for axis in ("fsdp", "data") if over_data and not small else ("fsdp",):
+    size = sizes.get(axis, 1)
+    if size == 1 or any(axis in axes for axes in parts):
+      continue
     rest = [length // math.prod(sizes[axis] for axis in axes) for length, axes in zip(x.shape, parts)]
-    places = [i for i, length in enumerate(rest) if length % fsdp == 0]
+    places = [i for i, length in enumerate(rest) if length % size == 0]
     if places:
       best = max(places, key=lambda i: (names[i] != "layers", rest[i]))
-      parts[best] += ("fsdp",)
-  return P(*(axes or None for axes in parts))
+      parts[best] += (axis,)
+  return parts
 
 
 def place(tree: Any, sharding: NamedSharding | None) -> Any:

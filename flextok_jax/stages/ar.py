@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from flextok_jax.models import layers
+from flextok_jax.models.activations import of_blocks, of_logits
 from flextok_jax.models.ar.generator import ARTransformer, Generator, TextMLP
 from flextok_jax.models.ar.text import ByteEncoder
 from flextok_jax.models.perception.t5 import T5Encoder
 from flextok_jax.ops import nested
-from flextok_jax.stages.stage import Params, Stage
+from flextok_jax.stages.stage import Maps, Params, Stage
 
 
 def mlp_hidden(c: ConfigDict) -> int:
@@ -162,6 +163,15 @@ class ARStage(Stage):
       metrics[f"loss_to_{high}"] = (losses * counts)[:, part].sum(), counts[:, part].sum()
       low = high
     return (losses * weights).sum() / weights.sum(), metrics
+
+  def activation_bytes(self, rows: float, maps: Maps, images: bool) -> float:
+    c, transformer = self.config, self.model.ar
+    text = c.text.max_length if c.ar.condition == "text" else 0
+    tokens = c.ar.num_tokens
+    # Without the encoder of "bytes", which is small.
+    sizes = transformer.choices, transformer.depth, transformer.remat
+    saved, working = of_blocks(*sizes, tokens, tokens, maps(True), text)
+    return rows * (saved + max(working, of_logits(min(c.ar.loss_chunk, tokens), transformer.num_outputs)))
 
   @property
   def predict_fns(self) -> dict[str, Callable]:

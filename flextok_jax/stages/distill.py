@@ -72,6 +72,7 @@ class DistillStage(TokenizerStage):
     self.teacher = self.model.clone(decoder=self.model.decoder.clone(interval=False))
     self.teacher_sampler = Sampler(**config.distill.sampler)
     self.steps = tuple(config.distill.steps)
+    self.runs = len(self.steps)
     self.intervals = math.lcm(*self.steps)  # of a path
 
   def init_model(self, key: jax.Array) -> tuple[Params, Params]:

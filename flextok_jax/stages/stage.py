@@ -9,6 +9,7 @@ from flextok_jax.core.errors import quote
 from flextok_jax.stages.lora import LoRA
 
 Params = Any
+Maps = Callable[[bool], bool]  # whether attention, with a mask or without, writes its logits to memory
 
 
 def check_parts(field: str, names: Sequence[str], known: Sequence[str]) -> None:
@@ -32,6 +33,11 @@ class Stage:
   block_parts: tuple[str, ...] = ()
   frozen_parts: frozenset[str] = frozenset()
   lora: LoRA | None = None
+
+  @property
+  def trained_parts(self) -> tuple[str, ...]:
+    """Those of `parts` that this run trains, in full or by low-rank factors."""
+    return tuple(name for name in self.parts if name not in self.frozen_parts)
 
   def init(self, key: jax.Array) -> tuple[Params, Params]:
     """Returns the trained and the frozen parts of the model, boxed with logical axes. Weights files hold both."""
@@ -74,7 +80,7 @@ class Stage:
     for name in parts:
       if name in self.frozen_parts:
         raise ValueError(f"lora.parts names the {name}, which train.parts freezes: add it to train.parts")
-    parts = tuple(parts) or tuple(name for name in self.block_parts if name not in self.frozen_parts)
+    parts = tuple(parts) or tuple(name for name in self.trained_parts if name in self.block_parts)
     if not parts:
       raise ValueError(f"lora.rank={rank} has no effect, as train.parts freezes {', '.join(self.block_parts)}")
     self.lora = LoRA(rank, alpha, parts)
@@ -94,6 +100,21 @@ class Stage:
     """
     del key
     return {}, {}
+
+  @property
+  def passes(self) -> int:
+    """How many gradients of the blocks' parameters an update sums, all of which may be in memory at once."""
+    return 1
+
+  def activation_bytes(self, rows: float, maps: Maps, images: bool) -> float:
+    """Returns an estimate of the bytes of activations that an update holds at once on a device.
+
+    Args:
+      rows: of the batch on a device, in one of the parts that optim.accumulate_steps makes.
+      maps: see Maps.
+      images: whether the update gets images, and not what a frozen VAE made of them.
+    """
+    raise NotImplementedError
 
   def initial_weights(self, weights: Mapping[str, Params], params: Params) -> dict[str, Params]:
     """Returns the parts that a new run starts from, made of another model's weights by part and its own new params."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import functools
+import math
 from typing import Any
 
 import flax.struct
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from flextok_jax.config.ranges import MAX_GRID
+from flextok_jax.models.activations import of_blocks, of_frozen_vae
 from flextok_jax.models.tokenizer.decoder import Decoder
 from flextok_jax.models.tokenizer.encoder import Encoder
 from flextok_jax.models.tokenizer.flextok import FlexTok, Sampler, sample_latents
@@ -19,7 +21,7 @@ from flextok_jax.models.vae.autoencoder import sample_posterior
 from flextok_jax.ops import flow, fsq, nested
 from flextok_jax.ops import repa as repa_ops
 from flextok_jax.stages import repa
-from flextok_jax.stages.stage import Params, Stage
+from flextok_jax.stages.stage import Maps, Params, Stage
 from flextok_jax.stages.vae import make_vae
 
 
@@ -173,6 +175,7 @@ class TokenizerStage(Stage):
 
   parts: tuple[str, ...] = ("encoder", "decoder")
   block_parts = parts
+  runs = 1  # times that the loss runs the decoder for each row
 
   def __init__(self, config: ConfigDict):
     self.model = make_model(config)
@@ -345,6 +348,37 @@ class TokenizerStage(Stage):
     """
     teacher = repa_ops.resize_features(jax.lax.stop_gradient(teacher), self.repa_grid, self.repa_grid)
     return repa_ops.alignment_loss(self.projector.apply({"params": params["repa"]}, features), teacher)
+
+  @property
+  def passes(self) -> int:
+    return len(self._buckets(self.tokens.bucket_rows))
+
+  def activation_bytes(self, rows: float, maps: Maps, images: bool) -> float:
+    """See Stage. The rows of a group are shared by devices that have fewer: each of them computes the whole group."""
+    group_rows = self.tokens.bucket_rows
+    rows = math.ceil(rows / group_rows) * group_rows if self.fast else rows
+    total = largest = 0.0
+    for first, end, length in self._buckets(group_rows):
+      saved, working = self._bucket_bytes(length, maps)
+      total, largest = total + (end - first) * saved, max(largest, (end - first) * working)
+    encoded = of_frozen_vae(self.model.vae, self.image_size) if images and self.model.vae else 0.0
+    return rows * max(self.runs * (total + largest) / group_rows, encoded)
+
+  def _bucket_bytes(self, length: int, maps: Maps) -> tuple[float, float]:
+    """Returns what a row of `length` registers saves, and what the backward pass of one of its blocks needs."""
+    costs = [self._part_bytes(self.model.decoder, length or 1, maps(False))]
+    if length and "encoder" in self.trained_parts:
+      costs.append(self._part_bytes(self.model.encoder, length, maps(True)))
+    return sum(saved for saved, _ in costs), max(working for _, working in costs)
+
+  def _part_bytes(self, part: PatchTransformer, registers: int, maps: bool) -> tuple[float, float]:
+    height, width, _ = self.model.latent_shape(self.image_size, self.image_size)
+    tokens = registers + height * width // part.patch_size**2
+    saved, working = of_blocks(part.choices, part.depth, part.remat, tokens, tokens, maps)
+    if isinstance(part, Decoder):  # modulations and their gradient
+      sets = 2 if part.modulation == "per_segment" else 1
+      saved += 2 * 6 * sets * part.depth * part.width * part.dtype.itemsize
+    return saved, working
 
   @property
   def predict_fns(self) -> dict[str, Callable]:

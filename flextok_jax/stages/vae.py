@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from flextok_jax.core.images import to_float
+from flextok_jax.models.activations import of_vae
 from flextok_jax.models.perception.lpips import LPIPS
 from flextok_jax.models.vae.autoencoder import AutoencoderKL, kl_divergence, last_conv, sample_posterior
 from flextok_jax.models.vae.discriminator import PatchDiscriminator, patches_of
 from flextok_jax.ops import adversarial
-from flextok_jax.stages.stage import Params, Stage
+from flextok_jax.stages.stage import Maps, Params, Stage
 
 _LPIPS_NET = "vgg"  # the usual training loss
 
@@ -94,6 +95,9 @@ class VAEStage(Stage):
 
   def _images(self) -> jax.Array:
     return jnp.zeros((1, self.image_size, self.image_size, 3))
+
+  def activation_bytes(self, rows: float, maps: Maps, images: bool) -> float:
+    return rows * of_vae(self.vae, self.image_size, self.lpips is not None)
 
   def loss_fn(self, params: Params, batch: Mapping, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
     """Returns reconstruction losses, KL of the posterior (summed over a latent) and adversarial losses, batch means.

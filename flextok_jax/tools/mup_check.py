@@ -25,7 +25,7 @@ from flextok_jax import stages
 from flextok_jax.config import with_fields
 from flextok_jax.parallel import sharding
 from flextok_jax.stages.stage import Stage
-from flextok_jax.training import inputs, optim
+from flextok_jax.training import inputs, optim, plan
 from flextok_jax.training.state import init_state, make_update
 
 KINDS = ("standard", "mup")
@@ -102,7 +102,7 @@ def coordinates(config: ConfigDict, steps: int) -> list[dict]:
     the first batch}, "mean_change": {layer: that of the difference to step 0}}. The layers of a stack are numbered.
   """
   config = inputs.with_tokenizer(config)
-  mesh = sharding.make_mesh(**config.mesh)
+  mesh = sharding.make_mesh(**plan.choose(config, jax.devices()).axes)
   stages.check_mesh(config, mesh)
   sharding.check_batch(config.data.global_batch, config.optim.accumulate_steps, mesh)
   stage, optimizer = stages.make_stage(config), optim.make_optimizer(config.optim, config.train.num_steps)

@@ -22,7 +22,8 @@ from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages.stage import Params
 from flextok_jax.training import checkpoint, goodput, inputs, optim, writers
 from flextok_jax.training import metrics as metrics_lib
-from flextok_jax.training.state import TrainState, init_state, make_update
+from flextok_jax.training import plan as plans
+from flextok_jax.training.state import TrainState, init_state, make_update, state_shardings
 from flextok_jax.training.warm_start import warm_start
 from flextok_jax.weights import loading, saving
 
@@ -90,12 +91,17 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
   if not (epath.Path(workdir) / "config.json").exists():
     inputs.check_new(config)
   config = inputs.with_present_sets(inputs.with_present_sources(config, workdir))
-  mesh = sharding.make_mesh(**config.mesh)
+  plan = plans.choose(config, jax.devices())
+  if plan.impossible:
+    raise ValueError(plan.problem)
+  if plan.problem:
+    processes.log_on_process_0(f"warning: {plan.problem}")
+  mesh, config = sharding.make_mesh(**plan.axes), with_fields(config, {"mesh.chosen": plan.text})
   batch_size, num_steps = config.data.global_batch, config.train.num_steps
   sharding.check_batch(batch_size, config.optim.accumulate_steps, mesh)
-  for warning in optim.check(config):
-    processes.log_on_process_0(f"warning: {warning}")
   stage = stages.make_stage(config)
+  for warning in optim.check(config, stage.trained_parts):
+    processes.log_on_process_0(f"warning: {warning}")
   stages.check_mesh(config, mesh)
   schedule = optim.make_schedule(config.optim, num_steps)
   init_key, run_key = jax.random.split(jax.random.key(config.seed))
@@ -112,7 +118,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
     optimizer = optim.make_optimizer(config.optim, num_steps)
     init = jax.jit(functools.partial(init_state, stage, optimizer))  # traced once for both uses
     boxed = jax.eval_shape(init, init_key)
-    shardings = sharding.tree_shardings(boxed, mesh)
+    shardings = state_shardings(boxed, mesh, plan.shard_update)
     exported = loading.abstract_params(config)  # top-level parts of the model, without those that only the loss needs
     if checkpoints.latest_step() is None:
       frozen = [name for name in boxed.frozen if name in exported]
@@ -155,6 +161,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
     processes.log_on_process_0(
       f"stage {config.stage}: {count / 1e6:.1f}M trained parameters, {mesh.size} devices, steps {first}..{num_steps}"
     )
+    processes.log_on_process_0(f"mesh {plan.text}")
 
     pending, measured = None, None  # metrics since the last log, and fields measured at the last checkpoint
     losses: list[float] = []  # of the steps since the last checkpoint, averaged between logs

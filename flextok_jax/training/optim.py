@@ -1,6 +1,6 @@
 """AdamW or Muon with warm-up, cosine decay and optional muP; warnings about unusual settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import math
 
 import jax
@@ -144,8 +144,12 @@ def _make_for_all(optim: ConfigDict, num_steps: int) -> optax.GradientTransforma
   )
 
 
-def check(config: ConfigDict) -> list[str]:
+def check(config: ConfigDict, trained: Collection[str]) -> list[str]:
   """Returns a warning for each setting of config.optim that is valid but probably a mistake.
+
+  Args:
+    config: of a run.
+    trained: its trained parts, Stage.trained_parts.
 
   Raises:
     ValueError: settings that do not fit together.
@@ -154,7 +158,6 @@ def check(config: ConfigDict) -> list[str]:
   warnings: list[str] = []
   if config.stage == "vae" and c.name == "muon":
     raise ValueError("optim.name='muon' is for transformers and stage 'vae' has no transformer blocks: use 'adamw'")
-  trained = config.train.parts or {"tokenizer": ("encoder", "decoder"), "distill": ("decoder",)}.get(config.stage, ())
   for part, rate in c.rates.items():
     if rate != 1 and part not in trained:
       raise ValueError(f"optim.rates.{part}={rate:g} has no effect, as the {part} is not trained here: set it to 1")

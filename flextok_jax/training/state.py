@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flextok_jax.parallel import sharding
 from flextok_jax.stages import lora
 from flextok_jax.training import metrics as metrics_lib
 
@@ -42,6 +43,22 @@ def init_state(stage, optimizer: optax.GradientTransformation, key: jax.Array) -
     ema=jax.tree.map(jnp.copy, params),  # donated buffers must not be shared
     opt_state=optimizer.init(params),
   )
+
+
+def state_shardings(boxed: TrainState, mesh: jax.sharding.Mesh, shard_update: bool) -> TrainState:
+  """Returns the sharding of each array of a state.
+
+  Args:
+    boxed: abstract state of init_state.
+    mesh: of devices.
+    shard_update: whether optimizer state and average are sharded over "data" as well (ZeRO stage 1, Rajbhandari et al.
+      2020): each device then updates a part of the parameters that it holds whole, and gathers the others'.
+  """
+  shardings = sharding.tree_shardings(boxed, mesh)
+  if not shard_update:
+    return shardings
+  place = lambda tree: sharding.tree_shardings(tree, mesh, over_data=True)
+  return shardings.replace(ema=place(boxed.ema), opt_state=place(boxed.opt_state))
 
 
 def ema_decay(decay: float, step: jax.Array) -> jax.Array:

@@ -87,7 +87,7 @@ def refused(pattern, workdir, **overrides):
     ("data.global_batch must be a whole number from 1", dict(data=dict(global_batch=0))),
     ("mesh.tensor=4 does not divide the 2 heads of the encoder", dict(mesh=dict(tensor=4))),
     ("the encoder, at most 512: lower it", dict(image_size=2048, encoder=PART | dict(patch_size=2))),
-    ("mesh of data=3, fsdp=1, tensor=1 does not match the 8 devices", dict(mesh=dict(data=3))),
+    ("mesh of data=3, fsdp=-1, tensor=1 does not match the 8 devices", dict(mesh=dict(data=3))),
     ("num_tokens=5 is out of range: this model takes 1 to 4", dict(eval=dict(num_tokens=(1, 5)))),
     ("eval.num_tokens must be a tuple of whole numbers from 1 .*, got .*0", dict(eval=dict(num_tokens=(0,)))),
     ("no evaluation set is named", dict(eval=dict(sources=()))),

@@ -23,7 +23,7 @@ from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.training import inputs, optim
 from flextok_jax.training import metrics as metrics_lib
-from flextok_jax.training.state import init_state, make_update
+from flextok_jax.training.state import init_state, make_update, state_shardings
 
 STEPS = 10
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "mixed": (2, 2, 2)}  # data, fsdp, tensor
@@ -206,6 +206,26 @@ def test_an_axis_skips_dimensions_that_are_not_divisible(shape, names, expected)
   assert axes_of(place.spec) == axes_of(expected)
 
 
+@pytest.mark.parametrize(
+  "shape, names, expected",
+  [
+    ((12, 1024, 2048), ("layers", "embed", "mlp"), P(None, "fsdp", ("tensor", "data"))),
+    ((1024, 3, 16, 64), ("embed", None, "heads", "head_dim"), P(("fsdp", "data"), None, "tensor", None)),
+    ((12, 1023, 511), ("layers", "embed", "mlp"), P(("fsdp", "data"), None, None)),
+    ((1023, 511), ("embed", "mlp"), P(None, None)),
+    ((2, 128), ("embed", "mlp"), P(None, "tensor")),  # small
+  ],
+)
+def test_what_only_the_update_reads_is_sharded_over_data_too(shape, names, expected):
+  leaf = {"x": boxed_array(shape, *names)}
+  place = sharding.tree_shardings(leaf, mesh_of(2, 2, 2), over_data=True)["x"]
+  assert axes_of(place.spec) == axes_of(expected)
+  sizes = dict(data=2, fsdp=2, tensor=2)
+  assert sharding.part_sizes(leaf, sizes, over_data=True)["x"] == math.prod(place.shard_shape(shape))
+  whole = sharding.tree_shardings(leaf, mesh_of(2, 2, 2))["x"]
+  assert sharding.part_sizes(leaf, sizes)["x"] == math.prod(whole.shard_shape(shape))
+
+
 # The same numbers on any mesh.
 
 
@@ -253,11 +273,11 @@ def batches_of(config):
   ]
 
 
-def update_on(config, mesh):
+def update_on(config, mesh, shard_update=False):
   """Returns the jitted update, and the initial state as a jitted function of the key."""
   stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, STEPS)
   init = lambda key: init_state(stage, optimizer, key)
-  shardings = sharding.tree_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
+  shardings = state_shardings(jax.eval_shape(init, jax.random.key(0)), mesh, shard_update)
   update = jax.jit(
     make_update(stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=0.9),
     donate_argnums=0,
@@ -266,9 +286,9 @@ def update_on(config, mesh):
   return update, jax.jit(lambda key: unbox(init(key)), out_shardings=shardings)
 
 
-def run_on(config, mesh, batches):
+def run_on(config, mesh, batches, shard_update=False):
   """The losses of all steps, and the last state."""
-  update, init = update_on(config, mesh)
+  update, init = update_on(config, mesh, shard_update)
   state, losses = init(jax.random.key(0)), []
   for batch in sharding.device_batches(iter(batches), sharding.batch_sharding(mesh)):
     state, metrics = update(state, batch, jax.random.key(1))
@@ -288,18 +308,26 @@ def alone():
 
 
 @pytest.mark.parametrize(
-  "make, name", [*((ar_config, name) for name in MESHES), (tokenizer_config, "mixed"), (finetuning_config, "mixed")]
+  "make, name, shard_update",
+  [
+    *((ar_config, name, False) for name in MESHES),
+    (ar_config, "data", True),
+    (tokenizer_config, "mixed", False),
+    (finetuning_config, "mixed", True),
+  ],
 )
-def test_a_mesh_changes_no_loss(monkeypatch, alone, make, name):
+def test_a_mesh_changes_no_loss(monkeypatch, alone, make, name, shard_update):
   """Ten steps of AdamW, up to float32 rounding; every matrix is sharded according to the mesh."""
   monkeypatch.setattr(sharding, "SMALL", 1024)
   config, batches, (expected, _) = alone[make]
   mesh = mesh_of(*MESHES[name])
-  losses, state = run_on(config, mesh, batches)
+  losses, state = run_on(config, mesh, batches, shard_update)
   assert len(losses) == STEPS and len(set(losses)) == STEPS
   np.testing.assert_allclose(losses, expected, rtol=2e-5)
-  used = {axis for x in jax.tree.leaves((state.params, state.ema)) for axis in sum(axes_of(x.sharding.spec), ())}
-  assert used == {axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1}
+  used = lambda tree: {axis for x in jax.tree.leaves(tree) for axis in sum(axes_of(x.sharding.spec), ())}
+  several = {axis for axis, size in mesh.shape.items() if size > 1}
+  assert used(state.params) == several - {"data"}
+  assert used(state.ema) == used(state.opt_state) == (several if shard_update else several - {"data"})
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 from flextok_jax import benchmark
 from flextok_jax.configs import debug
 from flextok_jax.core import timing
+from flextok_jax.ops import nested
 from flextok_jax.tools.benchmark import generator as benchmark_ar
 from flextok_jax.tools.benchmark import jobs as benchmark_jobs
 from flextok_jax.tools.benchmark import run as run_jobs
@@ -166,6 +167,30 @@ def test_paths_agree_and_training_is_the_run_update(tmp_path):
   assert all(int(end.step) == 1 and "vae" not in end.params and not end.frozen for end, _ in ends)
   losses = [metrics["loss"].compute() for _, metrics in ends]
   np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_results_compared_with_the_plain_path(tmp_path, capsys, monkeypatch):
+  out = tmp_path / "results" / "here.jsonl"
+  given = f"--config={config_file(tmp_path)}", "--parity", "--num_tokens=2", "--batch_size=2"
+  run(benchmark, *given, "--jobs=tokenize,detokenize", f"--out={out}")
+  rows = [json.loads(line) for line in out.read_text().splitlines()]
+  both = [(job, path) for job in ("tokenize", "detokenize") for path in ("plain", "fast")]
+  assert [(row["job"], row["path"]) for row in rows] == both
+  assert all(row["passed"] and row["error"] <= 1e-5 for row in rows)
+  capsys.readouterr()
+  run(benchmark, f"--table={out.parent}")
+  table = capsys.readouterr().out
+  assert table.count("| cpu | here |") == 4 and table.count("| passed |") == 4 and "0% of ids differ" in table
+
+  weights = nested.key_log_counts  # without them, merged registers count once
+  monkeypatch.setattr(nested, "key_log_counts", lambda *args, **kwargs: 0 * weights(*args, **kwargs))
+  fails(
+    "the results of detokenize differ from those of the CPU", benchmark, *given, "--jobs=detokenize", f"--out={out}"
+  )
+  assert "FAILED: detokenize k=2, fast, float32, xla: largest error" in capsys.readouterr().out
+  fails("no results \\(.jsonl\\) in", benchmark, f"--table={tmp_path}")
+  (tmp_path / "other.jsonl").write_text("[]")
+  fails("other.jsonl has no results of flextok_jax.benchmark", benchmark, f"--table={tmp_path}")
 
 
 def test_generator(tmp_path, capsys):

@@ -46,8 +46,8 @@ def mesh_of(**axes):
   return sharding.make_mesh(**axes)
 
 
-def compiled(config, job, mesh, batch):
-  made = compile_jobs.make_job(config, job, mesh, batch, None)
+def compiled(config, job, mesh, batch, shard_update=False):
+  made = compile_jobs.make_job(config, job, mesh, batch, None, shard_update)
   program = made.lower().compile()
   settings = dict(
     config="tiny",
@@ -180,6 +180,17 @@ def test_fsdp_shards_and_gathers_the_state():
   kinds = {c["kind"] for c in report.collectives if c["group"] == 4}
   assert "all-gather" in kinds
   assert made.flops == flops_ar.ar_train(config, 16)
+
+
+def test_sharded_updates_gather_the_parameters_once(monkeypatch):
+  monkeypatch.setattr(sharding, "SMALL", 1024)  # nothing here is larger than the usual one
+  config = generator(ar=dict(width=64, num_ids=512))
+  made, _, report = compiled(config, "train", mesh_of(data=8), 2, shard_update=True)
+  whole = 4 * parameters(made.args[0].params)
+  assert report.memory["parameters"] == whole
+  assert report.memory["optimizer"] < 1.1 * 2 * whole / 8 and report.memory["EMA"] < 1.1 * whole / 8
+  gathered = sum(c["bytes"] for c in report.collectives if c["kind"] == "all-gather")
+  assert 0.9 * whole <= gathered * 8 / 7 <= 1.1 * whole
 
 
 def test_generation_counts_all_tokens():

@@ -250,5 +250,14 @@ def test_bad_parts(base, tmp_path):
     stage="distill", decoder=dict(interval=True), sampler=dict(guidance="none"), train=dict(parts=("encoder",))
   ))  # fmt: skip
   fails("the frozen encoder needs trained weights: give config.init_from", train, tuned(), tmp_path)
-  rates = tuned(optim=dict(rates=dict(encoder=0.1)))
-  fails("optim.rates.encoder=0.1 has no effect, as the encoder is not trained", optim.check, rates)
+
+
+def test_rates_are_for_parts_that_the_run_trains():
+  pattern, rates = "optim.rates.encoder=0.1 has no effect, as the encoder is not trained", dict(encoder=0.1)
+  check = lambda config: optim.check(config, make_stage(config).trained_parts)
+  fails(pattern, check, tuned(optim=dict(rates=rates)))
+  student = dict(stage="distill", decoder=dict(interval=True), sampler=dict(num_steps=4, guidance="none"))
+  fails(pattern, check, config_of(**student, optim=dict(rates=rates)))
+  both = dict(parts=("encoder", "decoder"))
+  for lora in (dict(), dict(rank=2)):  # rates apply to LoRA as well
+    check(tuned(train=both, optim=dict(rates=rates), lora=lora))

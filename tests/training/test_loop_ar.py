@@ -160,7 +160,7 @@ def test_t5_features_are_computed_outside_the_state(written, tmp_path):
   word_level(folder)
   config = config_of(written, ar=dict(condition="text"))
   config.text.update(dict(encoder="t5", path=str(folder), features=t5_reference.CONFIG["d_model"]))
-  mesh = sharding.make_mesh(**config.mesh)
+  mesh = sharding.make_mesh()
   batch = next(sharding.device_batches(inputs.train_batches(config, 0, mesh), sharding.batch_sharding(mesh)))
   prepared = inputs.make_prepare(config, mesh)(batch)
   assert set(batch) - set(prepared) == {"text_ids"} and set(prepared) - set(batch) == {"text_features"}

@@ -284,7 +284,7 @@ def test_invalid_optimiser_settings(overrides, words):
   config = config_of(optim=overrides)
   with pytest.raises(ValueError, match=words):
     check(config)
-    optim.check(config)
+    optim.check(config, ())
 
 
 # Export.

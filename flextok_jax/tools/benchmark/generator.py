@@ -151,7 +151,7 @@ class GeneratorBenchmark(jobs.TokenizerBenchmark):
     }
     return self._update_args(optimizer, self._parts, (), inputs), make
 
-  def _attention(self, job: str, path: str) -> str:
+  def attention_of(self, job: str, path: str) -> str:
     """Returns the implementation of attention to tokens and text; attention to cached keys is two products of XLA."""
     if path == "fast":
       return "xla"

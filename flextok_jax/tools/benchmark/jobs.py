@@ -152,7 +152,7 @@ class TokenizerBenchmark:
         xla_flops=timing.xla_flops(program.run),
         program_bytes=timing.program_bytes(program.run),
         device_peak_bytes=timing.device_peak_bytes(),
-        attention=self._attention(job, path),
+        attention=self.attention_of(job, path),
         shorter={n: tuple(s) for n, s in seconds.items() if path == "fast" and isinstance(n, int)},
       )
       for path, program in programs.items()
@@ -194,7 +194,8 @@ class TokenizerBenchmark:
       return optax.tree.cast({name: parts[name] for name in names}, dtype)
 
     leaves, tree = jax.tree.flatten(jax.jit(init)(self._key(0)))
-    noise = jax.jit(lambda key, x: 0.02 * jax.random.normal(key, x.shape, x.dtype))
+    # Drawn in float32: the same numbers for every dtype, but for their rounding.
+    noise = jax.jit(lambda key, x: (0.02 * jax.random.normal(key, x.shape)).astype(x.dtype))
     zero = jax.device_get(jax.jit(lambda leaves: [~x.any() for x in leaves])(leaves))
     keys = [jax.random.fold_in(self._key(1), i) for i in range(len(leaves))]
     leaves = [noise(key, x) if is_zero else x for key, x, is_zero in zip(keys, leaves, zero)]
@@ -314,7 +315,7 @@ class TokenizerBenchmark:
     state = jax.jit(init, donate_argnums=0)(given, self._key(5))
     return state, {**inputs, "unreadable": jnp.zeros(self.batch_size, jnp.int32)}, self._key(6)
 
-  def _attention(self, job: str, path: str) -> str:
+  def attention_of(self, job: str, path: str) -> str:
     """Returns the implementation of attention, of encoder and decoder if a job has both; the VAE's is XLA's."""
     c, dtype = self.config, jnp.dtype(self.config.dtype)
     halves = {"tokenize": ("encoder",), "detokenize": ("decoder",), "train": ("encoder", "decoder")}.get(job, ())

@@ -111,7 +111,7 @@ class RepaBenchmark(jobs.TokenizerBenchmark):
         xla_flops=timing.xla_flops(programs[way].run),
         program_bytes=timing.program_bytes(programs[way].run),
         device_peak_bytes=timing.device_peak_bytes(),
-        attention=self._attention("train", path),
+        attention=self.attention_of("train", path),
       )
       for way in WAYS
     ]

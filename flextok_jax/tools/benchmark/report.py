@@ -1,6 +1,6 @@
 """Results of the benchmark as a table and as JSON."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import dataclasses
 import itertools
 import statistics
@@ -26,6 +26,24 @@ _TABLE = (
   "MFU",
   "memory MB",
   "attention",
+)
+
+
+_PARITY = ("device", "what", "job", "path", "dtype", "attention", "error", "at most", "")
+_TIMES = (
+  "device",
+  "what",
+  "job",
+  "path",
+  "dtype",
+  "attention",
+  "images per call",
+  "ms per call",
+  "images per second",
+  "MFU",
+  "program, MB",
+  "peak on the device, MB",
+  "compilation, s",
 )
 
 
@@ -139,6 +157,35 @@ def format_report(rows: list[Row], peaks: Peaks) -> str:
     if row.ms_per_token is not None:
       lines.append(f"{row.name}, {row.path}: {timing.digits(row.ms_per_token)} ms per token" + _span_text(row))
   return "\n".join(lines)
+
+
+def markdown(reports: Mapping[str, Iterable[dict]]) -> str:
+  """Returns Markdown tables of JSON lines: results compared, and times.
+
+  Args:
+    reports: lines of to_json and of parity.compare, by what was measured.
+  """
+  compared, timed = [list(_PARITY)], [list(_TIMES)]
+  megabytes = lambda size: "?" if size is None else timing.digits(size / 1e6)
+  for what, lines in reports.items():
+    for line in lines:
+      if line["kind"] not in ("parity", "row"):
+        continue
+      job = line["job"] + (f", {line['num_tokens']} tokens" if line["num_tokens"] else "")
+      cells = [line["device"], what, job, line["path"], line["dtype"], line["attention"]]
+      if line["kind"] == "parity":
+        error, bound = (f"{100 * line[field]:.3g}%" for field in ("error", "bound"))
+        verdict = "passed" if line["passed"] else "**failed**"
+        compared.append(
+          [*cells, error + (" of ids differ" if line["of"] == "ids" else " of the largest"), bound, verdict]
+        )
+      else:
+        speed = timing.digits(1e3 * statistics.median(line["seconds"])), timing.digits(line["images_per_second"])
+        memory = megabytes(line["program_bytes"]), megabytes(line["device_peak_bytes"])
+        cells += [str(line["batch_size"]), *speed, f"{line['mfu']:.1%}", *memory, f"{line['compile_seconds']:.1f}"]
+        timed.append(cells)
+  tables = [[rows[0], ["---"] * len(rows[0]), *rows[1:]] for rows in (compared, timed) if len(rows) > 1]
+  return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in rows) for rows in tables)
 
 
 def _span_text(row: Row) -> str:

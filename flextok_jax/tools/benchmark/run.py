@@ -1,6 +1,8 @@
 """Runs jobs of the benchmark on the first device."""
 
 from collections.abc import Callable, Sequence
+import json
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -9,8 +11,9 @@ from flextok_jax.core import timing
 from flextok_jax.inference import decoding
 from flextok_jax.tools.benchmark.generator import GeneratorBenchmark
 from flextok_jax.tools.benchmark.jobs import Row
+from flextok_jax.tools.benchmark.parity import compare
 from flextok_jax.tools.benchmark.repa import RepaBenchmark
-from flextok_jax.tools.benchmark.report import Peaks
+from flextok_jax.tools.benchmark.report import Peaks, markdown
 
 JOBS = ("tokenize", "detokenize", "vae", "ar", "train", "repa")  # in the order in which they run
 
@@ -62,6 +65,40 @@ def benchmark(
     peaks[compute].append(timing.matmul_peak(*compute))
   save(rows, peaks)
   return rows, peaks
+
+
+def parity(
+  config: ConfigDict,
+  names: Sequence[str],
+  paths: tuple[str, ...],
+  *,
+  num_tokens: Sequence[int],
+  batch_size: int,
+  latents: bool,
+) -> list[dict]:
+  """Compares results instead of measuring times; arguments as benchmark's, result as parity.compare's."""
+  make = GeneratorBenchmark if config.stage == "ar" else RepaBenchmark
+  return compare(make, config, names, paths, token_counts(num_tokens, config), batch_size, latents)
+
+
+def read_lines(folder: Path) -> dict[str, list[dict]]:
+  """Returns the JSON lines of the benchmark in a folder by the names of its files, without .jsonl, in their order.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: another file is among them.
+  """
+  paths = sorted(folder.glob("*.jsonl"))
+  if not paths:
+    raise FileNotFoundError(f"no results (.jsonl) in {folder}: write some with --out={folder}/NAME.jsonl")
+  found: dict[str, list[dict]] = {}
+  for path in paths:
+    try:
+      found[path.stem] = [json.loads(line) for line in path.read_text().splitlines()]
+      markdown({path.stem: found[path.stem]})
+    except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError) as e:
+      raise ValueError(f"{path} has no results of flextok_jax.benchmark: {type(e).__name__}: {e}") from None
+  return found
 
 
 def jobs_of(config: ConfigDict) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.training import goodput, optim
 from flextok_jax.training import inputs as inputs_lib
-from flextok_jax.training.state import init_state, make_update
+from flextok_jax.training.state import init_state, make_update, state_shardings
 
 STAGES = {
   "train": ("tokenizer", "vae", "ar", "distill"),
@@ -55,7 +55,12 @@ class Job:
 
 
 def make_job(
-  config: ConfigDict, name: str, mesh: jax.sharding.Mesh, per_device_batch: int | None, num_tokens: int | None
+  config: ConfigDict,
+  name: str,
+  mesh: jax.sharding.Mesh,
+  per_device_batch: int | None,
+  num_tokens: int | None,
+  shard_update: bool = False,
 ) -> Job:
   """Returns the program of a job.
 
@@ -65,6 +70,7 @@ def make_job(
     mesh: of devices, which need not exist.
     per_device_batch: images per device and call; None: those of config.data.global_batch.
     num_tokens: tokens that "sample" decodes and "ar" draws; None: all.
+    shard_update: of "train", see state_shardings.
 
   Raises:
     ValueError: a stage without the job, settings that do not fit together, or a batch that does not divide.
@@ -81,7 +87,7 @@ def make_job(
   if name == "train":
     if num_tokens is not None:
       raise ValueError(f"num_tokens={num_tokens} must be None for the job 'train': a step draws its own numbers")
-    return _train(config, mesh)
+    return _train(config, mesh, shard_update)
   most = config.ar.num_tokens if name == "ar" else config.tokens.num_registers
   num_tokens = most if num_tokens is None else num_tokens
   if not 1 <= num_tokens <= most:
@@ -101,12 +107,12 @@ def _shape(dtype, *shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _train(config: ConfigDict, mesh) -> Job:
+def _train(config: ConfigDict, mesh, shard_update: bool) -> Job:
   c, size = config, config.data.global_batch
   stage, optimizer = make_stage(c), optim.make_optimizer(c.optim, c.train.num_steps)
   key = jax.eval_shape(lambda: jax.random.key(0))
   boxed = jax.eval_shape(lambda key: init_state(stage, optimizer, key), key)
-  shardings = sharding.tree_shardings(boxed, mesh)
+  shardings = state_shardings(boxed, mesh, shard_update)
   state = _placed(unbox(boxed), shardings)
   batch, key = (
     _placed(inputs_lib.abstract_batch(c, stage), sharding.batch_sharding(mesh)),

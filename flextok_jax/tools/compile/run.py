@@ -1,6 +1,7 @@
 """Compiles a job ahead of time for a TPU topology."""
 
 import json
+import math
 from pathlib import Path
 import resource
 import tempfile
@@ -11,11 +12,13 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from flextok_jax import stages
+from flextok_jax.config import with_fields
 from flextok_jax.core import accelerators
 from flextok_jax.ops import attention
 from flextok_jax.parallel import sharding
 from flextok_jax.tools.compile import report
 from flextok_jax.tools.compile.jobs import make_job
+from flextok_jax.training import plan
 
 
 def read_reports(folder: Path) -> list[dict]:
@@ -80,10 +83,13 @@ def compile_job(
   accelerator = accelerators.known(devices[0])
   if accelerator is None:
     raise ValueError(f"no figures of {devices[0].device_kind!r} in flextok_jax/core/accelerators.py: add them there")
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  if batch is not None:
+    config = with_fields(config, {"data.global_batch": batch * len(devices)})
+  fitting = plan.choose(config, devices, None if job_name == "train" else math.inf)
+  mesh = sharding.make_mesh(**fitting.axes, devices=devices)
   stages.check_mesh(config, mesh)
   with jax.default_device(devices[0]):  # the device that attention is chosen for
-    job = make_job(config, job_name, mesh, batch, num_tokens)
+    job = make_job(config, job_name, mesh, batch, num_tokens, fitting.shard_update)
   head_dim = config.ar.head_dim if config.stage == "ar" else config.decoder.head_dim
   settings = {
     "config": name,
