@@ -205,6 +205,12 @@ def get_config() -> ConfigDict:
   # Decode JPEG files of these four at 1/2, 1/4 or 1/8 of their size if the crop still has image_size pixels: less work;
   # pixels differ by about 1 of 255 levels, by 5 in the finest texture [ours].
   c.data.reduce_jpeg = True
+  # (height, width) of the images of a batch, pixels; (): image_size twice. Several shapes, such as ((256, 256),
+  # (192, 320)): each batch has one of them, and the update is compiled once for each.
+  c.data.shapes = ()
+  # Share of each shape among the batches. (): that of the pictures; each is read in the shape whose aspect ratio is
+  # nearest to its own. For that the headers of all pictures are read at the start; drawn pictures need shares.
+  c.data.shape_weights = ()
   c.data.num_threads = 8  # reading threads per process
   c.data.num_workers = 0  # worker processes per process; 0: threads only
   c.data.prefetch = 4  # batches prefetched on the host, besides two on the device

@@ -14,6 +14,7 @@ process writes the shards on its devices.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import hashlib
 import os
 import signal
 import sys
@@ -124,6 +125,12 @@ def first_message(text: str) -> str:
   own[: len(data)] = np.frombuffer(data, np.uint8)
   texts = (row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(own))
   return next(filter(None, texts), "")
+
+
+def same_on_all_processes(text: str) -> bool:
+  """Returns whether all processes, which must all call it, give the same text."""
+  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+  return jax.process_count() == 1 or bool((multihost_utils.process_allgather(digest) == digest).all())
 
 
 def run_on_process_0(function: Callable[[], Any]) -> None:

@@ -1,6 +1,6 @@
 """Stage 1: encoder, FSQ and flow decoder over the latents of a frozen VAE."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
 from typing import Any
 
@@ -138,6 +138,33 @@ def bucket_rows(size: int, most: int) -> int:
   return max(rows for rows in range(1, min(size, most) + 1) if size % rows == 0)
 
 
+def check_shapes(shapes: Sequence[tuple[int, int]], model: FlexTok, layout: str) -> None:
+  """Raises ValueError for shapes (height, width) of images that the patches of a model or its positions do not fit.
+
+  Args:
+    shapes: config.data.shapes.
+    model: to train.
+    layout: of its tokens.
+  """
+  if shapes and layout == "grid":
+    raise ValueError("data.shapes must be () with tokens.layout 'grid', where each token has its place in a grid")
+  for height, width in shapes:
+    name, multiple = f"data.shapes has {height} x {width} pixels", model.patch_multiple
+    if height % multiple or width % multiple:
+      fit = " x ".join(str(max(round(side / multiple), 1) * multiple) for side in (height, width))
+      raise ValueError(f"{name}, but height and width must be multiples of {multiple}, as are {fit}")
+    for part, module in (("encoder", model.encoder), ("decoder", model.decoder)):
+      grid = [side // model.downscale // module.patch_size for side in (height, width)]
+      try:
+        module.check_grid(*grid)
+      except ValueError:
+        table = " x ".join(map(str, module.table_shape))
+        raise ValueError(
+          f"{name}, {grid[0]} x {grid[1]} patches of the {part}, which has {table} positions: set {part}.max_grid to "
+          f"{max(grid)} or more, or {part}.posemb_scaling to 'scaled' or 'interpolate'"
+        ) from None
+
+
 class Rows(flax.struct.PyTreeNode):
   """Rows of a batch with their random draws: g groups of r rows, or in a bucket one axis [b] in place of [g, r]."""
 
@@ -176,6 +203,7 @@ class TokenizerStage(Stage):
 
   def __init__(self, config: ConfigDict):
     self.model = make_model(config)
+    check_shapes(config.data.shapes, self.model, config.tokens.layout)
     nested.check_mode(config.tokens.nested_dropout, config.tokens.num_registers)
     self.image_size = config.image_size
     self.sample_posterior = config.vae.sample_posterior and self.model.vae is not None

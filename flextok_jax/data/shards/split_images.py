@@ -61,14 +61,15 @@ class SplitImages:
     for kind, source in self.sources.items():
       self._first_label[kind] = len(self.class_names)
       self.class_names += tuple(source.class_names)
-    self._order = data.mix(
+    self._order = pipeline.mix(
       {
         kind: grain.MapDataset.range(size)
         .shuffle(seed=pipeline.seeds(seed, kind)[0])
         .repeat()
         .map(lambda index, kind=kind: (kind, index))
         for kind, size in self.sizes.items()
-      }
+      },
+      {kind: data.sources[kind]["weight"] for kind in self.sizes},
     )
 
   def _count(self, num_images: int | None) -> int:
