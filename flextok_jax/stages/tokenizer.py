@@ -213,7 +213,7 @@ class TokenizerStage(Stage):
     self.flow = config.flow
     self.projector: Any = repa.make_projector(config, self.model.decoder)
     self.repa: Any
-    self.repa, self.repa_grid = repa.section(config), repa.decoder_grid(config)
+    self.repa, self.repa_grid = repa.section(config), repa.teacher_grid(config)
     self.sampler = Sampler(**config.sampler)
 
   def init_model(self, key: jax.Array) -> tuple[Params, Params]:
@@ -232,7 +232,7 @@ class TokenizerStage(Stage):
     """Returns the flow-matching loss with nested dropout and condition dropout; metrics also by number of kept tokens.
 
     `batch` has "image" [b, H, W, 3], or instead "latents" [b, h, w, 2 c], moments of the VAE as in latent shards
-    (data/shards/latents.py). With REPA also "teacher" [b, g * g, d], features of the teacher for the same images.
+    (data/shards/latents.py). With REPA also "teacher" [b, n, d], features of the teacher for the same images.
     """
     del step
     posterior_key, key = jax.random.split(key)
@@ -260,7 +260,7 @@ class TokenizerStage(Stage):
       params: of the model and of what the loss needs.
       latents: [b, h, w, c].
       key: of the random draws.
-      teacher: features [b, g * g, d] of a teacher for the same images; with REPA only.
+      teacher: features [b, n, d] of a teacher for the same images; with REPA only.
 
     Returns:
       The loss [], and metrics {name: (sum, count)}.
@@ -294,7 +294,8 @@ class TokenizerStage(Stage):
     loss = per_sample + self.tokens.saturation_weight * saturation
     if self.projector is not None:
       assert teacher is not None
-      alignment = self._alignment(params, features, ungroup(group(teacher, order.size)[:, order]))
+      teacher = ungroup(group(teacher, order.size)[:, order])
+      alignment = self._alignment(params, features, teacher, (latents.shape[1], latents.shape[2]))
       metrics["repa"] = alignment.sum(), jnp.float32(size)
       loss = loss + self.repa.weight * alignment
     return loss.mean(), metrics
@@ -366,12 +367,17 @@ class TokenizerStage(Stage):
     velocity, features = apply(*inputs, method="velocity_and_features")
     return flow.flow_loss(velocity, rows.latents, rows.noise), saturation, features
 
-  def _alignment(self, params: Params, features: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Returns the loss of REPA [b], from features of the decoder [b, n, width] and of the teacher [b, g * g, d].
+  def _alignment(self, params: Params, features: jax.Array, teacher: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Returns the loss of REPA [b], from features of the decoder [b, n, width] and of the teacher [b, m, d].
 
-    Called once for the rows of all buckets: the projector is read, and its gradient summed, only once.
+    Latents of a square shape have a square grid of the teacher, others one in proportion to that of image_size. Called
+    once for the rows of all buckets: the projector is read, and its gradient summed, only once.
     """
-    teacher = repa_ops.resize_features(jax.lax.stop_gradient(teacher), self.repa_grid, self.repa_grid)
+    height, width = (side // self.model.decoder.patch_size for side in shape)
+    grid = None  # square
+    if height != width:
+      grid = repa_ops.scaled_grid(self.repa_grid, self.image_size // self.model.downscale, shape)
+    teacher = repa_ops.resize_features(jax.lax.stop_gradient(teacher), height, width, grid)
     return repa_ops.alignment_loss(self.projector.apply({"params": params["repa"]}, features), teacher)
 
   @property

@@ -18,6 +18,7 @@ from flextok_jax.data.shapes import Bucket
 from flextok_jax.data.shards import features, latents, tokens, trajectories
 from flextok_jax.data.sources import registry
 from flextok_jax.inference.text_encoder import load_t5_encoder
+from flextok_jax.ops.repa import scaled_grid
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages import repa
 from flextok_jax.stages.distill import DistillStage
@@ -54,12 +55,7 @@ def check_new(config: ConfigDict):
       (config.init_from) need it; or data.shapes is given where batches have one shape.
   """
   ar, names = config.ar, config.ar.class_names
-  for what, one_shape in (
-    ("stage 'ar'", config.stage == "ar"),
-    ("data.latents", config.data.latents),
-    ("data.trajectories", config.data.trajectories),
-    ("repa.weight above 0", repa.section(config) is not None),
-  ):
+  for what, one_shape in (("stage 'ar'", config.stage == "ar"), ("data.trajectories", config.data.trajectories)):
     if config.data.shapes and one_shape:
       raise ValueError(f"data.shapes has no effect with {what}: set data.shapes=()")
   if config.stage == "ar":
@@ -237,7 +233,7 @@ def check_latents(config: ConfigDict, frozen: dict):
 def _open_latents(config: ConfigDict, fingerprint: str | None = None) -> latents.LatentShards:
   if config.vae.kind == "pixels":
     raise ValueError("vae.kind 'pixels' needs no latent shards, as its latents are the images: set data.latents=''")
-  sizes = dict(image_size=config.image_size, latent_channels=config.vae.latent_channels)
+  sizes = dict(image_size=config.image_size, latent_channels=config.vae.latent_channels, shapes=config.data.shapes)
   return latents.open_latents(config.data.latents, **sizes, fingerprint=fingerprint)
 
 
@@ -262,16 +258,21 @@ def read_networks(names: Mapping[str, str], folder: str) -> dict[str, dict]:
 
 
 def open_buckets(config: ConfigDict) -> list[Bucket]:
-  """Returns the training images of a config by their shapes; [] if it does not train on images. All processes call it.
+  """Returns the training images, or their latents, by their shapes; [] if there are none. All processes call it.
 
   With several shapes process 0 prints a table of them.
 
   Raises:
     FileNotFoundError, ValueError: see ImageData.buckets; or the processes see different pictures.
   """
-  if config.stage == "ar" or config.data.latents or config.data.trajectories:
+  if config.stage == "ar" or config.data.trajectories or (config.data.latents and not config.data.shapes):
     return []
-  buckets = image_data(config).buckets(config.image_size)
+  if config.data.latents:
+    groups = _open_latents(config).by_shape()
+    total = sum(map(len, groups.values()))
+    buckets = [Bucket(shape, len(rows) / total, {}, len(rows)) for shape, rows in groups.items()]
+  else:
+    buckets = image_data(config).buckets(config.image_size)
   if config.data.shapes:
     pictures = [(bucket.shape, bucket.pictures) for bucket in buckets]
     if not processes.same_on_all_processes(repr(pictures)):
@@ -368,7 +369,8 @@ def abstract_batch(
   if repa.section(config) is not None:  # computed by the teacher, or read from shards
     teacher_lib.check_source(config.data.latents, config.data.teacher)
     dtype = "float16" if config.data.teacher else config.repa.dtype
-    batch["teacher"] = shape(dtype, repa.teacher_grid(config) ** 2, config.repa.features)
+    rows, columns = scaled_grid(repa.teacher_grid(config), config.image_size, image_shape)
+    batch["teacher"] = shape(dtype, rows * columns, config.repa.features)
   return batch
 
 
@@ -397,7 +399,7 @@ def make_prepare(config: ConfigDict, mesh: jax.sharding.Mesh, train: bool = Fals
   """Returns a function of a batch on the devices that adds what frozen networks compute outside of the update.
 
   Text ids are replaced by the features of a T5, computed in config.dtype; with REPA and `train`, the features of its
-  teacher are added as "teacher" [b, g * g, d], unless they are read from shards. Neither the state nor checkpoints hold
+  teacher are added as "teacher" [b, n, d], unless they are read from shards. Neither the state nor checkpoints hold
   these networks. Other batches are returned unchanged.
 
   Args:
@@ -416,7 +418,10 @@ def make_prepare(config: ConfigDict, mesh: jax.sharding.Mesh, train: bool = Fals
       teacher_lib.check_shards(shards, path, width)
       return lambda batch: batch
     options = dict(
-      grid=repa.teacher_grid(config), dtype=float_dtype("repa.dtype", config.repa.dtype), attention=config.attention
+      grid=repa.teacher_grid(config),
+      dtype=float_dtype("repa.dtype", config.repa.dtype),
+      image_size=config.image_size,
+      attention=config.attention,
     )
     features_fn = teacher_lib.make_features_fn(*teacher_lib.read_teacher(path, width), mesh, **options)
     return lambda batch: batch | {"teacher": features_fn(batch["image"])}

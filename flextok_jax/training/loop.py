@@ -175,8 +175,9 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
         with time_spent.spending("compile" if new else "step"):
           state, metrics = update(state, batch, run_key)
           if new and len(buckets) > 1:
-            what = " x ".join(map(str, batch["image"].shape[1:3]))
-            processes.log_on_process_0(f"compiled update {len(compiled)} of {len(buckets)}: {what} pixels")
+            name, unit = ("image", "pixels") if "image" in batch else ("latents", "latents")
+            what = " x ".join(map(str, batch[name].shape[1:3])) + f" {unit}"
+            processes.log_on_process_0(f"compiled update {len(compiled)} of {len(buckets)}: {what}")
           del batch  # its memory is free for the next one
           if step == first + 1:  # traced while the devices compute the first step
             mfu = goodput.make_mfu(config, list(mesh.devices.flat), buckets)
