@@ -105,6 +105,9 @@ def get_config() -> ConfigDict:
   c.flow.t_sampling = "mode"  # "logit_normal", "stratified_logit_normal", "uniform", "mode" (SD3) [code]
   c.flow.mode_scale = 0.25  # s of SD3's mode sampling [code]
   c.flow.t_shift = 1.0  # above 1: more noise in training, t <- shift t / (1 + (shift - 1) t) [SD3]
+  # Pixels per side of images whose times are as above; those of images of n times as many latents are shifted further,
+  # by sqrt(n), in training and in the sampler [SD3]. 0: times do not depend on the size.
+  c.flow.base_size = 0
 
   # REPA (Yu et al. 2024, arXiv 2410.06940), in stage "tokenizer": aligns a projection of the decoder's patches with the
   # features of a frozen DINOv2 for the clean image. The projector is only needed in training.

@@ -140,6 +140,7 @@ RANGES = {
   "flow.t_sampling": one_of("logit_normal", "stratified_logit_normal", "uniform", "mode"),
   "flow.mode_scale": between(-1, 2 / (math.pi - 2)),  # where t(u) has no positive slope
   "flow.t_shift": POSITIVE,
+  "flow.base_size": whole(0, MAX_SIDE),
   "repa.weight": NOT_NEGATIVE,
   "repa.block": DEPTH,
   "repa.hidden": WIDTH,

@@ -39,6 +39,7 @@ def make_model(config: ConfigDict) -> FlexTok:
     vae=vae,
     levels=levels,
     scaling_factor=config.vae.scaling_factor or 1.0,  # 0: set by training (inputs.with_weights)
+    base_side=config.flow.base_size / (1 if vae is None else vae.downscale),
   )
   if config.tokens.layout == "grid":
     _check_grid(config)
@@ -308,7 +309,8 @@ class TokenizerStage(Stage):
     # Shuffled, so that lengths are assigned at random: latents within their group, times over the whole batch.
     order = jax.random.permutation(order_key, jnp.arange(count, dtype=jnp.int32))
     latents = group(latents, count)[:, order]
-    t = flow.sample_t(t_key, size, self.flow.t_sampling, self.flow.mode_scale, self.flow.t_shift)
+    shift = self.flow.t_shift * self.model.t_shift(*latents.shape[2:4])
+    t = flow.sample_t(t_key, size, self.flow.t_sampling, self.flow.mode_scale, shift)
     t = group(jax.random.permutation(t_order_key, t), count)
     noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
     keep_k, drop = nested.sample_keep_k(
