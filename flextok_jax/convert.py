@@ -177,7 +177,7 @@ def reconstruct(model: FlexTok, image: np.ndarray) -> tuple[np.ndarray, np.ndarr
     (token ids [n], or of a VAE alone latents [h', w', c]; reconstruction [h, w, 3] in [-1, 1]).
   """
   if model.config.stage not in TOKENIZER_STAGES:
-    latents = model.encode_latents(image[None])
+    latents = jnp.asarray(model.encode_latents(image[None]))
     return np.asarray(latents[0]), _clip(model.decode_latents(latents))
   ids = np.asarray(model.tokenize(image[None]))
   return ids[0], _clip(model.detokenize(ids, key=jax.random.key(0)))

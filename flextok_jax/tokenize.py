@@ -221,6 +221,8 @@ def _latents(values: flags.FlagValues, config: ConfigDict, mesh: jax.sharding.Me
 
 
 def _trajectories(values: flags.FlagValues, config: ConfigDict, mesh: jax.sharding.Mesh) -> Records:
+  if config.data.shapes:
+    raise ValueError("--what=trajectories writes paths of one shape: set --config.data.shapes=()")
   steps = cli.numbers("steps", values.steps, int)
   options = dict(steps=steps, seed=config.seed, dtype=values.dtype, batch_size=values.batch_size)
   return shards.trajectories(load_tokenizer(values.checkpoint), mesh, **options)
@@ -237,7 +239,10 @@ def _features(values: flags.FlagValues, config: ConfigDict, mesh: jax.sharding.M
     "dtype": values.dtype,
   }
   options = dict(
-    grid=repa.teacher_grid(config), dtype=float_dtype("repa.dtype", config.repa.dtype), attention=config.attention
+    grid=repa.teacher_grid(config),
+    dtype=float_dtype("repa.dtype", config.repa.dtype),
+    image_size=config.image_size,
+    attention=config.attention,
   )
   features = teacher.make_features_fn(sizes, params, mesh, **options)
   del params

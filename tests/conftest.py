@@ -39,6 +39,7 @@ LONG_FILES = [
   "test_launch.py",
   "test_sweep.py",
   "test_processes.py",
+  "test_loop_shapes.py",
   "test_loop_vae.py",
   "test_fast.py",
   "test_benchmark.py",

@@ -105,6 +105,9 @@ def get_config() -> ConfigDict:
   c.flow.t_sampling = "mode"  # "logit_normal", "stratified_logit_normal", "uniform", "mode" (SD3) [code]
   c.flow.mode_scale = 0.25  # s of SD3's mode sampling [code]
   c.flow.t_shift = 1.0  # above 1: more noise in training, t <- shift t / (1 + (shift - 1) t) [SD3]
+  # Pixels per side of images whose times are as above; those of images of n times as many latents are shifted further,
+  # by sqrt(n), in training and in the sampler [SD3]. 0: times do not depend on the size.
+  c.flow.base_size = 0
 
   # REPA (Yu et al. 2024, arXiv 2410.06940), in stage "tokenizer": aligns a projection of the decoder's patches with the
   # features of a frozen DINOv2 for the clean image. The projector is only needed in training.
@@ -205,6 +208,12 @@ def get_config() -> ConfigDict:
   # Decode JPEG files of these four at 1/2, 1/4 or 1/8 of their size if the crop still has image_size pixels: less work;
   # pixels differ by about 1 of 255 levels, by 5 in the finest texture [ours].
   c.data.reduce_jpeg = True
+  # (height, width) of the images of a batch, pixels; (): image_size twice. Several shapes, such as ((256, 256),
+  # (192, 320)): each batch has one of them, and the update is compiled once for each.
+  c.data.shapes = ()
+  # Share of each shape among the batches. (): that of the pictures; each is read in the shape whose aspect ratio is
+  # nearest to its own. For that the headers of all pictures are read at the start; drawn pictures need shares.
+  c.data.shape_weights = ()
   c.data.num_threads = 8  # reading threads per process
   c.data.num_workers = 0  # worker processes per process; 0: threads only
   c.data.prefetch = 4  # batches prefetched on the host, besides two on the device

@@ -140,6 +140,7 @@ RANGES = {
   "flow.t_sampling": one_of("logit_normal", "stratified_logit_normal", "uniform", "mode"),
   "flow.mode_scale": between(-1, 2 / (math.pi - 2)),  # where t(u) has no positive slope
   "flow.t_shift": POSITIVE,
+  "flow.base_size": whole(0, MAX_SIDE),
   "repa.weight": NOT_NEGATIVE,
   "repa.block": DEPTH,
   "repa.hidden": WIDTH,
@@ -191,6 +192,12 @@ RANGES = {
   "data.global_batch": COUNT,
   "data.crop": one_of("random", "center"),
   "data.crop_min_area": number("above 0 and up to 1", lambda x: 0 < x <= 1),
+  "data.shapes": several(
+    several(whole(1, MAX_SIDE), "", lambda x: len(x) == 2),
+    f"different pairs (height, width) of whole numbers from 1 to {MAX_SIDE}",
+    lambda x: len(set(map(tuple, x))) == len(x),
+  ),
+  "data.shape_weights": several(POSITIVE, "a tuple of finite numbers above 0"),
   "data.num_threads": whole(1, 1024),
   "data.num_workers": whole(0, 1024),
   "data.prefetch": whole(0, 1024),

@@ -3,10 +3,11 @@
 Row r of the global batch of step s is element s * global_batch + r of one endless sequence, which depends on the seed
 alone: which source (a fixed interleaving by weight), which of its records (a new shuffle every epoch), which
 augmentation (a generator keyed by the element's index). Processes, threads and workers only decide who computes an
-element, and a restart continues at the element it needs.
+element, and a restart continues at the element it needs. With several shapes, each step takes the rows of one of their
+sequences (data/shapes.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
 import contextlib
 import copy
@@ -22,6 +23,7 @@ import numpy as np
 
 from flextok_jax.core import unreadable
 from flextok_jax.core.errors import warn_once
+from flextok_jax.data import shapes as shapes_lib
 from flextok_jax.data import transforms
 from flextok_jax.data.sources import base, registry
 
@@ -56,6 +58,8 @@ class ImageData:
     reduce_jpeg: whether a JPEG is decoded at 1/2, 1/4 or 1/8 if its crop needs no more pixels.
     loading: threads and workers.
     max_unreadable: share of unreadable images above which evaluation and the writing of shards stop.
+    shapes: (height, width) of the crops, each batch of one; (): squares of the image_size that a function is given.
+    shape_weights: share of each shape; (): by the sizes of the pictures.
 
   Raises:
     ValueError: an unknown source or crop, or a number out of range.
@@ -68,8 +72,12 @@ class ImageData:
   reduce_jpeg: bool
   loading: Loading
   max_unreadable: float
+  shapes: Sequence[shapes_lib.Shape] = ()
+  shape_weights: Sequence[float] = ()
 
   def __post_init__(self):
+    if self.shape_weights and not self.shapes:
+      raise ValueError("data.shape_weights without data.shapes: set data.shapes to as many (height, width)")
     if self.crop not in ("random", "center"):
       raise ValueError(f"unknown crop {self.crop!r}: use 'random' or 'center'")
     if not 0.0 < self.crop_min_area <= 1.0:
@@ -94,21 +102,39 @@ class ImageData:
     settings = {name: value for name, value in self.sources[kind].items() if name != "weight"}
     return registry.make_source(kind, split, **settings)
 
-  def mix(self, parts: Mapping[str, grain.MapDataset]) -> grain.MapDataset:
-    """Interleaves endless data sets, {kind of source: data set}, by the weights of their sources."""
-    weights = [self.sources[kind]["weight"] for kind in parts]
-    return next(iter(parts.values())) if len(parts) == 1 else grain.MapDataset.mix([*parts.values()], weights=weights)
+  def buckets(self, image_size: int, split: str = "train") -> list[shapes_lib.Bucket]:
+    """Returns the pictures of all sources by the shape in which they are read; without shapes, all at image_size.
+
+    Without shape_weights the headers of all pictures are read.
+
+    Raises:
+      FileNotFoundError, ValueError: a source cannot be opened, or see shapes.by_weight and shapes.by_size.
+    """
+    sources = self.open(split)
+    shares, shapes = {kind: self.sources[kind]["weight"] for kind in sources}, [(h, w) for h, w in self.shapes]
+    if not shapes:
+      return [shapes_lib.whole(sources, shares, (image_size, image_size))]
+    if self.shape_weights:
+      return shapes_lib.by_weight(sources, shares, shapes, self.shape_weights)
+    return shapes_lib.by_size(sources, shares, shapes, self.loading.num_threads, self.max_unreadable)
+
+
+def mix(parts: Mapping[str, grain.MapDataset], weights: Mapping[str, float]) -> grain.MapDataset:
+  """Interleaves endless data sets, {kind of source: data set}, by the weights of their sources."""
+  if len(parts) == 1:
+    return next(iter(parts.values()))
+  return grain.MapDataset.mix([*parts.values()], weights=[weights[kind] for kind in parts])
 
 
 class Augment:
-  """The random crop and flip of a source: (picture or open file, generator) -> uint8 [size, size, 3].
+  """The random crop and flip of a source: (picture or open file, generator) -> uint8 [h, w, 3] of a size.
 
   Attributes:
     varies: whether two draws can differ.
   """
 
-  def __init__(self, data: ImageData, source: base.Source, image_size: int):
-    self._size = image_size
+  def __init__(self, data: ImageData, source: base.Source, size: transforms.Size):
+    self._size = size
     self._reduce = data.reduce_jpeg
     self._random_crop = data.crop == "random" and not source.framed
     self._min_area = data.crop_min_area
@@ -172,24 +198,41 @@ def seeds(seed: int, name: str) -> tuple[int, int]:
   return int(shuffle_seed), int(augment_seed)
 
 
-def train_batches(data: ImageData, *, image_size: int, seed: int, **batching: Any) -> Iterator[dict[str, np.ndarray]]:
+def train_batches(
+  data: ImageData,
+  *,
+  image_size: int,
+  seed: int,
+  global_batch: int,
+  buckets: Sequence[shapes_lib.Bucket] | None = None,
+  **batching: Any,
+) -> Iterator[dict[str, np.ndarray]]:
   """Returns an endless iterator over this process's rows of the global batches.
 
-  A batch of b rows has image uint8 [b, image_size, image_size, 3]; label, num_objects and unreadable (records skipped
-  to get the row) int32 [b].
+  A batch of b rows has image uint8 [b, h, w, 3], of the shape of one of the buckets; label, num_objects and unreadable
+  (records skipped to get the row) int32 [b]. Buckets take turns by their weights. Each has its own shuffle.
 
   Args:
-    **batching: global_batch, start_step, process_index, process_count of local_batches.
+    image_size: of the images, if data has no shapes.
+    buckets: data.buckets(image_size), if they are known already.
+    **batching: start_step, process_index, process_count of local_batches.
 
   Raises:
-    FileNotFoundError, ValueError: a source cannot be opened, or global_batch is not divisible by process_count.
+    FileNotFoundError, ValueError: see ImageData.buckets; or global_batch is not divisible by process_count.
   """
-  parts = {}
-  for kind, source in data.open("train").items():
-    shuffle_seed, augment_seed = seeds(seed, kind)
-    part = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat()
-    parts[kind] = part.random_map(_PrepareRow(source, Augment(data, source, image_size)), seed=augment_seed)
-  return local_batches(data.mix(parts), data.loading, **batching)
+  buckets, sequences = data.buckets(image_size) if buckets is None else buckets, []
+  for bucket in buckets:
+    parts = {}
+    for kind, (_, source) in bucket.sources.items():
+      name = kind if len(buckets) == 1 else f"{kind} {bucket.shape}"
+      shuffle_seed, augment_seed = seeds(seed, name)
+      part = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat()
+      parts[kind] = part.random_map(_PrepareRow(source, Augment(data, source, bucket.shape)), seed=augment_seed)
+    sequences.append(mix(parts, {kind: share for kind, (share, _) in bucket.sources.items()}))
+  elements = sequences[0]
+  if len(buckets) > 1:
+    elements = shapes_lib.Interleaved(sequences, [bucket.weight for bucket in buckets], global_batch)
+  return local_batches(elements, data.loading, global_batch=global_batch, **batching)
 
 
 def local_batches(

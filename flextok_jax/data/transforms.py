@@ -16,6 +16,7 @@ from flextok_jax.data import listing
 from flextok_jax.data.pictures import UnreadablePicture, decoding, open_picture, orientation
 
 RESIZES = ("crop", "fit", "none")  # see to_size
+Size = int | tuple[int, int]  # pixels per side of a square, or height and width
 MAX_ASPECT = 64  # longer strips are cut to this aspect ratio before they are resized, to bound memory
 REDUCTIONS = (8, 4, 2)  # libjpeg can decode at 1 / these sizes, which is faster
 # EXIF orientations with swapped sides; with the end of a stored row or column on the left; and with it at the top.
@@ -143,16 +144,23 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
   return image.size[::-1] if orientation(image) in _TURNED else image.size
 
 
-def _decode(image: Image.Image, box: tuple[float, ...], pixels: int) -> tuple[Image.Image, tuple[float, ...]]:
-  """Decodes an image from _open, a JPEG at 1/8, 1/4 or 1/2 if its region `box` keeps `pixels` pixels per side.
+def sides(size: Size) -> tuple[int, int]:
+  """Returns the height and width of a size."""
+  return (size, size) if isinstance(size, int) else size
+
+
+def _decode(
+  image: Image.Image, box: tuple[float, ...], shape: tuple[int, int]
+) -> tuple[Image.Image, tuple[float, ...]]:
+  """Decodes an image from _open, a JPEG at 1/8, 1/4 or 1/2 if its region `box` keeps the pixels of a (height, width).
 
   Returns:
     (RGB image, box in its pixels), where a box is (left, top, right, bottom).
   """
   width, height = _upright_size(image)
   turn = orientation(image)
-  side = min(box[2] - box[0], box[3] - box[1])
-  factor = next((factor for factor in REDUCTIONS if side >= factor * pixels), 1)
+  found = box[3] - box[1], box[2] - box[0]
+  factor = next((f for f in REDUCTIONS if all(side >= f * least for side, least in zip(found, shape))), 1)
   # draft returns None, and has no effect, if the image is decoded already or no JPEG.
   with decoding():
     if factor == 1 or image.draft(None, (image.width // factor, image.height // factor)) is None:
@@ -165,14 +173,16 @@ def _decode(image: Image.Image, box: tuple[float, ...], pixels: int) -> tuple[Im
   return image, tuple(edge / factor + shift for edge, shift in zip(box, (left, top, left, top)))
 
 
-def center_crop(image: Any, size: int, reduce: bool = False) -> np.ndarray:
-  """Resizes the shorter side to size, bilinear and antialiased, and crops the centre: uint8 [size, size, 3].
+def center_crop(image: Any, size: Size, reduce: bool = False) -> np.ndarray:
+  """Resizes an image, bilinear and antialiased, so that it covers the size, and crops the centre: uint8 [h, w, 3].
 
-  Bit-identical to torchvision's Resize(size) and CenterCrop(size) of a Pillow image, the preprocessing of the
-  reference; strips longer than MAX_ASPECT times their width lose their ends first.
+  For a square of `size`, the shorter side becomes `size`: bit-identical to torchvision's Resize(size) and
+  CenterCrop(size) of a Pillow image, the preprocessing of the reference; but strips longer than MAX_ASPECT times their
+  width lose their ends first.
 
   Args:
     image: see to_rgb.
+    size: of the result.
     reduce: whether an open JPEG file of at least twice the size is decoded at 1/2, 1/4 or 1/8, which is faster but not
       bit-identical.
   """
@@ -183,13 +193,16 @@ def center_crop(image: Any, size: int, reduce: bool = False) -> np.ndarray:
     left, top = max(width - limit, 0) // 2, max(height - limit, 0) // 2
     image = to_rgb(image).crop((left, top, left + min(width, limit), top + min(height, limit)))
     width, height = image.size
-  image, box = _decode(image, (0, 0, width, height), size)
-  short = min(width, height)
-  width, height = size * width // short, size * height // short
+  rows, columns = sides(size)
+  image, box = _decode(image, (0, 0, width, height), (rows, columns))
+  if width * rows >= height * columns:
+    width, height = rows * width // height, rows
+  else:
+    width, height = columns, columns * height // width
   if (width, height) != image.size:
     image = image.resize((width, height), Image.Resampling.BILINEAR, box)
-  left, top = round((width - size) / 2.0), round((height - size) / 2.0)  # halves to even, like torchvision
-  return np.asarray(image)[top : top + size, left : left + size].copy()
+  left, top = round((width - columns) / 2.0), round((height - rows) / 2.0)  # halves to even, like torchvision
+  return np.asarray(image)[top : top + rows, left : left + columns].copy()
 
 
 def fit_size(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
@@ -230,28 +243,30 @@ def to_size(image: Any, resize: str, size: int, multiple: int) -> np.ndarray:
   return np.asarray(image).copy()
 
 
-def random_box(width: int, height: int, rng: np.random.Generator, min_area: float) -> tuple[int, int, int, int]:
-  """Draws (left, top, right, bottom) with a share min_area to 1 of the area and an aspect ratio of 3/4 to 4/3.
+def random_box(
+  width: int, height: int, rng: np.random.Generator, min_area: float, aspect: float = 1.0
+) -> tuple[int, int, int, int]:
+  """Draws (left, top, right, bottom) with a share min_area to 1 of the area and 3/4 to 4/3 times an aspect ratio.
 
-  Returns the largest centre square if ten draws do not fit.
+  Returns the largest centre box of the aspect ratio (width / height) if ten draws do not fit.
   """
   for _ in range(10):
     area = width * height * rng.uniform(min_area, 1.0)
-    ratio = np.exp(rng.uniform(np.log(3.0 / 4.0), np.log(4.0 / 3.0)))
+    ratio = aspect * np.exp(rng.uniform(np.log(3.0 / 4.0), np.log(4.0 / 3.0)))
     w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
     if 0 < w <= width and 0 < h <= height:
       left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
       break
   else:
-    w = h = min(width, height)
+    w, h = max(min(width, round(height * aspect)), 1), max(min(height, round(width / aspect)), 1)
     left, top = (width - w) // 2, (height - h) // 2
   return left, top, left + w, top + h
 
 
 def random_resized_crop(
-  image: Any, size: int, rng: np.random.Generator, min_area: float, reduce: bool = False
+  image: Any, size: Size, rng: np.random.Generator, min_area: float, reduce: bool = False
 ) -> np.ndarray:
-  """Returns the region of random_box, resized to uint8 [size, size, 3].
+  """Returns the region of random_box, resized to uint8 [h, w, 3], whose aspect ratio is that of the size.
 
   Antialiased bilinear, like center_crop and torchvision's RandomResizedCrop: takes two thirds of the time of bicubic
   and differs from it by one level of 255 on average over photographs. Crops more than three times too large are first
@@ -259,12 +274,17 @@ def random_resized_crop(
 
   Args:
     image: see to_rgb.
-    reduce: whether an open JPEG file is decoded at 1/2, 1/4 or 1/8 if the crop keeps `size` pixels per side: about the
+    size: of the result.
+    rng: draws the region.
+    min_area: see random_box.
+    reduce: whether an open JPEG file is decoded at 1/2, 1/4 or 1/8 if the crop keeps the pixels of `size`: about the
       same pixels in less time.
   """
   image = _open(image) if reduce else to_rgb(image)
-  image, box = _decode(image, random_box(*_upright_size(image), rng, min_area), size)
-  return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0))
+  rows, columns = sides(size)
+  box = random_box(*_upright_size(image), rng, min_area, columns / rows)
+  image, region = _decode(image, box, (rows, columns))
+  return np.asarray(image.resize((columns, rows), Image.Resampling.BILINEAR, box=region, reducing_gap=3.0))
 
 
 def flip(image: np.ndarray) -> np.ndarray:

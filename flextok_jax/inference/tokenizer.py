@@ -205,8 +205,7 @@ class FlexTok(sharing.SharedModel):
       num_tokens=num_tokens, quality=quality, metric=metric, num_steps=num_steps, guidance=guidance
     )
     given |= dict(guidance_scale=guidance_scale, guidance_interval=guidance_interval)
-    cropped = validation.resize(resize) == "crop" or isinstance(images, str) or not isinstance(images, Sequence)
-    groups = {} if cropped else self.rows_by_size(cast(Sequence, images), resize)
+    groups = {} if self._is_cropped(images, resize) else self.rows_by_size(cast(Sequence, images), resize)
     if len(groups) > 1:
       given |= dict(batch_size=batch_size, progress=progress, resize=resize)
       return self._tokenize_by_size(cast(Sequence, images), list(groups.values()), key, noise, given)
@@ -339,9 +338,32 @@ class FlexTok(sharing.SharedModel):
       return encode(self._images(images))
     return self._in_batches(images, lambda images, rows: encode(images), batch_size, progress)
 
-  def encode_latents(self, images: Images, key: jax.Array | None = None) -> jax.Array:
-    """Encodes images (those of a list are cropped) to scaled latents float32 [b, h, w, c]; with a key samples them."""
-    return _encode_latents(self, self._images(images), _posterior_key(key))
+  def encode_latents(
+    self, images: Images, key: jax.Array | None = None, resize: str = "crop"
+  ) -> jax.Array | list[jax.Array]:
+    """Encodes images as scaled latents.
+
+    Args:
+      images: as for tokenize.
+      key: to sample the VAE's posterior; default: its mode.
+      resize: of a list, as for tokenize. Pictures of one size run together; with a key, those of the i-th size that
+        occurs have the key fold_in(key, i) if there are several.
+
+    Returns:
+      float32 [b, h, w, c]; of a list with resize "fit" or "none", whose sizes may differ, a list of b arrays [h, w, c].
+
+    Raises:
+      ValueError: an argument out of range.
+    """
+    key = _posterior_key(key)
+    if self._is_cropped(images, resize) or not len(images):
+      return _encode_latents(self, self._images(images, resize), key)
+    pictures, found = cast(Sequence, images), dict[int, jax.Array]()
+    groups = self.rows_by_size(pictures, resize)
+    for i, rows in enumerate(groups.values()):
+      own_key = jax.random.fold_in(key, i) if key is not None and len(groups) > 1 else key
+      found |= zip(rows, _encode_latents(self, self._images([pictures[row] for row in rows], resize), own_key))
+    return [found[i] for i in range(len(pictures))]
 
   def decode_latents(self, z: Array) -> jax.Array:
     """Decodes scaled latents [b, h, w, c] to images float32 [b, h', w', 3], about [-1, 1] and not clipped."""
@@ -404,6 +426,10 @@ class FlexTok(sharing.SharedModel):
 
     found = self._in_batches(images, encode, batch_size, progress, resize)
     return found if given["quality"] is None else [np.asarray(ids)[:n] for ids, n in zip(*found)]
+
+  def _is_cropped(self, images: Images, resize: str) -> bool:
+    """Returns whether all images have one size: those of an array, or of a list with resize "crop"."""
+    return validation.resize(resize) == "crop" or isinstance(images, str) or not isinstance(images, Sequence)
 
   def rows_by_size(
     self, images: Sequence[Image.Image | str | os.PathLike], resize: str

@@ -30,7 +30,7 @@ def t_from_draw(draw: jax.Array, mode: str, mode_scale: float) -> jax.Array:
   raise ValueError(f"unknown t sampling {mode!r}: one of {', '.join(T_SAMPLINGS)}")
 
 
-def shift_t(t: jax.Array, shift: float) -> jax.Array:
+def shift_t(t: Any, shift: float) -> Any:
   """Shifts times towards noise for shift > 1: shift t / (1 + (shift - 1) t) (Esser et al. 2024, eq. 23)."""
   return shift * t / (1 + (shift - 1) * t)
 
@@ -60,6 +60,7 @@ def euler_steps(
   times: jax.Array | np.ndarray,
   carry: Any,
   inputs: Any,
+  lengths: jax.Array | np.ndarray | None = None,
 ) -> tuple[jax.Array, Any, jax.Array]:
   """Takes Euler steps from noise (t = 1) towards data (t = 0): x <- x - v(x, t) / N for t = i / N, i = N..1.
 
@@ -70,17 +71,19 @@ def euler_steps(
     times: of the steps to take, float32 [s], a part of step_times(N).
     carry: what guidance remembers between steps.
     inputs: tree of arrays [s, ...], of each step.
+    lengths: of the steps in time, float32 [s]; None: 1 / N each.
 
   Returns:
     x [b, ...] float32 after these steps, the carry, and x before each step [s, b, ...].
   """
 
   def step(state, scanned):
-    (x, carry), (t, inputs) = state, scanned
+    (x, carry), (t, length, inputs) = state, scanned
     velocity, carry = velocity_fn(x, t, carry, inputs)
-    return (x - velocity.astype(jnp.float32) / num_steps, carry), x
+    velocity = velocity.astype(jnp.float32)
+    return (x - (velocity / num_steps if length is None else velocity * length), carry), x
 
-  (x, carry), path = jax.lax.scan(step, (x.astype(jnp.float32), carry), (times, inputs))
+  (x, carry), path = jax.lax.scan(step, (x.astype(jnp.float32), carry), (times, lengths, inputs))
   return x, carry, path
 
 

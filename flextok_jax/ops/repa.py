@@ -6,19 +6,31 @@ import jax.numpy as jnp
 _EPS = 1e-24  # least squared norm: that of torch.nn.functional.normalize, which the code of the paper calls
 
 
-def resize_features(features: jax.Array, height: int, width: int) -> jax.Array:
-  """Resizes features of a square grid bilinearly, in float32: [b, g * g, d] -> [b, height * width, d].
+def scaled_grid(grid: int, side: int, shape: tuple[int, int]) -> tuple[int, int]:
+  """Returns rows and columns of the grid of a shape (height, width), for grid x grid patches of side x side."""
+  rows, columns = (max(round(grid * length / side), 1) for length in shape)
+  return rows, columns
+
+
+def resize_features(features: jax.Array, height: int, width: int, grid: tuple[int, int] | None = None) -> jax.Array:
+  """Resizes features of a grid bilinearly, in float32: [b, rows * columns, d] -> [b, height * width, d].
+
+  Args:
+    features: in row-major order.
+    height: rows of the result.
+    width: its columns.
+    grid: (rows, columns); None: a square.
 
   Raises:
-    ValueError: the number of features is not a square.
+    ValueError: there are not as many features.
   """
   batch, count, dim = features.shape
-  grid = round(count**0.5)
-  if grid**2 != count:
-    raise ValueError(f"{count} features do not form a square grid")
-  if (grid, grid) == (height, width):
+  rows, columns = grid or (round(count**0.5),) * 2
+  if rows * columns != count:
+    raise ValueError(f"{count} features do not form a {f'grid of {rows} x {columns}' if grid else 'square grid'}")
+  if (rows, columns) == (height, width):
     return features
-  features = features.reshape(batch, grid, grid, dim).astype(jnp.float32)
+  features = features.reshape(batch, rows, columns, dim).astype(jnp.float32)
   return jax.image.resize(features, (batch, height, width, dim), "bilinear").reshape(batch, height * width, dim)
 
 

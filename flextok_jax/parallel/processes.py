@@ -14,6 +14,7 @@ process writes the shards on its devices.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import hashlib
 import os
 import signal
 import sys
@@ -129,6 +130,12 @@ def first_message(text: str) -> str:
 def least(value: float) -> float:
   """Returns the smallest of the values of all processes, which must all call it."""
   return value if jax.process_count() == 1 else float(multihost_utils.process_allgather(np.float64(value)).min())
+
+
+def same_on_all_processes(text: str) -> bool:
+  """Returns whether all processes, which must all call it, give the same text."""
+  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+  return jax.process_count() == 1 or bool((multihost_utils.process_allgather(digest) == digest).all())
 
 
 def run_on_process_0(function: Callable[[], Any]) -> None:

@@ -69,6 +69,8 @@ class DistillStage(TokenizerStage):
     super().__init__(with_fields(config, {"tokens.null_prob": 0.0, "repa.weight": 0.0}))
     if not self.model.decoder.interval:
       raise ValueError("stage 'distill' trains a student: set decoder.interval=True")
+    if self.model.base_side:
+      raise ValueError("a student has steps of equal length: set flow.base_size=0, and use a teacher trained with it")
     self.teacher = self.model.clone(decoder=self.model.decoder.clone(interval=False))
     self.teacher_sampler = Sampler(**config.distill.sampler)
     self.steps = tuple(config.distill.steps)

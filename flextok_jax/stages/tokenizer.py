@@ -1,6 +1,6 @@
 """Stage 1: encoder, FSQ and flow decoder over the latents of a frozen VAE."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
 from typing import Any
@@ -41,6 +41,7 @@ def make_model(config: ConfigDict) -> FlexTok:
     vae=vae,
     levels=levels,
     scaling_factor=config.vae.scaling_factor or 1.0,  # 0: set by training (inputs.with_weights)
+    base_side=config.flow.base_size / (1 if vae is None else vae.downscale),
   )
   if config.tokens.layout == "grid":
     _check_grid(config)
@@ -140,6 +141,33 @@ def bucket_rows(size: int, most: int) -> int:
   return max(rows for rows in range(1, min(size, most) + 1) if size % rows == 0)
 
 
+def check_shapes(shapes: Sequence[tuple[int, int]], model: FlexTok, layout: str) -> None:
+  """Raises ValueError for shapes (height, width) of images that the patches of a model or its positions do not fit.
+
+  Args:
+    shapes: config.data.shapes.
+    model: to train.
+    layout: of its tokens.
+  """
+  if shapes and layout == "grid":
+    raise ValueError("data.shapes must be () with tokens.layout 'grid', where each token has its place in a grid")
+  for height, width in shapes:
+    name, multiple = f"data.shapes has {height} x {width} pixels", model.patch_multiple
+    if height % multiple or width % multiple:
+      fit = " x ".join(str(max(round(side / multiple), 1) * multiple) for side in (height, width))
+      raise ValueError(f"{name}, but height and width must be multiples of {multiple}, as are {fit}")
+    for part, module in (("encoder", model.encoder), ("decoder", model.decoder)):
+      grid = [side // model.downscale // module.patch_size for side in (height, width)]
+      try:
+        module.check_grid(*grid)
+      except ValueError:
+        table = " x ".join(map(str, module.table_shape))
+        raise ValueError(
+          f"{name}, {grid[0]} x {grid[1]} patches of the {part}, which has {table} positions: set {part}.max_grid to "
+          f"{max(grid)} or more, or {part}.posemb_scaling to 'scaled' or 'interpolate'"
+        ) from None
+
+
 class Rows(flax.struct.PyTreeNode):
   """Rows of a batch with their random draws: g groups of r rows, or in a bucket one axis [b] in place of [g, r]."""
 
@@ -179,6 +207,7 @@ class TokenizerStage(Stage):
 
   def __init__(self, config: ConfigDict):
     self.model = make_model(config)
+    check_shapes(config.data.shapes, self.model, config.tokens.layout)
     nested.check_mode(config.tokens.nested_dropout, config.tokens.num_registers)
     self.image_size = config.image_size
     self.sample_posterior = config.vae.sample_posterior and self.model.vae is not None
@@ -188,7 +217,7 @@ class TokenizerStage(Stage):
     self.flow = config.flow
     self.projector: Any = repa.make_projector(config, self.model.decoder)
     self.repa: Any
-    self.repa, self.repa_grid = repa.section(config), repa.decoder_grid(config)
+    self.repa, self.repa_grid = repa.section(config), repa.teacher_grid(config)
     self.sampler = Sampler(**config.sampler)
 
   def init_model(self, key: jax.Array) -> tuple[Params, Params]:
@@ -207,7 +236,7 @@ class TokenizerStage(Stage):
     """Returns the flow-matching loss with nested dropout and condition dropout; metrics also by number of kept tokens.
 
     `batch` has "image" [b, H, W, 3], or instead "latents" [b, h, w, 2 c], moments of the VAE as in latent shards
-    (data/shards/latents.py). With REPA also "teacher" [b, g * g, d], features of the teacher for the same images.
+    (data/shards/latents.py). With REPA also "teacher" [b, n, d], features of the teacher for the same images.
     """
     del step
     posterior_key, key = jax.random.split(key)
@@ -235,7 +264,7 @@ class TokenizerStage(Stage):
       params: of the model and of what the loss needs.
       latents: [b, h, w, c].
       key: of the random draws.
-      teacher: features [b, g * g, d] of a teacher for the same images; with REPA only.
+      teacher: features [b, n, d] of a teacher for the same images; with REPA only.
 
     Returns:
       The loss [], and metrics {name: (sum, count)}.
@@ -269,7 +298,8 @@ class TokenizerStage(Stage):
     loss = per_sample + self.tokens.saturation_weight * saturation
     if self.projector is not None:
       assert teacher is not None
-      alignment = self._alignment(params, features, ungroup(group(teacher, order.size)[:, order]))
+      teacher = ungroup(group(teacher, order.size)[:, order])
+      alignment = self._alignment(params, features, teacher, (latents.shape[1], latents.shape[2]))
       metrics["repa"] = alignment.sum(), jnp.float32(size)
       loss = loss + self.repa.weight * alignment
     return loss.mean(), metrics
@@ -282,7 +312,8 @@ class TokenizerStage(Stage):
     # Shuffled, so that lengths are assigned at random: latents within their group, times over the whole batch.
     order = jax.random.permutation(order_key, jnp.arange(count, dtype=jnp.int32))
     latents = group(latents, count)[:, order]
-    t = flow.sample_t(t_key, size, self.flow.t_sampling, self.flow.mode_scale, self.flow.t_shift)
+    shift = self.flow.t_shift * self.model.t_shift(*latents.shape[2:4])
+    t = flow.sample_t(t_key, size, self.flow.t_sampling, self.flow.mode_scale, shift)
     t = group(jax.random.permutation(t_order_key, t), count)
     noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
     keep_k, drop = nested.sample_keep_k(
@@ -341,12 +372,17 @@ class TokenizerStage(Stage):
     velocity, features = apply(*inputs, method="velocity_and_features")
     return flow.flow_loss(velocity, rows.latents, rows.noise), saturation, features
 
-  def _alignment(self, params: Params, features: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Returns the loss of REPA [b], from features of the decoder [b, n, width] and of the teacher [b, g * g, d].
+  def _alignment(self, params: Params, features: jax.Array, teacher: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Returns the loss of REPA [b], from features of the decoder [b, n, width] and of the teacher [b, m, d].
 
-    Called once for the rows of all buckets: the projector is read, and its gradient summed, only once.
+    Latents of a square shape have a square grid of the teacher, others one in proportion to that of image_size. Called
+    once for the rows of all buckets: the projector is read, and its gradient summed, only once.
     """
-    teacher = repa_ops.resize_features(jax.lax.stop_gradient(teacher), self.repa_grid, self.repa_grid)
+    height, width = (side // self.model.decoder.patch_size for side in shape)
+    grid = None  # square
+    if height != width:
+      grid = repa_ops.scaled_grid(self.repa_grid, self.image_size // self.model.downscale, shape)
+    teacher = repa_ops.resize_features(jax.lax.stop_gradient(teacher), height, width, grid)
     return repa_ops.alignment_loss(self.projector.apply({"params": params["repa"]}, features), teacher)
 
   @property

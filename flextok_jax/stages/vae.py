@@ -73,6 +73,11 @@ class VAEStage(Stage):
     self.lpips_weight = config.vae_loss.lpips_weight
     self.image_size = config.image_size
     self.vae = make_vae(config)
+    for height, width in config.data.shapes:
+      if height % self.vae.downscale or width % self.vae.downscale:
+        raise ValueError(
+          f"data.shapes has {height} x {width} pixels, but height and width must be multiples of {self.vae.downscale}"
+        )
     self.lpips = LPIPS(_LPIPS_NET, self.vae.dtype) if self.lpips_weight else None
     self.discriminator = make_discriminator(config)
     self.adversarial = config.discriminator

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from flextok_jax.config import with_fields
 from flextok_jax.core import accelerators, flops
+from flextok_jax.data.shapes import Bucket
 from flextok_jax.stages import make_stage
 from flextok_jax.training import inputs, optim
 from flextok_jax.training.state import init_state, make_update
@@ -70,28 +71,44 @@ def summary(scalars: Mapping[str, float]) -> str:
   return "  ".join([*mfu, " ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share >= 0.01)])
 
 
-def update_flops(config: ConfigDict) -> int:
+def update_flops(config: ConfigDict, image_shape: tuple[int, int] | None = None) -> int:
   """Returns the FLOPs of an update over the global batch (core/flops.py), including the frozen VAE's encoder.
 
   Not included is what runs outside of the update: the encoder of texts and REPA's teacher.
+
+  Args:
+    config: of the run.
+    image_shape: height and width of the images; default: image_size.
   """
   config = with_fields(config, {"attention": "xla"})  # other implementations use kernels that cannot be counted
   stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, config.train.num_steps)
   key = jax.eval_shape(jax.random.key, 0)
   state = unbox(jax.eval_shape(lambda key: init_state(stage, optimizer, key), key))
   update = make_update(stage, optimizer, accumulate_steps=config.optim.accumulate_steps, decay=config.optim.ema_decay)
-  return flops.count(update, state, inputs.abstract_batch(config, stage), key)
+  return flops.count(update, state, inputs.abstract_batch(config, stage, image_shape), key)
 
 
-def make_mfu(config: ConfigDict, devices: Sequence[jax.Device]) -> Callable[[float], dict[str, float]]:
+def make_mfu(
+  config: ConfigDict, devices: Sequence[jax.Device], buckets: Sequence[Bucket] = ()
+) -> Callable[[float], dict[str, float]]:
   """Returns a function of images per second: {"mfu": share of the devices' peak}, or {} if no peak is known (CPU).
 
-  Operations that config.remat recomputes are not counted.
+  Operations that config.remat recomputes are not counted. With several shapes, the FLOPs are their mean by weight.
+
+  Args:
+    config: of the run.
+    devices: of the run.
+    buckets: inputs.open_buckets(config).
   """
   device = accelerators.known(devices[0])
   if device is None:
     return lambda rate: {}
-  image_flops = update_flops(with_fields(config, {"remat": "none"})) / config.data.global_batch
+  config = with_fields(config, {"remat": "none"})
+  if buckets:
+    image_flops = sum(bucket.weight * update_flops(config, bucket.shape) for bucket in buckets)
+  else:
+    image_flops = update_flops(config)
+  image_flops /= config.data.global_batch
   return lambda rate: {"mfu": rate * image_flops / (device.flops * len(devices))}
 
 

@@ -13,10 +13,12 @@ import numpy as np
 
 from flextok_jax.config import TOKENIZER_STAGES, float_dtype, get_config, read_config, with_fields
 from flextok_jax.core.errors import quote, warn_once
-from flextok_jax.data import pipeline
+from flextok_jax.data import pipeline, shapes
+from flextok_jax.data.shapes import Bucket
 from flextok_jax.data.shards import features, latents, tokens, trajectories
 from flextok_jax.data.sources import registry
 from flextok_jax.inference.text_encoder import load_t5_encoder
+from flextok_jax.ops.repa import scaled_grid
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages import repa
 from flextok_jax.stages.distill import DistillStage
@@ -40,6 +42,8 @@ def image_data(config: ConfigDict) -> pipeline.ImageData:
     reduce_jpeg=data.reduce_jpeg,
     loading=pipeline.Loading(data.num_threads, data.num_workers, data.prefetch),
     max_unreadable=data.max_unreadable,
+    shapes=data.shapes,
+    shape_weights=data.shape_weights,
   )
 
 
@@ -47,10 +51,13 @@ def check_new(config: ConfigDict):
   """Checks a new run for settings that cannot be meant; a resumed run has those that it began with.
 
   Raises:
-    ValueError: see check_sources; or ar.num_classes is above the number of ar.class_names, and no weights
-      (config.init_from) need it.
+    ValueError: see check_sources; ar.num_classes is above the number of ar.class_names, and no weights
+      (config.init_from) need it; or data.shapes is given where batches have one shape.
   """
   ar, names = config.ar, config.ar.class_names
+  for what, one_shape in (("stage 'ar'", config.stage == "ar"), ("data.trajectories", config.data.trajectories)):
+    if config.data.shapes and one_shape:
+      raise ValueError(f"data.shapes has no effect with {what}: set data.shapes=()")
   if config.stage == "ar":
     if ar.condition == "class" and names and ar.num_classes > len(names) and not config.init_from:
       raise ValueError(
@@ -226,7 +233,7 @@ def check_latents(config: ConfigDict, frozen: dict):
 def _open_latents(config: ConfigDict, fingerprint: str | None = None) -> latents.LatentShards:
   if config.vae.kind == "pixels":
     raise ValueError("vae.kind 'pixels' needs no latent shards, as its latents are the images: set data.latents=''")
-  sizes = dict(image_size=config.image_size, latent_channels=config.vae.latent_channels)
+  sizes = dict(image_size=config.image_size, latent_channels=config.vae.latent_channels, shapes=config.data.shapes)
   return latents.open_latents(config.data.latents, **sizes, fingerprint=fingerprint)
 
 
@@ -250,10 +257,42 @@ def read_networks(names: Mapping[str, str], folder: str) -> dict[str, dict]:
   return params
 
 
-def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) -> Generator[dict]:
+def open_buckets(config: ConfigDict) -> list[Bucket]:
+  """Returns the training images, or their latents, by their shapes; [] if there are none. All processes call it.
+
+  With several shapes process 0 prints a table of them.
+
+  Raises:
+    FileNotFoundError, ValueError: see ImageData.buckets; or the processes see different pictures.
+  """
+  if config.stage == "ar" or config.data.trajectories or (config.data.latents and not config.data.shapes):
+    return []
+  if config.data.latents:
+    groups = _open_latents(config).by_shape()
+    total = sum(map(len, groups.values()))
+    buckets = [Bucket(shape, len(rows) / total, {}, len(rows)) for shape, rows in groups.items()]
+  else:
+    buckets = image_data(config).buckets(config.image_size)
+  if config.data.shapes:
+    pictures = [(bucket.shape, bucket.pictures) for bucket in buckets]
+    if not processes.same_on_all_processes(repr(pictures)):
+      raise ValueError(f"the processes see different pictures; of this one: {pictures}")
+    processes.log_on_process_0(shapes.table(buckets))
+  return buckets
+
+
+def train_batches(
+  config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh, buckets: Sequence[Bucket] | None = None
+) -> Generator[dict]:
   """Returns an endless iterator, to be closed, over the batches of steps start_step, start_step + 1, ...
 
   Each batch has the rows that the devices of this process need, in their order.
+
+  Args:
+    config: of the run.
+    start_step: first step.
+    mesh: of its devices.
+    buckets: open_buckets(config), if they are known already.
   """
   blocks, count = sharding.process_blocks(mesh)
 
@@ -286,7 +325,7 @@ def train_batches(config: ConfigDict, start_step: int, mesh: jax.sharding.Mesh) 
         size = dict(grid=repa.teacher_grid(config), width=config.repa.features)
         records = features.LatentsWithFeatures(records, teacher, **size)
       return latents.train_batches(records, data.loading, **batches)
-    return pipeline.train_batches(data, image_size=config.image_size, **batches)
+    return pipeline.train_batches(data, image_size=config.image_size, buckets=buckets, **batches)
 
   parts = [block(index) for index in blocks]
   if len(parts) == 1:
@@ -303,9 +342,17 @@ def _side_by_side(parts: Sequence[Generator[dict]]) -> Generator[dict]:
       yield {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
-def abstract_batch(config: ConfigDict, stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns shapes and dtypes of a global batch as the update receives it: that of train_batches after make_prepare."""
-  size, image_size = config.data.global_batch, config.image_size
+def abstract_batch(
+  config: ConfigDict, stage: Stage, image_shape: tuple[int, int] | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns shapes and dtypes of a global batch as the update receives it: that of train_batches after make_prepare.
+
+  Args:
+    config: of the run.
+    stage: make_stage(config).
+    image_shape: height and width of the images; default: image_size.
+  """
+  size, image_shape = config.data.global_batch, image_shape or (config.image_size, config.image_size)
   shape = lambda dtype, *dims: jax.ShapeDtypeStruct((size, *dims), jnp.dtype(dtype))
   batch = {"label": shape("int32"), "unreadable": shape("int32")}
   if config.stage == "ar":
@@ -313,16 +360,17 @@ def abstract_batch(config: ConfigDict, stage: Stage) -> dict[str, jax.ShapeDtype
     return batch | (abstract_text(size, config.dtype, **config.text) if config.ar.condition == "text" else {})
   if isinstance(stage, DistillStage) and config.data.trajectories:
     batch |= {"token_ids": shape("int32", config.tokens.num_registers), "keep_k": shape("int32")}
-    batch["path"] = shape("float16", stage.intervals + 1, *stage.model.latent_shape(image_size, image_size))
+    batch["path"] = shape("float16", stage.intervals + 1, *stage.model.latent_shape(*image_shape))
   elif isinstance(stage, TokenizerStage) and config.data.latents:  # moments of the VAE, in float16 or bfloat16
-    *sides, channels = stage.model.latent_shape(image_size, image_size)
+    *sides, channels = stage.model.latent_shape(*image_shape)
     batch["latents"] = shape("bfloat16", *sides, 2 * channels)
   else:
-    batch["image"] = shape("uint8", image_size, image_size, 3)
+    batch["image"] = shape("uint8", *image_shape, 3)
   if repa.section(config) is not None:  # computed by the teacher, or read from shards
     teacher_lib.check_source(config.data.latents, config.data.teacher)
     dtype = "float16" if config.data.teacher else config.repa.dtype
-    batch["teacher"] = shape(dtype, repa.teacher_grid(config) ** 2, config.repa.features)
+    rows, columns = scaled_grid(repa.teacher_grid(config), config.image_size, image_shape)
+    batch["teacher"] = shape(dtype, rows * columns, config.repa.features)
   return batch
 
 
@@ -351,7 +399,7 @@ def make_prepare(config: ConfigDict, mesh: jax.sharding.Mesh, train: bool = Fals
   """Returns a function of a batch on the devices that adds what frozen networks compute outside of the update.
 
   Text ids are replaced by the features of a T5, computed in config.dtype; with REPA and `train`, the features of its
-  teacher are added as "teacher" [b, g * g, d], unless they are read from shards. Neither the state nor checkpoints hold
+  teacher are added as "teacher" [b, n, d], unless they are read from shards. Neither the state nor checkpoints hold
   these networks. Other batches are returned unchanged.
 
   Args:
@@ -370,7 +418,10 @@ def make_prepare(config: ConfigDict, mesh: jax.sharding.Mesh, train: bool = Fals
       teacher_lib.check_shards(shards, path, width)
       return lambda batch: batch
     options = dict(
-      grid=repa.teacher_grid(config), dtype=float_dtype("repa.dtype", config.repa.dtype), attention=config.attention
+      grid=repa.teacher_grid(config),
+      dtype=float_dtype("repa.dtype", config.repa.dtype),
+      image_size=config.image_size,
+      attention=config.attention,
     )
     features_fn = teacher_lib.make_features_fn(*teacher_lib.read_teacher(path, width), mesh, **options)
     return lambda batch: batch | {"teacher": features_fn(batch["image"])}

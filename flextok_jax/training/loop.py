@@ -145,7 +145,8 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
       donate_argnums=0,
       out_shardings=(shardings, sharding.replicated(mesh)),
     )
-    reading = pipeline.closing(inputs.train_batches(config, first, mesh), inputs.image_data(config).loading)
+    buckets = inputs.open_buckets(config)
+    reading = pipeline.closing(inputs.train_batches(config, first, mesh, buckets), inputs.image_data(config).loading)
     local_batches = stack.enter_context(reading)
     placed = sharding.device_batches(local_batches, sharding.batch_sharding(mesh))
     batches = map(prepare, stack.enter_context(contextlib.closing(placed)))
@@ -166,6 +167,7 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
     pending, measured = None, None  # metrics since the last log, and fields measured at the last checkpoint
     losses: list[float] = []  # of the steps since the last checkpoint, averaged between logs
     logged_at, logged_step = time.monotonic(), first
+    compiled: set[Any] = set()  # shapes of batches
     bar = stack.enter_context(Bar(num_steps, "steps", on_terminal(), first))
     with time_spent.spending("step"), interrupts.as_sigterm(_ON_CTRL_C) as interrupted:
       for step in range(first + 1, num_steps + 1):
@@ -174,11 +176,18 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
         # Batch and update.
         with time_spent.spending("data", behind=pending):
           batch = next(batches)
-        with time_spent.spending("compile" if step == first + 1 else "step"):
+        shape = tuple((name, x.shape) for name, x in batch.items())
+        new = shape not in compiled
+        compiled.add(shape)
+        with time_spent.spending("compile" if new else "step"):
           state, metrics = update(state, batch, run_key)
+          if new and len(buckets) > 1:
+            name, unit = ("image", "pixels") if "image" in batch else ("latents", "latents")
+            what = " x ".join(map(str, batch[name].shape[1:3])) + f" {unit}"
+            processes.log_on_process_0(f"compiled update {len(compiled)} of {len(buckets)}: {what}")
           del batch  # its memory is free for the next one
           if step == first + 1:  # traced while the devices compute the first step
-            mfu = goodput.make_mfu(config, list(mesh.devices.flat))
+            mfu = goodput.make_mfu(config, list(mesh.devices.flat), buckets)
         bar(step)
         pending = metrics if pending is None else metrics_lib.merge(pending, metrics)
         stop, save = preempted(step), step % config.train.checkpoint_every == 0 or step == num_steps

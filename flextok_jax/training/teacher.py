@@ -11,6 +11,7 @@ import numpy as np
 from flextok_jax.core.images import to_float
 from flextok_jax.data.shards.features import FeatureShards
 from flextok_jax.models.perception.vit import ViT, preprocess
+from flextok_jax.ops.repa import scaled_grid
 from flextok_jax.parallel import sharding
 from flextok_jax.weights import fingerprints
 from flextok_jax.weights.perception.vit import load_vit
@@ -53,9 +54,10 @@ def make_features_fn(
   *,
   grid: int,
   dtype: jnp.dtype | str,
+  image_size: int | None = None,
   attention: str = "auto",
 ) -> Callable[[jax.Array], jax.Array]:
-  """Returns a jitted function from images uint8 [b, h, w, 3] to features [b, grid * grid, d], row by row.
+  """Returns a jitted function from images uint8 [b, h, w, 3] to features [b, n, d], row by row.
 
   Args:
     sizes: fields of the ViT.
@@ -63,6 +65,8 @@ def make_features_fn(
     mesh: of devices.
     grid: patches per side; images are resized to it.
     dtype: of the products and of the features.
+    image_size: pixels per side of the images that have this grid; those of other shapes have one in proportion. None:
+      all have it.
     attention: one of ops.attention.IMPLEMENTATIONS.
   """
   dtype = jnp.dtype(dtype)
@@ -73,7 +77,9 @@ def make_features_fn(
   placed = jax.tree.map(put, dict(params), sharding.tree_shardings(boxed, mesh))
 
   def features(params, images):
-    images = preprocess((to_float(images) + 1) / 2, side, side)
+    shape = images.shape[1:3]
+    rows, columns = (grid, grid) if image_size is None else scaled_grid(grid, image_size, shape)
+    images = preprocess((to_float(images) + 1) / 2, rows * vit.patch_size, columns * vit.patch_size)
     return vit.apply({"params": params}, images)["patches"]
 
   compiled = jax.jit(features, out_shardings=sharding.batch_sharding(mesh))

@@ -49,6 +49,8 @@ def tokenizer(config: ConfigDict, params: Mapping, *, decoder: bool = False) -> 
     sampler = config.distill.sampler if config.stage == "distill" else config.sampler
     settings["decoder"] = _changed_fields(model.decoder.clone(interval=False))
     settings["sampler"] = {name: _jsonable(value) for name, value in sampler.items()}
+    if model.base_side:
+      settings["base_side"] = model.base_side
     arrays["decoder"] = params["decoder"]
   return hash_tree(settings, arrays)
 

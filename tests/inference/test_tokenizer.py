@@ -303,6 +303,28 @@ def test_pictures_of_several_shapes(scaled, tmp_path):
   assert [row.tolist() for row in short] == [row.tolist() for row in alone]
 
 
+def test_latents_of_pictures_of_several_shapes(scaled):
+  photo = Image.fromarray(skimage.data.astronaut())
+  pictures = [photo.resize(size) for size in ((64, 32), (96, 96), (128, 64))]
+  latents = scaled.encode_latents(pictures, resize="fit")
+  assert [x.shape for x in latents] == [(6, 12, 4), (8, 8, 4), (6, 12, 4)]
+  for picture, (height, width), found in zip(pictures, ((24, 48), (32, 32), (24, 48)), latents):
+    pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+    np.testing.assert_allclose(found, scaled.encode_latents(pixels[None])[0], atol=1e-5)
+  (own,) = scaled.encode_latents(pictures[:1], resize="none")
+  np.testing.assert_array_equal(own, scaled.encode_latents(np.asarray(pictures[0])[None])[0])
+  assert scaled.encode_latents(pictures).shape == (3, 8, 8, 4)  # cropped
+  drawn = scaled.encode_latents(pictures, jax.random.key(1), resize="fit")
+  keys = [jax.random.fold_in(jax.random.key(1), i) for i in (0, 1)]
+  np.testing.assert_array_equal(drawn[1], scaled.encode_latents(pictures[1:2], keys[1], resize="fit")[0])
+  pair = scaled.encode_latents([pictures[0], pictures[2]], keys[0], resize="fit")
+  assert np.array_equal(drawn[0], pair[0]) and np.array_equal(drawn[2], pair[1])
+  with pytest.raises(ValueError, match="images is an empty list"):
+    scaled.encode_latents([], resize="fit")
+  with pytest.raises(ValueError, match="resize='fill'"):
+    scaled.encode_latents(pictures, resize="fill")
+
+
 # Rejected arguments: one line that names the argument.
 
 KEY = dict(key=jax.random.key(0))

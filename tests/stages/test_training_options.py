@@ -56,6 +56,9 @@ class StandIn:
   def __init__(self):
     self.seen = []
 
+  def t_shift(self, height, width):
+    return 1.0
+
   def apply(self, _, x, *args, method):
     if method == "modulations":
       return x[:, None]

@@ -56,7 +56,7 @@ OURS = dict(
     saturation_weight=0.0,
     null_prob=0.1,
   ),
-  flow=dict(t_sampling="mode", mode_scale=0.25, t_shift=1.0),
+  flow=dict(t_sampling="mode", mode_scale=0.25, t_shift=1.0, base_size=0),
   sampler=dict(num_steps=25, guidance="apg", guidance_scale=7.5, apg_momentum=-0.5, apg_eta=0.0, apg_threshold=2.5),
 )
 DELETE = "<delete>"  # removes an entry

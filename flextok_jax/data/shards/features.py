@@ -2,11 +2,16 @@
 
 from typing import Any
 
+import numpy as np
+
 from flextok_jax.core.literals import quote
 from flextok_jax.data.shards.files import ArrayShards
 from flextok_jax.data.shards.latents import LatentShards
 
-_SAME = ("image_size", "num_records", "num_images", "copies", "seed", "sources", "crop", "crop_min_area", "flip")
+_SAME = (
+  *("image_size", "num_records", "num_images", "copies", "seed", "sources", "crop", "crop_min_area", "flip"),
+  *("shapes", "shape_weights"),
+)
 _REMEDY = (
   "write both (python -m flextok_jax.tokenize --what=latents and --what=dino) with the same --config and --copies"
 )
@@ -15,8 +20,8 @@ _REMEDY = (
 class FeatureShards(ArrayShards):
   """Features of patches: shards[i] -> {"features" [n, d], "label", "num_objects": int, "captions": list of str}.
 
-  Patches are in row-major order. Shards written with the same settings and copies have the same crops in the same
-  order, whatever they contain.
+  Patches are in row-major order; their grid is that of image_size in proportion to the crop. Shards written with the
+  same settings and copies have the same crops in the same order, whatever they contain.
 
   Attributes:
     meta: see ArrayShards; also the name of the teacher.
@@ -59,15 +64,19 @@ class LatentsWithFeatures:
         f"repa.grid={round(found_count**0.5)}, or write new shards"
       )
 
+  def by_shape(self) -> dict[tuple[int, int], np.ndarray]:
+    """See Shards."""
+    return self._latents.by_shape()
+
   def __len__(self) -> int:
     return len(self._latents)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     record, other = self._latents[index], self._features[index]
-    for name in ("label", "num_objects", "captions"):
-      if record[name] != other[name]:
+    for name in ("label", "num_objects", "captions", "size"):
+      if record.get(name) != other.get(name):
         raise ValueError(
-          f"record {index} has {name} {quote(record[name])} in {self._latents} and {quote(other[name])} in "
+          f"record {index} has {name} {quote(record.get(name))} in {self._latents} and {quote(other.get(name))} in "
           f"{self._features}, so the shards are not of the same images; {_REMEDY}"
         )
     return {**record, "teacher": other["features"]}

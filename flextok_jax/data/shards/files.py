@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 
+from flextok_jax.config.ranges import MAX_SIDE
 from flextok_jax.core.errors import first_line
 from flextok_jax.core.literals import quote
 from flextok_jax.data.sources.base import Source
@@ -42,6 +43,13 @@ def pack(content: list, record: Mapping[str, Any]) -> bytes:
   """Returns a record as bytes: the MessagePack array [*content, label, num_objects, captions]."""
   facts = int(record["label"]), int(record["num_objects"]), list(record["captions"])
   return msgpack.packb([*content, *facts], unicode_errors="replace")  # lone surrogates
+
+
+def shape_of(name: str, value: Any, rank: int) -> tuple[int, ...]:
+  """Returns a list of numbers of a record as the shape that it states; ValueError if it is none of this rank."""
+  if not _counts(value) or len(value) != rank or min(value) < 1:
+    raise ValueError(f"{name} {quote(value)} is not a shape of {rank} numbers")
+  return tuple(value)
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -91,6 +99,10 @@ def _counts(value: Any) -> bool:
   return _is_list(value, int) and len(value) > 0 and min(value) >= 0 and sum(value) < 2**63
 
 
+def _shapes(value: Any) -> bool:
+  return type(value) is list and all(_counts(x) and len(x) == 2 and 0 < min(x) <= max(x) <= MAX_SIDE for x in value)
+
+
 _is_text = lambda value: type(value) is str and len(value) <= 200
 _is_bool = lambda value: type(value) is bool
 _CHECKS: dict[str, Callable[[Any], bool]] = {  # of the fields of meta.json
@@ -104,6 +116,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {  # of the fields of meta.json
   "shape": lambda value: _counts(value) and min(value) > 0,
   "quality": lambda value: value is None or type(value) in (int, float),
   "metric": lambda value: value is None or type(value) is str,
+  "shard_shapes": _shapes,
   "framed": _is_bool,
   "flip": _is_bool,
 }
@@ -128,7 +141,8 @@ class Shards:
   A subclass has WHAT, the name of its kind in the plural; FIELDS, the fields of meta.json of this kind; and parse.
 
   Attributes:
-    meta: meta.json as a dict. All kinds have num_records; copies: records per image; class_names: list or None.
+    meta: meta.json as a dict. All kinds have num_records; copies: records per image; class_names: list or None; and,
+      if crops have several shapes, shard_shapes: [height, width] of the crops of each file.
 
   Raises:
     FileNotFoundError, ValueError: a file is missing or damaged; ValueError when reading a damaged record.
@@ -182,11 +196,21 @@ class Shards:
       if name not in meta or (meta[name] != expected[name] if name in expected else not _CHECKS[name](meta[name])):
         found = f"{name} is {quote(meta[name])}" if name in meta else f"it has no {name!r}"
         raise ValueError(f"{path} does not describe {self._name} ({found}): {remedy}")
+    shapes = meta.get("shard_shapes", [])
+    if not _shapes(shapes) or len(shapes) not in (0, len(meta["shard_records"])):
+      raise ValueError(f"{path} does not describe {self._name} (shard_shapes is {quote(shapes)}): {remedy}")
     if len(meta["shard_records"]) != len(meta["shard_bytes"]) or sum(meta["shard_records"]) != meta["num_records"]:
       raise ValueError(
         f"{path} does not describe {self._name} (shard_records do not match num_records or shard_bytes): {remedy}"
       )
     return meta
+
+  def by_shape(self) -> dict[tuple[int, int], np.ndarray]:
+    """Returns {(height, width) of the crops: indices of their records}; {} if all have one shape."""
+    found: dict[tuple[int, int], list[np.ndarray]] = {}
+    for (height, width), count, end in zip(self.meta.get("shard_shapes", []), self.meta["shard_records"], self._ends):
+      found.setdefault((height, width), []).append(np.arange(end - count, end))
+    return {shape: np.concatenate(parts) for shape, parts in found.items() if sum(map(len, parts))}
 
   def __len__(self) -> int:
     return len(self._records)
@@ -195,10 +219,15 @@ class Shards:
     index = int(index)
     if not 0 <= index < len(self):
       raise IndexError(f"record {index} of {len(self)}")
+    shard = int(np.searchsorted(self._ends, index, side="right"))
     try:
-      return self.parse(self._records[index])
+      record = self.parse(self._records[index])
+      shapes = self.meta.get("shard_shapes")
+      if shapes and record.get("size") != tuple(shapes[shard]):
+        raise ValueError(f"its size is {quote(record.get('size'))}, that of its file {quote(shapes[shard])}")
+      return record
     except (ValueError, RuntimeError, IndexError) as e:  # array_record raises RuntimeError for damage
-      path = self._paths[int(np.searchsorted(self._ends, index, side="right"))]
+      path = self._paths[shard]
       reason = " ".join(str(e).split())[:200]
       raise ValueError(f"{path}: record {index} cannot be read ({reason}): delete the file and {_RERUN}") from e
 
@@ -206,12 +235,26 @@ class Shards:
     return f"{type(self).__name__}({self._folder})"
 
 
+class Subset:
+  """Some records of a random-access sequence."""
+
+  def __init__(self, records: Any, indices: np.ndarray):
+    self._records, self._indices = records, indices
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    return self._records[int(self._indices[i])]
+
+
 class ArrayShards(Shards):
-  """Records of one array each, all of the same shape and dtype: shards[i] -> {ARRAY: array, label, ...}.
+  """Records of one array each, all of the same dtype: shards[i] -> {ARRAY: array, label, ...}.
 
   A record is the MessagePack array [array (little endian, as bytes), label, num_objects, captions]. A subclass has
   ARRAY, the array's name. meta.json also has the array's dtype and shape, the fingerprint of the model that computed
-  it, and image_size.
+  it, and image_size. If crops have several shapes, a record has two lists after the array: its shape, and "size", the
+  height and width of the crop; the shape in meta.json is then that at image_size.
   """
 
   ARRAY: ClassVar[str] = ""
@@ -220,12 +263,19 @@ class ArrayShards(Shards):
   @classmethod
   def pack(cls, record: Mapping[str, Any]) -> bytes:
     array = np.asarray(record[cls.ARRAY])
-    return pack([array.astype(array.dtype.newbyteorder("<")).tobytes()], record)
+    shapes = [list(array.shape), list(record["size"])] if "size" in record else []
+    return pack([array.astype(array.dtype.newbyteorder("<")).tobytes(), *shapes], record)
 
   def parse(self, data: bytes) -> dict[str, Any]:
-    content, facts = unpack_bytes(data, self.WHAT)
-    array = np.frombuffer(content, jnp.dtype(self.meta["dtype"]))
-    return {self.ARRAY: array.reshape(self.meta["shape"]), **facts}
+    shape, dtype = self.meta["shape"], jnp.dtype(self.meta["dtype"])
+    if "shard_shapes" not in self.meta:
+      content, facts = unpack_bytes(data, self.WHAT)
+      return {self.ARRAY: np.frombuffer(content, dtype).reshape(shape), **facts}
+    parts, facts = unpack(data, self.WHAT)
+    if len(parts) != 3 or not isinstance(parts[0], bytes):
+      raise ValueError(f"not a record of {self.WHAT} with its shape")
+    array = np.frombuffer(parts[0], dtype).reshape(shape_of("shape", parts[1], len(shape)))
+    return {self.ARRAY: array, "size": shape_of("size", parts[2], 2), **facts}
 
 
 class Records:
@@ -254,7 +304,7 @@ class EncodedRecords(Records):
   """Records of crops that a model encodes.
 
   Args:
-    encode: images uint8 [batch_size, image_size, image_size, 3] -> tree of arrays [batch_size, ...], see `rows`.
+    encode: images uint8 [batch_size, h, w, 3] -> tree of arrays [batch_size, ...], see `rows`.
     settings: see Records.settings; has image_size.
     mesh: devices that the images of a batch are split over; None: `encode` gets numpy arrays.
   """
@@ -323,7 +373,10 @@ class ArrayRecords(EncodedRecords):
 
   def rows(self, elements: list[dict[str, Any]], encoded: np.ndarray) -> Iterator[bytes]:
     name, shape, dtype = self.shards.ARRAY, list(encoded.shape[1:]), str(encoded.dtype)
-    if shape != self._settings["shape"] or dtype != self._settings["dtype"]:
+    wanted = self._settings["shape"]
+    if "size" in elements[0]:  # any of this rank
+      wanted = [*shape[:-1], wanted[-1]] if len(shape) == len(wanted) else wanted
+    if shape != wanted or dtype != self._settings["dtype"]:
       raise ValueError(f"{name} are {dtype} {shape}, not {self._settings['dtype']} {self._settings['shape']}")
     check_finite(name, encoded)
     for row, element in zip(encoded, elements):

@@ -1,7 +1,8 @@
 """Token shards: token ids of images, on which stage "ar" trains.
 
 A record is the MessagePack array [ids (uint16, little endian, as bytes), length, label, num_objects, captions]; the
-copies of an image are consecutive records.
+copies of an image are consecutive records. If crops have several shapes, the height and width of the crop are a list
+after the length.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,8 @@ MAX_IDS = 2**16  # a token id takes two bytes
 class TokenShards(files.Shards):
   """Token ids: shards[i] -> {"ids" uint16 [n], "length", "label", "num_objects": int, "captions": list of str}.
 
+  If crops have several shapes a record also has "size", the height and width of its crop.
+
   Attributes:
     meta: see files.Shards; also fingerprint: of the tokenizer; image_size; num_ids: vocabulary size; num_tokens: ids
       per record; quality, metric: of adaptive lengths, or None.
@@ -32,7 +35,8 @@ class TokenShards(files.Shards):
 
   @classmethod
   def pack(cls, record: Mapping[str, Any]) -> bytes:
-    return files.pack([np.asarray(record["ids"]).astype("<u2").tobytes(), int(record["length"])], record)
+    size = [list(record["size"])] if "size" in record else []
+    return files.pack([np.asarray(record["ids"]).astype("<u2").tobytes(), int(record["length"]), *size], record)
 
   def parse(self, data: bytes) -> dict[str, Any]:
     record, most = unpack(data), self.meta["num_tokens"]
@@ -45,8 +49,11 @@ def unpack(data: bytes) -> dict[str, Any]:
   """Returns the record of TokenShards.pack; ValueError for other bytes."""
   content, facts = files.unpack(data, "tokens")
   try:
-    ids, length = content
-    return {"ids": np.frombuffer(ids, "<u2").astype(np.uint16), "length": int(length), **facts}
+    ids, length, *size = content
+    record = {"ids": np.frombuffer(ids, "<u2").astype(np.uint16), "length": int(length), **facts}
+    if len(size) > 1:
+      raise ValueError(f"{len(content)} fields")
+    return record | ({"size": files.shape_of("size", size[0], 2)} if size else {})
   except (ValueError, TypeError, OverflowError) as e:
     raise ValueError(f"not a record of tokens: {e}") from None
 

@@ -93,19 +93,6 @@ def open_trajectories(
   return shards
 
 
-class _Subset:
-  """Some records of a random-access sequence."""
-
-  def __init__(self, records: Any, indices: np.ndarray):
-    self._records, self._indices = records, indices
-
-  def __len__(self) -> int:
-    return len(self._indices)
-
-  def __getitem__(self, i: int) -> dict[str, Any]:
-    return self._records[int(self._indices[i])]
-
-
 def _row(record: dict[str, Any]) -> dict[str, Any]:
   return {
     "token_ids": record["ids"].astype(np.int32),
@@ -133,7 +120,7 @@ def train_batches(
   strata = []
   for i, indices in enumerate(records.strata()):
     shuffle_seed, _ = pipeline.seeds(seed, f"trajectories {i}")
-    strata.append(grain.MapDataset.source(_Subset(records, indices)).shuffle(seed=shuffle_seed).repeat())
+    strata.append(grain.MapDataset.source(files.Subset(records, indices)).shuffle(seed=shuffle_seed).repeat())
   elements = grain.MapDataset.mix(strata).map(_row)  # in turn
   return pipeline.local_batches(elements, loading, by_batch=True, **batching)
 

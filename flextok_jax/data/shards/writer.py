@@ -1,8 +1,8 @@
 """Writes shards (files.py) so that a killed run continues without losing or repeating a record.
 
 Shard s has the images [s n / S, (s + 1) n / S) of one fixed sequence (split_images.py) and belongs to process
-s % process_count. A file gets its final name when it is complete, so the folder itself shows what is left to do.
-plan.json, written first, has all settings that affect the records.
+s % process_count. With several shapes each has shards of its own. A file gets its final name when it is complete, so
+the folder itself shows what is left to do. plan.json, written first, has all settings that affect the records.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,6 +22,7 @@ from flextok_jax.core import files, unreadable
 from flextok_jax.core.literals import quote
 from flextok_jax.core.progress import Bar
 from flextok_jax.data import pipeline
+from flextok_jax.data.shapes import Shape
 from flextok_jax.data.shards.files import FORMAT, META, Records, read_json, shard_name
 from flextok_jax.data.shards.split_images import SplitImages
 from flextok_jax.data.sources.base import MAX_RUN
@@ -32,6 +33,7 @@ MAX_SHARDS = 512  # unless that makes more shards than this: a reader keeps all 
 _OPTIONS = "group_size:1,uncompressed"  # random access to single records, which do not compress
 _READ = 64  # records that are read at once to check a file
 _CROPS = ("crop", "crop_min_area", "flip")  # fields of ImageData that affect crops
+_SHAPES = ("shapes", "shape_weights")  # likewise, if there are any
 
 
 def write_shards(
@@ -55,7 +57,8 @@ def write_shards(
     seed: of their order and crops.
     num_images: None: all images of a single source that is not endless.
     copies: crops per image, the first the centre crop; 1 for image files.
-    num_shards: None: as many as planned before, else about one per RECORDS records.
+    num_shards: None: as many as planned before, else about one per RECORDS records. With several shapes they are
+      divided in proportion, at least one for each.
 
   Returns:
     meta.json as a dict, or None while shards of other processes are missing.
@@ -90,10 +93,13 @@ def write_shards(
   }
   if records.image_size is not None:
     plan |= {name: getattr(data, name) for name in _CROPS}
+    if data.shapes:
+      plan |= {name: getattr(data, name) for name in _SHAPES}
   _claim(folder, plan)
 
   # Which shards of this process are missing.
-  bounds = [len(images) * s // num_shards for s in range(num_shards + 1)]
+  bounds, shapes = _divide(images, num_shards)
+  num_shards = len(shapes)
   sizes = [end - start for start, end in itertools.pairwise(bounds)]
   paths = [folder / shard_name(what, s, num_shards) for s in range(num_shards)]
   own = range(process_index, num_shards, process_count)
@@ -117,7 +123,17 @@ def write_shards(
     elements = itertools.chain.from_iterable(batches)
     for s, group in itertools.groupby(elements, key=lambda element: element["shard"]):
       _write_shard(paths[s], records.records(tally.readable(group, bar)))
-  return _finish(folder, plan, records, images, paths, tally)
+  return _finish(folder, plan, records, images, paths, shapes, tally)
+
+
+def _divide(images: SplitImages, num_shards: int) -> tuple[list[int], list[Shape | None]]:
+  """Returns the first image of each shard, with the end of the last, and the shape of each shard."""
+  bounds, shapes = [0], []
+  for shape, count in images.groups:
+    parts = max(round(num_shards * count / len(images)), 1)
+    bounds += [bounds[-1] + count * s // parts for s in range(1, parts + 1)]
+    shapes += [shape] * parts
+  return bounds, shapes
 
 
 def _default_shards(num_records: int) -> int:
@@ -260,7 +276,13 @@ def _count(path: Path, read: bool = True) -> int | None:
 
 
 def _finish(
-  folder: Path, plan: dict[str, Any], records: Records, images: SplitImages, paths: list[Path], tally: _Tally
+  folder: Path,
+  plan: dict[str, Any],
+  records: Records,
+  images: SplitImages,
+  paths: list[Path],
+  shapes: list[Shape | None],
+  tally: _Tally,
 ) -> dict[str, Any] | None:
   """Writes meta.json if all shards exist, and returns it."""
   if tally.images:
@@ -280,13 +302,15 @@ def _finish(
   for path, count in zip(paths, counts):
     if count is None:
       raise ValueError(f"{path} is damaged: delete it, and rerun the process that wrote it")
-  fields = ("format", "what", *records.shards.FIELDS, "num_images", "copies", "seed", "sources", *_CROPS)
+  fields = ("format", "what", *records.shards.FIELDS, "num_images", "copies", "seed", "sources", *_CROPS, *_SHAPES)
   meta = {name: plan[name] for name in fields if name in plan} | {
     "num_records": sum(filter(None, counts)),
     "class_names": list(images.class_names) or None,
     "shard_records": counts,
     "shard_bytes": [path.stat().st_size for path in paths],
   }
+  if None not in shapes:
+    meta["shard_shapes"] = [list(shape) for shape in shapes if shape]
   files.write_file(folder / META, (json.dumps(meta, indent=1) + "\n").encode())
   model = f", fingerprint {plan['fingerprint']}" if "fingerprint" in plan else ""
   print(f"{folder}: {meta['num_records']} records in {len(paths)} shards of {plan['what']}{model}", flush=True)

@@ -120,7 +120,7 @@ def _encoder(subject: Subject, num_images: int, random: bool = False) -> Encoder
       found["registers"] = features("registers", depth, most)
     # Without a grid of tokens, nothing depends on the patches after the last block.
     found["patches"] = features("patches", depth if is_grid else max(depth - 1, 1), model.num_registers).mean(1)
-    return found | ({} if random else {"latents": model.encode_latents(images).reshape(len(images), -1)})
+    return found | ({} if random else {"latents": jnp.reshape(model.encode_latents(images), (len(images), -1))})
 
   return encode, FlexTok(params, FrozenConfigDict(c))
 

@@ -38,6 +38,7 @@ class FlexTok(nn.Module):
   levels: Sequence[int]
   vae: AutoencoderKL | None = None
   scaling_factor: float = 1.0  # latents = scaling_factor * VAE latents (or image)
+  base_side: float = 0.0  # latents per side whose times are not shifted, see t_shift; 0: none are
 
   @property
   def num_registers(self) -> int:
@@ -52,6 +53,10 @@ class FlexTok(nn.Module):
   def patch_multiple(self) -> int:
     """Pixels whose multiples are sides of images that both encoder and decoder can cut into patches."""
     return self.downscale * math.lcm(*(part.patch_size for part in (self.encoder, self.decoder) if part is not None))
+
+  def t_shift(self, height: int, width: int) -> float:
+    """Returns the shift of the times (flow.shift_t) of height x width latents: sqrt(n / n_0) (Esser et al. 2024)."""
+    return math.sqrt(height * width) / self.base_side if self.base_side else 1.0
 
   def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
     """Returns (height, width, channels) of the latents of an image of height x width pixels."""
@@ -138,7 +143,8 @@ class Sampler:
     num_steps: Euler steps.
     guidance: "apg", "cfg" or "none".
     guidance_scale: a number, or one for each step [num_steps]. At the number 1 there is no unconditional pass.
-    guidance_interval: times t at which guidance is applied; the other steps have no unconditional pass.
+    guidance_interval: times t at which guidance is applied; the other steps have no unconditional pass. They are those
+      of steps of equal length, also if the model shifts its times (FlexTok.t_shift).
     apg_momentum: see guidance.apg, as for apg_eta and apg_threshold.
 
   Raises:
@@ -243,7 +249,7 @@ def sample_steps(
   Args:
     model: see sample_latents, as for params, token_ids, keep_k and fast.
     state: latents and running sum of directions (guidance.apg), [b, h, w, c] each, before these steps.
-    times: of these steps, float32 [s].
+    times: of these steps, float32 [s], before the model shifts them.
     scales: of guidance, float32 [s].
     sampler: number of all steps and kind of guidance.
     guided: whether these steps have an unconditional pass.
@@ -291,6 +297,11 @@ def _steps(
 ) -> tuple[State, jax.Array]:
   """See sample_steps; also returns the latents before each step [s, b, h, w, c]."""
   batch, num_codes = codes.shape[:2]
+  shift, lengths = model.t_shift(*state[0].shape[1:3]), None
+  if shift != 1:
+    ends = flow.shift_t(times - np.float32(1 / sampler.num_steps), shift)
+    times = flow.shift_t(times, shift)
+    lengths = times - ends
   intervals = jnp.full_like(times, 1 / sampler.num_steps) if model.decoder.interval else None
   keep, drop = jnp.zeros(batch, bool), jnp.ones(batch, bool)  # values of drop_condition
   joint = not fast or num_codes <= MAX_JOINT_CODES
@@ -323,5 +334,6 @@ def _steps(
     modulations = (blocks.swapaxes(0, 1)[:, :, None], head if head is None else head[:, None])
   x, running = state
   velocity_fn = guided_fn if guided else conditional_fn
-  x, running, path = flow.euler_steps(velocity_fn, x, sampler.num_steps, times, running, (scales, modulations))
+  inputs = scales, modulations
+  x, running, path = flow.euler_steps(velocity_fn, x, sampler.num_steps, times, running, inputs, lengths)
   return (x, running), path

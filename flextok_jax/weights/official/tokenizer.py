@@ -109,7 +109,7 @@ def from_official(official: Mapping[str, Any], mup_base_width: int | None = None
       saturation_weight=0.0,
       null_prob=float(decoder["null_condition"]["dropout_prob"]),
     ),
-    flow=dict(t_sampling=_t_sampling(noise), mode_scale=float(noise["mode_scale"]), t_shift=1.0),
+    flow=dict(t_sampling=_t_sampling(noise), mode_scale=float(noise["mode_scale"]), t_shift=1.0, base_size=0),
     sampler=SAMPLER | dict(guidance_scale=5.0) if grid else dict(SAMPLER),
   )
   halves = dict(encoder=encoder, decoder=decoder)

@@ -53,6 +53,11 @@ def to_official(config: Mapping[str, Any]) -> dict[str, Any]:
       f"decoder.patch_size must be {get('encoder.patch_size')}, that of the encoder, for tokens on a grid to be "
       f"written as an official configuration, got {get('decoder.patch_size')}"
     )
+  if get("flow.base_size"):
+    raise ValueError(
+      "an official configuration cannot express times that depend on the size: flow.base_size must be 0, got "
+      f"{get('flow.base_size')}"
+    )
   ln, stratified = _choose("flow.t_sampling", get("flow.t_sampling"), _T_SAMPLING)
   official = _module(
     "FlexTok",
