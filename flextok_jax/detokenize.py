@@ -41,6 +41,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   )
   flags.DEFINE_integer("batch_size", 32, "Images per batch.", flag_values=values)
   cli.define_posemb_flag(values)
+  cli.define_tile_flag(values)
 
 
 def main(values: flags.FlagValues):
@@ -54,6 +55,7 @@ def main(values: flags.FlagValues):
     guidance=values.guidance,
     guidance_scale=values.guidance_scale,
     posemb_scaling=values.posemb_scaling,
+    vae_tile=values.vae_tile,
   )
   facts = token_files.Facts(model.fingerprint, model.image_size, model.num_registers)
   names, sequences, sizes = token_files.read_tokens(Path(values.tokens), facts, model.num_codes)

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from flextok_jax.config import TOKENIZER_STAGES, with_fields
+from flextok_jax.config.ranges import MAX_TILE
 from flextok_jax.core.errors import quote
 from flextok_jax.inference import adaptive, sharing, validation
 from flextok_jax.inference.validation import Array, Images, Scale, TokenIds
@@ -41,6 +42,7 @@ def load(
   mup_base_width: int | None = None,
   image_size: int | None = None,
   posemb_scaling: str | None = None,
+  vae_tile: int | None = None,
   mesh: Mesh | None = None,
   revision: str | None = None,
   subfolder: str = "",
@@ -58,6 +60,8 @@ def load(
     image_size: pixels a side, in place of the checkpoint's own (256 in official ones, whose files do not state it).
     posemb_scaling: how encoder and decoder use their position tables, in place of the checkpoint's own: with
       "interpolate" or "scaled" images may have any size, with "absolute" none above the table's (config/defaults.py).
+    vae_tile: pixels per side above which images are encoded and decoded in tiles of at most this size, overlap
+      included, to save memory; 0: never; default: the checkpoint's (config.vae.tile).
     mesh: devices to place the parameters on, by their logical axes; default: the first device.
     revision: branch, tag or commit of a repository; default: its main branch.
     subfolder: of the folder or repository.
@@ -74,6 +78,7 @@ def load(
     mup_base_width=None if mup_base_width is None else validation.at_least_one("mup_base_width", mup_base_width),
     image_size=None if image_size is None else validation.at_least_one("image_size", image_size),
     posemb_scaling=posemb_scaling,
+    vae_tile=None if vae_tile is None else validation.whole_number("vae_tile", vae_tile, 0, MAX_TILE),
     mesh=mesh,
     revision=revision,
     subfolder=subfolder,
@@ -521,13 +526,14 @@ def load_tokenizer(
   guidance: str | None = None,
   guidance_scale: float | None = None,
   posemb_scaling: str | None = None,
+  vae_tile: int | None = None,
 ) -> FlexTok:
-  """Loads a model that has tokens, with these settings of sampler and positions in its config; None keeps its own.
+  """Loads a model that has tokens, with these settings of sampler, positions and VAE in its config; None keeps its own.
 
   Raises:
     FileNotFoundError, ValueError: see load; a VAE alone; or a setting out of range.
   """
-  model = load(source, posemb_scaling=posemb_scaling)
+  model = load(source, posemb_scaling=posemb_scaling, vae_tile=vae_tile)
   if model.config.stage not in TOKENIZER_STAGES:
     raise ValueError(f"{source} is a model of stage {model.config.stage!r}, which has no tokens")
   return with_sampler(model, num_steps=num_steps, guidance=guidance, guidance_scale=guidance_scale)
@@ -602,7 +608,7 @@ def _decode(model: FlexTok, ids: Array, keep_k: Array, noise: Array, sampler: Sa
 def _network(config: FrozenConfigDict) -> flextok.FlexTok:
   if config.stage in TOKENIZER_STAGES:
     return make_model(config)
-  return flextok.FlexTok(None, None, (), make_vae(config), config.vae.scaling_factor)
+  return flextok.FlexTok(None, None, (), make_vae(config), config.vae.scaling_factor, config.vae.tile)
 
 
 def _precision(model: FlexTok) -> Any:

@@ -39,6 +39,7 @@ def make_model(config: ConfigDict) -> FlexTok:
     vae=vae,
     levels=levels,
     scaling_factor=config.vae.scaling_factor or 1.0,  # 0: set by training (inputs.with_weights)
+    tile=config.vae.tile,
   )
   if config.tokens.layout == "grid":
     _check_grid(config)

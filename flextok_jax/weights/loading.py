@@ -50,6 +50,7 @@ def load(
   mup_base_width: int | None = None,
   image_size: int | None = None,
   posemb_scaling: str | None = None,
+  vae_tile: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
   revision: str | None = None,
   subfolder: str = "",
@@ -66,6 +67,7 @@ def load(
     vae_norm_num_groups: groups of the VAE's GroupNorms, which official files do not store.
     mup_base_width: base width of official models trained with a muP readout, which their files do not store.
     posemb_scaling: of encoder and decoder, in place of the checkpoint's.
+    vae_tile: config.vae.tile, in place of the checkpoint's.
     image_size: side in pixels that replaces the checkpoint's. Official files do not store it: the default is that of
       the authors' code, 32 latent pixels (256 px), or less if a position table is smaller.
     mesh: devices to place the arrays on by their logical axes; None: the default device.
@@ -85,7 +87,8 @@ def load(
     source = os.path.dirname(source) or "."
   accelerators.start()
   options = _Options(
-    param_dtype, dtype, vae_norm_num_groups, mup_base_width, image_size, mesh, revision, subfolder, posemb_scaling
+    *(param_dtype, dtype, vae_norm_num_groups, mup_base_width, image_size, mesh, revision, subfolder),
+    *(posemb_scaling, vae_tile),
   )
   with _local(source, revision, subfolder) as source:
     return _load(source, options)
@@ -187,6 +190,7 @@ class _Options:
   revision: str | None = None
   subfolder: str = ""
   posemb_scaling: str | None = None
+  vae_tile: int | None = None
 
   def __post_init__(self):
     for name in ("param_dtype", "dtype"):
@@ -206,6 +210,10 @@ class _Options:
       found.image_size = self.image_size
       if found.tokens.layout == "grid":
         found.tokens.num_registers = grid_tokens(found)
+    if self.vae_tile is not None:
+      if found.stage == "ar" or found.vae.kind == "pixels":
+        raise ValueError(f"vae_tile={self.vae_tile} has no effect, as this model has no VAE: leave it out")
+      found.vae.tile = self.vae_tile
     if self.dtype:
       found.dtype = jnp.dtype(self.dtype).name
     return found.lock()
