@@ -310,6 +310,7 @@ class ARGenerator(sharing.SharedModel):
     references: Array | None = None,
     ensemble: str = "rank",
     progress: bool | None = False,
+    size: tuple[int, int] | None = None,
     **settings: Any,
   ) -> search.Result:
     """Searches for the token ids, of each class or prompt, whose pictures a verifier scores best.
@@ -324,6 +325,7 @@ class ARGenerator(sharing.SharedModel):
       verifier_prompts: texts for the verifier in place of the prompts, for instance of a generator without text.
       weights, references, ensemble: of the verifier, see verifiers.make.
       progress: show a progress bar; None: a bar on a terminal, and lines elsewhere.
+      size: (height, width) of the pictures; default: the tokenizer's image_size. References must have it.
       **settings: of search.Settings: algorithm, beam_width, candidates, schedule, steps, lookahead, branching, greedy,
         num_results, ...
 
@@ -350,7 +352,7 @@ class ARGenerator(sharing.SharedModel):
     prior = priors.GeneratorPrior(_network(self.config), self.params, np.asarray(rows), text, null_text, sampler)
     texts = verifier_prompts if verifier_prompts is not None else prompts
     classes = None if labels is None else np.asarray(rows)
-    return search.search(prior, keys, check, tokenizer, texts, classes, chosen, progress)
+    return search.search(prior, keys, check, tokenizer, texts, classes, chosen, progress, size)
 
   def check_tokenizer(self, tokenizer: FlexTok, name: str = "the tokenizer") -> None:
     """Raises ValueError, calling the tokenizer `name`, unless it is the one whose ids this generator draws."""

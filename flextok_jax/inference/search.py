@@ -222,6 +222,7 @@ def search(
   labels: np.ndarray | None,
   settings: Settings,
   progress: bool | None = False,
+  size: tuple[int, int] | None = None,
 ) -> Result:
   """Searches for each prompt.
 
@@ -234,25 +235,31 @@ def search(
     labels: classes int [p] for the verifier, or None.
     settings: of the search.
     progress: whether to show a bar, see core.progress.Bar.
+    size: (height, width) of the pictures; None: the model's image_size.
 
   Raises:
-    ValueError: a setting out of range; scores of a wrong shape, or NaN; no tokenizer for a verifier of images.
+    ValueError: a setting out of range; scores of a wrong shape, or NaN; no tokenizer for a verifier of images; or a
+      size that the model cannot decode.
   """
   plan = make_plan(prior, settings)
+  if size is not None:
+    if model is None:
+      raise ValueError(f"size={quote(size)} has no effect without a tokenizer, which decodes pictures: leave it out")
+    model.latent_shape_of(size)
   if model is None and needs_images(verifier):
     raise ValueError("this verifier looks at images: give tokenizer=..., which decodes them")
   count, local = len(keys), batches.local_mesh()
   mesh = local if local.size > 1 else None
-  size = max(1, plan.batch_size // (plan.width * plan.candidates))
-  size = batching.batch_rows(size, count, mesh)
+  group = max(1, plan.batch_size // (plan.width * plan.candidates))
+  group = batching.batch_rows(group, count, mesh)
   if mesh is not None:
     prior, model = prior.on(mesh), None if model is None else batching.replicate(model, mesh)
-  facts = _Facts(prior, plan, verifier, model, prompts, labels, keys, mesh)
+  facts = _Facts(prior, plan, verifier, model, prompts, labels, keys, mesh, size)
   found = []
-  left = lambda first: min(size, count - first)
-  for first in track(range(0, count, size), count, "searches", validation.progress(progress), size=left):
+  left = lambda first: min(group, count - first)
+  for first in track(range(0, count, group), count, "searches", validation.progress(progress), size=left):
     # The last group is filled up with the last prompt, which is not scored again, to compile no other program.
-    which = np.minimum(np.arange(first, first + size), count - 1)
+    which = np.minimum(np.arange(first, first + group), count - 1)
     rows = left(first)
     found.append(jax.tree.map(lambda x: x[:rows], facts.search(which, rows)))  # noqa: B023 called at once
   ids, scores, *steps = jax.tree.map(lambda *x: np.concatenate(x), *found)
@@ -281,6 +288,7 @@ class _Facts:
   labels: np.ndarray | None
   keys: jax.Array
   mesh: Any
+  size: tuple[int, int] | None
 
   def search(self, which: np.ndarray, real: int) -> tuple:
     """Searches for the prompts `which` int [p], together; only the first `real` of them are scored.
@@ -410,11 +418,16 @@ class _Facts:
   def decode(self, ids: np.ndarray, which: np.ndarray) -> np.ndarray:
     """Returns the pictures float32 [n, h, w, 3] of sequences [n, tokens] of the prompts `which` [n]."""
     assert self.model is not None
-    return decode(self.model, ids, self.prior.stop_id, self.keys[which], self.plan.batch_size)
+    return decode(self.model, ids, self.prior.stop_id, self.keys[which], self.plan.batch_size, self.size)
 
 
 def decode(
-  model: tokenizer.FlexTok, ids: np.ndarray, stop_id: int | None, keys: jax.Array, batch_size: int
+  model: tokenizer.FlexTok,
+  ids: np.ndarray,
+  stop_id: int | None,
+  keys: jax.Array,
+  batch_size: int,
+  size: tuple[int, int] | None = None,
 ) -> np.ndarray:
   """Returns the pictures float32 [n, h, w, 3] in [-1, 1] that a search shows its verifier.
 
@@ -424,11 +437,12 @@ def decode(
     stop_id: of the generator; None without one.
     keys: of each sequence's prompt [n], from which its noise is drawn.
     batch_size: pictures at once.
+    size: (height, width) of the pictures; None: the model's image_size.
   """
   noise_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, np.uint32(2**32 - 1))
   keep_k = np.full(len(ids), ids.shape[1]) if stop_id is None else (ids != stop_id).sum(1)
   ids = np.where(np.arange(ids.shape[1]) < keep_k[:, None], ids, 0)
-  return batches.decode_rows(model, ids, keep_k.astype(np.int32), noise_keys, batch_size)
+  return batches.decode_rows(model, ids, keep_k.astype(np.int32), noise_keys, batch_size, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,6 +461,7 @@ class UniformPrior:
     references: Any = None,
     ensemble: str = "rank",
     progress: bool | None = False,
+    size: tuple[int, int] | None = None,
     **settings: Any,
   ) -> Result:
     """See ARGenerator.search, of which it takes the settings; prompts and labels are for the verifier alone."""
@@ -461,7 +476,7 @@ class UniformPrior:
     texts = None if prompts is None else validation.prompts(prompts)
     numbers = None if labels is None else np.asarray(labels, np.int32)
     keys, chosen = validation.keys(key, batch), make_settings(settings)
-    return search(prior, keys, check, self.tokenizer, texts, numbers, chosen, progress)
+    return search(prior, keys, check, self.tokenizer, texts, numbers, chosen, progress, size)
 
 
 def make_settings(given: dict[str, Any]) -> Settings:

@@ -553,6 +553,27 @@ def with_sampler(
   return dataclasses.replace(model, config=FrozenConfigDict(with_fields(model.config, fields)))
 
 
+def with_positions(
+  model: FlexTok, posemb_scaling: str | None, parts: Sequence[str] = ("encoder", "decoder")
+) -> FlexTok:
+  """Returns the model with another posemb_scaling of these parts, as load gives it; None keeps its own.
+
+  With other positions of the encoder it is another tokenizer by its fingerprint; those of the decoder do not change it.
+
+  Raises:
+    ValueError: a scaling that the positions do not have.
+  """
+  if posemb_scaling is None:
+    return model
+  network = _network(model._tokenizer_config())
+  fields: dict[str, Any] = {}
+  for name in parts:
+    fields |= {f"{name}.posemb_scaling": posemb_scaling, f"{name}.max_grid": getattr(network, name).max_grid}
+  config = FrozenConfigDict(with_fields(model.config, fields))
+  _network(config)  # raises the error
+  return dataclasses.replace(model, config=config)
+
+
 def prefix_lengths(
   model: FlexTok, images: Array, ids: Array, quality: float, metric: str | distances.Distance = "mse"
 ) -> jax.Array:
