@@ -33,7 +33,7 @@ from flextok_jax.core.hashing import hash_tree
 from flextok_jax.core.progress import track
 from flextok_jax.evals import grids
 from flextok_jax.evals.progress import Progress
-from flextok_jax.inference import image_files, prompts, token_files, validation, verifiers
+from flextok_jax.inference import image_files, prompts, search_plan, token_files, validation, verifiers
 from flextok_jax.inference import search as search_lib
 from flextok_jax.inference.generator import ARGenerator, load_ar
 from flextok_jax.inference.tokenizer import FlexTok, load_tokenizer, with_positions
@@ -59,12 +59,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_enum("ensemble", "rank", verifiers.MODES, "How several verifiers are joined.", flag_values=values)
   string("weights", None, "Folder with the verifiers' networks.")
   texts("references", [], "Image files and folders, one search each.")
-  own = search_lib.Settings()
-  flags.DEFINE_enum("algorithm", own.algorithm, search_lib.ALGORITHMS, "How to search.", flag_values=values)
+  own = search_plan.Settings()
+  flags.DEFINE_enum("algorithm", own.algorithm, search_plan.ALGORITHMS, "How to search.", flag_values=values)
   integer("beam_width", own.beam_width, "Beams that are kept after each step.", 1)
   integer("candidates", own.candidates, "Candidates of each beam in a step; of best_of_n all samples.", 1)
   string(
-    "schedule", own.schedule, f"Tokens after each step: {', '.join(search_lib.SCHEDULES)}, or counts such as 1,2,8."
+    "schedule", own.schedule, f"Tokens after each step: {', '.join(search_plan.SCHEDULES)}, or counts such as 1,2,8."
   )
   integer("steps", own.steps, "Steps at most.", 1)
   integer("tokens_per_step", None, "Of --schedule=linear; default: all tokens divided by --steps.", 1)
@@ -73,7 +73,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_enum(
     "branching",
     own.branching,
-    search_lib.BRANCHINGS,
+    search_plan.BRANCHINGS,
     "Token of a step from which candidates differ.",
     flag_values=values,
   )
@@ -254,7 +254,7 @@ def _make_job(values: flags.FlagValues, texts: list[str], gen: ARGenerator | Non
   repeat = lambda items: items if len(items) == number else list(items) * number
   settings = {name: values[name].value for name in (*_SETTINGS, "ensemble", "weights")}
   schedule = values.schedule
-  if schedule not in search_lib.SCHEDULES:
+  if schedule not in search_plan.SCHEDULES:
     settings["schedule"] = tuple(cli.numbers("schedule", schedule.split(",")))
   weights = _weights(values)
   verifier: Any = values.verifier[0] if len(values.verifier) == 1 else dict(zip(values.verifier, weights))

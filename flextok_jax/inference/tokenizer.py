@@ -25,6 +25,7 @@ from flextok_jax.models.tokenizer import flextok
 from flextok_jax.models.tokenizer.flextok import Sampler
 from flextok_jax.ops import distances, fsq, nested
 from flextok_jax.parallel import batching
+from flextok_jax.stages import tokenizer as tokenizer_stage
 from flextok_jax.stages.tokenizer import check_sampler, make_model
 from flextok_jax.stages.vae import make_vae
 from flextok_jax.weights import fingerprints, loading, saving
@@ -565,13 +566,8 @@ def with_positions(
   """
   if posemb_scaling is None:
     return model
-  network = _network(model._tokenizer_config())
-  fields: dict[str, Any] = {}
-  for name in parts:
-    fields |= {f"{name}.posemb_scaling": posemb_scaling, f"{name}.max_grid": getattr(network, name).max_grid}
-  config = FrozenConfigDict(with_fields(model.config, fields))
-  _network(config)  # raises the error
-  return dataclasses.replace(model, config=config)
+  config = tokenizer_stage.with_positions(model._tokenizer_config(), posemb_scaling, parts)
+  return dataclasses.replace(model, config=FrozenConfigDict(config))
 
 
 def prefix_lengths(

@@ -1,6 +1,6 @@
 """Stage 1: encoder, FSQ and flow decoder over the latents of a frozen VAE."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from flextok_jax.config import with_fields
 from flextok_jax.config.ranges import MAX_GRID
 from flextok_jax.models.tokenizer.decoder import Decoder
 from flextok_jax.models.tokenizer.encoder import Encoder
@@ -46,6 +47,23 @@ def make_model(config: ConfigDict) -> FlexTok:
   if model.decoder.interval and config.stage != "distill":
     raise ValueError(f"decoder.interval=True is for stage 'distill', not {config.stage!r}")
   return model
+
+
+def with_positions(
+  config: ConfigDict, posemb_scaling: str, parts: Sequence[str] = ("encoder", "decoder")
+) -> ConfigDict:
+  """Returns a config with another posemb_scaling of these parts, of tables as large as before.
+
+  Raises:
+    ValueError: a scaling that the positions do not have.
+  """
+  model = make_model(config)
+  fields: dict[str, Any] = {}
+  for name in parts:
+    fields |= {f"{name}.posemb_scaling": posemb_scaling, f"{name}.max_grid": getattr(model, name).max_grid}
+  config = with_fields(config, fields)
+  make_model(config)  # raises the error
+  return config
 
 
 def grid_tokens(config: ConfigDict) -> int:

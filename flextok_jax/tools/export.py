@@ -30,7 +30,7 @@ import flextok_jax
 from flextok_jax.config import TOKENIZER_STAGES, with_fields
 from flextok_jax.core import files
 from flextok_jax.core import images as images_lib
-from flextok_jax.inference import generator, tokenizer
+from flextok_jax.inference import drawing, tokenizer
 from flextok_jax.inference.generator import ARGenerator
 from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.inference.validation import token_count, whole_number
@@ -171,9 +171,9 @@ def generate(model: ARGenerator, num_tokens: int | None = None, **choices: Any) 
       null_text = (inputs["null_features"], inputs["null_lengths"]) if "null_features" in inputs else None
     elif bytewise:
       lengths = inputs["text_lengths"]
-      text = generator.encode_text_ids(model, inputs["text_ids"], lengths), lengths
+      text = drawing.encode_text_ids(model, inputs["text_ids"], lengths), lengths
       null_text = model.encode_text([""])
-    ids = generator.draw_ids(model, _keys(seeds), labels, text, null_text, count, sampler)
+    ids = drawing.draw_ids(model, _keys(seeds), labels, text, null_text, count, sampler)
     return {"ids": ids, "lengths": (ids != model.num_ids).sum(1, dtype=jnp.int32)}
 
   outputs = {

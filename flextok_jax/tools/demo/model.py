@@ -29,7 +29,7 @@ Job = tuple[Ids, int]  # ids, and how many of them to decode
 MAX_PIXELS = 2**25  # of an uploaded picture
 MAX_TEXT = 10_000  # characters of pasted tokens
 EXAMPLES = (25, 33, 32, 28, 3, 2)  # numbers of scenes of the validation split
-SEARCHES: dict[str, dict[str, Any]] = {  # settings of search.Settings by what the page calls them
+SEARCHES: dict[str, dict[str, Any]] = {  # settings of search_plan.Settings by what the page calls them
   "lookahead, 2 beams of 4": dict(algorithm="lookahead", beam_width=2, candidates=4, lookahead=-1, num_results=2),
   "best of 18": dict(algorithm="best_of_n", candidates=18, num_results=18),
   "beam search, 2 beams of 4": dict(algorithm="beam", beam_width=2, candidates=4, num_results=2),
