@@ -1,5 +1,6 @@
 """Tiles: what they compute is what the whole picture gives, in less memory."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -11,9 +12,10 @@ import pytest
 
 import flextok_jax
 from flextok_jax import config as common
-from flextok_jax.inference.tokenizer import FlexTok
+from flextok_jax.inference.tokenizer import FlexTok, with_positions
 from flextok_jax.models.vae import autoencoder, tiling
 from flextok_jax.stages.vae import make_vae
+from tests.support.random_tokenizer import random_model, with_fields
 
 LEVEL = 2 / 255  # of 8-bit pixels, in [-1, 1]
 SIZES = dict(latent_channels=4, block_out_channels=(8, 8, 16), layers_per_block=1, norm_groups=4)  # 4x down
@@ -121,6 +123,16 @@ def test_a_tile_within_the_overlap_is_one_line(tile):
   with pytest.raises(ValueError, match=f"vae.tile={tile} must be 0, .* a multiple of 4 of at least 36") as error:
     make_vae(config(tile))
   assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_decodes_in_tiles():
+  model = with_positions(random_model(), "interpolate", ("decoder",))
+  tiled = dataclasses.replace(model, config=with_fields(model, vae=dict(tile=36)))
+  given = dict(key=jax.random.key(0), num_steps=1, guidance="none", size=(40, 64))
+  ids = np.arange(6)[None]
+  expected, found = model.detokenize(ids, **given), tiled.detokenize(ids, **given)
+  np.testing.assert_allclose(found, expected, atol=0.5 * LEVEL)
+  assert not np.array_equal(found, expected)  # computed in tiles
 
 
 def test_load_takes_the_size_of_tiles(params, tmp_path, whole):
