@@ -270,10 +270,13 @@ class AutoencoderKL(nn.Module):
 
   def encode_fine(self, images: jax.Array) -> jax.Array:
     """images [b, h, w, 3] -> features [b, h/f, w/f, channels]; raises ValueError as encode."""
-    height, width = images.shape[1:3]
+    self.check_size(*images.shape[1:3])
+    return self.encoder(images, FINE)
+
+  def check_size(self, height: int, width: int) -> None:
+    """Raises ValueError unless height and width of images are multiples of f."""
     if height % self.downscale or width % self.downscale:
       raise ValueError(f"image size {height}x{width} is not a multiple of {self.downscale}: resize or crop it")
-    return self.encoder(images, FINE)
 
   def encode_coarse(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the posterior, as encode, from the features of encode_fine."""

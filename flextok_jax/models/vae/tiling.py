@@ -34,6 +34,7 @@ Statistics = dict[tuple[str, ...], jax.Array]  # by the path of a norm: mean and
 
 def encode(vae: AutoencoderKL, images: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
   """Returns vae.encode(images) of a bound vae, in windows of at most tile x tile pixels: see check for `tile`."""
+  vae.check_size(*images.shape[1:3])
   network, variables = vae.unbind()
   fine: Callable[..., Any] = functools.partial(network.apply, variables, method="encode_fine")
   features = _map_tiles(fine, images, tile, vae.downscale, 1 / vae.downscale, encoder_reach(vae))

@@ -135,6 +135,12 @@ def test_a_tokenizer_decodes_in_tiles():
   assert not np.array_equal(found, expected)  # computed in tiles
 
 
+def test_size_that_does_not_divide_is_one_line(params):
+  vae = make_vae(config(TILE)).bind({"params": params["vae"]})
+  with pytest.raises(ValueError, match="image size 98x72 is not a multiple of 4"):
+    tiling.encode(vae, jnp.zeros((1, 98, 72, 3)), TILE)
+
+
 def test_load_takes_the_size_of_tiles(params, tmp_path, whole):
   FlexTok(params, config(0)).save_pretrained(tmp_path / "vae")
   model = flextok_jax.load(tmp_path / "vae", vae_tile=TILE)
