@@ -23,7 +23,7 @@ import numpy as np
 from flextok_jax import cli
 from flextok_jax import config as common
 from flextok_jax.core import files
-from flextok_jax.inference import search
+from flextok_jax.inference import search, search_plan
 from flextok_jax.inference.generator import ARGenerator
 from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.weights import loading
@@ -36,7 +36,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_integer("num_prompts", 8, "Classes that are searched for.", flag_values=values)
   flags.DEFINE_integer("naive_prompts", 1, "How many of them the naive search does.", flag_values=values)
   flags.DEFINE_integer("num_tokens", 256, "Tokens of a sequence.", flag_values=values)
-  flags.DEFINE_enum("branching", "last", search.BRANCHINGS, "See search.Settings.", flag_values=values)
+  flags.DEFINE_enum("branching", "last", search_plan.BRANCHINGS, "See search_plan.Settings.", flag_values=values)
   flags.DEFINE_string("out", None, "Folder for the results; default: none.", flag_values=values)
 
 

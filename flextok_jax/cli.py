@@ -25,6 +25,7 @@ import jax
 from ml_collections import ConfigDict, config_flags
 
 from flextok_jax import config as common
+from flextok_jax.config.ranges import MAX_TILE
 from flextok_jax.core import accelerators, files, interrupts, progress, workdirs
 from flextok_jax.core.extras import MissingPackageError
 from flextok_jax.data import transforms
@@ -114,6 +115,42 @@ def define_posemb_flag(values: flags.FlagValues):
     None,
     "How the tokenizer's positions fit other sizes than that of training: absolute, interpolate or scaled; default: "
     "the checkpoint's.",
+    flag_values=values,
+  )
+
+
+def define_size_flags(values: flags.FlagValues):
+  """Defines --size, see parse_size, and --posemb_scaling and --vae_tile, which other sizes may need."""
+  flags.DEFINE_list(
+    "size", None, "height,width of the pictures in pixels; default: the tokenizer's image_size.", flag_values=values
+  )
+  define_posemb_flag(values)
+  define_tile_flag(values)
+
+
+def parse_size(values: flags.FlagValues) -> tuple[int, int] | None:
+  """Returns --size as (height, width), None if it is not given.
+
+  Raises:
+    ValueError: not two whole numbers.
+  """
+  if values.size is None:
+    return None
+  sides = numbers("size", values.size)
+  if len(sides) != 2:
+    raise ValueError(f"--size={','.join(values.size)} must be height,width in pixels, such as 192,352")
+  return sides[0], sides[1]
+
+
+def define_tile_flag(values: flags.FlagValues):
+  """Defines --vae_tile, of the tokenizer."""
+  flags.DEFINE_integer(
+    "vae_tile",
+    None,
+    "Pixels per side above which the VAE works in tiles of at most this size, to save memory; 0: never; default: the "
+    "checkpoint's.",
+    0,
+    MAX_TILE,
     flag_values=values,
   )
 

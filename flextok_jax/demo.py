@@ -1,6 +1,7 @@
 """Shows a tokenizer and a generator in the browser: pictures as ordered tokens, drawing token by token, search.
 
 python -m flextok_jax.demo [--checkpoint=TOKENIZER] [--generator=GENERATOR] [--port=7860]
+    [--size=HEIGHT,WIDTH --posemb_scaling=interpolate]
 
 Without these flags it shows the models of plain scenes that ship. A tokenizer without --generator has one tab: drop a
 picture, see its tokens, decode any number of them, edit and swap them. A generator adds two: drawing and searching.
@@ -28,6 +29,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   string("checkpoint", None, f"A tokenizer: name, file, folder, workdir or hub repository; default: {_TOKENIZER}.")
   string("generator", None, f"A generator of its tokens; default: {_GENERATOR}, or none for another tokenizer.")
   cli.define_setting_flag(values)
+  cli.define_size_flags(values)
   integer("decoder_steps", None, "Euler steps of the tokenizer's decoder; default: the tokenizer's.", 1)
   string("host", "127.0.0.1", "Address to listen on; 0.0.0.0: all of this machine's.")
   integer("port", 7860, "Port to listen on.", 1, 65535)
@@ -42,9 +44,11 @@ def main(values: flags.FlagValues):
   server.check_port(values.host, values.port)
   generator = values.generator or (None if values.checkpoint else _GENERATOR)
   with cli.renamed(**cli.DECODER_FLAGS):
-    tokenizer = load_tokenizer(values.checkpoint or _TOKENIZER, num_steps=values.decoder_steps)
+    tokenizer = load_tokenizer(
+      values.checkpoint or _TOKENIZER, num_steps=values.decoder_steps, vae_tile=values.vae_tile
+    )
   gen = load_ar(generator, **cli.parse_settings(values.setting)) if generator else None
-  models = model.Models(tokenizer, gen)
+  models = model.Models(tokenizer, gen, cli.parse_size(values), values.posemb_scaling)
   models.warm_up(functools.partial(print, flush=True))
   server.run(models, values.host, values.port, values.share)
 

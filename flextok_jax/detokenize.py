@@ -19,7 +19,7 @@ from flextok_jax.core import files
 from flextok_jax.core.progress import track
 from flextok_jax.evals import grids
 from flextok_jax.inference import batches, token_files, validation
-from flextok_jax.inference.tokenizer import load_tokenizer
+from flextok_jax.inference.tokenizer import load_tokenizer, with_positions
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -41,6 +41,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   )
   flags.DEFINE_integer("batch_size", 32, "Images per batch.", flag_values=values)
   cli.define_posemb_flag(values)
+  cli.define_tile_flag(values)
 
 
 def main(values: flags.FlagValues):
@@ -53,10 +54,12 @@ def main(values: flags.FlagValues):
     num_steps=values.num_steps,
     guidance=values.guidance,
     guidance_scale=values.guidance_scale,
-    posemb_scaling=values.posemb_scaling,
+    vae_tile=values.vae_tile,
   )
+  own = model.fingerprint if values.posemb_scaling else ""  # that of ids that a generator has drawn
+  model = with_positions(model, values.posemb_scaling)
   facts = token_files.Facts(model.fingerprint, model.image_size, model.num_registers)
-  names, sequences, sizes = token_files.read_tokens(Path(values.tokens), facts, model.num_codes)
+  names, sequences, sizes = token_files.read_tokens(Path(values.tokens), facts, model.num_codes, own)
   sequences = token_files.cut(sequences, values.num_tokens, model.num_registers)
   for size in dict.fromkeys(sizes or ()):
     model.latent_shape_of(size)  # raises for a size that this model cannot decode

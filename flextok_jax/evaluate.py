@@ -82,6 +82,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_string("weights", None, "Folder with the weights of the metrics' networks.", flag_values=values)
   cli.define_resize_flag(values, "Of images whose reconstructions are measured. ")
   cli.define_posemb_flag(values)
+  cli.define_tile_flag(values)
   flags.DEFINE_integer("keep_every", 50, "Batches between two writes of partial results.", 1, flag_values=values)
   _define_sample_flags(values)
 
@@ -123,7 +124,7 @@ def main(values: flags.FlagValues):
   folder = workdirs.resolve(values.out or os.path.join(values.workdir, "eval"), what)
   of_samples = flags.FlagValues()
   _define_sample_flags(of_samples)
-  for name in ("config", "sources", "resize", "posemb_scaling") if values.tokenizer else of_samples:
+  for name in ("config", "sources", "resize", "posemb_scaling", "vae_tile") if values.tokenizer else of_samples:
     if values[name].present:
       raise ValueError(
         f"--{name} has no meaning {'with' if values.tokenizer else 'without'} --tokenizer, which asks"
@@ -149,9 +150,9 @@ def _evaluate_checkpoint(values: flags.FlagValues, out: Path) -> tuple[Report, d
   """Returns the report of a checkpoint, the settings to write with it, and its partial results."""
   source, fields = values.checkpoint or values.workdir, cli.eval_fields(values)
   mesh = sharding.make_mesh()  # all devices, whatever the training had
-  config, params = loading.load(source, mesh=mesh, posemb_scaling=values.posemb_scaling)
+  config, params = loading.load(source, mesh=mesh, posemb_scaling=values.posemb_scaling, vae_tile=values.vae_tile)
   if values.config is not None:
-    check = loading.is_ours(source) and values.posemb_scaling is None
+    check = loading.is_ours(source) and values.posemb_scaling is None and values.vae_tile is None
     config = from_config.with_model(values.config, config, check=check)
   config = cli.with_data(config, values)
   for name in ("num_tokens", "sources"):

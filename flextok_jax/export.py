@@ -12,13 +12,14 @@ from absl import flags
 from flextok_jax import cli
 from flextok_jax.core import extras
 from flextok_jax.inference.generator import load_ar
-from flextok_jax.inference.tokenizer import load, with_sampler
+from flextok_jax.inference.tokenizer import FlexTok, load, with_positions, with_sampler
 from flextok_jax.ops import guidance
 from flextok_jax.tools import export
 
+_SIZES = ("size", "posemb_scaling", "vae_tile")
 _FLAGS = {  # by program, those of one or two programs alone
-  "tokenize": (),
-  "detokenize": ("num_steps", "guidance", "guidance_scale"),
+  "tokenize": (*_SIZES,),
+  "detokenize": ("num_steps", "guidance", "guidance_scale", *_SIZES),
   "generate": ("guidance_scale", "temperature", "top_k", "top_p", "greedy", "setting"),
 }
 
@@ -42,6 +43,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_integer("top_k", None, "Of generate; 0: off; default: the checkpoint's.", flag_values=values)
   flags.DEFINE_float("top_p", None, "Of generate; 0: off; default: the checkpoint's.", flag_values=values)
   flags.DEFINE_bool("greedy", False, "Of generate: take the most likely token.", flag_values=values)
+  cli.define_size_flags(values)
   cli.define_setting_flag(values)
 
 
@@ -53,20 +55,26 @@ def main(values: flags.FlagValues):
       raise ValueError(f"--{name} has no effect with --what={values.what}: leave it out")
   path = cli.new_file(values.out, "--out")
   extras.require("flatbuffers", "export", "a file of jax.export")
-  given = {name: values[name].value for name in _FLAGS[values.what] if name != "setting"}
+  given = {name: values[name].value for name in _FLAGS[values.what] if name not in ("setting", *_SIZES)}
   if values.what == "generate":
     gen = load_ar(values.checkpoint, values.dtype, **cli.parse_settings(values.setting))
     program = export.generate(gen, values.num_tokens, **given)
   elif values.what == "detokenize":
-    program = export.detokenize(with_sampler(load(values.checkpoint, values.dtype), **given), values.num_tokens)
+    model = with_positions(_load(values), values.posemb_scaling, ("decoder",))  # the encoder's identify the ids
+    program = export.detokenize(with_sampler(model, **given), values.num_tokens, cli.parse_size(values))
   else:
-    program = export.tokenize(load(values.checkpoint, values.dtype), values.num_tokens)
+    model = with_positions(_load(values), values.posemb_scaling)
+    program = export.tokenize(model, values.num_tokens, cli.parse_size(values))
   about = export.write(path, program, values.platforms)
   for kind in ("inputs", "outputs"):
     for name, x in about[kind].items():
       shape = ", ".join(map(str, x["shape"]))
       print(f"{kind[:-1]:6} {name:14} {x['dtype']:8} [{shape}]: {x['description']}")
   print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, for {', '.join(about['platforms'])}")
+
+
+def _load(values: flags.FlagValues) -> FlexTok:
+  return load(values.checkpoint, values.dtype, vae_tile=values.vae_tile)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python -m flextok_jax.sample --checkpoint=GENERATOR --tokenizer=PATH --out=DIR
     [--classes=0,3,7 | --classes=all | --prompts="a red star;two blue rings" | --prompts_file=FILE]
     [--prefix_images=FILES_OR_FOLDERS --prefix_tokens=K] [--num_samples=N] [--num_tokens=N]
+    [--size=HEIGHT,WIDTH --posemb_scaling=interpolate]
 
 Writes one PNG file per sample; tokens.json, which flextok_jax.detokenize reads (with the same settings it writes the
 same images); samples.json with settings, conditions, lengths and log-probabilities; grid.png, one row per sample and
@@ -26,10 +27,10 @@ import numpy as np
 from flextok_jax import cli
 from flextok_jax.core import files
 from flextok_jax.core.progress import track
-from flextok_jax.data import transforms
 from flextok_jax.evals import grids
-from flextok_jax.inference import batches, decoding, prompts, token_files, validation
+from flextok_jax.inference import batches, decoding, image_files, prompts, token_files, validation
 from flextok_jax.inference.generator import load_ar
+from flextok_jax.inference.tokenizer import with_positions
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -37,6 +38,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   string = functools.partial(flags.DEFINE_string, flag_values=values)
   integer = functools.partial(flags.DEFINE_integer, flag_values=values)
   cli.define_draw_flags(values)
+  cli.define_size_flags(values)
   string("checkpoint", None, "A generator: file, folder or hub repository.")
   string("out", None, "Folder for the results.")
   string("prompts", None, "Texts, separated by semicolons.")
@@ -78,7 +80,7 @@ class Sample:
 
 def main(values: flags.FlagValues):
   """Draws samples and writes what the module's docstring lists under values.out."""
-  texts = _check_flags(values)
+  texts, size = _check_flags(values), cli.parse_size(values)
 
   # Models, and everything that can be checked before drawing.
   gen = load_ar(values.checkpoint, **cli.parse_settings(values.setting))
@@ -86,15 +88,20 @@ def main(values: flags.FlagValues):
   num_tokens, counts = _token_counts(values, gen.num_tokens)
   choices = prompts.sampling_choices(gen, conditions != [None], **cli.choice_flags(values))
   with cli.renamed(**cli.DECODER_FLAGS):
-    tokenizer = prompts.load_matching_tokenizer(values.tokenizer, gen, **cli.decoder_flags(values))
+    tokenizer = prompts.load_matching_tokenizer(
+      values.tokenizer, gen, posemb_scaling=values.posemb_scaling, vae_tile=values.vae_tile, **cli.decoder_flags(values)
+    )
+  height, width = size or (tokenizer.image_size,) * 2
+  tokenizer.latent_shape_of((height, width))  # raises for a size that it cannot decode
 
   # Token ids.
   names: list[str | None] = [None]
   originals, prefix, kept = None, None, values.prefix_tokens or 0
   if kept:
-    originals, found = transforms.load_images(values.prefix_images, tokenizer.image_size)
+    originals, found = image_files.load_crops(values.prefix_images, tokenizer, size)
     names = [files.as_text(name) for name in found]
-    prefix = batches.tokenize(tokenizer, originals, kept, values.batch_size)
+    encoder = with_positions(tokenizer, values.posemb_scaling)
+    prefix = batches.tokenize(encoder, originals, kept, values.batch_size)
     originals, prefix = (np.repeat(x, len(conditions) * values.num_samples, axis=0) for x in (originals, prefix))
   samples = [
     Sample(condition, name, kept, number)
@@ -114,7 +121,7 @@ def main(values: flags.FlagValues):
   )
 
   # Images: of all samples, and of the prefixes in the grid and the strip. A job is (sample, number of tokens).
-  out, size = cli.out_folder(values), tokenizer.image_size
+  out = cli.out_folder(values)
   files.clear_leftovers(out)
   paths = [out / f"{i:05d}_{sample.name}.png" for i, sample in enumerate(samples)]
   complete = [(i, len(sequence)) for i, sequence in enumerate(sequences)]
@@ -123,9 +130,10 @@ def main(values: flags.FlagValues):
   growing = [(0, count) for count in range(1, min(values.strip_tokens, len(sequences[0])) + 1)]
   drawn = [*growing, *(job for column in columns for job in column)]
   pictures: dict[batches.Job, np.ndarray] = {}  # those of `drawn`
-  everything = np.zeros((len(samples), size, size, 3), np.uint8) if values.npz else None
+  everything = np.zeros((len(samples), height, width, 3), np.uint8) if values.npz else None
   jobs = list(dict.fromkeys((*complete, *drawn)))  # each once
-  decoded = batches.decode_prefixes(tokenizer, sequences, jobs, jax.random.key(values.seed), values.batch_size)
+  sizes = None if size is None else [size] * len(samples)
+  decoded = batches.decode_prefixes(tokenizer, sequences, jobs, jax.random.key(values.seed), values.batch_size, sizes)
   for job, picture in track(decoded, len(jobs), "pictures decoded"):
     if job in drawn:
       pictures[job] = picture
@@ -136,10 +144,17 @@ def main(values: flags.FlagValues):
 
   # Lists, grid, strip and archive.
   settings = {name: values[name].value for name in ("checkpoint", "tokenizer", "seed")}
-  settings |= {"num_tokens": num_tokens, **choices, "decoder": tokenizer.config.sampler.to_dict()}
+  settings |= {
+    "num_tokens": num_tokens,
+    **choices,
+    "decoder": tokenizer.config.sampler.to_dict(),
+    "size": [height, width],
+  }
   entries = [(sample.name, sequence) for sample, sequence in zip(samples, sequences)]
   outputs = {
-    "tokens.json": token_files.to_json(token_files.Facts(tokenizer.fingerprint, size, num_tokens), entries),
+    "tokens.json": token_files.to_json(
+      token_files.Facts(tokenizer.fingerprint, tokenizer.image_size, num_tokens), entries, sizes
+    ),
     "samples.json": _samples_json(samples, paths, sequences, log_probs, settings),
   }
   if shown:

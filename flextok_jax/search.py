@@ -2,6 +2,7 @@
 
 python -m flextok_jax.search --tokenizer=PATH --out=DIR [--checkpoint=GENERATOR] --verifier=clip,likelihood
     [--classes=0,3 | --prompts="a red star;two blue rings" | --prompts_file=FILE] [--references=FILES_OR_FOLDERS]
+    [--size=HEIGHT,WIDTH --posemb_scaling=interpolate]
     [--algorithm=beam|lookahead|best_of_n] [--beam_width=5] [--candidates=10] [--schedule=geometric|linear|fixed|1,2,8]
 
 Without --checkpoint codes are drawn uniformly, and the verifier alone decides. With --references, the images to which
@@ -30,13 +31,12 @@ from flextok_jax.core import files
 from flextok_jax.core import images as images_lib
 from flextok_jax.core.hashing import hash_tree
 from flextok_jax.core.progress import track
-from flextok_jax.data import transforms
 from flextok_jax.evals import grids
 from flextok_jax.evals.progress import Progress
-from flextok_jax.inference import prompts, token_files, validation, verifiers
+from flextok_jax.inference import image_files, prompts, search_plan, token_files, validation, verifiers
 from flextok_jax.inference import search as search_lib
 from flextok_jax.inference.generator import ARGenerator, load_ar
-from flextok_jax.inference.tokenizer import FlexTok, load_tokenizer
+from flextok_jax.inference.tokenizer import FlexTok, load_tokenizer, with_positions
 from flextok_jax.parallel import processes
 
 PARTS = "parts"  # folder of partial results
@@ -50,6 +50,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   texts = functools.partial(flags.DEFINE_list, flag_values=values)
   boolean = functools.partial(flags.DEFINE_bool, flag_values=values)
   cli.define_draw_flags(values)
+  cli.define_size_flags(values)
   string("checkpoint", None, "A generator: file, folder or hub repository; default: uniform codes.")
   string("out", None, "Folder for the results.")
   string("prompts", None, "Texts, separated by semicolons.")
@@ -58,12 +59,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_enum("ensemble", "rank", verifiers.MODES, "How several verifiers are joined.", flag_values=values)
   string("weights", None, "Folder with the verifiers' networks.")
   texts("references", [], "Image files and folders, one search each.")
-  own = search_lib.Settings()
-  flags.DEFINE_enum("algorithm", own.algorithm, search_lib.ALGORITHMS, "How to search.", flag_values=values)
+  own = search_plan.Settings()
+  flags.DEFINE_enum("algorithm", own.algorithm, search_plan.ALGORITHMS, "How to search.", flag_values=values)
   integer("beam_width", own.beam_width, "Beams that are kept after each step.", 1)
   integer("candidates", own.candidates, "Candidates of each beam in a step; of best_of_n all samples.", 1)
   string(
-    "schedule", own.schedule, f"Tokens after each step: {', '.join(search_lib.SCHEDULES)}, or counts such as 1,2,8."
+    "schedule", own.schedule, f"Tokens after each step: {', '.join(search_plan.SCHEDULES)}, or counts such as 1,2,8."
   )
   integer("steps", own.steps, "Steps at most.", 1)
   integer("tokens_per_step", None, "Of --schedule=linear; default: all tokens divided by --steps.", 1)
@@ -72,7 +73,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_enum(
     "branching",
     own.branching,
-    search_lib.BRANCHINGS,
+    search_plan.BRANCHINGS,
     "Token of a step from which candidates differ.",
     flag_values=values,
   )
@@ -94,6 +95,7 @@ class _Job:
   references: np.ndarray | None  # uint8, one per search
   keys: jax.Array  # one per search
   settings: dict[str, Any]  # of search, with the verifier
+  size: tuple[int, int] | None  # of the pictures
 
   def run(self, first: int, end: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns (facts, arrays) of the searches first .. end - 1."""
@@ -103,19 +105,22 @@ class _Job:
       given["references"] = self.references[rows]
     conditions, texts = self.conditions[rows], self.texts and self.texts[rows]
     if self.gen is None:
-      found = search_lib.UniformPrior(self.tokenizer).search(self.keys[rows], prompts=texts, **given)
+      found = search_lib.UniformPrior(self.tokenizer).search(self.keys[rows], prompts=texts, size=self.size, **given)
     else:
       condition: dict[str, Any] = {}
       if conditions[0] is not None:
         condition = {"prompts" if isinstance(conditions[0], str) else "labels": conditions}
-      found = self.gen.search(self.keys[rows], self.tokenizer, verifier_prompts=texts, **condition, **given)
+      found = self.gen.search(
+        self.keys[rows], self.tokenizer, verifier_prompts=texts, size=self.size, **condition, **given
+      )
     assert found.images is not None
     arrays = {"ids": found.ids, "scores": found.scores, "images": _to_uint8(found.images)}
+    stop = self.gen.stop_id if self.gen else None
     for i, step in enumerate(found.steps):
       arrays |= {f"step{i}_ids": step.ids[:, 0], f"step{i}_scores": step.scores[:, 0]}
       # [p, tokens] -> [p, h, w, 3]
       arrays[f"step{i}_images"] = _to_uint8(
-        search_lib.decode(self.tokenizer, step.ids[:, 0], self.gen.stop_id if self.gen else None, self.keys[rows], 32)
+        search_lib.decode(self.tokenizer, step.ids[:, 0], stop, self.keys[rows], 32, self.size)
       )
     return {"decoded": found.decoded, "steps": len(found.steps)}, arrays
 
@@ -131,6 +136,8 @@ def main(values: flags.FlagValues):
   settings |= {"verifier": dict(zip(values.verifier, _weights(values))), "decoder": tokenizer.config.sampler.to_dict()}
   depends = settings | {
     "conditions": job.conditions,
+    "size": job.size,
+    "posemb_scaling": tokenizer.config.decoder.posemb_scaling,
     "texts": job.texts,
     "models": hash_tree({}, [tokenizer.params, {} if gen is None else gen.params], exact=True),
     "references": None if job.references is None else hash_tree({}, {"images": job.references}, exact=True),
@@ -186,7 +193,7 @@ def _write(
   document = {"settings": settings, "decoded_per_search": facts["decoded"], "searches": searches}
   tokens = token_files.Facts(job.tokenizer.fingerprint, job.tokenizer.image_size, found["ids"].shape[2])
   outputs = {
-    "tokens.json": token_files.to_json(tokens, entries),
+    "tokens.json": token_files.to_json(tokens, entries, None if job.size is None else [job.size] * len(entries)),
     "search.json": (json.dumps(document, indent=1) + "\n").encode(),
   }
   rows = min(values.grid_rows, count)
@@ -220,13 +227,18 @@ _to_uint8 = lambda images: np.asarray(images_lib.as_uint8(images))
 def _load(values: flags.FlagValues) -> tuple[ARGenerator | None, FlexTok]:
   with cli.renamed(**cli.DECODER_FLAGS):
     if values.checkpoint is None:
-      return None, load_tokenizer(values.tokenizer, **cli.decoder_flags(values))
+      tokenizer = load_tokenizer(values.tokenizer, vae_tile=values.vae_tile, **cli.decoder_flags(values))
+      return None, with_positions(tokenizer, values.posemb_scaling, ("decoder",))
     gen = load_ar(values.checkpoint, **cli.parse_settings(values.setting))
-    return gen, prompts.load_matching_tokenizer(values.tokenizer, gen, **cli.decoder_flags(values))
+    options = dict(posemb_scaling=values.posemb_scaling, vae_tile=values.vae_tile) | cli.decoder_flags(values)
+    return gen, prompts.load_matching_tokenizer(values.tokenizer, gen, **options)
 
 
 def _make_job(values: flags.FlagValues, texts: list[str], gen: ARGenerator | None, tokenizer: FlexTok) -> _Job:
-  references = transforms.load_images(values.references, tokenizer.image_size)[0] if values.references else None
+  size = cli.parse_size(values)
+  if size is not None:
+    tokenizer.latent_shape_of(size)  # raises for a size that it cannot decode
+  references = image_files.load_crops(values.references, tokenizer, size)[0] if values.references else None
   told: list[str] | None = texts or None
   if gen is None:
     conditions: list[prompts.Condition] = list(texts) or [None]
@@ -242,7 +254,7 @@ def _make_job(values: flags.FlagValues, texts: list[str], gen: ARGenerator | Non
   repeat = lambda items: items if len(items) == number else list(items) * number
   settings = {name: values[name].value for name in (*_SETTINGS, "ensemble", "weights")}
   schedule = values.schedule
-  if schedule not in search_lib.SCHEDULES:
+  if schedule not in search_plan.SCHEDULES:
     settings["schedule"] = tuple(cli.numbers("schedule", schedule.split(",")))
   weights = _weights(values)
   verifier: Any = values.verifier[0] if len(values.verifier) == 1 else dict(zip(values.verifier, weights))
@@ -256,7 +268,7 @@ def _make_job(values: flags.FlagValues, texts: list[str], gen: ARGenerator | Non
   keys = validation.keys(jax.random.key(values.seed), number)
   if references is not None and len(references) != number:
     references = np.repeat(references, number, 0)
-  return _Job(gen, tokenizer, repeat(conditions), told and repeat(told), references, keys, settings)
+  return _Job(gen, tokenizer, repeat(conditions), told and repeat(told), references, keys, settings, size)
 
 
 _SETTINGS = (

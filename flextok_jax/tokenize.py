@@ -47,7 +47,7 @@ WHAT = ("tokens", "latents", "dino", "images", "trajectories")
 _OF_LENGTHS = ("metric", "decoder_steps", "decoder_guidance")  # flags that need --quality
 # Flags that --images has no use for.
 _OF_SHARDS = ("what", "split", "num_images", "copies", "shards", "dtype", "steps")
-_OF_FILES = ("resize", "posemb_scaling")
+_OF_FILES = ("resize", "posemb_scaling", "vae_tile")
 _NOT_OF = {  # flags that the kinds of shards have no use for
   "tokens": ("dtype", "steps", *_OF_FILES),
   "latents": ("num_tokens", "quality", *_OF_LENGTHS, "steps", *_OF_FILES),
@@ -112,6 +112,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   )
   cli.define_resize_flag(values, "Of --images. ")
   cli.define_posemb_flag(values)
+  cli.define_tile_flag(values)
   # float16 has 11 bits of mantissa to bfloat16's 8, and latents are far from its largest value, 65504.
   flags.DEFINE_enum("dtype", "float16", DTYPES, "Of latents, features and trajectories.", flag_values=values)
 
@@ -201,6 +202,7 @@ def _load(values: flags.FlagValues) -> FlexTok:
       num_steps=values.decoder_steps,
       guidance=values.decoder_guidance,
       posemb_scaling=values.posemb_scaling,
+      vae_tile=values.vae_tile,
     )
 
 

@@ -39,6 +39,9 @@ def get_config() -> ConfigDict:
   c.vae.scaling_factor = 0.18
   c.vae.sample_posterior = True  # in training; evaluation uses the mode [code]
   c.vae.dtype = "float32"  # compute dtype of the VAE, float32 even if the rest is not [code]
+  # Pixels per side above which images are encoded and decoded in tiles, of at most this size with their overlap, to
+  # save memory; 0: never. No gradient passes through tiles, and stage "vae" has none (docs/vae.md).
+  c.vae.tile = 0
 
   c.encoder = ConfigDict()
   c.encoder.width = 768  # 64 * depth [paper]

@@ -73,6 +73,7 @@ COUNT = whole(1)
 MAX_SIDE = 4096  # pixels of an image
 MAX_GRID = 512  # patches per side; a table of 512 x 512 positions of width 1024 has 1 GiB
 PATCHES = whole(0, MAX_GRID)
+MAX_TILE = 65536  # pixels per side
 FRACTION = between(0, 1)
 BELOW_1 = number("in [0, 1)", lambda x: 0 <= x < 1)
 POSITIVE = number("above 0", lambda x: x > 0)
@@ -119,6 +120,7 @@ RANGES = {
   "vae.norm_groups": WIDTH,
   "vae.scaling_factor": NOT_NEGATIVE,
   "vae.dtype": DTYPE,
+  "vae.tile": whole(0, MAX_TILE),
   **{f"{part}.{name}": kind for part in ("encoder", "decoder") for name, kind in _PART.items()},
   "decoder.modulation": one_of("per_segment", "shared"),
   "decoder.max_timestep": POSITIVE,

@@ -126,7 +126,14 @@ def _decode(
   yield from batching.map_batches(decode, rows, size, mesh)
 
 
-def decode_rows(model: FlexTok, ids: np.ndarray, keep_k: np.ndarray, keys: jax.Array, batch_size: int) -> np.ndarray:
+def decode_rows(
+  model: FlexTok,
+  ids: np.ndarray,
+  keep_k: np.ndarray,
+  keys: jax.Array,
+  batch_size: int,
+  image_size: tuple[int, int] | None = None,
+) -> np.ndarray:
   """Returns images float32 [n, h, w, 3] in [-1, 1] of ids int32 [n, tokens], of which keep_k [n] count.
 
   Args:
@@ -135,7 +142,9 @@ def decode_rows(model: FlexTok, ids: np.ndarray, keep_k: np.ndarray, keys: jax.A
     keep_k: from 1.
     keys: of the noise of each image [n].
     batch_size: images per batch.
+    image_size: (height, width); None: the model's.
   """
+  shape = model.latent_shape if image_size is None else model.latent_shape_of(image_size)
   mesh, slots = local_mesh(), tokenizer.slots(model, int(keep_k.max()))
   model = batching.replicate(model, mesh)
   size = batching.batch_rows(batch_size, len(ids), mesh)
@@ -144,7 +153,7 @@ def decode_rows(model: FlexTok, ids: np.ndarray, keep_k: np.ndarray, keys: jax.A
 
   def decode(batch: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
     ids, keep_k, data = batch
-    noise = tokenizer.sample_noise(jax.random.wrap_key_data(data, impl=impl), model.latent_shape)
+    noise = tokenizer.sample_noise(jax.random.wrap_key_data(data, impl=impl), shape)
     return _clip(tokenizer.decode_ids(model, ids, keep_k, noise))
 
   return np.concatenate(list(batching.map_batches(decode, batching.slices((ids, keep_k, data), size), size, mesh)))

@@ -9,25 +9,31 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 import numpy as np
 
 from flextok_jax.data.text import make_tokenizer
-from flextok_jax.inference import priors, search, sharing, text_encoder, validation, verifiers
+from flextok_jax.inference import (
+  conditions,
+  drawing,
+  priors,
+  search,
+  search_plan,
+  sharing,
+  text_encoder,
+  validation,
+  verifiers,
+)
 from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.inference.validation import Array
 from flextok_jax.models.ar import sampling
-from flextok_jax.models.ar.generator import Generator
 from flextok_jax.parallel import batching
-from flextok_jax.stages.ar import make_generator
 from flextok_jax.weights import loading
 from flextok_jax.weights.official import generator as official_generator
 
 Schedule = float | Callable[[int], float]  # a number, or a function of the token's number from 0
 Labels = Array | Sequence[int | str] | int | str
-Text = tuple[Array, Array]  # features [b, t, f] and lengths int32 [b]
 
 
 def load_ar(
@@ -137,11 +143,11 @@ class ARGenerator(sharing.SharedModel):
     Raises:
       ValueError: an argument out of range, or a condition that the model does not take.
     """
-    ids = validation.generator_ids("ids", ids, self.num_tokens, self.num_ids)
+    ids = conditions.generator_ids("ids", ids, self.num_tokens, self.num_ids)
     if not ids.shape[1]:
       raise ValueError(f"ids must be integers [b, n] with n of at least 1, got shape {list(ids.shape)}")
-    text = self._text(None, text_embeddings, text_lengths, len(ids))
-    return _logits(self, ids, self._labels(labels, len(ids)), text)
+    text = conditions.text_of(self, None, text_embeddings, text_lengths, len(ids))
+    return drawing.logits(self, ids, conditions.labels_of(self, labels, len(ids)), text)
 
   def generate(
     self,
@@ -211,14 +217,16 @@ class ARGenerator(sharing.SharedModel):
     if num_samples is not None:
       sizes["num_samples"] = validation.at_least_one("num_samples", num_samples)
     if prefix is not None:
-      prefix = validation.generator_ids("prefix", prefix, self.num_tokens, self.num_ids)
+      prefix = conditions.generator_ids("prefix", prefix, self.num_tokens, self.num_ids)
       sizes["prefix"] = len(prefix) if len(prefix) > 1 else None
     nulls = null_text_embeddings, null_text_lengths
-    keys, *condition = self._inputs(key, labels, prompts, text_embeddings, text_lengths, nulls, sampler, sizes)
-    prefix = validation.prefix(prefix, len(keys), num_tokens)
+    keys, *condition = conditions.inputs(
+      self, key, labels, prompts, text_embeddings, text_lengths, nulls, sampler, sizes
+    )
+    prefix = conditions.prefix(prefix, len(keys), num_tokens)
     length = sampling.padded_length(num_tokens, self.num_tokens)
     args = keys, *condition, prefix, np.int32(num_tokens), sampler
-    ids, log_probs = _generate(self, *args, length=length, fast=fast)
+    ids, log_probs = drawing.generate(self, *args, length=length, fast=fast)
     ids, log_probs = ids[:, :num_tokens], log_probs[:, :num_tokens]
     return (ids, log_probs) if return_log_probs else ids
 
@@ -281,8 +289,12 @@ class ARGenerator(sharing.SharedModel):
     num_tokens = validation.whole_number("num_tokens", num_tokens, 1, self.num_tokens)
     conditioned = labels is not None or prompts is not None
     sampler = self.token_sampler(conditioned, guidance_scale, temperature, top_k, top_p, greedy)
-    keys, classes, text, null_text = self._inputs(key, labels, prompts, None, None, (None, None), sampler, {})
-    prior = priors.GeneratorPrior(_network(self.config), self.params, np.asarray(classes), text, null_text, sampler)
+    keys, classes, text, null_text = conditions.inputs(
+      self, key, labels, prompts, None, None, (None, None), sampler, {}
+    )
+    prior = priors.GeneratorPrior(
+      drawing.network(self.config), self.params, np.asarray(classes), text, null_text, sampler
+    )
     rows = prior.start(np.arange(len(keys)), sampling.padded_length(num_tokens, self.num_tokens), None)
     for i in range(num_tokens):
       rows = prior.extend(rows, keys, i, i + 1, greedy)
@@ -310,6 +322,7 @@ class ARGenerator(sharing.SharedModel):
     references: Array | None = None,
     ensemble: str = "rank",
     progress: bool | None = False,
+    size: tuple[int, int] | None = None,
     **settings: Any,
   ) -> search.Result:
     """Searches for the token ids, of each class or prompt, whose pictures a verifier scores best.
@@ -324,8 +337,9 @@ class ARGenerator(sharing.SharedModel):
       verifier_prompts: texts for the verifier in place of the prompts, for instance of a generator without text.
       weights, references, ensemble: of the verifier, see verifiers.make.
       progress: show a progress bar; None: a bar on a terminal, and lines elsewhere.
-      **settings: of search.Settings: algorithm, beam_width, candidates, schedule, steps, lookahead, branching, greedy,
-        num_results, ...
+      size: (height, width) of the pictures; default: the tokenizer's image_size. References must have it.
+      **settings: of search_plan.Settings: algorithm, beam_width, candidates, schedule, steps, lookahead, branching,
+        greedy, num_results, ...
 
     Returns:
       search.Result.
@@ -333,7 +347,7 @@ class ARGenerator(sharing.SharedModel):
     Raises:
       ValueError: an argument out of range, a condition that the model does not take, or a verifier lacks something.
     """
-    chosen = search.make_settings(settings)
+    chosen = search_plan.make_settings(settings)
     check = verifiers.make(verifier, weights=weights, references=references, ensemble=ensemble)
     conditioned = any(x is not None for x in (labels, prompts, text_embeddings))
     sampler = self.token_sampler(conditioned, guidance_scale, temperature, top_k, top_p, chosen.greedy)
@@ -344,13 +358,13 @@ class ARGenerator(sharing.SharedModel):
     told = {"verifier_prompts": verifier_prompts, "references": references}
     sizes = {name: len(value) for name, value in told.items() if value is not None}
     nulls = null_text_embeddings, null_text_lengths
-    keys, rows, text, null_text = self._inputs(
-      key, labels, prompts, text_embeddings, text_lengths, nulls, sampler, sizes
+    keys, rows, text, null_text = conditions.inputs(
+      self, key, labels, prompts, text_embeddings, text_lengths, nulls, sampler, sizes
     )
-    prior = priors.GeneratorPrior(_network(self.config), self.params, np.asarray(rows), text, null_text, sampler)
+    prior = priors.GeneratorPrior(drawing.network(self.config), self.params, np.asarray(rows), text, null_text, sampler)
     texts = verifier_prompts if verifier_prompts is not None else prompts
     classes = None if labels is None else np.asarray(rows)
-    return search.search(prior, keys, check, tokenizer, texts, classes, chosen, progress)
+    return search.search(prior, keys, check, tokenizer, texts, classes, chosen, progress, size)
 
   def check_tokenizer(self, tokenizer: FlexTok, name: str = "the tokenizer") -> None:
     """Raises ValueError, calling the tokenizer `name`, unless it is the one whose ids this generator draws."""
@@ -367,51 +381,9 @@ class ARGenerator(sharing.SharedModel):
         "give the tokenizer whose ids it was trained on"
       )
 
-  def _inputs(
-    self,
-    key: jax.Array | None,
-    labels: Any,
-    prompts: Sequence[str] | None,
-    text_embeddings: Any,
-    text_lengths: Any,
-    nulls: tuple[Any, Any],
-    sampler: sampling.TokenSampler,
-    sizes: Mapping[str, int | None],
-  ) -> tuple[jax.Array, Array, Text | None, Text | None]:
-    """Returns what samples are drawn by: keys [b], labels [b], text, and the unconditional half's text under guidance.
-
-    Args:
-      nulls: features and lengths of the empty text, or (None, None).
-      sampler: how they are drawn.
-      sizes: {name: number of samples that another argument asks for, None: any number}.
-      key: see generate, as for labels, prompts, text_embeddings and text_lengths.
-    """
-    sizes = dict(sizes)
-    if labels is not None:
-      labels = validation.array("labels", validation.class_numbers(labels, self.class_names))
-      sizes["labels"] = len(labels) if labels.ndim else None
-    if prompts is not None:
-      prompts = validation.prompts(prompts, allow_empty=False)
-      sizes["prompts"] = len(prompts)
-    if text_embeddings is not None:
-      text_embeddings = validation.floats("text_embeddings", text_embeddings)
-      sizes["text_embeddings"] = len(text_embeddings) if text_embeddings.ndim else None
-    if key is not None:
-      key = validation.typed_keys(key)
-      sizes["key"] = len(key) if key.ndim else None
-    elif not sampler.greedy:
-      raise ValueError("tokens are drawn at random: pass key=jax.random.key(seed), or greedy=True")
-    batch = validation.num_samples(sizes)
-    keys = validation.keys(jax.random.key(0) if key is None else key, batch)
-    text, null_text = self._text(prompts, text_embeddings, text_lengths, batch), None
-    if text is not None and sampler.guidance_scale is not None:
-      null_features, null_lengths = self.encode_text([""]) if nulls[0] is None else nulls
-      null_text = validation.null_text(null_features, null_lengths, batch, self.config.text.features)
-    return keys, self._labels(labels, batch), text, null_text
-
   def trim(self, ids: Array) -> list[np.ndarray]:
     """Cuts sequences [b, n] where they ended: a list of int32 arrays, as FlexTok.detokenize takes them."""
-    rows = validation.generator_ids("ids", ids, self.num_tokens, self.num_ids + 1)
+    rows = conditions.generator_ids("ids", ids, self.num_tokens, self.num_ids + 1)
     if validation.is_traced(rows):
       raise ValueError("sequences of different lengths cannot leave jax.jit: call trim outside")
     ended = np.cumsum(rows == self.num_ids, 1) > 0
@@ -431,9 +403,9 @@ class ARGenerator(sharing.SharedModel):
     settings = self.config.text
     if self.config.ar.condition != "text":
       raise ValueError(f"this model's condition is {self.config.ar.condition!r}: it takes no prompts")
-    ids, lengths = _tokenizer(settings)(validation.prompts(prompts))
+    ids, lengths = _tokenizer(settings)(conditions.texts(prompts))
     if settings.encoder == "bytes":
-      return encode_text_ids(self, ids, lengths), lengths
+      return drawing.encode_text_ids(self, ids, lengths), lengths
     return text_encoder.load_t5_once(settings.path, self.config.dtype, settings.features)(ids, lengths), lengths
 
   def token_sampler(
@@ -456,105 +428,12 @@ class ARGenerator(sharing.SharedModel):
     temperature = own.temperature if temperature is None else temperature
     top_k = own.top_k if top_k is None else top_k
     top_p = own.top_p if top_p is None else top_p
-    sampler = validation.token_sampler(guidance_scale, temperature, top_k, top_p, greedy, self.num_ids, self.num_tokens)
+    sampler = conditions.token_sampler(guidance_scale, temperature, top_k, top_p, greedy, self.num_ids, self.num_tokens)
     if sampler.guidance_scale is not None and own.condition == "none":
       raise ValueError(f"guidance_scale={guidance_scale} needs a condition, and this model has none: leave it at 1")
     return sampler
-
-  def _labels(self, labels: Any, batch: int) -> Array:
-    if labels is not None and not self.num_classes:
-      raise ValueError(f"this model's condition is {self.config.ar.condition!r}: it takes no labels")
-    return validation.labels(validation.class_numbers(labels, self.class_names), batch, self.num_classes)
-
-  def _text(self, prompts: Sequence[str] | None, features: Any, lengths: Any, batch: int) -> Text | None:
-    """Returns the text of each sample, by default the empty text; None for models without."""
-    if prompts is not None:
-      if features is not None:
-        raise ValueError("prompts and text_embeddings are both given: give one of them")
-      features, lengths = self.encode_text(prompts)
-    if self.config.ar.condition != "text":
-      if features is not None:
-        raise ValueError(f"this model's condition is {self.config.ar.condition!r}: it takes no text")
-      return None
-    if features is None:
-      features, lengths = self.encode_text([""])
-      features, lengths = jnp.repeat(features, batch, 0), np.repeat(lengths, batch)
-    return validation.text(features, lengths, batch, self.config.text.features)
-
-
-def draw_ids(
-  gen: ARGenerator,
-  keys: jax.Array,
-  labels: Array,
-  text: Text | None,
-  null_text: Text | None,
-  num_tokens: int,
-  sampler: sampling.TokenSampler,
-) -> jax.Array:
-  """ARGenerator.generate without its checks: keys and labels [b], whose b may also be a symbol of jax.export.
-
-  Args:
-    gen: the generator.
-    keys: one for each sample.
-    labels: classes, -1 for none.
-    text: features [b, t, f] and lengths [b]; None for models without text.
-    null_text: features [1 or b, t, f] and lengths of the empty text; None without guidance.
-    num_tokens: length of the result.
-    sampler: how tokens are drawn.
-
-  Returns:
-    int32 [b, num_tokens].
-  """
-  prefix = jnp.zeros((keys.shape[0], 0), jnp.int32)
-  length = sampling.padded_length(num_tokens, gen.num_tokens)
-  args = keys, labels, text, null_text, prefix, np.int32(num_tokens), sampler
-  return _generate(gen, *args, length=length, fast=True)[0][:, :num_tokens]
 
 
 @functools.lru_cache(maxsize=4)
 def _tokenizer(text: FrozenConfigDict) -> Any:
   return make_tokenizer(text.encoder, text.max_length, text.path)
-
-
-@functools.lru_cache(maxsize=32)
-def _network(config: FrozenConfigDict) -> Generator:
-  return make_generator(config)
-
-
-def _apply(gen: ARGenerator, function: Any, *args: Any, **kwargs: Any) -> Any:
-  # float32 means float32: accelerators multiply in fewer bits by default, and a token may flip.
-  with jax.default_matmul_precision("highest" if gen.config.dtype == "float32" else None):
-    return function(*args, **kwargs)
-
-
-@jax.jit
-def encode_text_ids(gen: ARGenerator, text_ids: jax.Array, text_lengths: jax.Array) -> jax.Array:
-  return _apply(gen, _network(gen.config).apply, {"params": gen.params}, text_ids, text_lengths, method="encode_text")
-
-
-@jax.jit
-def _logits(gen: ARGenerator, ids: jax.Array, labels: jax.Array, text: Text | None) -> jax.Array:
-  return _apply(gen, _network(gen.config).apply, {"params": gen.params}, ids, labels, *(text or (None, None)))
-
-
-@functools.partial(jax.jit, static_argnames=("length", "fast"))
-def _generate(
-  gen: ARGenerator,
-  keys: jax.Array,
-  labels: jax.Array,
-  text: Text | None,
-  null_text: Text | None,
-  prefix: jax.Array,
-  num_tokens: jax.Array,
-  sampler: sampling.TokenSampler,
-  *,
-  length: int,
-  fast: bool,
-) -> tuple[jax.Array, jax.Array]:
-  """See sampling.generate: ids and log-probabilities [b, length]. null_text is that of the unconditional half."""
-  if sampler.guidance_scale is not None:
-    labels = jnp.concatenate([labels, jnp.full_like(labels, -1)])  # [2 b]
-    text = None if text is None or null_text is None else priors.join_texts(text, null_text)
-  features, lengths = text or (None, None)
-  args = keys, labels, features, lengths, prefix, num_tokens, sampler
-  return _apply(gen, sampling.generate, _network(gen.config), gen.params, *args, length=length, fast=fast)

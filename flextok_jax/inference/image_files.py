@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from flextok_jax.config.ranges import MAX_SIDE
 from flextok_jax.core import files, unreadable
 from flextok_jax.core.progress import Bar
 from flextok_jax.data import pipeline, transforms
+from flextok_jax.data.pictures import UnreadablePicture
 from flextok_jax.inference import batches, token_files, validation
 from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.ops import distances, fsq
@@ -25,6 +27,36 @@ from flextok_jax.parallel import batching
 
 _THREADS = 8  # that read images
 _BATCHES = 4  # that are read at once if images have several sizes
+
+
+def crop(image: Any, model: FlexTok, size: tuple[int, int] | None) -> np.ndarray:
+  """Returns the largest centre crop of an image in the shape of a size, resized to it: uint8 [h, w, 3].
+
+  Args:
+    image: see transforms.to_rgb.
+    model: the tokenizer, to whose square image_size it is cropped if size is None, as FlexTok.tokenize does.
+    size: (height, width) or None.
+  """
+  if size is None:
+    return transforms.center_crop(image, model.image_size)
+  return np.asarray(ImageOps.fit(transforms.to_rgb(image), (size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+def load_crops(paths: Any, model: FlexTok, size: tuple[int, int] | None) -> tuple[np.ndarray, list[str]]:
+  """Returns the crops uint8 [n, h, w, 3] and the names of image files and folders (transforms.name_images).
+
+  Raises:
+    FileNotFoundError, ValueError: see transforms.load_images.
+  """
+  if size is None:
+    return transforms.load_images(paths, model.image_size)
+  named, images = transforms.name_images(paths), []
+  for path, _ in named:
+    try:
+      images.append(crop(path, model, size))
+    except UnreadablePicture as error:
+      raise ValueError(f"the image {files.printable(path)} cannot be read: {error}") from error
+  return np.stack(images), [name for _, name in named]
 
 
 @dataclasses.dataclass(frozen=True)

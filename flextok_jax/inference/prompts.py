@@ -9,7 +9,7 @@ import numpy as np
 
 from flextok_jax.core import files
 from flextok_jax.inference.generator import ARGenerator
-from flextok_jax.inference.tokenizer import FlexTok, load_tokenizer
+from flextok_jax.inference.tokenizer import FlexTok, load_tokenizer, with_positions
 
 Condition = int | str | None  # a class, a prompt, or unconditional
 _NAME_LENGTH = 40  # characters of a prompt in a file's name
@@ -119,19 +119,23 @@ def sampling_choices(
   return {name: gen.config.ar[name] if value is None else value for name, value in given.items()} | {"greedy": greedy}
 
 
-def load_matching_tokenizer(tokenizer: str, gen: ARGenerator, **sampler: Any) -> FlexTok:
-  """Loads the tokenizer of a generator.
+def load_matching_tokenizer(
+  tokenizer: str, gen: ARGenerator, *, posemb_scaling: str | None = None, **options: Any
+) -> FlexTok:
+  """Loads the tokenizer of a generator, to decode its ids.
 
   Args:
     tokenizer: path or repository.
-    **sampler: num_steps, guidance and guidance_scale, in place of its own.
+    gen: the generator.
+    posemb_scaling: of the decoder, in place of its own. The encoder keeps its own, as it identifies the ids.
+    **options: num_steps, guidance, guidance_scale and vae_tile of load_tokenizer, in place of its own.
 
   Raises:
     FileNotFoundError, ValueError: see load_tokenizer; or not the tokenizer whose ids the generator draws.
   """
-  model = load_tokenizer(tokenizer, **sampler)
+  model = load_tokenizer(tokenizer, **options)
   gen.check_tokenizer(model, f"tokenizer={tokenizer}")
-  return model
+  return with_positions(model, posemb_scaling, ("decoder",))
 
 
 def draw(

@@ -15,15 +15,11 @@ import numpy as np
 
 from flextok_jax.core.errors import quote
 from flextok_jax.core.progress import track
-from flextok_jax.inference import batches, priors, tokenizer, validation, verifiers
+from flextok_jax.inference import batches, conditions, priors, tokenizer, validation, verifiers
 from flextok_jax.inference.priors import Prior, Rows, fold, take
+from flextok_jax.inference.search_plan import Plan, Settings, make_plan, make_settings
 from flextok_jax.models.ar import sampling
 from flextok_jax.parallel import batching
-
-ALGORITHMS = ("beam", "lookahead", "best_of_n")
-BRANCHINGS = ("first", "last")
-SCHEDULES = ("geometric", "linear", "fixed")
-MAX_CANDIDATES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,139 +76,6 @@ class Result:
   decoded: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How to search.
-
-  Attributes:
-    algorithm: "beam"; "lookahead": a beam search whose candidates are extended before they are scored; "best_of_n":
-      complete samples, scored once.
-    beam_width: beams that are kept after each step.
-    candidates: of each beam in a step; of best_of_n all samples.
-    schedule: tokens after each step: "geometric" (1, 2, 4, ...), "linear", "fixed" (1, 2, 3, ...), or ascending counts.
-    steps: how many steps; fewer if all tokens are drawn before.
-    tokens_per_step: of the schedule "linear"; None: tokens / steps, rounded up.
-    lookahead: tokens by which "lookahead" extends, greedily; -1: to the end.
-    max_lookahead_step: steps from 0 below which it does; -1: all.
-    branching: "first": the candidates of a beam differ from the first token of the step on; "last": the tokens of a
-      step are shared but for the last, as in the public code of the paper.
-    replacement: whether a beam may draw the same token for several candidates.
-    greedy: the most likely tokens, instead of draws.
-    num_results: how many of the best to return.
-    batch_size: rows and pictures at once, about. A prompt's candidates are not divided while they are drawn.
-  """
-
-  algorithm: str = "beam"
-  beam_width: int = 5
-  candidates: int = 10
-  schedule: str | Sequence[int] = "geometric"
-  steps: int = 9
-  tokens_per_step: int | None = None
-  lookahead: int = 8
-  max_lookahead_step: int = -1
-  branching: str = "first"
-  replacement: bool = False
-  greedy: bool = False
-  num_results: int = 1
-  batch_size: int = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """Checked settings of a search."""
-
-  counts: tuple[int, ...]  # tokens after each step
-  width: int
-  candidates: int
-  num_results: int
-  lookahead: int  # tokens; 0: none
-  max_lookahead_step: int
-  branch_first: bool
-  replacement: bool
-  greedy: bool
-  batch_size: int
-
-  def lookahead_to(self, step: int, most: int) -> int:
-    """Returns the number of tokens to which candidates of a step are extended to be scored."""
-    ahead = self.lookahead if self.max_lookahead_step < 0 or step < self.max_lookahead_step else 0
-    return most if ahead < 0 else min(self.counts[step] + ahead, most)
-
-
-def make_plan(prior: Prior, settings: Settings) -> Plan:
-  """Returns checked settings of a search over the tokens of a prior.
-
-  Raises:
-    ValueError: a setting out of range, or that has no effect.
-  """
-  s, most = settings, prior.num_tokens
-  for name, value, allowed in (("algorithm", s.algorithm, ALGORITHMS), ("branching", s.branching, BRANCHINGS)):
-    if value not in allowed:
-      raise ValueError(f"{name}={quote(value)} must be one of {', '.join(allowed)}")
-  greedy, replacement = validation.flag("greedy", s.greedy), validation.flag("replacement", s.replacement)
-  batch_size = validation.at_least_one("batch_size", s.batch_size)
-  num_results = validation.at_least_one("num_results", s.num_results)
-  if s.algorithm == "best_of_n":
-    candidates = validation.whole_number("candidates", s.candidates, 1, MAX_CANDIDATES)
-    if num_results > candidates:
-      raise ValueError(f"num_results={num_results} is more than the {candidates} candidates")
-    if greedy:
-      raise ValueError("best_of_n draws its samples: greedy=True would draw the same one again")
-    # Complete samples of one empty beam: with replacement, they are independent.
-    return Plan((most,), 1, candidates, num_results, 0, -1, True, True, False, batch_size)
-  if greedy and replacement:
-    raise ValueError("replacement=True has no effect when greedy: the most likely tokens are taken")
-  if greedy and isinstance(prior, priors.Uniform):
-    raise ValueError("greedy=True has no meaning without a generator: all codes are equally likely")
-  candidates = validation.whole_number(
-    "candidates", s.candidates, 1, MAX_CANDIDATES if replacement else min(MAX_CANDIDATES, prior.num_ids)
-  )
-  width = validation.whole_number("beam_width", s.beam_width, 1, MAX_CANDIDATES)
-  if num_results > width:
-    raise ValueError(f"num_results={num_results} is more than beam_width={width}")
-  ahead = validation.whole_number("lookahead", s.lookahead, -1, most) if s.algorithm == "lookahead" else 0
-  if s.algorithm == "lookahead" and not ahead:
-    raise ValueError("lookahead=0 looks at nothing: use algorithm='beam', or -1 for all tokens")
-  last = validation.whole_number("max_lookahead_step", s.max_lookahead_step, -1, MAX_CANDIDATES)
-  counts = token_counts(s.schedule, s.steps, s.tokens_per_step, most)
-  first = s.branching == "first"
-  return Plan(counts, width, candidates, num_results, ahead, last, first, replacement, greedy, batch_size)
-
-
-def token_counts(
-  schedule: str | Sequence[int], steps: int, tokens_per_step: int | None, num_tokens: int
-) -> tuple[int, ...]:
-  """Returns the number of tokens after each step, ascending, at most num_tokens.
-
-  Args:
-    schedule: "geometric": 1, 2, 4, ...; "linear": multiples of tokens_per_step; "fixed": 1, 2, 3, ...; or the counts.
-    steps: how many; fewer if num_tokens is reached before.
-    tokens_per_step: of "linear"; None: num_tokens / steps, rounded up.
-    num_tokens: largest number of tokens.
-
-  Raises:
-    ValueError: an unknown schedule, or counts that are not ascending or out of range.
-  """
-  if tokens_per_step is not None and schedule != "linear":
-    raise ValueError(f"tokens_per_step={tokens_per_step} is for schedule='linear'")
-  if isinstance(schedule, str):
-    steps = validation.whole_number("steps", steps, 1, num_tokens if schedule != "geometric" else 2**31 - 1)
-    if schedule == "geometric":
-      counts = [2**i for i in range(min(steps, num_tokens.bit_length() + 1))]
-    elif schedule == "linear":
-      size = -(-num_tokens // steps) if tokens_per_step is None else tokens_per_step
-      counts = [(i + 1) * validation.at_least_one("tokens_per_step", size) for i in range(steps)]
-    elif schedule == "fixed":
-      counts = list(range(1, steps + 1))
-    else:
-      raise ValueError(f"schedule={schedule!r} must be one of {', '.join(SCHEDULES)}, or token counts")
-    counts = [min(count, num_tokens) for count in counts]
-    return tuple(dict.fromkeys(counts))
-  counts = [validation.whole_number("schedule", count, 1, num_tokens) for count in schedule]
-  if not counts or sorted(set(counts)) != counts:
-    raise ValueError(f"schedule={schedule!r:.80} must be ascending token counts")
-  return tuple(counts)
-
-
 def search(
   prior: Prior,
   keys: jax.Array,
@@ -222,6 +85,7 @@ def search(
   labels: np.ndarray | None,
   settings: Settings,
   progress: bool | None = False,
+  size: tuple[int, int] | None = None,
 ) -> Result:
   """Searches for each prompt.
 
@@ -234,25 +98,31 @@ def search(
     labels: classes int [p] for the verifier, or None.
     settings: of the search.
     progress: whether to show a bar, see core.progress.Bar.
+    size: (height, width) of the pictures; None: the model's image_size.
 
   Raises:
-    ValueError: a setting out of range; scores of a wrong shape, or NaN; no tokenizer for a verifier of images.
+    ValueError: a setting out of range; scores of a wrong shape, or NaN; no tokenizer for a verifier of images; or a
+      size that the model cannot decode.
   """
   plan = make_plan(prior, settings)
+  if size is not None:
+    if model is None:
+      raise ValueError(f"size={quote(size)} has no effect without a tokenizer, which decodes pictures: leave it out")
+    model.latent_shape_of(size)
   if model is None and needs_images(verifier):
     raise ValueError("this verifier looks at images: give tokenizer=..., which decodes them")
   count, local = len(keys), batches.local_mesh()
   mesh = local if local.size > 1 else None
-  size = max(1, plan.batch_size // (plan.width * plan.candidates))
-  size = batching.batch_rows(size, count, mesh)
+  group = max(1, plan.batch_size // (plan.width * plan.candidates))
+  group = batching.batch_rows(group, count, mesh)
   if mesh is not None:
     prior, model = prior.on(mesh), None if model is None else batching.replicate(model, mesh)
-  facts = _Facts(prior, plan, verifier, model, prompts, labels, keys, mesh)
+  facts = _Facts(prior, plan, verifier, model, prompts, labels, keys, mesh, size)
   found = []
-  left = lambda first: min(size, count - first)
-  for first in track(range(0, count, size), count, "searches", validation.progress(progress), size=left):
+  left = lambda first: min(group, count - first)
+  for first in track(range(0, count, group), count, "searches", validation.progress(progress), size=left):
     # The last group is filled up with the last prompt, which is not scored again, to compile no other program.
-    which = np.minimum(np.arange(first, first + size), count - 1)
+    which = np.minimum(np.arange(first, first + group), count - 1)
     rows = left(first)
     found.append(jax.tree.map(lambda x: x[:rows], facts.search(which, rows)))  # noqa: B023 called at once
   ids, scores, *steps = jax.tree.map(lambda *x: np.concatenate(x), *found)
@@ -270,6 +140,23 @@ def needs_images(verifier: Any) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Branches:
+  """The candidates of a step: `candidates` of each beam, one after another.
+
+  Attributes:
+    parents: number of each one's beam [n].
+    choice: the token by which they differ: its number in the sequence, ids [n] and log-probabilities [n].
+    valid: which of them count, bool [n].
+    keys: of the draws of each [n].
+  """
+
+  parents: np.ndarray
+  choice: tuple[int, np.ndarray, np.ndarray]
+  valid: np.ndarray
+  keys: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
 class _Facts:
   """What all steps of a search share."""
 
@@ -281,6 +168,7 @@ class _Facts:
   labels: np.ndarray | None
   keys: jax.Array
   mesh: Any
+  size: tuple[int, int] | None
 
   def search(self, which: np.ndarray, real: int) -> tuple:
     """Searches for the prompts `which` int [p], together; only the first `real` of them are scored.
@@ -301,35 +189,14 @@ class _Facts:
     for number, tokens in enumerate(plan.counts):
       last = number == len(plan.counts) - 1
       beams = take(prior, beams, np.arange(count * width), room(tokens))
-      step_keys = jnp.repeat(fold(keys, [number] * count), width)
-      beam_keys = fold(step_keys, np.tile(np.arange(width), count))
-
-      # Branch each beam, at the first or at the last token of this step.
-      at = done if plan.branch_first else tokens - 1
-      if at > done:
-        beams = prior.extend(beams, beam_keys, done, at, plan.greedy)
-      ended = np.asarray(beams.sequences.done)
-      chosen, chances, beams = prior.branch(beams, beam_keys, at, plan.candidates, plan.greedy, plan.replacement)
-      parents = np.repeat(np.arange(count * width), plan.candidates)
-      choice = at, np.asarray(chosen).reshape(-1), np.asarray(chances).reshape(-1)
-      valid = np.isfinite(chances) & alive.reshape(-1, 1)
-      valid[ended] = (np.arange(plan.candidates) == 0) & alive.reshape(-1, 1)[ended]  # it has one continuation: none
-
-      # Complete the step, and look ahead.
-      rows_keys = fold(jnp.repeat(beam_keys, plan.candidates), np.tile(np.arange(plan.candidates), count * width))
-      goal, grown = plan.lookahead_to(number, most), tokens > at + 1
-      candidates, keep = None, grown and not last
-      if keep:
-        candidates = take(prior, beams, parents, room(tokens), choice)
-        candidates = prior.extend(candidates, rows_keys, at + 1, tokens, plan.greedy)
-        ids, log_probs = (np.asarray(x)[:, :tokens] for x in (candidates.sequences.ids, candidates.sequences.log_probs))
-        ahead = self._ahead(candidates, None, None, rows_keys, tokens, tokens, goal)[0]
-      else:
-        ahead, ids, log_probs = self._ahead(beams, parents, choice, rows_keys, at + 1, tokens, goal)
+      step_keys = fold(jnp.repeat(fold(keys, [number] * count), width), np.tile(np.arange(width), count))
+      beams, branches = self._branch(beams, alive, step_keys, done, tokens)
+      goal = plan.lookahead_to(number, most)
+      candidates, ahead, ids, log_probs = self._complete(beams, branches, tokens, goal, last)
 
       # Score, and keep the best of each prompt.
       per_prompt = width * plan.candidates
-      scores = self._score(ahead[:, :goal], log_probs, done, np.repeat(which, per_prompt), valid.reshape(-1))
+      scores = self._score(ahead[:, :goal], log_probs, done, np.repeat(which, per_prompt), branches.valid)
       scores = scores.reshape(count, per_prompt)
       order = np.argsort(-scores, axis=1, kind="stable")
       kept = order[:, : max(plan.num_results, width) if last else width]
@@ -343,10 +210,56 @@ class _Facts:
         if candidates is not None:
           beams = take(prior, candidates, flat, room(tokens))
         else:
-          choice = at, np.asarray(choice[1])[flat], np.asarray(choice[2])[flat]
-          beams = take(prior, beams, parents[flat], room(tokens), choice)
+          at, chosen, chances = branches.choice
+          beams = take(prior, beams, branches.parents[flat], room(tokens), (at, chosen[flat], chances[flat]))
       done = tokens
     return ids[:, : plan.num_results], best[:, : plan.num_results], *steps
+
+  def _branch(
+    self, beams: Rows, alive: np.ndarray, keys: jax.Array, done: int, tokens: int
+  ) -> tuple[Rows, "_Branches"]:
+    """Branches beams of `done` tokens, at the first or at the last token of a step that ends with `tokens` tokens.
+
+    Args:
+      beams: all beams of all prompts.
+      alive: which of them count, bool [p, width].
+      keys: of the draws of each beam.
+      done: see above, as for tokens.
+
+    Returns:
+      The beams, up to the token that differs, and their branches.
+    """
+    prior, plan = self.prior, self.plan
+    at = done if plan.branch_first else tokens - 1
+    if at > done:
+      beams = prior.extend(beams, keys, done, at, plan.greedy)
+    ended = np.asarray(beams.sequences.done)
+    chosen, chances, beams = prior.branch(beams, keys, at, plan.candidates, plan.greedy, plan.replacement)
+    alive = alive.reshape(-1, 1)
+    valid = np.isfinite(chances) & alive
+    valid[ended] = (np.arange(plan.candidates) == 0) & alive[ended]  # it has one continuation: none
+    parents = np.repeat(np.arange(alive.size), plan.candidates)
+    choice = at, np.asarray(chosen).reshape(-1), np.asarray(chances).reshape(-1)
+    each = np.tile(np.arange(plan.candidates), alive.size)
+    return beams, _Branches(parents, choice, valid.reshape(-1), fold(jnp.repeat(keys, plan.candidates), each))
+
+  def _complete(
+    self, beams: Rows, branches: "_Branches", tokens: int, goal: int, last: bool
+  ) -> tuple[Rows | None, np.ndarray, np.ndarray, np.ndarray]:
+    """Completes a step, and looks ahead to `goal` tokens.
+
+    Returns:
+      The rows of the candidates, or None where beams and branches suffice to continue; then ids as of _ahead.
+    """
+    prior, plan, keys = self.prior, self.plan, branches.keys
+    at = branches.choice[0]
+    if last or tokens == at + 1:
+      return None, *self._ahead(beams, branches.parents, branches.choice, keys, at + 1, tokens, goal)
+    length = sampling.padded_length(tokens, prior.num_tokens)
+    candidates = take(prior, beams, branches.parents, length, branches.choice)
+    candidates = prior.extend(candidates, keys, at + 1, tokens, plan.greedy)
+    ids, log_probs = (np.asarray(x)[:, :tokens] for x in (candidates.sequences.ids, candidates.sequences.log_probs))
+    return candidates, self._ahead(candidates, None, None, keys, tokens, tokens, goal)[0], ids, log_probs
 
   def _ahead(
     self, rows: Rows, parents: Any, choice: Any, keys: jax.Array, at: int, tokens: int, goal: int
@@ -410,11 +323,16 @@ class _Facts:
   def decode(self, ids: np.ndarray, which: np.ndarray) -> np.ndarray:
     """Returns the pictures float32 [n, h, w, 3] of sequences [n, tokens] of the prompts `which` [n]."""
     assert self.model is not None
-    return decode(self.model, ids, self.prior.stop_id, self.keys[which], self.plan.batch_size)
+    return decode(self.model, ids, self.prior.stop_id, self.keys[which], self.plan.batch_size, self.size)
 
 
 def decode(
-  model: tokenizer.FlexTok, ids: np.ndarray, stop_id: int | None, keys: jax.Array, batch_size: int
+  model: tokenizer.FlexTok,
+  ids: np.ndarray,
+  stop_id: int | None,
+  keys: jax.Array,
+  batch_size: int,
+  size: tuple[int, int] | None = None,
 ) -> np.ndarray:
   """Returns the pictures float32 [n, h, w, 3] in [-1, 1] that a search shows its verifier.
 
@@ -424,11 +342,12 @@ def decode(
     stop_id: of the generator; None without one.
     keys: of each sequence's prompt [n], from which its noise is drawn.
     batch_size: pictures at once.
+    size: (height, width) of the pictures; None: the model's image_size.
   """
   noise_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, np.uint32(2**32 - 1))
   keep_k = np.full(len(ids), ids.shape[1]) if stop_id is None else (ids != stop_id).sum(1)
   ids = np.where(np.arange(ids.shape[1]) < keep_k[:, None], ids, 0)
-  return batches.decode_rows(model, ids, keep_k.astype(np.int32), noise_keys, batch_size)
+  return batches.decode_rows(model, ids, keep_k.astype(np.int32), noise_keys, batch_size, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,6 +366,7 @@ class UniformPrior:
     references: Any = None,
     ensemble: str = "rank",
     progress: bool | None = False,
+    size: tuple[int, int] | None = None,
     **settings: Any,
   ) -> Result:
     """See ARGenerator.search, of which it takes the settings; prompts and labels are for the verifier alone."""
@@ -458,20 +378,7 @@ class UniformPrior:
     batch = validation.num_samples({**sizes, "key": len(key) if validation.typed_keys(key).ndim else None})
     prior = priors.Uniform(self.tokenizer.num_codes, self.tokenizer.num_registers)
     check = verifiers.make(verifier, weights=weights, references=references, ensemble=ensemble)
-    texts = None if prompts is None else validation.prompts(prompts)
+    texts = None if prompts is None else conditions.texts(prompts)
     numbers = None if labels is None else np.asarray(labels, np.int32)
     keys, chosen = validation.keys(key, batch), make_settings(settings)
-    return search(prior, keys, check, self.tokenizer, texts, numbers, chosen, progress)
-
-
-def make_settings(given: dict[str, Any]) -> Settings:
-  """Returns the settings that are given by name, and the defaults of the others.
-
-  Raises:
-    ValueError: no such setting.
-  """
-  known = {field.name for field in dataclasses.fields(Settings)}
-  for name in given:
-    if name not in known:
-      raise ValueError(f"search has no setting {quote(name)}: its settings are {', '.join(sorted(known))}")
-  return Settings(**given)
+    return search(prior, keys, check, self.tokenizer, texts, numbers, chosen, progress, size)

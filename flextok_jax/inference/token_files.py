@@ -77,9 +77,9 @@ def write_tokens(
           file.write(part)
 
 
-def to_json(facts: Facts, entries: Iterable[tuple[str, Ids]]) -> bytes:
+def to_json(facts: Facts, entries: Iterable[tuple[str, Ids]], sizes: Iterable[Size] | None = None) -> bytes:
   """Returns the content of a JSON token file; arguments as of write_tokens."""
-  return b"".join(_json_parts(facts, entries, None))
+  return b"".join(_json_parts(facts, entries, sizes))
 
 
 def _json_parts(facts: Facts, entries: Iterable[tuple[str, Ids]], sizes: Iterable[Size] | None) -> Iterator[bytes]:
@@ -117,13 +117,16 @@ def _write_npz(path: Path, facts: Facts, entries: Iterable[tuple[str, Ids]], siz
     write("token_ids", np.dtype("<i4"), (count, facts.num_tokens), (ids for _, ids in entries))
 
 
-def read_tokens(path: Path, facts: Facts, num_codes: int) -> tuple[list[str], list[Ids], list[Size] | None]:
+def read_tokens(
+  path: Path, facts: Facts, num_codes: int, also: str = ""
+) -> tuple[list[str], list[Ids], list[Size] | None]:
   """Reads and checks a token file.
 
   Args:
     path: of the file.
     facts: of the tokenizer that is to decode it; num_tokens: its registers.
     num_codes: of that tokenizer.
+    also: another fingerprint of a tokenizer whose ids it decodes: the same with its own positions.
 
   Returns:
     (names, token ids, sizes): one entry per image, each of 1 to num_tokens ids in [0, num_codes); its name can be part
@@ -142,7 +145,7 @@ def read_tokens(path: Path, facts: Facts, num_codes: int) -> tuple[list[str], li
       f"{path} holds tokens of {quote(size)} px images, but this checkpoint makes {facts.image_size} px images: use "
       "the checkpoint that wrote them"
     )
-  if found and facts.tokenizer and found != facts.tokenizer:
+  if found and facts.tokenizer and found not in (facts.tokenizer, also):
     raise ValueError(
       f"{path} holds ids of the tokenizer {quote(found)}, but this checkpoint is {facts.tokenizer}: use the checkpoint "
       "that wrote them, with the same posemb_scaling"

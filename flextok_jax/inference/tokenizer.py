@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from flextok_jax.config import TOKENIZER_STAGES, with_fields
+from flextok_jax.config.ranges import MAX_TILE
 from flextok_jax.core.errors import quote
 from flextok_jax.inference import adaptive, sharing, validation
 from flextok_jax.inference.validation import Array, Images, Scale, TokenIds
@@ -24,6 +25,7 @@ from flextok_jax.models.tokenizer import flextok
 from flextok_jax.models.tokenizer.flextok import Sampler
 from flextok_jax.ops import distances, fsq, nested
 from flextok_jax.parallel import batching
+from flextok_jax.stages import tokenizer as tokenizer_stage
 from flextok_jax.stages.tokenizer import check_sampler, make_model
 from flextok_jax.stages.vae import make_vae
 from flextok_jax.weights import fingerprints, loading, saving
@@ -41,6 +43,7 @@ def load(
   mup_base_width: int | None = None,
   image_size: int | None = None,
   posemb_scaling: str | None = None,
+  vae_tile: int | None = None,
   mesh: Mesh | None = None,
   revision: str | None = None,
   subfolder: str = "",
@@ -58,6 +61,8 @@ def load(
     image_size: pixels a side, in place of the checkpoint's own (256 in official ones, whose files do not state it).
     posemb_scaling: how encoder and decoder use their position tables, in place of the checkpoint's own: with
       "interpolate" or "scaled" images may have any size, with "absolute" none above the table's (config/defaults.py).
+    vae_tile: pixels per side above which images are encoded and decoded in tiles of at most this size, overlap
+      included, to save memory; 0: never; default: the checkpoint's (config.vae.tile).
     mesh: devices to place the parameters on, by their logical axes; default: the first device.
     revision: branch, tag or commit of a repository; default: its main branch.
     subfolder: of the folder or repository.
@@ -74,6 +79,7 @@ def load(
     mup_base_width=None if mup_base_width is None else validation.at_least_one("mup_base_width", mup_base_width),
     image_size=None if image_size is None else validation.at_least_one("image_size", image_size),
     posemb_scaling=posemb_scaling,
+    vae_tile=None if vae_tile is None else validation.whole_number("vae_tile", vae_tile, 0, MAX_TILE),
     mesh=mesh,
     revision=revision,
     subfolder=subfolder,
@@ -547,13 +553,14 @@ def load_tokenizer(
   guidance: str | None = None,
   guidance_scale: float | None = None,
   posemb_scaling: str | None = None,
+  vae_tile: int | None = None,
 ) -> FlexTok:
-  """Loads a model that has tokens, with these settings of sampler and positions in its config; None keeps its own.
+  """Loads a model that has tokens, with these settings of sampler, positions and VAE in its config; None keeps its own.
 
   Raises:
     FileNotFoundError, ValueError: see load; a VAE alone; or a setting out of range.
   """
-  model = load(source, posemb_scaling=posemb_scaling)
+  model = load(source, posemb_scaling=posemb_scaling, vae_tile=vae_tile)
   if model.config.stage not in TOKENIZER_STAGES:
     raise ValueError(f"{source} is a model of stage {model.config.stage!r}, which has no tokens")
   return with_sampler(model, num_steps=num_steps, guidance=guidance, guidance_scale=guidance_scale)
@@ -571,6 +578,22 @@ def with_sampler(
   sampler = validation.sampler(model.sampler, **given)
   fields = {f"sampler.{name}": value for name, value in dataclasses.asdict(sampler).items()}
   return dataclasses.replace(model, config=FrozenConfigDict(with_fields(model.config, fields)))
+
+
+def with_positions(
+  model: FlexTok, posemb_scaling: str | None, parts: Sequence[str] = ("encoder", "decoder")
+) -> FlexTok:
+  """Returns the model with another posemb_scaling of these parts, as load gives it; None keeps its own.
+
+  With other positions of the encoder it is another tokenizer by its fingerprint; those of the decoder do not change it.
+
+  Raises:
+    ValueError: a scaling that the positions do not have.
+  """
+  if posemb_scaling is None:
+    return model
+  config = tokenizer_stage.with_positions(model._tokenizer_config(), posemb_scaling, parts)
+  return dataclasses.replace(model, config=FrozenConfigDict(config))
 
 
 def prefix_lengths(
@@ -628,7 +651,7 @@ def _decode(model: FlexTok, ids: Array, keep_k: Array, noise: Array, sampler: Sa
 def _network(config: FrozenConfigDict) -> flextok.FlexTok:
   if config.stage in TOKENIZER_STAGES:
     return make_model(config)
-  return flextok.FlexTok(None, None, (), make_vae(config), config.vae.scaling_factor)
+  return flextok.FlexTok(None, None, (), make_vae(config), config.vae.scaling_factor, config.vae.tile)
 
 
 def _precision(model: FlexTok) -> Any:

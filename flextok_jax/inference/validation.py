@@ -1,4 +1,4 @@
-"""Checks of arguments: the only place in this package that looks at the values of arrays.
+"""Checks of arguments. With conditions.py, it is the only place in this package that looks at the values of arrays.
 
 Under a transformation of jax (jit, grad, vmap) an array has a shape and a type, but no values yet; then only those are
 checked. Every check raises a ValueError that names the argument, its value and what it must be.
@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from flextok_jax.config.ranges import MAX_SIDE, SCALES, TEMPERATURES
+from flextok_jax.config.ranges import MAX_SIDE, SCALES
 from flextok_jax.core.errors import quote, warn_once
 from flextok_jax.data import transforms
-from flextok_jax.models.ar.sampling import TokenSampler
 from flextok_jax.models.tokenizer.flextok import Sampler
 
 Array = jax.Array | np.ndarray
@@ -176,6 +175,21 @@ def typed_keys(key: Any) -> jax.Array:
   return found
 
 
+def num_samples(given: Mapping[str, int | None]) -> int:
+  """Returns the number of samples, by default 1.
+
+  Args:
+    given: what arguments say, by their names; None: nothing.
+  """
+  sizes = {name: size for name, size in given.items() if size is not None}
+  if len(set(sizes.values())) > 1:
+    raise ValueError(f"how many samples? {', '.join(f'{name} says {size}' for name, size in sizes.items())}")
+  batch = next(iter(sizes.values()), 1)
+  if batch < 1:
+    raise ValueError(f"{next(iter(sizes))} is empty: at least one sample is needed")
+  return batch
+
+
 def per_sample(name: str, value: Any, batch: int, dtype: Any) -> Array:
   """Returns one value, or one per sample, as an array [b] of dtype; values are cast within their kind."""
   found = array(name, value)
@@ -299,7 +313,7 @@ def token_ids(ids: TokenIds, keep_k: Any, num_registers: int, num_codes: int) ->
   if not batch or not lengths.min() >= 1 or width > num_registers:
     raise ValueError(f"a sequence has 1 to {num_registers} ids, got {sorted(set(lengths.tolist()))}")
   ids = array("ids", ids)
-  _ids_in_range("", ids, num_codes)
+  ids_in_range("", ids, num_codes)
   given = lengths if keep_k is None else array("keep_k", keep_k)
   keep_k = per_sample("keep_k", given, batch, jnp.int32)
   if is_traced(keep_k):
@@ -317,7 +331,7 @@ def fit_slots(ids: Array, slots: int) -> Array:
   return namespace(ids).pad(ids[:, :slots], ((0, 0), (0, max(slots - ids.shape[1], 0))))
 
 
-def _ids_in_range(where: str, ids: Array, num_ids: int) -> None:
+def ids_in_range(where: str, ids: Array, num_ids: int) -> None:
   if not is_traced(ids) and ids.size and not 0 <= ids.min() <= ids.max() < num_ids:
     worst = ids.min() if ids.min() < 0 else ids.max()
     raise ValueError(f"token id {worst}{where} is out of range: ids are 0 to {num_ids - 1}")
@@ -377,126 +391,3 @@ def sampler(own: Sampler, **given: Any) -> Sampler:
   elif scale.shape not in ((), (count,)):
     raise ValueError(f"guidance_scale must be one number, or one for each of {count} steps, got {list(scale.shape)}")
   return dataclasses.replace(chosen, guidance_scale=scale)
-
-
-# Of generators
-
-
-def generator_ids(name: str, ids: Any, num_tokens: int, num_ids: int) -> Array:
-  """Returns ids [b, n] as int32."""
-  ids = array(name, ids)
-  if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer) or ids.shape[1] > num_tokens:
-    raise ValueError(
-      f"{name} must be integers [b, n] with n of at most {num_tokens}, got {ids.dtype} {list(ids.shape)}"
-    )
-  _ids_in_range(f" in {name}", ids, num_ids)
-  return ids.astype(np.int32)
-
-
-def prefix(ids: Array | None, batch: int, num_tokens: int) -> Array:
-  """Returns the first tokens of samples as int32 [b, p], p < num_tokens; None: p = 0. One row serves all samples."""
-  if ids is None:
-    return np.zeros((batch, 0), np.int32)
-  if ids.shape[1] >= num_tokens:
-    raise ValueError(f"a prefix of {ids.shape[1]} tokens leaves nothing to draw of num_tokens={num_tokens}")
-  return namespace(ids).broadcast_to(ids, (batch, ids.shape[1]))
-
-
-def class_numbers(classes: Any, names: Sequence[str]) -> Any:
-  """Returns one class or several with a number in place of each name."""
-  if isinstance(classes, np.ndarray) and classes.dtype.kind == "U":
-    classes = classes.tolist()
-  if isinstance(classes, str):
-    if classes not in names:
-      known = f"its classes are {quote(', '.join(names))}" if names else "it has no names of classes: give numbers"
-      raise ValueError(f"this model has no class named {quote(classes)}: {known}")
-    return list(names).index(classes)
-  if isinstance(classes, Sequence) and any(isinstance(x, str) for x in classes):
-    return [class_numbers(x, names) for x in classes]
-  return classes
-
-
-def labels(classes: Any, batch: int, num_classes: int) -> Array:
-  """Returns classes as int32 [b]; None: -1, no class."""
-  if classes is None:
-    return np.full(batch, -1, np.int32)
-  classes = array("labels", classes)
-  if classes.shape not in ((), (batch,)) or not jnp.issubdtype(classes.dtype, jnp.integer):
-    raise ValueError(f"labels must be whole numbers, one for each of {batch} samples, got {quote(classes)}")
-  if not is_traced(classes) and not -1 <= classes.min() <= classes.max() < num_classes:
-    worst = classes.min() if classes.min() < -1 else classes.max()
-    raise ValueError(f"class {worst} is out of range: classes are 0 to {num_classes - 1}, -1 for none")
-  return namespace(classes).broadcast_to(classes.astype(np.int32), (batch,))
-
-
-def prompts(texts: Any, allow_empty: bool = True) -> list[str]:
-  """Returns a list of texts."""
-  listed = isinstance(texts, Sequence | np.ndarray) and not isinstance(texts, str)
-  if not listed or not all(isinstance(text, str) for text in texts):
-    raise ValueError(f"prompts must be a list of texts, got {quote(texts)}")
-  for i, text in enumerate(texts):
-    if not allow_empty and not text.strip():
-      raise ValueError(f"prompt {i} is empty: say what to draw, or leave prompts out to draw without condition")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-      raise ValueError(f"prompt {i} is no valid text, it holds half of a surrogate pair: {quote(text)}")
-  return [str(text) for text in texts]
-
-
-def text(features: Any, lengths: Any, batch: int, width: int) -> tuple[Array, Array]:
-  """Returns (text features [b, t, f], int32 [b]: how many of the t positions count, by default all)."""
-  features = floats("text_embeddings", features)
-  if features.ndim != 3 or features.shape[0] != batch or not features.shape[1] or features.shape[2] != width:
-    raise ValueError(f"text_embeddings must have shape [{batch}, t, {width}], got {list(features.shape)}")
-  size = features.shape[1]
-  lengths = np.full(batch, size, np.int32) if lengths is None else array("text_lengths", lengths)
-  if not is_traced(lengths):
-    whole = np.issubdtype(lengths.dtype, np.integer) and lengths.shape == (batch,)
-    if not whole or not 1 <= lengths.min() <= lengths.max() <= size:
-      raise ValueError(f"text_lengths must be {batch} whole numbers from 1 to {size}, got {quote(lengths)}")
-  return jnp.asarray(features), lengths.astype(np.int32)
-
-
-def null_text(features: Any, lengths: Any, batch: int, width: int) -> tuple[Array, Array]:
-  """As text, of the empty text: one for all samples, or one per sample."""
-  features = floats("null_text_embeddings", features)
-  if features.ndim != 3 or features.shape[0] not in (1, batch):
-    raise ValueError(f"null_text_embeddings must have shape [1 or {batch}, t, {width}], got {list(features.shape)}")
-  return text(features, lengths, features.shape[0], width)
-
-
-def token_sampler(
-  guidance_scale: Any, temperature: Any, top_k: Any, top_p: Any, greedy: Any, num_ids: int, num_tokens: int
-) -> TokenSampler:
-  """Returns how tokens are drawn; guidance_scale and temperature may be functions of the token's number from 0."""
-  real: Any = np.float32
-
-  def scheduled(name: str, value: Any, low: float, high: float, remedy: str = "") -> Any:
-    if not callable(value):
-      return real(number(name, value, low, high, remedy))
-    return np.array([number(f"{name}({i})", value(i), low, high, remedy) for i in range(num_tokens)], np.float32)
-
-  scale = scheduled("guidance_scale", guidance_scale, *SCALES)
-  divisor = scheduled("temperature", temperature, *TEMPERATURES, "; greedy=True takes the most likely token")
-  mass = number("top_p", top_p, 0, 1, ", 0 for off")
-  return TokenSampler(
-    guidance_scale=None if np.all(scale == 1) else scale,
-    temperature=divisor,
-    top_p=real(mass) if mass else None,
-    top_k=whole_number("top_k", top_k, 0, num_ids),
-    greedy=flag("greedy", greedy),
-  )
-
-
-def num_samples(given: Mapping[str, int | None]) -> int:
-  """Returns the number of samples, by default 1.
-
-  Args:
-    given: what arguments say, by their names; None: nothing.
-  """
-  sizes = {name: size for name, size in given.items() if size is not None}
-  if len(set(sizes.values())) > 1:
-    raise ValueError(f"how many samples? {', '.join(f'{name} says {size}' for name, size in sizes.items())}")
-  batch = next(iter(sizes.values()), 1)
-  if batch < 1:
-    raise ValueError(f"{next(iter(sizes))} is empty: at least one sample is needed")
-  return batch

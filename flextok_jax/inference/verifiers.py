@@ -164,6 +164,9 @@ class Reference:
     assert candidates.images is not None
     if candidates.which.max() >= len(self._references):
       raise ValueError(f"{len(self._references)} references are fewer than the prompts: give one for each")
+    sizes = [list(images.shape[1:3]) for images in (self._references, candidates.images)]
+    if sizes[0] != sizes[1]:
+      raise ValueError(f"references have [height, width] {sizes[0]}, and pictures {sizes[1]}: resize or crop them")
     return self._scores(candidates.images, self._references[candidates.which])
 
 

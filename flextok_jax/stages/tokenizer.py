@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from flextok_jax.config import with_fields
 from flextok_jax.config.ranges import MAX_GRID
 from flextok_jax.models.activations import of_blocks, of_frozen_vae
 from flextok_jax.models.tokenizer.decoder import Decoder
@@ -42,12 +43,30 @@ def make_model(config: ConfigDict) -> FlexTok:
     levels=levels,
     scaling_factor=config.vae.scaling_factor or 1.0,  # 0: set by training (inputs.with_weights)
     base_side=config.flow.base_size / (1 if vae is None else vae.downscale),
+    tile=config.vae.tile,
   )
   if config.tokens.layout == "grid":
     _check_grid(config)
   if model.decoder.interval and config.stage != "distill":
     raise ValueError(f"decoder.interval=True is for stage 'distill', not {config.stage!r}")
   return model
+
+
+def with_positions(
+  config: ConfigDict, posemb_scaling: str, parts: Sequence[str] = ("encoder", "decoder")
+) -> ConfigDict:
+  """Returns a config with another posemb_scaling of these parts, of tables as large as before.
+
+  Raises:
+    ValueError: a scaling that the positions do not have.
+  """
+  model = make_model(config)
+  fields: dict[str, Any] = {}
+  for name in parts:
+    fields |= {f"{name}.posemb_scaling": posemb_scaling, f"{name}.max_grid": getattr(model, name).max_grid}
+  config = with_fields(config, fields)
+  make_model(config)  # raises the error
+  return config
 
 
 def grid_tokens(config: ConfigDict) -> int:

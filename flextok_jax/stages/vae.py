@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from flextok_jax.core.images import to_float
 from flextok_jax.models.activations import of_vae
 from flextok_jax.models.perception.lpips import LPIPS
+from flextok_jax.models.vae import tiling
 from flextok_jax.models.vae.autoencoder import AutoencoderKL, kl_divergence, last_conv, sample_posterior
 from flextok_jax.models.vae.discriminator import PatchDiscriminator, patches_of
 from flextok_jax.ops import adversarial
@@ -23,7 +24,7 @@ def make_vae(config: ConfigDict) -> AutoencoderKL:
   """Builds the autoencoder from config.vae.
 
   Raises:
-    ValueError: the image size does not fit.
+    ValueError: the image size or the size of tiles does not fit.
   """
   c = config.vae
   vae = AutoencoderKL(
@@ -33,6 +34,7 @@ def make_vae(config: ConfigDict) -> AutoencoderKL:
     norm_groups=c.norm_groups,
     dtype=jnp.dtype(c.dtype),
   )
+  tiling.check(vae, c.tile)
   if config.image_size % vae.downscale:
     raise ValueError(f"image_size {config.image_size} is not a multiple of the VAE's downscale {vae.downscale}")
   return vae

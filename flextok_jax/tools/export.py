@@ -30,7 +30,7 @@ import flextok_jax
 from flextok_jax.config import TOKENIZER_STAGES, with_fields
 from flextok_jax.core import files
 from flextok_jax.core import images as images_lib
-from flextok_jax.inference import generator, tokenizer
+from flextok_jax.inference import drawing, tokenizer
 from flextok_jax.inference.generator import ARGenerator
 from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.inference.validation import token_count, whole_number
@@ -72,43 +72,47 @@ class Program:
   settings: Mapping[str, Any]
 
 
-def tokenize(model: FlexTok, num_tokens: int | None = None) -> Program:
+def tokenize(model: FlexTok, num_tokens: int | None = None, size: tuple[int, int] | None = None) -> Program:
   """Returns the program of FlexTok.tokenize.
 
   Args:
     model: a tokenizer.
     num_tokens: how many of the first tokens it returns; default: all.
+    size: (height, width) of the images; default: the model's image_size.
 
   Raises:
-    ValueError: a number of tokens that the model does not have, or a VAE alone.
+    ValueError: a number of tokens or a size that the model does not have, or a VAE alone.
   """
-  count, size = _count(model, num_tokens), model.image_size
+  count, (height, width) = _count(model, num_tokens), size or (model.image_size, model.image_size)
+  jax.eval_shape(model.tokenize, jax.ShapeDtypeStruct((1, height, width, 3), np.uint8))  # raises for a bad size
 
   def function(model, inputs):
     return {"ids": tokenizer.encode_ids(model, inputs["images"], count)}
 
-  inputs = {"images": Input(np.uint8, (BATCH, size, size, 3), "RGB images")}
+  inputs = {"images": Input(np.uint8, (BATCH, height, width, 3), "RGB images")}
   outputs = {"ids": f"token ids, 0 to {model.num_codes - 1}"}
-  return Program("tokenize", model, function, inputs, outputs, _tokenizer_settings(model, count))
+  settings = _tokenizer_settings(model, count, (height, width))
+  return Program("tokenize", model, function, inputs, outputs, settings)
 
 
-def detokenize(model: FlexTok, num_tokens: int | None = None) -> Program:
+def detokenize(model: FlexTok, num_tokens: int | None = None, size: tuple[int, int] | None = None) -> Program:
   """Returns the program of FlexTok.detokenize, by the sampler of the model's config.
 
   Args:
     model: a tokenizer.
     num_tokens: length of the sequences that it takes; default: all tokens. Fewer take less time.
+    size: (height, width) of the images; default: the model's image_size.
 
   Raises:
-    ValueError: a number of tokens that the model does not have, a bad setting of the sampler, or a VAE alone.
+    ValueError: a number of tokens or a size that the model does not have, a bad setting of the sampler, or a VAE alone.
   """
-  count = _count(model, num_tokens)
-  width = tokenizer.slots(model, count)
-  settings = _tokenizer_settings(model, count) | {"sampler": model.config.sampler.to_dict()}
+  count, size = _count(model, num_tokens), size or (model.image_size, model.image_size)
+  slots, shape = tokenizer.slots(model, count), model.latent_shape_of(size)
+  settings = _tokenizer_settings(model, count, size) | {"sampler": model.config.sampler.to_dict()}
 
   def function(model, inputs):
-    ids = jnp.pad(inputs["ids"], ((0, 0), (0, width - count)))
-    noise = tokenizer.sample_noise(_keys(inputs["seeds"]), model.latent_shape)
+    ids = jnp.pad(inputs["ids"], ((0, 0), (0, slots - count)))
+    noise = tokenizer.sample_noise(_keys(inputs["seeds"]), shape)
     images = tokenizer.decode_ids(model, ids, inputs["keep_k"], noise)
     return {"images": images_lib.as_uint8(images)}
 
@@ -167,9 +171,9 @@ def generate(model: ARGenerator, num_tokens: int | None = None, **choices: Any) 
       null_text = (inputs["null_features"], inputs["null_lengths"]) if "null_features" in inputs else None
     elif bytewise:
       lengths = inputs["text_lengths"]
-      text = generator.encode_text_ids(model, inputs["text_ids"], lengths), lengths
+      text = drawing.encode_text_ids(model, inputs["text_ids"], lengths), lengths
       null_text = model.encode_text([""])
-    ids = generator.draw_ids(model, _keys(seeds), labels, text, null_text, count, sampler)
+    ids = drawing.draw_ids(model, _keys(seeds), labels, text, null_text, count, sampler)
     return {"ids": ids, "lengths": (ids != model.num_ids).sum(1, dtype=jnp.int32)}
 
   outputs = {
@@ -254,8 +258,8 @@ def _count(model: FlexTok, num_tokens: int | None) -> int:
   return token_count(num_tokens, model.num_registers)
 
 
-def _tokenizer_settings(model: FlexTok, num_tokens: int) -> dict[str, Any]:
-  sizes = {"image_size": model.image_size, "num_tokens": num_tokens, "num_codes": model.num_codes}
+def _tokenizer_settings(model: FlexTok, num_tokens: int, size: tuple[int, int]) -> dict[str, Any]:
+  sizes = {"image_size": model.image_size, "size": list(size), "num_tokens": num_tokens, "num_codes": model.num_codes}
   return {"tokenizer": model.fingerprint, **sizes}
 
 

@@ -5,7 +5,7 @@ Files are not trusted: nothing that a file names is imported or called, configur
 straight to their type and device.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -17,19 +17,16 @@ from etils import epath
 from flax.core.meta import unbox
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict, FrozenConfigDict
-import numpy as np
 
 from flextok_jax import stages
-from flextok_jax.config import TOKENIZER_STAGES, derive, float_dtype, parse_config, read_config, with_fields
-from flextok_jax.core import accelerators, assets, hub, literals, tensor_file, workdirs
+from flextok_jax.config import derive, parse_config, read_config, with_fields
+from flextok_jax.core import accelerators, assets, hub, literals, workdirs
 from flextok_jax.core.tensor_file import TensorFile, Tensors, named
 from flextok_jax.stages import lora
 from flextok_jax.stages.tokenizer import grid_tokens, make_model
-from flextok_jax.weights import layout, orbax
+from flextok_jax.weights import layout, orbax, reading
 from flextok_jax.weights.folder import Folder, describe_others, has_weights
-from flextok_jax.weights.layout import Entry, Shape
 from flextok_jax.weights.official import diffusers, tokenizer_names
 from flextok_jax.weights.official.tokenizer import from_official
 
@@ -38,7 +35,6 @@ WEIGHTS = "weights.safetensors"  # in our folders
 _LATENT_SIDE = 32  # side that the authors' code decodes by default, in latent pixels
 _KIND = ("checkpoint", "EPFL-VILAB/flextok_d18_d28_dfn")  # of a Folder
 _VAE = "vae"  # folder of the VAE in a pipeline of diffusers
-_UNUSED = ("vae.logvar",)  # of the official trainer's loss
 
 
 def load(
@@ -50,6 +46,7 @@ def load(
   mup_base_width: int | None = None,
   image_size: int | None = None,
   posemb_scaling: str | None = None,
+  vae_tile: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
   revision: str | None = None,
   subfolder: str = "",
@@ -66,6 +63,7 @@ def load(
     vae_norm_num_groups: groups of the VAE's GroupNorms, which official files do not store.
     mup_base_width: base width of official models trained with a muP readout, which their files do not store.
     posemb_scaling: of encoder and decoder, in place of the checkpoint's.
+    vae_tile: config.vae.tile, in place of the checkpoint's.
     image_size: side in pixels that replaces the checkpoint's. Official files do not store it: the default is that of
       the authors' code, 32 latent pixels (256 px), or less if a position table is smaller.
     mesh: devices to place the arrays on by their logical axes; None: the default device.
@@ -84,14 +82,15 @@ def load(
   if source.endswith(".json") and os.path.isfile(source):  # an index or a config.json stands for its folder
     source = os.path.dirname(source) or "."
   accelerators.start()
-  options = _Options(
-    param_dtype, dtype, vae_norm_num_groups, mup_base_width, image_size, mesh, revision, subfolder, posemb_scaling
+  options = reading.Options(
+    *(param_dtype, dtype, vae_norm_num_groups, mup_base_width, image_size, mesh, revision, subfolder),
+    *(posemb_scaling, vae_tile),
   )
   with _local(source, revision, subfolder) as source:
     return _load(source, options)
 
 
-def _load(source: str, options: "_Options") -> tuple[ConfigDict, dict]:
+def _load(source: str, options: reading.Options) -> tuple[ConfigDict, dict]:
   if orbax.split(source)[1] is not None or workdirs.is_remote(source):
     return _load_workdir(source, options)
   if os.path.isdir(source):
@@ -170,72 +169,14 @@ def is_ours(source: str | os.PathLike, revision: str | None = None, subfolder: s
 
 def abstract_params(config: ConfigDict) -> dict:
   """Returns the shapes and types of a model's parameters."""
-  trained, frozen = _init_shapes(FrozenConfigDict(config))
+  trained, frozen = reading.init_shapes(FrozenConfigDict(config))
   return unbox({**trained, **frozen})
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-  """The options of load."""
-
-  param_dtype: str | None
-  dtype: str | None
-  vae_norm_num_groups: int
-  mup_base_width: int | None
-  image_size: int | None
-  mesh: jax.sharding.Mesh | None
-  revision: str | None = None
-  subfolder: str = ""
-  posemb_scaling: str | None = None
-
-  def __post_init__(self):
-    for name in ("param_dtype", "dtype"):
-      if getattr(self, name) is not None:
-        float_dtype(name, getattr(self, name))
-    for name in ("vae_norm_num_groups", "mup_base_width", "image_size"):
-      value = getattr(self, name)
-      if value is not None and (not isinstance(value, int) or value < 1):
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-  def apply(self, config: Mapping) -> ConfigDict:
-    """Returns a whole config with the compute type and the image size that the options ask for."""
-    found = derive(**config)
-    if self.posemb_scaling:
-      found = self._with_scaling(found)
-    if self.image_size:
-      found.image_size = self.image_size
-      if found.tokens.layout == "grid":
-        found.tokens.num_registers = grid_tokens(found)
-    if self.dtype:
-      found.dtype = jnp.dtype(self.dtype).name
-    return found.lock()
-
-  def _with_scaling(self, config: ConfigDict) -> ConfigDict:
-    """Returns a config with the options' scaling of positions, of tables as large as before."""
-    if config.stage not in TOKENIZER_STAGES:
-      raise ValueError(
-        f"posemb_scaling={self.posemb_scaling!r:.80}: a model of stage {config.stage!r} has no positions"
-      )
-    model = make_model(config)
-    fields: dict = {}
-    for name, part in (("encoder", model.encoder), ("decoder", model.decoder)):
-      fields |= {f"{name}.posemb_scaling": self.posemb_scaling, f"{name}.max_grid": part.max_grid}
-    config = with_fields(config, fields)
-    make_model(config)  # raises for a scaling that the positions do not have
-    return config.unlock()
-
-  def dtype_of(self, dtype: str, vae_dtype: str) -> Callable[[str], np.dtype]:
-    """Returns a function from the path of an array to its type, for a model that computes in these types."""
-    types = {name: self.param_dtype or default for name, default in (("dtype", dtype), ("vae.dtype", vae_dtype))}
-    stored = "param_dtype"  # arrays may have a type in which nothing is computed
-    found = {name: np.dtype(float_dtype(stored, value)) for name, value in types.items()}
-    return lambda path: found["vae.dtype" if path.startswith("vae/") else "dtype"]
 
 
 # Formats.
 
 
-def _load_folder(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
+def _load_folder(folder: str, options: reading.Options) -> tuple[ConfigDict, dict]:
   inside = functools.partial(os.path.join, folder)
   config_path = inside(hub.CONFIG)
   if os.path.isfile(inside(WEIGHTS)) and not os.path.isdir(inside("checkpoints")):
@@ -255,7 +196,7 @@ def _load_folder(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
   )
 
 
-def _on_hub(repository: str, options: _Options) -> Folder:
+def _on_hub(repository: str, options: reading.Options) -> Folder:
   """Returns a repository, or the VAE in it if it is a pipeline of diffusers."""
   if options.subfolder:
     return Folder(repository, *_KIND, inside=options.subfolder, revision=options.revision)
@@ -264,10 +205,10 @@ def _on_hub(repository: str, options: _Options) -> Folder:
   return Folder(repository, *_KIND, inside=inside, revision=options.revision)
 
 
-def _load_workdir(folder: str, options: _Options) -> tuple[ConfigDict, dict]:
+def _load_workdir(folder: str, options: reading.Options) -> tuple[ConfigDict, dict]:
   config = options.apply(read_config(orbax.split(folder)[0]))
-  with _named_config_errors(folder):
-    trained, frozen = _init_shapes(FrozenConfigDict(config))
+  with reading.named_config_errors(folder):
+    trained, frozen = reading.init_shapes(FrozenConfigDict(config))
     stage = stages.make_stage(config)
     if stage.lora:
       trained = trained | {lora.PART: jax.eval_shape(stage.lora.init, jax.random.key(0), frozen)}
@@ -290,17 +231,17 @@ def _has_measured(stage: str, vae: Mapping) -> bool:
   return stage == "vae" and not vae["scaling_factor"]
 
 
-def _load_file(path: str, options: _Options) -> tuple[ConfigDict, dict]:
+def _load_file(path: str, options: reading.Options) -> tuple[ConfigDict, dict]:
   return _load_tensors(TensorFile(path), options)
 
 
-def _load_tensors(file: Tensors, options: _Options) -> tuple[ConfigDict, dict]:
+def _load_tensors(file: Tensors, options: reading.Options) -> tuple[ConfigDict, dict]:
   """Loads a model whose configuration is in the metadata of its weights file."""
   path = file.path
   if CONFIG_KEY in file.metadata:
     config = options.apply(parse_config(file.metadata[CONFIG_KEY], path))
     own = lambda shapes: (layout.identity_entry(path, shape) for path, shape in shapes.items())
-    return config, _read(file, config, options, own)
+    return config, reading.read_params(file, config, options, own)
   if any(name.startswith("models.ar_image_model.") for name in file.shapes):
     raise ValueError(f"{path} holds a generator: load it by flextok_jax.load_ar, convert it with --generator")
   if "encoder" not in file.metadata:
@@ -313,7 +254,7 @@ def _load_tensors(file: Tensors, options: _Options) -> tuple[ConfigDict, dict]:
   return _load_official(file, official, options)
 
 
-def _load_pair(folder: Folder, options: _Options) -> tuple[ConfigDict, dict]:
+def _load_pair(folder: Folder, options: reading.Options) -> tuple[ConfigDict, dict]:
   """Loads a tokenizer or diffusers' autoencoder from a config.json and weights, as on the hub."""
   config_path = folder.find(hub.CONFIG)
   fields = folder.read_json(config_path)
@@ -325,7 +266,7 @@ def _load_pair(folder: Folder, options: _Options) -> tuple[ConfigDict, dict]:
   return _load_official(file, fields, options)
 
 
-def _load_official(file: Tensors, official: Mapping, options: _Options) -> tuple[ConfigDict, dict]:
+def _load_official(file: Tensors, official: Mapping, options: reading.Options) -> tuple[ConfigDict, dict]:
   """Loads a tokenizer, and its VAE from the hub if the file does not have it."""
   with named(file.path):
     settings, roles = from_official(official, mup_base_width=options.mup_base_width)
@@ -361,13 +302,13 @@ def _load_official(file: Tensors, official: Mapping, options: _Options) -> tuple
   if settings["tokens"]["layout"] == "grid":
     settings["tokens"]["num_registers"] = grid_tokens(derive(**settings))
   config = options.apply(settings)
-  with _named_config_errors(file.path):
+  with reading.named_config_errors(file.path):
     tables = tokenizer_names.fixed_tables(make_model(config), roles)
   entries_of = lambda shapes: diffusers.with_old_names(tokenizer_names.entries(shapes, roles), file.shapes)
-  return config, _read(file, config, options, entries_of, tables, loaded)
+  return config, reading.read_params(file, config, options, entries_of, tables, loaded)
 
 
-def _load_diffusers(file: Tensors, vae: dict, options: _Options) -> tuple[ConfigDict, dict]:
+def _load_diffusers(file: Tensors, vae: dict, options: reading.Options) -> tuple[ConfigDict, dict]:
   for name, size in _vae_sizes(file, "").items():
     if vae[name] != size:
       raise ValueError(f"{file.path}: {name} is {vae[name]} in config.json and {size} in the weights")
@@ -381,92 +322,11 @@ def _load_diffusers(file: Tensors, vae: dict, options: _Options) -> tuple[Config
   )
   config = options.apply(settings)
   entries = lambda shapes: (diffusers.entry(path, shape) for path, shape in shapes.items())
-  return config, _read(file, config, options, lambda shapes: diffusers.with_old_names(entries(shapes), file.shapes))
+  return config, reading.read_params(
+    file, config, options, lambda shapes: diffusers.with_old_names(entries(shapes), file.shapes)
+  )
 
 
 def _vae_sizes(file: Tensors, prefix: str) -> dict:
   with named(file.path):
     return diffusers.read_sizes({k[len(prefix) :]: v for k, v in file.shapes.items() if k.startswith(prefix)})
-
-
-# Arrays.
-
-
-def _read(
-  file: Tensors,
-  config: ConfigDict,
-  options: _Options,
-  entries_of: Callable[[Mapping[str, Shape]], Iterable[Entry]],
-  tables: Mapping[str, tuple] | None = None,
-  loaded: dict[str, dict] | None = None,
-) -> dict:
-  """Reads a model's parameters from a file that must have their tensors and no others.
-
-  Args:
-    file: with the tensors.
-    config: of the model.
-    options: of load.
-    entries_of: from {path: shape} of the parameters to their entries.
-    tables: {name: (type, shape, function that returns the table)} that the file must hold and that are not parameters.
-    loaded: top-level parts that are loaded already and not in the file.
-  """
-  tables, loaded = tables or {}, loaded or {}
-  _check_sizes(file, config)
-  for name, (_, shape, _) in tables.items():
-    if file.shapes.get(name, shape) != shape:
-      raise ValueError(f"{file.path}: {name} has shape {list(file.shapes[name])}, expected {list(shape)}")
-  with _named_config_errors(file.path):
-    trained, frozen = _init_shapes(FrozenConfigDict(config))
-  boxed = {name: part for name, part in {**trained, **frozen}.items() if name not in loaded}
-  entries = list(entries_of(layout.shapes_of(boxed)))
-
-  # Check everything before reading.
-  wanted = [name for e in entries for name in e.names]
-  tensor_file.check_names(file.path, file.shapes, [*wanted, *tables], _UNUSED)
-  dtype_of = options.dtype_of(config.dtype, config.vae.dtype)
-  with named(file.path):
-    for e in entries:
-      for name in e.names:
-        e.check_shape(name, file.shapes[name])
-    for name, (_, _, make) in tables.items():
-      if gap := layout.table_error(file, name, make()):
-        raise ValueError(f"{name} differs by {gap:.2g} from the sin-cos table that its configuration names")
-    arrays = layout.read_arrays(entries, file.read, dtype_of, layout.placements(boxed, options.mesh))
-  file.verify()
-  return arrays | loaded
-
-
-_SIZES = {  # of a model of each stage, for each of which there is an axis of a tensor, or a tensor
-  "tokenizer": ("encoder.width", "encoder.depth", "decoder.width", "decoder.depth", "tokens.num_registers"),
-  "ar": ("ar.width", "ar.depth", "ar.num_ids", "ar.num_tokens"),
-  "vae": ("vae.latent_channels", "vae.layers_per_block"),
-}
-
-
-def _check_sizes(file: Tensors, config: ConfigDict):
-  """Raises ValueError if the config describes a larger model than a file can hold, before the model is built."""
-  largest = max([len(file.shapes), *(size for shape in file.shapes.values() for size in shape)])
-  for name in _SIZES.get(config.stage, ()):
-    section, field = name.split(".")
-    if config[section][field] > largest:
-      raise ValueError(
-        f"{file.path}: {name} is {config[section][field]} in its config, but its tensors have at most {largest} on "
-        "an axis: its config is damaged or of another file"
-      )
-
-
-@functools.lru_cache(maxsize=64)
-def _init_shapes(config: FrozenConfigDict) -> tuple[dict, dict]:
-  """Returns the (trained, frozen) parameters of a model as shapes, boxed with their logical axes."""
-  return jax.eval_shape(stages.make_stage(config).init, jax.random.key(0))
-
-
-@contextlib.contextmanager
-def _named_config_errors(origin: str) -> Iterator[None]:
-  """Turns any error of a model that cannot be built into a ValueError that names the origin of its config."""
-  try:
-    yield
-  except (jax.errors.JaxRuntimeError, MemoryError):  # of the machine, not of the config
-    raise
-  except Exception as e:  # a config made by hand can be wrong in any way
-    raise ValueError(f"{origin}: its config describes no model ({type(e).__name__}: {e})") from e

@@ -6,7 +6,7 @@ import os
 from absl import flags
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 import pytest
 import skimage.data
 
@@ -235,6 +235,35 @@ def test_grid_labels_fit_their_cells():
     assert (grid[top:bottom, left:right] < 100).any()
     assert (grid[top:bottom, : left - 1] == 255).all() and (grid[bottom : bottom + 2, left:right] == 255).all()
     assert (grid[top:bottom, right + 1 : grids.cell_box(row, 1, 16, 16)[0]] == 255).all()
+
+
+def test_other_sizes(models, pictures, tmp_path):
+  """Samples that begin with the tokens of pictures of the same shape; detokenize writes the same images."""
+  wide = "--size=24,40", "--posemb_scaling=interpolate"
+  prefix = f"--prefix_images={pictures}", "--prefix_tokens=2"
+  run(sample, *given(models, "class", tmp_path / "out", "--classes=1", "--npz", *prefix, *wide))
+  with np.load(tmp_path / "out" / "samples.npz") as arrays:
+    images = arrays["arr_0"]
+  assert images.shape == (2, 24, 40, 3) and read(tmp_path / "out", "samples.json")["settings"]["size"] == [24, 40]
+  tokens = read(tmp_path / "out", "tokens.json")
+  assert tokens["sizes"] == [[24, 40]] * 2 and tokens["tokenizer"] == load(models["tokenizer"]).fingerprint
+  model = load(models["tokenizer"], posemb_scaling="interpolate")
+  expected = model.detokenize(tokens["token_ids"], key=jax.random.key(0), size=(24, 40))
+  np.testing.assert_allclose(images / 127.5 - 1, np.clip(expected, -1, 1), atol=1.01 / 127.5)
+  picture = ImageOps.fit(Image.open(pictures / "a.png"), (40, 24), Image.Resampling.BILINEAR)
+  assert tokens["token_ids"][0][:2] == model.tokenize(np.asarray(picture)[None], 2)[0].tolist()
+  run(
+    detokenize,
+    f"--checkpoint={models['tokenizer']}",
+    f"--tokens={tmp_path / 'out' / 'tokens.json'}",
+    f"--out={tmp_path / 'again'}",
+    "--posemb_scaling=interpolate",
+  )
+  again = read_folder(tmp_path / "again")
+  assert len(again) == 2
+  for written, image in zip(sorted((tmp_path / "again").iterdir()), images):
+    np.testing.assert_array_equal(np.asarray(Image.open(written)), image)
+  fails("6 x 10 patches", sample, *given(models, "class", tmp_path / "bad", "--size=24,40"))
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,26 @@ def read_folder_of(folder):
   return {path.name: np.asarray(Image.open(path)) for path in folder.glob("*.png")}
 
 
+def test_other_sizes(saved, arguments, tmp_path):
+  """References and pictures have the size, the ids are the generator's; another shape of references is refused."""
+  wide = "--size=24,40", "--posemb_scaling=interpolate"
+  run(search, f"--out={tmp_path / 'out'}", *arguments, *wide)
+  tokens = json.loads((tmp_path / "out" / "tokens.json").read_text())
+  assert tokens["sizes"] == [[24, 40]] * 4 and tokens["tokenizer"] == flextok_jax.load(saved["tokenizer"]).fingerprint
+  pictures = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "out").glob("0*.png"))]
+  assert {picture.shape for picture in pictures} == {(24, 40, 3)}
+  given = f"--tokens={tmp_path / 'out' / 'tokens.json'}", f"--out={tmp_path / 'again'}"
+  run(detokenize, arguments[0].replace("tokenizer=", "checkpoint=", 1), *given, "--posemb_scaling=interpolate")
+  assert len(read_folder(tmp_path / "again")) == 4
+  gen, model = flextok_jax.load_ar(saved["class"]), flextok_jax.load(saved["tokenizer"])
+  with pytest.raises(ValueError, match=r"references have \[height, width\] \[16, 16\], and pictures \[8, 16\]"):
+    gen.search(
+      search_lib.jax.random.key(0), model, "psnr", labels=[1], references=np.zeros((1, 16, 16, 3)), size=(8, 16)
+    )
+  with pytest.raises(ValueError, match=r"size=\(8, 16\) has no effect without a tokenizer"):
+    gen.search(search_lib.jax.random.key(0), labels=[1], size=(8, 16))
+
+
 def test_without_a_generator(arguments, tmp_path):
   """A search per image; its tokens decode to a picture that is about as near."""
   others = [a for a in arguments if not a.startswith(("--checkpoint", "--classes", "--num_results"))]

@@ -11,6 +11,7 @@ import pytest
 
 import flextok_jax
 from flextok_jax.config import with_fields
+from flextok_jax.inference import drawing
 from flextok_jax.inference import generator as generation
 from flextok_jax.models.ar import sampling as ar_sampling
 from flextok_jax.ops import sampling
@@ -377,12 +378,12 @@ def test_batches_of_any_size_draw_the_same_samples(name, capsys):
   gen = tiny(name)
   given = condition(gen) | dict(temperature=1.2, guidance_scale=2.0)
   once, log_probs = gen.generate(KEY, **given, return_log_probs=True)
-  before = generation._generate._cache_size()
+  before = drawing.generate._cache_size()
   for batch_size in (2, 3):
     ids, sums = gen.generate(KEY, **given, return_log_probs=True, batch_size=batch_size, progress=batch_size == 2)
     np.testing.assert_array_equal(ids, once)
     close(sums, log_probs)
-  assert generation._generate._cache_size() == before + 1  # the batch that is not full is padded
+  assert drawing.generate._cache_size() == before + 1  # the batch that is not full is padded
   assert "samples drawn: 100%" in capsys.readouterr().err
   kept = prefix_of(2)
   ids = gen.generate(KEY, **given, prefix=kept[:1], batch_size=2)

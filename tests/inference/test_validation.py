@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import flextok_jax
-from flextok_jax.inference import validation
+from flextok_jax.inference import conditions, validation
 from flextok_jax.models.ar.sampling import TokenSampler
 from flextok_jax.weights import loading, saving
 from tests.support import numpy_ar
@@ -163,7 +163,7 @@ def test_sequences_are_cut_at_the_first_stop():
 
 
 def test_numbers_of_numpy_and_jax_are_accepted():
-  sampler = validation.token_sampler(
+  sampler = conditions.token_sampler(
     np.float64(2), jax.numpy.float32(0.5), np.int64(3), np.float32(0), np.bool_(False), 9, 4
   )
   assert sampler == TokenSampler(guidance_scale=2.0, temperature=0.5, top_p=None, top_k=3, greedy=False)

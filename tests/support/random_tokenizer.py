@@ -30,6 +30,6 @@ def random_model(**overrides):
 
 
 def with_fields(model, **fields):
-  config = ConfigDict(model.config)
+  config = ConfigDict(model.config).copy_and_resolve_references()  # ConfigDict alone shares nested fields
   config.update(fields)
   return FrozenConfigDict(config)

@@ -54,6 +54,23 @@ def test_prefixes_are_those_of_the_api_by_one_program(models):
   np.testing.assert_array_equal(many, np.repeat(pictures[2][None], 5, 0))
 
 
+def test_other_sizes(saved, tmp_path):
+  tokenizer, gen = flextok_jax.load(saved["tokenizer"]), flextok_jax.load_ar(saved["class"])
+  models = model_lib.Models(tokenizer, gen, (24, 40), "interpolate")
+  pixels = models.read(save(tmp_path / "a.png", picture(size=64)))
+  assert pixels.shape == (24, 40, 3) and {x.shape for x, _ in models.examples()} == {(24, 40, 3)}
+  ids = models.encode(pixels)
+  wide = flextok_jax.load(saved["tokenizer"], posemb_scaling="interpolate")
+  np.testing.assert_array_equal(ids, wide.tokenize(pixels[None])[0])
+  (found,) = models.decode([(ids, 2)], 3)
+  wanted = wide.detokenize(np.array([ids]), keep_k=2, key=jax.random.key(3), size=(24, 40))[0]
+  np.testing.assert_allclose(found / 127.5 - 1, np.clip(wanted, -1, 1), atol=1.01 / 127.5)
+  steps = models.search(1, 0, "likelihood", "best of 18")
+  assert steps[-1].pictures.shape[1:] == (24, 40, 3)
+  with pytest.raises(ValueError, match="6 x 10 patches"):
+    model_lib.Models(tokenizer, gen, (24, 40))
+
+
 def test_tokens_are_parsed_and_edited(models):
   assert models.parse("[1, 2,3]") == models.parse(" 1 2\n3 ") == (1, 2, 3)
   for text, message in {

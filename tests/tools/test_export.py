@@ -20,7 +20,7 @@ from flextok_jax.tools import export as tools_export
 from flextok_jax.weights import fingerprints, saving
 from tests.support import tiny_generators
 from tests.support.commands import ROOT, environment, fails, run
-from tests.support.tiny import latent_config, make_params
+from tests.support.tiny import latent_config, make_params, tiny_config
 
 READER = re.search(r"```python\n(import json\n.*?)```", (ROOT / "docs" / "deploying.md").read_text(), re.DOTALL)[1]
 ALONE = "import sys\nfor name in ('flextok_jax', 'flax', 'ml_collections'): sys.modules[name] = None\n"
@@ -46,6 +46,8 @@ PROGRAMS = {  # by name: the flags
   "tokenize_2": ("latent", "tokenize", ("--num_tokens=2",)),
   "detokenize": ("latent", "detokenize", ()),
   "detokenize_2": ("tokenizer", "detokenize", ("--num_tokens=2", "--num_steps=1", "--platforms=cpu")),
+  "tokenize_wide": ("tokenizer", "tokenize", ("--size=24,40", "--posemb_scaling=interpolate")),
+  "detokenize_wide": ("tokenizer", "detokenize", ("--size=24,40", "--posemb_scaling=interpolate")),
   "class": ("class", "generate", ("--top_k=50", "--temperature=0.9", "--guidance_scale=2")),
   "text": ("text", "generate", ("--top_p=0.9", "--guidance_scale=2", "--num_tokens=3")),
   "t5": ("t5", "generate", ()),
@@ -82,6 +84,8 @@ def given():
   return {
     "tokenize": dict(images=images),
     "tokenize_2": dict(images=images),
+    "tokenize_wide": dict(images=rng.integers(0, 256, (BATCH, 24, 40, 3), np.uint8)),
+    "detokenize_wide": dict(ids=ids, keep_k=np.array([4, 1, 3], np.int32), seeds=seeds),
     "detokenize": dict(ids=ids, keep_k=np.array([4, 1, 3], np.int32), seeds=seeds),
     "detokenize_2": dict(ids=ids[:, :2], keep_k=np.array([2, 1, 2], np.int32), seeds=seeds),
     "class": dict(labels=np.array([3, -1, 0], np.int32), seeds=seeds),
@@ -141,6 +145,38 @@ def test_detokenize(models, given, outputs):
     expected = load(models[model]).detokenize(x["ids"], x["keep_k"], keys(x["seeds"]), num_steps=steps)
     np.testing.assert_array_equal(outputs[name]["images"], to_8bit(expected))
     assert outputs[name]["images"].std() > 10
+
+
+def test_other_sizes(models, files, given, outputs):
+  model = load(models["tokenizer"], posemb_scaling="interpolate")
+  x = given["detokenize_wide"]
+  np.testing.assert_array_equal(outputs["tokenize_wide"]["ids"], model.tokenize(given["tokenize_wide"]["images"]))
+  expected = model.detokenize(x["ids"], x["keep_k"], keys(x["seeds"]), size=(24, 40))
+  np.testing.assert_array_equal(outputs["detokenize_wide"]["images"], to_8bit(expected))
+  settings = {}
+  for name in ("tokenize_wide", "detokenize_wide"):
+    with zipfile.ZipFile(files / f"{name}.zip") as archive:
+      settings[name] = json.loads(archive.read("about.json"))["settings"]
+    assert settings[name]["size"] == [24, 40] and settings[name]["image_size"] == 16
+  # Other positions of the encoder give other ids; the decoder takes those of the model's own encoder.
+  assert settings["tokenize_wide"]["tokenizer"] == model.fingerprint
+  assert settings["detokenize_wide"]["tokenizer"] == load(models["tokenizer"]).fingerprint
+
+
+def test_sizes_that_a_model_does_not_take_are_one_line(models, tmp_path):
+  given = f"--checkpoint={models['tokenizer']}", f"--out={tmp_path / 'x.zip'}"
+  for what in ("tokenize", "detokenize"):
+    fails("multiples of 4", export, *given, f"--what={what}", "--size=24,42")
+    fails("6 x 4 patches", export, *given, f"--what={what}", "--size=24,16")
+  fails("--size=24 must be height,width in pixels", export, *given, "--what=tokenize", "--size=24")
+  fails("--size has no effect with --what=generate", export, *given, "--what=generate", "--size=8,8")
+  tokens = dict(num_registers=16, levels=(8, 5, 5), layout="grid", nested_dropout="none")
+  decoder = dict(width=32, depth=1, head_dim=16, patch_size=4, modulation="shared")
+  config = tiny_config(tokens=tokens, decoder=decoder)
+  saving.save_weights(tmp_path / "grid", config, make_params(make_stage(config)))
+  for what in ("tokenize", "detokenize"):
+    given = f"--checkpoint={tmp_path / 'grid'}", f"--what={what}", f"--out={tmp_path / 'x.zip'}"
+    fails("must be 16 x 16, as each token has its place in a grid", export, *given, "--size=8,16")
 
 
 def test_generate(models, given, outputs):

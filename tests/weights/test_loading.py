@@ -20,7 +20,7 @@ from flextok_jax import config as common
 from flextok_jax.core import hub, tensor_file
 from flextok_jax.inference import tokenizer as api
 from flextok_jax.ops import posemb
-from flextok_jax.weights import loading, saving
+from flextok_jax.weights import loading, reading, saving
 from tests.support.random_tokenizer import GROUPS, random_model, with_fields
 
 ROOT = Path(__file__).parents[2]
@@ -238,7 +238,7 @@ def test_sizes_in_a_config_are_compared_with_the_tensors_first(tmp_path, monkeyp
   config = common.parse_config(file.metadata[loading.CONFIG_KEY], "x")
   with config.unlocked():
     config.update_from_flattened_dict({name: value})
-  monkeypatch.setattr(loading, "_init_shapes", None)
+  monkeypatch.setattr(reading, "init_shapes", None)
   path = tmp_path / "weights.safetensors"
   tensors = {k: (file.dtypes[k], file.shapes[k], functools.partial(file.read, k)) for k in file}
   tensor_file.write(path, tensors, {loading.CONFIG_KEY: config.to_json()})

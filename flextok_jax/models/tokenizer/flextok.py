@@ -16,6 +16,7 @@ from flextok_jax.core.errors import quote
 from flextok_jax.core.images import to_float
 from flextok_jax.models.tokenizer.decoder import Decoder
 from flextok_jax.models.tokenizer.encoder import Encoder
+from flextok_jax.models.vae import tiling
 from flextok_jax.models.vae.autoencoder import AutoencoderKL, sample_posterior
 from flextok_jax.ops import flow, fsq, guidance
 
@@ -39,6 +40,7 @@ class FlexTok(nn.Module):
   vae: AutoencoderKL | None = None
   scaling_factor: float = 1.0  # latents = scaling_factor * VAE latents (or image)
   base_side: float = 0.0  # latents per side whose times are not shifted, see t_shift; 0: none are
+  tile: int = 0  # pixels per side above which the VAE works in tiles (models/vae/tiling.py); 0: never
 
   @property
   def num_registers(self) -> int:
@@ -68,14 +70,21 @@ class FlexTok(nn.Module):
     images = to_float(images)
     if self.vae is None:
       return self.scaling_factor * images
-    mean, logvar = self.vae.encode(images)
+    in_tiles = self._in_tiles(images.shape[1:3])
+    mean, logvar = tiling.encode(self.vae, images, self.tile) if in_tiles else self.vae.encode(images)
     latents = mean if key is None else sample_posterior(mean, logvar, key)
     return self.scaling_factor * latents.astype(jnp.float32)
 
   def decode_latents(self, latents: jax.Array) -> jax.Array:
     """latents [b, h, w, c] -> images float32 [b, H, W, 3], about [-1, 1] and not clipped."""
     latents = latents / self.scaling_factor
-    return latents if self.vae is None else self.vae.decode(latents).astype(jnp.float32)
+    if self.vae is None:
+      return latents
+    height, width = (side * self.downscale for side in latents.shape[1:3])
+    return tiling.decode(self.vae, latents, self.tile) if self._in_tiles((height, width)) else self.vae.decode(latents)
+
+  def _in_tiles(self, size: Sequence[int]) -> bool:
+    return 0 < self.tile < max(size) and not self.is_initializing()
 
   def encode_registers(self, latents: jax.Array, num_tokens: int | None = None) -> jax.Array:
     """latents [b, h, w, c] -> vectors to be quantised by FSQ, [b, num_tokens, len(levels)]."""

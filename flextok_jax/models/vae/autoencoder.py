@@ -1,6 +1,11 @@
-"""AutoencoderKL: images to latents and back; the same modules and names as in diffusers."""
+"""AutoencoderKL: images to latents and back; the same modules and names as in diffusers.
+
+Encoder and decoder are called in two parts: FINE, whose features are larger than latents, and COARSE, whose features
+have the size of latents and which attends to all positions. models/vae/tiling.py runs the first part tile by tile.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,6 +14,9 @@ import jax.numpy as jnp
 from flextok_jax.ops import layout
 
 _KERNEL_INIT = nn.initializers.lecun_normal()
+COARSE, FINE = "coarse", "fine"
+_MAX_QUERIES = 1024  # of attention at once, with as many keys: their weights take 4 MiB in float32
+NORM_EPSILON = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
 
 
@@ -41,7 +49,7 @@ def group_norm(groups: int, name: str) -> nn.GroupNorm:
   """Returns a GroupNorm with float32 computation and output for any input dtype."""
   return nn.GroupNorm(
     groups,
-    epsilon=1e-6,
+    epsilon=NORM_EPSILON,
     dtype=jnp.float32,
     use_fast_variance=False,
     name=name,
@@ -90,12 +98,22 @@ class SpatialAttention(nn.Module):
     # [b, h, w, c] -> [b, h * w, c]
     tokens = group_norm(self.norm_groups, "group_norm")(x).reshape(b, h * w, c)
     q, k, v = (linear(name)(tokens) for name in ("to_q", "to_k", "to_v"))
-    # [b, h * w, c] twice -> [b, h * w, h * w]
-    logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * c**-0.5
-    weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-    out = linear("to_out")(jnp.einsum("bqk,bkc->bqc", weights, v))
+
+    def attend(q: jax.Array) -> jax.Array:
+      # [b, queries, c], [b, h * w, c] -> [b, queries, h * w]
+      logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * c**-0.5
+      weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+      return jnp.einsum("bqk,bkc->bqc", weights, v)
+
+    if h * w <= _MAX_QUERIES:
+      out = attend(q)
+    else:  # a part of the queries at a time, as all weights at once would take the square of the number of positions
+      parts = -(-h * w * h * w // _MAX_QUERIES**2)
+      rows = -(-h * w // parts)
+      q = jnp.pad(q, ((0, 0), (0, parts * rows - h * w), (0, 0))).reshape(b, parts, rows, c).swapaxes(0, 1)
+      out = jax.lax.map(attend, q).swapaxes(0, 1).reshape(b, parts * rows, c)[:, : h * w]
     # [b, h * w, c] -> [b, h, w, c]
-    return x + out.reshape(b, h, w, c)
+    return x + linear("to_out")(out).reshape(b, h, w, c)
 
 
 class MidBlock(nn.Module):
@@ -142,17 +160,18 @@ class UpBlock(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    for i in range(self.num_layers):
-      x = ResnetBlock(self.channels, self.norm_groups, self.dtype, name=f"resnet_{i}")(x)
-    if self.upsample:
+  def __call__(self, x: jax.Array, parts: Sequence[str] = (COARSE, FINE)) -> jax.Array:
+    if COARSE in parts:
+      for i in range(self.num_layers):
+        x = ResnetBlock(self.channels, self.norm_groups, self.dtype, name=f"resnet_{i}")(x)
+    if self.upsample and FINE in parts:
       x = x.repeat(2, axis=1).repeat(2, axis=2)  # [b, 2h, 2w, c]
       x = conv(self.channels, 3, self.dtype, name="upsample")(x)
     return x
 
 
 class Encoder(nn.Module):
-  """Images [b, h, w, 3] to features [b, h/f, w/f, out_channels]."""
+  """FINE: images [b, h, w, 3] to features [b, h/f, w/f, c]; COARSE: these to features [b, h/f, w/f, out_channels]."""
 
   out_channels: int
   block_out_channels: Sequence[int]
@@ -161,18 +180,25 @@ class Encoder(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, part: str) -> jax.Array:
     last = len(self.block_out_channels) - 1
-    x = conv(self.block_out_channels[0], 3, self.dtype, name="conv_in")(x)
+    if part == FINE:
+      x = conv(self.block_out_channels[0], 3, self.dtype, name="conv_in")(x)
     for i, channels in enumerate(self.block_out_channels):
-      x = DownBlock(channels, self.layers_per_block, i < last, self.norm_groups, self.dtype, name=f"down_{i}")(x)
+      if (part == FINE) == (i < last):
+        x = DownBlock(channels, self.layers_per_block, i < last, self.norm_groups, self.dtype, name=f"down_{i}")(x)
+    if part == FINE:
+      return x
     x = MidBlock(self.block_out_channels[-1], self.norm_groups, self.dtype, name="mid")(x)
     x = nn.silu(group_norm(self.norm_groups, "conv_norm_out")(x))
     return conv(self.out_channels, 3, self.dtype, name="conv_out")(x)
 
 
 class Decoder(nn.Module):
-  """Latents [b, h/f, w/f, c] to images [b, h, w, 3], and to the features [b, h, w, channels] that conv_out reads."""
+  """COARSE: latents [b, h/f, w/f, c] to features [b, h/f, w/f, channels]; FINE: these to images [b, h, w, 3].
+
+  FINE also returns the features [b, h, w, channels] that conv_out reads.
+  """
 
   block_out_channels: Sequence[int]
   layers_per_block: int
@@ -180,12 +206,19 @@ class Decoder(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, x: jax.Array, part: str) -> Any:
     last = len(self.block_out_channels) - 1
-    x = conv(self.block_out_channels[-1], 3, self.dtype, name="conv_in")(x)
-    x = MidBlock(self.block_out_channels[-1], self.norm_groups, self.dtype, name="mid")(x)
-    for i, channels in enumerate(reversed(self.block_out_channels)):
-      x = UpBlock(channels, self.layers_per_block + 1, i < last, self.norm_groups, self.dtype, name=f"up_{i}")(x)
+    blocks = [
+      UpBlock(channels, self.layers_per_block + 1, i < last, self.norm_groups, self.dtype, name=f"up_{i}")
+      for i, channels in enumerate(reversed(self.block_out_channels))
+    ]
+    if part == COARSE:
+      x = conv(self.block_out_channels[-1], 3, self.dtype, name="conv_in")(x)
+      x = MidBlock(self.block_out_channels[-1], self.norm_groups, self.dtype, name="mid")(x)
+      return blocks[0](x, (COARSE,))
+    x = blocks[0](x, (FINE,))
+    for block in blocks[1:]:
+      x = block(x)
     x = nn.silu(group_norm(self.norm_groups, "conv_norm_out")(x))
     return last_conv(self.dtype, name="conv_out")(x), x
 
@@ -233,10 +266,21 @@ class AutoencoderKL(nn.Module):
     Raises:
       ValueError: height or width is not a multiple of f.
     """
-    height, width = images.shape[1:3]
+    return self.encode_coarse(self.encode_fine(images))
+
+  def encode_fine(self, images: jax.Array) -> jax.Array:
+    """images [b, h, w, 3] -> features [b, h/f, w/f, channels]; raises ValueError as encode."""
+    self.check_size(*images.shape[1:3])
+    return self.encoder(images, FINE)
+
+  def check_size(self, height: int, width: int) -> None:
+    """Raises ValueError unless height and width of images are multiples of f."""
     if height % self.downscale or width % self.downscale:
       raise ValueError(f"image size {height}x{width} is not a multiple of {self.downscale}: resize or crop it")
-    moments = self.quant_conv(self.encoder(images)).astype(jnp.float32)  # [b, h/f, w/f, 2c]
+
+  def encode_coarse(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the posterior, as encode, from the features of encode_fine."""
+    moments = self.quant_conv(self.encoder(features, COARSE)).astype(jnp.float32)  # [b, h/f, w/f, 2c]
     mean, logvar = jnp.split(moments, 2, axis=-1)
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
@@ -246,7 +290,15 @@ class AutoencoderKL(nn.Module):
 
   def decode_with_features(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the output of decode, and the features [b, h, w, channels] that the last layer, conv_out, reads."""
-    images, features = self.decoder(self.post_quant_conv(latents))
+    return self.decode_fine(self.decode_coarse(latents))
+
+  def decode_coarse(self, latents: jax.Array) -> jax.Array:
+    """latents [b, h/f, w/f, c] -> features [b, h/f, w/f, channels]."""
+    return self.decoder(self.post_quant_conv(latents), COARSE)
+
+  def decode_fine(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns images and features, as decode_with_features, from the features of decode_coarse."""
+    images, features = self.decoder(features, FINE)
     return images.astype(jnp.float32), features
 
   def __call__(self, images: jax.Array) -> jax.Array:

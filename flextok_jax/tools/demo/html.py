@@ -18,7 +18,7 @@ CSS = """
 .ft figure {margin: 0; display: flex; flex-direction: column; gap: 4px; min-width: 0}
 .ft figcaption {font-size: var(--text-sm); line-height: 1.3}
 .ft figcaption small {opacity: .7; display: block; font-size: var(--text-xs)}
-.ft img {width: 100%; aspect-ratio: 1; border-radius: 8px; margin: 0; display: block; background: #8883;
+.ft img {width: 100%; height: auto; border-radius: 8px; margin: 0; display: block; background: #8883;
   box-shadow: 0 0 0 1px var(--border-color-primary)}
 .ft img.px {image-rendering: pixelated}
 .ft-row {display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start}
@@ -92,7 +92,7 @@ def examples(pictures: Sequence[tuple[np.ndarray, str]]) -> str:
 
 def stage(original: np.ndarray | None, decoded: np.ndarray, kept: int, bits: float) -> str:
   """Returns the original beside its picture from the first `kept` tokens of `bits` each."""
-  size = f"{len(decoded)} × {len(decoded)} px"
+  size = f"{decoded.shape[1]} × {decoded.shape[0]} px"
   quality = "" if original is None else f"PSNR {model_lib.psnr(original, decoded):.1f} dB · "
   facts = f"{quality}{kept * bits:.0f} bits"
   right = _figure(decoded, f"<b>from the first {count(kept) if kept > 1 else 'token'}</b>", facts)

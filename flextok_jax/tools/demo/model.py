@@ -12,16 +12,15 @@ import numpy as np
 
 from flextok_jax.core import images as images_lib
 from flextok_jax.core.errors import quote
-from flextok_jax.data import transforms
 from flextok_jax.data.pictures import UnreadablePicture, open_picture
 from flextok_jax.data.sources import synthetic
 from flextok_jax.evals.metrics import image as image_metrics
-from flextok_jax.inference import adaptive, verifiers
+from flextok_jax.inference import adaptive, image_files, verifiers
 from flextok_jax.inference import search as search_lib
 from flextok_jax.inference import tokenizer as tokenizer_lib
 from flextok_jax.inference.generator import ARGenerator
 from flextok_jax.inference.prompts import Condition
-from flextok_jax.inference.tokenizer import FlexTok
+from flextok_jax.inference.tokenizer import FlexTok, with_positions
 from flextok_jax.ops import nested
 
 Ids = tuple[int, ...]
@@ -30,7 +29,7 @@ Job = tuple[Ids, int]  # ids, and how many of them to decode
 MAX_PIXELS = 2**25  # of an uploaded picture
 MAX_TEXT = 10_000  # characters of pasted tokens
 EXAMPLES = (25, 33, 32, 28, 3, 2)  # numbers of scenes of the validation split
-SEARCHES: dict[str, dict[str, Any]] = {  # settings of search.Settings by what the page calls them
+SEARCHES: dict[str, dict[str, Any]] = {  # settings of search_plan.Settings by what the page calls them
   "lookahead, 2 beams of 4": dict(algorithm="lookahead", beam_width=2, candidates=4, lookahead=-1, num_results=2),
   "best of 18": dict(algorithm="best_of_n", candidates=18, num_results=18),
   "beam search, 2 beams of 4": dict(algorithm="beam", beam_width=2, candidates=4, num_results=2),
@@ -50,10 +49,24 @@ class SearchStep:
 class Models:
   """A tokenizer and, optionally, a generator of its tokens, for several users: one call of a model runs at a time."""
 
-  def __init__(self, tokenizer: FlexTok, gen: ARGenerator | None = None):
+  def __init__(
+    self,
+    tokenizer: FlexTok,
+    gen: ARGenerator | None = None,
+    size: tuple[int, int] | None = None,
+    posemb_scaling: str | None = None,
+  ):
+    """Takes the models and, unless they are the tokenizer's own, (height, width) of all pictures and its positions.
+
+    Raises:
+      ValueError: not the tokenizer of the generator, or a size that it does not take.
+    """
     if gen is not None:
       gen.check_tokenizer(tokenizer)
-    self.tokenizer, self.gen = tokenizer, gen
+    self._encoder = with_positions(tokenizer, posemb_scaling)
+    self.tokenizer, self.gen = with_positions(tokenizer, posemb_scaling, ("decoder",)), gen
+    self.size = size
+    self._latent_shape = tokenizer.latent_shape if size is None else self.tokenizer.latent_shape_of(size)
     self.num_tokens = tokenizer.num_registers
     self.counts = nested.powers_of_two(self.num_tokens)
     source = tokenizer.config.data.sources.synthetic
@@ -65,7 +78,7 @@ class Models:
   # Pictures and tokens.
 
   def read(self, path: str) -> np.ndarray:
-    """Returns the centre of a picture file, uint8 [h, w, 3] of the tokenizer's size.
+    """Returns the centre of a picture file, uint8 [h, w, 3].
 
     Raises:
       ValueError: it cannot be read, or has more than MAX_PIXELS.
@@ -75,20 +88,21 @@ class Models:
       if picture.width * picture.height > MAX_PIXELS:
         megapixels = f"{picture.width * picture.height / 1e6:.0f} megapixels"
         raise UnreadablePicture(f"{megapixels} are more than the {MAX_PIXELS / 1e6:.0f} that this page takes")
-      return transforms.center_crop(picture, self.tokenizer.image_size)
+      return image_files.crop(picture, self.tokenizer, self.size)
     except UnreadablePicture as error:
       raise ValueError(f"the picture cannot be read: {error}") from error
 
   def examples(self) -> list[tuple[np.ndarray, str]]:
     """Returns pictures, uint8 [h, w, 3], of held-out procedural scenes and their captions."""
-    scenes = synthetic.Synthetic("validation", max(64, self.tokenizer.image_size), self._style)
+    side = max(64, *(self.size or (self.tokenizer.image_size,)))
+    scenes = synthetic.Synthetic("validation", side, self._style)
     records = [scenes[i] for i in EXAMPLES]
-    return [(transforms.center_crop(r["image"], self.tokenizer.image_size), r["caption"]) for r in records]
+    return [(image_files.crop(r["image"], self.tokenizer, self.size), r["caption"]) for r in records]
 
   def encode(self, picture: np.ndarray) -> Ids:
     """Returns all token ids of a picture uint8 [h, w, 3]."""
     with self._lock:
-      return tuple(np.asarray(self.tokenizer.tokenize(picture[None]))[0].tolist())
+      return tuple(np.asarray(self._encoder.tokenize(picture[None]))[0].tolist())
 
   def decode(self, jobs: Sequence[Job], seed: int) -> np.ndarray:
     """Returns the pictures uint8 [n, h, w, 3] of prefixes, all from one noise: that of FlexTok.detokenize(key=seed).
@@ -96,7 +110,7 @@ class Models:
     One job, and any number of jobs, are one program each, whatever the lengths: all have room for all tokens.
     """
     size = 1 if len(jobs) == 1 else len(self.counts)
-    noise = tokenizer_lib.sample_noise(jax.random.fold_in(jax.random.key(seed), 0)[None], self.tokenizer.latent_shape)
+    noise = tokenizer_lib.sample_noise(jax.random.fold_in(jax.random.key(seed), 0)[None], self._latent_shape)
     noise = np.repeat(np.asarray(noise), size, 0)
     pictures = []
     for start in range(0, len(jobs), size):
@@ -194,11 +208,12 @@ class Models:
     keys = jax.random.fold_in(jax.random.key(seed), 0)[None]
     stop, steps = self.gen.stop_id, []
     with self._lock:
-      found = self.gen.search(keys, self.tokenizer, self._verifiers[verifier], **_given(condition), **SEARCHES[how])
+      settings = SEARCHES[how] | {"size": self.size}
+      found = self.gen.search(keys, self.tokenizer, self._verifiers[verifier], **_given(condition), **settings)
       for step in found.steps:
         real = np.isfinite(step.scores[0])
         ids = step.ids[0][real]
-        pictures = search_lib.decode(self.tokenizer, ids, stop, keys[np.zeros(len(ids), int)], 32)
+        pictures = search_lib.decode(self.tokenizer, ids, stop, keys[np.zeros(len(ids), int)], 32, self.size)
         rows = [tuple(i for i in row if i != stop) for row in ids.tolist()]
         steps.append(SearchStep(ids.shape[1], np.asarray(_to_uint8(pictures)), step.scores[0][real].tolist(), rows))
     return steps
