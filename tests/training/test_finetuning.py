@@ -166,7 +166,7 @@ def test_merged_and_unmerged_factors_are_the_same_model(make):
   stage, loss, parts = make_stage(config), loss_of(make()), lora_state(make(rank=3, alpha=6.0))
   names = {"/".join(p[:-1]) for p in flatten_dict(parts["lora"]) if p[-1] == "lora_down"}
   kinds = {name.rpartition("attention/")[2].rpartition("mlp/")[2].rpartition("cross/")[2] for name in names}
-  assert kinds == {"qkv", "out", "in"} | ({"q", "kv"} if config.stage == "ar" else set())
+  assert kinds == {"qkv", "out", "in", "gate"} | ({"q", "kv"} if config.stage == "ar" else set())
   merged, attached, plain = loss(stage.merged(parts)), loss(stage.attached(parts)), loss(stage.merged(zeroed(parts)))
   assert abs(merged - plain) > 1e-3  # the factors change the model
   np.testing.assert_allclose(merged, attached, rtol=2e-6)  # measured: 2e-7

@@ -293,7 +293,7 @@ def test_logical_axes_are_named_at_every_parameter(settings):
       scanned += 1
     else:
       assert "layers" not in box.names
-  assert scanned == {"pixels": 10, "vae": 10, "vae_stage": 0}[settings]
+  assert scanned == {"pixels": 12, "vae": 12, "vae_stage": 0}[settings]
 
 
 @pytest.mark.parametrize(
