@@ -170,12 +170,12 @@ def test_sampling(model, params, decode, golden, name, monkeypatch):
   @jax.jit
   def run(steps):
 
-    def stopped(velocity_fn, noise, num_steps, times, carry, inputs):
+    def stopped(velocity_fn, noise, num_steps, *more):
       def until(x, t, carry, inputs):
         v, carry = velocity_fn(x, t, carry, inputs)
         return jnp.where(t > 1 - (steps - 0.5) / num_steps, v, 0.0), carry
 
-      return euler_steps(until, noise, num_steps, times, carry, inputs)
+      return euler_steps(until, noise, num_steps, *more)
 
     monkeypatch.setattr(flow, "euler_steps", stopped)
     sampler = Sampler(**common.get_config().sampler.to_dict() | settings)

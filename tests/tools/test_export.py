@@ -68,7 +68,7 @@ def given():
   """Returns inputs by the name of the program."""
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8)
-  seeds = np.array([5, 2**32 - 1, 5], np.uint32)
+  seeds = np.array([8, 2**32 - 1, 8], np.uint32)
   rows = [[*caption.encode(), 256] for caption in CAPTIONS]
   text = dict(
     text_ids=np.array([row + [0] * (24 - len(row)) for row in rows], np.int32),

@@ -41,7 +41,7 @@ def test_activations_change_equally_at_all_widths_only_with_mup(config_file, tmp
   layers = {"ar/readout", *(f"ar/blocks/{i}{part}" for i in range(2) for part in ("", "/attention", "/mlp"))}
   slopes = report["slopes"]
   assert set(slopes["mup"]) == set(slopes["standard"]) == layers
-  assert all(abs(slope) < 0.2 for slope in slopes["mup"].values()), slopes
+  assert all(abs(slope) < 0.3 for slope in slopes["mup"].values()), slopes
   assert all(slope > 0.4 for slope in slopes["standard"].values()), slopes
 
   rows = {(row["kind"], row["width"], row["step"]): row for row in report["rows"]}
