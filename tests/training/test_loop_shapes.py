@@ -104,14 +104,14 @@ def test_the_mean_cost_of_the_shapes_is_counted():
 
 COMMAND = [
   "--config=configs/debug.py",
-  f"--config.data.shapes={SHAPES}",
-  f"--config.data.shape_weights={WEIGHTS}",
+  f"--config.data.shapes={SHAPES[:2]}",
+  "--config.data.shape_weights=(2, 1)",
   "--config.encoder.posemb_scaling=scaled",
   "--config.decoder.posemb_scaling=scaled",
-  "--config.train.num_steps=16",
+  "--config.train.num_steps=12",
   "--config.train.log_every=1",
   "--config.train.checkpoint_every=6",
-  "--config.train.eval_every=16",
+  "--config.train.eval_every=12",
   "--config.train.export_dtype=float32",
   "--config.eval.num_tokens=(4,)",
   "--config.sampler.num_steps=1",
@@ -134,7 +134,7 @@ def same_bits(workdir, other):
 
 def test_a_killed_run_ends_bit_identical(tmp_path):
   code, out, err = shell("flextok_jax.train", *COMMAND, f"--workdir={tmp_path / 'undisturbed'}")
-  assert code == 0 and out.count("compiled update") == 3, err
+  assert code == 0 and out.count("compiled update") == 2, err
   killed = tmp_path / "killed"
   assert shell("tests.support.killed_run", "logged 9 SIGKILL", *COMMAND, f"--workdir={killed}")[0] == -9
   code, out, err = shell("flextok_jax.train", *COMMAND, f"--workdir={killed}")
@@ -147,7 +147,7 @@ def test_two_processes_compute_the_bits_of_one(tmp_path):
   command = ["python", "-m", "flextok_jax.train", *COMMAND]
   for processes in (1, 2):
     done = launch(processes, *command, f"--workdir={tmp_path / str(processes)}", devices=2 // processes)
-    assert done.returncode == 0 and done.stdout.count("compiled update") == 3, done.stderr
+    assert done.returncode == 0 and done.stdout.count("compiled update") == 2, done.stderr
   same_bits(tmp_path / "2", tmp_path / "1")
 
 
