@@ -21,6 +21,7 @@ generator has to see each id often enough.
 from ml_collections import ConfigDict
 
 from flextok_jax import config as common
+from flextok_jax.configs import shapes_ar
 
 LEVELS = (7, 5, 5, 5, 5)  # [Mentzer et al. 2023, arXiv 2309.15505: for 2^12 codes]
 NUM_IDS = 4_375
@@ -95,27 +96,10 @@ def _tokenizer(c: ConfigDict):
 
 def _generator(condition: str):
   """Returns stage 2 on token shards (python -m flextok_jax.tokenize, for text with --quality)."""
-  text = condition == "text"
-  return common.derive(
-    stage="ar",
-    dtype="float32",
-    ar=dict(
-      width=128,
-      depth=5,
-      head_dim=32,
-      num_ids=NUM_IDS,
-      num_tokens=NUM_TOKENS,
-      num_classes=13,  # groups of the source emoji
-      stop=text,
-      condition="text" if text else "class",
-      guidance_scale=2.0,
-      top_p=0.9,
-    ),
-    text=dict(encoder="bytes", max_length=64, features=64, mlp_hidden=128, depth=2, head_dim=32),
-    data=dict(global_batch=64, num_threads=2),
-    optim=dict(name="muon", learning_rate=2e-3, warmup_steps=100, b2=0.98, weight_decay=0.05, ema_decay=0.999),
-    train=dict(
-      num_steps=10_000, log_every=50, checkpoint_every=500, keep_checkpoints=1, keep_period=0, eval_every=2_500
-    ),
-    eval=dict(num_images=1024, batch_size=256),
+  c = shapes_ar.get_config("stop" if condition == "text" else "")
+  c.update(
+    ar=dict(depth=5, num_ids=NUM_IDS, num_tokens=NUM_TOKENS, num_classes=13),  # groups of the source emoji
+    text=dict(max_length=64),
+    train=dict(num_steps=10_000, keep_checkpoints=1, eval_every=2_500),
   )
+  return c

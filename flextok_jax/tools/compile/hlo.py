@@ -351,11 +351,6 @@ def kernel_cycles(run: Run) -> int:
   return int(found[1]) if found else 0
 
 
-def cycles(module: Module) -> int:
-  """Returns the TPU compiler's estimate of cycles for all kernels in sequence; 0 on other devices."""
-  return sum(run.times * kernel_cycles(run) for run in module.runs())
-
-
 def custom_kernels(module: Module) -> int:
   """Returns how often Pallas kernels run, whose FLOPs and cycles are not in the HLO."""
   target = 'custom_call_target="tpu_custom_call"'
