@@ -168,10 +168,11 @@ class AdaLN(nn.Module):
     width = cond.shape[-1]
     features = self.sets * 6 * width
     cond = nn.silu(cond)
-    kernel = self.param("kernel", layers.zeros("layers", "embed", "modulation"), (self.depth, width, features))
+    # Outputs before inputs: the order in which TPUs keep it, so that kernel, moments and average need no copies.
+    kernel = self.param("kernel", layers.zeros("layers", "modulation", "embed"), (self.depth, features, width))
     bias = self.param("bias", layers.zeros("layers", "modulation"), (self.depth, features))
-    # [b, d], [depth, d, sets * 6 * d] -> [depth, b, sets * 6 * d]
-    blocks = jnp.einsum("bd,ldf->lbf", cond, kernel.astype(self.dtype)) + bias.astype(self.dtype)[:, None]
+    # [b, d], [depth, sets * 6 * d, d] -> [depth, b, sets * 6 * d]
+    blocks = jnp.einsum("bd,lfd->lbf", cond, kernel.astype(self.dtype)) + bias.astype(self.dtype)[:, None]
     blocks = layout.constrain(blocks, None, "batch", None)  # gathered once, not by every block
     if not self.head:
       return blocks, None

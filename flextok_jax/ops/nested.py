@@ -1,5 +1,6 @@
 """Nested dropout (Rippel et al. 2014): only the first keep_k registers of a sample are kept."""
 
+from collections.abc import Callable, Sequence
 import math
 
 import jax
@@ -88,6 +89,29 @@ def padded_lengths(num_registers: int) -> tuple[int, ...]:
 def padded_length(keep_k: int, num_registers: int) -> int:
   """Returns the padded length for up to keep_k kept registers: they and a masked one fit, unless none is masked."""
   return next(size for size in padded_lengths(num_registers) if size > min(keep_k, num_registers - 1))
+
+
+def merge_buckets(lengths: Sequence[int], cost: Callable[[int], float], overhead: float) -> list[tuple[int, int, int]]:
+  """Divides rows of ascending padded lengths into buckets of one length each, at the least total cost.
+
+  Args:
+    lengths: of the rows; a row may run at any larger length, except that rows of length 0 stay by themselves.
+    cost: of a row of a length.
+    overhead: cost of a bucket.
+
+  Returns:
+    (first row, end, length) of each bucket.
+  """
+  best: list[tuple[float, list[tuple[int, int, int]]]] = [(0.0, [])]  # of the first rows
+  for end in range(1, len(lengths) + 1):
+    length = lengths[end - 1]
+    firsts = [first for first in range(end) if bool(lengths[first]) == bool(length)]
+    options = [
+      (best[first][0] + (end - first) * cost(length) + overhead, [*best[first][1], (first, end, length)])
+      for first in firsts
+    ]
+    best.append(min(options, key=lambda option: option[0]))
+  return best[-1][1]
 
 
 def key_log_counts(

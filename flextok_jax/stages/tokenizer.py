@@ -25,6 +25,10 @@ from flextok_jax.stages import repa
 from flextok_jax.stages.stage import Maps, Params, Stage
 from flextok_jax.stages.vae import make_vae
 
+# Cost of a bucket, in rows of one register: all weights are read, and their gradients summed, once for each bucket. By
+# the TPU compiler's cycles (docs/scaling.md); it saves compile time on every device.
+BUCKET_OVERHEAD = 0.5
+
 
 def make_model(config: ConfigDict) -> FlexTok:
   """Builds FlexTok from a config.
@@ -364,8 +368,13 @@ class TokenizerStage(Stage):
       return [(0, count, n)]
     bounds = nested.row_bounds(tokens.nested_dropout, n, tokens.null_prob, count)
     lengths = [nested.padded_length(bound, n) if bound else 0 for bound in bounds]
-    edges = [i for i in range(count + 1) if i in (0, count) or lengths[i] != lengths[i - 1]]
-    return [(first, end, lengths[first]) for first, end in zip(edges, edges[1:])]
+    return nested.merge_buckets(lengths, self._row_cost, BUCKET_OVERHEAD * self._row_cost(1))
+
+  def _row_cost(self, length: int) -> float:
+    """Returns what a row of `length` registers costs, in units that all lengths share; attention is left out."""
+    height, width, _ = self.model.latent_shape(self.image_size, self.image_size)
+    parts = [(self.model.decoder, length or 1), *([(self.model.encoder, length)] if length else [])]
+    return sum(part.depth * part.width**2 * (n + height * width // part.patch_size**2) for part, n in parts)
 
   def _bucket_loss(self, params: Params, length: int, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Computes the rows [b, ...] of a bucket on `length` registers; 0: no row has a condition.

@@ -51,9 +51,9 @@ def group(names: Sequence[str]) -> str:
 
 def width(names: Sequence[str], shape: Sequence[int]) -> int:
   """Returns the model's width from a hidden matrix's shape: its fan-in is that, or a fixed multiple (in MLPs)."""
-  if names[-2] == "out":
+  if names[-2] in ("out", "adaln"):
     return shape[-1]
-  return shape[1 if "blocks" in names or names[-2] == "adaln" else 0]  # these are stacked along the layers
+  return shape[1 if "blocks" in names else 0]  # these are stacked along the layers
 
 
 def scale_gradients(base_width: int) -> optax.GradientTransformation:

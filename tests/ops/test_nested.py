@@ -1,5 +1,7 @@
 """Nested dropout: lengths, merged registers, masks; its distributions are in tests/models/test_reference.py."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,29 @@ def test_slots(num):
     slots = nested.padded_length(k, num)
     assert slots in sizes and (slots > k or slots == k == num)
     assert slots == min(size for size in sizes if size > k or size == num)
+
+
+@pytest.mark.parametrize("lengths", [[0, 0, 8, 8, 8, 16, 24, 256], [8, 16, 24, 40, 72, 136], [0, 0, 0], [4]])
+@pytest.mark.parametrize("overhead", [0.0, 60.0, 300.0, 1e9])
+def test_buckets_have_the_least_cost(lengths, overhead):
+  """Against all ways to cut the rows, in which rows of length 0 stay by themselves."""
+  cost = lambda length: 100.0 + length
+  found = nested.merge_buckets(lengths, cost, overhead)
+
+  def total(buckets):
+    return sum((end - first) * cost(length) + overhead for first, end, length in buckets)
+
+  rows, ways = len(lengths), []
+  for cuts in itertools.product((False, True), repeat=rows - 1):
+    edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), rows]
+    buckets = [(a, b, lengths[b - 1]) for a, b in zip(edges, edges[1:])]
+    if all(lengths[a] or not length for a, _, length in buckets):
+      ways.append(buckets)
+  assert total(found) == min(map(total, ways)) and found in ways
+  if not overhead:
+    assert [length for first, end, length in found for _ in range(first, end)] == lengths
+  if overhead == 1e9:
+    assert len(found) == len({bool(length) for length in lengths})
 
 
 def test_weights_of_slots_add_up_to_all_registers():

@@ -53,8 +53,9 @@ class StandIn:
 
   levels = LEVELS
 
-  def __init__(self):
-    self.seen = []
+  def __init__(self, model):
+    self.seen, self.latent_shape = [], model.latent_shape
+    self.encoder, self.decoder = model.encoder, model.decoder
 
   def t_shift(self, height, width):
     return 1.0
@@ -76,7 +77,7 @@ def watch(stage, latents, key):
 
   Registers that a bucket omits are nan.
   """
-  stand_in, groups = StandIn(), latents.shape[0] // ROWS
+  stand_in, groups = StandIn(stage.model), latents.shape[0] // ROWS
   with mock.patch.object(stage, "model", stand_in), mock.patch.object(flow, "add_noise", lambda latents, *_: latents):
     stage.latents_loss({}, latents, key)
 
@@ -128,7 +129,7 @@ def test_disabled_options_compute_nothing():
     for stage in (off, make_stage(config_of(tokens=tokens)))
   ]
   assert programs[0] == programs[1]
-  with mock.patch.object(off, "model", StandIn()):
+  with mock.patch.object(off, "model", StandIn(off.model)):
     rows, _ = off._draw_rows({}, jnp.asarray(latents_of(ROWS)), jax.random.key(0))
   assert rows.unquantized is None and rows.corruption is None
 

@@ -8,6 +8,8 @@ the path that runs, plain or fast, so these are executed FLOPs, fewer on the fas
 """
 
 from collections.abc import Mapping
+import itertools
+import math
 
 from ml_collections import ConfigDict
 
@@ -155,16 +157,37 @@ def train(config: ConfigDict, batch: int, fast: bool) -> int:
 
   Except: latents and times have no gradient, which saves one product in each of their embeddings; and config.remat
   recomputes blocks or parts of them. REPA's projector is included, its teacher is not.
-  Plain: all registers in every row. Fast: as many as a row's bucket needs, and none in the encoder if all rows of the
-  bucket are unconditional.
+  Plain: all registers in every row. Fast: as many as a row's bucket has, and none in the encoder if all rows of the
+  bucket are unconditional. Of all ways to cut the rows into buckets, the one with the fewest FLOPs of the blocks'
+  matrices counts, if each bucket costs half a row of one register besides.
   """
   tokens, total = config.tokens, config.tokens.num_registers
   rows = bucket_rows(batch, tokens.bucket_rows)
   slots = [total] * rows
   if fast:
     bounds = nested.row_bounds(tokens.nested_dropout, total, tokens.null_prob, rows)
-    slots = [nested.padded_length(bound, total) if bound else 0 for bound in map(int, bounds)]
+    slots = _bucketed(config, [nested.padded_length(bound, total) if bound else 0 for bound in map(int, bounds)])
   return batch // rows * sum(_train_row(config, n) for n in slots) + 3 * batch * projector(config)
+
+
+def _bucketed(config: ConfigDict, slots: list[int]) -> list[int]:
+  """Returns the registers that each row computes, of ascending numbers that it needs."""
+
+  def row(registers: int) -> int:
+    parts = [(config.decoder, max(registers, 1)), *([(config.encoder, registers)] if registers else [])]
+    return sum(part.depth * part.width**2 * (n + patches(config, part)[0]) for part, n in parts)
+
+  edges = [i for i in range(1, len(slots)) if slots[i] != slots[i - 1]]
+  forced = {i for i in edges if not slots[i - 1]}
+  best, least = slots, math.inf
+  for count in range(len(edges) + 1):
+    for cuts in itertools.combinations(edges, count):
+      if forced <= set(cuts):
+        bounds = [0, *cuts, len(slots)]
+        filled = [slots[b - 1] for a, b in zip(bounds, bounds[1:]) for _ in range(a, b)]
+        cost = sum(map(row, filled)) + (count + 1) * row(1) / 2
+        best, least = (filled, cost) if cost < least else (best, least)
+  return best
 
 
 def projector(config: ConfigDict) -> int:

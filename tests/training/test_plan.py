@@ -71,7 +71,7 @@ def test_configs_fit_without_further_flags(spec):
     chosen = plan.choose(config, devices)
     assert not chosen.problem
     used, memory = map(float, re.search(r"about ([\d.]+) GB .* of ([\d.]+) GB", chosen.text).groups())
-    assert used <= 0.82 * memory
+    assert used <= 0.84 * memory
     sizes = sharding.axis_sizes(*(chosen.axes[axis] for axis in sharding.AXES), len(devices))
     assert sizes[0] * sizes[1] == len(devices) and sizes[2] == 1
     row.append(("-" if sizes[1] == 1 else str(sizes[1])) + " z" * chosen.shard_update)

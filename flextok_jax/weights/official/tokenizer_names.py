@@ -59,7 +59,7 @@ _BLOCK = {  # our array in a block: (official modules in it, layout, axis of the
   "mlp/out/kernel": (("mlp.fc2",), "f d -> d f", -1),
   "mlp/out/bias": (("mlp.fc2",), "d -> d", -1),
 }
-_ADALN = {"kernel": (".weight", "d o -> o d"), "bias": (".bias", "o -> o")}  # of all blocks, stacked
+_ADALN = {"kernel": (".weight", "o d -> o d"), "bias": (".bias", "o -> o")}  # of all blocks, stacked
 
 
 def entries(shapes: Mapping[str, Shape], roles: Mapping[str, str]) -> Iterator[Entry]:
