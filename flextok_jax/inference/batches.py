@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from flextok_jax.core import images as images_lib
-from flextok_jax.inference import tokenizer, validation
+from flextok_jax.inference import programs, tokenizer, validation
 from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.parallel import batching, sharding
 
@@ -92,7 +92,7 @@ def decode_prefixes(
   groups: dict[tuple, list[Job]] = {}
   for job in jobs:
     size = None if sizes is None else sizes[job[0]]
-    groups.setdefault((tokenizer.slots(model, job[1]), size), []).append(job)
+    groups.setdefault((programs.slots(model, job[1]), size), []).append(job)
   for (_, size), group in groups.items():
     yield from zip(group, itertools.chain.from_iterable(_decode(model, sequences, group, key, batch_size, size)))
 
@@ -109,7 +109,7 @@ def _decode(
   validation.at_least_one("batch_size", batch_size)
   keep_k = np.asarray([count for _, count in jobs], np.int32)
   owners = np.asarray([i for i, _ in jobs], np.int32)
-  ids = np.zeros((len(jobs), tokenizer.slots(model, int(keep_k.max()))), np.int32)  # ids past keep_k have no effect
+  ids = np.zeros((len(jobs), programs.slots(model, int(keep_k.max()))), np.int32)  # ids past keep_k have no effect
   for row, (i, count) in zip(ids, jobs):
     row[:count] = sequences[i][:count]
   mesh = local_mesh()
@@ -119,7 +119,7 @@ def _decode(
 
   def decode(batch: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
     ids, keep_k, owners = batch
-    noise = tokenizer.sample_noise(_fold_in(key, owners), shape)
+    noise = programs.sample_noise(_fold_in(key, owners), shape)
     return _to_uint8(tokenizer.decode_ids(model, ids, keep_k, noise))
 
   rows = batching.slices((ids, keep_k, owners), size)
@@ -145,7 +145,7 @@ def decode_rows(
     image_size: (height, width); None: the model's.
   """
   shape = model.latent_shape if image_size is None else model.latent_shape_of(image_size)
-  mesh, slots = local_mesh(), tokenizer.slots(model, int(keep_k.max()))
+  mesh, slots = local_mesh(), programs.slots(model, int(keep_k.max()))
   model = batching.replicate(model, mesh)
   size = batching.batch_rows(batch_size, len(ids), mesh)
   ids = np.pad(ids[:, :slots], ((0, 0), (0, max(0, slots - ids.shape[1]))))
@@ -153,7 +153,7 @@ def decode_rows(
 
   def decode(batch: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
     ids, keep_k, data = batch
-    noise = tokenizer.sample_noise(jax.random.wrap_key_data(data, impl=impl), shape)
+    noise = programs.sample_noise(jax.random.wrap_key_data(data, impl=impl), shape)
     return _clip(tokenizer.decode_ids(model, ids, keep_k, noise))
 
   return np.concatenate(list(batching.map_batches(decode, batching.slices((ids, keep_k, data), size), size, mesh)))

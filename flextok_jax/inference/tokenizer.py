@@ -18,20 +18,16 @@ from PIL import Image
 from flextok_jax.config import TOKENIZER_STAGES, with_fields
 from flextok_jax.config.ranges import MAX_TILE
 from flextok_jax.core.errors import quote
-from flextok_jax.inference import adaptive, sharing, validation
+from flextok_jax.inference import adaptive, programs, sharing, validation
 from flextok_jax.inference.validation import Array, Images, Scale, TokenIds
-from flextok_jax.models import transformer
-from flextok_jax.models.tokenizer import flextok
 from flextok_jax.models.tokenizer.flextok import Sampler
-from flextok_jax.ops import distances, fsq, nested
+from flextok_jax.ops import distances, fsq
 from flextok_jax.parallel import batching
 from flextok_jax.stages import tokenizer as tokenizer_stage
-from flextok_jax.stages.tokenizer import check_sampler, make_model
-from flextok_jax.stages.vae import make_vae
+from flextok_jax.stages.tokenizer import check_sampler
 from flextok_jax.weights import fingerprints, loading, saving
 
 KeepK = int | Sequence[int] | Array
-CHUNK_STEPS = 50  # of the sampler in one program
 FEATURES = ("registers", "patches", "codes")
 
 
@@ -136,7 +132,7 @@ class FlexTok(sharing.SharedModel):
   @property
   def latent_shape(self) -> tuple[int, int, int]:
     """(h, w, c) of the latents of an image of image_size."""
-    return _network(self.config).latent_shape(self.image_size, self.image_size)
+    return programs.make_network(self.config).latent_shape(self.image_size, self.image_size)
 
   def latent_shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
     """Returns (h, w, c) of the latents of an image of (height, width) pixels.
@@ -145,7 +141,7 @@ class FlexTok(sharing.SharedModel):
       ValueError: the patches of the decoder do not divide the size, its position table is too small, or tokens on a
         grid have another size.
     """
-    network = _network(self.config)
+    network = programs.make_network(self.config)
     multiple = network.downscale * (network.decoder.patch_size if network.decoder else 1)
     shape = network.latent_shape(*validation.image_size(size, multiple))
     if network.decoder:
@@ -156,7 +152,7 @@ class FlexTok(sharing.SharedModel):
   @property
   def patch_multiple(self) -> int:
     """Pixels whose multiples are sides of images that both encoder and decoder can cut into patches."""
-    return _network(self.config).patch_multiple
+    return programs.make_network(self.config).patch_multiple
 
   @property
   def sampler(self) -> Sampler:
@@ -223,12 +219,12 @@ class FlexTok(sharing.SharedModel):
     if quality is not None:  # its arguments are checked before anything is encoded
       goal = self._goal(images.shape, quality, metric, noise)
       sampler = self._sampler(num_steps, guidance, guidance_scale, guidance_interval)
-    ids = _tokenize(self, images, slots(self, num_tokens - 1), key)[:, :num_tokens]
+    ids = programs.tokenize(self, images, programs.slots(self, num_tokens - 1), key)[:, :num_tokens]
     if quality is None:
       return ids
     if validation.is_traced(ids):
       raise ValueError("sequences of different lengths cannot leave jax.jit: call tokenize(quality=...) outside")
-    lengths = np.asarray(_lengths(self, images, ids, *goal, sampler))
+    lengths = np.asarray(programs.lengths(self, images, ids, *goal, sampler))
     return [row[:length] for row, length in zip(np.asarray(ids), lengths)]
 
   def detokenize(
@@ -278,17 +274,17 @@ class FlexTok(sharing.SharedModel):
       starts = lambda rows: given[rows]
     elif key is not None:
       keys = validation.keys(key, len(ids))
-      starts = lambda rows: sample_noise(keys[rows], shape)
+      starts = lambda rows: programs.sample_noise(keys[rows], shape)
     else:
       raise ValueError(
         f"detokenize starts from noise: pass key=jax.random.key(seed), or noise=... of shape {[len(ids), *shape]}"
       )
     if batch_size is None and validation.progress(progress) is False:
-      return _decode(self, ids, keep_k, starts(slice(None)), sampler)
+      return programs.decode(self, ids, keep_k, starts(slice(None)), sampler)
 
     def decode(batch: tuple[Array, Array, Array]) -> jax.Array:
       ids, keep_k, rows = batch
-      return _decode(self, ids, keep_k, starts(rows), sampler)
+      return programs.decode(self, ids, keep_k, starts(rows), sampler)
 
     rows = np.asarray(ids), np.asarray(keep_k), np.arange(len(ids))
     return batching.apply_in_batches(decode, rows, validation.batch_size(batch_size), "images decoded", progress)
@@ -363,17 +359,17 @@ class FlexTok(sharing.SharedModel):
     """
     key = _posterior_key(key)
     if self._is_cropped(images, resize) or not len(images):
-      return _encode_latents(self, self._images(images, resize), key)
+      return programs.encode_latents(self, self._images(images, resize), key)
     pictures, found = cast(Sequence, images), dict[int, jax.Array]()
     groups = self.rows_by_size(pictures, resize)
     for i, rows in enumerate(groups.values()):
       own_key = jax.random.fold_in(key, i) if key is not None and len(groups) > 1 else key
-      found |= zip(rows, _encode_latents(self, self._images([pictures[row] for row in rows], resize), own_key))
+      found |= zip(rows, programs.encode_latents(self, self._images([pictures[row] for row in rows], resize), own_key))
     return [found[i] for i in range(len(pictures))]
 
   def decode_latents(self, z: Array) -> jax.Array:
     """Decodes scaled latents [b, h, w, c] to images float32 [b, h', w', 3], about [-1, 1] and not clipped."""
-    return _decode_latents(self, validation.latents("z", z, self.latent_shape[-1]))
+    return programs.decode_latents(self, validation.latents("z", z, self.latent_shape[-1]))
 
   def velocity(
     self,
@@ -401,7 +397,7 @@ class FlexTok(sharing.SharedModel):
     batch = len(ids)
     x_t = self._noised("x_t", x_t, batch)
     drop = validation.per_sample("drop_condition", False if drop_condition is None else drop_condition, batch, bool)
-    return _velocity(self, x_t, validation.times(t, batch), ids, keep_k, drop)
+    return programs.velocity(self, x_t, validation.times(t, batch), ids, keep_k, drop)
 
   def to_official(self, path: str | os.PathLike) -> None:
     """Writes what the authors' PyTorch code reads: a .safetensors file, or a folder in the hub's layout.
@@ -486,14 +482,14 @@ class FlexTok(sharing.SharedModel):
     return self.config
 
   def _images(self, images: Images, resize: str = "crop") -> Array:
-    network = _network(self.config)
+    network = programs.make_network(self.config)
     patch_size = network.encoder.patch_size if network.encoder else 1
     return validation.images(images, self.image_size, network.downscale * patch_size, resize, network.patch_multiple)
 
   def _ids(self, ids: TokenIds, keep_k: KeepK | None) -> tuple[Array, Array]:
     """Returns (ids int32 [b, slots], keep_k int32 [b])."""
     ids, keep_k, most = validation.token_ids(ids, keep_k, self.num_registers, self.num_codes)
-    return validation.fit_slots(ids, slots(self, most)), keep_k
+    return validation.fit_slots(ids, programs.slots(self, most)), keep_k
 
   def _sampler(
     self,
@@ -523,13 +519,13 @@ class FlexTok(sharing.SharedModel):
     quality, metric = validation.quality(quality), distances.resolve(metric)
     batch, height, width, _ = shape
     if noise is None:
-      side = _network(self.config).downscale
+      side = programs.make_network(self.config).downscale
       start = adaptive.shared_noise(0, (height // side, width // side, self.latent_shape[-1]))
       noise = jnp.broadcast_to(start, (batch, *start.shape))
     return self._noised("noise", noise, batch), np.asarray(quality, np.float32), metric
 
   def _noised(self, name: str, latents: Array, batch: int) -> Array:
-    patch_size = _network(self._tokenizer_config()).decoder.patch_size
+    patch_size = programs.make_network(self._tokenizer_config()).decoder.patch_size
     latents = validation.noised_latents(name, latents, self.latent_shape[-1], batch, patch_size)
     self._check_grid(name, latents.shape, self.latent_shape[0])
     return latents
@@ -606,143 +602,20 @@ def prefix_lengths(
   Raises:
     ValueError: a bad quality or metric, or a VAE alone, which has no tokens.
   """
-  return _lengths(model, images, ids, *model._goal(images.shape, quality, metric, None), model._sampler())
-
-
-def slots(model: FlexTok, count: int) -> int:
-  """Returns the number of registers to run if more than `count` are needed: one of a few, to compile few programs."""
-  total = model.num_registers
-  return nested.padded_length(count, total) if model.config.fast else total
+  return programs.lengths(model, images, ids, *model._goal(images.shape, quality, metric, None), model._sampler())
 
 
 def encode_ids(model: FlexTok, images: Array, num_tokens: int) -> jax.Array:
   """FlexTok.tokenize without its checks: images [b, h, w, 3], of the batch size also a symbol of jax.export."""
-  return _tokenize(model, images, slots(model, num_tokens - 1), None)[:, :num_tokens]
+  return programs.tokenize(model, images, programs.slots(model, num_tokens - 1), None)[:, :num_tokens]
 
 
 def encode_features(model: FlexTok, images: Array, what: str, layer: int, num_tokens: int) -> jax.Array:
   """FlexTok.features without its checks: images [b, h, w, 3]."""
-  found = _features(model, images, what, layer, slots(model, num_tokens - 1))
+  found = programs.features(model, images, what, layer, programs.slots(model, num_tokens - 1))
   return found if what == "patches" else found[:, :num_tokens]
 
 
 def decode_ids(model: FlexTok, ids: Array, keep_k: Array, noise: Array) -> jax.Array:
-  """FlexTok.detokenize without its checks: ids int32 [b, slots(model, largest keep_k)], keep_k int32 [b]."""
-  return _decode(model, ids, keep_k, noise, model._sampler())
-
-
-def _decode(model: FlexTok, ids: Array, keep_k: Array, noise: Array, sampler: Sampler) -> jax.Array:
-  """As one program; or, for many steps, by several that are waited for, so that Ctrl-C stops the process in between."""
-  arguments = model, ids, keep_k, noise, sampler
-  if sampler.num_steps <= CHUNK_STEPS or any(map(validation.is_traced, jax.tree.leaves(arguments))):
-    return _detokenize(*arguments)
-
-  def step(state: flextok.State, *args: Any, **kwargs: Any) -> flextok.State:
-    return jax.block_until_ready(_sample_steps(model, ids, keep_k, state, *args, **kwargs))
-
-  noise = jnp.asarray(noise, jnp.float32)
-  return _decode_latents(model, flextok.sample_in_chunks(step, noise, sampler, CHUNK_STEPS, model.config.fast))
-
-
-# Pure functions, compiled once per shape.
-
-
-@functools.lru_cache(maxsize=32)
-def _network(config: FrozenConfigDict) -> flextok.FlexTok:
-  if config.stage in TOKENIZER_STAGES:
-    return make_model(config)
-  return flextok.FlexTok(None, None, (), make_vae(config), config.vae.scaling_factor, config.vae.tile)
-
-
-def _precision(model: FlexTok) -> Any:
-  # float32 means float32: accelerators multiply in fewer bits by default, and a token may flip.
-  return jax.default_matmul_precision("highest" if model.config.dtype == "float32" else None)
-
-
-def _apply(model: FlexTok, method: str, *args: Any) -> Any:
-  with _precision(model):
-    return _network(model.config).apply({"params": model.params}, *args, method=method)
-
-
-@functools.partial(jax.jit, static_argnames="shape")
-def sample_noise(keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-  """Draws starting latents [b, h, w, c], one per key [b]; shape is (h, w, c)."""
-  return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
-
-
-@functools.partial(jax.jit, static_argnames="num_tokens")
-def _tokenize(model: FlexTok, images: jax.Array, num_tokens: int, key: jax.Array | None) -> jax.Array:
-  return _apply(model, "tokenize", images, num_tokens, key)
-
-
-@functools.partial(jax.jit, static_argnames=("what", "layer", "num_tokens"))
-def _features(model: FlexTok, images: jax.Array, what: str, layer: int, num_tokens: int) -> jax.Array:
-  network, encoder = _network(model.config), model.params["encoder"]
-  network = network.clone(encoder=network.encoder.clone(depth=layer))
-  encoder = {**encoder, "transformer": transformer.first_blocks(encoder["transformer"], layer)}
-  with _precision(model):
-    variables = {"params": {**model.params, "encoder": encoder}}
-    found: Any = network.apply(variables, images, what, num_tokens, method="features")
-  return found
-
-
-@jax.jit
-def _encode_latents(model: FlexTok, images: jax.Array, key: jax.Array | None) -> jax.Array:
-  return _apply(model, "encode_latents", images, key)
-
-
-@jax.jit
-def _decode_latents(model: FlexTok, z: jax.Array) -> jax.Array:
-  return _apply(model, "decode_latents", z)
-
-
-@jax.jit
-def _velocity(
-  model: FlexTok, x_t: jax.Array, t: jax.Array, ids: jax.Array, keep_k: jax.Array, drop_condition: jax.Array
-) -> jax.Array:
-  codes = fsq.ids_to_codes(ids, model.config.tokens.levels)
-  return _apply(model, "velocity", x_t, t, codes, keep_k, drop_condition)
-
-
-@jax.jit
-def _detokenize(model: FlexTok, ids: jax.Array, keep_k: jax.Array, noise: jax.Array, sampler: Sampler) -> jax.Array:
-  with _precision(model):
-    network = _network(model.config)
-    latents = flextok.sample_latents(network, model.params, ids, keep_k, noise, sampler, model.config.fast)
-  return _apply(model, "decode_latents", latents)
-
-
-@functools.partial(jax.jit, static_argnames=("guided", "fast"))
-def _sample_steps(
-  model: FlexTok,
-  ids: jax.Array,
-  keep_k: jax.Array,
-  state: flextok.State,
-  times: jax.Array,
-  scales: jax.Array,
-  sampler: Sampler,
-  guided: bool,
-  fast: bool,
-) -> flextok.State:
-  with _precision(model):
-    network = _network(model.config)
-    return flextok.sample_steps(network, model.params, ids, keep_k, state, times, scales, sampler, guided, fast)
-
-
-@functools.partial(jax.jit, static_argnames="metric")
-def _lengths(
-  model: FlexTok,
-  images: jax.Array,
-  ids: jax.Array,
-  noise: jax.Array,
-  quality: jax.Array,
-  metric: distances.Distance,
-  sampler: Sampler,
-) -> jax.Array:
-  """Returns the length int32 [b] of the shortest prefix of each image's ids whose reconstruction is within quality."""
-
-  def decode(ids: jax.Array, keep_k: jax.Array) -> jax.Array:
-    ids = adaptive.pad_to_slots(ids, model.num_registers)
-    return jnp.clip(_detokenize(model, ids, keep_k, noise, sampler), -1, 1)
-
-  return adaptive.shortest_length(decode, metric, images, ids, quality)
+  """FlexTok.detokenize without its checks: ids int32 [b, programs.slots(model, largest keep_k)], keep_k int32 [b]."""
+  return programs.decode(model, ids, keep_k, noise, model._sampler())

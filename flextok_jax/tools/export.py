@@ -30,7 +30,7 @@ import flextok_jax
 from flextok_jax.config import TOKENIZER_STAGES, with_fields
 from flextok_jax.core import files
 from flextok_jax.core import images as images_lib
-from flextok_jax.inference import drawing, tokenizer
+from flextok_jax.inference import drawing, programs, tokenizer
 from flextok_jax.inference.generator import ARGenerator
 from flextok_jax.inference.tokenizer import FlexTok
 from flextok_jax.inference.validation import token_count, whole_number
@@ -107,12 +107,12 @@ def detokenize(model: FlexTok, num_tokens: int | None = None, size: tuple[int, i
     ValueError: a number of tokens or a size that the model does not have, a bad setting of the sampler, or a VAE alone.
   """
   count, size = _count(model, num_tokens), size or (model.image_size, model.image_size)
-  slots, shape = tokenizer.slots(model, count), model.latent_shape_of(size)
+  slots, shape = programs.slots(model, count), model.latent_shape_of(size)
   settings = _tokenizer_settings(model, count, size) | {"sampler": model.config.sampler.to_dict()}
 
   def function(model, inputs):
     ids = jnp.pad(inputs["ids"], ((0, 0), (0, slots - count)))
-    noise = tokenizer.sample_noise(_keys(inputs["seeds"]), shape)
+    noise = programs.sample_noise(_keys(inputs["seeds"]), shape)
     images = tokenizer.decode_ids(model, ids, inputs["keep_k"], noise)
     return {"images": images_lib.as_uint8(images)}
 

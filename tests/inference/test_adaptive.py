@@ -17,7 +17,7 @@ from flextok_jax.config import with_fields
 from flextok_jax.evals.metrics import image as image_metrics
 from flextok_jax.evals.studies import halting
 from flextok_jax.evals.studies.subject import Subject
-from flextok_jax.inference import adaptive, decoding
+from flextok_jax.inference import adaptive, decoding, programs
 from flextok_jax.inference import tokenizer as api
 from flextok_jax.ops import distances
 from flextok_jax.parallel import sharding
@@ -304,13 +304,13 @@ def test_tokenize_with_quality(model, images, noise, gaps, metric):
 
 
 def test_tokenize_with_extreme_quality_and_few_tokens(model, images, gaps):
-  api._lengths.clear_cache()
+  programs.lengths.clear_cache()
   assert [len(row) for row in model.tokenize(images, quality=1e-9, **QUIET)] == [9] * 6
   assert [len(row) for row in model.tokenize(images, quality=1e9, **QUIET)] == [1] * 6
   quality = between(gaps["mse"])
   given = dict(QUIET, guidance_scale=lambda t: 1.5)
   assert len(set(map(len, model.tokenize(images, quality=quality, **given)))) > 1
-  assert api._lengths._cache_size() == 1  # one compilation for all qualities and scales
+  assert programs.lengths._cache_size() == 1  # one compilation for all qualities and scales
   few = model.tokenize(images, num_tokens=5, quality=quality, **QUIET)
   assert [len(row) for row in few] == [bisect(row[:5], quality) for row in gaps["mse"]]
   one = model.tokenize(images.astype(np.float32) / 127.5 - 1, num_tokens=1, quality=quality, **QUIET)

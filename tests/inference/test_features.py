@@ -7,6 +7,7 @@ from ml_collections import FrozenConfigDict
 import numpy as np
 import pytest
 
+from flextok_jax.inference import programs
 from flextok_jax.inference import tokenizer as api
 from flextok_jax.ops import fsq
 from flextok_jax.stages import make_stage
@@ -74,7 +75,7 @@ def test_fewer_tokens_are_the_first_ones_and_take_less(images, what):
   for count in (1, 7):
     found = model().features(images, what, num_tokens=count)
     np.testing.assert_allclose(found, whole[:, :count], rtol=1e-5, atol=1e-5)
-  flops = lambda *args: api._features.lower(model(), images, *args).cost_analysis()["flops"]
+  flops = lambda *args: programs.features.lower(model(), images, *args).cost_analysis()["flops"]
   assert flops(what, DEPTH, 8) < 0.9 * flops(what, DEPTH, TOKENS)
   assert flops("registers", 1, TOKENS) < 0.7 * flops("registers", 2, TOKENS)
   assert flops("patches", DEPTH, TOKENS) < 0.8 * flops("registers", DEPTH, TOKENS)

@@ -13,6 +13,7 @@ import skimage.data
 import flextok_jax
 from flextok_jax.core import errors
 from flextok_jax.inference import generator as generation
+from flextok_jax.inference import programs
 from flextok_jax.inference import tokenizer as api
 from flextok_jax.ops import fsq
 from tests.support import numpy_ar
@@ -230,7 +231,13 @@ def test_model_is_a_frozen_pytree(model, images, ids, noise):
 
 
 def test_each_method_compiles_once_per_shape(model, images, ids, noise):
-  functions = (api._tokenize, api._encode_latents, api._decode_latents, api._velocity, api._detokenize)
+  functions = (
+    programs.tokenize,
+    programs.encode_latents,
+    programs.decode_latents,
+    programs.velocity,
+    programs.detokenize,
+  )
   for f in functions:
     f.clear_cache()
   for i in range(3):
@@ -269,7 +276,7 @@ def test_wide_images_against_numpy(model, scaled, images):
   decoded = scaled.detokenize(ids, size=(32, 64), key=jax.random.key(0), num_steps=2)
   assert decoded.shape == wide.shape
   keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(3))
-  noise = api.sample_noise(keys, (8, 16, 4))
+  noise = programs.sample_noise(keys, (8, 16, 4))
   np.testing.assert_array_equal(decoded, scaled.detokenize(ids, noise=noise, num_steps=2))
   codes, t, keep_k, drop = (
     reference.fsq_lookup(np.asarray(ids), levels),
@@ -461,10 +468,10 @@ def test_many_steps_are_taken_in_chunks(model, ids, noise, monkeypatch):
   """The pictures are those of one program, and Ctrl-C is noticed between the chunks."""
   settings = dict(noise=noise, num_steps=np.int64(5), guidance_interval=(0.5, 1))
   expected = model.detokenize(ids, **settings)
-  monkeypatch.setattr(api, "CHUNK_STEPS", 2)
-  api._sample_steps.clear_cache()
+  monkeypatch.setattr(programs, "CHUNK_STEPS", 2)
+  programs.sample_steps.clear_cache()
   np.testing.assert_allclose(model.detokenize(ids, **settings), expected, rtol=1e-5, atol=1e-5)
-  assert api._sample_steps._cache_size() == 3  # 2 guided, 1 guided, 2 others
+  assert programs.sample_steps._cache_size() == 3  # 2 guided, 1 guided, 2 others
   calls, wait = [], jax.block_until_ready
 
   def interrupted(x):
@@ -556,9 +563,9 @@ def test_pictures(images):
 
 def test_batches_of_any_size_give_the_same_ids_and_images(model, images, ids, noise, tmp_path, capsys):
   expected = np.asarray(model.tokenize(images))
-  before = api._tokenize._cache_size()
+  before = programs.tokenize._cache_size()
   np.testing.assert_array_equal(model.tokenize(images, batch_size=2), expected)
-  assert api._tokenize._cache_size() == before + 1  # the batch that is not full is padded
+  assert programs.tokenize._cache_size() == before + 1  # the batch that is not full is padded
   paths = []
   for i, image in enumerate(np.round((images + 1) * 127.5).astype(np.uint8)):
     paths.append(tmp_path / f"{i}.png")

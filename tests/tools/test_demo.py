@@ -10,7 +10,7 @@ import pytest
 
 import flextok_jax
 from flextok_jax import demo
-from flextok_jax.inference import tokenizer as tokenizer_lib
+from flextok_jax.inference import programs
 from flextok_jax.tools.demo import model as model_lib
 from tests.support import tiny_generators
 from tests.support.commands import fails
@@ -39,13 +39,13 @@ def test_prefixes_are_those_of_the_api_by_one_program(models):
   ids = models.encode(picture())
   np.testing.assert_array_equal(ids, models.tokenizer.tokenize(picture()[None])[0])
   models.decode([(ids, 1)], 3)
-  programs = tokenizer_lib._detokenize._cache_size()
+  compiled = programs.detokenize._cache_size()
   for count in range(1, 5):
     (found,) = models.decode([(ids, count)], 3)
-    assert tokenizer_lib._detokenize._cache_size() == programs
+    assert programs.detokenize._cache_size() == compiled
     wanted = models.tokenizer.detokenize(np.array([ids]), keep_k=count, key=jax.random.key(3))[0]
     assert np.abs((found / 127.5 - 1) - np.clip(wanted, -1, 1)).max() <= 1.01 / 127.5
-    programs = tokenizer_lib._detokenize._cache_size()
+    compiled = programs.detokenize._cache_size()
   pictures = models.prefixes(ids, 3)
   assert list(pictures) == [1, 2, 4]
   np.testing.assert_array_equal(pictures[4], found)

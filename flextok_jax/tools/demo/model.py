@@ -15,7 +15,7 @@ from flextok_jax.core.errors import quote
 from flextok_jax.data.pictures import UnreadablePicture, open_picture
 from flextok_jax.data.sources import synthetic
 from flextok_jax.evals.metrics import image as image_metrics
-from flextok_jax.inference import adaptive, image_files, verifiers
+from flextok_jax.inference import adaptive, image_files, programs, verifiers
 from flextok_jax.inference import search as search_lib
 from flextok_jax.inference import tokenizer as tokenizer_lib
 from flextok_jax.inference.generator import ARGenerator
@@ -110,7 +110,7 @@ class Models:
     One job, and any number of jobs, are one program each, whatever the lengths: all have room for all tokens.
     """
     size = 1 if len(jobs) == 1 else len(self.counts)
-    noise = tokenizer_lib.sample_noise(jax.random.fold_in(jax.random.key(seed), 0)[None], self._latent_shape)
+    noise = programs.sample_noise(jax.random.fold_in(jax.random.key(seed), 0)[None], self._latent_shape)
     noise = np.repeat(np.asarray(noise), size, 0)
     pictures = []
     for start in range(0, len(jobs), size):

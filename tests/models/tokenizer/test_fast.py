@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from flextok_jax import config as common
+from flextok_jax.inference import programs
 from flextok_jax.inference import tokenizer as api
 from flextok_jax.models.tokenizer.flextok import Sampler, sample_latents
 from flextok_jax.ops import guidance, nested
@@ -276,7 +277,7 @@ def test_all_counts_and_ragged_batches_compile_once_per_size():
   config = config_of(encoder=dict(depth=1), decoder=dict(depth=1), tokens=dict(num_registers=64))
   model = api.FlexTok(fill(loading.abstract_params(config)), FrozenConfigDict(config))
   images, noise = np.zeros((2, 16, 16, 3), np.uint8), np.zeros((2, 16, 16, 3), np.float32)
-  for f in (api._tokenize, api._detokenize, api._velocity):
+  for f in (programs.tokenize, programs.detokenize, programs.velocity):
     f.clear_cache()
   for k in range(1, 65, 3):
     ids = model.tokenize(images, num_tokens=k)
@@ -286,5 +287,5 @@ def test_all_counts_and_ragged_batches_compile_once_per_size():
   for k in counts:
     model.detokenize([np.zeros(k, int), np.zeros(1 + k // 2, int)], noise=noise, num_steps=1, guidance_scale=1.0 + k)
   sizes = len(nested.padded_lengths(64))
-  assert api._tokenize._cache_size() <= sizes and api._velocity._cache_size() <= sizes
-  assert api._detokenize._cache_size() == len({nested.padded_length(k, 64) for k in counts})
+  assert programs.tokenize._cache_size() <= sizes and programs.velocity._cache_size() <= sizes
+  assert programs.detokenize._cache_size() == len({nested.padded_length(k, 64) for k in counts})
