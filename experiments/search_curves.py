@@ -9,7 +9,6 @@ largest object, the background and the number of objects are all as asked. Write
 in the json with the same settings is not computed again. --beside draws the curves of another folder too, dashed.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 import re
@@ -18,17 +17,17 @@ import time
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
-from ml_collections import FrozenConfigDict
 import numpy as np
 
 from experiments import agreement
 import flextok_jax
 from flextok_jax import cli
-from flextok_jax.config import with_fields
 from flextok_jax.core import files
 from flextok_jax.core import images as images_lib
 from flextok_jax.evals import charts, grids
+from flextok_jax.inference import tokenizer as tokenizer_lib
 from flextok_jax.inference.scenes import HEADS
+from flextok_jax.inference.tokenizer import FlexTok
 
 SETTINGS = ("generator", "tokenizer", "decoder_steps", "num_images", "seed")
 SCHEDULE = (1, 2, 4, 8, 16)
@@ -63,6 +62,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_string("out", None, "Folder for the results.", flag_values=values)
 
 
+def load_tokenizer(values: flags.FlagValues) -> FlexTok:
+  """Returns the tokenizer of the flags, with the sampler that --decoder_steps asks for."""
+  if not values.decoder_steps:
+    return flextok_jax.load(values.tokenizer)
+  return tokenizer_lib.load_tokenizer(values.tokenizer, num_steps=values.decoder_steps, guidance="none")
+
+
 def judge(folder: Path, size: int):
   """Returns the judge's function from images to answers; its parameters are kept in the folder."""
   path = folder / "judge.npz"
@@ -78,10 +84,7 @@ def main(values: flags.FlagValues):
   """Runs what is missing, and writes the results."""
   cli.require(values, "generator", "tokenizer", "out")
   folder = Path(values.out)
-  gen, tokenizer = flextok_jax.load_ar(values.generator), flextok_jax.load(values.tokenizer)
-  if values.decoder_steps:
-    sampler = {"sampler.num_steps": values.decoder_steps, "sampler.guidance": "none"}
-    tokenizer = dataclasses.replace(tokenizer, config=FrozenConfigDict(with_fields(tokenizer.config, sampler)))
+  gen, tokenizer = flextok_jax.load_ar(values.generator), load_tokenizer(values)
   images, said, captions = agreement.scenes("validation", 0, values.num_images, tokenizer.image_size)
   answer = judge(folder, tokenizer.image_size)
   to_uint8 = lambda x: np.asarray(images_lib.as_uint8(x))

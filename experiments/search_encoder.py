@@ -1,10 +1,10 @@
 """Is search a better encoder? PSNR of the first tokens by the encoder, and of tokens searched for with `psnr`.
 
 python -m experiments.search_encoder --tokenizer=FILE [--generator=FILE] [--source=synthetic] [--num_images=32]
-    [--counts=4,8] [--beam_width=4] [--candidates=64] --out=DIR
+    [--counts=4,8] [--beam_width=4] [--candidates=64] [--decoder_steps=4] --out=DIR
 
-Both are decoded from the same noise, by the tokenizer's own sampler. Candidates come from the generator, by class or
-caption, or are drawn uniformly without one. Writes search_encoder.json.
+Both are decoded from the same noise, by the tokenizer's own sampler or in unguided Euler steps. Candidates come from
+the generator, by class or caption, or are drawn uniformly without one. Writes search_encoder.json.
 """
 
 import json
@@ -14,6 +14,7 @@ from absl import flags
 import jax
 import numpy as np
 
+from experiments import search_curves
 import flextok_jax
 from flextok_jax import cli
 from flextok_jax.core import files
@@ -31,13 +32,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_list("counts", ["4", "8"], "Numbers of tokens.", flag_values=values)
   flags.DEFINE_integer("beam_width", 4, "Of the search.", flag_values=values)
   flags.DEFINE_integer("candidates", 64, "Of the search.", flag_values=values)
+  flags.DEFINE_integer("decoder_steps", 0, "Unguided Euler steps; 0: the tokenizer's sampler.", flag_values=values)
   flags.DEFINE_string("out", None, "Folder for the results.", flag_values=values)
 
 
 def main(values: flags.FlagValues):
   """Compares the two, and writes the results."""
   cli.require(values, "tokenizer", "out")
-  model = flextok_jax.load(values.tokenizer)
+  model = search_curves.load_tokenizer(values)
   found = pipeline.eval_set(
     inputs.image_data(model.config), values.source, image_size=model.image_size, num_images=values.num_images
   )
@@ -49,7 +51,8 @@ def main(values: flags.FlagValues):
     prior = flextok_jax.load_ar(values.generator)
     text = prior.config.ar.condition == "text"
     condition = {"prompts": found["caption"]} if text else {"labels": found["label"]}
-  report = {name: values[name].value for name in ("tokenizer", "generator", "source", "num_images", "candidates")}
+  settings = ("tokenizer", "generator", "source", "num_images", "candidates", "decoder_steps")
+  report = {name: values[name].value for name in settings}
   for count in cli.numbers("counts", values.counts):
     schedule = tuple(range(1, count + 1)) if not values.generator else tuple(2**i for i in range(count.bit_length()))
     searched = prior.search(
