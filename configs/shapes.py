@@ -11,7 +11,7 @@ These two were not run to their end. The shipped weights come from seven runs of
 cores (docs/generators.md): 29.0 dB at 16 tokens.
 
 shapes:grid is the 2D baseline of the same size: a token for each of 4 x 4 patches. Its tokens have their places, so it
-needs no first run on images that are nearly all noise:
+needs no first run on images that are nearly all noise. It ships; about two hours on two CPU cores (docs/order.md):
 
   python -m flextok_jax.train --config=shapes:grid --workdir=DIR
 

@@ -259,21 +259,32 @@ def test_invalid_config_files(text, spec, error, pattern, tmp_path, monkeypatch)
 # Shipped models.
 
 
-@pytest.mark.parametrize("asset", ["quickstart", "shapes", "shapes_student", "shapes_ar", "shapes_ar_stop"])
-def test_shipped_models(asset):
+@pytest.mark.parametrize(
+  "asset, spec, tokenizer",
+  [
+    ("quickstart", "quickstart", ""),
+    ("shapes", "shapes", ""),
+    ("shapes_student", "distill:shapes", "shapes"),
+    ("shapes_ar", "shapes_ar", "shapes"),
+    ("shapes_ar_stop", "shapes_ar:stop", "shapes"),
+    ("shapes_grid", "shapes:grid", ""),
+    ("shapes_grid_ar", "shapes_ar:text", "shapes_grid"),
+  ],
+)
+def test_shipped_models(asset, spec, tokenizer):
   path = ASSETS / f"{asset}.safetensors"
   assert path.stat().st_size < 10e6
   config, params = loading.load(str(path))
   check_params(params, joined_shapes(config), path.name)
   assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
-  expected = parse({"shapes_student": "distill:shapes"}.get(asset, asset.replace("_stop", ":stop")))
+  expected = parse(spec)
+  if tokenizer:
+    named = loading.load(str(ASSETS / f"{tokenizer}.safetensors"))
   if config.stage == "distill":
-    teacher = loading.load(str(ASSETS / "shapes.safetensors"))
-    assert config.distill.teacher == fingerprints.tokenizer(*teacher, decoder=True)
-    assert fingerprints.tokenizer(config, params) == fingerprints.tokenizer(*teacher)
+    assert config.distill.teacher == fingerprints.tokenizer(*named, decoder=True)
+    assert fingerprints.tokenizer(config, params) == fingerprints.tokenizer(*named)
   if config.stage == "ar":  # fields that describe the tokenizer of its ids are taken from the token shards
-    tokenizer = loading.load(str(ASSETS / "shapes.safetensors"))
-    assert config.ar.tokenizer == fingerprints.tokenizer(*tokenizer)
+    assert config.ar.tokenizer == fingerprints.tokenizer(*named)
     expected.ar.tokenizer = config.ar.tokenizer
   from_config.check_same_model(expected, config)
   assert flat(config).keys() <= flat(expected).keys()  # fields may be added but not renamed
