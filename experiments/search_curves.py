@@ -107,8 +107,8 @@ def main(values: flags.FlagValues):
     report["runs"][name] = {"decoded": found.decoded, "seconds": time.monotonic() - start} | shares(right(shown))
     print(name, json.dumps(report["runs"][name]), flush=True)
     files.write_file(path, (json.dumps(report, indent=1) + "\n").encode())
-  beside = json.loads((Path(values.beside) / path.name).read_text())["runs"] if values.beside else {}
-  draw(folder, report["runs"], beside)
+  beside = [json.loads((Path(values.beside) / path.name).read_text())] if values.beside else []
+  draw(folder, [report, *beside])
   labels = captions[:8]
   if len(pictures) > 1:
     chosen = [name for name in pictures if name in ("held-out", "best of N, 1", "best of N, 91", "beam, 3 x 7")]
@@ -122,14 +122,16 @@ def shares(right: dict) -> dict[str, float]:
   return each | {"all": float(np.all(list(right.values()), axis=0).mean())}
 
 
-def draw(folder: Path, runs: dict, beside: dict):
-  """Writes the curves, those of another folder dashed."""
+def draw(folder: Path, reports: list[dict]):
+  """Writes the curves of one report, or of two: then of the kinds that both have, those of the second dashed."""
   lines = {}
-  for i, kind in enumerate(dict.fromkeys(name.split(",")[0] for name in RUNS)):
-    for label, found in ((kind, runs), (f"{kind}, beside", beside)):
-      of_kind = (row for name, row in found.items() if name in RUNS and name.startswith(f"{kind},"))
+  kinds = dict.fromkeys(name.split(",")[0] for name in RUNS if all(name in report["runs"] for report in reports))
+  for i, kind in enumerate(kinds):
+    for number, report in enumerate(reports):
+      of_kind = (row for name, row in report["runs"].items() if name in RUNS and name.startswith(f"{kind},"))
       if points := sorted((row["decoded"], 100 * row["all"]) for row in of_kind):
-        lines[label] = charts.Line(*zip(*points), color=i, dashed=found is beside)
+        label = f"{kind}: {Path(report['settings']['tokenizer']).stem}" if len(reports) > 1 else kind
+        lines[label] = charts.Line(*zip(*points), color=i, dashed=number > 0)
   ticks = [2**i for i in range(8)]
   picture = charts.curves({"pictures with all as asked, %": lines}, "decoded candidates per picture", ticks)
   files.write_file(folder / "search_curves.png", picture)
