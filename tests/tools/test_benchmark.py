@@ -90,7 +90,8 @@ def test_a_student_beside_its_teacher(tmp_path):
 
 def test_all_jobs_on_both_paths(tmp_path, capsys):
   out = tmp_path / "deep" / "rows.jsonl"
-  given = f"--config={config_file(tmp_path)}"
+  half_null = dict(tokens=dict(num_registers=16, null_prob=0.5))  # one of two rows has a bucket of its own
+  given = f"--config={config_file(tmp_path, **half_null)}"
   run(benchmark, given, "--num_tokens=16,1", "--repeats=2", "--batch_size=2", f"--out={out}")
   rows, ratios, peaks, spans = read(out)
   both = [("tokenize", 1), ("tokenize", 16), ("detokenize", 1), ("detokenize", 16), ("train", None)]
