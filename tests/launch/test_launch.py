@@ -431,6 +431,7 @@ def watch(box):
     str(box.repo / "launch" / "tpu.sh"), "watch", *NAMES, "--accelerator=v6e-16", "--spot", "--poll=0.1", "--", *TRAIN
   )
   wait_until(lambda: len(box.trainings()) == 2)
+  wait_until(lambda: box.verbs()[-1] == "tpu-vm ssh state")  # the commands that started them have returned
   yield process
   if process.poll() is None:
     os.killpg(process.pid, signal.SIGKILL)
