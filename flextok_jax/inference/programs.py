@@ -33,6 +33,7 @@ def slots(model: FlexTok, count: int) -> int:
 
 @functools.lru_cache(maxsize=32)
 def make_network(config: FrozenConfigDict) -> flextok.FlexTok:
+  """Returns the network of a tokenizer's config, or of that of a VAE alone."""
   if config.stage in TOKENIZER_STAGES:
     return make_model(config)
   return flextok.FlexTok(None, None, (), make_vae(config), config.vae.scaling_factor, config.vae.tile)
@@ -56,11 +57,13 @@ def sample_noise(keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="num_tokens")
 def tokenize(model: FlexTok, images: jax.Array, num_tokens: int, key: jax.Array | None) -> jax.Array:
+  """Returns ids int32 [b, num_tokens] of images [b, h, w, 3]; key: of the posterior of a VAE, None for its mean."""
   return _apply(model, "tokenize", images, num_tokens, key)
 
 
 @functools.partial(jax.jit, static_argnames=("what", "layer", "num_tokens"))
 def features(model: FlexTok, images: jax.Array, what: str, layer: int, num_tokens: int) -> jax.Array:
+  """Returns what FlexTok.features does, of images [b, h, w, 3], after `layer` blocks of the encoder."""
   network, encoder = make_network(model.config), model.params["encoder"]
   network = network.clone(encoder=network.encoder.clone(depth=layer))
   encoder = {**encoder, "transformer": transformer.first_blocks(encoder["transformer"], layer)}
@@ -72,11 +75,13 @@ def features(model: FlexTok, images: jax.Array, what: str, layer: int, num_token
 
 @jax.jit
 def encode_latents(model: FlexTok, images: jax.Array, key: jax.Array | None) -> jax.Array:
+  """Returns scaled latents [b, h, w, c] of images [b, h', w', 3]."""
   return _apply(model, "encode_latents", images, key)
 
 
 @jax.jit
 def decode_latents(model: FlexTok, z: jax.Array) -> jax.Array:
+  """Returns images [b, h', w', 3] of scaled latents [b, h, w, c]."""
   return _apply(model, "decode_latents", z)
 
 
@@ -84,12 +89,14 @@ def decode_latents(model: FlexTok, z: jax.Array) -> jax.Array:
 def velocity(
   model: FlexTok, x_t: jax.Array, t: jax.Array, ids: jax.Array, keep_k: jax.Array, drop_condition: jax.Array
 ) -> jax.Array:
+  """Returns the velocity [b, h, w, c] at noised latents x_t of that shape and times t [b]."""
   codes = fsq.ids_to_codes(ids, model.config.tokens.levels)
   return _apply(model, "velocity", x_t, t, codes, keep_k, drop_condition)
 
 
 @jax.jit
 def detokenize(model: FlexTok, ids: jax.Array, keep_k: jax.Array, noise: jax.Array, sampler: Sampler) -> jax.Array:
+  """Returns images [b, h', w', 3] of ids [b, slots], by all steps of the sampler from noise [b, h, w, c]."""
   with _precision(model):
     network = make_network(model.config)
     latents = flextok.sample_latents(network, model.params, ids, keep_k, noise, sampler, model.config.fast)
@@ -108,6 +115,7 @@ def sample_steps(
   guided: bool,
   fast: bool,
 ) -> flextok.State:
+  """Takes some of the sampler's steps; see models.tokenizer.flextok.sample_steps."""
   with _precision(model):
     network = make_network(model.config)
     return flextok.sample_steps(network, model.params, ids, keep_k, state, times, scales, sampler, guided, fast)
@@ -133,7 +141,7 @@ def lengths(
 
 
 def decode(model: FlexTok, ids: Array, keep_k: Array, noise: Array, sampler: Sampler) -> jax.Array:
-  """As one program; or, for many steps, by several that are waited for, so that Ctrl-C stops the process in between."""
+  """Detokenizes by one program; for many steps by several, waited for, so that Ctrl-C stops the process in between."""
   arguments = model, ids, keep_k, noise, sampler
   if sampler.num_steps <= CHUNK_STEPS or any(map(validation.is_traced, jax.tree.leaves(arguments))):
     return detokenize(*arguments)

@@ -105,10 +105,11 @@ def merge_buckets(lengths: Sequence[int], cost: Callable[[int], float], overhead
   best: list[tuple[float, list[tuple[int, int, int]]]] = [(0.0, [])]  # of the first rows
   for end in range(1, len(lengths) + 1):
     length = lengths[end - 1]
-    firsts = [first for first in range(end) if bool(lengths[first]) == bool(length)]
+    row = cost(length)
     options = [
-      (best[first][0] + (end - first) * cost(length) + overhead, [*best[first][1], (first, end, length)])
-      for first in firsts
+      (best[first][0] + (end - first) * row + overhead, [*best[first][1], (first, end, length)])
+      for first in range(end)
+      if bool(lengths[first]) == bool(length)
     ]
     best.append(min(options, key=lambda option: option[0]))
   return best[-1][1]

@@ -372,9 +372,13 @@ class TokenizerStage(Stage):
 
   def _row_cost(self, length: int) -> float:
     """Returns what a row of `length` registers costs, in units that all lengths share; attention is left out."""
-    height, width, _ = self.model.latent_shape(self.image_size, self.image_size)
     parts = [(self.model.decoder, length or 1), *([(self.model.encoder, length)] if length else [])]
-    return sum(part.depth * part.width**2 * (n + height * width // part.patch_size**2) for part, n in parts)
+    return sum(part.depth * part.width**2 * self._row_tokens(part, n) for part, n in parts)
+
+  def _row_tokens(self, part: PatchTransformer, registers: int) -> int:
+    """Returns the number of registers and patches of a row in the encoder or the decoder."""
+    height, width, _ = self.model.latent_shape(self.image_size, self.image_size)
+    return registers + height * width // part.patch_size**2
 
   def _bucket_loss(self, params: Params, length: int, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Computes the rows [b, ...] of a bucket on `length` registers; 0: no row has a condition.
@@ -436,8 +440,7 @@ class TokenizerStage(Stage):
     return sum(saved for saved, _ in costs), max(working for _, working in costs)
 
   def _part_bytes(self, part: PatchTransformer, registers: int, maps: bool) -> tuple[float, float]:
-    height, width, _ = self.model.latent_shape(self.image_size, self.image_size)
-    tokens = registers + height * width // part.patch_size**2
+    tokens = self._row_tokens(part, registers)
     saved, working = of_blocks(part.choices, part.depth, part.remat, tokens, tokens, maps)
     if isinstance(part, Decoder):  # modulations and their gradient
       sets = 2 if part.modulation == "per_segment" else 1
