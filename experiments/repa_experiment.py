@@ -25,6 +25,7 @@ from flextok_jax.configs import quickstart
 from flextok_jax.data import pipeline, transforms
 from flextok_jax.data.sources.base import read
 from flextok_jax.models.perception.vit import IMAGENET, ViT
+from flextok_jax.models.tokenizer.decoder import Inputs
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.training import inputs, optim
@@ -202,10 +203,8 @@ def make_measure(config):
     noise, t = jax.random.normal(jax.random.key(3), latents.shape), jnp.full(len(images), 0.3)
     x_t = 0.7 * latents + 0.3 * noise
     codes, none = jnp.zeros((len(images), 1, 6)), jnp.ones(len(images), bool)  # only patches, no condition
-    taps = [
-      apply(x_t, t, codes, jnp.ones(len(images), int), none, None, block, method="velocity_and_features")[1].mean(1)
-      for block in (1, 2)
-    ]
+    inputs = [Inputs(x_t, t, codes, jnp.ones(len(images), int), none)]
+    taps = [apply(inputs, block, method="velocity_batches")[0][1].mean(1) for block in (1, 2)]
     return jnp.concatenate([z, *taps], -1)
 
   def measure(params):

@@ -1,8 +1,9 @@
 """The pre-norm transformer of the tokenizer's encoder and decoder: a scanned stack over one or more segments."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 from einops import rearrange
 import flax.linen as nn
@@ -62,7 +63,7 @@ class ModulatedBlock(nn.Module):
   def __call__(
     self, segments: Segments, modulation: jax.Array | None, mask: jax.Array | None, key_bias: jax.Array | None
   ) -> Segments:
-    """See Transformer; modulation [b or 1, s * 6 * d] is that of this block."""
+    """See Stream; modulation [b or 1, s * 6 * d] is that of this block."""
     output, queries = self.output, None
     segments = tuple(layout.constrain(x, "batch", None, None) for x in segments)
     attention_modulation = mlp_modulation = None
@@ -82,6 +83,22 @@ class ModulatedBlock(nn.Module):
     return _residual(layers.MLP(self.choices, name="mlp"), segments, mlp_modulation)
 
 
+class Stream(NamedTuple):
+  """A batch of sequences of one length l for a stack of blocks.
+
+  Attributes:
+    segments: [b, l_i, d] each, which the blocks see as one sequence.
+    modulation: [depth, b or 1, s * 6 * d], see AdaLN; None: blocks without modulation.
+    mask: boolean [l, l], see SelfAttention.
+    key_bias: float32 [b, l], see SelfAttention.
+  """
+
+  segments: Segments
+  modulation: jax.Array | None = None
+  mask: jax.Array | None = None
+  key_bias: jax.Array | None = None
+
+
 class Transformer(nn.Module):
   """`depth` blocks. All but the last run in a scan, their parameters stacked along a leading "layers" axis."""
 
@@ -92,24 +109,20 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    segments: Segments,
-    modulation: jax.Array | None = None,
-    mask: jax.Array | None = None,
-    key_bias: jax.Array | None = None,
-    feature_block: int | None = None,
-  ) -> tuple[jax.Array, jax.Array | None]:
-    """Runs the blocks over the segments as one sequence of length l.
+    self, streams: Sequence[Stream], feature_block: int | None = None
+  ) -> list[tuple[jax.Array, jax.Array | None]]:
+    """Runs the blocks over each stream.
+
+    All streams pass a block before the next begins: sharded parameters are gathered, and their gradients summed over
+    devices, once for all streams.
 
     Args:
-      segments: [b, l_i, d] each.
-      modulation: [depth, b or 1, s * 6 * d], see AdaLN; None: blocks without modulation.
-      mask: boolean [l, l], see SelfAttention.
-      key_bias: float32 [b, l], see SelfAttention.
+      streams: any number, all with a modulation or none.
       feature_block: number of a block, from 1, whose output is returned as well.
 
     Returns:
-      The segment `output` [b, l_i, d] after the last block, and after the feature_block (None without one).
+      Of each stream, the segment `output` [b, l_i, d] after the last block, and after the feature_block (None without
+      one).
 
     Raises:
       ValueError: there is no such block.
@@ -117,28 +130,36 @@ class Transformer(nn.Module):
     if feature_block is not None and not 1 <= feature_block <= self.depth:
       raise ValueError(f"there is no block {feature_block}: they are 1 to {self.depth}")
     block = layers.with_remat(ModulatedBlock, self.remat)
-    scanned, last = (None, None) if modulation is None else (modulation[:-1], modulation[-1])
-    features = None
+    modulations = [stream.modulation for stream in streams]
+    scanned, last = ([x if x is None else x[part] for x in modulations] for part in (slice(-1), -1))
+    states = [stream.segments for stream in streams]
+    # The features are carried, not stacked over the blocks: one copy, whose gradient enters only at its block.
+    features = [None if feature_block is None else jnp.zeros_like(x[self.output]) for x in states]
+    shared = [(stream.mask, stream.key_bias) for stream in streams]
     if self.depth > 1:
-      # The features are carried, not stacked over the blocks: one copy, whose gradient enters only at its block.
-      if feature_block is not None:
-        features = jnp.zeros_like(segments[self.output])
 
-      def step(block, carry, inputs, mask, key_bias):
-        (segments, features), (number, modulation) = carry, inputs
-        segments = block(segments, modulation, mask, key_bias)
-        if features is not None:
-          features = jnp.where(number == feature_block, segments[self.output], features)
-        return segments, features
+      def step(block, carry, inputs, shared):
+        number, modulations = inputs
+        new = []
+        for (segments, features), modulation, (mask, key_bias) in zip(carry, modulations, shared, strict=True):
+          segments = block(segments, modulation, mask, key_bias)
+          if features is not None:
+            features = jnp.where(number == feature_block, segments[self.output], features)
+          new.append((segments, features))
+        return new
 
       inputs = jnp.arange(1, self.depth), scanned
       blocks = block(self.choices, name="blocks")
-      segments, features = layers.scan_blocks(
-        step, self.depth - 1, blocks, (segments, features), inputs, mask, key_bias
-      )
-    (x,) = block(self.choices, self.output, name="last")(segments, last, mask, key_bias)
-    x = layout.constrain(x, "batch", None, None)
-    return x, x if feature_block == self.depth else features
+      carry = list(zip(states, features, strict=True))
+      carry = layers.scan_blocks(step, self.depth - 1, blocks, carry, inputs, shared)
+      states, features = [x for x, _ in carry], [x for _, x in carry]
+    last_block = block(self.choices, self.output, name="last")
+    outputs = []
+    for segments, found, modulation, (mask, key_bias) in zip(states, features, last, shared, strict=True):
+      (x,) = last_block(segments, modulation, mask, key_bias)
+      x = layout.constrain(x, "batch", None, None)
+      outputs.append((x, x if feature_block == self.depth else found))
+    return outputs
 
 
 def first_blocks(params: Mapping[str, Any], depth: int) -> dict[str, Any]:
@@ -237,15 +258,14 @@ class PatchTransformer(nn.Module, kw_only=True):
     if self.posemb_scaling == "absolute":
       posemb.check_fits(self.table_shape, height, width)
 
-  def embed_patches(self, x: jax.Array) -> jax.Array:
-    """Embeds the patches of x and adds their positions: [b, h, w, c] -> [b, h/p * w/p, width]."""
-    # [b, h, w, c] -> [b, h/p, w/p, p * p * c]
-    x = layers.patchify(x, self.patch_size)
-    batch, height, width, _ = x.shape
-    x = layers.dense(self.width, (None, "embed"), "patch_embed", self.dtype)(x)
-    table = self._positions(height, width)
+  def embed_patches(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
+    """Embeds the patches of each x and adds their positions: [b, h, w, c] -> [b, h/p * w/p, width]."""
+    embed = layers.dense(self.width, (None, "embed"), "patch_embed", self.dtype)
+    # [b, h, w, c] -> [b, h/p, w/p, p * p * c] -> [b, h/p, w/p, width]
+    xs = [embed(layers.patchify(x, self.patch_size)) for x in xs]
+    table = functools.cache(self._positions)  # once for each grid
     # [b, h/p, w/p, width] -> [b, h/p * w/p, width]
-    return (x + table.astype(self.dtype)).reshape(batch, height * width, self.width)
+    return [(x + table(*x.shape[1:3]).astype(self.dtype)).reshape(x.shape[0], -1, self.width) for x in xs]
 
   def _positions(self, height: int, width: int) -> jax.Array:
     """Returns the positions of a grid of patches, float32 [height, width, self.width]."""
@@ -264,45 +284,41 @@ class PatchTransformer(nn.Module, kw_only=True):
     return posemb.grid_table(axes, height, width, scaling=scaling, product=self.posemb == "learnable_prod")
 
   def run_blocks(
-    self,
-    segments: Segments,
-    output: int,
-    modulation: jax.Array | None = None,
-    mask: jax.Array | None = None,
-    key_bias: jax.Array | None = None,
-    feature_block: int | None = None,
-  ) -> tuple[jax.Array, jax.Array | None]:
+    self, streams: Sequence[Stream], output: int, feature_block: int | None = None
+  ) -> list[tuple[jax.Array, jax.Array | None]]:
     """See Transformer."""
-    stack = Transformer(self.depth, self.choices, output, self.remat, name="transformer")
-    return stack(segments, modulation, mask, key_bias, feature_block)
+    return Transformer(self.depth, self.choices, output, self.remat, name="transformer")(streams, feature_block)
 
   def project(
     self,
-    x: jax.Array,
+    xs: Sequence[jax.Array],
     features: int,
-    modulation: jax.Array | None = None,
+    modulations: Sequence[jax.Array | None],
     dtype: jnp.dtype | None = None,
     precision: jax.lax.Precision | None = None,
-  ) -> jax.Array:
-    """Applies the head: LayerNorm, adaLN if modulation [b or 1, 2 * d] is given, projection.
+  ) -> list[jax.Array]:
+    """Applies the head to each x: LayerNorm, adaLN if it has a modulation, projection.
 
     Args:
-      x: [b, l, d].
-      features: of the output.
-      modulation: shift and scale, [b or 1, 2 * d].
+      xs: [b, l, d] each.
+      features: of the outputs.
+      modulations: shift and scale of each x, [b or 1, 2 * d], or None.
       dtype: compute type; None: that of the module.
       precision: of the projection.
 
     Returns:
-      [b, l, features] of dtype.
+      [b, l, features] each, of dtype.
     """
     dtype = dtype or self.dtype
-    x = layers.layer_norm(x.astype(dtype))
-    if modulation is not None:
-      # [b, 2 * d] -> [b, 1, d] each; shift before scale, as in the released weights
-      shift, scale = jnp.split(modulation[:, None], 2, -1)
-      x = x * (1 + scale) + shift
     dense = layers.dense(
       features, ("embed", None), "head", dtype, use_bias=self.head_bias, zero=True, precision=precision
     )
-    return dense(self.readout_multiplier * x)
+    outputs = []
+    for x, modulation in zip(xs, modulations, strict=True):
+      x = layers.layer_norm(x.astype(dtype))
+      if modulation is not None:
+        # [b, 2 * d] -> [b, 1, d] each; shift before scale, as in the released weights
+        shift, scale = jnp.split(modulation[:, None], 2, -1)
+        x = x * (1 + scale) + shift
+      outputs.append(dense(self.readout_multiplier * x))
+    return outputs

@@ -14,7 +14,7 @@ import numpy as np
 from flextok_jax.config import with_fields
 from flextok_jax.config.ranges import MAX_GRID
 from flextok_jax.models.activations import of_blocks, of_frozen_vae
-from flextok_jax.models.tokenizer.decoder import Decoder
+from flextok_jax.models.tokenizer.decoder import Decoder, Inputs
 from flextok_jax.models.tokenizer.encoder import Encoder
 from flextok_jax.models.tokenizer.flextok import FlexTok, Sampler, sample_latents
 from flextok_jax.models.transformer import PatchTransformer, mlp_hidden
@@ -296,11 +296,13 @@ class TokenizerStage(Stage):
     rows, order = self._draw_rows(params, latents, key)
 
     # Run the buckets and join their rows.
-    outputs = []
-    for first, end, length in self._buckets(rows.t.shape[1]):
-      output = self._bucket_loss(params, length, rows.bucket(first, end))
-      # [g * (end - first), ...] -> [g, end - first, ...]
-      outputs.append(jax.tree.map(lambda x, count=end - first: x.reshape(-1, count, *x.shape[1:]), output))
+    buckets = self._buckets(rows.t.shape[1])
+    batches = [(length, rows.bucket(first, end)) for first, end, length in buckets]
+    # [g * (end - first), ...] -> [g, end - first, ...]
+    outputs = [
+      jax.tree.map(lambda x, count=end - first: group(x, count), output)
+      for (first, end, _), output in zip(buckets, self._losses(params, batches), strict=True)
+    ]
     # [g, r_i, ...] each -> [b, ...]
     join = lambda *parts: ungroup(jnp.concatenate(parts, 1))
     per_sample, saturation, features = jax.tree.map(join, *outputs)
@@ -380,29 +382,40 @@ class TokenizerStage(Stage):
     height, width, _ = self.model.latent_shape(self.image_size, self.image_size)
     return registers + height * width // part.patch_size**2
 
-  def _bucket_loss(self, params: Params, length: int, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Computes the rows [b, ...] of a bucket on `length` registers; 0: no row has a condition.
+  def _losses(
+    self, params: Params, batches: Sequence[tuple[int, Rows]]
+  ) -> list[tuple[jax.Array, jax.Array, jax.Array | None]]:
+    """Computes the rows [b, ...] of each bucket on its number of registers; 0: no row has a condition.
 
     Returns:
-      Flow loss [b]; saturation of the kept registers [b]; with REPA the patches [b, n, width] after block repa.block,
-      else None.
+      Of each bucket, flow loss [b]; saturation of the kept registers [b]; with REPA the patches [b, n, width] after
+      block repa.block, else None.
     """
     apply: Callable[..., Any] = functools.partial(self.model.apply, {"params": params})
-    batch, levels = rows.latents.shape[0], self.model.levels
-    if length:
-      z = apply(rows.latents, length, method="encode_registers")
-      skip = None if rows.unquantized is None else rows.unquantized[:, None]
-      codes = fsq.quantize(z, levels, skip)  # [b, length, len(levels)]
-      if rows.corruption is not None:
-        codes = fsq.corrupt(codes, rows.corruption[:, :length], levels)
-      saturation = jnp.where(rows.drop, 0.0, fsq.saturation(z, rows.keep_k))
-    else:
-      codes, saturation = jnp.zeros((batch, 1, len(levels)), jnp.float32), jnp.zeros(batch, jnp.float32)
-    x_t = flow.add_noise(rows.latents, rows.noise, rows.t)
+    levels = self.model.levels
+
+    # Encode the buckets that have a condition.
+    encoded = apply([(rows.latents, length) for length, rows in batches if length], method="encode_batches")
+    vectors, inputs, saturations = iter(encoded), [], []
+    for length, rows in batches:
+      if length:
+        z = next(vectors)
+        skip = None if rows.unquantized is None else rows.unquantized[:, None]
+        codes = fsq.quantize(z, levels, skip)  # [b, length, len(levels)]
+        if rows.corruption is not None:
+          codes = fsq.corrupt(codes, rows.corruption[:, :length], levels)
+        saturations.append(jnp.where(rows.drop, 0.0, fsq.saturation(z, rows.keep_k)))
+      else:
+        codes = jnp.zeros((rows.drop.size, 1, len(levels)), jnp.float32)
+        saturations.append(jnp.zeros(rows.drop.size, jnp.float32))
+      x_t = flow.add_noise(rows.latents, rows.noise, rows.t)
+      inputs.append(Inputs(x_t, rows.t, codes, rows.keep_k, rows.drop, rows.modulations))
+
+    # Decode.
     block = None if self.projector is None else self.repa.block
-    inputs = x_t, rows.t, codes, rows.keep_k, rows.drop, rows.modulations, block
-    velocity, features = apply(*inputs, method="velocity_and_features")
-    return flow.flow_loss(velocity, rows.latents, rows.noise), saturation, features
+    outputs = apply(inputs, block, method="velocity_batches")
+    losses = [flow.flow_loss(v, rows.latents, rows.noise) for (v, _), (_, rows) in zip(outputs, batches, strict=True)]
+    return list(zip(losses, saturations, [features for _, features in outputs], strict=True))
 
   def _alignment(self, params: Params, features: jax.Array, teacher: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Returns the loss of REPA [b], from features of the decoder [b, n, width] and of the teacher [b, m, d].

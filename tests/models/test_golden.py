@@ -121,7 +121,7 @@ def test_images_to_tokens(model, params, golden):
   latents = apply(golden["images"], "encode_latents")
   close(latents, golden["vae_latents"], 5e-5)
   encoder = model.encoder.clone(parent=None)
-  close(encoder.apply({"params": params["encoder"]}, latents), golden["enc_latents"], 5e-5)
+  close(encoder.apply({"params": params["encoder"]}, [(latents, None)])[0], golden["enc_latents"], 5e-5)
   np.testing.assert_array_equal(apply(latents, "encode"), golden["quants"])
   np.testing.assert_array_equal(apply(golden["images"], "tokenize"), golden["tokens"])
   np.testing.assert_array_equal(fsq.ids_to_codes(golden["tokens"], model.levels), golden["quants"])

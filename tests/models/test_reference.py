@@ -125,8 +125,8 @@ def test_encoder(case):
   """All tokens, and only the first three: registers are causal."""
   expected = reference.encode(case.w, case.latents, case.head_dim)
   encoder = case.model.encoder.clone(parent=None)
-  gap(jax.jit(encoder.apply)({"params": case.params["encoder"]}, case.latents), expected, 2e-5)
-  first = jax.jit(lambda x: encoder.apply({"params": case.params["encoder"]}, x, 3))(case.latents)
+  gap(jax.jit(encoder.apply)({"params": case.params["encoder"]}, [(case.latents, None)])[0], expected, 2e-5)
+  first = jax.jit(lambda x: encoder.apply({"params": case.params["encoder"]}, [(x, 3)])[0])(case.latents)
   gap(first, expected[:, :3], 2e-5)
 
 
@@ -170,7 +170,7 @@ def test_gradients_are_finite_differences(case):
     return flow.flow_loss(v, case.latents, case.noise).mean()
 
   def encoder_out(params):
-    return (encoder.apply({"params": params["encoder"]}, case.latents) * weights).sum()
+    return (encoder.apply({"params": params["encoder"]}, [(case.latents, None)])[0] * weights).sum()
 
   def numpy_loss(w):
     v = reference.velocity(

@@ -19,6 +19,7 @@ from flextok_jax import config as common
 from flextok_jax import train
 from flextok_jax.core.flops import count
 from flextok_jax.evals import from_config
+from flextok_jax.models.tokenizer.decoder import Inputs
 from flextok_jax.models.tokenizer.repa import Projector
 from flextok_jax.models.transformer import ModulatedBlock
 from flextok_jax.ops import repa as ops
@@ -144,27 +145,29 @@ def test_features_are_the_hidden_states_after_each_block():
     def watch(next_fn, args, kwargs, context):
       result = next_fn(*args, **kwargs)
       if context.method_name == "run_blocks":
-        seen["segments"], seen["modulation"] = args[0], args[2]
+        (seen["stream"],) = args[0]
       return result
 
     with nn.intercept_methods(watch):
-      plain, _ = decoder.apply({"params": params}, *args)
-    segments, found = seen["segments"], []
+      ((plain, _),) = decoder.apply({"params": params}, [Inputs(*args)])
+    segments, modulation, *_ = seen["stream"]
+    found = []
     for i in range(3):
       tree = params["transformer"]
       tree = tree["last"] if i == 2 else jax.tree.map(lambda x, i=i: x[i], tree["blocks"])
-      segments = ModulatedBlock(decoder.choices).apply({"params": tree}, segments, seen["modulation"][i], None, None)
+      segments = ModulatedBlock(decoder.choices).apply({"params": tree}, segments, modulation[i], None, None)
       found.append(segments[0])
     return plain, found
 
   plain, found = block_by_block(params)
-  tapped = jax.jit(lambda params: [decoder.apply({"params": params}, *args, feature_block=i) for i in (1, 2, 3)])
+  run = lambda params, i: decoder.apply({"params": params}, [Inputs(*args)], feature_block=i)[0]
+  tapped = jax.jit(lambda params: [run(params, i) for i in (1, 2, 3)])
   for (velocity, features), want in zip(tapped(params), found, strict=True):
     np.testing.assert_allclose(features, want, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(velocity, plain, rtol=1e-4, atol=1e-4)
   for number in (0, 4):
     with pytest.raises(ValueError, match=f"there is no block {number}: they are 1 to 3"):
-      jax.eval_shape(lambda number=number: decoder.apply({"params": params}, *args, feature_block=number))
+      jax.eval_shape(lambda number=number: run(params, number))
 
 
 def test_each_row_is_aligned_with_its_own_features(monkeypatch):
@@ -174,21 +177,21 @@ def test_each_row_is_aligned_with_its_own_features(monkeypatch):
   """
   stage = make_stage(config_of())
   params, (latents, wanted), (_, fewer) = random_params(stage), inputs_of(), inputs_of(grid=2)
-  bucket_loss = stage._bucket_loss
+  losses = stage._losses
 
   @jax.jit
   def loss_and_rows(params):
-    buckets = []
+    outputs, buckets = [], []
 
-    def watch(params, length, bucket):
-      output = bucket_loss(params, length, bucket)
-      buckets.append((bucket.latents, *output))
-      return output
+    def watch(params, batches):
+      outputs[:] = losses(params, batches)
+      buckets[:] = [(rows.latents, *output) for (_, rows), output in zip(batches, outputs)]
+      return outputs
 
     loss = functools.partial(stage.latents_loss, params, latents, jax.random.key(0))
-    monkeypatch.setattr(stage, "_bucket_loss", watch)
-    first, outputs = loss(wanted), (output for _, *output in buckets)
-    monkeypatch.setattr(stage, "_bucket_loss", lambda *_: tuple(next(outputs)))  # the same again
+    monkeypatch.setattr(stage, "_losses", watch)
+    first = loss(wanted)
+    monkeypatch.setattr(stage, "_losses", lambda *_: outputs)  # the same again
     return first, loss(fewer), buckets
 
   *found, buckets = jax.device_get(loss_and_rows(params))

@@ -63,12 +63,11 @@ class StandIn:
   def apply(self, _, x, *args, method):
     if method == "modulations":
       return x[:, None]
-    if method == "encode_registers":
-      return x[:, : args[0]]
-    assert method == "velocity_and_features"
-    t, codes, keep_k, drop, *_ = args
-    self.seen.append((t, keep_k, drop, codes, x))
-    return x, None
+    if method == "encode_batches":
+      return [latents[:, :length] for latents, length in x]
+    assert method == "velocity_batches"
+    self.seen += [(y.t, y.keep_k, y.drop_condition, y.codes, y.x_t) for y in x]
+    return [(y.x_t, None) for y in x]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.models import layers
-from flextok_jax.models.transformer import Transformer, mlp_hidden
+from flextok_jax.models.transformer import Stream, Transformer, mlp_hidden
 from flextok_jax.ops import attention as attention_lib
 
 BYTES_VOCAB = 257  # the bytes of UTF-8, and the end
@@ -52,5 +52,6 @@ class ByteEncoder(nn.Module):
       attention=self.attention,
     )
     key_bias = attention_lib.padding_bias(lengths, length)
-    x, _ = Transformer(self.depth, choices, 0, self.remat, name="transformer")((x,), key_bias=key_bias)
+    blocks = Transformer(self.depth, choices, 0, self.remat, name="transformer")
+    ((x, _),) = blocks([Stream((x,), key_bias=key_bias)])
     return layers.layer_norm(x)

@@ -1,12 +1,14 @@
 """The encoder: latents to the vectors that FSQ quantises, one for each register, or of a grid for each patch."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax.models import layers
-from flextok_jax.models.transformer import PatchTransformer
+from flextok_jax.models.transformer import PatchTransformer, Stream
 
 
 def causal_last_mask(num_patches: int, num_registers: int) -> np.ndarray:
@@ -22,35 +24,36 @@ class Encoder(PatchTransformer, kw_only=True):
   code_dim: int
 
   @nn.compact
-  def __call__(self, latents: jax.Array, num_tokens: int | None = None, features: str | None = None) -> jax.Array:
-    """Encodes latents.
+  def __call__(self, batches: Sequence[tuple[jax.Array, int | None]], features: str | None = None) -> list[jax.Array]:
+    """Encodes batches of latents, all of which pass a block before the next one.
 
     Args:
-      latents: [b, h, w, c].
-      num_tokens: how many of the first tokens; None: all.
+      batches: (latents [b, h, w, c], how many of the first tokens to compute; None: all) each.
       features: "registers" or "patches" to return these as the last block leaves them; None: apply the head.
 
     Returns:
-      Vectors of the tokens [b, num_tokens, code_dim] float32; with features [b, num_tokens or patches, width].
+      Of each batch, vectors of the tokens [b, num_tokens, code_dim] float32; with features [b, num_tokens or patches,
+      width].
     """
-    num_tokens = self.num_registers if num_tokens is None else num_tokens
-    patches = self.embed_patches(latents)
-    batch, num_patches, _ = patches.shape
+    patches = self.embed_patches([latents for latents, _ in batches])
+    lengths = [self.num_registers if length is None else length for _, length in batches]
     if features == "patches":  # which attend to each other alone
-      return self.run_blocks((patches,), 0)[0]
+      return [x for x, _ in self.run_blocks([Stream((x,)) for x in patches], 0)]
     if self.layout == "grid":
-      x, _ = self.run_blocks((patches,), 0)
-      x = x[:, :num_tokens]
+      outputs = self.run_blocks([Stream((x,)) for x in patches], 0)
+      xs = [x[:, :length] for (x, _), length in zip(outputs, lengths, strict=True)]
     else:
       # At the scale of the patches: if much smaller, the residual of the first block dominates, and all registers
       # become alike.
       init = layers.normal(1.0, "registers", "embed")
-      registers = self.param("registers", init, (self.num_registers, self.width))
-      # [num_registers, width] -> [b, num_tokens, width]
-      registers = jnp.broadcast_to(registers[:num_tokens].astype(self.dtype), (batch, num_tokens, self.width))
-      mask = jnp.asarray(causal_last_mask(num_patches, num_tokens))
-      x, _ = self.run_blocks((patches, registers), 1, mask=mask)
+      registers = self.param("registers", init, (self.num_registers, self.width)).astype(self.dtype)
+      streams = []
+      for x, length in zip(patches, lengths, strict=True):
+        # [num_registers, width] -> [b, length, width]
+        tokens = jnp.broadcast_to(registers[:length], (x.shape[0], length, self.width))
+        streams.append(Stream((x, tokens), mask=jnp.asarray(causal_last_mask(x.shape[1], length))))
+      xs = [x for x, _ in self.run_blocks(streams, 1)]
     if features == "registers":
-      return x
+      return xs
     # In float32 for every dtype, as FSQ rounds it. The kernel starts at zero, in the linear part of the tanh of FSQ.
-    return self.project(x, self.code_dim, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+    return self.project(xs, self.code_dim, [None] * len(xs), dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)

@@ -14,7 +14,7 @@ import numpy as np
 from flextok_jax.config.ranges import MAX_STEPS
 from flextok_jax.core.errors import quote
 from flextok_jax.core.images import to_float
-from flextok_jax.models.tokenizer.decoder import Decoder
+from flextok_jax.models.tokenizer.decoder import Decoder, Inputs
 from flextok_jax.models.tokenizer.encoder import Encoder
 from flextok_jax.models.vae import tiling
 from flextok_jax.models.vae.autoencoder import AutoencoderKL, sample_posterior
@@ -88,7 +88,11 @@ class FlexTok(nn.Module):
 
   def encode_registers(self, latents: jax.Array, num_tokens: int | None = None) -> jax.Array:
     """latents [b, h, w, c] -> vectors to be quantised by FSQ, [b, num_tokens, len(levels)]."""
-    return self.encoder(latents, num_tokens)
+    return self.encode_batches([(latents, num_tokens)])[0]
+
+  def encode_batches(self, batches: Sequence[tuple[jax.Array, int | None]]) -> list[jax.Array]:
+    """As encode_registers for several (latents, num_tokens)."""
+    return self.encoder(batches)
 
   def encode(self, latents: jax.Array, num_tokens: int | None = None) -> jax.Array:
     """latents [b, h, w, c] -> codes [b, num_tokens, len(levels)] in [-1, 1], with straight-through gradients."""
@@ -108,15 +112,17 @@ class FlexTok(nn.Module):
     latents = self.encode_latents(images)
     if what == "codes":
       return self.encode(latents, num_tokens)
-    return self.encoder(latents, num_tokens, what).astype(jnp.float32)
+    return self.encoder([(latents, num_tokens)], what)[0].astype(jnp.float32)
 
   def velocity(self, *args: Any, **kwargs: Any) -> jax.Array:
-    """Returns the velocity; arguments as for Decoder."""
-    return self.decoder(*args, **kwargs)[0]
+    """Returns the velocity [b, h, w, c]; arguments as for Inputs of the decoder."""
+    return self.velocity_batches([Inputs(*args, **kwargs)])[0][0]
 
-  def velocity_and_features(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array | None]:
+  def velocity_batches(
+    self, batches: Sequence[Inputs], feature_block: int | None = None
+  ) -> list[tuple[jax.Array, jax.Array | None]]:
     """See Decoder."""
-    return self.decoder(*args, **kwargs)
+    return self.decoder(batches, feature_block)
 
   def modulations(self, t: jax.Array, interval: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
     """See Decoder."""

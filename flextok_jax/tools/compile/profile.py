@@ -81,10 +81,10 @@ def _kind(x: Instruction, inside: list[Instruction]) -> str:
   source = _source(x)
   opcodes = {y.opcode for y in inside}
   attends = "attention._attend" in source and "/out/" not in source
+  if opcodes & {"dot", "convolution"}:  # which may be fused with a collective that runs meanwhile
+    return ATTENTION if attends else PRODUCTS
   if any(name in opcode for opcode in opcodes for name in COLLECTIVES):
     return WAITS
-  if opcodes & {"dot", "convolution"}:
-    return ATTENTION if attends else PRODUCTS
   if opcodes <= _MOVING:
     return MOVES
   if attends:

@@ -100,7 +100,8 @@ def test_token_i_depends_only_on_registers_up_to_i(tiny):
   encoder = tiny.model.encoder.clone(parent=None)
 
   def encode(registers):
-    return encoder.apply({"params": tiny.params["encoder"] | {"registers": registers}}, tiny.latents[:1])[0].sum(-1)
+    params = tiny.params["encoder"] | {"registers": registers}
+    return encoder.apply({"params": params}, [(tiny.latents[:1], None)])[0][0].sum(-1)
 
   jacobian = jax.jit(jax.jacrev(encode))(tiny.params["encoder"]["registers"])  # [6, 6, width]
   np.testing.assert_array_equal((jacobian != 0).any(-1), np.tri(6, dtype=bool))
@@ -222,7 +223,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(tiny):
 
   def outputs(model):
     v = model.apply({"params": tiny.params}, tiny.latents, tiny.t, codes, tiny.keep_k, drop, method="velocity")
-    return v, model.encoder.clone(parent=None).apply({"params": tiny.params["encoder"]}, tiny.latents)
+    return v, model.encoder.clone(parent=None).apply({"params": tiny.params["encoder"]}, [(tiny.latents, None)])[0]
 
   expected, actual = (jax.jit(functools.partial(outputs, model))() for model in (tiny.model, coarse.model))
   for a, b in zip(actual, expected, strict=True):
