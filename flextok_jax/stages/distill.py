@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from flextok_jax.config import with_fields
+from flextok_jax.models.tokenizer.decoder import Inputs
 from flextok_jax.models.tokenizer.flextok import Sampler, sample_path
 from flextok_jax.ops import flow, fsq, nested
 from flextok_jax.stages.stage import Params
@@ -136,11 +137,11 @@ class DistillStage(TokenizerStage):
       lambda x: group(x, bucket_rows(x.shape[0], self.tokens.bucket_rows)), Noised(latents, noise, keep_k)
     )
 
-    def run(length, rows):
+    def of_bucket(length, rows):
       paths = self._paths(params, length, rows)
       return paths.replace(codes=jnp.pad(paths.codes, ((0, 0), (0, n - length), (0, 0))))
 
-    return self._run_buckets(rows, run)
+    return self._run_buckets(rows, lambda buckets: [of_bucket(*bucket) for bucket in buckets])
 
   def _draw(self, latents: jax.Array, key: jax.Array) -> Noised:
     """Returns latents [b, h, w, c] as rows with noise and lengths."""
@@ -164,16 +165,6 @@ class DistillStage(TokenizerStage):
     path = jnp.stack([flow.on_path(path, jnp.full(rows.keep_k.shape, t)) for t in times], axis=1)
     return jax.lax.stop_gradient(Paths(codes, rows.keep_k, path))
 
-  def _run_buckets(self, rows: Any, run: Callable[[int, Any], Any]) -> Any:
-    """Returns run(registers to compute, rows [b, ...]) of all buckets of rows [g, r, ...], joined: [g * r, ...]."""
-    outputs = []
-    for first, end, length in self._buckets(jax.tree.leaves(rows)[0].shape[1]):
-      output = run(length, jax.tree.map(lambda x, first=first, end=end: ungroup(x[:, first:end]), rows))
-      # [g * (end - first), ...] -> [g, end - first, ...]
-      outputs.append(jax.tree.map(lambda x, count=end - first: x.reshape(-1, count, *x.shape[1:]), output))
-    # [g, r_i, ...] each -> [g * r, ...]
-    return jax.tree.map(lambda *parts: ungroup(jnp.concatenate(parts, 1)), *outputs)
-
   def _loss(
     self, params: Params, rows: Any, key: jax.Array, paths: Callable[[int, Any], Paths]
   ) -> tuple[jax.Array, dict]:
@@ -194,8 +185,8 @@ class DistillStage(TokenizerStage):
     shape = (*rows.keep_k.shape, len(self.steps))
     segment = jax.random.randint(key, shape, 0, jnp.asarray(self.steps, jnp.int32), jnp.int32)
 
-    def run(length: int, bucket: tuple[Any, jax.Array]) -> jax.Array:
-      return self._errors(params, paths(length, bucket[0]), bucket[1])
+    def run(buckets: list[tuple[int, tuple[Any, jax.Array]]]) -> list[jax.Array]:
+      return self._errors(params, [(paths(length, rows), segment) for length, (rows, segment) in buckets])
 
     losses = self._run_buckets((rows, segment), run)  # [b, n]
     keep_k, size = ungroup(rows.keep_k), losses.shape[0]
@@ -208,27 +199,33 @@ class DistillStage(TokenizerStage):
       low = high
     return losses.mean(), metrics
 
-  def _errors(self, params: Params, rows: Paths, segment: jax.Array) -> jax.Array:
-    """Returns the errors [b, n] of the rows [b, ...] of a bucket for the steps segment int [b, n], see _loss."""
-    size, join = rows.keep_k.size, jnp.concatenate
+  def _errors(self, params: Params, buckets: Sequence[tuple[Paths, jax.Array]]) -> list[jax.Array]:
+    """Returns the errors [b, n] of the rows [b, ...] of each bucket for the steps segment int [b, n], see _loss."""
+    join = jnp.concatenate
     repeat = lambda x: join([x] * len(self.steps))  # [b, ...] -> [n * b, ...]
-    steps = jnp.repeat(jnp.asarray(self.steps, jnp.int32), size)  # [n * b]
-    x_t = join([self._own_states(params, rows, n, segment[:, i]) for i, n in enumerate(self.steps)])
-    segment = segment.T.reshape(-1)  # [b, n] -> [n * b]
-    x_r = rows.path[jnp.arange(steps.size) % size, (segment + 1) * (self.intervals // steps)]
-    target = (x_t - x_r) * steps[:, None, None, None]
-
-    times = 1 - segment / steps.astype(jnp.float32), 1 / steps.astype(jnp.float32)
-    velocity = self._velocity(params, x_t, *times, repeat(rows.codes), repeat(rows.keep_k))
-    errors = jnp.square(velocity - target).mean((1, 2, 3)) / steps
-    return errors.reshape(len(self.steps), size).T
+    inputs, targets, counts = [], [], []
+    for rows, segment in buckets:
+      size = rows.keep_k.size
+      steps = jnp.repeat(jnp.asarray(self.steps, jnp.int32), size)  # [n * b]
+      x_t = join([self._own_states(params, rows, n, segment[:, i]) for i, n in enumerate(self.steps)])
+      segment = segment.T.reshape(-1)  # [b, n] -> [n * b]
+      x_r = rows.path[jnp.arange(steps.size) % size, (segment + 1) * (self.intervals // steps)]
+      targets.append((x_t - x_r) * steps[:, None, None, None])
+      counts.append(steps.astype(jnp.float32))
+      t, drop = 1 - segment / counts[-1], jnp.zeros(steps.size, bool)
+      inputs.append(Inputs(x_t, t, repeat(rows.codes), repeat(rows.keep_k), drop, interval=1 / counts[-1]))
+    velocities: Any = self.model.apply({"params": params}, inputs, method="velocity_batches")
+    errors = [jnp.square(v - y).mean((1, 2, 3)) / n for (v, _), y, n in zip(velocities, targets, counts, strict=True)]
+    return [x.reshape(len(self.steps), -1).T for x in errors]  # [n * b] -> [b, n]
 
   def _own_states(self, params: Params, rows: Paths, num_steps: int, segment: jax.Array) -> jax.Array:
     """Returns the latents [b, h, w, c] at which the student's own sampler begins its step `segment` int [b]."""
 
     def velocity(x: jax.Array, t: jax.Array, carry: Any, _: Any) -> tuple[jax.Array, Any]:
-      times = jnp.full(segment.shape, t), jnp.full(segment.shape, 1 / num_steps)
-      return self._velocity(params, x, *times, rows.codes, rows.keep_k), carry
+      t, interval = jnp.full(segment.shape, t), jnp.full(segment.shape, 1 / num_steps)
+      inputs = x, t, rows.codes, rows.keep_k, jnp.zeros(segment.shape, bool)
+      v: Any = self.model.apply({"params": params}, *inputs, interval=interval, method="velocity")
+      return v, carry
 
     x = rows.path[:, 0]
     if num_steps == 1:
@@ -236,10 +233,3 @@ class DistillStage(TokenizerStage):
     last, _, states = flow.euler_steps(velocity, x, num_steps, flow.step_times(num_steps)[:-1], None, None)
     states = jnp.concatenate([states, last[None]])  # [num_steps, b, h, w, c]
     return jax.lax.stop_gradient(states[segment, jnp.arange(segment.size)])
-
-  def _velocity(
-    self, params: Params, x: jax.Array, t: jax.Array, interval: jax.Array, codes: jax.Array, keep_k: jax.Array
-  ) -> Any:
-    """Returns the student's mean velocity [b, h, w, c] over intervals [b] from the times t [b]."""
-    drop = jnp.zeros(t.size, bool)
-    return self.model.apply({"params": params}, x, t, codes, keep_k, drop, interval=interval, method="velocity")

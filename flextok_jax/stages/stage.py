@@ -101,11 +101,6 @@ class Stage:
     del key
     return {}, {}
 
-  @property
-  def passes(self) -> int:
-    """How many gradients of the blocks' parameters an update sums, all of which may be in memory at once."""
-    return 1
-
   def activation_bytes(self, rows: float, maps: Maps, images: bool) -> float:
     """Returns an estimate of the bytes of activations that an update holds at once on a device.
 

@@ -205,10 +205,9 @@ class Rows(flax.struct.PyTreeNode):
 
   def bucket(self, first: int, end: int) -> "Rows":
     """Returns the rows first .. end - 1 of all groups: [g, r, ...] -> [g * (end - first), ...]."""
-    cut = lambda x: ungroup(x[:, first:end])
-    cut_modulation = lambda x: x[..., first:end, :].reshape(*x.shape[:-3], -1, x.shape[-1])
-    rows = jax.tree.map(cut, self.replace(modulations=None))
-    return rows.replace(modulations=jax.tree.map(cut_modulation, self.modulations))
+    cut = lambda x: x[..., first:end, :].reshape(*x.shape[:-3], -1, x.shape[-1])
+    modulations = jax.tree.map(cut, self.modulations)
+    return bucket_of(self.replace(modulations=None), first, end).replace(modulations=modulations)
 
 
 def group(x: jax.Array, rows: int) -> jax.Array:
@@ -219,6 +218,11 @@ def group(x: jax.Array, rows: int) -> jax.Array:
 def ungroup(x: jax.Array) -> jax.Array:
   """[g, r, ...] -> [g * r, ...]."""
   return x.reshape(-1, *x.shape[2:])
+
+
+def bucket_of(rows: Any, first: int, end: int) -> Any:
+  """Returns the rows first .. end - 1 of all groups: a tree of [g, r, ...] -> [g * (end - first), ...]."""
+  return jax.tree.map(lambda x: ungroup(x[:, first:end]), rows)
 
 
 class TokenizerStage(Stage):
@@ -295,17 +299,8 @@ class TokenizerStage(Stage):
     size, n = latents.shape[0], self.tokens.num_registers
     rows, order = self._draw_rows(params, latents, key)
 
-    # Run the buckets and join their rows.
-    buckets = self._buckets(rows.t.shape[1])
-    batches = [(length, rows.bucket(first, end)) for first, end, length in buckets]
-    # [g * (end - first), ...] -> [g, end - first, ...]
-    outputs = [
-      jax.tree.map(lambda x, count=end - first: group(x, count), output)
-      for (first, end, _), output in zip(buckets, self._losses(params, batches), strict=True)
-    ]
-    # [g, r_i, ...] each -> [b, ...]
-    join = lambda *parts: ungroup(jnp.concatenate(parts, 1))
-    per_sample, saturation, features = jax.tree.map(join, *outputs)
+    run = functools.partial(self._losses, params)
+    per_sample, saturation, features = self._run_buckets(rows, run, Rows.bucket)
     keep_k, drop = ungroup(rows.keep_k), ungroup(rows.drop)
 
     # Metrics: the flow loss by number of kept registers.
@@ -382,6 +377,26 @@ class TokenizerStage(Stage):
     height, width, _ = self.model.latent_shape(self.image_size, self.image_size)
     return registers + height * width // part.patch_size**2
 
+  def _run_buckets(
+    self, rows: Any, run: Callable[[list[tuple[int, Any]]], list], cut: Callable[[Any, int, int], Any] = bucket_of
+  ) -> Any:
+    """Runs a function on all buckets and joins what it returns of each.
+
+    Args:
+      rows: tree of [g, r, ...].
+      run: (registers to compute, rows [b, ...]) of each bucket -> tree of [b, ...] of each bucket.
+      cut: see bucket_of.
+
+    Returns:
+      Tree of [g * r, ...].
+    """
+    buckets = self._buckets(jax.tree.leaves(rows)[0].shape[1])
+    outputs = run([(length, cut(rows, first, end)) for first, end, length in buckets])
+    # [g * (end - first), ...] -> [g, end - first, ...]
+    parts = [jax.tree.map(lambda x, n=end - first: group(x, n), y) for (first, end, _), y in zip(buckets, outputs)]
+    # [g, r_i, ...] each -> [g * r, ...]
+    return jax.tree.map(lambda *parts: ungroup(jnp.concatenate(parts, 1)), *parts)
+
   def _losses(
     self, params: Params, batches: Sequence[tuple[int, Rows]]
   ) -> list[tuple[jax.Array, jax.Array, jax.Array | None]]:
@@ -429,10 +444,6 @@ class TokenizerStage(Stage):
       grid = repa_ops.scaled_grid(self.repa_grid, self.image_size // self.model.downscale, shape)
     teacher = repa_ops.resize_features(jax.lax.stop_gradient(teacher), height, width, grid)
     return repa_ops.alignment_loss(self.projector.apply({"params": params["repa"]}, features), teacher)
-
-  @property
-  def passes(self) -> int:
-    return len(self._buckets(self.tokens.bucket_rows))
 
   def activation_bytes(self, rows: float, maps: Maps, images: bool) -> float:
     """See Stage. The rows of a group are shared by devices that have fewer: each of them computes the whole group."""

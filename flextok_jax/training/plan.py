@@ -139,11 +139,10 @@ class _Estimates:
     stage, parts = make_stage(config), config.optim.accumulate_steps
     rows = config.data.global_batch / parts / (sizes["data"] * sizes["fsdp"])
     images = not (config.data.latents or config.data.trajectories)
-    scanned, single = self._parameters(sizes, self._state.params)
-    gradients = 4 * (stage.passes * sum(scanned.values()) + sum(single.values())) * (2 if parts > 1 else 1)
+    numbers = sum(jax.tree.leaves(sharding.part_sizes(self._state.params, sizes)))
     return Estimate(
       state=self._bytes(sizes, shard_update),
-      gradients=gradients,
+      gradients=4 * numbers * (2 if parts > 1 else 1),
       copies=self._copies(sizes),
       activations=stage.activation_bytes(rows, self._maps, images),
     )
