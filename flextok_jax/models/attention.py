@@ -12,7 +12,7 @@ KeysValues = tuple[jax.Array, jax.Array]
 
 
 class QKV(nn.Module):
-  """Queries, keys and values in one projection."""
+  """Queries, keys and values; their weights are one array [d, 3, h, e]."""
 
   head_dim: int
   use_bias: bool
@@ -38,15 +38,14 @@ class QKV(nn.Module):
       bias = self.param("bias", layers.zeros(None, "heads", "head_dim"), shape).astype(self.dtype)
 
     def project(x, which):
-      # [b, l, d] -> [b, l, n, h, e]
+      # [b, l, d] -> [b, l, h, e]
       y = jnp.tensordot(x.astype(self.dtype), kernel[:, which], 1)
       y = layers.add_low_rank(self, x, y + bias[which] if self.use_bias else y, which)
-      return [layout.constrain(y[:, :, i], "batch", None, "heads", None) for i in range(y.shape[2])]
+      return layout.constrain(y, "batch", None, "heads", None)
 
-    if queries is None:
-      return project(x, slice(None))
-    start, length = queries
-    return project(x[:, start : start + length], slice(0, 1)) + project(x, slice(1, 3))
+    # Three products: TPUs would write their joint result, and its gradient, twice to divide it.
+    asking = x if queries is None else x[:, queries[0] : sum(queries)]
+    return [project(y, which) for which, y in enumerate((asking, x, x))]
 
 
 class _Attention(nn.Module):

@@ -150,7 +150,7 @@ def norm(kind: str, eps: float, dtype: jnp.dtype, name: str | None = None, axis:
   return nn.LayerNorm(eps, dtype=dtype, scale_init=ones, bias_init=zeros(axis), use_fast_variance=False, name=name)
 
 
-def add_low_rank(module: nn.Module, x: jax.Array, y: jax.Array, which: slice = slice(None)) -> jax.Array:
+def add_low_rank(module: nn.Module, x: jax.Array, y: jax.Array, which: int | slice = slice(None)) -> jax.Array:
   """Adds the low-rank product of a linear layer, if its parameters hold the factors (stages/lora.py).
 
   Args:
