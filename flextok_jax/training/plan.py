@@ -165,14 +165,14 @@ class _Estimates:
     return found
 
   def _copies(self, sizes: Mapping[str, int]) -> float:
-    """Returns the bytes of parameters in the compute dtype, whole along "fsdp", and of their gradients in float32.
+    """Returns the bytes of parameters in the compute dtype, whole along "fsdp", and of their gradients.
 
     Of scanned blocks, two at a time; those of all others are alive for the whole step.
     """
     whole = {**sizes, "fsdp": 1}
     size = jnp.dtype(self._config.dtype).itemsize
     total = 0.0
-    for params, each in ((self._state.params, size + 4), (self._state.frozen, size)):
+    for params, each in ((self._state.params, 2 * size), (self._state.frozen, size)):
       scanned, single = self._parameters(whole, params)
       depths = {path: x.shape[0] for path, x in jax.tree_util.tree_leaves_with_path(unbox(params)) if x.ndim}
       total += each * (sum(single.values()) + sum(2 * n / depths[path] for path, n in scanned.items()))
