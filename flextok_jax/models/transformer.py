@@ -188,7 +188,9 @@ class AdaLN(nn.Module):
     """cond [b, d] -> blocks [depth, b, sets * 6 * d], head [b, 2 * d] (shift, scale) or None."""
     width = cond.shape[-1]
     features = self.sets * 6 * width
-    cond = nn.silu(cond)
+    # Whole on every device that has its row: from parts over "tensor", as the layer before it leaves them, XLA's
+    # partitioner computes a wrong gradient if the mesh has all of "data", "fsdp" and "tensor".
+    cond = layout.constrain(nn.silu(cond), "batch", None)
     # Outputs before inputs: the order in which TPUs keep it, so that kernel, moments and average need no copies.
     kernel = self.param("kernel", layers.zeros("layers", "modulation", "embed"), (self.depth, features, width))
     bias = self.param("bias", layers.zeros("layers", "modulation"), (self.depth, features))
