@@ -164,7 +164,8 @@ def test_xla_count_agrees(job, monkeypatch):
   num_tokens = {"tokenize": 8, "detokenize": 8, "ar": 1}.get(job)
   paths = ("plain",) if "train" in job else benchmark_jobs.PATHS
   for path, (traced, count) in programs(config, job.removesuffix("_ar"), num_tokens, paths, True).items():
-    gap = traced.lower().compile().cost_analysis()["flops"] / count - 1
+    program = traced.lower().compile(compiler_options={"xla_disable_hlo_passes": "cse"})  # which undoes remat
+    gap = program.cost_analysis()["flops"] / count - 1
     assert -0.002 < gap < 0.03, (path, gap)
 
 

@@ -131,7 +131,7 @@ def _random_encoder(subject: Subject) -> Any:
   model = make_model(subject.config)
   size = subject.config.image_size
   shape = model.latent_shape(size, size)
-  params = meta.unbox(jax.jit(model.encoder.init)(key, jnp.zeros((1, *shape))))["params"]
+  params = meta.unbox(jax.jit(model.encoder.init)(key, [(jnp.zeros((1, *shape)), None)]))["params"]
   kernel = params["head"]["kernel"]
   drawn = jax.random.normal(head_key, kernel.shape, kernel.dtype) / kernel.shape[0] ** 0.5
   return {**params, "head": {**params["head"], "kernel": drawn}}
