@@ -132,9 +132,9 @@ class Transformer(nn.Module):
     block = layers.with_remat(ModulatedBlock, self.remat)
     modulations = [stream.modulation for stream in streams]
     scanned, last = ([x if x is None else x[part] for x in modulations] for part in (slice(-1), -1))
-    states = [stream.segments for stream in streams]
     # The features are carried, not stacked over the blocks: one copy, whose gradient enters only at its block.
-    features = [None if feature_block is None else jnp.zeros_like(x[self.output]) for x in states]
+    features_of = lambda stream: None if feature_block is None else jnp.zeros_like(stream.segments[self.output])
+    carry = [(stream.segments, features_of(stream)) for stream in streams]
     shared = [(stream.mask, stream.key_bias) for stream in streams]
     if self.depth > 1:
 
@@ -150,15 +150,13 @@ class Transformer(nn.Module):
 
       inputs = jnp.arange(1, self.depth), scanned
       blocks = block(self.choices, name="blocks")
-      carry = list(zip(states, features, strict=True))
       carry = layers.scan_blocks(step, self.depth - 1, blocks, carry, inputs, shared)
-      states, features = [x for x, _ in carry], [x for _, x in carry]
     last_block = block(self.choices, self.output, name="last")
     outputs = []
-    for segments, found, modulation, (mask, key_bias) in zip(states, features, last, shared, strict=True):
+    for (segments, features), modulation, (mask, key_bias) in zip(carry, last, shared, strict=True):
       (x,) = last_block(segments, modulation, mask, key_bias)
       x = layout.constrain(x, "batch", None, None)
-      outputs.append((x, x if feature_block == self.depth else found))
+      outputs.append((x, x if feature_block == self.depth else features))
     return outputs
 
 

@@ -67,12 +67,11 @@ def table():
 def test_configs_fit_without_further_flags(spec):
   config = parse(spec)
   row = []
-  for name, devices in MACHINES.items():
+  for devices in MACHINES.values():
     chosen = plan.choose(config, devices)
     assert not chosen.problem
     used, memory = map(float, re.search(r"about ([\d.]+) GB .* of ([\d.]+) GB", chosen.text).groups())
-    least = (spec, name) == ("distill:d18_d28", "v5e:16x16")  # no fsdp is within the share that is aimed at
-    assert used <= (0.84 if least else 0.82) * memory
+    assert used <= 0.82 * memory
     sizes = sharding.axis_sizes(*(chosen.axes[axis] for axis in sharding.AXES), len(devices))
     assert sizes[0] * sizes[1] == len(devices) and sizes[2] == 1
     row.append(("-" if sizes[1] == 1 else str(sizes[1])) + " z" * chosen.shard_update)

@@ -37,11 +37,11 @@ class Encoder(PatchTransformer, kw_only=True):
     """
     patches = self.embed_patches([latents for latents, _ in batches])
     lengths = [self.num_registers if length is None else length for _, length in batches]
-    if features == "patches":  # which attend to each other alone
-      return [x for x, _ in self.run_blocks([Stream((x,)) for x in patches], 0)]
-    if self.layout == "grid":
-      outputs = self.run_blocks([Stream((x,)) for x in patches], 0)
-      xs = [x[:, :length] for (x, _), length in zip(outputs, lengths, strict=True)]
+    if features == "patches" or self.layout == "grid":  # patches attend to each other alone
+      xs = [x for x, _ in self.run_blocks([Stream((x,)) for x in patches], 0)]
+      if features == "patches":
+        return xs
+      xs = [x[:, :length] for x, length in zip(xs, lengths, strict=True)]
     else:
       # At the scale of the patches: if much smaller, the residual of the first block dominates, and all registers
       # become alike.
