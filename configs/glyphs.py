@@ -66,20 +66,21 @@ def _vae(c: ConfigDict, continued: bool):
       ema_decay=0.998,
       discriminator=dict(learning_rate=2e-4),
     ),
-    train=dict(num_steps=12_000, eval_every=3_000),
+    train=dict(num_steps=3_000, eval_every=1_500),
   )
   if continued:
-    c.update(seed=1, optim=dict(learning_rate=3e-4, end_learning_rate=1e-5), train=dict(num_steps=2_000))
+    c.update(
+      seed=1,
+      vae_loss=dict(train_encoder=False),  # latents stay, so tokenizers of them can take the new decoder
+      optim=dict(learning_rate=3e-4, end_learning_rate=1e-5),
+      train=dict(num_steps=1_000),
+    )
 
 
 def get_sweep(arg: str = "") -> dict[str, dict[str, float]]:
   """Returns {run: {dotted field: value}} of glyphs:vae_next."""
   del arg
-  return {
-    "l1": {"discriminator.weight": 0.0},
-    "gan_light": {"discriminator.weight": 0.03},
-    "gan": {"discriminator.weight": 0.1},
-  }
+  return {"without": {"discriminator.weight": 0.0}, "with": {"discriminator.weight": 0.05}}
 
 
 def _tokenizer(c: ConfigDict):
@@ -90,7 +91,8 @@ def _tokenizer(c: ConfigDict):
     flow=dict(t_sampling="uniform", t_shift=4.0),
     sampler=dict(num_steps=25, guidance="cfg", guidance_scale=1.5),
     optim=dict(name="muon", learning_rate=3e-3, warmup_steps=300, b2=0.98, ema_decay=0.999),
-    train=dict(num_steps=24_000, eval_every=6_000),
+    train=dict(num_steps=8_500, eval_every=4_250),
+    remat="dots",  # 15% faster on two cores: less is written to memory
   )
 
 

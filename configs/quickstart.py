@@ -9,16 +9,13 @@ docs/models.md (16.7 dB on scenes at 16 tokens, 17.9 on emoji, 20.0 on photograp
 
   python -m flextok_jax.train --config=quickstart:coarse --workdir=COARSE
   python -m flextok_jax.train --config=quickstart --workdir=DIR --config.init_from=COARSE
-
-quickstart:scratch is the run of launch/quickstart.sh, a few minutes: the same model, without emoji, whose font may be
-missing.
 """
 
 from flextok_jax import config as common
 
 
 def get_config(arg: str = ""):
-  common.check_argument("quickstart", arg, ("", "coarse", "scratch"))
+  common.check_argument("quickstart", arg, ("", "coarse"))
   c = common.derive(
     image_size=32,
     dtype="float32",  # CPUs gain nothing from bfloat16
@@ -47,12 +44,5 @@ def get_config(arg: str = ""):
       optim=dict(end_learning_rate=1.5e-3),  # constant: the next run continues
       train=dict(num_steps=2_500, checkpoint_every=250, eval_every=2_500),
       eval=dict(num_images=24, batch_size=24),
-    )
-  if arg == "scratch":
-    c.update(
-      data=dict(sources=dict(synthetic=dict(weight=0.75), emoji=dict(weight=0.0), photos=dict(weight=0.25))),
-      optim=dict(warmup_steps=50, ema_decay=0.99),
-      train=dict(num_steps=250, log_every=25, checkpoint_every=125, eval_every=100_000),  # only at the end
-      eval=dict(sources=("synthetic", "photos"), num_images=16, batch_size=16),
     )
   return c

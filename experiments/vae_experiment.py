@@ -1,10 +1,11 @@
-"""What does a discriminator change in the small VAE of configs/photos_vae.py? The table and the picture of docs/vae.md.
+"""What does a discriminator change in a small VAE? The table and the picture of docs/vae.md.
 
 python -m experiments.vae_experiment DIR NAME,NAME,... PICTURE.png
 
-DIR holds the workdir of each run. For each run, 256 held-out crops of photographs are reconstructed as 8-bit images
-and measured, also relative to the first run: PSNR and SSIM; "perceptual" (ops/distances.py); "texture", which ignores
-where a detail is; and the fraction of the original's contrast that remains at each scale, the finest first.
+DIR holds the workdir of each run. For each run, 256 held-out images of each source of its config are reconstructed as
+8-bit images and measured, also relative to the first run: PSNR and SSIM; "color", the mean distance of pixels in CIELAB
+(CIE76); "perceptual" (ops/distances.py); "texture", which ignores where a detail is; and the fraction of the original's
+contrast that remains at each scale, the finest first.
 
 The texture of an image is a Gram matrix for each scale (Gatys et al. 2015): the mean over pixels of the products of
 the "perceptual" features of structure, which are unit vectors at every pixel. The distance of two textures is the
@@ -17,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from skimage import color
 
 import flextok_jax
 from flextok_jax import cli
@@ -57,36 +59,52 @@ def gaussian(grams):
   return features.mean(0), np.cov(features, rowvar=False)
 
 
+def measure(name: str, source: str, originals: np.ndarray, restored: np.ndarray, first: dict | None) -> dict:
+  """Prints the measurements of images [n, h, w, 3] in [0, 1], and differences from those of the first run.
+
+  Returns:
+    By metric, values [n].
+  """
+  (grams, contrasts), (found, left) = measure_texture(originals), measure_texture(restored)
+  values = {
+    "PSNR": metrics.psnr(originals, restored),
+    "SSIM": metrics.ssim(originals, restored),
+    "color": color.deltaE_cie76(color.rgb2lab(originals), color.rgb2lab(restored)).mean((1, 2)),
+    "perceptual": distances.perceptual(2 * originals - 1, 2 * restored - 1),
+    "texture": jnp.square(grams - found).sum((1, 2, 3)) ** 0.5,
+  }
+  for metric, of_images in values.items():
+    line = f"{name}, {source}: {metric} {of_images.mean():.4f}"
+    if first is not None:
+      _, low, high = samples.mean_with_interval(np.asarray(of_images - first[metric]))
+      line += f", difference {low:.4f} to {high:.4f} (95%)"
+    print(line, flush=True)
+  print(
+    f"{name}, {source}: texture Frechet {frechet.frechet_distance(*gaussian(found), *gaussian(grams)):.4f}, "
+    f"contrast {np.asarray(left.mean(0) / contrasts.mean(0)).round(2)}",
+    flush=True,
+  )
+  return values
+
+
 def main(folder: str, names: str, picture: str):
   """Prints the measurements and draws the picture."""
-  rows, columns = {}, {}
+  first, columns = {}, {}
   for name in names.split(","):
     model = flextok_jax.load(f"{folder}/{name}/weights.safetensors")
-    images = pipeline.eval_set(inputs.image_data(model.config), "photos", image_size=model.image_size, num_images=256)[
-      "image"
-    ]
-    originals = images / np.float32(255)
-    restored = images_lib.round_to_8bit(np.clip(model.decode_latents(model.encode_latents(images)), -1, 1))
-    (grams, contrasts), (found, left) = measure_texture(originals), measure_texture(restored)
-    rows[name] = {
-      "PSNR": metrics.psnr(originals, restored),
-      "SSIM": metrics.ssim(originals, restored),
-      "perceptual": distances.perceptual(2 * originals - 1, 2 * restored - 1),
-      "texture": jnp.square(grams - found).sum((1, 2, 3)) ** 0.5,
-    }
-    first = next(iter(rows.values()))
-    for metric, values in rows[name].items():  # mean, and interval of the difference from the first run
-      _, low, high = samples.mean_with_interval(np.asarray(values - first[metric]))
-      print(f"{name}: {metric} {values.mean():.4f}, difference {low:.4f} to {high:.4f} (95%)", flush=True)
-    print(
-      f"{name}: texture Frechet {frechet.frechet_distance(*gaussian(found), *gaussian(grams)):.4f}, "
-      f"contrast {np.asarray(left.mean(0) / contrasts.mean(0)).round(2)}",
-      flush=True,
-    )
-    chosen = np.arange(0, 256, 256 // 8)[:8] + np.arange(8) % 4  # two of each photograph
-    columns.setdefault("original", images[chosen])
-    columns[name] = np.asarray(restored[chosen] * 255).round().astype(np.uint8)
-  files.write_file(Path(picture), grids.to_png(grids.grid(list(columns.values()), list(columns))))
+    data, columns[name] = inputs.image_data(model.config), []
+    for source in model.config.eval.sources:
+      images = pipeline.eval_set(data, source, image_size=model.image_size, num_images=256)["image"]
+      latents = model.encode_latents(images)
+      restored = images_lib.round_to_8bit(np.clip(model.decode_latents(latents), -1, 1))
+      measured = measure(name, source, images / np.float32(255), restored, first.get(source))
+      first.setdefault(source, measured)
+      chosen = np.arange(0, 256, 256 // 8)[:8]
+      if name == names.split(",")[0]:
+        columns.setdefault("original", []).append(images[chosen])
+      columns[name].append(np.asarray(restored[chosen] * 255).round().astype(np.uint8))
+  order = ["original", *names.split(",")]
+  files.write_file(Path(picture), grids.to_png(grids.grid([np.concatenate(columns[x]) for x in order], order)))
 
 
 if __name__ == "__main__":

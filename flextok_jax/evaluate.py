@@ -1,6 +1,7 @@
 """Evaluates a checkpoint: reconstructions at every token count, the loss of a generator, or a generator's samples.
 
-python -m flextok_jax.evaluate --workdir=DIR [--config=NAME] [--data=FOLDER] [--checkpoint=PATH] [--num_tokens=1,2,4]
+python -m flextok_jax.evaluate --workdir=DIR [--config=NAME] [--checkpoint=PATH] [--num_tokens=1,2,4]
+    [--data=FOLDER | --images=FOLDER]
     [--metrics=psnr,ssim,mae,lpips_alex,lpips_vgg,dreamsim,dinov2,rfid --weights=DIR]
     [--resize=crop|fit|none --posemb_scaling=interpolate]
 python -m flextok_jax.evaluate --checkpoint=GENERATOR --tokenizer=PATH --metrics=gfid,sfid,is,precision,recall,top1
@@ -9,9 +10,9 @@ python -m flextok_jax.evaluate --checkpoint=GENERATOR --tokenizer=PATH --metrics
 python -m flextok_jax.evaluate --save_reference=FILE.npz --reference=FOLDER|SOURCE|FILE.npz --weights=DIR
     [--image_size=256 | --config=NAME] [--reference_images=N]
 
-A tokenizer or VAE is evaluated by its reconstructions of held-out images; a generator by its loss on held-out tokens,
-or with --tokenizer and --metrics by its samples. Without a checkpoint --save_reference writes the statistics of a
-reference set alone.
+A tokenizer or VAE is evaluated by its reconstructions of held-out images, those of --data, or of all in --images; a
+generator by its loss on held-out tokens, or with --tokenizer and --metrics by its samples. Without a checkpoint
+--save_reference writes the statistics of a reference set alone.
 
 Prints a table; writes report.json, curve.png (or loss.png) and grid_<set>.png, and appends the report to eval.jsonl.
 An interrupted evaluation resumes when it is run again with the same flags.
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 import numpy as np
 
 from flextok_jax import cli
@@ -60,6 +62,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_string(
     "checkpoint", None, "Another checkpoint to evaluate: file, folder or hub repository.", flag_values=values
   )
+  flags.DEFINE_string("images", None, "A folder of pictures to evaluate on, on all of them.", flag_values=values)
   flags.DEFINE_list("num_tokens", [], "Token counts; default: config.eval.num_tokens.", flag_values=values)
   flags.DEFINE_list("sources", [], "Evaluation sets; default: config.eval.sources.", flag_values=values)
   flags.DEFINE_integer(
@@ -124,7 +127,8 @@ def main(values: flags.FlagValues):
   folder = workdirs.resolve(values.out or os.path.join(values.workdir, "eval"), what)
   of_samples = flags.FlagValues()
   _define_sample_flags(of_samples)
-  for name in ("config", "sources", "resize", "posemb_scaling", "vae_tile") if values.tokenizer else of_samples:
+  of_images = ("config", "images", "sources", "resize", "posemb_scaling", "vae_tile")
+  for name in of_images if values.tokenizer else of_samples:
     if values[name].present:
       raise ValueError(
         f"--{name} has no meaning {'with' if values.tokenizer else 'without'} --tokenizer, which asks"
@@ -154,7 +158,7 @@ def _evaluate_checkpoint(values: flags.FlagValues, out: Path) -> tuple[Report, d
   if values.config is not None:
     check = loading.is_ours(source) and values.posemb_scaling is None and values.vae_tile is None
     config = from_config.with_model(values.config, config, check=check)
-  config = cli.with_data(config, values)
+  config = _on_images(cli.with_data(config, values), values)
   for name in ("num_tokens", "sources"):
     if values[name].value and config.stage == "ar":
       raise ValueError(f"--{name} has no meaning for a generator: its loss is over all tokens of config.data.tokens")
@@ -172,6 +176,19 @@ def _evaluate_checkpoint(values: flags.FlagValues, out: Path) -> tuple[Report, d
   if report.scores.get("num_tokens"):  # images were decoded
     written["sampler"] = config.sampler.to_dict()
   return report, written, progress
+
+
+def _on_images(config: ConfigDict, values: flags.FlagValues) -> ConfigDict:
+  """Returns a config whose evaluation reads all pictures of the folder --images; unchanged without --images."""
+  if not values.images:
+    return config
+  for name in ("data", "sources"):
+    if values[name].value:
+      raise ValueError(f"--images={values.images} and --{name} are both given: give one of them")
+  if config.stage == "ar":
+    raise ValueError(f"--images={values.images} has no meaning for a generator: its loss is over tokens")
+  fields = {"data.sources.folder.path": "", "data.sources.folder.val_path": values.images}
+  return with_fields(config, fields | {"eval.sources": ("folder",), "eval.num_images": _ALL})
 
 
 def _evaluate_samples(values: flags.FlagValues, out: Path) -> tuple[Report, dict[str, Any], Progress]:

@@ -1,65 +1,88 @@
 #!/usr/bin/env bash
-# Demonstrates the tokenizer and generators in about ten minutes on two cores: launch/quickstart.sh [WORKDIR]. WORKDIR
-# is runs/quickstart by default. Running it again overwrites the pretrained models' images and trains in a new folder.
+# Demonstrates the tokenizer and generators in about ten minutes on two cores:
+#
+#   bash launch/quickstart.sh                with pictures that ship
+#   bash launch/quickstart.sh PICTURE ...    with these pictures, too
+#
+# Writes to the folder WORKDIR of the environment, by default runs/quickstart. Running it again overwrites the pictures of
+# the pretrained models and trains in a new folder.
 set -euo pipefail
-work=${1:-}
+work=${WORKDIR:-}
 [[ -z $work || $work == /* ]] || work=$PWD/$work
+pictures=()
+for picture in "$@"; do
+  if [[ ! -f $picture ]]; then
+    echo "error: $picture is not a file: give the paths of pictures" >&2
+    exit 1
+  fi
+  pictures+=("$(realpath "$picture")")
+done
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 work=${work:-$PWD/runs/quickstart}
 model=flextok_jax/assets/quickstart.safetensors
-photos=$work/photos
 scratch=$work/scratch
 n=1
 while [[ -e $scratch ]]; do
   n=$((n + 1))
   scratch=$work/scratch-$n
 done
-mkdir -p "$work" "$photos"
+mkdir -p "$work"
+sheet=()
 
 heading() { printf '\n=== %s ===\n\n' "$1"; }
 
-heading "1. The pretrained tokenizer on held-out images, with 1 to 16 tokens"
-python -m flextok_jax.evaluate --checkpoint=$model --sources=synthetic,photos,emoji --num_images=32 --out="$work/pretrained" |
-  tee "$work/pretrained.txt"
-
-for photo in chelsea coffee; do # not in the training data
-  cp "$(python -c "from flextok_jax.data.sources.photos import photo_path; print(photo_path('skimage', '$photo.png'))")" "$photos"
-done
-echo
-python -m flextok_jax.tokenize --checkpoint=$model --images="$photos/chelsea.png,$photos/coffee.png" \
-  --out="$photos/tokens.json"
-cat "$photos/tokens.json"
-for count in 1 4 16; do
-  python -m flextok_jax.detokenize --checkpoint=$model --tokens="$photos/tokens.json" --num_tokens=$count \
-    --out="$photos/from_$count"
+heading "1. A tokenizer that ships, on held-out pictures: from 1 to 16 tokens"
+python -m flextok_jax.evaluate --checkpoint=$model --sources=synthetic,photos,emoji --num_images=32 \
+  --out="$work/reconstructions" | tee "$work/reconstructions.txt"
+for set in emoji synthetic photos; do # emoji are left out where the font is missing
+  grid=$work/reconstructions/grid_$set.png
+  if [[ -e $grid ]]; then sheet+=("Held-out pictures ($set) from 1 to 16 tokens=$grid"); fi
 done
 
-heading "2. The same model, trained from scratch on procedural scenes and photographs"
-train=(python -m flextok_jax.train --config=quickstart:scratch --workdir="$scratch")
-"${train[@]}"
+if ((${#pictures[@]})); then
+  heading "Your pictures, from 1 to 16 tokens"
+  rm -rf "$work/pictures"
+  mkdir "$work/pictures"
+  for i in "${!pictures[@]}"; do cp "${pictures[i]}" "$work/pictures/$((i + 1))_${pictures[i]##*/}"; done
+  python -m flextok_jax.evaluate --checkpoint=$model --images="$work/pictures" --out="$work/your_pictures"
+  sheet+=("Your pictures from 1 to 16 tokens=$work/your_pictures/grid_folder.png")
+fi
 
-heading "3. The same run, resumed for a few more steps"
-"${train[@]}" --config.train.num_steps=275
-
-heading "4. Pretrained generators: images of 6 classes and of captions, with 1 to 16 tokens"
+heading "2. A generator: captions become pictures, which end when nothing is left to say"
 echo "Decoded by a student of the tokenizer's decoder in 4 evaluations, where its teacher takes 50 (docs/students.md)."
-sample=(python -m flextok_jax.sample --tokenizer=flextok_jax/assets/shapes_student.safetensors)
-"${sample[@]}" --checkpoint=flextok_jax/assets/shapes_ar.safetensors --classes=0,5,9,10,11,12 --num_samples=2 \
-  --out="$work/classes"
 captions="a red ring on a plain white background;a yellow heart on a plain blue background"
 captions+=";a black crescent and two green circles on a plain pink background"
-"${sample[@]}" --checkpoint=flextok_jax/assets/shapes_ar_stop.safetensors --prompts="$captions" --num_samples=2 \
-  --out="$work/captions"
+python -m flextok_jax.sample --tokenizer=shapes_student --checkpoint=shapes_ar_stop --prompts="$captions" \
+  --num_samples=2 --out="$work/captions"
+sheet+=("Drawn from captions, from the first token to the last=$work/captions/grid.png")
 
-heading "The pretrained tokenizer's metrics again, and the paths of all images"
-cat "$work/pretrained.txt"
-find "$work/classes" "$work/captions" -name '*.png' -not -name '0*' | sort
-find "$photos" "$scratch" -name '*.png' | sort
-echo "$scratch/report.html"
+heading "3. Training from scratch: the same kind of tokenizer learns handwritten digits, in two to three minutes"
+python launch/pictures.py digits "$work/digits"
+train=(python -m flextok_jax.train --config=digits --data="$work/digits" --workdir="$scratch")
+"${train[@]}" &
+training=$!
+trap 'kill $training 2>/dev/null || true' EXIT
+until ls "$scratch/checkpoints" 2>/dev/null | grep -qx '[0-9]*'; do
+  if ! kill -0 $training 2>/dev/null; then wait $training; fi # ends this script if the training failed
+  sleep 1
+done
+kill -9 $training
+wait $training 2>/dev/null || true
+printf '\nkilled by kill -9; the same command goes on from the newest checkpoint:\n\n'
+"${train[@]}"
+evals=("$scratch"/eval/*/)
+sheet+=("Trained from scratch in minutes=${evals[-1]}grid_folder.png")
 
-heading "What to try next, after: source .venv/bin/activate"
-echo "python -m flextok_jax.demo                                   # tokens, drawing and search in a browser"
-echo "python -m flextok_jax.train --config=quickstart --data=FOLDER --workdir=runs/mine  # on pictures of your own"
-echo "python -m flextok_jax.train --help                           # and docs/getting-started.md"
+python launch/pictures.py sheet "$work/contact_sheet.png" "${sheet[@]}"
+heading "All pictures on one sheet: $work/contact_sheet.png"
+cat <<END
+Curves and pictures of the training: $scratch/report.html
+
+Next, in an environment with this package (source ${VIRTUAL_ENV}/bin/activate):
+
+  bash launch/quickstart.sh photo.jpg     # your own picture from 1 to 16 tokens
+  python -m flextok_jax.train --config=shapes --data=FOLDER --workdir=runs/mine     # training on your pictures
+  pip install '.[demo]' && python -m flextok_jax.demo     # all of this in the browser
+END

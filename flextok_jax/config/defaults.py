@@ -191,6 +191,7 @@ def get_config() -> ConfigDict:
   c.vae_loss.kl_weight = 1e-6
   c.vae_loss.lpips_weight = 0.0  # of LPIPS by VGG16
   c.vae_loss.lpips = ""  # a folder with lpips_vgg, as docs/evaluation.md describes it
+  c.vae_loss.train_encoder = True  # False: the decoder alone, so that latents stay, and tokenizers of them
 
   # Of stage "vae": a patch discriminator with hinge loss. Numbers without another source are [LDM]'s and [taming]'s.
   c.discriminator = ConfigDict()

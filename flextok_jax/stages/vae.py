@@ -71,6 +71,11 @@ class VAEStage(Stage):
   def __init__(self, config: ConfigDict):
     if config.vae.kind != "autoencoder_kl":
       raise ValueError(f"stage 'vae' trains vae.kind 'autoencoder_kl', got {config.vae.kind!r}")
+    if not config.vae_loss.train_encoder and config.optim.weight_decay:
+      raise ValueError(
+        f"vae_loss.train_encoder=False needs optim.weight_decay=0, got {config.optim.weight_decay}: it would shrink the "
+        "encoder"
+      )
     self.loss_weights = config.vae_loss
     self.lpips_weight = config.vae_loss.lpips_weight
     self.image_size = config.image_size
@@ -112,7 +117,7 @@ class VAEStage(Stage):
     loss = r + kl_weight KL + w g + d, with reconstruction losses r = l1_weight L1 + l2_weight L2 + lpips_weight LPIPS,
     the loss g of the generator and d of the discriminator; w = discriminator.weight * adversarial.adaptive_weight. g
     and d have weight 0 before step discriminator.start_step. Gradients flow into the autoencoder from r, KL and g only,
-    into the discriminator from d only; w is a constant.
+    into the discriminator from d only; w is a constant. Without vae_loss.train_encoder, none flows into the encoder.
 
     The gradients dr and dg of r and g at the reconstruction are needed for w, and suffice for the backward pass of the
     decoder: the loss has the gradient of sum((dr + w dg) * reconstruction), so there is only one such pass.
@@ -121,6 +126,8 @@ class VAEStage(Stage):
     vae: Callable[..., Any] = functools.partial(self.vae.apply, {"params": params["vae"]})
     images = to_float(batch["image"])
     mean, logvar = vae(images, method="encode")
+    if not w.train_encoder:
+      mean, logvar = jax.lax.stop_gradient((mean, logvar))
     latents = sample_posterior(mean, logvar, key)
     recon, features = vae(latents, method="decode_with_features")
     kl = kl_divergence(mean, logvar)

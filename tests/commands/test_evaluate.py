@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+from PIL import Image
 import pytest
 
 from flextok_jax import evaluate
@@ -51,6 +52,20 @@ def test_sets_that_are_missing_are_left_out(model, whole, tmp_path, monkeypatch,
   assert "source 'emoji' is left out: " in caplog.text
   assert_same_scores(scored(tmp_path), scored(whole))
   fails("fonts-noto-color-emoji", evaluate, *given, "--sources=emoji")
+
+
+def test_all_images_of_a_folder_are_measured(model, tmp_path):
+  folder, few = tmp_path / "pictures", ("--num_tokens=4", "--num_images=3")
+  (folder / "class").mkdir(parents=True)
+  for i in range(5):
+    Image.new("RGB", (40, 30), (40 * i, 0, 0)).save(folder / "class" / f"{i}.png")
+  given = f"--checkpoint={model}", f"--images={folder}"
+  run(evaluate, *given, "--num_tokens=4", f"--out={tmp_path / 'all'}")
+  run(evaluate, *given, *few, f"--out={tmp_path / 'few'}")
+  counts = [json.loads((tmp_path / out / "report.json").read_text())["sets"]["folder"] for out in ("all", "few")]
+  assert [found["num_images"] for found in counts] == [5, 3]
+  fails("--images=.* and --sources are both given", evaluate, *given, "--sources=synthetic", f"--out={tmp_path / 'c'}")
+  fails("no.*such.*nowhere|nowhere", evaluate, given[0], "--images=nowhere", f"--out={tmp_path / 'd'}")
 
 
 KILLED = """

@@ -93,6 +93,23 @@ def test_the_two_sides_do_not_depend_on_each_others_loss():
   assert_close(three["vae"], one["vae"], rtol=1e-6)
 
 
+def test_an_encoder_that_is_not_trained_stays_and_the_decoder_learns_as_before():
+  config = config_of(vae_loss=dict(train_encoder=False), optim=dict(weight_decay=0.0))
+  _, params, step = compiled()
+  (loss, _), grads = jax.jit(jax.value_and_grad(make_stage(config).loss_fn, has_aux=True))(
+    params, batch_of(), KEY, START
+  )
+  (expected, _), plain = step(params, batch_of(), KEY, START)
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  assert_close(grads["vae"]["decoder"], plain["vae"]["decoder"], rtol=1e-6)
+  encoder = {name: tree for name, tree in grads["vae"].items() if name in ("encoder", "quant_conv")}
+  assert encoder and not any(np.any(x) for x in jax.tree.leaves(encoder))
+  _, _, state = run_on(config, sharding.make_mesh(devices=jax.devices()[:1]), steps=3)
+  for name in encoder:
+    jax.tree.map(np.testing.assert_array_equal, state.params["vae"][name], params["vae"][name])
+  assert np.any(state.params["vae"]["decoder"]["conv_in"]["kernel"] != params["vae"]["decoder"]["conv_in"]["kernel"])
+
+
 def test_before_its_start_the_discriminator_does_not_change_the_loss():
   _, params, step = compiled()
   _, _, without = compiled(weight=0.0)
@@ -250,3 +267,8 @@ def test_invalid_settings_are_one_line_errors(overrides, words):
   config.discriminator.update(overrides)
   with pytest.raises(ValueError, match=words):
     make_stage(config)
+
+
+def test_weight_decay_of_an_encoder_that_is_not_trained_is_refused():
+  with pytest.raises(ValueError, match="train_encoder=False needs optim.weight_decay=0, got 0.1"):
+    make_stage(config_of(vae_loss=dict(train_encoder=False), optim=dict(weight_decay=0.1)))

@@ -17,8 +17,8 @@ _ARGUMENTS = {
   "flextok": list(flextok.MODELS),
   "glyphs": ["", "vae", "vae_next", "groups", "text"],
   "photos_vae": ["", "next"],
-  "quickstart": ["", "coarse", "scratch"],
-  "shapes": ["", "coarse", "grid"],
+  "quickstart": ["", "coarse"],
+  "shapes": ["", "coarse", "grid", "mixed"],
   "shapes_ar": ["", "text", "stop"],
   "vae": list(vae.CHANNELS),
 }

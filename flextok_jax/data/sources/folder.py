@@ -33,7 +33,7 @@ class Folder(StoredImages):
 
   Args:
     split: "train" or "validation".
-    path: the folder.
+    path: the folder; "" for the validation split of a val_path alone, whose classes are its own.
     val_path: folder of the validation split; "": VALIDATION_PERCENT percent of path, at least one picture, selected by
       a hash of the relative path. Labels number the classes of path in both splits; a file outside of them has label
       -1.
@@ -45,10 +45,11 @@ class Folder(StoredImages):
   """
 
   def __init__(self, split: str, path: str, val_path: str = "", caption_key: str = "", label_key: str = ""):
-    if not path:
+    if not path and not (val_path and split == "validation"):
       raise ValueError("source 'folder' has no path: set data.sources.folder.path to a folder of images")
-    if val_path and _nested(path, val_path):
+    if path and val_path and _nested(path, val_path):
       raise ValueError(f"source 'folder': val_path {val_path} overlaps path {path}: give two separate folders")
+    path = path or val_path
     self._root, self._caption_key, self._label_key = path, caption_key, label_key
     found = listing.scan(path)
     self._metadata = Metadata(path, found, caption_key, label_key)
