@@ -1,7 +1,7 @@
 """Pictures for launch/quickstart.sh.
 
 python launch/pictures.py digits OUT                            # handwritten digits, OUT/DIGIT/NUMBER.png
-python launch/pictures.py sheet OUT.png TITLE=PICTURE ...       # pictures below each other, each under its title
+python launch/pictures.py sheet OUT.png TITLE=PICTURE ...       # pictures on one sheet, each under its title
 """
 
 from pathlib import Path
@@ -14,7 +14,8 @@ from sklearn import datasets
 from flextok_jax.core import files
 from flextok_jax.evals import grids
 
-WIDTH = 1000  # pixels of a picture on a sheet, at most
+COLUMNS = 3  # of a sheet
+WIDTH = 700  # pixels of a picture on a sheet, at most
 
 
 def digits(out: str):
@@ -28,13 +29,13 @@ def digits(out: str):
 
 
 def sheet(out: str, *titled: str):
-  """Writes a sheet of pictures."""
-  pictures = {}
+  """Writes a sheet of pictures, each in the column that is the shortest so far."""
+  columns: list[dict[str, Image.Image]] = [{} for _ in range(min(COLUMNS, len(titled)))]
   for title, _, path in (entry.rpartition("=") for entry in titled):
     picture = Image.open(path).convert("RGB")
     picture.thumbnail((WIDTH, 10 * WIDTH))
-    pictures[title] = picture
-  files.write_file(Path(out), grids.to_png(grids.below(pictures)))
+    min(columns, key=lambda column: sum(p.height for p in column.values()))[title] = picture
+  files.write_file(Path(out), grids.to_png(grids.beside([grids.below(column) for column in columns])))
 
 
 if __name__ == "__main__":
