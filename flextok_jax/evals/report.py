@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from flextok_jax.core import files, pages
+from flextok_jax.core.tables import markdown_table
 from flextok_jax.evals import grids
 
 _MAX_WIDTH = 4096  # pixels of pictures in the document of studies; wider ones are reduced
@@ -34,9 +35,7 @@ class Table:
   def to_markdown(self) -> str:
     """Returns the table in Markdown, below its title."""
     header, *rows = self._cells()
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    lines = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in (header, rule, *rows)]
-    return "\n".join([f"**{self.title}**", "", *lines])
+    return f"**{self.title}**\n\n{markdown_table(header, rows, numbers=True)}"
 
   def to_html(self) -> str:
     """Returns the table in HTML, below its title."""

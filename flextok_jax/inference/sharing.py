@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import numpy as np
 
 from flextok_jax.core import files, hub
+from flextok_jax.core.tables import markdown_table
 from flextok_jax.inference import validation
 from flextok_jax.weights import saving
 
@@ -117,16 +118,19 @@ def card(model: SharedModel, name: str, license: str, figures: Mapping[str, Any]
   lines += ["tags:", "- flextok", "- jax", f"- {config.stage}", "---", f"# {name.rpartition('/')[2]}", ""]
   lines += [f"`{model!r}`", "", "```python", "import flextok_jax", "", f'model = flextok_jax.{loader}("{name}")', "```"]
   if figures:
-    lines += ["", "## Figures", "", "| figure | value |", "| --- | --- |"]
-    lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in figures.items()]
+    rows = [(_cell(key), _cell(value)) for key, value in figures.items()]
+    lines += ["", "## Figures", "", markdown_table(("figure", "value"), rows)]
   sections = {"": {"image_size": config.image_size, "dtype": config.dtype}}
   sections |= {f"{section}.": config[section].to_dict() for section in _SECTIONS[config.stage]}
-  lines += ["", "## Settings", "", "| setting | value |", "| --- | --- |"]
-  for prefix, fields in sections.items():
-    lines += [f"| {prefix}{key} | {_cell(value)} |" for key, value in fields.items() if value not in ("", None, ())]
-  sources = [key for key, source in config.data.sources.items() if source.weight]
-  lines += [f"| training data | {_cell(', '.join(sources))} |"] if config.stage != "ar" else []
-  lines += ["", "config.json has all of them."]
+  rows = [
+    (prefix + key, _cell(value))
+    for prefix, fields in sections.items()
+    for key, value in fields.items()
+    if value not in ("", None, ())
+  ]
+  if config.stage != "ar":
+    rows.append(("training data", ", ".join(key for key, source in config.data.sources.items() if source.weight)))
+  lines += ["", "## Settings", "", markdown_table(("setting", "value"), rows), "", "config.json has all of them."]
   return "\n".join(lines) + "\n"
 
 
@@ -145,4 +149,4 @@ def _repository(name: Any) -> str:
 
 def _cell(value: Any) -> str:
   value = f"{value:.4g}" if isinstance(value, float) else str(value)
-  return value.replace("|", "\\|").replace("\n", " ")
+  return value.replace("\n", " ")

@@ -8,6 +8,7 @@ import statistics
 import jax
 
 from flextok_jax.core import timing
+from flextok_jax.core.tables import markdown_table
 from flextok_jax.tools.benchmark import repa
 from flextok_jax.tools.benchmark.jobs import TEACHER, Compute, Row
 
@@ -165,7 +166,8 @@ def markdown(reports: Mapping[str, Iterable[dict]]) -> str:
   Args:
     reports: lines of to_json and of parity.compare, by what was measured.
   """
-  compared, timed = [list(_PARITY)], [list(_TIMES)]
+  compared: list[list[str]] = []
+  timed: list[list[str]] = []
   megabytes = lambda size: "?" if size is None else timing.digits(size / 1e6)
   for what, lines in reports.items():
     for line in lines:
@@ -184,8 +186,8 @@ def markdown(reports: Mapping[str, Iterable[dict]]) -> str:
         memory = megabytes(line["program_bytes"]), megabytes(line["device_peak_bytes"])
         cells += [str(line["batch_size"]), *speed, f"{line['mfu']:.1%}", *memory, f"{line['compile_seconds']:.1f}"]
         timed.append(cells)
-  tables = [[rows[0], ["---"] * len(rows[0]), *rows[1:]] for rows in (compared, timed) if len(rows) > 1]
-  return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in rows) for rows in tables)
+  both = (_PARITY, compared), (_TIMES, timed)
+  return "\n\n".join(markdown_table(header, rows) for header, rows in both if rows)
 
 
 def _span_text(row: Row) -> str:

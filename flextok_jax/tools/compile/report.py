@@ -12,6 +12,7 @@ import numpy as np
 
 from flextok_jax.core import timing
 from flextok_jax.core.accelerators import Accelerator
+from flextok_jax.core.tables import markdown_table
 from flextok_jax.tools.compile import hlo, profile
 from flextok_jax.tools.compile import traffic as hlo_traffic
 from flextok_jax.tools.compile.jobs import Job
@@ -265,7 +266,7 @@ _TABLE = (
 
 def markdown(reports: Iterable[dict]) -> str:
   """Returns a Markdown table of reports as to_json gives them."""
-  lines = ["| " + " | ".join(_TABLE) + " |", "| " + " | ".join("---" for _ in _TABLE) + " |"]
+  rows = []
   for r in reports:
     s, m = r["settings"], r["memory"]
     cells = [
@@ -288,8 +289,8 @@ def markdown(reports: Iterable[dict]) -> str:
       ]
     else:
       cells += ["", "does not fit", "", "", "", ""]
-    lines.append("| " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+    rows.append(cells)
+  return markdown_table(_TABLE, rows)
 
 
 def markdown_kinds(reports: Iterable[dict]) -> str:
@@ -299,7 +300,7 @@ def markdown_kinds(reports: Iterable[dict]) -> str:
     "share of the cycles",
     *(f"{r['settings']['config']}, {r['settings']['job']}, {r['settings']['topology']}" for r in reports),
   ]
-  lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(reports)]
+  rows = []
   for kind in profile.KINDS:
     cells = []
     for r in reports:
@@ -308,5 +309,5 @@ def markdown_kinds(reports: Iterable[dict]) -> str:
       share = f"{found[0]['cycles'] / total:.1%}" if found else ""
       cells.append(f"{share} ({found[0]['flops'] / found[0]['peak']:.0%})" if found and found[0]["flops"] else share)
     if any(cells):
-      lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+      rows.append([kind, *cells])
+  return markdown_table(head, rows, numbers=True)
