@@ -91,7 +91,7 @@ def _tokenizer(c: ConfigDict):
     flow=dict(t_sampling="uniform", t_shift=4.0),
     sampler=dict(num_steps=25, guidance="cfg", guidance_scale=1.5),
     optim=dict(name="muon", learning_rate=3e-3, warmup_steps=300, b2=0.98, ema_decay=0.999),
-    train=dict(num_steps=8_500, eval_every=4_250),
+    train=dict(num_steps=7_000, eval_every=7_000),
     remat="dots",  # 15% faster on two cores: less is written to memory
   )
 

@@ -1,6 +1,7 @@
 """Pictures for launch/quickstart.sh.
 
 python launch/pictures.py digits OUT                            # handwritten digits, OUT/DIGIT/NUMBER.png
+python launch/pictures.py cut SHEET OUT                        # the pictures of a sheet of experiments/glyphs/sheet.py
 python launch/pictures.py sheet OUT.png TITLE=PICTURE ...       # pictures on one sheet, each under its title
 """
 
@@ -15,6 +16,7 @@ from flextok_jax.core import files
 from flextok_jax.evals import grids
 
 COLUMNS = 3  # of a sheet
+SIDE = 64  # pixels of a picture on the sheet that is cut
 WIDTH = 700  # pixels of a picture on a sheet, at most
 
 
@@ -28,6 +30,15 @@ def digits(out: str):
     picture.resize((16, 16), Image.Resampling.BICUBIC).save(folder / f"{number:04d}.png")
 
 
+def cut(picture: str, out: str):
+  """Writes the pictures of a sheet without gaps, row by row."""
+  whole = Image.open(picture)
+  Path(out).mkdir(parents=True, exist_ok=True)
+  corners = [(left, top) for top in range(0, whole.height, SIDE) for left in range(0, whole.width, SIDE)]
+  for number, (left, top) in enumerate(corners):
+    whole.crop((left, top, left + SIDE, top + SIDE)).save(Path(out) / f"{number:02d}.png")
+
+
 def sheet(out: str, *titled: str):
   """Writes a sheet of pictures, each in the column that is the shortest so far."""
   columns: list[dict[str, Image.Image]] = [{} for _ in range(min(COLUMNS, len(titled)))]
@@ -39,4 +50,4 @@ def sheet(out: str, *titled: str):
 
 
 if __name__ == "__main__":
-  {"digits": digits, "sheet": sheet}[sys.argv[1]](*sys.argv[2:])
+  {"digits": digits, "cut": cut, "sheet": sheet}[sys.argv[1]](*sys.argv[2:])

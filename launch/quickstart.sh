@@ -64,7 +64,7 @@ train=(python -m flextok_jax.train --config=digits --data="$work/digits" --workd
 "${train[@]}" &
 training=$!
 trap 'kill $training 2>/dev/null || true' EXIT
-until ls "$scratch/checkpoints" 2>/dev/null | grep -qx '[0-9]*'; do
+until [[ -n $(find "$scratch/checkpoints" -maxdepth 1 -name '[0-9]*' ! -name '*tmp*' 2>/dev/null) ]]; do
   if ! kill -0 $training 2>/dev/null; then wait $training; fi # ends this script if the training failed
   sleep 1
 done

@@ -71,11 +71,6 @@ class VAEStage(Stage):
   def __init__(self, config: ConfigDict):
     if config.vae.kind != "autoencoder_kl":
       raise ValueError(f"stage 'vae' trains vae.kind 'autoencoder_kl', got {config.vae.kind!r}")
-    if not config.vae_loss.train_encoder and config.optim.weight_decay:
-      raise ValueError(
-        f"vae_loss.train_encoder=False needs optim.weight_decay=0, got {config.optim.weight_decay}: "
-        "it would shrink the encoder"
-      )
     self.loss_weights = config.vae_loss
     self.lpips_weight = config.vae_loss.lpips_weight
     self.image_size = config.image_size

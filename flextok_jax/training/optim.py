@@ -158,6 +158,10 @@ def check(config: ConfigDict, trained: Collection[str]) -> list[str]:
   warnings: list[str] = []
   if config.stage == "vae" and c.name == "muon":
     raise ValueError("optim.name='muon' is for transformers and stage 'vae' has no transformer blocks: use 'adamw'")
+  if config.stage == "vae" and not config.vae_loss.train_encoder and c.weight_decay:
+    raise ValueError(
+      f"optim.weight_decay={c.weight_decay:g} would shrink the encoder, which vae_loss.train_encoder=False keeps: use 0"
+    )
   for part, rate in c.rates.items():
     if rate != 1 and part not in trained:
       raise ValueError(f"optim.rates.{part}={rate:g} has no effect, as the {part} is not trained here: set it to 1")

@@ -267,8 +267,3 @@ def test_invalid_settings_are_one_line_errors(overrides, words):
   config.discriminator.update(overrides)
   with pytest.raises(ValueError, match=words):
     make_stage(config)
-
-
-def test_weight_decay_of_an_encoder_that_is_not_trained_is_refused():
-  with pytest.raises(ValueError, match="train_encoder=False needs optim.weight_decay=0, got 0.1"):
-    make_stage(config_of(vae_loss=dict(train_encoder=False), optim=dict(weight_decay=0.1)))

@@ -287,6 +287,12 @@ def test_invalid_optimiser_settings(overrides, words):
     optim.check(config, ())
 
 
+def test_weight_decay_of_an_encoder_that_stays_is_refused():
+  config = config_of(vae_loss=dict(train_encoder=False), optim=dict(weight_decay=0.1))
+  with pytest.raises(ValueError, match="optim.weight_decay=0.1 would shrink the encoder.*use 0"):
+    optim.check(config, ())
+
+
 # Export.
 
 
