@@ -11,11 +11,11 @@ experiments/glyphs makes:
   python -m experiments.glyphs.prepare --out=GLYPHS
   python -m experiments.glyphs.photographs --out=PHOTOS
   python -m flextok_jax.train --config=glyphs:vae --workdir=VAE DATA
-  python -m flextok_jax.tokenize --what=latents --checkpoint=VAE --config=glyphs --num_images=196608 --out=LATENTS DATA
+  python -m flextok_jax.tokenize --what=latents --checkpoint=VAE --config=glyphs --num_images=98304 --out=LATENTS DATA
   python -m flextok_jax.train --config=glyphs --workdir=DIR --config.init_from=VAE --config.data.latents=LATENTS DATA
 
-A code is one of 4,375 and not of 64,000: the generators' tables of 64,000 ids would be larger than all the rest, and a
-generator has to see each id often enough.
+The tokenizer ships: docs/models.md says what it reaches. A code is one of 4,375 and not of 64,000: the generators'
+tables of 64,000 ids would be larger than all the rest, and a generator has to see each id often enough.
 """
 
 from ml_collections import ConfigDict

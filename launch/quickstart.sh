@@ -21,7 +21,6 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 work=${work:-$PWD/runs/quickstart}
-model=flextok_jax/assets/quickstart.safetensors
 scratch=$work/scratch
 n=1
 while [[ -e $scratch ]]; do
@@ -33,21 +32,21 @@ sheet=()
 
 heading() { printf '\n=== %s ===\n\n' "$1"; }
 
-heading "1. A tokenizer that ships, on held-out pictures: from 1 to 16 tokens"
-python -m flextok_jax.evaluate --checkpoint=$model --sources=synthetic,photos,emoji --num_images=32 \
-  --out="$work/reconstructions" | tee "$work/reconstructions.txt"
-for set in emoji synthetic photos; do # emoji are left out where the font is missing
-  grid=$work/reconstructions/grid_$set.png
-  if [[ -e $grid ]]; then sheet+=("Held-out pictures ($set) from 1 to 16 tokens=$grid"); fi
-done
+heading "1. A tokenizer that ships, on held-out emoji and photographs: from 1 to 32 tokens"
+rm -rf "$work/held_out"
+python launch/pictures.py cut docs/images/held_out.png "$work/held_out"
+python -m flextok_jax.evaluate --checkpoint=glyphs --images="$work/held_out" --out="$work/emoji"
+python -m flextok_jax.evaluate --checkpoint=glyphs --sources=photos --num_images=16 --out="$work/photographs"
+sheet+=("Held-out emoji from 1 to 32 tokens=$work/emoji/grid_folder.png")
+sheet+=("Held-out photographs from 1 to 32 tokens=$work/photographs/grid_photos.png")
 
 if ((${#pictures[@]})); then
-  heading "Your pictures, from 1 to 16 tokens"
+  heading "Your pictures, from 1 to 32 tokens"
   rm -rf "$work/pictures"
   mkdir "$work/pictures"
   for i in "${!pictures[@]}"; do cp "${pictures[i]}" "$work/pictures/$((i + 1))_${pictures[i]##*/}"; done
-  python -m flextok_jax.evaluate --checkpoint=$model --images="$work/pictures" --out="$work/your_pictures"
-  sheet+=("Your pictures from 1 to 16 tokens=$work/your_pictures/grid_folder.png")
+  python -m flextok_jax.evaluate --checkpoint=glyphs --images="$work/pictures" --out="$work/your_pictures"
+  sheet+=("Your pictures from 1 to 32 tokens=$work/your_pictures/grid_folder.png")
 fi
 
 heading "2. A generator: captions become pictures, which end when nothing is left to say"
@@ -82,7 +81,7 @@ Curves and pictures of the training: $scratch/report.html
 
 Next, in an environment with this package (source ${VIRTUAL_ENV}/bin/activate):
 
-  bash launch/quickstart.sh photo.jpg     # your own picture from 1 to 16 tokens
+  bash launch/quickstart.sh photo.jpg     # your own picture from 1 to 32 tokens
   python -m flextok_jax.train --config=shapes --data=FOLDER --workdir=runs/mine     # training on your pictures
   pip install '.[demo]' && python -m flextok_jax.demo     # all of this in the browser
 END

@@ -261,6 +261,7 @@ def test_invalid_config_files(text, spec, error, pattern, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
   "asset, spec, tokenizer",
   [
+    ("glyphs", "glyphs", ""),
     ("quickstart", "quickstart", ""),
     ("shapes", "shapes", ""),
     ("shapes_student", "distill:shapes", "shapes"),
