@@ -1,4 +1,4 @@
-"""A tokenizer that learns in two minutes on two CPU cores: handwritten digits at 16 px, 8 tokens, 2.1M parameters.
+"""A tokenizer that learns in three minutes on two CPU cores: handwritten digits at 16 px, 8 tokens, 2.1M parameters.
 
 The digits are the 1,797 of scikit-learn (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0), which
 launch/pictures.py digits writes as a folder of pictures with a subfolder for each class:
