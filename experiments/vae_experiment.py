@@ -89,10 +89,11 @@ def measure(name: str, source: str, originals: np.ndarray, restored: np.ndarray,
 
 def main(folder: str, names: str, picture: str):
   """Prints the measurements and draws the picture."""
-  first, columns = {}, {}
-  for name in names.split(","):
+  runs = names.split(",")
+  first, columns = {}, {name: [] for name in ("original", *runs)}
+  for name in runs:
     model = flextok_jax.load(f"{folder}/{name}/weights.safetensors")
-    data, columns[name] = inputs.image_data(model.config), []
+    data = inputs.image_data(model.config)
     for source in model.config.eval.sources:
       images = pipeline.eval_set(data, source, image_size=model.image_size, num_images=256)["image"]
       latents = model.encode_latents(images)
@@ -100,11 +101,11 @@ def main(folder: str, names: str, picture: str):
       measured = measure(name, source, images / np.float32(255), restored, first.get(source))
       first.setdefault(source, measured)
       chosen = np.arange(0, 256, 256 // 8)[:8]
-      if name == names.split(",")[0]:
-        columns.setdefault("original", []).append(images[chosen])
+      if name == runs[0]:
+        columns["original"].append(images[chosen])
       columns[name].append(np.asarray(restored[chosen] * 255).round().astype(np.uint8))
-  order = ["original", *names.split(",")]
-  files.write_file(Path(picture), grids.to_png(grids.grid([np.concatenate(columns[x]) for x in order], order)))
+  cells = [np.concatenate(column) for column in columns.values()]
+  files.write_file(Path(picture), grids.to_png(grids.grid(cells, list(columns))))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Folder(StoredImages):
     if not val_path:
       chosen = in_split(found.keys, split, VALIDATION_PERCENT)
       self._files = list(itertools.compress(found.files, chosen))
-    elif split == "validation":
+    elif split == "validation" and val_path != path:
       self._root = val_path
       found = listing.scan(val_path)
       self._metadata = Metadata(val_path, found, caption_key, label_key)
