@@ -11,12 +11,13 @@ _MAX_TICKS = 10  # of a linear axis at the points; if there are more points, mat
 
 
 class Line(NamedTuple):
-  """A curve; y holds numbers, or (y, low, high) with an interval."""
+  """A curve; y holds numbers, or (y, low, high) with an interval. Labels that begin with _ are not in the legend."""
 
   x: Sequence[float]
   y: Sequence[float | Sequence[float]]
   color: int | None = None  # number of the colour; None: position in the panel
   dashed: bool = False
+  marked: bool = True  # a marker at each point
 
 
 def curves(
@@ -54,8 +55,9 @@ def _panel(axis, title: str, lines: Mapping[str, Line], xlabel: str):
   """Draws lines with their intervals, and a legend if there are several."""
   for i, (label, line) in enumerate(lines.items()):
     color = f"C{(i if line.color is None else line.color) % 10}"
-    style = dict(color=color, label=label, marker="o", markersize=4.5, linewidth=1.8)
-    style["linestyle"] = "--" if line.dashed else "-"
+    style = dict(color=color, label=label, linewidth=1.8, linestyle="--" if line.dashed else "-")
+    if line.marked:
+      style |= dict(marker="o", markersize=4.5)
     points = [np.atleast_1d(y) for y in line.y]
     axis.plot(line.x, [y[0] for y in points], **style)
     intervals = [(x, *y[1:]) for x, y in zip(line.x, points) if len(y) == 3]
@@ -66,7 +68,7 @@ def _panel(axis, title: str, lines: Mapping[str, Line], xlabel: str):
   axis.grid(color="0.9", linewidth=0.8)
   axis.set_axisbelow(True)
   axis.spines[["top", "right"]].set_visible(False)
-  if len(lines) > 1:
+  if len(axis.get_legend_handles_labels()[1]) > 1:  # without labels that begin with _
     axis.legend(frameon=False, fontsize=8, handlelength=3.5)
 
 

@@ -255,18 +255,40 @@ def make_tables(sets: Mapping[str, Mapping[str, Any]]) -> list[Table]:
   return tables
 
 
+def fit_log_linear(counts: Sequence[int], values: Sequence[float]) -> tuple[float, float, float]:
+  """Fits value = intercept + slope * log2(count) by least squares.
+
+  Returns:
+    (slope, intercept, share of the variance of the values that the fit explains).
+
+  Raises:
+    ValueError: fewer than two different counts.
+  """
+  if len(set(counts)) < 2:
+    raise ValueError(f"a line needs two different token counts, got {list(counts)}")
+  x, y = np.log2(counts), np.asarray(values, np.float64)
+  slope, intercept = np.polyfit(x, y, 1)
+  residual, total = np.square(y - intercept - slope * x).sum(), np.square(y - y.mean()).sum()
+  return float(slope), float(intercept), float(1 - residual / total) if total else 1.0
+
+
 def draw_curves(sets: Mapping[str, Mapping[str, Any]]) -> bytes:
-  """Draws every metric and its intervals over the number of tokens (log scale), one line per set."""
+  """Draws every metric and its intervals over the number of tokens (log scale), one line and its fit per set."""
   panels: dict[str, dict[str, charts.Line]] = {}
   ticks = set()
-  for name, scored in sets.items():
+  for i, (name, scored) in enumerate(sets.items()):
     counts = [int(column) for column in scored["by_tokens"]]
     ticks.update(counts)
     for metric in next(iter(scored["by_tokens"].values())):
       points = [
         [row[metric], *scored["intervals"][column].get(metric, ())] for column, row in scored["by_tokens"].items()
       ]
-      panels.setdefault(metrics_lib.title(metric), {})[name] = charts.Line(counts, points)
+      panel = panels.setdefault(metrics_lib.title(metric), {})
+      panel[name] = charts.Line(counts, points, color=i)
+      if len(counts) > 2:
+        slope, intercept, _ = fit_log_linear(counts, [point[0] for point in points])
+        fit = [intercept + slope * float(np.log2(count)) for count in counts]
+        panel[f"_{name}, fit"] = charts.Line(counts, fit, color=i, dashed=True, marked=False)
   return charts.curves(panels, "tokens", sorted(ticks))
 
 

@@ -291,3 +291,17 @@ def test_distances_of_few_images_have_a_caution():
   few = frechet.caution("gfid", {"samples": 50, "reference images": 50_000}, 2048)
   assert few.startswith("Caution: gfid of 50 samples with 2048 features: their covariance is singular")
   assert frechet.caution("gfid", {"samples": 50_000, "reference images": None}, 2048) == ""
+
+
+def test_log_linear_fit():
+  """A line over log2 of the count is found again, with other values the normal equations hold."""
+  counts = [1, 2, 4, 8, 32]
+  slope, intercept, share = reconstruction.fit_log_linear(counts, [3.0 - 0.5 * np.log2(count) for count in counts])
+  np.testing.assert_allclose([slope, intercept, share], [-0.5, 3.0, 1.0], rtol=1e-12)
+  values = np.array([13.0, 13.7, 15.0, 16.5, 18.8])
+  slope, intercept, share = reconstruction.fit_log_linear(counts, values)
+  residual = values - intercept - slope * np.log2(counts)
+  np.testing.assert_allclose([residual.sum(), residual @ np.log2(counts)], 0, atol=1e-9)
+  assert share == pytest.approx(1 - residual.var() / values.var())
+  with pytest.raises(ValueError, match=r"two different token counts, got \[4, 4\]"):
+    reconstruction.fit_log_linear([4, 4], [1.0, 2.0])

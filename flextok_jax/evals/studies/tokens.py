@@ -7,14 +7,15 @@ from typing import Any
 from flextok_jax.evals import grids
 from flextok_jax.evals.from_config import evaluate
 from flextok_jax.evals.progress import Progress
-from flextok_jax.evals.reconstruction import draw_curves, draw_grid
+from flextok_jax.evals.reconstruction import draw_curves, draw_grid, fit_log_linear
 from flextok_jax.evals.report import Report, Table, make_study_report
 from flextok_jax.evals.studies.subject import Subject
 
 NAME = "tokens"
 _ABOUT = (
   "Every image is encoded once and decoded from its first tokens, each time from the same noise. Shown is the mean"
-  " over images of metrics that compare a reconstruction with its original; bars are 95% intervals of the mean."
+  " over images of metrics that compare a reconstruction with its original; bars are 95% intervals of the mean, and"
+  " dashed lines are fits that are linear in the logarithm of the number of tokens."
 )
 
 
@@ -46,6 +47,10 @@ def study(progress: Progress, subject: Subject, metrics: Sequence[str], weights:
       for count, row in scored["by_tokens"].items()
     ]
     tables.append(Table(f"{name}: {scored['num_images']} images", ["tokens", *metrics], rows))
+    if len(subject.counts) > 2:
+      values = {metric: [row[metric] for row in scored["by_tokens"].values()] for metric in metrics}
+      fits = [[metric, *fit_log_linear(subject.counts, found)[::2]] for metric, found in values.items()]
+      tables.append(Table(f"{name}: fits", ["metric", "per doubling of tokens", "share of variance"], fits))
     pictures[name] = draw_grid({column: examples[f"{name}/{column}"] for column in ("original", *scored["by_tokens"])})
   return make_study_report(
     NAME,
