@@ -20,8 +20,12 @@ from flextok_jax.weights import checksums
 MEASURED = "measured"  # JSON item of a checkpoint: config fields measured on the averaged weights, {dotted name: value}
 
 
+# Beginnings of orbax's warnings: of the handler that Checkpoints registers, and of items that are not asked for.
+_NEEDLESS = ("Type handler registry", 'Item "%s" was found in the checkpoint, but could not')
+
+
 def quiet():
-  """Hides the tracebacks that orbax prints of errors that it raises as well, and a warning; --verbosity=1 shows them.
+  """Hides the tracebacks that orbax prints of errors that it raises as well, and _NEEDLESS; --verbosity=1 shows them.
 
   On a full disk these are hundreds of lines around the one line of the error.
   """
@@ -37,7 +41,7 @@ _previous_hook: list[Callable] = []
 
 def _worth_printing(record: logging.LogRecord) -> bool:
   is_orbax = record.name == "asyncio" or f"{os.sep}orbax{os.sep}" in record.pathname
-  hidden = record.levelno >= logging.ERROR or str(record.msg).startswith("Type handler registry")  # see Checkpoints
+  hidden = record.levelno >= logging.ERROR or str(record.msg).startswith(_NEEDLESS)
   return not is_orbax or not hidden or absl_logging.vlog_is_on(1)
 
 

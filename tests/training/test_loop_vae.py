@@ -104,7 +104,7 @@ def test_a_killed_run_resumes_to_the_same_result(run, tmp_path, caplog):
 # The scaling factor.
 
 
-def test_scaling_factor_gives_latents_unit_deviation(run, tmp_path):
+def test_scaling_factor_gives_latents_unit_deviation(run, tmp_path, caplog):
   config, params = loading.load(str(run.weights))
   images = eval_images(config)
   vae = make_stage(config).vae
@@ -129,6 +129,7 @@ def test_scaling_factor_gives_latents_unit_deviation(run, tmp_path):
   for source, expected in ((run.workdir, config), (run.weights, config), (half, early)):
     assert loading.load_config(source).vae.scaling_factor == expected.vae.scaling_factor
   assert loading.load_config(run.workdir) == loading.load(run.workdir)[0]
+  assert not caplog.records  # orbax would warn of items that are not read
 
 
 def test_an_explicit_scaling_factor_is_kept(run):
