@@ -1,7 +1,7 @@
 """A student of a tokenizer's decoder, which decodes in 1 to 8 evaluations without guidance (docs/students.md).
 
   d12_d12, d18_d28    of flextok:d12_d12_in1k and flextok:d18_d28_in1k, at 256 px
-  quickstart, shapes  of the tokenizers that ship, at 32 px, on a CPU, in 1, 2 or 4 steps
+  glyphs, shapes      of the tokenizers that ship, at 64 and 32 px, on a CPU, in 1, 2 or 4 steps
 
 The teacher is the tokenizer at init_from, a workdir or a weights file:
 
@@ -19,12 +19,12 @@ were not trained.
 """
 
 from flextok_jax import config as common
-from flextok_jax.configs import flextok, quickstart, shapes
+from flextok_jax.configs import flextok, glyphs, shapes
 
 MODELS = {
   "d12_d12": lambda: flextok.get_config("d12_d12_in1k"),
   "d18_d28": lambda: flextok.get_config("d18_d28_in1k"),
-  "quickstart": quickstart.get_config,
+  "glyphs": glyphs.get_config,
   "shapes": shapes.get_config,
 }
 
@@ -36,7 +36,7 @@ def get_config(model: str = ""):
   c.update(
     stage="distill", decoder=dict(interval=True), repa=dict(weight=0.0), sampler=dict(num_steps=4, guidance="none")
   )
-  if c.image_size == 32:
+  if model in ("glyphs", "shapes"):
     c.update(
       distill=dict(steps=(1, 2, 4)),
       optim=dict(name="muon", learning_rate=2e-3, warmup_steps=50, ema_decay=0.998),

@@ -1,36 +1,34 @@
 """Fine-tunes the decoder of released tokenizers on your own images (docs/training.md).
 
   d12_d12_in1k, d18_d18_in1k, d18_d28_in1k, d18_d28_dfn    at 256 px, from the weights on the Hugging Face hub
-  quickstart                                               the tokenizer that ships, 32 px, on photographs, on a CPU
+  glyphs                                                   at 64 px, from the tokenizer that ships, on a CPU
 
   python -m flextok_jax.train --config=finetune:d18_d28_dfn --workdir=DIR --data=IMAGES
 
 The encoder stays as it is, and token ids keep their meaning; --config.train.parts="('encoder', 'decoder')" trains both.
 LoRA: --config.lora.rank=16 --config.optim.learning_rate=2e-4. Other weights: --config.init_from=WEIGHTS.
 
-Hardware: one GPU of 80 GB for d18_d28. finetune:quickstart was run for 150 steps on two CPU cores that other work
-shared, about five minutes (docs/training.md); the others were not trained.
+Hardware: one GPU of 80 GB for d18_d28, two CPU cores for glyphs (docs/training.md); the others were not trained.
 """
 
 from flextok_jax import config as common
-from flextok_jax.configs import flextok, quickstart
+from flextok_jax.configs import flextok, glyphs
 
 RELEASED = ("d12_d12_in1k", "d18_d18_in1k", "d18_d28_in1k", "d18_d28_dfn")
-MODELS = (*RELEASED, "quickstart")
+MODELS = (*RELEASED, "glyphs")
 
 
 def get_config(model: str = ""):
   """Returns the config of fine-tuning one of MODELS."""
   common.check_argument("finetune", model, MODELS)
-  c = quickstart.get_config() if model == "quickstart" else flextok.get_config(model)
-  c.update(train=dict(parts=("decoder",)))
-  if model == "quickstart":
+  c = glyphs.get_config() if model == "glyphs" else flextok.get_config(model)
+  c.update(train=dict(parts=("decoder",)), eval=dict(sources=("folder",)))
+  c.data.sources.update({name: dict(weight=float(name == "folder")) for name in c.data.sources})
+  if model == "glyphs":
     c.update(
-      init_from="quickstart",
-      data=dict(sources=dict(synthetic=dict(weight=0.0), emoji=dict(weight=0.0), photos=dict(weight=1.0))),
-      optim=dict(learning_rate=3e-4, warmup_steps=10, ema_decay=0.98),
-      train=dict(num_steps=150, log_every=25, checkpoint_every=150, eval_every=50),
-      eval=dict(sources=("photos",), num_images=48, batch_size=48),
+      init_from="glyphs",
+      optim=dict(learning_rate=1e-3, warmup_steps=20, ema_decay=0.99),
+      train=dict(num_steps=600, checkpoint_every=200, eval_every=200),
     )
     return c
   c.update(
@@ -38,10 +36,9 @@ def get_config(model: str = ""):
     vae=dict(scaling_factor=0.0),  # that of the released weights
     repa=dict(weight=0.0),
     remat="full",
-    data=dict(global_batch=64, sources=dict(tfds=dict(weight=0.0), folder=dict(weight=1.0))),
+    data=dict(global_batch=64),
     # [ours] about a tenth of the rate of training; 640,000 images.
     optim=dict(learning_rate=3e-5, warmup_steps=500, ema_decay=0.999),
     train=dict(num_steps=10_000, log_every=50, checkpoint_every=1_000, keep_period=0, eval_every=1_000),
-    eval=dict(sources=("folder",)),
   )
   return c

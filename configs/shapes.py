@@ -1,8 +1,9 @@
 """A tiny tokenizer to train generators on: plain scenes at 32 px, 16 tokens of 1,000 codes, 2.5M parameters, CPU.
 
-Two runs, as for configs/quickstart.py: in shapes:coarse nearly all is noise and the tokens learn the layout; the second
-starts from its weights. 1,000 codes and not 64,000, because a generator has to see each of them often enough; all
-lengths of the prefix are equally frequent, because any of them may be the one that suffices.
+The encoder reads 8x8 px patches (16 of them), the decoder writes 4x4 px patches (64). Two runs: in shapes:coarse nearly
+all is noise and the tokens learn the layout; the second starts from its weights. 1,000 codes and not 64,000, because a
+generator has to see each of them often enough; all lengths of the prefix are equally frequent, because any of them may
+be the one that suffices.
 
   python -m flextok_jax.train --config=shapes:coarse --workdir=COARSE
   python -m flextok_jax.train --config=shapes --workdir=DIR --config.init_from=COARSE
@@ -23,18 +24,28 @@ begins as the shipped one; larger pictures get more noise. A step costs about fo
 """
 
 from flextok_jax import config as common
-from flextok_jax.configs import quickstart
 
 
 def get_config(arg: str = ""):
   common.check_argument("shapes", arg, ("", "coarse", "grid", "mixed"))
-  c = quickstart.get_config("coarse" if arg == "coarse" else "")
-  c.update(
-    encoder=dict(depth=4),
-    tokens=dict(levels=(8, 5, 5, 5), nested_dropout="uniform"),
-    optim=dict(name="muon", learning_rate=3e-3),  # gets past the mean colour in a quarter of AdamW's steps
-    data=dict(sources=dict(synthetic=dict(weight=1.0, style="plain"), emoji=dict(weight=0.0), photos=dict(weight=0.0))),
-    eval=dict(sources=("synthetic",)),
+  c = common.derive(
+    image_size=32,
+    dtype="float32",  # CPUs gain nothing from bfloat16
+    vae=dict(kind="pixels", scaling_factor=1.5),  # brings [-1, 1] RGB to about unit variance
+    encoder=dict(width=128, depth=4, patch_size=8),
+    decoder=dict(width=128, depth=4, patch_size=4),
+    tokens=dict(levels=(8, 5, 5, 5), num_registers=16, nested_dropout="uniform", null_prob=0.1, saturation_weight=0.1),
+    # Neighbouring pixels are alike: at t = 0.7 the noised image still shows its layout. With much more noise, the
+    # layout has to come from the tokens.
+    flow=dict(t_sampling="uniform", t_shift=4.0),
+    sampler=dict(num_steps=25, guidance="cfg", guidance_scale=1.5),
+    data=dict(
+      global_batch=32, num_threads=2, sources=dict(synthetic=dict(weight=1.0, style="plain"), tfds=dict(weight=0.0))
+    ),
+    # Muon gets past the mean colour in a quarter of AdamW's steps.
+    optim=dict(name="muon", learning_rate=3e-3, warmup_steps=300, b2=0.98, ema_decay=0.999),
+    train=dict(num_steps=6_000, log_every=50, checkpoint_every=500, keep_period=0, eval_every=3_000),
+    eval=dict(sources=("synthetic",), num_images=64, batch_size=64, grid_images=6),
   )
   if arg == "grid":
     c.update(tokens=dict(layout="grid", nested_dropout="none"), decoder=dict(modulation="shared"))
@@ -55,8 +66,10 @@ def get_config(arg: str = ""):
       train=dict(num_steps=4_000, eval_every=2_000),
     )
   elif arg == "coarse":
-    c.optim.end_learning_rate = 3e-3  # constant: the next run continues
-    c.train.update(num_steps=12_000, checkpoint_every=500, eval_every=3_000)
-  else:
-    c.train.update(num_steps=6_000, eval_every=3_000)
+    c.update(
+      flow=dict(t_shift=20.0),
+      optim=dict(end_learning_rate=3e-3),  # constant: the next run continues
+      train=dict(num_steps=12_000),
+      eval=dict(num_images=24, batch_size=24),
+    )
   return c

@@ -21,7 +21,7 @@ import optax
 from safetensors.numpy import save_file
 
 from flextok_jax import cli
-from flextok_jax.configs import quickstart
+from flextok_jax.configs import shapes
 from flextok_jax.data import pipeline, transforms
 from flextok_jax.data.sources.base import read
 from flextok_jax.models.perception.vit import IMAGENET, ViT
@@ -43,9 +43,18 @@ COUNT = 600  # images of a probe, a third of them for testing
 
 
 def config_of(folder=None, teacher=None, steps=STEPS):
-  """Returns the config of the quickstart's tokenizer, with REPA if a teacher is given."""
-  c = quickstart.get_config()
-  c.update(fast=False, optim=dict(warmup_steps=30, ema_decay=0.95), train=dict(num_steps=steps))  # compiles sooner
+  """Returns the config of a tokenizer of scenes, emoji and photographs, with REPA if a teacher is given."""
+  c = shapes.get_config()
+  c.update(
+    fast=False,  # compiles sooner
+    encoder=dict(depth=3),
+    tokens=dict(levels=(8, 8, 8, 5, 5, 5), nested_dropout="pow2"),
+    data=dict(
+      sources=dict(synthetic=dict(weight=0.45, style="scenes"), emoji=dict(weight=0.4), photos=dict(weight=0.15))
+    ),
+    optim=dict(name="adamw", learning_rate=1.5e-3, warmup_steps=30, ema_decay=0.95),
+    train=dict(num_steps=steps),
+  )
   if teacher:
     c.repa.update(dict(weight=1.0, block=1, hidden=256, teacher=str(folder / teacher), features=WIDTH, dtype="float32"))
   return c

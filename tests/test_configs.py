@@ -21,7 +21,7 @@ import setuptools
 import flextok_jax
 from flextok_jax import config as common
 from flextok_jax import stages
-from flextok_jax.configs import quickstart
+from flextok_jax.configs import shapes
 from flextok_jax.data import pipeline
 from flextok_jax.evals import from_config
 from flextok_jax.inference import decoding
@@ -62,7 +62,6 @@ SMALL = {
   "glyphs",
   "loader",
   "photos_vae",
-  "quickstart",
   "shapes",
   "shapes_ar",
 }
@@ -96,7 +95,7 @@ def count(params):
 
 def test_all_configs_are_listed():
   assert set(SIZES) | set(AR_SIZES) | SMALL <= set(SPECS)
-  assert {"quickstart:coarse", "shapes_ar:stop"} < set(SPECS)
+  assert {"shapes:coarse", "shapes_ar:stop"} < set(SPECS)
 
 
 def test_has_all_config_fields_and_is_locked(name):
@@ -202,12 +201,12 @@ def test_dfn_folder_is_required():
       read()
 
 
-def test_quickstart_variants_share_one_model():
-  whole = quickstart.get_config()
-  from_config.check_same_model(quickstart.get_config("coarse"), whole)
-  assert flat(whole) == flat(quickstart.get_config(""))
-  with pytest.raises(ValueError, match="config quickstart takes no argument or one of coarse.*got 'coars'"):
-    quickstart.get_config("coars")
+def test_both_runs_of_a_tokenizer_share_one_model():
+  whole = shapes.get_config()
+  from_config.check_same_model(shapes.get_config("coarse"), whole)
+  assert flat(whole) == flat(shapes.get_config(""))
+  with pytest.raises(ValueError, match="config shapes takes no argument or one of coarse.*got 'coars'"):
+    shapes.get_config("coars")
 
 
 # Config files.
@@ -262,7 +261,6 @@ def test_invalid_config_files(text, spec, error, pattern, tmp_path, monkeypatch)
   "asset, spec, tokenizer",
   [
     ("glyphs", "glyphs", ""),
-    ("quickstart", "quickstart", ""),
     ("shapes", "shapes", ""),
     ("shapes_student", "distill:shapes", "shapes"),
     ("shapes_ar", "shapes_ar", "shapes"),

@@ -55,7 +55,7 @@ def run(installed, tmp_path):
 def test_train_and_decode_from_an_empty_folder(run, tmp_path):
   home = Path(run("python", "-c", "import flextok_jax; print(flextok_jax.__file__)").strip()).parent
   assert not home.is_relative_to(ROOT) and (home / "configs" / "debug.py").is_file()
-  asset = home / "assets" / "quickstart.safetensors"
+  asset = home / "assets" / "glyphs.safetensors"
 
   steps = ("--config.train.num_steps=3", "--config.train.log_every=1", "--config.optim.warmup_steps=1")
   printed = run("flextok-jax", "train", "--config=debug", "--workdir=run", *steps)
@@ -68,7 +68,7 @@ def test_train_and_decode_from_an_empty_folder(run, tmp_path):
   run("flextok-jax", "detokenize", f"--checkpoint={asset}", "--tokens=tokens.json", "--out=pictures")
   (picture,) = (tmp_path / "pictures").glob("*.png")
   pixels = np.asarray(Image.open(picture).convert("L"), float)
-  assert pixels.shape == (32, 32) and pixels[12:20, 12:20].mean() > pixels[:4].mean() + 50
+  assert pixels.shape == (64, 64) and pixels[24:40, 24:40].mean() > pixels[:8].mean() + 50
 
 
 def test_commands_are_listed(run):

@@ -8,7 +8,7 @@ _NETWORKS = ("scenes",)  # of verifiers; not models
 
 
 def names() -> list[str]:
-  """Returns the names of the models, such as "quickstart"."""
+  """Returns the names of the models, such as "glyphs"."""
   return sorted(path.stem for path in FOLDER.glob("*.safetensors") if path.stem not in _NETWORKS)
 
 

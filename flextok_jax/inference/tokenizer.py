@@ -47,7 +47,7 @@ def load(
   """Loads a tokenizer, or a VAE alone, which only encodes and decodes latents.
 
   Args:
-    source: the name of a model that ships, such as "quickstart"; a repository of the Hugging Face hub
+    source: the name of a model that ships, such as "glyphs"; a repository of the Hugging Face hub
       ("EPFL-VILAB/flextok_d18_d28_dfn"), an official .safetensors file or folder, a folder of diffusers' AutoencoderKL,
       or a workdir, folder or weights file of ours.
     dtype: type of the parameters and of the computation, "float32" or "bfloat16"; default: that of the config, for

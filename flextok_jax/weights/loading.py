@@ -54,7 +54,7 @@ def load(
   """Loads a model.
 
   Args:
-    source: the name of a model that ships, such as "quickstart"; a weights file, a run's workdir, a checkpoint of it
+    source: the name of a model that ships, such as "glyphs"; a weights file, a run's workdir, a checkpoint of it
       (WORKDIR/checkpoints/STEP) or a folder of ours; an official .safetensors file, or folder of config.json and
       model.safetensors; a folder of diffusers' AutoencoderKL; or a repository of the Hugging Face hub with one of these
       folders.

@@ -28,7 +28,7 @@ def assert_same(images, expected):
   assert gap.max() <= 1 and np.mean(gap > 0) < 1e-3  # measured: 1 of 9,216 values
 
 
-@pytest.mark.parametrize("name", ["quickstart", "shapes", "shapes_student"])
+@pytest.mark.parametrize("name", ["glyphs", "shapes", "shapes_student"])
 def test_tokenize_and_detokenize(name, tmp_path):
   checkpoint, pictures = ASSETS / f"{name}.safetensors", tmp_path / "pictures"
   pictures.mkdir()

@@ -17,7 +17,6 @@ _ARGUMENTS = {
   "flextok": list(flextok.MODELS),
   "glyphs": ["", "vae", "vae_next", "groups", "text"],
   "photos_vae": ["", "next"],
-  "quickstart": ["", "coarse"],
   "shapes": ["", "coarse", "grid", "mixed"],
   "shapes_ar": ["", "text", "stop"],
   "vae": list(vae.CHANNELS),

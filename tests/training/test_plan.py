@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.support.configs import SPECS, parse
 
 FAMILIES = ("flextok", "ar", "vae", "distill", "finetune")
-LARGE = [spec for spec in SPECS if spec.split(":")[0] in FAMILIES and not spec.endswith((":quickstart", ":shapes"))]
+LARGE = [spec for spec in SPECS if spec.split(":")[0] in FAMILIES and not spec.endswith((":glyphs", ":shapes"))]
 
 
 def machine(kind, count, platform="tpu", **fields):

@@ -98,7 +98,7 @@ ASSETS = sorted((ROOT / "flextok_jax" / "assets").glob("*.safetensors"))
 
 
 def test_shipped_weights_have_a_checksum():
-  assert len(ASSETS) == 9 and all(tensor_file.CHECKSUM in tensor_file.TensorFile(path).metadata for path in ASSETS)
+  assert len(ASSETS) == 8 and all(tensor_file.CHECKSUM in tensor_file.TensorFile(path).metadata for path in ASSETS)
 
 
 @pytest.mark.parametrize("where", ["first array", "last array", "config", "checksum"])
@@ -165,7 +165,7 @@ def test_load_onto_a_mesh(model, tmp_path):
 
 
 def test_a_pixel_model_cannot_be_saved_in_the_official_format():
-  model = flextok_jax.load(ROOT / "flextok_jax" / "assets" / "quickstart.safetensors")
+  model = flextok_jax.load(ROOT / "flextok_jax" / "assets" / "shapes.safetensors")
   with pytest.raises(ValueError, match="vae.kind.*pixels"):
     model.to_official("/absent/model.safetensors")
 
@@ -233,7 +233,7 @@ def test_weights_and_config_must_agree(autoencoder, tmp_path):
 )
 def test_sizes_in_a_config_are_compared_with_the_tensors_first(tmp_path, monkeypatch, name, value):
   """Nothing is built for a config that describes more than the file can hold."""
-  asset = next(path for path in ASSETS if path.stem == ("shapes_ar" if name.startswith("ar.") else "quickstart"))
+  asset = next(path for path in ASSETS if path.stem == ("shapes_ar" if name.startswith("ar.") else "shapes"))
   file = tensor_file.TensorFile(asset)
   config = common.parse_config(file.metadata[loading.CONFIG_KEY], "x")
   with config.unlocked():

@@ -146,6 +146,6 @@ def test_load_takes_the_size_of_tiles(params, tmp_path, whole):
   model = flextok_jax.load(tmp_path / "vae", vae_tile=TILE)
   assert model.config.vae.tile == TILE
   with pytest.raises(ValueError, match="vae_tile=64 has no effect, as this model has no VAE"):
-    flextok_jax.load("quickstart", vae_tile=64)
+    flextok_jax.load("shapes", vae_tile=64)
   with pytest.raises(ValueError, match="vae_tile=-1 must be a whole number from 0"):
-    flextok_jax.load("quickstart", vae_tile=-1)
+    flextok_jax.load("shapes", vae_tile=-1)
