@@ -11,6 +11,7 @@ import jax
 
 from flextok_jax import cli
 from flextok_jax.config import load_config, with_fields
+from flextok_jax.core.tables import markdown_table
 from flextok_jax.stages import make_stage
 from flextok_jax.training import goodput, optim
 from flextok_jax.training.state import init_state
@@ -31,8 +32,8 @@ def gigabytes(tree) -> str:
 
 def main(spec: str):
   """Prints a Markdown table of all ways."""
-  print("| trained | parameters | TFLOP per image | model, GB | gradients | average | optimizer | sum |")
-  print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+  header = "trained", "parameters", "TFLOP per image", "model, GB", "gradients", "average", "optimizer", "sum"
+  rows = []
   for name, fields in WAYS.items():
     config = with_fields(load_config(spec), fields | {"remat": "none"})
     stage, optimizer = make_stage(config), optim.make_optimizer(config.optim, config.train.num_steps)
@@ -41,8 +42,8 @@ def main(spec: str):
     columns = state.joined(), state.params, state.ema, state.opt_state
     count = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
     per_image = goodput.update_flops(config) / config.data.global_batch / 1e12
-    sizes = " | ".join(gigabytes(tree) for tree in (*columns, columns))
-    print(f"| {name} | {count:,.1f}M | {per_image:.3g} | {sizes} |", flush=True)
+    rows.append([name, f"{count:,.1f}M", f"{per_image:.3g}", *map(gigabytes, (*columns, columns))])
+  print(markdown_table(header, rows))
 
 
 if __name__ == "__main__":

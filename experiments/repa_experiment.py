@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from flextok_jax import cli
 from flextok_jax.configs import shapes
+from flextok_jax.core.tables import markdown_table
 from flextok_jax.data import pipeline, transforms
 from flextok_jax.data.sources.base import read
 from flextok_jax.models.perception.vit import IMAGENET, ViT
@@ -284,10 +285,12 @@ def plot(folder: Path):
   out.parent.mkdir(exist_ok=True)
   figure.savefig(out, dpi=80)
   names = [name for name in rows[0] if name not in ("step", "seconds")]
-  print("| run | steps | " + " | ".join(names) + " |")
-  for name, rows in found.items():
-    for row in rows:
-      print(f"| {name} | {row['step']} | " + " | ".join(f"{row[column]:.3f}" for column in names) + " |")
+  lines = [
+    [name, str(row["step"]), *(f"{row[column]:.3f}" for column in names)]
+    for name, rows in found.items()
+    for row in rows
+  ]
+  print(markdown_table(("run", "steps", *names), lines))
 
 
 def main(what: str, folder: str):

@@ -1,15 +1,16 @@
-"""Compiles ahead of time for a TPU topology and reports memory, FLOPs and time. No TPU is needed.
+"""Compiles ahead of time for TPUs or GPUs and reports memory, FLOPs and time. None of them is needed.
 
 python -m flextok_jax.compile --config=NAME --topology=v5e:16x16 --job=train [--per_device_batch=N] [--out=DIR]
+python -m flextok_jax.compile --config=NAME --topology=h100:8 --job=train
 python -m flextok_jax.compile --config=NAME --topology=v5e:16x16 --job=train --search
 python -m flextok_jax.compile --table=DIR
 
 Jobs: "train", the update of python -m flextok_jax.train; "sample", token ids to images with the guidance and steps of
 config.sampler; "ar", the generator's loop over tokens with the guidance of config.ar. Each is compiled as the commands
-compile it, on the mesh of --config.mesh, by the TPU compiler (the extra [tpu]); nothing is allocated or run.
-docs/scaling.md explains the numbers. --search tries meshes, remat policies and batches from --per_device_batch on;
---profile lists the kernels that take the most cycles. --out receives a JSON file, and --table prints those of a folder
-as a Markdown table, with --profile that of their kinds of kernels.
+compile it, on the mesh of --config.mesh, by the TPU or the GPU compiler (the extras [tpu] and [cuda]); nothing is
+allocated or run. docs/scaling.md explains the numbers. --search tries meshes, remat policies and batches from
+--per_device_batch on; --profile lists the kernels that take the most cycles, on TPUs. --out receives a JSON file, and
+--table prints those of a folder as a Markdown table, with --profile that of their kinds of kernels.
 """
 
 import json
@@ -33,6 +34,7 @@ _ENVIRONMENT = {
   "TPU_WORKER_HOSTNAMES": "localhost",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it uses no chip, so it needs no lock
   "JAX_NUM_PROCESSES": "1",  # a single process, wherever it runs
+  "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # otherwise the GPU plugin asks for a GPU
   "TF_CPP_MIN_LOG_LEVEL": "2",  # errors only
 }
 
@@ -41,7 +43,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the command's flags."""
   cli.define_config_flag("The model, its training and config.mesh.", values)
   flags.DEFINE_string(
-    "topology", None, "TPUs by generation and shape: v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x2.", flag_values=values
+    "topology",
+    None,
+    "TPUs by generation and shape: v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x2; or h100:8.",
+    flag_values=values,
   )
   flags.DEFINE_string("job", "train", f"One of {', '.join(STAGES)}.", flag_values=values)
   flags.DEFINE_integer(
@@ -65,7 +70,7 @@ def main(values: flags.FlagValues) -> None:
     print(table(read_reports(Path(values.table))))
     return
   if values.config is None or not values.topology:
-    raise ValueError("give --config=NAME and --topology=v5e:16x16 (or v5p:4x4x4, v6e:16x16, tpu7x:2x2x2)")
+    raise ValueError("give --config=NAME and --topology=v5e:16x16 (or v5p:4x4x4, v6e:16x16, tpu7x:2x2x2, h100:8)")
   if values.job not in STAGES:
     raise ValueError(f"unknown --job={values.job}: one of {', '.join(STAGES)}")
   out = cli.out_folder(values) if values.out else None
@@ -104,7 +109,7 @@ def main(values: flags.FlagValues) -> None:
 
 if __name__ == "__main__":
   os.environ.update(_ENVIRONMENT)
-  jax.config.update("jax_platforms", "cpu")  # TPUs, if there are any, are not used
+  jax.config.update("jax_platforms", "cpu")  # accelerators, if there are any, are not used
   jax.config.update("jax_enable_compilation_cache", False)  # the compiler dumps nothing for cached programs
   define_flags()
   cli.run(lambda: main(flags.FLAGS))

@@ -342,7 +342,24 @@ def _convolution_flops(x: Instruction, computation: Computation) -> int:
   return 2 * batch * features * right.dims[kernel.index("i")] * pairs // groups
 
 
-_FLOPS: dict[str, Callable[[Instruction, Computation], int]] = {"dot": _dot_flops, "convolution": _convolution_flops}
+def _library_flops(x: Instruction, computation: Computation) -> int:
+  """Counts a product of cuBLAS or a convolution of cuDNN."""
+  if '"__cudnn$convForward' in x.attributes:
+    return _convolution_flops(x, computation)
+  found = (
+    re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', x.attributes) if '"__cublas$' in x.attributes else None
+  )
+  if found is None:
+    return 0
+  left = computation.operands(x)[0].arrays[0]
+  return 2 * x.arrays[0].size * math.prod(left.dims[int(d)] for d in re.findall(r"\d+", found[1]))
+
+
+_FLOPS: dict[str, Callable[[Instruction, Computation], int]] = {
+  "dot": _dot_flops,
+  "convolution": _convolution_flops,
+  "custom-call": _library_flops,
+}
 
 
 def kernel_cycles(run: Run) -> int:
@@ -352,6 +369,6 @@ def kernel_cycles(run: Run) -> int:
 
 
 def custom_kernels(module: Module) -> int:
-  """Returns how often Pallas kernels run, whose FLOPs and cycles are not in the HLO."""
-  target = 'custom_call_target="tpu_custom_call"'
-  return sum(run.times for run in module.runs() if target in run.instruction.attributes)
+  """Returns how often Pallas kernels and cuDNN's attention run, whose FLOPs and cycles are not in the HLO."""
+  targets = 'custom_call_target="tpu_custom_call"', 'custom_call_target="__cudnn$fmha'
+  return sum(run.times for run in module.runs() if any(target in run.instruction.attributes for target in targets))

@@ -110,7 +110,9 @@ def make_report(settings: dict, job: Job, compiled, text: str, accelerator: Acce
     seconds["schedule"] = sum(kernel.cycles for kernel in kernels) / accelerator.clock
   notes = []
   if custom:
-    notes.append(f"{custom} runs of Pallas kernels, which neither the compiled FLOPs nor the schedule include")
+    notes.append(
+      f"{custom} runs of kernels of Pallas or cuDNN, which neither the compiled FLOPs nor the schedule include"
+    )
   if module.unknown_loops:
     notes.append(f"{module.unknown_loops} data-dependent loops: {job.loop_trips} trips assumed")
   table = memory(job, compiled.memory_analysis(), accelerator.memory)
@@ -250,7 +252,7 @@ def _amount(value: float, unit: str) -> str:
 _TABLE = (
   "config",
   "job",
-  "TPUs",
+  "devices",
   "mesh",
   "images/device",
   "remat",

@@ -1,4 +1,4 @@
-"""Compiles a job ahead of time for a TPU topology."""
+"""Compiles a job ahead of time for a topology of TPUs or GPUs."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from flextok_jax.config import with_fields
 from flextok_jax.core import accelerators
 from flextok_jax.ops import attention
 from flextok_jax.parallel import sharding
-from flextok_jax.tools.compile import report
+from flextok_jax.tools.compile import gpu, report
 from flextok_jax.tools.compile.jobs import make_job
 from flextok_jax.training import plan
 
@@ -42,18 +42,21 @@ def read_reports(folder: Path) -> list[dict]:
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
-  """Returns the devices of a TPU topology such as "v5e:16x16"; no TPU is needed.
+  """Returns the devices of a topology such as "v5e:16x16" or "h100:8"; no TPU or GPU is needed.
 
   Raises:
-    ValueError: libtpu is not installed, or the topology is unknown.
+    ValueError: the compiler is not installed, or the topology is unknown.
   """
+  if gpu.is_topology(topology):
+    return gpu.devices(topology)
   try:
     return list(topologies.get_topology_desc(topology, "tpu").devices)
   except RuntimeError as e:  # JAX's own errors are RuntimeErrors
     if "not installed" in str(e):
       raise ValueError('the TPU compiler is missing: pip install "flextok-jax[tpu]"') from e
     raise ValueError(
-      f"topology={topology}: {e}; known are v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x2 and their parts and multiples"
+      f"topology={topology}: {e}; known are v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:2x2x2, their parts and multiples, "
+      "and h100:8"
     ) from e
 
 
@@ -110,7 +113,7 @@ def compile_job(
   lowered = job.lower()
   settings["lower_seconds"] = time.perf_counter() - begun
   try:
-    compiled, text = _compile(lowered)
+    compiled, text = _compile(lowered, gpu.OPTIONS if gpu.is_topology(topology) else {})
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
@@ -120,12 +123,12 @@ def compile_job(
   return report.make_report(settings, job, compiled, text, accelerator, mesh)
 
 
-def _compile(lowered) -> tuple[jax.stages.Compiled, str]:
-  """Returns the compiled program and its HLO.
+def _compile(lowered, options: dict) -> tuple[jax.stages.Compiled, str]:
+  """Returns the compiled program and its HLO; options are the compiler's.
 
   The HLO is the compiler's own dump: JAX's as_text() fails on the output of newer compilers and lacks the cycles.
   """
   with tempfile.TemporaryDirectory() as folder:
-    compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-    (path,) = Path(folder).glob("*.after_codegen.txt")
+    compiled = lowered.compile({**options, "xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+    (path,) = (p for end in ("after_codegen", "gpu_after_optimizations") for p in Path(folder).glob(f"*{end}.txt"))
     return compiled, path.read_text()
