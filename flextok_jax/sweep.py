@@ -1,11 +1,11 @@
 """Lists the runs of a config's sweep, which differ in a few fields, or compares finished runs in a table.
 
-python -m flextok_jax.sweep --config=NAME --list [--only=a,b] [--config.a.b=v]
+python -m flextok_jax.sweep --config=NAME --list [--only=a,b] [--data=FOLDER] [--config.a.b=v]
 python -m flextok_jax.sweep --dir=DIR [--only=a,b] [--metrics=psnr] [--out=DIR]
 
 A config defines its sweep beside get_config: get_sweep(), with the argument of get_config if there is one, returns
 {name of a run: {dotted field: value}}. --list prints a line per run, quoted for a shell: its name and its flags of
-flextok_jax.train; bash launch/sweep.sh CONFIG DIR trains each in DIR/NAME.
+flextok_jax.train besides those given here; bash launch/sweep.sh CONFIG DIR trains each in DIR/NAME.
 
 --dir compares the runs with workdirs in DIR, finished or not: the fields in which their configs differ, steps, last
 loss, images per second, and the scores of the newest report of each (DIR/NAME/eval/.../report.json). Writes table.md,
@@ -24,6 +24,7 @@ from flextok_jax.tools import sweep
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
   cli.define_config_flag("A config with get_sweep().", values)
+  cli.define_data_flag(values)
   flags.DEFINE_bool("list", False, "Print the runs of --config's sweep.", flag_values=values)
   flags.DEFINE_list("only", [], "Names of runs, in this order; default: all.", flag_values=values)
   flags.DEFINE_string("dir", None, "Folder with the workdirs of the runs to compare.", flag_values=values)
@@ -36,6 +37,7 @@ def main(values: flags.FlagValues):
   if values.list:
     if values.config is None:
       raise ValueError("--list is missing --config=NAME")
+    cli.with_data(values.config, values)  # checks it
     runs = sweep.read_sweep(cli.config_spec(values))
     given = config_flags.get_override_values(values["config"])
     lines = {name: sweep.train_flags(name, fields, values.config, given) for name, fields in runs.items()}

@@ -77,7 +77,7 @@ def test_the_argument_of_the_config_is_that_of_its_sweep(tmp_path, capsys):
 
 
 def test_the_ablation_has_every_mode(capsys):
-  found = listed(capsys, "--config=ablation_nested")
+  found = listed(capsys, "--config=ablation_nested", "--data=digits")  # launch/sweep.sh passes flags of training
   assert list(found) == list(ablation_nested.get_sweep()) == list(nested.MODES)
   for mode, words in found.items():
     assert parse("ablation_nested", *words).tokens.nested_dropout == mode
@@ -116,6 +116,14 @@ def test_bad_flags_are_one_line(tmp_path):
   fails("debug has no get_sweep()", sweep, "--list", "--config=debug")
   fails("--list is missing --config", sweep, "--list")
   fails("give --dir=DIR, or", sweep)
+  fails(
+    "data=x has no effect, as data.tokens=y",
+    sweep,
+    "--list",
+    "--config=ablation_nested",
+    "--data=x",
+    "--config.data.tokens=y",
+  )
   fails(
     "only=c: there is no such run in the sweep, which has a, b",
     sweep,
