@@ -117,14 +117,6 @@ def test_bad_flags_are_one_line(tmp_path):
   fails("--list is missing --config", sweep, "--list")
   fails("give --dir=DIR, or", sweep)
   fails(
-    "data=x has no effect, as data.tokens=y",
-    sweep,
-    "--list",
-    "--config=ablation_nested",
-    "--data=x",
-    "--config.data.tokens=y",
-  )
-  fails(
     "only=c: there is no such run in the sweep, which has a, b",
     sweep,
     "--list",
@@ -133,6 +125,12 @@ def test_bad_flags_are_one_line(tmp_path):
   )
   fails(f"no runs in {tmp_path}: ", sweep, f"--dir={tmp_path}")
   fails("no runs in /absent: ", sweep, "--dir=/absent")
+
+
+def test_data_that_a_run_would_not_read_is_refused(monkeypatch):
+  argv = ["--list", "--config=ablation_nested", "--data=x", "--config.data.tokens=y"]
+  monkeypatch.setattr(sys, "argv", ["sweep", *argv])  # where overrides are looked for
+  fails("data=x has no effect, as data.tokens=y", sweep, *argv)
 
 
 # The table.
