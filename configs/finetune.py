@@ -6,7 +6,10 @@
   python -m flextok_jax.train --config=finetune:d18_d28_dfn --workdir=DIR --data=IMAGES
 
 The encoder stays as it is, and token ids keep their meaning; --config.train.parts="('encoder', 'decoder')" trains both.
-LoRA: --config.lora.rank=16 --config.optim.learning_rate=2e-4. Other weights: --config.init_from=WEIGHTS.
+LoRA: --config.lora.rank=16 --config.optim.learning_rate=1.5e-4. Other weights: --config.init_from=WEIGHTS. A sweep compares
+the three on the same pictures:
+
+  bash launch/sweep.sh finetune:glyphs DIR --data=IMAGES
 
 Hardware: one GPU of 80 GB for d18_d28, two CPU cores for glyphs (docs/training.md); the others were not trained.
 """
@@ -29,6 +32,7 @@ def get_config(model: str = ""):
       init_from="glyphs",
       optim=dict(learning_rate=1e-3, warmup_steps=20, ema_decay=0.99),
       train=dict(num_steps=600, checkpoint_every=200, eval_every=200),
+      eval=dict(num_images=64),
     )
     return c
   c.update(
@@ -42,3 +46,13 @@ def get_config(model: str = ""):
     train=dict(num_steps=10_000, log_every=50, checkpoint_every=1_000, keep_period=0, eval_every=1_000),
   )
   return c
+
+
+def get_sweep(model: str = ""):
+  """Returns {run: {dotted field: value}}: what is trained."""
+  rate = get_config(model).optim.learning_rate
+  return {
+    "decoder": {},
+    "both": {"train.parts": ("encoder", "decoder")},
+    "lora": {"lora.rank": 16, "optim.learning_rate": 5 * rate},
+  }
