@@ -1,7 +1,7 @@
 """Small models of emoji by four artists and of photographs: all three stages of the method, 64 px, on a CPU.
 
   glyphs:vae     the VAE: 4x down, 4 channels, 0.7M parameters
-  glyphs         the tokenizer of its latents: 32 tokens, 3.4M parameters
+  glyphs         the tokenizer of its latents: 32 tokens, 3.4M parameters; glyphs:next continues it
   glyphs:groups  a generator by group: face, animal, food, ...
   glyphs:text    a generator by caption ("red apple, 3d"), which ends its sequences itself
 
@@ -13,6 +13,8 @@ experiments/glyphs makes:
   python -m flextok_jax.train --config=glyphs:vae --workdir=VAE DATA
   python -m flextok_jax.tokenize --what=latents --checkpoint=VAE --config=glyphs --num_images=98304 --out=LATENTS DATA
   python -m flextok_jax.train --config=glyphs --workdir=DIR --config.init_from=VAE --config.data.latents=LATENTS DATA
+  python -m flextok_jax.train --config=glyphs:next --workdir=NEXT --config.init_from=DIR --config.data.latents=LATENTS \
+      DATA
 
 The tokenizer ships: docs/models.md says what it reaches. A code is one of 4,375 and not of 64,000: the generators'
 tables of 64,000 ids would be larger than all the rest, and a generator has to see each id often enough.
@@ -29,7 +31,7 @@ NUM_TOKENS = 32
 
 
 def get_config(arg: str = ""):
-  common.check_argument("glyphs", arg, ("", "vae", "vae_next", "groups", "text"))
+  common.check_argument("glyphs", arg, ("", "next", "vae", "vae_next", "groups", "text"))
   if arg in ("groups", "text"):
     return _generator(arg)
   c = common.derive(
@@ -44,10 +46,10 @@ def get_config(arg: str = ""):
     train=dict(log_every=50, checkpoint_every=250, keep_checkpoints=1, keep_period=0),
     eval=dict(sources=("emoji", "photos"), num_images=128, batch_size=64, grid_images=6),
   )
-  if arg:
+  if arg.startswith("vae"):
     _vae(c, continued=arg == "vae_next")
   else:
-    _tokenizer(c)
+    _tokenizer(c, continued=arg == "next")
   return c
 
 
@@ -83,7 +85,8 @@ def get_sweep(arg: str = "") -> dict[str, dict[str, float]]:
   return {"without": {"discriminator.weight": 0.0}, "with": {"discriminator.weight": 0.05}}
 
 
-def _tokenizer(c: ConfigDict):
+def _tokenizer(c: ConfigDict, continued: bool):
+  """Sets stage 1."""
   c.update(
     encoder=dict(width=160, depth=3, head_dim=32, patch_size=4),
     decoder=dict(width=160, depth=5, head_dim=32, patch_size=2, modulation="shared"),
@@ -94,6 +97,8 @@ def _tokenizer(c: ConfigDict):
     train=dict(num_steps=7_000, eval_every=7_000),
     remat="dots",  # 15% faster on two cores: less is written to memory
   )
+  if continued:
+    c.update(seed=1, optim=dict(learning_rate=2e-3, warmup_steps=100), train=dict(num_steps=9_000, eval_every=9_000))
 
 
 def _generator(condition: str):

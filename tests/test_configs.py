@@ -260,7 +260,7 @@ def test_invalid_config_files(text, spec, error, pattern, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
   "asset, spec, tokenizer",
   [
-    ("glyphs", "glyphs", ""),
+    ("glyphs", "glyphs:next", ""),
     ("shapes", "shapes", ""),
     ("shapes_student", "distill:shapes", "shapes"),
     ("shapes_ar", "shapes_ar", "shapes"),

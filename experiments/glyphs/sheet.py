@@ -2,7 +2,8 @@
 
 python -m experiments.glyphs.sheet --glyphs=DIR --out=FILE.png [--columns=8] [--rows=6]
 
-DIR is the folder of experiments/glyphs/prepare.py. The glyphs are the first of the evaluation set of --config=glyphs.
+DIR is the folder of experiments/glyphs/prepare.py. The glyphs are the first of the evaluation set of --config=glyphs that
+are not flags, of which it has many.
 """
 
 from pathlib import Path
@@ -15,6 +16,7 @@ from flextok_jax.config import with_fields
 from flextok_jax.configs import glyphs
 from flextok_jax.core import files
 from flextok_jax.data import pipeline
+from flextok_jax.data.sources import emoji
 from flextok_jax.evals import grids
 from flextok_jax.training import inputs
 
@@ -33,7 +35,8 @@ def main(values: flags.FlagValues):
   config = with_fields(glyphs.get_config(), {"data.sources.emoji.path": values.glyphs})
   count = values.columns * values.rows
   data, size = inputs.image_data(config), config.image_size
-  images = pipeline.eval_set(data, "emoji", image_size=size, num_images=count)["image"]
+  found = pipeline.eval_set(data, "emoji", image_size=size, num_images=2 * count)
+  images = found["image"][found["label"] != emoji.CLASS_NAMES.index("flag")][:count]
   # [rows * columns, size, size, 3] -> [rows * size, columns * size, 3]
   sheet = images.reshape(values.rows, values.columns, size, size, 3).transpose(0, 2, 1, 3, 4)
   sheet = np.ascontiguousarray(sheet.reshape(values.rows * size, values.columns * size, 3))

@@ -15,7 +15,7 @@ _ARGUMENTS = {
   "emoji_ar": ["", "text"],
   "finetune": list(finetune.MODELS),
   "flextok": list(flextok.MODELS),
-  "glyphs": ["", "vae", "vae_next", "groups", "text"],
+  "glyphs": ["", "next", "vae", "vae_next", "groups", "text"],
   "photos_vae": ["", "next"],
   "shapes": ["", "coarse", "grid", "mixed"],
   "shapes_ar": ["", "text", "stop"],
