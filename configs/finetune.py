@@ -6,8 +6,8 @@
   python -m flextok_jax.train --config=finetune:d18_d28_dfn --workdir=DIR --data=IMAGES
 
 The encoder stays as it is, and token ids keep their meaning; --config.train.parts="('encoder', 'decoder')" trains both.
-LoRA: --config.lora.rank=16 --config.optim.learning_rate=1.5e-4. Other weights: --config.init_from=WEIGHTS. A sweep compares
-the three on the same pictures:
+LoRA: --config.lora.rank=16 --config.optim.learning_rate=1.5e-4. Other weights: --config.init_from=WEIGHTS. A sweep
+compares the three on the same pictures:
 
   bash launch/sweep.sh finetune:glyphs DIR --data=IMAGES
 

@@ -2,8 +2,8 @@
 
 python -m experiments.glyphs.sheet --glyphs=DIR --out=FILE.png [--columns=8] [--rows=6]
 
-DIR is the folder of experiments/glyphs/prepare.py. The glyphs are the first of the evaluation set of --config=glyphs that
-are not flags, of which it has many.
+DIR is the folder of experiments/glyphs/prepare.py. The glyphs are the first of the evaluation set of --config=glyphs
+that are not flags, of which it has many.
 """
 
 from pathlib import Path
