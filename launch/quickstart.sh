@@ -82,6 +82,6 @@ Curves and pictures of the training: $scratch/report.html
 Next, in an environment with this package (source ${VIRTUAL_ENV}/bin/activate):
 
   bash launch/quickstart.sh photo.jpg     # your own picture from 1 to 32 tokens
-  python -m flextok_jax.train --config=shapes --data=FOLDER --workdir=runs/mine     # training on your pictures
+  python -m flextok_jax.train --config=finetune:glyphs --data=FOLDER --workdir=runs/mine     # tuned to your pictures
   pip install '.[demo]' && python -m flextok_jax.demo     # all of this in the browser
 END
