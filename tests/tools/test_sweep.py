@@ -77,7 +77,7 @@ def test_the_argument_of_the_config_is_that_of_its_sweep(tmp_path, capsys):
 
 
 def test_the_ablation_has_every_mode(capsys):
-  found = listed(capsys, "--config=ablation_nested", "--data=digits")  # launch/sweep.sh passes flags of training
+  found = listed(capsys, "--config=ablation_nested", "--data=FOLDER")  # launch/sweep.sh passes flags of training
   assert list(found) == list(ablation_nested.get_sweep()) == list(nested.MODES)
   for mode, words in found.items():
     assert parse("ablation_nested", *words).tokens.nested_dropout == mode
