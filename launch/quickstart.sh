@@ -33,10 +33,12 @@ sheet=()
 heading() { printf '\n=== %s ===\n\n' "$1"; }
 
 heading "1. A tokenizer that ships, on held-out emoji and photographs: from 1 to 32 tokens"
+echo "Here and below, students decode: 4 evaluations of the network per picture, where their teachers take 50"
+echo "(docs/students.md)."
 rm -rf "$work/held_out"
 python launch/pictures.py cut docs/images/held_out.png "$work/held_out"
-python -m flextok_jax.evaluate --checkpoint=glyphs --images="$work/held_out" --out="$work/emoji"
-python -m flextok_jax.evaluate --checkpoint=glyphs --sources=photos --num_images=16 --out="$work/photographs"
+python -m flextok_jax.evaluate --checkpoint=glyphs_student --images="$work/held_out" --out="$work/emoji"
+python -m flextok_jax.evaluate --checkpoint=glyphs_student --sources=photos --num_images=16 --out="$work/photographs"
 sheet+=("Held-out emoji from 1 to 32 tokens=$work/emoji/grid_folder.png")
 sheet+=("Held-out photographs from 1 to 32 tokens=$work/photographs/grid_photos.png")
 
@@ -45,12 +47,11 @@ if ((${#pictures[@]})); then
   rm -rf "$work/pictures"
   mkdir "$work/pictures"
   for i in "${!pictures[@]}"; do cp "${pictures[i]}" "$work/pictures/$((i + 1))_${pictures[i]##*/}"; done
-  python -m flextok_jax.evaluate --checkpoint=glyphs --images="$work/pictures" --out="$work/your_pictures"
+  python -m flextok_jax.evaluate --checkpoint=glyphs_student --images="$work/pictures" --out="$work/your_pictures"
   sheet+=("Your pictures from 1 to 32 tokens=$work/your_pictures/grid_folder.png")
 fi
 
 heading "2. A generator: captions become pictures, which end when nothing is left to say"
-echo "Decoded by a student of the tokenizer's decoder in 4 evaluations, where its teacher takes 50 (docs/students.md)."
 captions="a red ring on a plain white background;a yellow heart on a plain blue background"
 captions+=";a black crescent and two green circles on a plain pink background"
 python -m flextok_jax.sample --tokenizer=shapes_student --checkpoint=shapes_ar_stop --prompts="$captions" \

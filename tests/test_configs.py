@@ -261,6 +261,7 @@ def test_invalid_config_files(text, spec, error, pattern, tmp_path, monkeypatch)
   "asset, spec, tokenizer",
   [
     ("glyphs", "glyphs:next", ""),
+    ("glyphs_student", "distill:glyphs", "glyphs"),
     ("shapes", "shapes", ""),
     ("shapes_student", "distill:shapes", "shapes"),
     ("shapes_ar", "shapes_ar", "shapes"),
