@@ -14,8 +14,8 @@ Its paths cost more than the student's own update. Stored, they serve for many e
   python -m flextok_jax.train --config=distill:shapes --workdir=DIR --config.init_from=TEACHER \
       --config.data.trajectories=PATHS
 
-distill:shapes was run so on two CPU cores, 20 minutes for the paths and an hour for the training, and distill:glyphs with
-12,288 paths and 1,200 steps, 20 minutes and half an hour. Both ship. The others were not trained.
+distill:shapes was run so on two CPU cores, 20 minutes for the paths and an hour for the training, and distill:glyphs
+with 12,288 paths and 1,200 steps, 20 minutes and half an hour. Both ship. The others were not trained.
 """
 
 from flextok_jax import config as common
