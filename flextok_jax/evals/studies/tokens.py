@@ -48,8 +48,8 @@ def study(progress: Progress, subject: Subject, metrics: Sequence[str], weights:
     ]
     tables.append(Table(f"{name}: {scored['num_images']} images", ["tokens", *metrics], rows))
     if len(subject.counts) > 2:
-      values = {metric: [row[metric] for row in scored["by_tokens"].values()] for metric in metrics}
-      fits = [[metric, *fit_log_linear(subject.counts, found)[::2]] for metric, found in values.items()]
+      of = lambda metric, scored=scored: [row[metric] for row in scored["by_tokens"].values()]
+      fits: list[list[Any]] = [[metric, *fit_log_linear(subject.counts, of(metric))[::2]] for metric in metrics]
       tables.append(Table(f"{name}: fits", ["metric", "per doubling of tokens", "share of variance"], fits))
     pictures[name] = draw_grid({column: examples[f"{name}/{column}"] for column in ("original", *scored["by_tokens"])})
   return make_study_report(
