@@ -42,4 +42,6 @@ def get_config(model: str = ""):
       optim=dict(name="muon", learning_rate=2e-3, warmup_steps=50, ema_decay=0.998),
       train=dict(num_steps=2_500, checkpoint_every=200, eval_every=2_500),
     )
+  if model == "glyphs":
+    c.train.update(num_steps=1_200, eval_every=1_200)
   return c
