@@ -36,12 +36,11 @@ def get_config(model: str = ""):
   c.update(
     stage="distill", decoder=dict(interval=True), repa=dict(weight=0.0), sampler=dict(num_steps=4, guidance="none")
   )
-  if model in ("glyphs", "shapes"):
+  steps = {"glyphs": 1_200, "shapes": 2_500}.get(model)
+  if steps:
     c.update(
       distill=dict(steps=(1, 2, 4)),
       optim=dict(name="muon", learning_rate=2e-3, warmup_steps=50, ema_decay=0.998),
-      train=dict(num_steps=2_500, checkpoint_every=200, eval_every=2_500),
+      train=dict(num_steps=steps, checkpoint_every=200, eval_every=steps),
     )
-  if model == "glyphs":
-    c.train.update(num_steps=1_200, eval_every=1_200)
   return c

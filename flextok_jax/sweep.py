@@ -37,10 +37,10 @@ def main(values: flags.FlagValues):
   if values.list:
     if values.config is None:
       raise ValueError("--list is missing --config=NAME")
-    cli.with_data(values.config, values)  # checks it
+    config = cli.with_data(values.config, values)
     runs = sweep.read_sweep(cli.config_spec(values))
     given = config_flags.get_override_values(values["config"])
-    lines = {name: sweep.train_flags(name, fields, values.config, given) for name, fields in runs.items()}
+    lines = {name: sweep.train_flags(name, fields, config, given) for name, fields in runs.items()}
     for name in sweep.choose(lines, values.only, "the sweep"):
       print(shlex.join([name, *lines[name]]))
     return

@@ -19,7 +19,6 @@ from flextok_jax.weights import checksums
 
 MEASURED = "measured"  # JSON item of a checkpoint: config fields measured on the averaged weights, {dotted name: value}
 
-
 # Beginnings of orbax's warnings: of the handler that Checkpoints registers, and of items that are not asked for.
 _NEEDLESS = ("Type handler registry", 'Item "%s" was found in the checkpoint, but could not')
 

@@ -35,11 +35,6 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 OPTIONS = {"xla_gpu_enable_triton_gemm": False}  # of the compiler: Triton's products are chosen by timing them on a GPU
 
 
-def is_topology(topology: str) -> bool:
-  """Whether a topology is one of GPUs: h100:N."""
-  return topology.startswith("h100")
-
-
 def devices(topology: str) -> list[jax.Device]:
   """Returns the GPUs of h100:N, in one machine joined by NVLink.
 

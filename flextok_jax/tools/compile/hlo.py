@@ -311,10 +311,11 @@ def product_flops(x: Instruction, computation: Computation) -> int:
   return _FLOPS[x.opcode](x, computation) if x.opcode in _FLOPS else 0
 
 
-def _dot_flops(x: Instruction, computation: Computation) -> int:
+def _dot_flops(x: Instruction, computation: Computation, contracted: str | None = None) -> int:
+  """Counts a product that sums over axes of its left operand; default: those of its attribute."""
   left = computation.operands(x)[0].arrays[0]
-  contracted = x.attribute("lhs_contracting_dims") or ""
-  return 2 * x.arrays[0].size * math.prod(left.dims[int(d)] for d in contracted.split(",") if d)
+  axes = (x.attribute("lhs_contracting_dims") or "") if contracted is None else contracted
+  return 2 * x.arrays[0].size * math.prod(left.dims[int(axis)] for axis in re.findall(r"\d+", axes))
 
 
 def _convolution_flops(x: Instruction, computation: Computation) -> int:
@@ -343,16 +344,13 @@ def _convolution_flops(x: Instruction, computation: Computation) -> int:
 
 
 def _library_flops(x: Instruction, computation: Computation) -> int:
-  """Counts a product of cuBLAS or a convolution of cuDNN."""
+  """Counts a product of cuBLAS or a forward convolution of cuDNN; other calls count as 0."""
   if '"__cudnn$convForward' in x.attributes:
     return _convolution_flops(x, computation)
-  found = (
-    re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', x.attributes) if '"__cublas$' in x.attributes else None
-  )
-  if found is None:
-    return 0
-  left = computation.operands(x)[0].arrays[0]
-  return 2 * x.arrays[0].size * math.prod(left.dims[int(d)] for d in re.findall(r"\d+", found[1]))
+  if '"__cublas$' in x.attributes:
+    found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', x.attributes)
+    return _dot_flops(x, computation, found[1]) if found else 0
+  return 0
 
 
 _FLOPS: dict[str, Callable[[Instruction, Computation], int]] = {

@@ -47,7 +47,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
   Raises:
     ValueError: the compiler is not installed, or the topology is unknown.
   """
-  if gpu.is_topology(topology):
+  if topology.startswith("h100"):
     return gpu.devices(topology)
   try:
     return list(topologies.get_topology_desc(topology, "tpu").devices)
@@ -113,7 +113,7 @@ def compile_job(
   lowered = job.lower()
   settings["lower_seconds"] = time.perf_counter() - begun
   try:
-    compiled, text = _compile(lowered, gpu.OPTIONS if gpu.is_topology(topology) else {})
+    compiled, text = _compile(lowered, gpu.OPTIONS if devices[0].platform == "gpu" else {})
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
@@ -130,5 +130,6 @@ def _compile(lowered, options: dict) -> tuple[jax.stages.Compiled, str]:
   """
   with tempfile.TemporaryDirectory() as folder:
     compiled = lowered.compile({**options, "xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-    (path,) = (p for end in ("after_codegen", "gpu_after_optimizations") for p in Path(folder).glob(f"*{end}.txt"))
+    names = "*.after_codegen.txt", "*.sm_*_gpu_after_optimizations.txt"  # of TPUs, of GPUs
+    (path,) = (path for name in names for path in Path(folder).glob(name))
     return compiled, path.read_text()
