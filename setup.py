@@ -36,7 +36,7 @@ setup(
   python_requires=">=3.11",
   packages=[*find_packages(include=["flextok_jax", "flextok_jax.*"]), "flextok_jax.configs"],
   package_dir={"flextok_jax.configs": "configs"},
-  package_data={"flextok_jax": ["assets/*.safetensors", "py.typed"]},
+  package_data={"flextok_jax": ["assets/*.safetensors", "assets/*.png", "py.typed"]},
   entry_points={"console_scripts": ["flextok-jax = flextok_jax.cli:main"]},
   install_requires=[
     "absl-py>=2.1",

@@ -1,8 +1,8 @@
 """Pictures for launch/quickstart.sh.
 
-python launch/pictures.py digits OUT                            # handwritten digits, OUT/DIGIT/NUMBER.png
-python launch/pictures.py cut SHEET OUT                        # the pictures of a sheet of experiments/glyphs/sheet.py
-python launch/pictures.py sheet OUT.png TITLE=PICTURE ...       # pictures on one sheet, each under its title
+python launch/pictures.py digits OUT                      # handwritten digits, OUT/DIGIT/NUMBER.png
+python launch/pictures.py held_out OUT                    # the held-out emoji that ship with the package
+python launch/pictures.py sheet OUT.png TITLE=PICTURE ... # pictures on one sheet, each under its title
 """
 
 from pathlib import Path
@@ -12,11 +12,10 @@ import numpy as np
 from PIL import Image
 from sklearn import datasets
 
-from flextok_jax.core import files
+from flextok_jax.core import assets, files
 from flextok_jax.evals import grids
 
 COLUMNS = 3  # of a sheet
-SIDE = 64  # pixels of a picture on the sheet that is cut
 WIDTH = 700  # pixels of a picture on a sheet, at most
 
 
@@ -30,13 +29,11 @@ def digits(out: str):
     picture.resize((16, 16), Image.Resampling.BICUBIC).save(folder / f"{number:04d}.png")
 
 
-def cut(picture: str, out: str):
-  """Writes the pictures of a sheet without gaps, row by row."""
-  whole = Image.open(picture)
+def held_out(out: str):
+  """Writes the held-out emoji that ship with the package, OUT/NUMBER.png."""
   Path(out).mkdir(parents=True, exist_ok=True)
-  corners = [(left, top) for top in range(0, whole.height, SIDE) for left in range(0, whole.width, SIDE)]
-  for number, (left, top) in enumerate(corners):
-    whole.crop((left, top, left + SIDE, top + SIDE)).save(Path(out) / f"{number:02d}.png")
+  for number, (picture, _) in enumerate(assets.pictures()):
+    Image.fromarray(picture).save(Path(out) / f"{number:02d}.png")
 
 
 def sheet(out: str, *titled: str):
@@ -50,4 +47,4 @@ def sheet(out: str, *titled: str):
 
 
 if __name__ == "__main__":
-  {"digits": digits, "cut": cut, "sheet": sheet}[sys.argv[1]](*sys.argv[2:])
+  {"digits": digits, "held_out": held_out, "sheet": sheet}[sys.argv[1]](*sys.argv[2:])

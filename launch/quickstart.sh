@@ -36,7 +36,7 @@ heading "1. A tokenizer that ships, on held-out emoji and photographs: from 1 to
 echo "Here and below, students decode: 4 evaluations of the network per picture, where their teachers take 50"
 echo "(docs/students.md)."
 rm -rf "$work/held_out"
-python launch/pictures.py cut docs/images/held_out.png "$work/held_out"
+python launch/pictures.py held_out "$work/held_out"
 python -m flextok_jax.evaluate --checkpoint=glyphs_student --images="$work/held_out" --out="$work/emoji"
 python -m flextok_jax.evaluate --checkpoint=glyphs_student --sources=photos --num_images=16 --out="$work/photographs"
 sheet+=("Held-out emoji from 1 to 32 tokens=$work/emoji/grid_folder.png")

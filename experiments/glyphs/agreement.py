@@ -4,10 +4,11 @@ python -m experiments.glyphs.agreement --glyphs=DIR --tokenizer=FILE --generator
 
 DIR is the folder of experiments/glyphs/prepare.py. A small convolutional network is trained on glyphs of the training
 split alone. It then answers for held-out glyphs (its own accuracy), for reconstructions of these by the tokenizer, and
-for generated images: of every group equally many, or of the held-out glyphs' captions. The main colour of a glyph is
-that of most of its opaque pixels, of COLORS. For generators that stop by themselves, reports the rank correlation of
-their length with the complexity of the real glyph: the number of its colours (of 512) that cover 1% or more of it, and
-the mean difference of neighbouring pixels.
+for generated images: of every group equally many, or of the captions of glyphs of the training split, and of held-out
+ones, whose names may have words that no training caption has. The main colour of a glyph is that of most of its opaque
+pixels, of COLORS. For generators that stop by themselves, reports the rank correlation of their length with the
+complexity of the real glyph: the number of its colours (of 512) that cover 1% or more of it, and the mean difference of
+neighbouring pixels.
 """
 
 import colorsys
@@ -114,6 +115,7 @@ def main(values: flags.FlagValues):
   answer = agreement.make_answer(agreement.learn(draw, size, values.steps, seed, heads), heads)
   right = lambda pictures, said: {k: float((answer(pictures)[k] == v).mean()) for k, v in said.items()}
   images, said, captions, glyphs = held_out.draw(seed, count, size)
+  asked = {"training captions": train.draw(seed, count, size)[1:], "held-out captions": (said, captions, glyphs)}
   ids = [row for i in range(0, count, 64) for row in tokenizer.tokenize(images[i : i + 64])]
   report = {
     "num_images": count,
@@ -122,16 +124,20 @@ def main(values: flags.FlagValues):
   }
   labels = np.resize(np.arange(len(emoji.CLASS_NAMES)), count)
   for name, gen in generators.items():
-    expected = {"group": labels} if gen.config.ar.condition == "class" else said
-    settings, sequences = agreement.generate(gen, seed, labels, captions)
-    found = right(agreement.decode(tokenizer, sequences, seed), expected)
-    if gen.stop_id is not None:
-      lengths = [len(sequence) for sequence in sequences]
-      found["mean length"] = float(np.mean(lengths))
-      for what in ("colors", "edges"):
-        complexity = [facts(glyph)[what] for glyph in glyphs]
-        found[f"rank correlation with {what}"] = float(scipy.stats.spearmanr(lengths, complexity)[0])
-    report[name] = settings | found
+    if gen.config.ar.condition == "class":
+      settings, sequences = agreement.generate(gen, seed, labels, [])
+      report[name] = settings | right(agreement.decode(tokenizer, sequences, seed), {"group": labels})
+      continue
+    for which, (expected, prompts, real) in asked.items():
+      settings, sequences = agreement.generate(gen, seed, labels, prompts)
+      found = right(agreement.decode(tokenizer, sequences, seed), expected)
+      if gen.stop_id is not None:
+        lengths = [len(sequence) for sequence in sequences]
+        found["mean length"] = float(np.mean(lengths))
+        for what in ("colors", "edges"):
+          complexity = [facts(glyph)[what] for glyph in real]
+          found[f"rank correlation with {what}"] = float(scipy.stats.spearmanr(lengths, complexity)[0])
+      report[f"{name}, {which}"] = settings | found
   text = json.dumps(report, indent=1)
   print(text)
   files.write_file(Path(values.out) / "agreement.json", (text + "\n").encode())

@@ -11,8 +11,6 @@ FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.ste
 _ARGUMENTS = {
   "ar": [*ar.CLASS, *ar.TEXT],
   "distill": list(distill.MODELS),
-  "emoji": ["", "coarse"],
-  "emoji_ar": ["", "text"],
   "finetune": list(finetune.MODELS),
   "flextok": list(flextok.MODELS),
   "glyphs": ["", "next", "vae", "vae_next", "groups", "text"],

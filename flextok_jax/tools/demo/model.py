@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flextok_jax.core import assets
 from flextok_jax.core import images as images_lib
 from flextok_jax.core.errors import quote
 from flextok_jax.data.pictures import UnreadablePicture, open_picture
-from flextok_jax.data.sources import synthetic
+from flextok_jax.data.sources import base, synthetic
 from flextok_jax.evals.metrics import image as image_metrics
 from flextok_jax.inference import adaptive, image_files, programs, verifiers
 from flextok_jax.inference import search as search_lib
@@ -28,7 +29,9 @@ Job = tuple[Ids, int]  # ids, and how many of them to decode
 
 MAX_PIXELS = 2**25  # of an uploaded picture
 MAX_TEXT = 10_000  # characters of pasted tokens
-EXAMPLES = (25, 33, 32, 28, 3, 2)  # numbers of scenes of the validation split
+SCENES = (25, 33, 32, 28, 3, 2)  # examples: numbers of the validation split
+EMOJI = (22, 25, 40, 5, 42, 47)  # examples: numbers of assets.pictures
+CAPTIONS = ("red apple, 3d", "dog face, noto", "sunflower, flat", "rocket, line")  # to draw, of generators of emoji
 SEARCHES: dict[str, dict[str, Any]] = {  # settings of search_plan.Settings by what the page calls them
   "lookahead, 2 beams of 4": dict(algorithm="lookahead", beam_width=2, candidates=4, lookahead=-1, num_results=2),
   "best of 18": dict(algorithm="best_of_n", candidates=18, num_results=18),
@@ -69,9 +72,8 @@ class Models:
     self._latent_shape = tokenizer.latent_shape if size is None else self.tokenizer.latent_shape_of(size)
     self.num_tokens = tokenizer.num_registers
     self.counts = nested.powers_of_two(self.num_tokens)
-    source = tokenizer.config.data.sources.synthetic
-    self._style = source.style if source.weight > 0 else "scenes"
-    self.plain = source.weight > 0 and source.style == "plain"
+    self._sources = tokenizer.config.data.sources
+    self.plain = self._sources.synthetic.weight > 0 and self._sources.synthetic.style == "plain"
     self._verifiers: dict[str, Callable] = {}
     self._lock = threading.Lock()
 
@@ -93,11 +95,31 @@ class Models:
       raise ValueError(f"the picture cannot be read: {error}") from error
 
   def examples(self) -> list[tuple[np.ndarray, str]]:
-    """Returns pictures, uint8 [h, w, 3], of held-out procedural scenes and their captions."""
+    """Returns pictures uint8 [h, w, 3] and their captions: scenes if the tokenizer was trained on some, else emoji."""
+    if self._sources.synthetic.weight > 0:
+      found = [(record["image"], record["caption"]) for record in self._scenes()]
+    else:
+      shipped = assets.pictures()
+      found = [shipped[i] for i in EMOJI]
+    return [(image_files.crop(picture, self.tokenizer, self.size), caption) for picture, caption in found]
+
+  def captions(self) -> list[str]:
+    """Returns texts to draw."""
+    return [r["caption"] for r in self._scenes()[:4]] if self._sources.synthetic.weight > 0 else list(CAPTIONS)
+
+  def _scenes(self) -> list[base.Record]:
     side = max(64, *(self.size or (self.tokenizer.image_size,)))
-    scenes = synthetic.Synthetic("validation", side, self._style)
-    records = [scenes[i] for i in EXAMPLES]
-    return [(image_files.crop(r["image"], self.tokenizer, self.size), r["caption"]) for r in records]
+    scenes = synthetic.Synthetic("validation", side, self._sources.synthetic.style)
+    return [scenes[i] for i in SCENES]
+
+  @property
+  def limits(self) -> str:
+    """What to expect of a small model, by what it was trained on; "" for others."""
+    if self.plain:
+      return "This small model was trained on scenes like the examples: of a photograph it keeps some colours."
+    if self._sources.emoji.weight > 0:
+      return "This small model was trained on emoji and a few photographs: of a face it keeps the colours."
+    return ""
 
   def encode(self, picture: np.ndarray) -> Ids:
     """Returns all token ids of a picture uint8 [h, w, 3]."""
@@ -221,14 +243,13 @@ class Models:
   def warm_up(self, progress: Callable[[str], None]) -> None:
     """Compiles what the page computes; progress is called with a line before each part."""
     progress("compiling the encoder")
-    picture, caption = self.examples()[0]
-    ids = self.encode(picture)
+    ids = self.encode(self.examples()[0][0])
     progress("compiling the decoder")
     for jobs in ([(ids, 1)], [(ids, count) for count in self.counts]):
       self.decode(jobs, 0)
     if self.gen is None:
       return
-    condition: Condition = caption if self.condition == "text" else 0 if self.condition == "class" else None
+    condition: Condition = self.captions()[0] if self.condition == "text" else 0 if self.condition == "class" else None
     progress("compiling the generator")
     list(self.draw(condition, 0))
     progress("compiling the search")

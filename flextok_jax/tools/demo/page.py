@@ -115,7 +115,7 @@ def _drop_zone() -> gr.Image:
 
 
 def _tokens_tab(models: Models, answers: Answers, bits: float) -> None:
-  n, scenes = models.num_tokens, models.examples()
+  n, examples = models.num_tokens, models.examples()
 
   # What is shown.
 
@@ -129,7 +129,7 @@ def _tokens_tab(models: Models, answers: Answers, bits: float) -> None:
     return (shown, *view(shown, k), strip, " ".join(map(str, shown.ids)))
 
   def open_example(k: int, event: gr.EventData) -> tuple:
-    picture, _ = scenes[event.i]
+    picture, _ = examples[event.i]
     return None, *everything(Shown(picture, models.encode(picture)), k)
 
   def open_upload(path: str | None, shown: Shown, k: int) -> tuple:
@@ -175,7 +175,7 @@ def _tokens_tab(models: Models, answers: Answers, bits: float) -> None:
     return html.row(list(pictures), titles) + "<br>" + html.chips(both[0], len(both[0]), n, second=cut)
 
   def mix_example(shown: Shown, cut: int, event: gr.EventData) -> tuple:
-    other = Shown(scenes[event.i][0], models.encode(scenes[event.i][0]))
+    other = Shown(examples[event.i][0], models.encode(examples[event.i][0]))
     return None, other, mix(shown, other, cut)
 
   def mix_upload(path: str | None, shown: Shown, other: Shown, cut: int) -> tuple:
@@ -186,12 +186,12 @@ def _tokens_tab(models: Models, answers: Answers, bits: float) -> None:
 
   # The page, as it looks at first.
   k = min(4, n)
-  first, second = (Shown(picture, models.encode(picture)) for picture, _ in scenes[:2])
+  first, second = (Shown(picture, models.encode(picture)) for picture, _ in examples[:2])
   _, stage_html, chips_html, strip_html, ids_text = everything(first, k)
   state, other = (gr.State(shown, time_to_live=SESSION_SECONDS) for shown in (first, second))
   with gr.Row():
     with gr.Column(scale=1, min_width=280):
-      gallery = _html(html.examples(scenes), js_on_load=html.CLICK)
+      gallery = _html(html.examples(examples), js_on_load=html.CLICK)
       upload = _drop_zone()
     with gr.Column(scale=3):
       stage = _html(stage_html, elem_id="stage")
@@ -203,8 +203,8 @@ def _tokens_tab(models: Models, answers: Answers, bits: float) -> None:
         play_button = gr.Button("▶ Play from 1 token on", variant="primary", size="sm")
         noise = gr.Button("🎲 Other noise", size="sm", elem_id="noise")
   strip = _html(strip_html, js_on_load=html.CLICK, elem_id="strip")
-  if models.plain:
-    _html(html.note("This small model was trained on scenes like the examples: of a photograph it keeps some colours."))
+  if models.limits:
+    _html(html.note(models.limits))
   with gr.Accordion("Edit tokens: what does one of them say?", open=False):
     tokens = gr.Textbox(
       ids_text, label="Tokens", info="Edit or paste, then press Enter.", buttons=["copy"], elem_id="tokens",
@@ -217,7 +217,7 @@ def _tokens_tab(models: Models, answers: Answers, bits: float) -> None:
   with gr.Accordion("Mix two pictures: swap their tokens from a position on", open=False), gr.Row():
     with gr.Column(scale=1, min_width=280):
       _html(html.note("Picture A is the one above. Pick picture B:"))
-      second_gallery = _html(html.examples(scenes), js_on_load=html.CLICK)
+      second_gallery = _html(html.examples(examples), js_on_load=html.CLICK)
       second_upload = _drop_zone()
     with gr.Column(scale=3):
       cut = gr.Slider(1, n, min(2, n), step=1, label="Number of tokens that stay", buttons=[])
@@ -242,7 +242,7 @@ def _tokens_tab(models: Models, answers: Answers, bits: float) -> None:
 def _condition(models: Models, first: int) -> tuple[Any, Callable]:
   """Returns the control of the condition, at first an example's, and what makes a condition of its value."""
   if models.condition == "text":
-    _, caption = models.examples()[first]
+    caption = models.captions()[first]
     return gr.Textbox(caption, label="What to draw", max_length=_MAX_PROMPT), lambda text: text.strip() or None
   if models.condition == "class":
     classes = models.classes()
@@ -252,7 +252,7 @@ def _condition(models: Models, first: int) -> tuple[Any, Callable]:
 
 def _suggest(models: Models, condition: Any) -> None:
   if models.condition == "text":
-    gr.Examples([caption for _, caption in models.examples()[:4]], condition, label="For example", cache_examples=False)
+    gr.Examples(models.captions(), condition, label="For example", cache_examples=False)
 
 
 def _draw_tab(models: Models) -> None:
