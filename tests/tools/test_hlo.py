@@ -345,28 +345,36 @@ def test_dilated_convolution_by_hand():
 
 
 def test_products_of_gpu_libraries_by_hand():
-  """A batched product of cuBLAS, 12 of 8 x 4 with 4 x 6, a convolution of cuDNN, and cuDNN's attention, not counted."""
+  """A batched product of cuBLAS, 12 of 8 x 4 with 4 x 6, cuDNN's convolutions, and its attention, not counted."""
   product = (
     '  %p = (f32[12,8,6]{2,1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", '
     'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],'
     '"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}'
   )
-  convolution = (
-    "  %c = (f32[2,5,5,7]{3,2,1,0}, u8[0]{0}) custom-call(%x, %w), window={size=3x3 pad=1_1x1_1}, "
-    'dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$convForward"'
+  call = (
+    "  %c{0} = (f32[{1}]{{3,2,1,0}}, u8[0]{{0}}) custom-call({2}), window={{size=3x3 pad=1_1x1_1}}, "
+    'dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$conv{0}"'
   )
+  convolutions = [
+    call.format("Forward", "2,5,5,7", "%x, %w"),
+    call.format("BiasActivationForward", "2,5,5,7", "%x, %w, %bias"),
+    call.format("BackwardInput", "2,5,5,3", "%y, %w"),
+    call.format("BackwardFilter", "3,3,3,7", "%x, %y"),
+  ]
   attention = '  ROOT %s = (f32[12,8,4]{2,1,0}, u8[0]{0}) custom-call(%a), custom_call_target="__cudnn$fmhaSoftmax"'
   shapes = {
     "a": "f32[12,4,8]{2,1,0}",
     "b": "f32[12,4,6]{2,1,0}",
     "x": "f32[2,5,5,3]{3,2,1,0}",
     "w": "f32[3,3,3,7]{3,2,1,0}",
+    "y": "f32[2,5,5,7]{3,2,1,0}",
+    "bias": "f32[7]{0}",
   }
   lines = [f"  %{name} = {shape} parameter({i})" for i, (name, shape) in enumerate(shapes.items())]
-  text = "\n".join(["ENTRY %main (a: f32[]) -> f32[] {", *lines, product, convolution, attention, "}", ""])
+  text = "\n".join(["ENTRY %main (a: f32[]) -> f32[] {", *lines, product, *convolutions, attention, "}", ""])
   module = hlo.Module(text)
   pairs = (3 * 5 - 2) ** 2  # of an input and an output that a kernel of 3 x 3 joins, padded by one on each side
-  assert hlo.matmul_flops(module) == 2 * 12 * 8 * 4 * 6 + 2 * 2 * pairs * 3 * 7
+  assert hlo.matmul_flops(module) == 2 * 12 * 8 * 4 * 6 + 4 * 2 * 2 * pairs * 3 * 7
   assert hlo.custom_kernels(module) == 1
 
 

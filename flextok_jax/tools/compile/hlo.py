@@ -319,8 +319,13 @@ def _dot_flops(x: Instruction, computation: Computation, contracted: str | None 
 
 
 def _convolution_flops(x: Instruction, computation: Computation) -> int:
-  """Counts pairs of an output and an input that the kernel joins; batched products are convolutions on TPUs."""
+  """Counts a convolution; batched products are convolutions on TPUs."""
   left, right = (operand.arrays[0] for operand in computation.operands(x)[:2])
+  return _joined_flops(x, left, right, x.arrays[0])
+
+
+def _joined_flops(x: Instruction, left: Array, right: Array, out: Array) -> int:
+  """Counts pairs of an output and an input that a kernel joins: those of x, a convolution or a derivative of one."""
   inputs, kernel, outputs = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes)[0]
   window = dict(re.findall(r"(\w+)=([\w\-]+)", x.attribute("window") or ""))
   pairs = 1
@@ -328,7 +333,7 @@ def _convolution_flops(x: Instruction, computation: Computation) -> int:
     values = lambda name, default, axis=axis: (
       [int(v) for v in window[name].split("x")[axis].split("_")] if name in window else [default, default]
     )
-    size_in, size_out = left.dims[inputs.index(str(axis))], x.arrays[0].dims[outputs.index(str(axis))]
+    size_in, size_out = left.dims[inputs.index(str(axis))], out.dims[outputs.index(str(axis))]
     pairs *= joined_pairs(
       size_in,
       right.dims[kernel.index(str(axis))],
@@ -339,14 +344,22 @@ def _convolution_flops(x: Instruction, computation: Computation) -> int:
       values("rhs_dilate", 1)[0],
     )
   groups = int(x.attribute("batch_group_count") or 1)
-  batch, features = x.arrays[0].dims[outputs.index("b")], x.arrays[0].dims[outputs.index("f")]
+  batch, features = out.dims[outputs.index("b")], out.dims[outputs.index("f")]
   return 2 * batch * features * right.dims[kernel.index("i")] * pairs // groups
 
 
 def _library_flops(x: Instruction, computation: Computation) -> int:
-  """Counts a product of cuBLAS or a forward convolution of cuDNN; other calls count as 0."""
-  if '"__cudnn$convForward' in x.attributes:
-    return _convolution_flops(x, computation)
+  """Counts a product of cuBLAS, or a convolution of cuDNN and its derivatives; other calls count as 0."""
+  if found := re.search(r'"__cudnn\$conv(?:BiasActivation)?(Forward|BackwardInput|BackwardFilter)', x.attributes):
+    first, second = (operand.arrays[0] for operand in computation.operands(x)[:2])
+    result = x.arrays[0]
+    # The labels and the window of a derivative are those of the convolution itself.
+    of_forward = {
+      "Forward": (first, second, result),
+      "BackwardInput": (result, second, first),
+      "BackwardFilter": (first, result, second),
+    }
+    return _joined_flops(x, *of_forward[found[1]])
   if '"__cublas$' in x.attributes:
     found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', x.attributes)
     return _dot_flops(x, computation, found[1]) if found else 0
