@@ -1,15 +1,19 @@
 """What would a faster VAE on a CPU have to make faster?
 
-python -m experiments.vae_speed [--rounds=3] [--parts=encode,decode,conv]
+python -m experiments.vae_speed [--rounds=3] [--parts=encode,decode,conv,diffusers]
 
 The VAE of the released size with random weights, float32, one image of 256 px: as it is; with GroupNorms that reduce
 each channel before the groups; and without GroupNorms, which bounds what any other way to compute them could save. Then
 single 3x3 convolutions of its levels: as the backend computes them, as nine shifted products, and by Winograd's
-F(2x2, 3x3). All ways alternate within each round. Times are medians, of the wall clock and of the processor, which
-other work on the machine disturbs less.
+F(2x2, 3x3). "diffusers" compares with AutoencoderKL of that package on PyTorch, with the same weights. All ways
+alternate within each round. Times are medians, of the wall clock and of the processor, which other work on the machine
+disturbs less.
 """
 
+from collections.abc import Callable, Mapping
+import functools
 import statistics
+import tempfile
 import time
 from typing import Any
 
@@ -20,15 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from flextok_jax import cli
+from flextok_jax.config import with_fields
+from flextok_jax.configs import vae as vae_config
 from flextok_jax.models.vae.autoencoder import AutoencoderKL
+from flextok_jax.weights import saving
 
+PARTS = ("encode", "decode", "conv", "diffusers")
 LAYERS = ((64, 512), (128, 256), (256, 128))  # size and channels of the features of convolutions
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
   """Defines the command's flags."""
   flags.DEFINE_integer("rounds", 3, "Of all ways, after one that is not timed.", 1, flag_values=values)
-  flags.DEFINE_list("parts", ["encode", "decode", "conv"], "What to time.", flag_values=values)
+  flags.DEFINE_list("parts", ["encode", "decode", "conv"], f"What to time, of {', '.join(PARTS)}.", flag_values=values)
 
 
 def by_channel(function: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -83,19 +91,55 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return found.reshape(2, 2, b, h // 2, w // 2, -1).transpose(2, 3, 0, 4, 1, 5).reshape(b, h, w, -1)
 
 
+def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, tuple[float, float]]:
+  """Returns the median seconds of wall clock and processor of each way; all ways run once per round."""
+  times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+  for _ in range(rounds):
+    for way, run in ways.items():
+      wall, processor = time.perf_counter(), time.process_time()
+      run()
+      times[way].append((time.perf_counter() - wall, time.process_time() - processor))
+  return {
+    way: (statistics.median(w for w, _ in found), statistics.median(p for _, p in found))
+    for way, found in times.items()
+  }
+
+
+def beside_diffusers(vae: AutoencoderKL, params: Any, inputs: Mapping[str, jax.Array], rounds: int) -> None:
+  """Prints the times of this package and of diffusers to encode and decode, and the largest difference."""
+  import diffusers  # not needed otherwise
+  import torch
+
+  with tempfile.TemporaryDirectory() as folder:
+    config = with_fields(vae_config.get_config("c16"), {"vae.scaling_factor": 1.0})
+    saving.save_official(folder, config, {"vae": params["params"]})
+    theirs = diffusers.AutoencoderKL.from_pretrained(folder).eval()
+  calls = {"encode": lambda x: theirs.encode(x).latent_dist.mode(), "decode": lambda x: theirs.decode(x).sample}
+  for part, x in inputs.items():
+    own = jax.jit(functools.partial(vae.apply, method=part)).lower(params, x).compile()
+    given = torch.from_numpy(np.asarray(x).transpose(0, 3, 1, 2).copy())
+
+    def ours(own: Any = own, x: jax.Array = x) -> np.ndarray:
+      return np.asarray(jax.tree.leaves(own(params, x))[0])
+
+    def other(part: str = part, given: Any = given) -> np.ndarray:
+      with torch.inference_mode():
+        return calls[part](given).numpy().transpose(0, 2, 3, 1)
+
+    gap = np.abs(ours() - other()).max()
+    times = alternate({"this package": ours, "diffusers": other}, rounds)
+    for way, (wall, processor) in times.items():
+      print(f"{part:14} {way:12} {wall:7.3f} s, processor {processor:7.3f} s; largest difference {gap:.1e}", flush=True)
+
+
 def compare(name: str, ways: dict[str, Any], *args: Any, rounds: int) -> None:
   """Prints the times of each way, its largest difference from the first, and XLA's count of FLOPs and bytes."""
   compiled = {way: jax.jit(function).lower(*args).compile() for way, function in ways.items()}
   outputs = {way: np.asarray(jax.tree.leaves(run(*args))[0]) for way, run in compiled.items()}
   expected = outputs[next(iter(ways))]
-  times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-  for _ in range(rounds):
-    for way, run in compiled.items():
-      wall, processor = time.perf_counter(), time.process_time()
-      jax.block_until_ready(run(*args))
-      times[way].append((time.perf_counter() - wall, time.process_time() - processor))
+  times = alternate({way: lambda run=run: jax.block_until_ready(run(*args)) for way, run in compiled.items()}, rounds)
   for way, run in compiled.items():
-    wall, processor = (statistics.median(found) for found in zip(*times[way]))
+    wall, processor = times[way]
     cost, gap = run.cost_analysis(), np.abs(outputs[way] - expected).max()
     count = f"{cost['flops'] / 1e9:.1f} GFLOP, {cost['bytes accessed'] / 1e9:.2f} GB"
     print(f"{name:14} {way:12} {wall:7.3f} s, processor {processor:7.3f} s; {count}; differs by {gap:.1e}", flush=True)
@@ -123,6 +167,9 @@ def main(values: flags.FlagValues):
 
   with jax.default_matmul_precision("highest"):
     for part in values.parts:
+      if part == "diffusers":
+        beside_diffusers(vae, params, inputs, values.rounds)
+        continue
       if part == "conv":
         for size, channels in LAYERS:
           ways = {"convolution": convolution, "shifted": shifted, "winograd": winograd}
