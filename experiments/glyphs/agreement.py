@@ -27,7 +27,7 @@ import flextok_jax
 from flextok_jax import cli
 from flextok_jax.core import files
 from flextok_jax.data import transforms
-from flextok_jax.data.sources import emoji
+from flextok_jax.data.sources import code_points, emoji
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "white", "gray", "black")
 BATCH = 128
@@ -80,11 +80,11 @@ class Glyphs:
 
   def __init__(self, folder: str, split: str):
     words = emoji.Emoji(split, folder)
-    glyphs = [g for g in emoji.read_folder(folder) if emoji.is_validation(g.codes) == (split == "validation")]
+    glyphs = [g for g in emoji.read_folder(folder) if code_points.is_validation(g.codes) == (split == "validation")]
     self.styles = sorted({glyph.style for glyph in glyphs})
     bases: dict[tuple[int, ...], list[emoji.Glyph]] = {}
     for glyph in glyphs:
-      bases.setdefault(emoji.base_key(glyph.codes), []).append(glyph)
+      bases.setdefault(code_points.base_key(glyph.codes), []).append(glyph)
     self._bases = list(bases.values())
     self._name = words.name_of
 
@@ -96,7 +96,7 @@ class Glyphs:
     load = lambda glyph: Image.open(io.BytesIO(glyph.png), formats=("PNG",)).convert("RGBA")
     images = np.stack([transforms.center_crop(emoji.place(load(glyph), rng), size) for glyph in glyphs])
     answers = {
-      "group": np.array([emoji.group_of(glyph.codes) for glyph in glyphs]),
+      "group": np.array([code_points.group_of(glyph.codes) for glyph in glyphs]),
       "style": np.array([self.styles.index(glyph.style) for glyph in glyphs]),
       "color": np.array([facts(glyph)["color"] for glyph in glyphs]),
     }
@@ -110,7 +110,7 @@ def main(values: flags.FlagValues):
   generators = {name: flextok_jax.load_ar(name) for name in values.generators}
   size, count, seed = tokenizer.image_size, values.num_images, values.seed
   train, held_out = (Glyphs(values.glyphs, split) for split in ("train", "validation"))
-  heads = (("group", len(emoji.CLASS_NAMES)), ("style", len(train.styles)), ("color", len(COLORS)))
+  heads = (("group", len(code_points.CLASS_NAMES)), ("style", len(train.styles)), ("color", len(COLORS)))
   draw = lambda step: train.draw(step, BATCH, size)[:2]
   answer = agreement.make_answer(agreement.learn(draw, size, values.steps, seed, heads), heads)
   right = lambda pictures, said: {k: float((answer(pictures)[k] == v).mean()) for k, v in said.items()}
@@ -122,7 +122,7 @@ def main(values: flags.FlagValues):
     "held-out glyphs": right(images, said),
     "their reconstructions": right(agreement.decode(tokenizer, ids, seed), said),
   }
-  labels = np.resize(np.arange(len(emoji.CLASS_NAMES)), count)
+  labels = np.resize(np.arange(len(code_points.CLASS_NAMES)), count)
   for name, gen in generators.items():
     if gen.config.ar.condition == "class":
       settings, sequences = agreement.generate(gen, seed, labels, [])

@@ -19,7 +19,7 @@ from flextok_jax.config import with_fields
 from flextok_jax.configs import glyphs
 from flextok_jax.core import assets, files
 from flextok_jax.data import pipeline
-from flextok_jax.data.sources import emoji
+from flextok_jax.data.sources import code_points
 from flextok_jax.training import inputs
 
 
@@ -38,7 +38,7 @@ def main(values: flags.FlagValues):
   count = values.columns * values.rows
   data, size = inputs.image_data(config), config.image_size
   found = pipeline.eval_set(data, "emoji", image_size=size, num_images=2 * count)
-  shown = np.flatnonzero(found["label"] != emoji.CLASS_NAMES.index("flag"))[:count]
+  shown = np.flatnonzero(found["label"] != code_points.CLASS_NAMES.index("flag"))[:count]
   images = found["image"][shown]
   # [rows * columns, size, size, 3] -> [rows * size, columns * size, 3]
   sheet = images.reshape(values.rows, values.columns, size, size, 3).transpose(0, 2, 1, 3, 4)

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from flextok_jax.data.sources import emoji
+from flextok_jax.data.sources import code_points, emoji
 from tests.support.pictures import same_record
 
 
@@ -17,47 +17,47 @@ def font_path() -> str:
 
 def test_base_key_merges_variants():
   wave, tone = 0x1F44B, 0x1F3FD
-  assert emoji.base_key((wave,)) == emoji.base_key((wave, tone))
-  runner = emoji.base_key((0x1F3C3,))
+  assert code_points.base_key((wave,)) == code_points.base_key((wave, tone))
+  runner = code_points.base_key((0x1F3C3,))
   for codes in ((0x1F3C3, 0x200D, 0x2640), (0x2642, 0x200D, 0x1F3C3, 0x1F3FF), (0x27A1, 0x200D, 0x1F3C3)):
-    assert emoji.base_key(codes) == runner
-  doctor = {emoji.base_key((0x2695, 0x200D, who, 0x1F3FB)) for who in (0x1F468, 0x1F469, 0x1F9D1)}
-  assert len(doctor) == 1 and doctor != {emoji.base_key((0x1F468,))}
-  couple = emoji.base_key((0x1F469, 0x200D, 0x2764, 0x200D, 0x1F468))
-  assert couple == emoji.base_key((0x1F491,))
-  assert emoji.base_key((0x1F355,)) != emoji.base_key((0x1F354,))
+    assert code_points.base_key(codes) == runner
+  doctor = {code_points.base_key((0x2695, 0x200D, who, 0x1F3FB)) for who in (0x1F468, 0x1F469, 0x1F9D1)}
+  assert len(doctor) == 1 and doctor != {code_points.base_key((0x1F468,))}
+  couple = code_points.base_key((0x1F469, 0x200D, 0x2764, 0x200D, 0x1F468))
+  assert couple == code_points.base_key((0x1F491,))
+  assert code_points.base_key((0x1F355,)) != code_points.base_key((0x1F354,))
 
 
 def test_split_is_stable_and_by_base():
-  codes = [(c,) for c in range(0x1F300, 0x1F700) if c not in emoji._TONES]
-  held_out = [c for c in codes if emoji.is_validation(c)]
+  codes = [(c,) for c in range(0x1F300, 0x1F700) if c not in code_points.TONES]
+  held_out = [c for c in codes if code_points.is_validation(c)]
   assert 0.04 < len(held_out) / len(codes) < 0.12
   for base in codes:
-    assert {emoji.is_validation((*base, tone)) for tone in emoji._TONES} == {emoji.is_validation(base)}
+    assert {code_points.is_validation((*base, tone)) for tone in code_points.TONES} == {code_points.is_validation(base)}
   # These must never change: reports of trained models depend on them.
-  assert emoji.is_validation((0x1F680,)) and not emoji.is_validation((0x1F600,))
+  assert code_points.is_validation((0x1F680,)) and not code_points.is_validation((0x1F600,))
 
 
 def test_captions():
-  assert emoji.caption_of((0x1F44B, 0x1F3FD)) == "waving hand sign: medium skin tone"
-  assert emoji.caption_of((0x1F1EF, 0x1F1F5)) == "flag: jp"
-  assert emoji.caption_of((0x2642, 0x200D, 0x1F3C3)) == "runner: man"
-  assert emoji.caption_of((0x1F3A8, 0x200D, 0x1F468)) == "man, artist palette"
-  assert emoji.caption_of((0x33, 0x20E3)) == "keycap: digit three"
-  assert emoji.CLASS_NAMES[emoji.group_of((0x1F436,))] == "animal"
-  assert emoji.CLASS_NAMES[emoji.group_of((0x1F355,))] == "food"
-  assert emoji.CLASS_NAMES[emoji.group_of((0x1F1EF, 0x1F1F5))] == "flag"
+  assert code_points.caption_of((0x1F44B, 0x1F3FD)) == "waving hand sign: medium skin tone"
+  assert code_points.caption_of((0x1F1EF, 0x1F1F5)) == "flag: jp"
+  assert code_points.caption_of((0x2642, 0x200D, 0x1F3C3)) == "runner: man"
+  assert code_points.caption_of((0x1F3A8, 0x200D, 0x1F468)) == "man, artist palette"
+  assert code_points.caption_of((0x33, 0x20E3)) == "keycap: digit three"
+  assert code_points.CLASS_NAMES[code_points.group_of((0x1F436,))] == "animal"
+  assert code_points.CLASS_NAMES[code_points.group_of((0x1F355,))] == "food"
+  assert code_points.CLASS_NAMES[code_points.group_of((0x1F1EF, 0x1F1F5))] == "flag"
 
 
 def test_splits_of_the_font_do_not_overlap():
   path = font_path()
   train, validation = emoji.Emoji("train", path), emoji.Emoji("validation", path)
-  assert len(train.code_points()) + len(validation.code_points()) == len(emoji.read_glyphs(path)) > 3000
-  bases = [{emoji.base_key(c) for c in s.code_points()} for s in (train, validation)]
+  assert len(train.sequences()) + len(validation.sequences()) == len(emoji.read_glyphs(path)) > 3000
+  bases = [{code_points.base_key(c) for c in s.sequences()} for s in (train, validation)]
   assert not bases[0] & bases[1] and len(bases[1]) > 100
-  tones = set(emoji._TONES)
-  plain = [{tuple(sorted(set(c) - tones)) for c in s.code_points() if len(c) > 1} for s in (train, validation)]
-  plain[1] |= {c for c in validation.code_points() if len(c) == 1}
+  tones = set(code_points.TONES)
+  plain = [{tuple(sorted(set(c) - tones)) for c in s.sequences() if len(c) > 1} for s in (train, validation)]
+  plain[1] |= {c for c in validation.sequences() if len(c) == 1}
   assert not plain[0] & plain[1]
 
 
@@ -70,7 +70,7 @@ def test_draws():
   assert (corners.std(0) > 30).all()  # backgrounds differ
   assert len({r["caption"] for r in records}) > 25
   validation = emoji.Emoji("validation", font_path())
-  held_out = {emoji.caption_of(c) for c in validation.code_points()}
+  held_out = {code_points.caption_of(c) for c in validation.sequences()}
   assert {validation[i]["caption"] for i in range(len(validation))} <= held_out
 
 
@@ -119,8 +119,8 @@ def test_a_folder_has_styles(tmp_path):
       picture = Image.new("RGBA", (32, 32), (6 * j, 100 * i, 50, 255))
       picture.save(tmp_path / style / ("-".join(f"{c:x}" for c in sequence) + ".png"))
   train, validation = (emoji.Emoji(split, str(tmp_path)) for split in ("train", "validation"))
-  assert len(train.code_points()) + len(validation.code_points()) == 2 * len(codes)
-  assert not set(train.code_points()) & set(validation.code_points()) and (0x1F680,) in validation.code_points()
+  assert len(train.sequences()) + len(validation.sequences()) == 2 * len(codes)
+  assert not set(train.sequences()) & set(validation.sequences()) and (0x1F680,) in validation.sequences()
   captions = {train[i]["caption"] for i in range(300)}
   assert {"waving hand sign: medium skin tone, 3d", "waving hand sign: medium skin tone, flat"} < captions
   assert {caption.rpartition(", ")[2] for caption in captions} == {"3d", "flat"}
