@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 _COLUMNS = 3  # panels side by side, at most
+_LEGEND_COLUMNS = 6  # of a legend that all panels share, at most
 _MAX_TICKS = 10  # of a linear axis at the points; if there are more points, matplotlib places the ticks
 
 
@@ -48,11 +49,26 @@ def curves(
       points = sorted({x for line in lines.values() for x in line.x})
       if len(points) <= _MAX_TICKS:
         axis.set_xticks(points)
+  _add_legends(figure)
   return _png(figure)
 
 
+def _add_legends(figure) -> None:
+  """Adds one legend below the panels if all have the same lines, else one to each that has several."""
+  found = [(axis, *axis.get_legend_handles_labels()) for axis in figure.axes]  # without labels that begin with _
+  labels = [tuple(labels) for _, _, labels in found]
+  style = dict(frameon=False, fontsize=8, handlelength=3.5)
+  if len(labels) > 1 and len(labels[0]) > 1 and len(set(labels)) == 1:
+    columns = min(len(labels[0]), _LEGEND_COLUMNS)
+    figure.legend(found[0][1], labels[0], loc="outside lower center", ncols=columns, **style)
+    return
+  for axis, handles, names in found:
+    if len(names) > 1:
+      axis.legend(handles, names, **style)
+
+
 def _panel(axis, title: str, lines: Mapping[str, Line], xlabel: str):
-  """Draws lines with their intervals, and a legend if there are several."""
+  """Draws lines with their intervals."""
   for i, (label, line) in enumerate(lines.items()):
     color = f"C{(i if line.color is None else line.color) % 10}"
     style = dict(color=color, label=label, linewidth=1.8, linestyle="--" if line.dashed else "-")
@@ -68,8 +84,6 @@ def _panel(axis, title: str, lines: Mapping[str, Line], xlabel: str):
   axis.grid(color="0.9", linewidth=0.8)
   axis.set_axisbelow(True)
   axis.spines[["top", "right"]].set_visible(False)
-  if len(axis.get_legend_handles_labels()[1]) > 1:  # without labels that begin with _
-    axis.legend(frameon=False, fontsize=8, handlelength=3.5)
 
 
 def heat_maps(panels: Mapping[str, np.ndarray], rows: Sequence[str], columns: Sequence[str]) -> bytes:
