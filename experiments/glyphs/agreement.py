@@ -1,6 +1,7 @@
 """Do generators of glyphs draw what they are asked for: group, style, main colour; and do they choose fitting lengths?
 
-python -m experiments.glyphs.agreement --glyphs=DIR --tokenizer=FILE --generators=FILE,FILE [--num_images=512] --out=DIR
+python -m experiments.glyphs.agreement --glyphs=DIR --tokenizer=FILE --generators=FILE,FILE [--guidance_scales=2,4]
+    [--num_images=512] --out=DIR
 
 DIR is the folder of experiments/glyphs/prepare.py. A small convolutional network is trained on glyphs of the training
 split alone. It then answers for held-out glyphs (its own accuracy), for reconstructions of these by the tokenizer, and
@@ -14,6 +15,7 @@ neighbouring pixels.
 import colorsys
 import functools
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -38,6 +40,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_string("glyphs", None, "Folder of glyphs in several styles.", flag_values=values)
   flags.DEFINE_list("generators", [], "Generators: anything that load_ar takes.", flag_values=values)
   flags.DEFINE_string("tokenizer", None, "The tokenizer whose tokens they draw.", flag_values=values)
+  flags.DEFINE_list("guidance_scales", [], "Of the generators; default: from their configs.", flag_values=values)
   flags.DEFINE_integer("num_images", 512, "Images of each kind.", flag_values=values)
   flags.DEFINE_integer("steps", 1500, "Training steps of the network.", flag_values=values)
   flags.DEFINE_integer("seed", 0, "Seed of the network, the samples and the decoder's noise.", flag_values=values)
@@ -123,13 +126,15 @@ def main(values: flags.FlagValues):
     "their reconstructions": right(agreement.decode(tokenizer, ids, seed), said),
   }
   labels = np.resize(np.arange(len(code_points.CLASS_NAMES)), count)
-  for name, gen in generators.items():
+  changes = [{"guidance_scale": float(scale)} for scale in values.guidance_scales] or [{}]
+  for (name, gen), change in itertools.product(generators.items(), changes):
+    title = f"{name}{''.join(f', {scale:g}' for scale in change.values())}"
     if gen.config.ar.condition == "class":
-      settings, sequences = agreement.generate(gen, seed, labels, [])
-      report[name] = settings | right(agreement.decode(tokenizer, sequences, seed), {"group": labels})
+      settings, sequences = agreement.generate(gen, seed, labels, [], **change)
+      report[title] = settings | right(agreement.decode(tokenizer, sequences, seed), {"group": labels})
       continue
     for which, (expected, prompts, real) in asked.items():
-      settings, sequences = agreement.generate(gen, seed, labels, prompts)
+      settings, sequences = agreement.generate(gen, seed, labels, prompts, **change)
       found = right(agreement.decode(tokenizer, sequences, seed), expected)
       if gen.stop_id is not None:
         lengths = [len(sequence) for sequence in sequences]
@@ -137,7 +142,7 @@ def main(values: flags.FlagValues):
         for what in ("colors", "edges"):
           complexity = [facts(glyph)[what] for glyph in real]
           found[f"rank correlation with {what}"] = float(scipy.stats.spearmanr(lengths, complexity)[0])
-      report[f"{name}, {which}"] = settings | found
+      report[f"{title}, {which}"] = settings | found
   text = json.dumps(report, indent=1)
   print(text)
   files.write_file(Path(values.out) / "agreement.json", (text + "\n").encode())
