@@ -146,14 +146,15 @@ class Emoji:
   Args:
     split: "train" or "validation".
     path: the font file, or a folder of glyphs; "": see find_font.
+    centered: see place.
   """
 
   framed = True  # placed and scaled here: the pipeline resizes without cropping
   flip = False  # letters, arrows and flags have a left and a right
   class_names = code_points.CLASS_NAMES
 
-  def __init__(self, split: str, path: str = ""):
-    self._split = split
+  def __init__(self, split: str, path: str = "", centered: bool = False):
+    self._split, self._centered = split, centered
     path = find_font(path)
     self._words = read_words(path)
     bases: dict[tuple[int, ...], list[Glyph]] = {}
@@ -182,7 +183,7 @@ class Emoji:
       base = self._bases[index % len(self._bases)]
     codes, png, style = base[int(pick * len(base))]
     glyph = Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGBA")
-    image = place(glyph, rng)
+    image = place(glyph, rng, self._centered)
     words = self._words.get(code_points.without_variation(codes), ())
     keyword = self._split == "train" and len(words) > 1 and rng.random() < KEYWORD_SHARE
     name = words[int(rng.integers(1, len(words)))] if keyword else self.name_of(codes)
@@ -206,11 +207,15 @@ def _ramps(size: int) -> tuple[np.ndarray, np.ndarray]:
   return line[:, None, None], line[None, :, None]
 
 
-def place(glyph: Image.Image, rng: np.random.Generator) -> np.ndarray:
+def place(glyph: Image.Image, rng: np.random.Generator, centered: bool = False) -> np.ndarray:
   """Returns an RGBA glyph, scaled by 0.6 to 1, at a random position on a plain or gradient background.
 
-  The result is uint8 [CANVAS, CANVAS, 3].
+  If `centered`, it is in the middle, scaled by 0.85, on a plain light background. The result is uint8
+  [CANVAS, CANVAS, 3].
   """
+  if centered:
+    light = 255 - rng.integers(0, 80, 3)
+    return _paste(glyph, Image.new("RGB", (CANVAS, CANVAS), tuple(light.tolist())), 0.85, np.array((0.5, 0.5)))
   first = rng.uniform(0.0, 255.0, 3).astype(np.float32)
   if rng.random() < 0.35:  # towards white, gray or black: most pages are not saturated
     first += (rng.choice((255.0, 128.0, 20.0)) - first) * np.float32(rng.uniform(0.6, 1.0))
@@ -227,9 +232,14 @@ def place(glyph: Image.Image, rng: np.random.Generator) -> np.ndarray:
     radius = np.sqrt((x - np.float32(cx)) ** 2 + (y - np.float32(cy)) ** 2)
     canvas = first + (second - first) * np.clip(radius * np.float32(0.7), 0.0, 1.0)
   background = Image.fromarray((canvas + np.float32(0.5)).clip(0.0, 255.0).astype(np.uint8))
-  scale = rng.uniform(0.6, 1.0) * CANVAS / max(glyph.size)
+  return _paste(glyph, background, rng.uniform(0.6, 1.0), rng.uniform(0.0, 1.0, 2))
+
+
+def _paste(glyph: Image.Image, background: Image.Image, scale: float, position: np.ndarray) -> np.ndarray:
+  """Returns a background [CANVAS, CANVAS] with a glyph; position: shares of the spare width and height before it."""
+  scale *= CANVAS / max(glyph.size)
   glyph = glyph.resize((round(glyph.width * scale), round(glyph.height * scale)), Image.Resampling.BILINEAR)
   spare = np.array((CANVAS - glyph.width, CANVAS - glyph.height))
-  left, top = (spare * rng.uniform(0.0, 1.0, 2)).round().astype(int)
+  left, top = (spare * position).round().astype(int)
   background.paste(glyph, (int(left), int(top)), glyph)
   return np.asarray(background)

@@ -74,6 +74,17 @@ def test_draws():
   assert {validation[i]["caption"] for i in range(len(validation))} <= held_out
 
 
+def test_centered_glyphs_are_all_of_one_size_and_place():
+  glyph, rng = Image.new("RGBA", (40, 20), (200, 0, 0, 255)), np.random.default_rng(0)
+  for _ in range(3):
+    image = emoji.place(glyph, rng, centered=True)
+    rows, columns = np.nonzero((image == (200, 0, 0)).all(-1))
+    side = emoji.CANVAS
+    assert image.shape == (side, side, 3) and np.ptp(columns) + 1 == round(0.85 * side)
+    assert rows.min() + rows.max() == side - 1 and abs(columns.min() + columns.max() - side + 1) <= 1
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) == 2 and (image[0, 0] > 255 - 80).all()
+
+
 def test_missing_and_bad_fonts(tmp_path, monkeypatch):
   with pytest.raises(FileNotFoundError, match="fonts-noto-color-emoji"):
     emoji.Emoji("train", str(tmp_path / "none.ttf"))
