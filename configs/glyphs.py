@@ -16,9 +16,9 @@ experiments/glyphs makes:
   python -m flextok_jax.train --config=glyphs:next --workdir=NEXT --config.init_from=DIR --config.data.latents=LATENTS \
       DATA
 
-docs/generators.md#emoji has the commands of the generators. All but the VAE alone ship: docs/models.md says what they
-reach. A code is one of 4,375 and not of 64,000: the generators' tables of 64,000 ids would be larger than all the rest,
-and a generator has to see each id often enough.
+docs/generators.md#emoji has the commands of the generators. The tokenizer and the generator by group ship;
+docs/models.md says what they reach. A code is one of 4,375 and not of 64,000: the generators' tables of 64,000 ids
+would be larger than all the rest, and a generator has to see each id often enough.
 """
 
 from ml_collections import ConfigDict
@@ -108,6 +108,6 @@ def _generator(condition: str):
   c.update(
     ar=dict(depth=5, num_ids=NUM_IDS, num_tokens=NUM_TOKENS, num_classes=13),  # groups of the source emoji
     text=dict(max_length=56),
-    train=dict(num_steps=4_500 if condition == "text" else 2_500, keep_checkpoints=1, eval_every=1_500),
+    train=dict(keep_checkpoints=1, eval_every=1_500),
   )
   return c

@@ -251,6 +251,7 @@ def test_invalid_config_files(text, spec, error, pattern, tmp_path, monkeypatch)
   [
     ("glyphs", "glyphs:next", ""),
     ("glyphs_student", "distill:glyphs", "glyphs"),
+    ("glyphs_groups", "glyphs:groups", "glyphs"),
     ("shapes", "shapes", ""),
     ("shapes_student", "distill:shapes", "shapes"),
     ("shapes_ar", "shapes_ar", "shapes"),

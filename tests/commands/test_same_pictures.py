@@ -59,14 +59,15 @@ PROMPTS = ["a red star", "two blue rings", "a green square and a yellow circle"]
 
 
 @pytest.mark.parametrize(
-  "name, flag, condition",
+  "name, tokenizer, flag, condition",
   [
-    ("shapes_ar", "--classes=3,7,11", dict(labels=[3, 7, 11])),
-    ("shapes_ar_stop", f"--prompts={';'.join(PROMPTS)}", dict(prompts=PROMPTS)),
+    ("shapes_ar", "shapes", "--classes=3,7,11", dict(labels=[3, 7, 11])),
+    ("shapes_ar_stop", "shapes", f"--prompts={';'.join(PROMPTS)}", dict(prompts=PROMPTS)),
+    ("glyphs_groups", "glyphs_student", "--classes=face,animal,food", dict(labels=["face", "animal", "food"])),
   ],
 )
-def test_sample(name, flag, condition, tmp_path):
-  checkpoint, tokenizer = ASSETS / f"{name}.safetensors", ASSETS / "shapes.safetensors"
+def test_sample(name, tokenizer, flag, condition, tmp_path):
+  checkpoint, tokenizer = ASSETS / f"{name}.safetensors", ASSETS / f"{tokenizer}.safetensors"
   gen, model = flextok_jax.load_ar(checkpoint), flextok_jax.load(tokenizer)
   run(
     sample,

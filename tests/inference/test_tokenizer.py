@@ -523,7 +523,7 @@ def test_models_that_ship_load_by_name(tmp_path, monkeypatch):
   model, gen = flextok_jax.load("shapes"), flextok_jax.load_ar("shapes_ar")
   assert repr(model) == "FlexTok(32 px, 16 tokens of 1,000 codes, 2.5M parameters, float32)"
   assert repr(gen) == "ARGenerator(16 tokens of 1,000 ids, by class, 1.1M parameters, float32)"
-  with pytest.raises(FileNotFoundError, match="no such checkpoint: shapez.* ships: glyphs, glyphs_student, shapes, "):
+  with pytest.raises(FileNotFoundError, match="no such checkpoint: shapez.* ships: glyphs, glyphs_groups, "):
     flextok_jax.load("shapez")
   with pytest.raises(ValueError, match="shapes_ar is a generator: load it by flextok_jax.load_ar"):
     flextok_jax.load("shapes_ar")
