@@ -103,7 +103,7 @@ def _tokenizer(c: ConfigDict, continued: bool):
 
 
 def _generator(condition: str):
-  """Returns stage 2 on token shards of centred emoji, with lengths (docs/generators.md#emoji)."""
+  """Returns stage 2 on token shards of centred emoji (docs/generators.md#emoji), for text with --quality."""
   c = shapes_ar.get_config("stop" if condition == "text" else "")
   c.update(
     ar=dict(depth=5, num_ids=NUM_IDS, num_tokens=NUM_TOKENS, num_classes=13),  # groups of the source emoji
