@@ -4,20 +4,20 @@ python -m experiments.glyphs.agreement --glyphs=DIR --tokenizer=FILE --generator
     [--num_images=512] --out=DIR
 
 DIR is the folder of experiments/glyphs/prepare.py. A small convolutional network is trained on glyphs of the training
-split alone. It then answers for held-out glyphs (its own accuracy), for reconstructions of these by the tokenizer, and
-for generated images: of every group equally many, or of the captions of glyphs of the training split, and of held-out
-ones, whose names may have words that no training caption has. The main colour of a glyph is that of most of its opaque
-pixels, of COLORS. For generators that stop by themselves, reports the rank correlation of their length with the
-complexity of the real glyph: the number of its colours (of 512) that cover 1% or more of it, and the mean difference of
-neighbouring pixels.
+split alone, half of them centred. It then answers for held-out centred glyphs (its own accuracy), for reconstructions
+of these by the tokenizer, and for generated images: of every group equally many, or of the captions of glyphs of the
+training split, and of held-out ones, whose names may have words that no training caption has. The main colour of a
+glyph is that of most of its opaque pixels, of COLORS. For generators that stop by themselves, reports the rank
+correlation of their length with the complexity of the real glyph: the number of its colours (of 512) that cover 1% or
+more of it, and the mean difference of neighbouring pixels.
 """
 
 import colorsys
 import functools
-import io
 import itertools
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import flags
 import numpy as np
@@ -32,7 +32,7 @@ from flextok_jax.data import transforms
 from flextok_jax.data.sources import code_points, emoji
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "white", "gray", "black")
-BATCH = 128
+LESSONS, BATCH = 24_000, 128  # pictures that the network is trained on, and of them in a step
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -66,8 +66,7 @@ def color_of(rgb: np.ndarray) -> int:
 @functools.cache
 def facts(glyph: emoji.Glyph) -> dict[str, float]:
   """Returns main color, number of colors and edges of a glyph."""
-  picture = Image.open(io.BytesIO(glyph.png), formats=("PNG",)).convert("RGBA").resize((32, 32), Image.Resampling.BOX)
-  rgba = np.asarray(picture, np.float32) / 255
+  rgba = np.asarray(glyph.picture().resize((32, 32), Image.Resampling.BOX), np.float32) / 255
   opaque = rgba[rgba[..., 3] > 0.5][:, :3]
   if not len(opaque):
     return {"color": COLORS.index("black"), "colors": 0, "edges": 0.0}
@@ -78,32 +77,26 @@ def facts(glyph: emoji.Glyph) -> dict[str, float]:
   return {"color": int(main), "colors": int((cells >= 0.01 * len(opaque)).sum()), "edges": edges}
 
 
-class Glyphs:
-  """Glyphs of a split with what they are asked for."""
+class Drawn(NamedTuple):
+  """n glyphs: images uint8 [n, s, s, 3]; answers, {question: int [n]}; the glyphs."""
 
-  def __init__(self, folder: str, split: str):
-    words = emoji.Emoji(split, folder)
-    glyphs = [g for g in emoji.read_folder(folder) if code_points.is_validation(g.codes) == (split == "validation")]
-    self.styles = sorted({glyph.style for glyph in glyphs})
-    bases: dict[tuple[int, ...], list[emoji.Glyph]] = {}
-    for glyph in glyphs:
-      bases.setdefault(code_points.base_key(glyph.codes), []).append(glyph)
-    self._bases = list(bases.values())
-    self._name = words.name_of
+  images: np.ndarray
+  answers: dict[str, np.ndarray]
+  glyphs: list[emoji.Glyph]
 
-  def draw(self, seed: int, count: int, size: int):
-    """Returns images uint8 [n, s, s, 3], their answers {question: [n]}, captions, glyphs: every base as often."""
-    rng = np.random.default_rng(seed)
-    bases = [self._bases[i] for i in rng.integers(len(self._bases), size=count)]
-    glyphs = [base[rng.integers(len(base))] for base in bases]
-    load = lambda glyph: Image.open(io.BytesIO(glyph.png), formats=("PNG",)).convert("RGBA")
-    images = np.stack([transforms.center_crop(emoji.place(load(glyph), rng), size) for glyph in glyphs])
-    answers = {
-      "group": np.array([code_points.group_of(glyph.codes) for glyph in glyphs]),
-      "style": np.array([self.styles.index(glyph.style) for glyph in glyphs]),
-      "color": np.array([facts(glyph)["color"] for glyph in glyphs]),
-    }
-    return images, answers, [f"{self._name(glyph.codes)}, {glyph.style}" for glyph in glyphs], glyphs
+
+def draw(source: emoji.Emoji, styles: list[str], seed: int, count: int, size: int, centered: float = 1.0) -> Drawn:
+  """Draws glyphs of a split, every base as often, a share of them centred."""
+  rng = np.random.default_rng(seed)
+  bases = [source.bases[i] for i in rng.integers(len(source.bases), size=count)]
+  glyphs = [base[rng.integers(len(base))] for base in bases]
+  place = lambda glyph: emoji.place(glyph.picture(), rng, bool(rng.random() < centered))
+  answers = {
+    "group": np.array([code_points.group_of(glyph.codes) for glyph in glyphs]),
+    "style": np.array([styles.index(glyph.style) for glyph in glyphs]),
+    "color": np.array([facts(glyph)["color"] for glyph in glyphs]),
+  }
+  return Drawn(np.stack([transforms.center_crop(place(glyph), size) for glyph in glyphs]), answers, glyphs)
 
 
 def main(values: flags.FlagValues):
@@ -112,18 +105,25 @@ def main(values: flags.FlagValues):
   tokenizer = flextok_jax.load(values.tokenizer)
   generators = {name: flextok_jax.load_ar(name) for name in values.generators}
   size, count, seed = tokenizer.image_size, values.num_images, values.seed
-  train, held_out = (Glyphs(values.glyphs, split) for split in ("train", "validation"))
-  heads = (("group", len(code_points.CLASS_NAMES)), ("style", len(train.styles)), ("color", len(COLORS)))
-  draw = lambda step: train.draw(step, BATCH, size)[:2]
-  answer = agreement.make_answer(agreement.learn(draw, size, values.steps, seed, heads), heads)
+  train, held_out = (emoji.Emoji(split, values.glyphs) for split in ("train", "validation"))
+  splits = {"training": train, "held-out": held_out}
+  styles = sorted({glyph.style for base in train.bases for glyph in base})
+  heads = (("group", len(code_points.CLASS_NAMES)), ("style", len(styles)), ("color", len(COLORS)))
+  lessons = draw(train, styles, seed, LESSONS, size, centered=0.5)
+
+  def lesson(step: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    rows = np.random.default_rng((seed, step)).integers(LESSONS, size=BATCH)
+    return lessons.images[rows], {k: v[rows] for k, v in lessons.answers.items()}
+
+  answer = agreement.make_answer(agreement.learn(lesson, size, values.steps, seed, heads), heads)
   right = lambda pictures, said: {k: float((answer(pictures)[k] == v).mean()) for k, v in said.items()}
-  images, said, captions, glyphs = held_out.draw(seed, count, size)
-  asked = {"training captions": train.draw(seed, count, size)[1:], "held-out captions": (said, captions, glyphs)}
-  ids = [row for i in range(0, count, 64) for row in tokenizer.tokenize(images[i : i + 64])]
+  asked = {f"{name} captions": draw(source, styles, seed + 1, count, size) for name, source in splits.items()}
+  real = asked["held-out captions"]
+  ids = [row for i in range(0, count, 64) for row in tokenizer.tokenize(real.images[i : i + 64])]
   report = {
     "num_images": count,
-    "held-out glyphs": right(images, said),
-    "their reconstructions": right(agreement.decode(tokenizer, ids, seed), said),
+    "held-out glyphs": right(real.images, real.answers),
+    "their reconstructions": right(agreement.decode(tokenizer, ids, seed), real.answers),
   }
   labels = np.resize(np.arange(len(code_points.CLASS_NAMES)), count)
   changes = [{"guidance_scale": float(scale)} for scale in values.guidance_scales] or [{}]
@@ -133,14 +133,15 @@ def main(values: flags.FlagValues):
       settings, sequences = agreement.generate(gen, seed, labels, [], **change)
       report[title] = settings | right(agreement.decode(tokenizer, sequences, seed), {"group": labels})
       continue
-    for which, (expected, prompts, real) in asked.items():
+    for which, real in asked.items():
+      prompts = [train.caption_of(glyph) for glyph in real.glyphs]
       settings, sequences = agreement.generate(gen, seed, labels, prompts, **change)
-      found = right(agreement.decode(tokenizer, sequences, seed), expected)
+      found = right(agreement.decode(tokenizer, sequences, seed), real.answers)
       if gen.stop_id is not None:
         lengths = [len(sequence) for sequence in sequences]
         found["mean length"] = float(np.mean(lengths))
         for what in ("colors", "edges"):
-          complexity = [facts(glyph)[what] for glyph in real]
+          complexity = [facts(glyph)[what] for glyph in real.glyphs]
           found[f"rank correlation with {what}"] = float(scipy.stats.spearmanr(lengths, complexity)[0])
       report[f"{title}, {which}"] = settings | found
   text = json.dumps(report, indent=1)

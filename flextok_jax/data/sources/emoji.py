@@ -63,6 +63,10 @@ class Glyph(NamedTuple):
   png: bytes
   style: str = ""
 
+  def picture(self) -> Image.Image:
+    """Returns the picture, RGBA."""
+    return Image.open(io.BytesIO(self.png), formats=("PNG",)).convert("RGBA")
+
 
 def read_folder(path: str) -> list[Glyph]:
   """Returns the glyphs of a folder, sorted by style and name.
@@ -147,6 +151,9 @@ class Emoji:
     split: "train" or "validation".
     path: the font file, or a folder of glyphs; "": see find_font.
     centered: see place.
+
+  Attributes:
+    bases: the glyphs of every base of this split.
   """
 
   framed = True  # placed and scaled here: the pipeline resizes without cropping
@@ -163,35 +170,33 @@ class Emoji:
         bases.setdefault(code_points.base_key(glyph.codes), []).append(glyph)
     if not bases:
       raise ValueError(f"{path} has no bitmap of a known code point for the {split} split")
-    self._bases = list(bases.values())
-    share = np.sqrt([len(b) for b in self._bases])
+    self.bases = list(bases.values())
+    share = np.sqrt([len(b) for b in self.bases])
     self._cumulative = np.cumsum(share) / share.sum()
 
   def __len__(self) -> int:
-    return ENDLESS if self._split == "train" else CASTS * len(self._bases)
-
-  def sequences(self) -> list[tuple[int, ...]]:
-    """Returns the code points of every glyph of this split."""
-    return [glyph.codes for base in self._bases for glyph in base]
+    return ENDLESS if self._split == "train" else CASTS * len(self.bases)
 
   def __getitem__(self, index: int) -> Record:
     rng = generator(self._split, index)
     draw, pick = rng.random(2)
     if self._split == "train":
-      base = self._bases[min(int(np.searchsorted(self._cumulative, draw)), len(self._bases) - 1)]
+      base = self.bases[min(int(np.searchsorted(self._cumulative, draw)), len(self.bases) - 1)]
     else:
-      base = self._bases[index % len(self._bases)]
-    codes, png, style = base[int(pick * len(base))]
-    glyph = Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGBA")
-    image = place(glyph, rng, self._centered)
-    words = self._words.get(code_points.without_variation(codes), ())
+      base = self.bases[index % len(self.bases)]
+    glyph = base[int(pick * len(base))]
+    image = place(glyph.picture(), rng, self._centered)
+    words = self._words.get(code_points.without_variation(glyph.codes), ())
     keyword = self._split == "train" and len(words) > 1 and rng.random() < KEYWORD_SHARE
-    name = words[int(rng.integers(1, len(words)))] if keyword else self.name_of(codes)
-    caption = name + (f", {style}" if style else "")
-    return {"image": image, "label": code_points.group_of(codes), "caption": caption, "num_objects": -1}
+    caption = self.caption_of(glyph, words[int(rng.integers(1, len(words)))] if keyword else "")
+    return {"image": image, "label": code_points.group_of(glyph.codes), "caption": caption, "num_objects": -1}
 
-  def name_of(self, codes: tuple[int, ...]) -> str:
-    """Returns the name in WORDS, with skin tones that it leaves out, else caption_of."""
+  def caption_of(self, glyph: Glyph, name: str = "") -> str:
+    """Returns a name, by default that of the glyph, and the style."""
+    return (name or self._name_of(glyph.codes)) + (f", {glyph.style}" if glyph.style else "")
+
+  def _name_of(self, codes: tuple[int, ...]) -> str:
+    """Returns the name in WORDS, with skin tones that it leaves out, else code_points.caption_of."""
     if words := self._words.get(code_points.without_variation(codes)):
       return words[0]
     tones = [code_points.TONES[code] for code in codes if code in code_points.TONES]

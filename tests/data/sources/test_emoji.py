@@ -15,6 +15,10 @@ def font_path() -> str:
     pytest.skip("NotoColorEmoji.ttf is not installed")
 
 
+def codes_of(source: emoji.Emoji) -> list[tuple[int, ...]]:
+  return [glyph.codes for base in source.bases for glyph in base]
+
+
 def test_base_key_merges_variants():
   wave, tone = 0x1F44B, 0x1F3FD
   assert code_points.base_key((wave,)) == code_points.base_key((wave, tone))
@@ -52,12 +56,12 @@ def test_captions():
 def test_splits_of_the_font_do_not_overlap():
   path = font_path()
   train, validation = emoji.Emoji("train", path), emoji.Emoji("validation", path)
-  assert len(train.sequences()) + len(validation.sequences()) == len(emoji.read_glyphs(path)) > 3000
-  bases = [{code_points.base_key(c) for c in s.sequences()} for s in (train, validation)]
+  assert len(codes_of(train)) + len(codes_of(validation)) == len(emoji.read_glyphs(path)) > 3000
+  bases = [{code_points.base_key(c) for c in codes_of(s)} for s in (train, validation)]
   assert not bases[0] & bases[1] and len(bases[1]) > 100
   tones = set(code_points.TONES)
-  plain = [{tuple(sorted(set(c) - tones)) for c in s.sequences() if len(c) > 1} for s in (train, validation)]
-  plain[1] |= {c for c in validation.sequences() if len(c) == 1}
+  plain = [{tuple(sorted(set(c) - tones)) for c in codes_of(s) if len(c) > 1} for s in (train, validation)]
+  plain[1] |= {c for c in codes_of(validation) if len(c) == 1}
   assert not plain[0] & plain[1]
 
 
@@ -70,7 +74,7 @@ def test_draws():
   assert (corners.std(0) > 30).all()  # backgrounds differ
   assert len({r["caption"] for r in records}) > 25
   validation = emoji.Emoji("validation", font_path())
-  held_out = {code_points.caption_of(c) for c in validation.sequences()}
+  held_out = {code_points.caption_of(c) for c in codes_of(validation)}
   assert {validation[i]["caption"] for i in range(len(validation))} <= held_out
 
 
@@ -130,8 +134,8 @@ def test_a_folder_has_styles(tmp_path):
       picture = Image.new("RGBA", (32, 32), (6 * j, 100 * i, 50, 255))
       picture.save(tmp_path / style / ("-".join(f"{c:x}" for c in sequence) + ".png"))
   train, validation = (emoji.Emoji(split, str(tmp_path)) for split in ("train", "validation"))
-  assert len(train.sequences()) + len(validation.sequences()) == 2 * len(codes)
-  assert not set(train.sequences()) & set(validation.sequences()) and (0x1F680,) in validation.sequences()
+  assert len(codes_of(train)) + len(codes_of(validation)) == 2 * len(codes)
+  assert not set(codes_of(train)) & set(codes_of(validation)) and (0x1F680,) in codes_of(validation)
   captions = {train[i]["caption"] for i in range(300)}
   assert {"waving hand sign: medium skin tone, 3d", "waving hand sign: medium skin tone, flat"} < captions
   assert {caption.rpartition(", ")[2] for caption in captions} == {"3d", "flat"}
