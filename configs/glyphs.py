@@ -107,7 +107,7 @@ def _generator(condition: str):
   c = shapes_ar.get_config("stop" if condition == "text" else "")
   c.update(
     ar=dict(depth=5, num_ids=NUM_IDS, num_tokens=NUM_TOKENS, num_classes=13),  # groups of the source emoji
-    text=dict(max_length=56),
+    text=dict(max_length=56, features=96, mlp_hidden=192),
     train=dict(keep_checkpoints=1, eval_every=1_500),
   )
   return c

@@ -215,12 +215,10 @@ def _ramps(size: int) -> tuple[np.ndarray, np.ndarray]:
 def place(glyph: Image.Image, rng: np.random.Generator, centered: bool = False) -> np.ndarray:
   """Returns an RGBA glyph, scaled by 0.6 to 1, at a random position on a plain or gradient background.
 
-  If `centered`, it is in the middle, scaled by 0.85, on a plain light background. The result is uint8
-  [CANVAS, CANVAS, 3].
+  If `centered`, it is in the middle, scaled by 0.85, on white. The result is uint8 [CANVAS, CANVAS, 3].
   """
   if centered:
-    light = 255 - rng.integers(0, 80, 3)
-    return _paste(glyph, Image.new("RGB", (CANVAS, CANVAS), tuple(light.tolist())), 0.85, np.array((0.5, 0.5)))
+    return _paste(glyph, Image.new("RGB", (CANVAS, CANVAS), "white"), 0.85, np.array((0.5, 0.5)))
   first = rng.uniform(0.0, 255.0, 3).astype(np.float32)
   if rng.random() < 0.35:  # towards white, gray or black: most pages are not saturated
     first += (rng.choice((255.0, 128.0, 20.0)) - first) * np.float32(rng.uniform(0.6, 1.0))
