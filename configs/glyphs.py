@@ -104,10 +104,13 @@ def _tokenizer(c: ConfigDict, continued: bool):
 
 def _generator(condition: str):
   """Returns stage 2 on token shards of centred emoji (docs/generators.md#emoji), for text with --quality."""
-  c = shapes_ar.get_config("stop" if condition == "text" else "")
+  text = condition == "text"
+  c = shapes_ar.get_config("stop" if text else "")
   c.update(
     ar=dict(depth=5, num_ids=NUM_IDS, num_tokens=NUM_TOKENS, num_classes=13),  # groups of the source emoji
-    text=dict(max_length=56, features=96, mlp_hidden=192),
+    text=dict(max_length=56),
     train=dict(keep_checkpoints=1, eval_every=1_500),
   )
+  if text:  # the words of 11,000 captions; the first tokens, as later ones follow from these
+    c.update(text=dict(ngram_rows=8_192), ar=dict(position_decay=0.5), train=dict(num_steps=4_500))
   return c

@@ -182,6 +182,7 @@ def get_config() -> ConfigDict:
   c.text.mlp_hidden = 2048  # of the MLP from there to ar.width [code]
   c.text.depth = 4  # blocks of "bytes"
   c.text.head_dim = 64  # of "bytes"
+  c.text.ngram_rows = 0  # of "bytes": rows of a hashed table of n-grams of bytes; 0: none [BLT, arXiv 2412.09871]
 
   c.vae_loss = ConfigDict()
   c.vae_loss.l1_weight = 1.0  # mean absolute error over pixels [ours: SDXL's trainer uses L1]

@@ -183,6 +183,7 @@ RANGES = {
   "text.mlp_hidden": WIDTH,
   "text.depth": DEPTH,
   "text.head_dim": WIDTH,
+  "text.ngram_rows": whole(0, MAX_INT),
   "vae_loss.l1_weight": NOT_NEGATIVE,
   "vae_loss.l2_weight": NOT_NEGATIVE,
   "vae_loss.kl_weight": NOT_NEGATIVE,
