@@ -112,5 +112,5 @@ def _generator(condition: str):
     train=dict(keep_checkpoints=1, eval_every=1_500),
   )
   if text:  # the words of 11,000 captions; the first tokens, as later ones follow from these
-    c.update(text=dict(ngram_rows=8_192), ar=dict(position_decay=0.5), train=dict(num_steps=4_500))
+    c.update(text=dict(ngram_rows=8_192), ar=dict(position_decay=0.5), train=dict(num_steps=4_000))
   return c
