@@ -3,7 +3,7 @@
   glyphs:vae     the VAE: 4x down, 4 channels, 0.7M parameters
   glyphs         the tokenizer of its latents: 32 tokens, 3.4M parameters; glyphs:next continues it
   glyphs:groups  a generator by group: face, animal, food, ...
-  glyphs:text    a generator by caption ("red apple, 3d"), which ends its sequences itself
+  glyphs:text    a generator by caption ("mushroom, noto"), which ends its sequences itself
 
 DATA stands for --config.data.sources.emoji.path=GLYPHS --config.data.sources.photos.path=PHOTOS, two folders that
 experiments/glyphs makes:
@@ -112,5 +112,9 @@ def _generator(condition: str):
     train=dict(keep_checkpoints=1, eval_every=1_500),
   )
   if text:  # the words of 11,000 captions; the first tokens, as later ones follow from these
-    c.update(text=dict(ngram_rows=8_192), ar=dict(position_decay=0.5), train=dict(num_steps=4_000))
+    c.update(
+      ar=dict(position_decay=0.5, guidance_scale=1.0, temperature=0.5),
+      text=dict(ngram_rows=8_192),
+      train=dict(num_steps=4_000),
+    )
   return c

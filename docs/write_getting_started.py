@@ -33,8 +33,8 @@ pip install .
 A generator draws tokens for a caption, a tokenizer decodes them. Models that ship have short names; a path, a run's
 workdir or a repository of the Hugging Face hub works in their place.
 
-$ python -m flextok_jax.sample --checkpoint=shapes_ar_stop --tokenizer=shapes_student --num_samples=4 \\
-    --prompts="a red ring on a plain white background;two blue hearts on a plain pink background" --out=drawn
+$ python -m flextok_jax.sample --checkpoint=glyphs_text --tokenizer=glyphs_student --num_samples=4 \\
+    --prompts="mushroom, noto;grinning face, flat" --out=drawn
 
 Each row of `drawn/grid.png` is a sample, decoded from its first tokens. The generator ends a sequence by itself: the
 simpler the picture, the fewer tokens.
@@ -44,31 +44,31 @@ simpler the picture, the fewer tokens.
 ## A picture as tokens, coarse to fine
 
 >>> import flextok_jax
->>> model = flextok_jax.load("shapes_student")
+>>> model = flextok_jax.load("glyphs_student")
 >>> model
 >>> from pathlib import Path
 >>> paths = sorted(Path("drawn").glob("0*.png"))
 >>> ids = model.tokenize(paths)
 >>> ids.shape
 >>> ids[0]
->>> prefixes = [ids[4, :k] for k in (1, 2, 4, 8, 16)]
+>>> prefixes = [ids[4, :k] for k in (1, 2, 4, 8, 16, 32)]
 >>> images = model.detokenize(prefixes, key=0)
 >>> flextok_jax.show_grid(images, [f"{len(p)} tokens" for p in prefixes]).save("prefixes.png")
 
 Any number of tokens, from the first, decodes to a whole picture:
 
-![One picture from 1, 2, 4, 8 and 16 tokens](images/first_prefixes.png)
+![One picture from 1, 2, 4, 8, 16 and 32 tokens](images/first_prefixes.png)
 
 How many tokens does each picture need? Fewer, where it is simple:
 
->>> short = model.tokenize(paths, quality=0.02)
+>>> short = model.tokenize(paths, quality=0.12)
 >>> [len(row) for row in short]
 
 The generator from Python, one sample for each caption:
 
->>> generator = flextok_jax.load_ar("shapes_ar_stop")
+>>> generator = flextok_jax.load_ar("glyphs_text")
 >>> generator
->>> drawn = generator.generate(7, prompts=["a yellow heart on a plain black background"], guidance_scale=3.0)
+>>> drawn = generator.generate(7, prompts=["soccer ball, flat"], temperature=0.3)
 >>> generator.trim(drawn)
 >>> pictures = flextok_jax.to_pil(model.detokenize(generator.trim(drawn), key=0))
 

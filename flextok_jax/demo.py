@@ -19,7 +19,7 @@ from flextok_jax.core import extras
 from flextok_jax.inference.generator import load_ar
 from flextok_jax.inference.tokenizer import load_tokenizer
 
-TOKENIZER, GENERATOR = "glyphs_student", "glyphs_groups"  # that ship
+TOKENIZER, GENERATOR = "glyphs_student", "glyphs_text"  # that ship
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):

@@ -52,10 +52,8 @@ if ((${#pictures[@]})); then
 fi
 
 heading "2. A generator: captions become pictures, which end when nothing is left to say"
-captions="a red ring on a plain white background;a yellow heart on a plain blue background"
-captions+=";a black crescent and two green circles on a plain pink background"
-python -m flextok_jax.sample --tokenizer=shapes_student --checkpoint=shapes_ar_stop --prompts="$captions" \
-  --num_samples=2 --out="$work/captions"
+python -m flextok_jax.sample --tokenizer=glyphs_student --checkpoint=glyphs_text --num_samples=2 --out="$work/captions" \
+  --prompts="grinning face, flat;soccer ball, flat;cactus, flat;mushroom, noto"
 sheet+=("Drawn from captions, from the first token to the last=$work/captions/grid.png")
 
 heading "3. Training from scratch: the same kind of tokenizer learns handwritten digits, in two to three minutes"

@@ -252,6 +252,7 @@ def test_invalid_config_files(text, spec, error, pattern, tmp_path, monkeypatch)
     ("glyphs", "glyphs:next", ""),
     ("glyphs_student", "distill:glyphs", "glyphs"),
     ("glyphs_groups", "glyphs:groups", "glyphs"),
+    ("glyphs_text", "glyphs:text", "glyphs"),
     ("shapes", "shapes", ""),
     ("shapes_student", "distill:shapes", "shapes"),
     ("shapes_ar", "shapes_ar", "shapes"),

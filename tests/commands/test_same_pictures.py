@@ -56,6 +56,7 @@ def test_tokenize_and_detokenize(name, tmp_path):
 
 
 PROMPTS = ["a red star", "two blue rings", "a green square and a yellow circle"]
+EMOJI = ["red apple, 3d", "dog face, noto", "cactus, flat"]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,7 @@ PROMPTS = ["a red star", "two blue rings", "a green square and a yellow circle"]
     ("shapes_ar", "shapes", "--classes=3,7,11", dict(labels=[3, 7, 11])),
     ("shapes_ar_stop", "shapes", f"--prompts={';'.join(PROMPTS)}", dict(prompts=PROMPTS)),
     ("glyphs_groups", "glyphs_student", "--classes=face,animal,food", dict(labels=["face", "animal", "food"])),
+    ("glyphs_text", "glyphs_student", f"--prompts={';'.join(EMOJI)}", dict(prompts=EMOJI)),
   ],
 )
 def test_sample(name, tokenizer, flag, condition, tmp_path):
@@ -88,7 +90,8 @@ def test_sample(name, tokenizer, flag, condition, tmp_path):
     assert_same(Image.open(path), image)
   # The checkpoint's own sampling settings are used.
   c = gen.config.ar
-  assert (c.guidance_scale, c.temperature, c.top_k, c.top_p) == (2.0, 1.0, 0, pytest.approx(0.9))
+  expected = (1.0, 0.5) if name == "glyphs_text" else (2.0, 1.0)
+  assert (c.guidance_scale, c.temperature, c.top_k, c.top_p) == (*expected, 0, pytest.approx(0.9))
   given = dict(guidance_scale=c.guidance_scale, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p)
   again = gen.trim(gen.generate(jax.random.key(SEED), **condition, **given))
   assert all(np.array_equal(a, b) for a, b in zip(again, ids, strict=True))

@@ -98,7 +98,7 @@ ASSETS = sorted((ROOT / "flextok_jax" / "assets").glob("*.safetensors"))
 
 
 def test_shipped_weights_have_a_checksum():
-  assert len(ASSETS) == 10 and all(tensor_file.CHECKSUM in tensor_file.TensorFile(path).metadata for path in ASSETS)
+  assert len(ASSETS) == 11 and all(tensor_file.CHECKSUM in tensor_file.TensorFile(path).metadata for path in ASSETS)
 
 
 @pytest.mark.parametrize("where", ["first array", "last array", "config", "checksum"])
