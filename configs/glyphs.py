@@ -16,9 +16,9 @@ experiments/glyphs makes:
   python -m flextok_jax.train --config=glyphs:next --workdir=NEXT --config.init_from=DIR --config.data.latents=LATENTS \
       DATA
 
-docs/generators.md#emoji has the commands of the generators. The tokenizer and the generator by group ship;
-docs/models.md says what they reach. A code is one of 4,375 and not of 64,000: the generators' tables of 64,000 ids
-would be larger than all the rest, and a generator has to see each id often enough.
+docs/generators.md#emoji has the commands of the generators. All but the VAE alone ship: docs/models.md says what they
+reach. A code is one of 4,375 and not of 64,000: the generators' tables of 64,000 ids would be larger than all the rest,
+and a generator has to see each id often enough.
 """
 
 from ml_collections import ConfigDict

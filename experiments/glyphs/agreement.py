@@ -106,7 +106,6 @@ def main(values: flags.FlagValues):
   generators = {name: flextok_jax.load_ar(name) for name in values.generators}
   size, count, seed = tokenizer.image_size, values.num_images, values.seed
   train, held_out = (emoji.Emoji(split, values.glyphs) for split in ("train", "validation"))
-  splits = {"training": train, "held-out": held_out}
   styles = sorted({glyph.style for base in train.bases for glyph in base})
   heads = (("group", len(code_points.CLASS_NAMES)), ("style", len(styles)), ("color", len(COLORS)))
   lessons = draw(train, styles, seed, LESSONS, size, centered=0.5)
@@ -117,8 +116,8 @@ def main(values: flags.FlagValues):
 
   answer = agreement.make_answer(agreement.learn(lesson, size, values.steps, seed, heads), heads)
   right = lambda pictures, said: {k: float((answer(pictures)[k] == v).mean()) for k, v in said.items()}
-  asked = {f"{name} captions": draw(source, styles, seed + 1, count, size) for name, source in splits.items()}
-  real = asked["held-out captions"]
+  real = draw(held_out, styles, seed + 1, count, size)
+  asked = {"training captions": draw(train, styles, seed + 1, count, size), "held-out captions": real}
   ids = [row for i in range(0, count, 64) for row in tokenizer.tokenize(real.images[i : i + 64])]
   report = {
     "num_images": count,
@@ -133,15 +132,15 @@ def main(values: flags.FlagValues):
       settings, sequences = agreement.generate(gen, seed, labels, [], **change)
       report[title] = settings | right(agreement.decode(tokenizer, sequences, seed), {"group": labels})
       continue
-    for which, real in asked.items():
-      prompts = [train.caption_of(glyph) for glyph in real.glyphs]
+    for which, drawn in asked.items():
+      prompts = [train.caption_of(glyph) for glyph in drawn.glyphs]
       settings, sequences = agreement.generate(gen, seed, labels, prompts, **change)
-      found = right(agreement.decode(tokenizer, sequences, seed), real.answers)
+      found = right(agreement.decode(tokenizer, sequences, seed), drawn.answers)
       if gen.stop_id is not None:
         lengths = [len(sequence) for sequence in sequences]
         found["mean length"] = float(np.mean(lengths))
         for what in ("colors", "edges"):
-          complexity = [facts(glyph)[what] for glyph in real.glyphs]
+          complexity = [facts(glyph)[what] for glyph in drawn.glyphs]
           found[f"rank correlation with {what}"] = float(scipy.stats.spearmanr(lengths, complexity)[0])
       report[f"{title}, {which}"] = settings | found
   text = json.dumps(report, indent=1)

@@ -94,8 +94,9 @@ def make_text_encoder(config: ConfigDict, sizes: Mapping | None = None) -> nn.Mo
   if c.encoder == "bytes":
     if c.features % c.head_dim:
       raise ValueError(f"text.features={c.features} is not a multiple of text.head_dim={c.head_dim}")
-    sizes_of_ours = c.features, c.depth, c.head_dim, c.max_length, c.ngram_rows
-    return ByteEncoder(*sizes_of_ours, dtype, config.attention, config.remat)
+    return ByteEncoder(
+      c.features, c.depth, c.head_dim, c.max_length, c.ngram_rows, dtype, config.attention, config.remat
+    )
   if sizes is None:
     raise ValueError("the sizes of the T5 encoder are needed: those of its config.json")
   if sizes["d_model"] != c.features:
