@@ -4,6 +4,7 @@
   glyphs         the tokenizer of its latents: 32 tokens, 3.4M parameters; glyphs:next continues it
   glyphs:groups  a generator by group: face, animal, food, ...
   glyphs:text    a generator by caption ("mushroom, noto"), which ends its sequences itself
+  glyphs:mixed   the tokenizer that ships, continued at 32, 48, 64 and 96 px (experiments/size_and_content.py)
 
 DATA stands for --config.data.sources.emoji.path=GLYPHS --config.data.sources.photos.path=PHOTOS, two folders that
 experiments/glyphs makes:
@@ -32,7 +33,7 @@ NUM_TOKENS = 32
 
 
 def get_config(arg: str = ""):
-  common.check_argument("glyphs", arg, ("", "next", "vae", "vae_next", "groups", "text"))
+  common.check_argument("glyphs", arg, ("", "next", "mixed", "vae", "vae_next", "groups", "text"))
   if arg in ("groups", "text"):
     return _generator(arg)
   c = common.derive(
@@ -50,7 +51,18 @@ def get_config(arg: str = ""):
   if arg.startswith("vae"):
     _vae(c, continued=arg == "vae_next")
   else:
-    _tokenizer(c, continued=arg == "next")
+    _tokenizer(c, continued=arg != "")
+  if arg == "mixed":
+    scaled = dict(posemb_scaling="scaled")
+    c.update(
+      init_from="glyphs",
+      encoder=scaled,
+      decoder=scaled,
+      flow=dict(base_size=64),  # larger pictures get more noise
+      data=dict(shapes=((32, 32), (48, 48), (64, 64), (96, 96)), shape_weights=(1, 1, 1, 1)),
+      optim=dict(learning_rate=1e-3),
+      train=dict(num_steps=1_500, eval_every=1_500),
+    )
   return c
 
 

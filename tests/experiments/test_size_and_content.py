@@ -36,7 +36,7 @@ def measured(checkpoint, out, quality, *given):
 def test_lengths_at_the_two_extremes(checkpoint, tmp_path, capsys):
   all_good = measured(checkpoint, tmp_path / "good", 1e6)
   assert all_good["mean_tokens"] == {size: {str(n): [1, 1, 1] for n in range(1, 7)} for size in ("8", "16")}
-  assert all_good["within"] == {"8": 1, "16": 1} and all_good["scenes"] == 12
+  assert all_good["within"] == {"8": 1, "16": 1} and all_good["pictures"] == 12
   assert all_good["share_of_variance"] == {"size": 0, "objects": 0}
   none_good = measured(checkpoint, tmp_path / "bad", 1e-9, "--at=8")
   assert none_good["mean_tokens"]["16"]["6"] == [4, 4, 4] and none_good["within"] == {"8": 0, "16": 0}
@@ -53,6 +53,18 @@ def test_scenes_are_balanced_and_the_same_at_all_sizes():
   assert np.abs(small - blocks).mean() < 6
 
 
+def test_glyphs_are_ordered_by_their_edges(tmp_path):
+  (tmp_path / "flat").mkdir()
+  for code in range(0x1F400, 0x1F440):  # animals; some are held out
+    stripes = np.zeros((32, 32, 4), np.uint8) + (0, 0, 0, 255)
+    stripes[:, np.arange(32) // (2 + code % 5) % 2 == 1, :3] = 255
+    Image.fromarray(stripes.astype(np.uint8)).save(tmp_path / "flat" / f"{code:x}.png")
+  glyphs, levels = size_and_content.draw_glyphs(2, 64, str(tmp_path))
+  assert levels.tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6] and glyphs.shape == (12, 64, 64, 3)
+  contrast = np.abs(np.diff(glyphs.astype(float), axis=2)).mean((1, 2, 3))
+  assert np.diff(contrast).min() > -0.5 and contrast[-1] > contrast[0] + 5
+
+
 def test_pictures_are_compared_at_a_size():
   a, b = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8, 8, 3)).at[:, ::2].set(1.0).at[:, 1::2].set(-1.0)
   assert size_and_content.distance_at(0)(a, b) == 1 and size_and_content.distance_at(4)(a, b) < 0.1
@@ -65,11 +77,12 @@ def test_shares_of_variance():
   assert size_and_content.explained(np.array([1, 2, 3, 4]), sizes) == pytest.approx(0.8)
 
 
-def test_the_config_of_the_experiment_starts_as_the_shipped_tokenizer():
-  config = load_config("shapes:mixed")
+@pytest.mark.parametrize(("name", "multiple", "latents", "shift"), [("shapes", 8, 96, 3), ("glyphs", 16, 24, 1.5)])
+def test_the_config_of_the_experiment_starts_as_the_shipped_tokenizer(name, multiple, latents, shift):
+  config = load_config(f"{name}:mixed")
   stage = make_stage(config)  # all shapes fit
-  assert stage.model.patch_multiple == 8 and stage.model.t_shift(96, 96) == 3
-  shipped = loading.load("shapes")[0]
+  assert stage.model.patch_multiple == multiple and stage.model.t_shift(latents, latents) == shift
+  shipped = loading.load(name)[0]
   same = ("width", "depth", "head_dim", "patch_size", "posemb", "max_grid")
   assert all(config[part][name] == shipped[part][name] for part in ("encoder", "decoder") for name in same)
   assert (config.image_size, config.tokens.levels) == (shipped.image_size, shipped.tokens.levels)

@@ -150,7 +150,7 @@ class Emoji:
   Args:
     split: "train" or "validation".
     path: the font file, or a folder of glyphs; "": see find_font.
-    centered: see place.
+    centered, light: see place.
 
   Attributes:
     bases: the glyphs of every base of this split.
@@ -160,8 +160,8 @@ class Emoji:
   flip = False  # letters, arrows and flags have a left and a right
   class_names = code_points.CLASS_NAMES
 
-  def __init__(self, split: str, path: str = "", centered: bool = False):
-    self._split, self._centered = split, centered
+  def __init__(self, split: str, path: str = "", centered: bool = False, light: bool = False):
+    self._split, self._centered, self._light = split, centered, light
     path = find_font(path)
     self._words = read_words(path)
     bases: dict[tuple[int, ...], list[Glyph]] = {}
@@ -185,7 +185,7 @@ class Emoji:
     else:
       base = self.bases[index % len(self.bases)]
     glyph = base[int(pick * len(base))]
-    image = place(glyph.picture(), rng, self._centered)
+    image = place(glyph.picture(), rng, self._centered, self._light)
     words = self._words.get(code_points.without_variation(glyph.codes), ())
     keyword = self._split == "train" and len(words) > 1 and rng.random() < KEYWORD_SHARE
     caption = self.caption_of(glyph, words[int(rng.integers(1, len(words)))] if keyword else "")
@@ -212,13 +212,25 @@ def _ramps(size: int) -> tuple[np.ndarray, np.ndarray]:
   return line[:, None, None], line[None, :, None]
 
 
-def place(glyph: Image.Image, rng: np.random.Generator, centered: bool = False) -> np.ndarray:
+def place(glyph: Image.Image, rng: np.random.Generator, centered: bool = False, light: bool = False) -> np.ndarray:
   """Returns an RGBA glyph, scaled by 0.6 to 1, at a random position on a plain or gradient background.
 
-  If `centered`, it is in the middle, scaled by 0.85, on white. The result is uint8 [CANVAS, CANVAS, 3].
+  If `centered`, it is in the middle, scaled by 0.85, on white; if `light`, the background is a random light colour. The
+  result is uint8 [CANVAS, CANVAS, 3].
   """
+  if light:
+    background = Image.new("RGB", (CANVAS, CANVAS), tuple((255 - rng.integers(0, 80, 3)).tolist()))
+  elif centered:
+    background = Image.new("RGB", (CANVAS, CANVAS), "white")
+  else:
+    background = _background(rng)
   if centered:
-    return _paste(glyph, Image.new("RGB", (CANVAS, CANVAS), "white"), 0.85, np.array((0.5, 0.5)))
+    return _paste(glyph, background, 0.85, np.array((0.5, 0.5)))
+  return _paste(glyph, background, rng.uniform(0.6, 1.0), rng.uniform(0.0, 1.0, 2))
+
+
+def _background(rng: np.random.Generator) -> Image.Image:
+  """Returns a background [CANVAS, CANVAS] of one colour, or of two and what is between them."""
   first = rng.uniform(0.0, 255.0, 3).astype(np.float32)
   if rng.random() < 0.35:  # towards white, gray or black: most pages are not saturated
     first += (rng.choice((255.0, 128.0, 20.0)) - first) * np.float32(rng.uniform(0.6, 1.0))
@@ -234,8 +246,7 @@ def place(glyph: Image.Image, rng: np.random.Generator, centered: bool = False) 
   else:
     radius = np.sqrt((x - np.float32(cx)) ** 2 + (y - np.float32(cy)) ** 2)
     canvas = first + (second - first) * np.clip(radius * np.float32(0.7), 0.0, 1.0)
-  background = Image.fromarray((canvas + np.float32(0.5)).clip(0.0, 255.0).astype(np.uint8))
-  return _paste(glyph, background, rng.uniform(0.6, 1.0), rng.uniform(0.0, 1.0, 2))
+  return Image.fromarray((canvas + np.float32(0.5)).clip(0.0, 255.0).astype(np.uint8))
 
 
 def _paste(glyph: Image.Image, background: Image.Image, scale: float, position: np.ndarray) -> np.ndarray:

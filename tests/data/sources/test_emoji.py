@@ -80,13 +80,16 @@ def test_draws():
 
 def test_centered_glyphs_are_all_of_one_size_and_place():
   glyph, rng = Image.new("RGBA", (40, 20), (200, 0, 0, 255)), np.random.default_rng(0)
-  for _ in range(3):
-    image = emoji.place(glyph, rng, centered=True)
+  colors = []
+  for light in (False, True, True):
+    image = emoji.place(glyph, rng, centered=True, light=light)
     rows, columns = np.nonzero((image == (200, 0, 0)).all(-1))
     side = emoji.CANVAS
     assert image.shape == (side, side, 3) and np.ptp(columns) + 1 == round(0.85 * side)
     assert rows.min() + rows.max() == side - 1 and abs(columns.min() + columns.max() - side + 1) <= 1
-    assert len(np.unique(image.reshape(-1, 3), axis=0)) == 2 and (image[0, 0] == 255).all()
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) == 2
+    colors.append(tuple(image[0, 0].tolist()))
+  assert colors[0] == (255, 255, 255) and len(set(colors)) == 3 and min(map(min, colors)) > 175
 
 
 def test_missing_and_bad_fonts(tmp_path, monkeypatch):
