@@ -11,7 +11,7 @@ The losses are those of latent diffusion's autoencoder_kl_*.yaml and its LPIPSWi
 descends, and FlexTok's from that; the public record has nothing closer. Other values are [ours], with the reason where
 they differ.
 
-Hardware: one host of accelerators. Not run at this size; photos_vae.py is a small one that was.
+Hardware: one host of accelerators. Not run at this size; glyphs:vae is a small one that was.
 """
 
 from flextok_jax import config as common

@@ -90,7 +90,8 @@ def measure(name: str, source: str, originals: np.ndarray, restored: np.ndarray,
 def main(folder: str, names: str, picture: str):
   """Prints the measurements and draws the picture."""
   runs = names.split(",")
-  first, columns = {}, {name: [] for name in ("original", *runs)}
+  first: dict[str, dict] = {}
+  columns: dict[str, list[np.ndarray]] = {}  # pictures [8, h, w, 3] by source: the originals, then those of each run
   for name in runs:
     model = flextok_jax.load(f"{folder}/{name}/weights.safetensors")
     data = inputs.image_data(model.config)
@@ -101,11 +102,10 @@ def main(folder: str, names: str, picture: str):
       measured = measure(name, source, images / np.float32(255), restored, first.get(source))
       first.setdefault(source, measured)
       chosen = np.arange(0, 256, 256 // 8)[:8]
-      if name == runs[0]:
-        columns["original"].append(images[chosen])
-      columns[name].append(np.asarray(restored[chosen] * 255).round().astype(np.uint8))
-  cells = [np.concatenate(column) for column in columns.values()]
-  files.write_file(Path(picture), grids.to_png(grids.grid(cells, list(columns))))
+      column = columns.setdefault(source, [images[chosen]])
+      column.append(np.asarray(restored[chosen] * 255).round().astype(np.uint8))
+  cells = sum(columns.values(), [])
+  files.write_file(Path(picture), grids.to_png(grids.grid(cells, ["original", *runs] * len(columns))))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ AR_SIZES = {  # millions of parameters in the blocks, as published
   "ar:1b": 1152,
   "ar:3b": 3058,
 }
-SMALL = {"ablation_nested", "debug", "digits", "glyphs", "loader", "photos_vae", "shapes", "shapes_ar"}
+SMALL = {"ablation_nested", "debug", "digits", "glyphs", "loader", "shapes", "shapes_ar"}
 ASSETS = ROOT / "flextok_jax" / "assets"
 
 
