@@ -61,7 +61,7 @@ def get_config(arg: str = ""):
       flow=dict(base_size=64),  # larger pictures get more noise
       data=dict(shapes=((32, 32), (48, 48), (64, 64), (96, 96)), shape_weights=(1, 1, 1, 1)),
       optim=dict(learning_rate=1e-3),
-      train=dict(num_steps=1_500, eval_every=1_500),
+      train=dict(num_steps=1_000, eval_every=1_000),
     )
   return c
 

@@ -63,7 +63,7 @@ def get_config(arg: str = ""):
         sources=dict(synthetic=dict(render_size=96)),
       ),
       optim=dict(learning_rate=1e-3, warmup_steps=100),
-      train=dict(num_steps=2_000, eval_every=2_000),
+      train=dict(num_steps=1_200, eval_every=1_200),
     )
   elif arg == "coarse":
     c.update(
