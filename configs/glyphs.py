@@ -25,7 +25,7 @@ and a generator has to see each id often enough.
 from ml_collections import ConfigDict
 
 from flextok_jax import config as common
-from flextok_jax.configs import shapes_ar
+from flextok_jax.configs import shapes, shapes_ar
 
 LEVELS = (7, 5, 5, 5, 5)  # [Mentzer et al. 2023, arXiv 2309.15505: for 2^12 codes]
 NUM_IDS = 4_375
@@ -53,16 +53,7 @@ def get_config(arg: str = ""):
   else:
     _tokenizer(c, continued=arg != "")
   if arg == "mixed":
-    scaled = dict(posemb_scaling="scaled")
-    c.update(
-      init_from="glyphs",
-      encoder=scaled,
-      decoder=scaled,
-      flow=dict(base_size=64),  # larger pictures get more noise
-      data=dict(shapes=((32, 32), (48, 48), (64, 64), (96, 96)), shape_weights=(1, 1, 1, 1)),
-      optim=dict(learning_rate=1e-3),
-      train=dict(num_steps=1_000, eval_every=1_000),
-    )
+    shapes.continue_mixed(c, "glyphs", num_steps=1_000)
   return c
 
 

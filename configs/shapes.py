@@ -23,6 +23,8 @@ begins as the shipped one; larger pictures get more noise. A step costs about fo
   python -m flextok_jax.train --config=shapes:mixed --workdir=DIR
 """
 
+from ml_collections import ConfigDict
+
 from flextok_jax import config as common
 
 
@@ -51,20 +53,8 @@ def get_config(arg: str = ""):
     c.update(tokens=dict(layout="grid", nested_dropout="none"), decoder=dict(modulation="shared"))
     c.train.update(num_steps=24_000, eval_every=6_000)  # as many as all runs of the ordered one together
   elif arg == "mixed":
-    scaled = dict(posemb_scaling="scaled")
-    c.update(
-      init_from="shapes",
-      encoder=scaled,
-      decoder=scaled,
-      flow=dict(base_size=32),
-      data=dict(
-        shapes=((32, 32), (48, 48), (64, 64), (96, 96)),
-        shape_weights=(1, 1, 1, 1),
-        sources=dict(synthetic=dict(render_size=96)),
-      ),
-      optim=dict(learning_rate=1e-3, warmup_steps=100),
-      train=dict(num_steps=1_200, eval_every=1_200),
-    )
+    continue_mixed(c, "shapes", num_steps=1_200)
+    c.data.sources.synthetic.render_size = 96
   elif arg == "coarse":
     c.update(
       flow=dict(t_shift=20.0),
@@ -73,3 +63,17 @@ def get_config(arg: str = ""):
       eval=dict(num_images=24, batch_size=24),
     )
   return c
+
+
+def continue_mixed(c: ConfigDict, name: str, num_steps: int):
+  """Makes a config continue the tokenizer that ships as `name`, at 32, 48, 64 and 96 px."""
+  scaled = dict(posemb_scaling="scaled")
+  c.update(
+    init_from=name,
+    encoder=scaled,
+    decoder=scaled,
+    flow=dict(base_size=c.image_size),  # larger pictures get more noise
+    data=dict(shapes=((32, 32), (48, 48), (64, 64), (96, 96)), shape_weights=(1, 1, 1, 1)),
+    optim=dict(learning_rate=1e-3, warmup_steps=100),
+    train=dict(num_steps=num_steps, eval_every=num_steps),
+  )
