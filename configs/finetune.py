@@ -40,6 +40,7 @@ def get_config(model: str = ""):
     vae=dict(scaling_factor=0.0),  # that of the released weights
     repa=dict(weight=0.0),
     remat="full",
+    tokens=dict(bucket_rows=8),  # eight devices hold whole groups
     data=dict(global_batch=64),
     # [ours] about a tenth of the rate of training; 640,000 images.
     optim=dict(learning_rate=3e-5, warmup_steps=500, ema_decay=0.999),

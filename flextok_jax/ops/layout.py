@@ -1,6 +1,7 @@
 """Logical axes: names of array dimensions, and the axes of the device mesh over which each is sharded."""
 
 from collections.abc import Mapping, Sequence
+import math
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -48,12 +49,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Constrains the sharding of an intermediate result by the logical axes of its dimensions.
 
   The mesh is that of the arrays from which x was computed. Without a mesh, outside of jit, or if no dimension of x is
-  divisible, x is returned unchanged. The compiler chooses the sharding of named dimensions that are not divisible.
+  divisible, x is returned unchanged. The compiler chooses the sharding of named dimensions that are not divisible, but
+  a batch of at least half a row per device is padded: otherwise the compiler would split the products of layers whose
+  parameters are sharded over "fsdp", and sum their results over devices, which are larger than the parameters.
   """
   mesh = _mesh(x)
   if mesh is None:
     return x
   parts = split(names, x.shape, mesh.shape)
+  if "batch" in names:
+    dim, axes = names.index("batch"), tuple(axis for axis in RULES["batch"] if mesh.shape.get(axis, 1) > 1)
+    if 2 * x.shape[dim] >= math.prod(mesh.shape[axis] for axis in axes):
+      parts[dim] = axes
   if not any(parts):
     return x
   free = [name in RULES and not axes for name, axes in zip(names, parts)]

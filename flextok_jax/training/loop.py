@@ -94,8 +94,8 @@ def train(config: ConfigDict, workdir: str, make_evaluation: MakeEvaluation | No
   plan = plans.choose(config, jax.devices())
   if plan.impossible:
     raise ValueError(plan.problem)
-  if plan.problem:
-    processes.log_on_process_0(f"warning: {plan.problem}")
+  for warning in filter(None, (plan.problem, plan.advice)):
+    processes.log_on_process_0(f"warning: {warning}")
   mesh, config = sharding.make_mesh(**plan.axes), with_fields(config, {"mesh.chosen": plan.text})
   batch_size, num_steps = config.data.global_batch, config.train.num_steps
   sharding.check_batch(batch_size, config.optim.accumulate_steps, mesh)

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flextok_jax.config import with_fields
+from flextok_jax.config import TOKENIZER_STAGES, with_fields
 from flextok_jax.core import accelerators
 from flextok_jax.models import layers
 from flextok_jax.ops import attention
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages import make_stage
+from flextok_jax.stages.tokenizer import bucket_rows
 from flextok_jax.training import mup, optim
 from flextok_jax.training.state import TrainState, init_state
 
@@ -52,6 +53,7 @@ class Plan:
     text: the mesh, and what it is estimated to need.
     problem: why it may not fit, with the setting that would; "": it does, or the memory is unknown.
     impossible: whether it cannot fit, as the state alone is larger than the memory.
+    advice: a setting with which devices would compute less; "": none.
   """
 
   axes: dict[str, Any]
@@ -59,6 +61,7 @@ class Plan:
   text: str
   problem: str = ""
   impossible: bool = False
+  advice: str = ""
 
 
 def choose(config: ConfigDict, devices: Sequence[jax.Device], memory: float | None = None) -> Plan:
@@ -93,14 +96,30 @@ def choose(config: ConfigDict, devices: Sequence[jax.Device], memory: float | No
   text = ", ".join(f"{name} {size}" for name, size in zip(sharding.AXES, sizes))
   shard = shard and sizes[0] > 1
   text += ", update sharded over data" if shard else ""
+  advice = _advice(config, sizes[0] * sizes[1])
   if not estimates:
-    return Plan(axes, shard, text)
+    return Plan(axes, shard, text, advice=advice)
   needed = estimates.of(axes, shard)
   text += f": about {needed} of {memory / 1e9:.1f} GB"
   if needed.total <= memory:
-    return Plan(axes, shard, text)
+    return Plan(axes, shard, text, advice=advice)
   remedy = _remedy(config, estimates, given, len(devices), memory)
-  return Plan(axes, shard, text, f"out of memory expected with the mesh {text}: {remedy}", needed.state > memory)
+  problem = f"out of memory expected with the mesh {text}: {remedy}"
+  return Plan(axes, shard, text, problem, needed.state > memory, advice)
+
+
+def _advice(config: ConfigDict, parts: int) -> str:
+  """Returns the setting with which each of the parts of a batch holds whole groups of rows, if it does not."""
+  if config.stage not in TOKENIZER_STAGES or not config.fast or config.data.trajectories:
+    return ""
+  size = config.data.global_batch // config.optim.accumulate_steps
+  group, rows = bucket_rows(size, config.tokens.bucket_rows), size // parts
+  if not rows or rows % group == 0:
+    return ""
+  return (
+    f"each device has {rows} rows, but they run in groups of {group}, whose buckets are padded to divide among the "
+    f"devices: with tokens.bucket_rows={bucket_rows(rows, group)} they divide"
+  )
 
 
 def _fsdp_choices(given: Mapping[str, int], count: int) -> list[int]:

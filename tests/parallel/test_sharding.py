@@ -19,6 +19,7 @@ from flextok_jax.configs import ar, debug, flextok
 from flextok_jax.data import pipeline
 from flextok_jax.inference import generator as generation
 from flextok_jax.inference import tokenizer as api
+from flextok_jax.ops import layout
 from flextok_jax.parallel import sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.training import inputs, optim
@@ -227,6 +228,26 @@ def test_what_only_the_update_reads_is_sharded_over_data_too(shape, names, expec
   assert sharding.part_sizes(leaf, sizes)["x"] == math.prod(whole.shard_shape(shape))
 
 
+@pytest.mark.parametrize("rows, split", [(16, 2), (12, 2), (4, 1), (3, 3)])
+def test_a_batch_that_does_not_divide_is_padded(rows, split):
+  """Each device computes whole results of its rows; less than half a row per device is left to the compiler."""
+  mesh, names = mesh_of(*MESHES["fsdp"]), ("batch", None)
+  put = lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(rows, 64)).astype(np.float32)
+  w = rng.normal(size=(64, 128)).astype(np.float32)
+
+  @jax.jit
+  def apply(x, w):
+    return layout.constrain(layout.constrain(x, *names) @ w, *names)
+
+  placed = put(x, P()), put(w, P("fsdp", None))
+  found, text = apply(*placed), apply.lower(*placed).compile().as_text()
+  np.testing.assert_allclose(found, x @ w, rtol=1e-4, atol=1e-4)
+  shapes = re.findall(r" = f32\[([\d,]+)\]\S* dot\(", text)
+  assert shapes == [f"{split},128"]
+
+
 # The same numbers on any mesh.
 
 
@@ -331,15 +352,19 @@ def test_a_mesh_changes_no_loss(monkeypatch, alone, make, name, shard_update):
   assert used(state.ema) == used(state.opt_state) == (several if shard_update else several - {"data"})
 
 
-@pytest.mark.parametrize("name, remat", [("data", "full"), ("fsdp", "dots"), ("mixed", "none")])
-def test_a_mesh_changes_no_gradient(monkeypatch, name, remat):
-  """Of each parameter of a tokenizer with several buckets, all arrays sharded that can be."""
+@pytest.mark.parametrize(
+  "name, remat, rows", [("data", "full", 4), ("fsdp", "dots", 4), ("mixed", "none", 4), ("fsdp", "full", 16)]
+)
+def test_a_mesh_changes_no_gradient(monkeypatch, name, remat, rows):
+  """Of each parameter of a tokenizer with several buckets, all arrays sharded that can be; also of shared groups."""
   monkeypatch.setattr(sharding, "SMALL", 0)
   config = tokenizer_config()
-  config.update(tokens=dict(num_registers=16, nested_dropout="uniform", bucket_rows=4), data=dict(global_batch=32))
+  config.update(tokens=dict(num_registers=16, nested_dropout="uniform", bucket_rows=rows), data=dict(global_batch=32))
   config.remat = remat
   stage, images = make_stage(config), batches_of(config)[0]["image"]
-  assert len(stage._buckets(4)) > 1
+  buckets = stage._buckets(rows)
+  shared = [(end - first) * (32 // rows) % 8 for first, end, _ in buckets]
+  assert len(buckets) > 1 and any(shared) == (rows == 16)
   boxed = jax.eval_shape(stage.init_model, jax.random.key(0))[0]
   grad = lambda params, images: jax.grad(lambda p: stage.loss_fn(p, {"image": images}, jax.random.key(1), 0)[0])(params)
   params, mesh = make_params(stage), mesh_of(*MESHES[name])

@@ -136,6 +136,28 @@ def test_the_update_is_sharded_over_data_only_where_needed():
   assert not plan.choose(parse("ar:49m", "--config.mesh.shard_update=on", "--config.mesh.data=1"), devices).shard_update
 
 
+@pytest.mark.parametrize(
+  "spec, fields, machine, rows",
+  [
+    ("flextok:d18_d28_in1k", {}, "v5e:16x16", 4),
+    ("flextok:d18_d28_in1k", {"optim.accumulate_steps": 2}, "v5p:4x4x4", 8),
+    ("flextok:d18_d28_in1k", {"data.global_batch": 96}, "8 x H100 80 GB", 12),
+    ("flextok:d18_d28_in1k", {}, "v5p:4x4x4", None),  # 16 rows
+    ("flextok:d18_d28_in1k", {"tokens.bucket_rows": 2}, "v5e:16x16", None),
+    ("flextok:d18_d28_in1k", {"fast": False}, "v5e:16x16", None),  # one bucket
+    ("finetune:d18_d28_dfn", {}, "8 x H100 80 GB", None),
+    ("ar:49m", {}, "v5e:16x16", None),
+  ],
+)
+def test_groups_that_devices_share(spec, fields, machine, rows):
+  """The setting that it names leaves whole groups to each device."""
+  config = with_fields(parse(spec), fields)
+  text = plan.choose(config, MACHINES[machine]).advice
+  assert text.endswith(f"with tokens.bucket_rows={rows} they divide") if rows else not text
+  if rows:
+    assert not plan.choose(with_fields(config, {"tokens.bucket_rows": rows}), MACHINES[machine]).advice
+
+
 def test_slices_are_divided_by_whole_copies():
   """fsdp stays within a slice; without slices it would be 4."""
   axes = plan.choose(parse("flextok:d18_d28_in1k", "--config.mesh.slices=128"), MACHINES["v5e:16x16"]).axes
