@@ -171,7 +171,7 @@ def train(
 
   decoder = {"decoder": params["decoder"]}
   averaged, state = decoder, optimizer.init(decoder)
-  strata = np.stack([rows[: min(map(len, shards.strata()))] for rows in shards.strata()], 1)  # [groups, rows]
+  strata = np.array(list(zip(*shards.strata(shards.meta["group_rows"]))))  # [groups, rows]
   rng, start = np.random.default_rng(0), 0.0
   for step in range(num_steps):
     groups = rng.integers(len(strata), size=BATCH // strata.shape[1])

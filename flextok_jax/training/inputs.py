@@ -310,14 +310,15 @@ def train_batches(
       drop_condition = config.ar.drop_condition
       return tokens.train_batches(*open_tokens(config, "train"), data.loading, drop_condition=drop_condition, **batches)
     if config.stage == "distill" and config.data.trajectories:
+      rows = bucket_rows(config.data.global_batch, config.tokens.bucket_rows)
       records = trajectories.open_trajectories(
         config.data.trajectories,
         fingerprint=config.distill.teacher,
         intervals=math.lcm(*config.distill.steps),
         global_batch=config.data.global_batch,
-        rows=bucket_rows(config.data.global_batch, config.tokens.bucket_rows),
+        rows=rows,
       )
-      return trajectories.train_batches(records, data.loading, **batches)
+      return trajectories.train_batches(records, data.loading, rows=rows, **batches)
     if config.stage in TOKENIZER_STAGES and config.data.latents:
       records = _open_latents(config)
       if repa.section(config) is not None:

@@ -110,7 +110,7 @@ def choose(config: ConfigDict, devices: Sequence[jax.Device], memory: float | No
 
 def _advice(config: ConfigDict, parts: int) -> str:
   """Returns the setting with which each of the parts of a batch holds whole groups of rows, if it does not."""
-  if config.stage not in TOKENIZER_STAGES or not config.fast or config.data.trajectories:
+  if config.stage not in TOKENIZER_STAGES or not config.fast:
     return ""
   size = config.data.global_batch // config.optim.accumulate_steps
   group, rows = bucket_rows(size, config.tokens.bucket_rows), size // parts

@@ -82,12 +82,15 @@ def fixed(spec, rows, devices, fsdp, remat, **fields):
   """Returns (config, devices) of a row of the reports in docs/scaling.md."""
   fields |= {"data.global_batch": rows * len(devices), "mesh.fsdp": fsdp, "mesh.shard_update": "off", "remat": remat}
   fields |= {"data.latents": "DIR", "repa.weight": 0.0} if spec.startswith("flextok") else {}
+  fields |= {"data.trajectories": "DIR"} if spec.startswith("distill") else {}
   return with_fields(parse(spec), fields), devices
 
 
 REPORTS = [  # a row of the reports, the compiler's GB, and between which ratios to it the estimate lies
   (("flextok:d18_d28_in1k", 32, MACHINES["v5e:16x16"], 128, "full"), 7.6, (1, 1.3)),
   (("flextok:d18_d28_in1k", 16, MACHINES["v5e:16x16"], 128, "dots"), 11.6, (1, 1.3)),
+  (("finetune:d18_d28_dfn", 8, machine("TPU v5 lite", 8), 8, "full"), 10.4, (1, 1.3)),
+  (("distill:d12_d12", 16, MACHINES["v5p:4x4x4"], 1, "dots"), 12.6, (0.85, 1.1)),
   (("ar:1b3", 48, MACHINES["v5e:16x16"], 128, "dots"), 16.4, (1, 1.3)),
   (("ar:1b3", 128, MACHINES["v5p:4x4x4"], 64, "dots"), 45.1, (1, 1.3)),
   (("ar:1b3", 64, MACHINES["v6e:16x16"], 128, "dots"), 22.1, (1, 1.3)),

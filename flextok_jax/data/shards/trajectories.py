@@ -54,10 +54,14 @@ class TrajectoryShards(files.Shards):
       raise ValueError(f"its ids or their number do not match {files.META}")
     return record | facts
 
-  def strata(self) -> list[np.ndarray]:
-    """Returns the records that are row 0, 1, ... of their group, an array of indices each."""
-    rows = np.concatenate([np.arange(count) % self.meta["group_rows"] for count in self.meta["shard_records"]])
-    return [np.flatnonzero(rows == i) for i in range(self.meta["group_rows"])]
+  def strata(self, rows: int) -> list[np.ndarray]:
+    """Returns the records that may be row 0, 1, ... of a group of `rows` rows, an array of indices each.
+
+    `rows` divides group_rows: in a group of fewer rows, each has the lengths of several.
+    """
+    of_group = self.meta["group_rows"]
+    places = np.concatenate([np.arange(count) % of_group for count in self.meta["shard_records"]])
+    return [np.flatnonzero(places * rows // of_group == i) for i in range(rows)]
 
 
 def open_trajectories(
@@ -85,10 +89,11 @@ def open_trajectories(
       f"the trajectory shards have {meta['shape'][0] - 1} intervals per path, which distill.steps does not divide "
       f"(least common multiple {intervals}): {_REMEDY} and --config.distill.steps"
     )
-  if rows != meta["group_rows"]:
+  if meta["group_rows"] % rows:
     raise ValueError(
-      f"the trajectory shards have groups of {meta['group_rows']} rows, but those of a batch of {global_batch} have "
-      f"{rows}: set tokens.bucket_rows={meta['group_rows']} and data.global_batch to a multiple of it"
+      f"the trajectory shards have groups of {meta['group_rows']} rows, which those of a batch of {global_batch} "
+      f"({rows} rows) do not divide: set tokens.bucket_rows={meta['group_rows']} and data.global_batch to a multiple "
+      "of it"
     )
   return shards
 
@@ -105,20 +110,21 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_batches(
-  records: TrajectoryShards, loading: pipeline.Loading, *, seed: int, **batching: int
+  records: TrajectoryShards, loading: pipeline.Loading, *, seed: int, rows: int, **batching: int
 ) -> Iterator[dict[str, np.ndarray]]:
   """Returns an endless iterator over this process's rows of the global batches of paths.
 
-  As pipeline.train_batches, a pure function of (seed, step). Row i of each group is a record that was row i of its
-  group, so lengths stay stratified; every stratum has a shuffle of its own. A batch of b = global_batch / process_count
-  rows has token_ids int32 [b, n]; keep_k int32 [b]; path [b, m + 1, h, w, c] in its stored dtype; label, num_objects
-  and unreadable (always 0) int32 [b].
+  As pipeline.train_batches, a pure function of (seed, step). Row i of each group is a record of its stratum
+  (TrajectoryShards.strata), so lengths stay stratified; every stratum has a shuffle of its own. A batch of b =
+  global_batch / process_count rows has token_ids int32 [b, n]; keep_k int32 [b]; path [b, m + 1, h, w, c] in its
+  stored dtype; label, num_objects and unreadable (always 0) int32 [b].
 
   Args:
+    rows: per group.
     **batching: global_batch, start_step, process_index, process_count of pipeline.local_batches.
   """
   strata = []
-  for i, indices in enumerate(records.strata()):
+  for i, indices in enumerate(records.strata(rows)):
     shuffle_seed, _ = pipeline.seeds(seed, f"trajectories {i}")
     strata.append(grain.MapDataset.source(files.Subset(records, indices)).shuffle(seed=shuffle_seed).repeat())
   elements = grain.MapDataset.mix(strata).map(_row)  # in turn

@@ -112,24 +112,26 @@ def test_killed_and_rerun_with_other_batches_the_shards_are_the_same(root):
     np.testing.assert_allclose(one[i]["path"].astype(np.float32), two[i]["path"].astype(np.float32), atol=4e-3)
 
 
-def test_groups_of_a_batch_are_stratified_and_every_epoch_has_all_records(root):
+@pytest.mark.parametrize("rows", [ROWS, 2, 1])
+def test_groups_of_a_batch_are_stratified_and_every_epoch_has_all_records(root, rows):
+  """Also smaller groups than those that were written."""
   shards = trajectories.TrajectoryShards(root / "shards")
-  strata = shards.strata()
-  assert sorted(np.concatenate(strata)) == list(range(len(shards))) and len(strata) == ROWS
-  bounds = nested.row_bounds("pow2", REGISTERS, 0.0, ROWS)
+  strata = shards.strata(rows)
+  assert sorted(np.concatenate(strata)) == list(range(len(shards))) and len(strata) == rows
+  bounds = nested.row_bounds("pow2", REGISTERS, 0.0, rows)
 
   def batches(start, count, **options):
     loading = pipeline.Loading(num_threads=2, num_workers=0, prefetch=1)
-    found = trajectories.train_batches(shards, loading, seed=3, global_batch=8, start_step=start, **options)
+    found = trajectories.train_batches(shards, loading, seed=3, rows=rows, global_batch=8, start_step=start, **options)
     with pipeline.closing(found, loading):
       return [next(found) for _ in range(count)]
 
   whole = batches(0, 12)
-  seen = [b["path"][i, 0, 0, 0, 0] for b in whole[:6] for i in range(8) if i % ROWS == 0]
+  seen = [b["path"][i, 0, 0, 0, 0] for b in whole for i in range(8) if i % rows == 0]
   first = {shards[i]["path"][0, 0, 0, 0] for i in strata[0]}
   assert set(seen[: len(strata[0])]) == first
   for batch in whole:
-    assert (batch["keep_k"].reshape(2, ROWS) <= bounds).all()
+    assert (batch["keep_k"].reshape(-1, rows) <= bounds).all()
     assert batch["path"].shape == (8, 5, SIZE, SIZE, 3) and batch["path"].dtype == np.float16
   (later,) = batches(7, 1)
   halves = [batches(7, 1, process_index=i, process_count=2)[0] for i in range(2)]
@@ -201,7 +203,9 @@ def test_bad_input(root, tmp_path):
   train_with(
     "4 intervals per path, which distill.steps does not divide .*multiple 8", config, **{"distill.steps": (1, 8)}
   )
-  train_with("groups of 4 rows, but those of a batch of 8 have 8", config, **{"tokens.bucket_rows": 8})
+  train_with(
+    "groups of 4 rows, which those of a batch of 8 .8 rows. do not divide", config, **{"tokens.bucket_rows": 8}
+  )
   train_with("stage 'distill' needs a teacher: set init_from", config, init_from="")
   student = FlexTok(make_params(make_stage(config)), FrozenConfigDict(config))
   saving.save_weights(str(tmp_path / "student.safetensors"), config, student.params)
