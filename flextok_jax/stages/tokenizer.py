@@ -446,7 +446,7 @@ class TokenizerStage(Stage):
     return repa_ops.alignment_loss(self.projector.apply({"params": params["repa"]}, features), teacher)
 
   def activation_bytes(self, rows: float, maps: Maps, images: bool) -> float:
-    """See Stage. The rows of a group are shared by devices that have fewer: each of them computes the whole group."""
+    """See Stage. A group that devices share counts for each as a whole, more than its padded rows."""
     group_rows = self.tokens.bucket_rows
     rows = math.ceil(rows / group_rows) * group_rows if self.fast else rows
     total = largest = 0.0

@@ -117,8 +117,8 @@ def _advice(config: ConfigDict, parts: int) -> str:
   if not rows or rows % group == 0:
     return ""
   return (
-    f"each device has {rows} rows, but they run in groups of {group}, whose buckets are padded to divide among the "
-    f"devices: with tokens.bucket_rows={bucket_rows(rows, group)} they divide"
+    f"each device has {rows} row{'s' * (rows > 1)}, but they run in groups of {group}, whose buckets are padded to "
+    f"divide among the devices: with tokens.bucket_rows={bucket_rows(rows, group)} they divide"
   )
 
 
