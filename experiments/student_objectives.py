@@ -87,9 +87,10 @@ def squared(error: jax.Array) -> jax.Array:
 def paths_loss(stage: DistillStage, own: bool) -> Loss:
   """Returns the loss of stage "distill", from the student's own states or from the teacher's."""
 
-  def teacher_states(params, rows, num_steps, segment):
+  def teacher_states(params, buckets):
     del params
-    return rows.path[jnp.arange(len(segment)), segment * (stage.intervals // num_steps)]
+    every = stage.intervals // jnp.asarray(stage.steps, jnp.int32)
+    return [rows.path[jnp.arange(len(segment))[:, None], segment * every] for rows, segment in buckets]
 
   if not own:
     stage._own_states = teacher_states  # type: ignore[method-assign]
@@ -98,7 +99,7 @@ def paths_loss(stage: DistillStage, own: bool) -> Loss:
     del averaged
     shape = rows.keep_k.size, len(stage.steps)
     segment = jax.random.randint(key, shape, 0, jnp.asarray(stage.steps, jnp.int32), jnp.int32)
-    return stage._errors(params, [(rows, segment)])[0].mean()
+    return stage._errors(params, [(rows, segment, None)])[0].mean()
 
   return loss
 

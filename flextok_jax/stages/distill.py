@@ -22,7 +22,7 @@ from flextok_jax.models.tokenizer.decoder import Inputs
 from flextok_jax.models.tokenizer.flextok import Sampler, sample_path
 from flextok_jax.ops import flow, fsq, nested
 from flextok_jax.stages.stage import Params
-from flextok_jax.stages.tokenizer import TokenizerStage, bucket_rows, group, ungroup
+from flextok_jax.stages.tokenizer import TokenizerStage, bucket_of, bucket_rows, group, ungroup
 
 
 def student_config(config: ConfigDict, steps: Sequence[int]) -> ConfigDict:
@@ -182,13 +182,21 @@ class DistillStage(TokenizerStage):
       key: of the intervals.
       paths: (registers to compute, rows of a bucket) -> their paths.
     """
-    shape = (*rows.keep_k.shape, len(self.steps))
-    segment = jax.random.randint(key, shape, 0, jnp.asarray(self.steps, jnp.int32), jnp.int32)
+    shape, steps = (*rows.keep_k.shape, len(self.steps)), jnp.asarray(self.steps, jnp.int32)
+    segment = jax.random.randint(key, shape, 0, steps, jnp.int32)
+    # Computed once for all buckets, as in TokenizerStage.
+    modulations = self._modulations(params, 1 - segment / steps, jnp.broadcast_to(1 / steps, shape))
 
-    def run(buckets: list[tuple[int, tuple[Any, jax.Array]]]) -> list[jax.Array]:
-      return self._errors(params, [(paths(length, rows), segment) for length, (rows, segment) in buckets])
+    def cut(rows: Any, first: int, end: int) -> Any:
+      rows, segment, modulations = rows
+      # [..., g, r, n, f] -> [..., g * (end - first) * n, f]
+      of_rows = lambda x: x[..., first:end, :, :].reshape(*x.shape[:-4], -1, x.shape[-1])
+      return *bucket_of((rows, segment), first, end), jax.tree.map(of_rows, modulations)
 
-    losses = self._run_buckets((rows, segment), run)  # [b, n]
+    def run(buckets: list[tuple[int, Any]]) -> list[jax.Array]:
+      return self._errors(params, [(paths(length, rows), *rest) for length, (rows, *rest) in buckets])
+
+    losses = self._run_buckets((rows, segment, modulations), run, cut)  # [b, n]
     keep_k, size = ungroup(rows.keep_k), losses.shape[0]
     metrics = {"loss": (losses.mean(1).sum(), jnp.float32(size))}
     metrics |= {f"loss_n{n}": (losses[:, i].sum(), jnp.float32(size)) for i, n in enumerate(self.steps)}
@@ -199,37 +207,75 @@ class DistillStage(TokenizerStage):
       low = high
     return losses.mean(), metrics
 
-  def _errors(self, params: Params, buckets: Sequence[tuple[Paths, jax.Array]]) -> list[jax.Array]:
-    """Returns the errors [b, n] of the rows [b, ...] of each bucket for the steps segment int [b, n], see _loss."""
-    join = jnp.concatenate
-    repeat = lambda x: join([x] * len(self.steps))  # [b, ...] -> [n * b, ...]
-    inputs, targets, counts = [], [], []
-    for rows, segment in buckets:
-      size = rows.keep_k.size
-      steps = jnp.repeat(jnp.asarray(self.steps, jnp.int32), size)  # [n * b]
-      x_t = join([self._own_states(params, rows, n, segment[:, i]) for i, n in enumerate(self.steps)])
-      segment = segment.T.reshape(-1)  # [b, n] -> [n * b]
-      x_r = rows.path[jnp.arange(steps.size) % size, (segment + 1) * (self.intervals // steps)]
-      targets.append((x_t - x_r) * steps[:, None, None, None])
-      counts.append(steps.astype(jnp.float32))
-      t, drop = 1 - segment / counts[-1], jnp.zeros(steps.size, bool)
-      inputs.append(Inputs(x_t, t, repeat(rows.codes), repeat(rows.keep_k), drop, interval=1 / counts[-1]))
+  def _errors(self, params: Params, buckets: Sequence[tuple[Paths, jax.Array, Any]]) -> list[jax.Array]:
+    """Returns the errors [b, n] of the rows of each bucket, see _loss.
+
+    Args:
+      params: of the model.
+      buckets: rows [b, ...] of each, their steps segment int [b, n], and modulations [..., b * n, f] or None.
+    """
+    repeat = lambda x: jnp.repeat(x, len(self.steps), axis=0)  # [b, ...] -> [b * n, ...]
+    steps = jnp.asarray(self.steps, jnp.int32)
+    starts = self._own_states(params, [(rows, segment) for rows, segment, _ in buckets])
+    inputs, targets = [], []
+    for (rows, segment, modulations), x_t in zip(buckets, starts, strict=True):
+      x_r = rows.path[jnp.arange(rows.keep_k.size)[:, None], (segment + 1) * (self.intervals // steps)]
+      targets.append((x_t - x_r) * steps[:, None, None, None])  # [b, n, h, w, c]
+      t, interval = 1 - segment / steps, jnp.broadcast_to(1 / steps, segment.shape)
+      inputs.append(
+        Inputs(
+          x_t=ungroup(x_t),
+          t=ungroup(t),
+          codes=repeat(rows.codes),
+          keep_k=repeat(rows.keep_k),
+          drop_condition=jnp.zeros(segment.size, bool),
+          modulations=modulations,
+          interval=ungroup(interval),
+        )
+      )
     velocities: Any = self.model.apply({"params": params}, inputs, method="velocity_batches")
-    errors = [jnp.square(v - y).mean((1, 2, 3)) / n for (v, _), y, n in zip(velocities, targets, counts, strict=True)]
-    return [x.reshape(len(self.steps), -1).T for x in errors]  # [n * b] -> [b, n]
+    return [jnp.square(v.reshape(y.shape) - y).mean((2, 3, 4)) / steps for (v, _), y in zip(velocities, targets)]
 
-  def _own_states(self, params: Params, rows: Paths, num_steps: int, segment: jax.Array) -> jax.Array:
-    """Returns the latents [b, h, w, c] at which the student's own sampler begins its step `segment` int [b]."""
+  def _own_states(self, params: Params, buckets: Sequence[tuple[Paths, jax.Array]]) -> list[jax.Array]:
+    """Returns the latents [b, n, h, w, c] at which the student's own samplers begin their steps segment int [b, n].
 
-    def velocity(x: jax.Array, t: jax.Array, carry: Any, _: Any) -> tuple[jax.Array, Any]:
-      t, interval = jnp.full(segment.shape, t), jnp.full(segment.shape, 1 / num_steps)
-      inputs = x, t, rows.codes, rows.keep_k, jnp.zeros(segment.shape, bool)
-      v: Any = self.model.apply({"params": params}, *inputs, interval=interval, method="velocity")
-      return v, carry
+    The samplers of all numbers of steps take their first, second, ... steps together, in all buckets: sharded
+    parameters are gathered as often as the longest sampler needs.
+    """
+    # Of each bucket and number of steps: states [b, k, h, w, c] that its sampler has reached.
+    reached = [{n: [rows.path[:, :1]] for n in self.steps} for rows, _ in buckets]
+    taken = 0
+    for last in sorted({n - 1 for n in self.steps} - {0}):
+      active = [n for n in self.steps if n > last]
+      counts = jnp.asarray(active, jnp.float32)
+      t = 1 - jnp.arange(taken, last, dtype=jnp.float32)[:, None] / counts  # [k, a]
+      modulations = self._modulations(params, t, jnp.broadcast_to(1 / counts, t.shape))
+      # [..., k, a, f] -> [k, ..., a, f]
+      modulations = jax.tree.map(lambda x: jnp.moveaxis(x, -3, 0), modulations)
 
-    x = rows.path[:, 0]
-    if num_steps == 1:
-      return x
-    last, _, states = flow.euler_steps(velocity, x, num_steps, flow.step_times(num_steps)[:-1], None, None)
-    states = jnp.concatenate([states, last[None]])  # [num_steps, b, h, w, c]
-    return jax.lax.stop_gradient(states[segment, jnp.arange(segment.size)])
+      def step(states: list[jax.Array], of_step: Any, active: list[int] = active, counts: jax.Array = counts) -> Any:
+        t, modulations = of_step
+        inputs = []
+        for x, (rows, _) in zip(states, buckets, strict=True):
+          size, repeat = rows.keep_k.size, functools.partial(jnp.repeat, repeats=len(active), axis=0)
+          # [..., a, f] -> [..., b * a, f]
+          of_rows = jax.tree.map(lambda m, size=size: jnp.tile(m, (size, 1)), modulations)
+          drop = jnp.zeros(size * len(active), bool)
+          inputs.append(Inputs(ungroup(x), jnp.tile(t, size), repeat(rows.codes), repeat(rows.keep_k), drop, of_rows))
+        velocities: Any = self.model.apply({"params": params}, inputs, method="velocity_batches")
+        steps = counts[:, None, None, None]
+        states = [x - v.reshape(x.shape) / steps for x, (v, _) in zip(states, velocities, strict=True)]
+        return states, states
+
+      first = [jnp.stack([states[n][-1][:, -1] for n in active], axis=1) for states in reached]  # [b, a, h, w, c]
+      _, found = jax.lax.scan(step, first, (t, modulations))
+      for states, new in zip(reached, found, strict=True):
+        for i, n in enumerate(active):
+          states[n].append(new[:, :, i].swapaxes(0, 1))  # [k, b, h, w, c] -> [b, k, h, w, c]
+      taken = last
+
+    def begin(states: dict[int, list[jax.Array]], segment: jax.Array) -> jax.Array:
+      row = jnp.arange(segment.shape[0])
+      return jnp.stack([jnp.concatenate(states[n], 1)[row, segment[:, i]] for i, n in enumerate(self.steps)], axis=1)
+
+    return [jax.lax.stop_gradient(begin(states, segment)) for states, (_, segment) in zip(reached, buckets)]

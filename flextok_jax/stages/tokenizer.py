@@ -350,10 +350,14 @@ class TokenizerStage(Stage):
       shape, corruption_key = (*keep_k.shape, n), jax.random.fold_in(key, 6)
       corruption = fsq.sample_corruption(corruption_key, shape, self.model.levels, self.corruption_rate)
     # Computed once for all buckets: most parameters of the decoder are read, and their gradient is summed, only once.
-    modulations = self.model.apply({"params": params}, t.reshape(-1), method="modulations")
-    # [..., b, f] -> [..., g, r, f]
-    modulations = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], *t.shape, x.shape[-1]), modulations)
+    modulations = self._modulations(params, t)
     return Rows(latents, t, noise, keep_k, drop, unquantized, corruption, modulations), order
+
+  def _modulations(self, params: Params, t: jax.Array, interval: jax.Array | None = None) -> Any:
+    """Returns Decoder.modulations of times [..], and of a student's intervals: a tree of [..., *t.shape, f]."""
+    interval = interval if interval is None else interval.reshape(-1)
+    found = self.model.apply({"params": params}, t.reshape(-1), interval, method="modulations")
+    return jax.tree.map(lambda x: x.reshape(*x.shape[:-2], *t.shape, x.shape[-1]), found)
 
   def _buckets(self, count: int) -> list[tuple[int, int, int]]:
     """Returns the buckets of groups of `count` rows: (first row, end, registers to compute).
