@@ -221,7 +221,9 @@ def test_runs_record_the_mesh_and_choose_again(tmp_path, monkeypatch, capfd):
   config.update(train=dict(num_steps=2, log_every=1, checkpoint_every=1))
   train(config, str(tmp_path / "run"))
   first = read_config(tmp_path / "run").mesh.chosen
-  assert re.match(r"data [124], fsdp [248], tensor 1: about 0.0 GB", first) and first in capfd.readouterr().out
+  out = capfd.readouterr().out
+  assert re.match(r"data [124], fsdp [248], tensor 1: about 0.0 GB", first) and first in out
+  assert "warning: each device has 1 row, but they run in groups of 8" in out
 
   two = jax.devices()[:2]
   monkeypatch.setattr(jax, "devices", lambda *args: two)
