@@ -36,7 +36,7 @@ from flextok_jax.data.shards.trajectories import TrajectoryShards
 from flextok_jax.data.sources import synthetic
 from flextok_jax.evals.studies import steps as steps_study
 from flextok_jax.inference.tokenizer import FlexTok, load
-from flextok_jax.ops import flow, fsq, guidance
+from flextok_jax.ops import flow, guidance
 from flextok_jax.stages.distill import DistillStage, Paths, student_config
 from flextok_jax.training import optim
 from flextok_jax.weights import loading
@@ -161,9 +161,7 @@ def train(
 
   @jax.jit
   def update(decoder, averaged, state, batch, key):
-    codes = fsq.ids_to_codes(batch["token_ids"], stage.model.levels)
-    every = (batch["path"].shape[1] - 1) // stage.intervals
-    rows = Paths(codes, batch["keep_k"], batch["path"][:, ::every].astype(jnp.float32))
+    rows = stage.stored_paths(batch)
     of = lambda decoder: loss({**params, **decoder}, {**params, **averaged}, rows, key)
     value, grads = jax.value_and_grad(of)(decoder)
     updates, state = optimizer.update(grads, state, decoder)

@@ -45,6 +45,11 @@ def split(names: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str,
   return parts
 
 
+def batch_parts(sizes: Mapping[str, int]) -> int:
+  """Returns the number of shards of a batch; `sizes` as in split."""
+  return math.prod(sizes.get(axis, 1) for axis in RULES["batch"])
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Constrains the sharding of an intermediate result by the logical axes of its dimensions.
 
@@ -58,9 +63,9 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return x
   parts = split(names, x.shape, mesh.shape)
   if "batch" in names:
-    dim, axes = names.index("batch"), tuple(axis for axis in RULES["batch"] if mesh.shape.get(axis, 1) > 1)
-    if 2 * x.shape[dim] >= math.prod(mesh.shape[axis] for axis in axes):
-      parts[dim] = axes
+    dim = names.index("batch")
+    if 2 * x.shape[dim] >= batch_parts(mesh.shape):
+      parts[dim] = tuple(axis for axis in RULES["batch"] if mesh.shape.get(axis, 1) > 1)
   if not any(parts):
     return x
   free = [name in RULES and not axes for name, axes in zip(names, parts)]

@@ -75,7 +75,7 @@ def axis_sizes(data: int, fsdp: int, tensor: int, count: int) -> list[int]:
 
 def batch_parts(mesh: Mesh) -> int:
   """Returns the number of shards of the batch on a mesh."""
-  return math.prod(mesh.shape.get(axis, 1) for axis in layout.RULES["batch"])
+  return layout.batch_parts(mesh.shape)
 
 
 def check_batch(global_batch: int, accumulate_steps: int, mesh: Mesh) -> None:

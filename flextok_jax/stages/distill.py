@@ -22,7 +22,7 @@ from flextok_jax.models.tokenizer.decoder import Inputs
 from flextok_jax.models.tokenizer.flextok import Sampler, sample_path
 from flextok_jax.ops import flow, fsq, nested
 from flextok_jax.stages.stage import Params
-from flextok_jax.stages.tokenizer import TokenizerStage, bucket_of, bucket_rows, group, ungroup
+from flextok_jax.stages.tokenizer import TokenizerStage, bucket_of, bucket_rows, cut_modulations, group, ungroup
 
 
 def student_config(config: ConfigDict, steps: Sequence[int]) -> ConfigDict:
@@ -53,6 +53,12 @@ class Paths(flax.struct.PyTreeNode):
   codes: jax.Array  # [g, r, n, code_dim], quantised
   keep_k: jax.Array  # int [g, r]
   path: jax.Array  # [g, r, m + 1, h, w, c], states at the times 1, 1 - 1 / m, ..., 0
+
+
+def intervals_of(segment: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the times at which the steps `segment`, from 0, of samplers of `steps` steps begin, and their lengths."""
+  t = 1 - segment / steps
+  return t, jnp.broadcast_to(1 / steps, t.shape)
 
 
 class DistillStage(TokenizerStage):
@@ -108,11 +114,15 @@ class DistillStage(TokenizerStage):
     """
     if "path" not in batch:
       return super().loss_fn(params, batch, key, step)
-    codes = fsq.ids_to_codes(batch["token_ids"], self.model.levels)
-    every = (batch["path"].shape[1] - 1) // self.intervals  # states of the shards per state that is used
-    rows = Paths(codes, batch["keep_k"], batch["path"][:, ::every].astype(jnp.float32))
+    rows = self.stored_paths(batch)
     rows = jax.tree.map(lambda x: group(x, bucket_rows(x.shape[0], self.tokens.bucket_rows)), rows)
     return self._loss(params, rows, key, lambda length, rows: rows.replace(codes=rows.codes[:, :length]))
+
+  def stored_paths(self, batch: Mapping) -> Paths:
+    """Returns rows of trajectory shards, see loss_fn, as paths [b, ...]."""
+    codes = fsq.ids_to_codes(batch["token_ids"], self.model.levels)
+    every = (batch["path"].shape[1] - 1) // self.intervals  # states of the shards per state that is used
+    return Paths(codes, batch["keep_k"], batch["path"][:, ::every].astype(jnp.float32))
 
   def latents_loss(
     self, params: Params, latents: jax.Array, key: jax.Array, teacher: jax.Array | None = None
@@ -184,14 +194,14 @@ class DistillStage(TokenizerStage):
     """
     shape, steps = (*rows.keep_k.shape, len(self.steps)), jnp.asarray(self.steps, jnp.int32)
     segment = jax.random.randint(key, shape, 0, steps, jnp.int32)
-    # Computed once for all buckets, as in TokenizerStage.
-    modulations = self._modulations(params, 1 - segment / steps, jnp.broadcast_to(1 / steps, shape))
+    # Computed once for all buckets, as in TokenizerStage: [..., g, r * n, f].
+    flat = lambda x: x.reshape(len(x), -1)
+    modulations = self._modulations(params, *map(flat, intervals_of(segment, steps)))
 
     def cut(rows: Any, first: int, end: int) -> Any:
       rows, segment, modulations = rows
-      # [..., g, r, n, f] -> [..., g * (end - first) * n, f]
-      of_rows = lambda x: x[..., first:end, :, :].reshape(*x.shape[:-4], -1, x.shape[-1])
-      return *bucket_of((rows, segment), first, end), jax.tree.map(of_rows, modulations)
+      n = len(self.steps)
+      return *bucket_of((rows, segment), first, end), cut_modulations(modulations, first * n, end * n)
 
     def run(buckets: list[tuple[int, Any]]) -> list[jax.Array]:
       return self._errors(params, [(paths(length, rows), *rest) for length, (rows, *rest) in buckets])
@@ -221,16 +231,16 @@ class DistillStage(TokenizerStage):
     for (rows, segment, modulations), x_t in zip(buckets, starts, strict=True):
       x_r = rows.path[jnp.arange(rows.keep_k.size)[:, None], (segment + 1) * (self.intervals // steps)]
       targets.append((x_t - x_r) * steps[:, None, None, None])  # [b, n, h, w, c]
-      t, interval = 1 - segment / steps, jnp.broadcast_to(1 / steps, segment.shape)
+      t, interval = map(ungroup, intervals_of(segment, steps))
       inputs.append(
         Inputs(
           x_t=ungroup(x_t),
-          t=ungroup(t),
+          t=t,
           codes=repeat(rows.codes),
           keep_k=repeat(rows.keep_k),
           drop_condition=jnp.zeros(segment.size, bool),
           modulations=modulations,
-          interval=ungroup(interval),
+          interval=interval,
         )
       )
     velocities: Any = self.model.apply({"params": params}, inputs, method="velocity_batches")
@@ -248,8 +258,8 @@ class DistillStage(TokenizerStage):
     for last in sorted({n - 1 for n in self.steps} - {0}):
       active = [n for n in self.steps if n > last]
       counts = jnp.asarray(active, jnp.float32)
-      t = 1 - jnp.arange(taken, last, dtype=jnp.float32)[:, None] / counts  # [k, a]
-      modulations = self._modulations(params, t, jnp.broadcast_to(1 / counts, t.shape))
+      t, interval = intervals_of(jnp.arange(taken, last, dtype=jnp.float32)[:, None], counts)  # [k, a]
+      modulations = self._modulations(params, t, interval)
       # [..., k, a, f] -> [k, ..., a, f]
       modulations = jax.tree.map(lambda x: jnp.moveaxis(x, -3, 0), modulations)
 

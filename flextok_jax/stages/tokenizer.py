@@ -205,8 +205,7 @@ class Rows(flax.struct.PyTreeNode):
 
   def bucket(self, first: int, end: int) -> "Rows":
     """Returns the rows first .. end - 1 of all groups: [g, r, ...] -> [g * (end - first), ...]."""
-    cut = lambda x: x[..., first:end, :].reshape(*x.shape[:-3], -1, x.shape[-1])
-    modulations = jax.tree.map(cut, self.modulations)
+    modulations = cut_modulations(self.modulations, first, end)
     return bucket_of(self.replace(modulations=None), first, end).replace(modulations=modulations)
 
 
@@ -223,6 +222,11 @@ def ungroup(x: jax.Array) -> jax.Array:
 def bucket_of(rows: Any, first: int, end: int) -> Any:
   """Returns the rows first .. end - 1 of all groups: a tree of [g, r, ...] -> [g * (end - first), ...]."""
   return jax.tree.map(lambda x: ungroup(x[:, first:end]), rows)
+
+
+def cut_modulations(modulations: Any, first: int, end: int) -> Any:
+  """Returns those of the rows first .. end - 1 of all groups: tree of [..., g, r, f] -> [..., g * (end - first), f]."""
+  return jax.tree.map(lambda x: x[..., first:end, :].reshape(*x.shape[:-3], -1, x.shape[-1]), modulations)
 
 
 class TokenizerStage(Stage):

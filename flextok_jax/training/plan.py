@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from flextok_jax.config import TOKENIZER_STAGES, with_fields
 from flextok_jax.core import accelerators
 from flextok_jax.models import layers
-from flextok_jax.ops import attention
+from flextok_jax.ops import attention, layout
 from flextok_jax.parallel import processes, sharding
 from flextok_jax.stages import make_stage
 from flextok_jax.stages.tokenizer import bucket_rows
@@ -96,16 +96,16 @@ def choose(config: ConfigDict, devices: Sequence[jax.Device], memory: float | No
   text = ", ".join(f"{name} {size}" for name, size in zip(sharding.AXES, sizes))
   shard = shard and sizes[0] > 1
   text += ", update sharded over data" if shard else ""
-  advice = _advice(config, sizes[0] * sizes[1])
-  if not estimates:
-    return Plan(axes, shard, text, advice=advice)
-  needed = estimates.of(axes, shard)
-  text += f": about {needed} of {memory / 1e9:.1f} GB"
-  if needed.total <= memory:
-    return Plan(axes, shard, text, advice=advice)
-  remedy = _remedy(config, estimates, given, len(devices), memory)
-  problem = f"out of memory expected with the mesh {text}: {remedy}"
-  return Plan(axes, shard, text, problem, needed.state > memory, advice)
+  problem, impossible = "", False
+  if estimates:
+    needed = estimates.of(axes, shard)
+    text += f": about {needed} of {memory / 1e9:.1f} GB"
+    if needed.total > memory:
+      remedy = _remedy(config, estimates, given, len(devices), memory)
+      problem, impossible = f"out of memory expected with the mesh {text}: {remedy}", needed.state > memory
+  return Plan(
+    axes, shard, text, problem, impossible, _advice(config, layout.batch_parts(dict(zip(sharding.AXES, sizes))))
+  )
 
 
 def _advice(config: ConfigDict, parts: int) -> str:
