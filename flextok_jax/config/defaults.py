@@ -238,9 +238,9 @@ def get_config() -> ConfigDict:
   c.data.sources = ConfigDict()
   # Procedural scenes: pixels per side when drawn; "scenes", or "plain" for flat shapes on plain backgrounds.
   c.data.sources.synthetic = ConfigDict(dict(weight=0.0, render_size=64, style="scenes"))
-  # A font, or a folder of glyphs in several styles; "" finds the system's NotoColorEmoji.ttf. centered: all of one size
-  # on white, in place of random places, sizes and backgrounds. light: on plain light colours.
-  c.data.sources.emoji = ConfigDict(dict(weight=0.0, path="", centered=False, light=False))
+  # A font, or a folder of glyphs in several styles; "" finds the system's NotoColorEmoji.ttf. centered: share of one
+  # size on white, in place of random places, sizes and backgrounds. light: on plain light colours.
+  c.data.sources.emoji = ConfigDict(dict(weight=0.0, path="", centered=0.0, light=False))
   # Photographs of scikit-image and scikit-learn, and of a folder's subfolders train and validation; "": no folder.
   c.data.sources.photos = ConfigDict(dict(weight=0.0, min_crop=64, path=""))
   # A folder of pictures; class = subfolder. caption_key, label_key: fields of metadata.jsonl or metadata.csv; "": those

@@ -207,6 +207,7 @@ RANGES = {
   "data.max_unreadable": FRACTION,
   "data.sources.synthetic.render_size": whole(1, 4096),
   "data.sources.synthetic.style": one_of("scenes", "plain"),
+  "data.sources.emoji.centered": FRACTION,
   "data.sources.photos.min_crop": COUNT,
   **{f"data.sources.{name}.weight": NOT_NEGATIVE for name in get_config().data.sources},
   "optim.name": one_of("adamw", "muon"),

@@ -2,7 +2,8 @@
 
 Sequences are short (MAX_LENGTH), so all keys fit at once: the softmax is the direct one, and the gradient recomputes
 the weights from q and k. Arrays are transposed, positions last, [lk, lq]: this is the layout that XLA uses around
-attention, and sums over keys run along sublanes.
+attention, and sums over keys run along sublanes. A step of the grid has several heads, as one alone takes no longer
+than to start its copies to VMEM.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-MAX_LENGTH = 896  # queries or keys: the matrices of the gradient fit in 16 MB, the least VMEM of any TPU
+FORWARD, BACKWARD = "attention", "attention_gradient"  # names of the kernels
+MAX_LENGTH = 896  # queries or keys: the matrices of the gradient fit in VMEM
+VMEM = 15e6  # bytes; XLA gives a kernel 16 MB on TPUs with the least
+MAX_HEADS = 8  # of a step
 
 _MASKED = -(2.0**120)  # added to a logit; exact in bfloat16
 _INNER = (((1,), (0,)), ((), ()))  # x y
@@ -44,7 +48,7 @@ def attend(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(q, k, v, bias, mask, scale):
   """q [b, h, e, lq], k, v [b, h, e, lk], bias float32 [b, lk, 1], mask bfloat16 [lk, lq] or None -> [b, h, e, lq]."""
-  return _per_device(functools.partial(_run, _forward_kernel, 1, scale), q, k, v, bias, mask)[0]
+  return _per_device(functools.partial(run_kernel, FORWARD, scale), q, k, v, bias, mask)[0]
 
 
 def _attend_fwd(q, k, v, bias, mask, scale):
@@ -52,57 +56,79 @@ def _attend_fwd(q, k, v, bias, mask, scale):
 
 
 def _attend_bwd(scale, residuals, grad):
-  return *_per_device(functools.partial(_run, _backward_kernel, 3, scale), *residuals, grad), None, None
+  return *_per_device(functools.partial(run_kernel, BACKWARD, scale), *residuals, grad), None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _run(kernel: Callable, outputs: int, scale: float, q, k, v, bias, mask, *grad) -> list[jax.Array]:
-  """Runs a kernel over samples and heads; its outputs have the shapes of the first `outputs` of q, k, v."""
+def run_kernel(name: str, scale: float, q, k, v, bias, mask, *grad) -> list[jax.Array]:
+  """Runs FORWARD or BACKWARD over samples and heads.
+
+  Args:
+    name: of the kernel.
+    scale: of the products of queries and keys.
+    q, k, v, bias, mask: see _attend.
+    grad: of the output, for BACKWARD.
+
+  Returns:
+    The output [b, h, e, lq], or the gradients of q, k and v.
+  """
+  kernel, outputs = {FORWARD: (_forward_kernel, 1), BACKWARD: (_backward_kernel, 3)}[name]
   (batch, heads, head_dim, queries), keys = q.shape, k.shape[-1]
-  of_query = pl.BlockSpec((None, None, head_dim, queries), lambda i, j: (i, j, 0, 0))
-  of_key = pl.BlockSpec((None, None, head_dim, keys), lambda i, j: (i, j, 0, 0))
+  count = _heads_of_step(heads, head_dim, max(queries, keys), q.dtype.itemsize)
+  of_query = pl.BlockSpec((None, count, head_dim, queries), lambda i, j: (i, j, 0, 0))
+  of_key = pl.BlockSpec((None, count, head_dim, keys), lambda i, j: (i, j, 0, 0))
   of_bias = pl.BlockSpec((None, keys, 1), lambda i, j: (i, 0, 0))
   of_mask = None if mask is None else pl.BlockSpec((keys, queries), lambda i, j: (0, 0))
   return pl.pallas_call(
     functools.partial(kernel, scale=scale),
-    grid=(batch, heads),
+    grid=(batch, heads // count),
     in_specs=[of_query, of_key, of_key, of_bias, of_mask] + [of_query] * len(grad),
     out_specs=[of_query, of_key, of_key][:outputs],
     out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)[:outputs]],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-    name="attention" if outputs == 1 else "attention_gradient",
+    name=name,
   )(q, k, v, bias, mask, *grad)
+
+
+def _heads_of_step(heads: int, head_dim: int, length: int, itemsize: int) -> int:
+  """Returns how many heads a step of the grid computes: the most that divide `heads` and fit."""
+  one = 2 * 7 * head_dim * length * itemsize  # blocks of the gradient, for this step and the next
+  most = min(MAX_HEADS, int((VMEM - 4 * 4 * length**2) / one))  # beside four float32 matrices
+  return max(count for count in range(1, heads + 1) if heads % count == 0 and count <= max(1, most))
 
 
 _dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 
-def _weights(q, k, bias_ref, mask_ref, scale: float) -> jax.Array:
-  """Returns the softmax of a head, float32 [lk, lq]."""
+def _weights(q, k, bias_ref, mask_ref, scale: float) -> tuple[jax.Array, jax.Array]:
+  """Returns the softmax of a head as exponentials, float32 [lk, lq], and a factor [1, lq]."""
   logits = _dot(k, q, _FIRST) * scale + bias_ref[...]
   if mask_ref is not None:
     logits = logits + mask_ref[...].astype(jnp.float32)
-  weights = jnp.exp(logits - logits.max(0, keepdims=True))
-  return weights * (1 / weights.sum(0, keepdims=True))
+  exponentials = jnp.exp(logits - logits.max(0, keepdims=True))
+  return exponentials, 1 / exponentials.sum(0, keepdims=True)
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, out_ref, *, scale):
-  weights = _weights(q_ref[...], k_ref[...], bias_ref, mask_ref, scale)
-  v = v_ref[...]
-  out_ref[...] = _dot(v, weights.astype(v.dtype), _INNER).astype(out_ref.dtype)
+  for head in range(q_ref.shape[0]):
+    exponentials, factor = _weights(q_ref[head], k_ref[head], bias_ref, mask_ref, scale)
+    v = v_ref[head]
+    out_ref[head] = (_dot(v, exponentials.astype(v.dtype), _INNER) * factor).astype(out_ref.dtype)
 
 
 def _backward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, grad_ref, dq_ref, dk_ref, dv_ref, *, scale):
-  q, k, v, grad = q_ref[...], k_ref[...], v_ref[...], grad_ref[...]
-  weights = _weights(q, k, bias_ref, mask_ref, scale)
-  dv_ref[...] = _dot(grad, weights.astype(grad.dtype), _LAST).astype(dv_ref.dtype)
-  dweights = _dot(v, grad, _FIRST)
-  dlogits = weights * (dweights - (weights * dweights).sum(0, keepdims=True))
-  dlogits = (dlogits * scale).astype(q.dtype)
-  dq_ref[...] = _dot(k, dlogits, _INNER).astype(dq_ref.dtype)
-  dk_ref[...] = _dot(q, dlogits, _LAST).astype(dk_ref.dtype)
+  for head in range(q_ref.shape[0]):
+    q, k, v, grad = q_ref[head], k_ref[head], v_ref[head], grad_ref[head]
+    exponentials, factor = _weights(q, k, bias_ref, mask_ref, scale)
+    grad = (grad * factor).astype(grad.dtype)  # of the product of v and the exponentials
+    dv_ref[head] = _dot(grad, exponentials.astype(grad.dtype), _LAST).astype(dv_ref.dtype)
+    dweights = _dot(v, grad, _FIRST)
+    dlogits = exponentials * (dweights - (exponentials * dweights).sum(0, keepdims=True) * factor)
+    dlogits = (dlogits * scale).astype(q.dtype)
+    dq_ref[head] = _dot(k, dlogits, _INNER).astype(dq_ref.dtype)
+    dk_ref[head] = _dot(q, dlogits, _LAST).astype(dk_ref.dtype)
 
 
 def _per_device(run: Callable, q: jax.Array, *others: jax.Array | None) -> list[jax.Array]:

@@ -375,7 +375,7 @@ def test_products_of_gpu_libraries_by_hand():
   module = hlo.Module(text)
   pairs = (3 * 5 - 2) ** 2  # of an input and an output that a kernel of 3 x 3 joins, padded by one on each side
   assert hlo.matmul_flops(module) == 2 * 12 * 8 * 4 * 6 + 4 * 2 * 2 * pairs * 3 * 7
-  assert hlo.custom_kernels(module) == 1
+  assert hlo.custom_kernels(module) == 1  # of cuDNN
 
 
 def test_text_without_a_program_is_refused():

@@ -150,7 +150,7 @@ class Emoji:
   Args:
     split: "train" or "validation".
     path: the font file, or a folder of glyphs; "": see find_font.
-    centered, light: see place.
+    centered: share of the draws that are centred. light: backgrounds. See place.
 
   Attributes:
     bases: the glyphs of every base of this split.
@@ -160,7 +160,7 @@ class Emoji:
   flip = False  # letters, arrows and flags have a left and a right
   class_names = code_points.CLASS_NAMES
 
-  def __init__(self, split: str, path: str = "", centered: bool = False, light: bool = False):
+  def __init__(self, split: str, path: str = "", centered: float = 0.0, light: bool = False):
     self._split, self._centered, self._light = split, centered, light
     path = find_font(path)
     self._words = read_words(path)
@@ -185,7 +185,8 @@ class Emoji:
     else:
       base = self.bases[index % len(self.bases)]
     glyph = base[int(pick * len(base))]
-    image = place(glyph.picture(), rng, self._centered, self._light)
+    centered = bool(self._centered and rng.random() < self._centered)
+    image = place(glyph.picture(), rng, centered, self._light)
     words = self._words.get(code_points.without_variation(glyph.codes), ())
     keyword = self._split == "train" and len(words) > 1 and rng.random() < KEYWORD_SHARE
     caption = self.caption_of(glyph, words[int(rng.integers(1, len(words)))] if keyword else "")

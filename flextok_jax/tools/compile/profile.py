@@ -1,12 +1,13 @@
 """Where the cycles of a compiled program go, by the TPU compiler's estimate of each kernel."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import re
 from typing import Any
 
 from flextok_jax.tools.compile import hlo
+from flextok_jax.tools.compile import kernels as pallas
 from flextok_jax.tools.compile.hlo import Computation, Instruction, Module
 from flextok_jax.tools.compile.traffic import KINDS as COLLECTIVES
 
@@ -46,20 +47,28 @@ class Kernel:
   flops: int
 
 
-def kernels(module: Module) -> list[Kernel]:
-  """Returns the kernels of a program on a TPU, those with the most cycles first; [] for other devices."""
+def kernels(module: Module, simulated: Mapping[pallas.Kernel, int] | None = None) -> list[Kernel]:
+  """Returns the kernels of a program on a TPU, those with the most cycles first; [] for other devices.
+
+  Args:
+    module: the program.
+    simulated: cycles of its kernels of Pallas, as of kernels.cycles.
+  """
   runs: Counter[tuple[str, str]] = Counter()
   cycles: Counter[tuple[str, str]] = Counter()
   flops: Counter[tuple[str, str]] = Counter()
   for run in module.runs():
-    found = hlo.kernel_cycles(run)
+    kernel = pallas.find(run)
+    found = hlo.kernel_cycles(run) if kernel is None else (simulated or {}).get(kernel)
     if not found:
       continue
     inside = list(_inside(module, run.instruction, run.computation))
-    key = _kind(run.instruction, [x for x, _ in inside]), _source(run.instruction)
+    kind = ATTENTION if kernel else _kind(run.instruction, [x for x, _ in inside])
+    key = kind, _source(run.instruction)
     runs[key] += run.times
     cycles[key] += run.times * found
-    flops[key] += run.times * sum(hlo.product_flops(x, computation) for x, computation in inside)
+    products = kernel.flops if kernel else sum(hlo.product_flops(x, computation) for x, computation in inside)
+    flops[key] += run.times * products
   return [Kernel(*key, runs[key], cycles[key], flops[key]) for key, _ in cycles.most_common()]
 
 

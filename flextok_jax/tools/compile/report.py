@@ -14,6 +14,7 @@ from flextok_jax.core import timing
 from flextok_jax.core.accelerators import Accelerator
 from flextok_jax.core.tables import markdown_table
 from flextok_jax.tools.compile import hlo, profile
+from flextok_jax.tools.compile import kernels as attention_kernels
 from flextok_jax.tools.compile import traffic as hlo_traffic
 from flextok_jax.tools.compile.jobs import Job
 
@@ -93,11 +94,16 @@ def make_report(settings: dict, job: Job, compiled, text: str, accelerator: Acce
   """Returns the report of a compiled job from its HLO."""
   module = hlo.Module(text, job.loop_trips)
   sent = hlo_traffic.collectives(module, mesh.size)
-  kernels, custom = profile.kernels(module), hlo.custom_kernels(module)
+  attention: Counter[attention_kernels.Kernel] = Counter()
+  for run in module.runs():
+    if kernel := attention_kernels.find(run):
+      attention[kernel] += run.times
+  kernels = profile.kernels(module, attention_kernels.cycles(list(attention), settings["topology"]))
+  custom = hlo.custom_kernels(module)
   flops = {
     "analytic": job.flops / mesh.size,
     "model": job.model_flops / mesh.size,
-    "compiled": hlo.matmul_flops(module),
+    "compiled": hlo.matmul_flops(module) + sum(kernel.flops * times for kernel, times in attention.items()),
     "compiled_loops_once": timing.xla_flops(compiled),
     "peak": accelerator.flops,
   }
@@ -110,9 +116,7 @@ def make_report(settings: dict, job: Job, compiled, text: str, accelerator: Acce
     seconds["schedule"] = sum(kernel.cycles for kernel in kernels) / accelerator.clock
   notes = []
   if custom:
-    notes.append(
-      f"{custom} runs of kernels of Pallas or cuDNN, which neither the compiled FLOPs nor the schedule include"
-    )
+    notes.append(f"{custom} runs of cuDNN's attention, whose products the compiled FLOPs do not include")
   if module.unknown_loops:
     notes.append(f"{module.unknown_loops} data-dependent loops: {job.loop_trips} trips assumed")
   table = memory(job, compiled.memory_analysis(), accelerator.memory)

@@ -1,0 +1,131 @@
+"""Cycles of the attention kernels of Pallas on TPUs, which compiled programs do not state.
+
+python -m flextok_jax.tools.compile.kernels TOPOLOGY '[["attention", "bf16", [16, 28, 64, 384], 384, false], …]'
+
+prints a JSON list of cycles. libtpu simulates the instructions of what it compiles if a variable of the environment says
+so before it is loaded, so a process of its own does this. Samples follow each other, so two of them are simulated, and
+the time of the others is that of the second.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+import re
+import subprocess
+import sys
+import tempfile
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+
+from flextok_jax.core import files
+from flextok_jax.ops import attention_pallas
+from flextok_jax.tools.compile import hlo
+
+_FOLDER = "STATIC_PROFILES"  # variable of the environment: where libtpu writes the result of its simulation
+_DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+_PRODUCTS = {attention_pallas.FORWARD: 2, attention_pallas.BACKWARD: 5}  # of a query with a key, in all features
+_OPERANDS = {attention_pallas.FORWARD: 4, attention_pallas.BACKWARD: 5}  # without a mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """An attention kernel in a compiled program.
+
+  Attributes:
+    name: attention_pallas.FORWARD or BACKWARD.
+    dtype: of queries, keys and values, "bf16" or "f32".
+    queries: [b, h, e, lq].
+    keys: their number.
+    masked: whether there is a mask.
+  """
+
+  name: str
+  dtype: str
+  queries: tuple[int, ...]
+  keys: int
+  masked: bool
+
+  @property
+  def flops(self) -> int:
+    """Of its products."""
+    batch, heads, head_dim, queries = self.queries
+    return 2 * _PRODUCTS[self.name] * batch * heads * head_dim * queries * self.keys
+
+
+def find(run: hlo.Run) -> Kernel | None:
+  """Returns the attention kernel that an instruction is; None for other instructions."""
+  x = run.instruction
+  if 'custom_call_target="tpu_custom_call"' not in x.attributes:
+    return None
+  found = re.search(
+    rf'op_name="[^"]*/({attention_pallas.BACKWARD}|{attention_pallas.FORWARD})/pallas_call', x.attributes
+  )
+  if not found:
+    return None
+  queries, keys, *others = (operand.arrays[0] for operand in run.computation.operands(x))
+  return Kernel(found[1], queries.dtype, queries.dims, keys.dims[-1], len(others) + 2 > _OPERANDS[found[1]])
+
+
+def cycles(found: list[Kernel], topology: str) -> dict[Kernel, int]:
+  """Returns the cycles that the compiler expects for one run of each kernel on a device of the topology.
+
+  Raises:
+    RuntimeError: the compiler failed, or wrote no estimate.
+  """
+  if not found:
+    return {}
+  with tempfile.TemporaryDirectory() as folder:
+    flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_static_llo_profile_to={folder}"
+    process = subprocess.run(
+      [
+        sys.executable,
+        "-m",
+        "flextok_jax.tools.compile.kernels",
+        topology,
+        json.dumps([dataclasses.astuple(k) for k in found]),
+      ],
+      env=os.environ | {"LIBTPU_INIT_ARGS": flags, _FOLDER: folder, "JAX_COMPILATION_CACHE_DIR": ""},
+      capture_output=True,
+      text=True,
+    )
+  if process.returncode:
+    raise RuntimeError(f"the compiler did not simulate the attention kernels: {process.stderr[-500:]}")
+  return dict(zip(found, json.loads(process.stdout.splitlines()[-1]), strict=True))
+
+
+def _simulate(kernel: Kernel, samples: int, device: jax.Device, folder: Path) -> int:
+  """Returns the cycles of a kernel for this number of samples."""
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  shape = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+  _, heads, head_dim, queries = kernel.queries
+  dtype = _DTYPES[kernel.dtype]
+  q = shape((samples, heads, head_dim, queries), dtype)
+  k = shape((samples, heads, head_dim, kernel.keys), dtype)
+  bias = shape((samples, kernel.keys, 1), jnp.float32)
+  mask = shape((kernel.keys, queries), jnp.bfloat16) if kernel.masked else None
+  grad = [q] if kernel.name == attention_pallas.BACKWARD else []
+  run = functools.partial(attention_pallas.run_kernel, kernel.name, 1.0)
+  for old in folder.iterdir():
+    old.unlink()
+  jax.jit(run).lower(q, k, k, bias, mask, *grad).compile()
+  (path,) = folder.glob(f"{kernel.name}.*")
+  return int(re.findall(r"estimated_cycles: (\d+)", files.read_text(path))[0])
+
+
+def main(topology: str, found: str) -> None:
+  """Prints the cycles of kernels; see above."""
+  device = topologies.get_topology_desc(topology, "tpu").devices[0]
+  results = []
+  for name, dtype, queries, keys, masked in json.loads(found):
+    kernel = Kernel(name, dtype, tuple(queries), keys, masked)
+    one, two = (_simulate(kernel, samples, device, Path(os.environ[_FOLDER])) for samples in (1, 2))
+    results.append(one + (queries[0] - 1) * (two - one))
+  print(json.dumps(results))
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
