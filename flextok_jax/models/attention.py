@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from flextok_jax.models import layers
-from flextok_jax.ops import attention, layout
+from flextok_jax.ops import attention, layout, norms
 
 QK_NORMS = ("none", "unscaled", *layers.NORMS)
 KeysValues = tuple[jax.Array, jax.Array]
@@ -71,18 +71,29 @@ class _Attention(nn.Module):
     """Normalises queries [b, l, h, e] per head."""
     if self.choices.qk_norm == "none":
       return q
-    return layers.layer_norm(q) if self.choices.qk_norm == "unscaled" else self.q_norm(q)
+    return norms.layer_norm(q) if self.choices.qk_norm == "unscaled" else self.q_norm(q)
 
   def _norm_k(self, k: jax.Array) -> jax.Array:
     """Normalises keys [b, l, h, e] per head."""
     if self.choices.qk_norm == "none":
       return k
-    return layers.layer_norm(k) if self.choices.qk_norm == "unscaled" else self.k_norm(k)
+    return norms.layer_norm(k) if self.choices.qk_norm == "unscaled" else self.k_norm(k)
 
   def _attend(self, q, k, v, mask=None, key_bias=None) -> jax.Array:
-    """q [b, lq, h, e], k and v [b, lk, h, e] -> [b, lq, d]."""
+    """q [b, lq, h, e], k and v [b, lk, h, e], before their norms -> [b, lq, d]."""
     c = self.choices
-    x = attention.attend(q, k, v, scale=c.logit_scale, mask=mask, key_bias=key_bias, implementation=c.attention)
+    if c.qk_norm in layers.NORMS:  # "unscaled" is computed with the attention
+      q, k = self._norm_q(q), self._norm_k(k)
+    x = attention.attend(
+      q,
+      k,
+      v,
+      scale=c.logit_scale,
+      mask=mask,
+      key_bias=key_bias,
+      layer_norm=c.qk_norm == "unscaled",
+      implementation=c.attention,
+    )
     return self.out(x)
 
   def _attend_cached(self, q: jax.Array, cache: KeysValues, key_bias: jax.Array) -> jax.Array:
@@ -130,8 +141,7 @@ class SelfAttention(_Attention):
         raise ValueError(f"queries (start, length) = {queries} are not among the {x.shape[1]} positions")
       mask = None if mask is None else mask[start : start + length]
     q, k, v = self.qkv(x, queries)
-    q, k = self._norm_q(q), self._norm_k(k)
-    return self._attend(q, k, v, mask, key_bias), (k, v)
+    return self._attend(q, k, v, mask, key_bias), (self._norm_k(k), v)
 
   def step(self, x: jax.Array, cache: KeysValues, position: jax.Array) -> tuple[jax.Array, KeysValues]:
     """As __call__ for x [b, 1, d] at `position`, after the positions before it in the cache [b, h, n, e]."""
@@ -163,13 +173,18 @@ class CrossAttention(_Attention):
 
   def keys_values(self, context: jax.Array) -> KeysValues:
     """context [b, t, d] -> keys and values [b, t, h, e]."""
+    k, v = self._project(context)
+    return self._norm_k(k), v
+
+  def _project(self, context: jax.Array) -> KeysValues:
+    """As keys_values, with keys before their norm."""
     kv = layout.constrain(self.kv(context), "batch", None, None, "heads", None)  # [b, t, 2, h, e]
-    return self._norm_k(kv[:, :, 0]), kv[:, :, 1]
+    return kv[:, :, 0], kv[:, :, 1]
 
   def __call__(self, x: jax.Array, context: jax.Array, key_bias: jax.Array) -> jax.Array:
     """x [b, n, d], context [b, t, d], key_bias float32 [b, t] -> [b, n, d]."""
     q = layout.constrain(self.q(x), "batch", None, "heads", None)
-    return self._attend(self._norm_q(q), *self.keys_values(context), key_bias=key_bias)
+    return self._attend(q, *self._project(context), key_bias=key_bias)
 
   def step(self, x: jax.Array, cache: KeysValues, key_bias: jax.Array) -> jax.Array:
     """As __call__ for x [b, 1, d] with the cached keys and values [b, h, t, e] of the context."""

@@ -46,9 +46,9 @@ class BlockChoices:
     logit_scale: factor of the products of queries and keys.
     gated_mlp: see MLP.
     activation: a key of ACTIVATIONS.
-    norm: a key of NORMS: the norms of the stream. Blocks modulated by adaLN use layer_norm instead.
+    norm: a key of NORMS: the norms of the stream. Blocks modulated by adaLN use norms.layer_norm instead.
     norm_eps: their epsilon; 0: the default of NORMS.
-    qk_norm: norms of queries and keys, each head on its own: a key of NORMS, "unscaled" (layer_norm) or "none".
+    qk_norm: norms of queries and keys, each head on its own: a key of NORMS, "unscaled" (norms.layer_norm) or "none".
     qk_norm_eps: as norm_eps.
     qkv_bias: whether the projections to queries, keys and values have biases.
     out_bias: whether the output projection of attention has one.
@@ -107,30 +107,6 @@ def scan_blocks(step: Callable, depth: int, block: nn.Module, carry: Any, inputs
     metadata_params={nn.PARTITION_NAME: "layers"},
   )
   return scan(block, carry, inputs, *shared)[0]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def layer_norm(x: jax.Array, eps: float = 1e-5) -> jax.Array:
-  """Normalises the last axis without learned parameters, in float32; returns the dtype of x."""
-  return _normalise(x, eps)[0].astype(x.dtype)
-
-
-def _normalise(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-  """Returns the normalised x, float32, and the factor 1 / sqrt(variance + eps) [..., 1]."""
-  y = x.astype(jnp.float32)
-  y = y - y.mean(-1, keepdims=True)
-  factor = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
-  return y * factor, factor
-
-
-@layer_norm.defjvp
-def _layer_norm_jvp(eps: float, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-  """The derivative, symmetric; its two means do not wait for each other, as those of the derived one do."""
-  (x,), (dx,) = primals, tangents
-  y, factor = _normalise(x, eps)
-  dx = dx.astype(jnp.float32)
-  dy = factor * (dx - dx.mean(-1, keepdims=True) - y * (y * dx).mean(-1, keepdims=True))
-  return y.astype(x.dtype), dy.astype(x.dtype)
 
 
 def norm(kind: str, eps: float, dtype: jnp.dtype, name: str | None = None, axis: str | None = "embed") -> nn.Module:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from flextok_jax.models import layers
 from flextok_jax.models.attention import SelfAttention
-from flextok_jax.ops import layout, posemb
+from flextok_jax.ops import layout, norms, posemb
 
 Segments = tuple[jax.Array, ...]  # parts [b, l_i, d] of one sequence
 
@@ -37,7 +37,7 @@ def _residual(
     modulation: (gate, shift, scale) of each segment, each [b, 1, d] and broadcast, never expanded to every token.
     output: the only segment that fn computes, and that is returned; None: all.
   """
-  h = [layers.layer_norm(x) for x in segments]
+  h = [norms.layer_norm(x) for x in segments]
   if modulation is not None:
     h = [x * (1 + scale) + shift for x, (_, shift, scale) in zip(h, modulation)]
   # [b, l_i, d] each -> [b, l, d]
@@ -315,7 +315,7 @@ class PatchTransformer(nn.Module, kw_only=True):
     )
     outputs = []
     for x, modulation in zip(xs, modulations, strict=True):
-      x = layers.layer_norm(x.astype(dtype))
+      x = norms.layer_norm(x.astype(dtype))
       if modulation is not None:
         # [b, 2 * d] -> [b, 1, d] each; shift before scale, as in the released weights
         shift, scale = jnp.split(modulation[:, None], 2, -1)

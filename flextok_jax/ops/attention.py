@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from flextok_jax.ops import norms
+
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
 MASKED = float(jnp.finfo(jnp.float32).min) / 2  # key bias of a hidden key: its weight is exactly 0
 
@@ -79,6 +81,7 @@ def attend(
   scale: float,
   mask: jax.Array | None = None,
   key_bias: jax.Array | None = None,
+  layer_norm: bool = False,
   implementation: str = "auto",
 ) -> jax.Array:
   """softmax(scale q k^T + key_bias) v for each head, with the softmax in float32.
@@ -91,6 +94,7 @@ def attend(
     mask: boolean [lq, lk], True where a query may attend to a key; each query needs at least one key.
     key_bias: float32 [b or 1, lk], added to all logits of a key: MASKED hides it, log(n) counts it n times. It gets no
       gradient.
+    layer_norm: whether queries and keys are normalised first (norms.layer_norm).
     implementation: see choose_implementation.
 
   Returns:
@@ -108,13 +112,14 @@ def attend(
       raise ValueError(f"the key bias must be [{batch}, {keys}] or [1, {keys}], got {list(key_bias.shape)}")
     key_bias = jax.lax.stop_gradient(key_bias.astype(jnp.float32))
   name = choose_implementation(implementation, head_dim, q.dtype, masked=mask is not None)
-  if name == "cudnn":
-    return _cudnn(q, k, v, scale, mask, key_bias)
   if name == "pallas":
     from flextok_jax.ops import attention_pallas  # importing Pallas takes a second
 
-    return attention_pallas.attend(q, k, v, scale, mask, key_bias)
-  return _xla(q, k, v, scale, mask, key_bias)
+    return attention_pallas.attend(q, k, v, scale, mask, key_bias, layer_norm)
+  if layer_norm:
+    with jax.named_scope("head_norms"):
+      q, k = norms.layer_norm(q), norms.layer_norm(k)
+  return (_cudnn if name == "cudnn" else _xla)(q, k, v, scale, mask, key_bias)
 
 
 def _xla(q, k, v, scale, mask, key_bias):

@@ -15,7 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from flextok_jax.ops import layout, norms
+
 FORWARD, BACKWARD = "attention", "attention_gradient"  # names of the kernels
+NORMALISED = "normalised_"  # before the name of one with the norms of queries and keys
 MAX_LENGTH = 896  # queries or keys: the matrices of the gradient fit in VMEM
 VMEM = 15e6  # bytes; XLA gives a kernel 16 MB on TPUs with the least
 MAX_HEADS = 8  # of a step
@@ -26,11 +29,17 @@ _FIRST = (((0,), (0,)), ((), ()))  # x^T y
 _LAST = (((1,), (1,)), ((), ()))  # x y^T
 
 
-@functools.partial(jax.jit, static_argnames="scale")
+@functools.partial(jax.jit, static_argnames=("scale", "layer_norm"))
 def attend(
-  q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: jax.Array | None, key_bias: jax.Array | None
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  scale: float,
+  mask: jax.Array | None,
+  key_bias: jax.Array | None,
+  layer_norm: bool,
 ) -> jax.Array:
-  """See attend of ops/attention.py; scale, mask and key_bias as there.
+  """See attend of ops/attention.py; scale, mask, key_bias and layer_norm as there.
 
   Raises:
     ValueError: there are more than MAX_LENGTH queries or keys.
@@ -42,32 +51,33 @@ def attend(
   bias = jnp.zeros((batch, keys), jnp.float32) if key_bias is None else jnp.broadcast_to(key_bias, (batch, keys))
   mask = None if mask is None else jnp.where(mask.T, 0.0, _MASKED).astype(jnp.bfloat16)
   q, k, v = (x.transpose(0, 2, 3, 1) for x in (q, k, v))
-  return _attend(q, k, v, bias[:, :, None], mask, scale).transpose(0, 3, 1, 2)
+  return _attend(q, k, v, bias[:, :, None], mask, scale, layer_norm).transpose(0, 3, 1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q, k, v, bias, mask, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, bias, mask, scale, layer_norm):
   """q [b, h, e, lq], k, v [b, h, e, lk], bias float32 [b, lk, 1], mask bfloat16 [lk, lq] or None -> [b, h, e, lq]."""
-  return _per_device(functools.partial(run_kernel, FORWARD, scale), q, k, v, bias, mask)[0]
+  return _per_device(functools.partial(run_kernel, FORWARD, scale, layer_norm), q, k, v, bias, mask)[0]
 
 
-def _attend_fwd(q, k, v, bias, mask, scale):
-  return _attend(q, k, v, bias, mask, scale), (q, k, v, bias, mask)
+def _attend_fwd(q, k, v, bias, mask, scale, layer_norm):
+  return _attend(q, k, v, bias, mask, scale, layer_norm), (q, k, v, bias, mask)
 
 
-def _attend_bwd(scale, residuals, grad):
-  return *_per_device(functools.partial(run_kernel, BACKWARD, scale), *residuals, grad), None, None
+def _attend_bwd(scale, layer_norm, residuals, grad):
+  run = functools.partial(run_kernel, BACKWARD, scale, layer_norm)
+  return *_per_device(run, *residuals, grad), None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def run_kernel(name: str, scale: float, q, k, v, bias, mask, *grad) -> list[jax.Array]:
+def run_kernel(name: str, scale: float, layer_norm: bool, q, k, v, bias, mask, *grad) -> list[jax.Array]:
   """Runs FORWARD or BACKWARD over samples and heads.
 
   Args:
     name: of the kernel.
-    scale: of the products of queries and keys.
+    scale, layer_norm: see attend.
     q, k, v, bias, mask: see _attend.
     grad: of the output, for BACKWARD.
 
@@ -82,13 +92,13 @@ def run_kernel(name: str, scale: float, q, k, v, bias, mask, *grad) -> list[jax.
   of_bias = pl.BlockSpec((None, keys, 1), lambda i, j: (i, 0, 0))
   of_mask = None if mask is None else pl.BlockSpec((keys, queries), lambda i, j: (0, 0))
   return pl.pallas_call(
-    functools.partial(kernel, scale=scale),
+    functools.partial(kernel, scale=scale, layer_norm=layer_norm),
     grid=(batch, heads // count),
     in_specs=[of_query, of_key, of_key, of_bias, of_mask] + [of_query] * len(grad),
     out_specs=[of_query, of_key, of_key][:outputs],
     out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)[:outputs]],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-    name=name,
+    name=f"{NORMALISED}{name}" if layer_norm else name,
   )(q, k, v, bias, mask, *grad)
 
 
@@ -111,37 +121,50 @@ def _weights(q, k, bias_ref, mask_ref, scale: float) -> tuple[jax.Array, jax.Arr
   return exponentials, 1 / exponentials.sum(0, keepdims=True)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, out_ref, *, scale):
+def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, out_ref, *, scale, layer_norm):
   for head in range(q_ref.shape[0]):
-    exponentials, factor = _weights(q_ref[head], k_ref[head], bias_ref, mask_ref, scale)
-    v = v_ref[head]
+    q, k, v = q_ref[head], k_ref[head], v_ref[head]
+    if layer_norm:
+      q, k = (norms.normalise(x, axis=0)[0].astype(x.dtype) for x in (q, k))
+    exponentials, factor = _weights(q, k, bias_ref, mask_ref, scale)
     out_ref[head] = (_dot(v, exponentials.astype(v.dtype), _INNER) * factor).astype(out_ref.dtype)
 
 
-def _backward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, grad_ref, dq_ref, dk_ref, dv_ref, *, scale):
+def _backward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, grad_ref, dq_ref, dk_ref, dv_ref, *, scale, layer_norm):
   for head in range(q_ref.shape[0]):
     q, k, v, grad = q_ref[head], k_ref[head], v_ref[head], grad_ref[head]
+    if layer_norm:
+      normalised = norms.normalise(q, axis=0), norms.normalise(k, axis=0)
+      q, k = (x.astype(q.dtype) for x, _ in normalised)
     exponentials, factor = _weights(q, k, bias_ref, mask_ref, scale)
     grad = (grad * factor).astype(grad.dtype)  # of the product of v and the exponentials
     dv_ref[head] = _dot(grad, exponentials.astype(grad.dtype), _LAST).astype(dv_ref.dtype)
     dweights = _dot(v, grad, _FIRST)
     dlogits = exponentials * (dweights - (exponentials * dweights).sum(0, keepdims=True) * factor)
     dlogits = (dlogits * scale).astype(q.dtype)
-    dq_ref[head] = _dot(k, dlogits, _INNER).astype(dq_ref.dtype)
-    dk_ref[head] = _dot(q, dlogits, _LAST).astype(dk_ref.dtype)
+    gradients = _dot(k, dlogits, _INNER), _dot(q, dlogits, _LAST)
+    if layer_norm:
+      gradients = (norms.normalise_gradient(*x, dx, axis=0) for x, dx in zip(normalised, gradients))
+    for ref, x in zip((dq_ref, dk_ref), gradients):
+      ref[head] = x.astype(ref.dtype)
 
 
 def _per_device(run: Callable, q: jax.Array, *others: jax.Array | None) -> list[jax.Array]:
-  """Runs the kernel on every device of the mesh, each on its part of the batch: XLA does not partition kernels.
+  """Runs the kernel on every device of the mesh, each on its part of batch and heads: XLA does not partition kernels.
 
-  Only the mask, which has two axes, has no batch axis. If the batch is not divisible, every device computes all of it.
+  Where "tensor" divides the heads, they are divided along it; the batch, padded, along all other axes. The mask, which
+  has two axes, is whole on every device.
   """
   args = q, *others
   mesh = jax.typeof(q).sharding.mesh
-  axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != jax.sharding.AxisType.Manual)
-  parts = math.prod(mesh.shape[name] for name in axes)
-  if parts == 1:
+  sizes = {n: mesh.shape[n] for n, k in zip(mesh.axis_names, mesh.axis_types) if k != jax.sharding.AxisType.Manual}
+  if math.prod(sizes.values()) == 1:
     return run(*args)
-  rows = jax.P(axes if q.shape[0] % parts == 0 else None)
-  specs = tuple(None if x is None else (rows if x.ndim > 2 else jax.P()) for x in args)
-  return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=set(axes), check_vma=False)(*args)
+  (heads,) = layout.split(("heads",), (q.shape[1],), sizes)
+  rows = tuple(name for name in sizes if name not in heads)
+  missing = -len(q) % math.prod(sizes[name] for name in rows)
+  pad = lambda x: x if x is None or x.ndim == 2 else jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+  specs = {2: jax.P(), 3: jax.P(rows), 4: jax.P(rows, heads)}
+  in_specs = tuple(None if x is None else specs[x.ndim] for x in args)
+  divided = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=specs[4], axis_names=set(sizes), check_vma=False)
+  return [x[: len(q)] for x in divided(*map(pad, args))]

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flextok_jax.models import layers
 from flextok_jax.models.layers import BlockChoices
 from flextok_jax.models.transformer import Stream, Transformer
+from flextok_jax.ops import norms
 
 
 def test_remat_saves_memory_and_changes_no_gradient():
@@ -51,6 +51,6 @@ def test_derivatives_of_layer_norm_are_those_of_its_formula(dtype, gap):
     return ((y - y.mean(-1, keepdims=True)) / jnp.sqrt(y.var(-1, keepdims=True) + 1e-5)).astype(x.dtype)
 
   for derive in (lambda f: jax.jvp(f, (x,), (tangent,))[1], lambda f: jax.vjp(f, x)[1](cotangent)[0]):
-    found, wanted = (np.asarray(derive(f), np.float32) for f in (layers.layer_norm, formula))
+    found, wanted = (np.asarray(derive(f), np.float32) for f in (norms.layer_norm, formula))
     assert found.dtype == wanted.dtype and np.abs(wanted).max() > 1
     np.testing.assert_allclose(found, wanted, rtol=gap, atol=gap)

@@ -1,5 +1,6 @@
 """Attention: every implementation against the plain softmax, and the module that uses it."""
 
+import functools
 import types
 
 import jax
@@ -19,8 +20,9 @@ MI250 = types.SimpleNamespace(platform="gpu", compute_capability="gfx90a")
 
 
 # Traced anew in each test, which may replace what attend calls.
-def attend(*args, scale, implementation="xla", **options):
-  run = lambda args, options: attention.attend(*args, scale=scale, implementation=implementation, **options)
+def attend(*args, scale, implementation="xla", layer_norm=False, **options):
+  static = {"scale": scale, "implementation": implementation, "layer_norm": layer_norm}
+  run = lambda args, options: attention.attend(*args, **static, **options)
   return jax.jit(run)(args, options)
 
 
@@ -199,27 +201,34 @@ def interpreted(monkeypatch):
     yield
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("case", [CASES["plain"], CASES["fewer queries"]], ids=["plain", "fewer queries"])
-def test_pallas(case, interpreted):
-  """The kernel and its gradients, by the definition's."""
-  inputs, options = example(5, **case)
-  grad = np.random.default_rng(6).standard_normal(inputs[0].shape).astype(np.float32)
-  out, pull = jax.vjp(lambda *x: attend(*x, **options, implementation="pallas"), *inputs)
-  expected, expected_pull = jax.vjp(lambda *x: attend(*x, **options, implementation="xla"), *inputs)
-  np.testing.assert_allclose(out, softmax_attention(*inputs, **options), atol=2e-6)
+def test_pallas(case, layer_norm, interpreted):
+  """The kernel and its gradients, with and without the norms of queries and keys, by the definition's."""
+  (q, k, v), options = example(5, **case)
+  grad = np.random.default_rng(6).standard_normal(q.shape).astype(np.float32)
+  run = lambda name: functools.partial(attend, **options, layer_norm=layer_norm, implementation=name)
+  out, pull = jax.vjp(run("pallas"), q, k, v)
+  expected, expected_pull = jax.vjp(run("xla"), q, k, v)
+  if layer_norm:
+    q, k = ((x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) for x in (q, k))
+  np.testing.assert_allclose(expected, softmax_attention(q, k, v, **options), atol=2e-6)
+  np.testing.assert_allclose(out, expected, atol=2e-6)
   for dx, expected_dx in zip(jax.jit(pull)(grad), expected_pull(grad)):
+    np.testing.assert_allclose(dx, expected_dx, atol=2e-5)
+
+
+@pytest.mark.parametrize("batch, heads", [(4, 2), (3, 1), (1, 4)])
+def test_pallas_over_devices(batch, heads, interpreted):
+  """Every device attends to its part of the batch and of the heads; a batch that does not divide is padded."""
+  mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  inputs, options = example(7, batch=batch, queries=3, keys=5, heads=heads, bias=batch)
+  place = jax.NamedSharding(mesh, jax.P("data" if batch % 2 == 0 else None))
+  placed = jax.device_put(inputs, place)
+  loss = lambda *x: (attend(*x, **options, implementation="pallas") ** 2).sum()
+  expected = jax.grad(lambda *x: (attend(*x, **options, implementation="xla") ** 2).sum(), (0, 1, 2))(*inputs)
+  for dx, expected_dx in zip(jax.jit(jax.grad(loss, (0, 1, 2)))(*placed), expected):
     np.testing.assert_allclose(dx, expected_dx, atol=1e-5)
-
-
-def test_pallas_over_devices(interpreted):
-  """Every device attends to its part of the batch, or all to a batch that does not divide."""
-  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-  for batch in (2, 3):
-    inputs, options = example(7, batch=batch, queries=3, keys=5, heads=1, bias=1)
-    place = jax.NamedSharding(mesh, jax.P("data" if batch == 2 else None))
-    placed = jax.device_put(inputs, place)
-    out = jax.jit(lambda *x, options=options: attend(*x, **options, implementation="pallas"))(*placed)
-    np.testing.assert_allclose(out, softmax_attention(*inputs, **options), atol=2e-6)
 
 
 def test_pallas_lowers_for_tpus(monkeypatch):

@@ -27,6 +27,7 @@ def found(operands, name, target="tpu_custom_call"):
   "name, operands, masked, products",
   [
     ("attention", "%q, %k, %k, %bias", False, 2),
+    ("normalised_attention", "%q, %k, %k, %bias", False, 2),
     ("attention", "%q, %k, %k, %bias, %mask", True, 2),
     ("attention_gradient", "%q, %k, %k, %bias, %q", False, 5),
     ("attention_gradient", "%q, %k, %k, %bias, %mask, %q", True, 5),
@@ -34,7 +35,8 @@ def found(operands, name, target="tpu_custom_call"):
 )
 def test_kernels_are_found_and_counted(name, operands, masked, products):
   module, (kernel,) = found(operands, name)
-  assert kernel == kernels.Kernel(name, "bf16", (2, 4, 64, 256), 384, masked)
+  name, layer_norm = name.removeprefix("normalised_"), "normalised" in name
+  assert kernel == kernels.Kernel(name, "bf16", (2, 4, 64, 256), 384, masked, layer_norm)
   assert kernel.flops == products * 2 * 2 * 4 * 64 * 256 * 384
   (row,) = profile.kernels(module, {kernel: 700})
   assert (row.kind, row.cycles, row.flops, row.runs) == (profile.ATTENTION, 700, kernel.flops, 1)
@@ -50,7 +52,7 @@ def test_other_calls_are_no_kernels():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is not installed")
 def test_the_compiler_simulates_kernels():
   """A gradient takes longer than the attention itself, and more samples in proportion."""
-  shape = lambda name, samples: kernels.Kernel(name, "bf16", (samples, 4, 64, 128), 128, False)
+  shape = lambda name, samples: kernels.Kernel(name, "bf16", (samples, 4, 64, 128), 128, False, True)
   asked = [shape("attention", 2), shape("attention_gradient", 2), shape("attention", 4)]
   cycles = kernels.cycles(asked, "v5e:2x2")
   assert 0 < cycles[asked[0]] < min(cycles[asked[1]], cycles[asked[2]])

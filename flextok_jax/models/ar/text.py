@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flextok_jax.models import layers
 from flextok_jax.models.transformer import Stream, Transformer, mlp_hidden
 from flextok_jax.ops import attention as attention_lib
+from flextok_jax.ops import norms
 
 BYTES_VOCAB = 257  # the bytes of UTF-8, and the end
 NGRAMS = (3, 4, 5, 6)
@@ -74,4 +75,4 @@ class ByteEncoder(nn.Module):
     key_bias = attention_lib.padding_bias(lengths, length)
     blocks = Transformer(self.depth, choices, 0, self.remat, name="transformer")
     ((x, _),) = blocks([Stream((x,), key_bias=key_bias)])
-    return layers.layer_norm(x)
+    return norms.layer_norm(x)

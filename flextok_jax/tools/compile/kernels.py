@@ -1,10 +1,10 @@
 """Cycles of the attention kernels of Pallas on TPUs, which compiled programs do not state.
 
-python -m flextok_jax.tools.compile.kernels TOPOLOGY '[["attention", "bf16", [16, 28, 64, 384], 384, false], …]'
+python -m flextok_jax.tools.compile.kernels TOPOLOGY '[["attention", "bf16", [16, 28, 64, 384], 384, false, true], …]'
 
-prints a JSON list of cycles. libtpu simulates the instructions of what it compiles if a variable of the environment says
-so before it is loaded, so a process of its own does this. Samples follow each other, so two of them are simulated, and
-the time of the others is that of the second.
+prints a JSON list of cycles. libtpu simulates the instructions of what it compiles if a variable of the environment
+asks for it before it is loaded, so a process of its own does this. Samples follow each other, so two of them are
+simulated, and the time of the others is that of the second.
 """
 
 import dataclasses
@@ -41,6 +41,7 @@ class Kernel:
     queries: [b, h, e, lq].
     keys: their number.
     masked: whether there is a mask.
+    layer_norm: whether it normalises queries and keys.
   """
 
   name: str
@@ -48,6 +49,7 @@ class Kernel:
   queries: tuple[int, ...]
   keys: int
   masked: bool
+  layer_norm: bool
 
   @property
   def flops(self) -> int:
@@ -61,13 +63,13 @@ def find(run: hlo.Run) -> Kernel | None:
   x = run.instruction
   if 'custom_call_target="tpu_custom_call"' not in x.attributes:
     return None
-  found = re.search(
-    rf'op_name="[^"]*/({attention_pallas.BACKWARD}|{attention_pallas.FORWARD})/pallas_call', x.attributes
-  )
+  names = f"({attention_pallas.NORMALISED})?({attention_pallas.FORWARD}|{attention_pallas.BACKWARD})"
+  found = re.search(rf'op_name="[^"]*/{names}/pallas_call', x.attributes)
   if not found:
     return None
   queries, keys, *others = (operand.arrays[0] for operand in run.computation.operands(x))
-  return Kernel(found[1], queries.dtype, queries.dims, keys.dims[-1], len(others) + 2 > _OPERANDS[found[1]])
+  masked = len(others) + 2 > _OPERANDS[found[2]]
+  return Kernel(found[2], queries.dtype, queries.dims, keys.dims[-1], masked, bool(found[1]))
 
 
 def cycles(found: list[Kernel], topology: str) -> dict[Kernel, int]:
@@ -108,11 +110,11 @@ def _simulate(kernel: Kernel, samples: int, device: jax.Device, folder: Path) ->
   bias = shape((samples, kernel.keys, 1), jnp.float32)
   mask = shape((kernel.keys, queries), jnp.bfloat16) if kernel.masked else None
   grad = [q] if kernel.name == attention_pallas.BACKWARD else []
-  run = functools.partial(attention_pallas.run_kernel, kernel.name, 1.0)
+  run = functools.partial(attention_pallas.run_kernel, kernel.name, 1.0, kernel.layer_norm)
   for old in folder.iterdir():
     old.unlink()
   jax.jit(run).lower(q, k, k, bias, mask, *grad).compile()
-  (path,) = folder.glob(f"{kernel.name}.*")
+  (path,) = folder.glob(f"*{kernel.name}.*")
   return int(re.findall(r"estimated_cycles: (\d+)", files.read_text(path))[0])
 
 
@@ -120,8 +122,8 @@ def main(topology: str, found: str) -> None:
   """Prints the cycles of kernels; see above."""
   device = topologies.get_topology_desc(topology, "tpu").devices[0]
   results = []
-  for name, dtype, queries, keys, masked in json.loads(found):
-    kernel = Kernel(name, dtype, tuple(queries), keys, masked)
+  for name, dtype, queries, *rest in json.loads(found):
+    kernel = Kernel(name, dtype, tuple(queries), *rest)
     one, two = (_simulate(kernel, samples, device, Path(os.environ[_FOLDER])) for samples in (1, 2))
     results.append(one + (queries[0] - 1) * (two - one))
   print(json.dumps(results))

@@ -96,10 +96,10 @@ def _kind(x: Instruction, inside: list[Instruction]) -> str:
     return WAITS
   if opcodes <= _MOVING:
     return MOVES
+  if "/head_norms/" in source or "_norm_q" in source or "_norm_k" in source:
+    return HEAD_NORMS
   if attends:
     return SOFTMAX
-  if "_norm_q" in source or "_norm_k" in source:
-    return HEAD_NORMS
   if "/transformer/" in source or "/blocks/" in source:
     return BLOCKS
   return OPTIMIZER if source.startswith("jit(update)") and "jvp(" not in source else REST
