@@ -57,11 +57,8 @@ else
   timing=(--repeats=20 --seconds=15)
 fi
 # The fastest first, and what matters most: a step that is cut short costs only itself.
-kernels=(auto)
-case $platform in
-  gpu) kernels+=(xla) ;;    # auto: cuDNN
-  tpu) kernels+=(pallas) ;; # auto: XLA
-esac
+kernels=(auto) # cuDNN's, or that of Pallas on TPUs
+if [[ $platform != cpu ]]; then kernels+=(xla); fi
 
 step parity_float32 "${tokenizer[@]}" "${shallow[@]}" --parity --dtype=float32 --num_tokens=$few --batch_size=4 \
   --jobs=$compared

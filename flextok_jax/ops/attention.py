@@ -10,21 +10,26 @@ MASKED = float(jnp.finfo(jnp.float32).min) / 2  # key bias of a hidden key: its 
 
 _CUDNN_FEATURES = 128  # largest head: the limit of Ampere (later GPUs take 256)
 _PALLAS_FEATURES = 128
+PALLAS_LENGTH = 896  # queries or keys: the matrices of the gradient fit in VMEM
 _BIAS_FEATURES = 3  # bfloat16 numbers whose sum has the 24 bits of a float32
 
 
 def choose_implementation(
-  implementation: str, head_dim: int, dtype: jnp.dtype, device: jax.Device | None = None, masked: bool = False
+  implementation: str,
+  head_dim: int,
+  dtype: jnp.dtype,
+  device: jax.Device | None = None,
+  masked: bool = False,
+  length: int = 1,
 ) -> str:
   """Returns the name of the implementation that runs: "xla", "cudnn" or "pallas".
 
   "auto" is "cudnn" if it can run and there is no mask (cuDNN takes a mask as a bias and may refuse to compute its
-  gradient), else "xla", also on TPUs. There XLA writes the float32 logits of a forward pass to HBM and reads them back,
-  8 bytes per logit: from 64 keys on, for bfloat16 heads of 64, that is more than q, k, v and the output. "pallas" keeps
-  them in VMEM: 0.3 MB per head at length 272, 1 MB at 512. For a v5e, 32 samples and 12 heads of 64, the compiler
-  estimates these millions of cycles for the attention and projections of a layer, forward (forward and gradient): at
-  length 272 XLA 1.7 (6.1), pallas 1.5 (3.7); at 512 XLA 3.2 (12.4), pallas 2.3 (5.6). These are not measurements: the
-  kernel has only run in the interpreter of Pallas, never on a TPU, so "auto" does not choose it.
+  gradient), "pallas" on TPUs if it can run and dtype is bfloat16, else "xla". On TPUs XLA writes the float32 logits of
+  a forward pass to HBM and reads them back, 8 bytes per logit: from 64 keys on, for heads of 64, that is more than q,
+  k, v and the output. "pallas" keeps them in VMEM, and computes the norms of queries and keys in the same kernel;
+  docs/scaling.md compares the two by the compiler's cycles. It has been compiled for TPUs but has only run in the
+  interpreter of Pallas: launch/accelerator_check.sh compares it with "xla" on a TPU.
 
   Args:
     implementation: one of IMPLEMENTATIONS.
@@ -32,6 +37,7 @@ def choose_implementation(
     dtype: of queries, keys and values.
     device: that runs the attention; None: the default device.
     masked: whether there is a mask [lq, lk].
+    length: number of queries or keys, whichever is larger.
 
   Raises:
     ValueError: when the implementation is unknown or cannot run there.
@@ -40,8 +46,11 @@ def choose_implementation(
     raise ValueError(f"unknown attention {implementation!r}: one of {', '.join(IMPLEMENTATIONS)}")
   device = _default_device() if device is None else device
   if implementation == "auto":
-    return "xla" if masked or _obstacle("cudnn", head_dim, dtype, device) else "cudnn"
-  obstacle = _obstacle(implementation, head_dim, dtype, device)
+    if not masked and not _obstacle("cudnn", head_dim, dtype, device, length):
+      return "cudnn"
+    fits = jnp.dtype(dtype) == jnp.bfloat16 and not _obstacle("pallas", head_dim, dtype, device, length)
+    return "pallas" if fits else "xla"
+  obstacle = _obstacle(implementation, head_dim, dtype, device, length)
   if obstacle:
     raise ValueError(f"attention {implementation!r} {obstacle}: use 'auto'")
   return implementation
@@ -52,7 +61,7 @@ def _default_device() -> jax.Device:
   return device if isinstance(device, jax.Device) else jax.devices(device)[0]
 
 
-def _obstacle(name: str, head_dim: int, dtype: jnp.dtype, device: jax.Device) -> str:
+def _obstacle(name: str, head_dim: int, dtype: jnp.dtype, device: jax.Device, length: int) -> str:
   """Returns why the implementation cannot run on the device, or ""."""
   dtype = jnp.dtype(dtype)
   if name == "cudnn":
@@ -70,6 +79,8 @@ def _obstacle(name: str, head_dim: int, dtype: jnp.dtype, device: jax.Device) ->
       return f"computes in bfloat16 or float32, not {dtype}"
     if head_dim > _PALLAS_FEATURES:
       return f"takes heads of at most {_PALLAS_FEATURES} features, not {head_dim}"
+    if length > PALLAS_LENGTH:
+      return f"takes at most {PALLAS_LENGTH} queries or keys, not {length}"
   return ""
 
 
@@ -111,7 +122,8 @@ def attend(
     if key_bias.shape not in ((batch, keys), (1, keys)):
       raise ValueError(f"the key bias must be [{batch}, {keys}] or [1, {keys}], got {list(key_bias.shape)}")
     key_bias = jax.lax.stop_gradient(key_bias.astype(jnp.float32))
-  name = choose_implementation(implementation, head_dim, q.dtype, masked=mask is not None)
+  length = max(queries, keys)
+  name = choose_implementation(implementation, head_dim, q.dtype, masked=mask is not None, length=length)
   if name == "pallas":
     from flextok_jax.ops import attention_pallas  # importing Pallas takes a second
 

@@ -1,9 +1,9 @@
 """Attention as one TPU kernel: the logits of a head and their gradients stay in VMEM.
 
-Sequences are short (MAX_LENGTH), so all keys fit at once: the softmax is the direct one, and the gradient recomputes
-the weights from q and k. Arrays are transposed, positions last, [lk, lq]: this is the layout that XLA uses around
-attention, and sums over keys run along sublanes. A step of the grid has several heads, as one alone takes no longer
-than to start its copies to VMEM.
+Sequences are short (attention.PALLAS_LENGTH), so all keys fit at once: the softmax is the direct one, and the gradient
+recomputes the weights from q and k. Arrays are transposed, positions last, [lk, lq]: this is the layout that XLA uses
+around attention, and sums over keys run along sublanes. A step of the grid computes several heads, since the copies of
+one alone to VMEM take longer to start than its computation.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,6 @@ from flextok_jax.ops import layout, norms
 
 FORWARD, BACKWARD = "attention", "attention_gradient"  # names of the kernels
 NORMALISED = "normalised_"  # before the name of one with the norms of queries and keys
-MAX_LENGTH = 896  # queries or keys: the matrices of the gradient fit in VMEM
 VMEM = 15e6  # bytes; XLA gives a kernel 16 MB on TPUs with the least
 MAX_HEADS = 8  # of a step
 
@@ -39,15 +38,8 @@ def attend(
   key_bias: jax.Array | None,
   layer_norm: bool,
 ) -> jax.Array:
-  """See attend of ops/attention.py; scale, mask, key_bias and layer_norm as there.
-
-  Raises:
-    ValueError: there are more than MAX_LENGTH queries or keys.
-  """
-  batch, queries, _, _ = q.shape
-  keys = k.shape[1]
-  if max(queries, keys) > MAX_LENGTH:
-    raise ValueError(f"attention 'pallas' takes at most {MAX_LENGTH} positions, not {max(queries, keys)}: use 'xla'")
+  """See attend of ops/attention.py; scale, mask, key_bias and layer_norm as there."""
+  batch, keys = k.shape[:2]
   bias = jnp.zeros((batch, keys), jnp.float32) if key_bias is None else jnp.broadcast_to(key_bias, (batch, keys))
   mask = None if mask is None else jnp.where(mask.T, 0.0, _MASKED).astype(jnp.bfloat16)
   q, k, v = (x.transpose(0, 2, 3, 1) for x in (q, k, v))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flextok_jax.ops import attention, attention_pallas
+from flextok_jax.ops import attention
 from flextok_jax.ops.attention import MASKED, choose_implementation
 
 CPU = types.SimpleNamespace(platform="cpu")
@@ -138,7 +138,9 @@ def test_no_gradient_into_the_bias():
   "name, head_dim, dtype, device, chosen",
   [
     ("auto", 64, jnp.float32, CPU, "xla"),
-    ("auto", 64, jnp.bfloat16, TPU, "xla"),
+    ("auto", 64, jnp.bfloat16, TPU, "pallas"),
+    ("auto", 64, jnp.float32, TPU, "xla"),
+    ("auto", 256, jnp.bfloat16, TPU, "xla"),
     ("auto", 64, jnp.bfloat16, A100, "cudnn"),
     ("auto", 64, jnp.float16, A100, "cudnn"),
     ("auto", 64, jnp.float32, A100, "xla"),
@@ -153,7 +155,9 @@ def test_no_gradient_into_the_bias():
 def test_choose(name, head_dim, dtype, device, chosen):
   assert choose_implementation(name, head_dim, dtype, device) == chosen
   if name == "auto":
-    assert choose_implementation(name, head_dim, dtype, device, masked=True) == "xla"
+    masked = choose_implementation(name, head_dim, dtype, device, masked=True)
+    assert masked == ("xla" if device is not TPU else chosen)
+    assert choose_implementation(name, head_dim, dtype, TPU, length=897) == "xla"
 
 
 @pytest.mark.parametrize(
@@ -244,6 +248,6 @@ def test_pallas_lowers_for_tpus(monkeypatch):
 
 def test_pallas_is_for_short_sequences(monkeypatch):
   monkeypatch.setattr(attention, "_default_device", lambda: TPU)
-  x = jnp.zeros((1, attention_pallas.MAX_LENGTH + 1, 1, 8))
-  with pytest.raises(ValueError, match="at most 896 positions, not 897: use 'xla'"):
+  x = jnp.zeros((1, attention.PALLAS_LENGTH + 1, 1, 8))
+  with pytest.raises(ValueError, match="at most 896 queries or keys, not 897: use 'auto'"):
     attend(x, x, x, scale=1.0, implementation="pallas")

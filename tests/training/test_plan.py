@@ -79,8 +79,14 @@ def test_configs_fit_without_further_flags(spec):
 
 
 def fixed(spec, rows, devices, fsdp, remat, **fields):
-  """Returns (config, devices) of a row of the reports in docs/scaling.md."""
-  fields |= {"data.global_batch": rows * len(devices), "mesh.fsdp": fsdp, "mesh.shard_update": "off", "remat": remat}
+  """Returns (config, devices) of a row of the reports in docs/scaling.md, which have XLA's attention."""
+  fields |= {
+    "attention": "xla",
+    "data.global_batch": rows * len(devices),
+    "mesh.fsdp": fsdp,
+    "mesh.shard_update": "off",
+    "remat": remat,
+  }
   fields |= {"data.latents": "DIR", "repa.weight": 0.0} if spec.startswith("flextok") else {}
   fields |= {"data.trajectories": "DIR"} if spec.startswith("distill") else {}
   return with_fields(parse(spec), fields), devices
