@@ -76,7 +76,8 @@ def run_kernel(name: str, scale: float, layer_norm: bool, q, k, v, bias, mask, *
   Returns:
     The output [b, h, e, lq], or the gradients of q, k and v.
   """
-  kernel, outputs = {FORWARD: (_forward_kernel, 1), BACKWARD: (_backward_kernel, 3)}[name]
+  outputs = 1 if name == FORWARD else 3
+  kernel: Callable = _forward_kernel if name == FORWARD else _backward_kernel
   (batch, heads, head_dim, queries), keys = q.shape, k.shape[-1]
   count = _heads_of_step(heads, head_dim, max(queries, keys), q.dtype.itemsize)
   of_query = pl.BlockSpec((None, count, head_dim, queries), lambda i, j: (i, j, 0, 0))
