@@ -1,11 +1,12 @@
 """Cycles of the attention kernels of Pallas on TPUs, which compiled programs do not state.
 
-python -m flextok_jax.tools.compile.kernels TOPOLOGY '[["attention", "bf16", [16, 28, 64, 384], 384, false, true], …]'
+python -m flextok_jax.tools.compile.kernels TOPOLOGY '[["attention", "bf16", [16, 28, 64, 384], 384, false, true]]' DIR
 
-prints a JSON list of cycles. libtpu simulates the instructions of what it compiles if a variable of the environment
-asks for it before it is loaded, so a process of its own does this. Samples follow each other, so two of them are
-simulated, and the time of the others is that of the second. libtpu fails to simulate gradients of lengths that are no
-multiple of 128, the width of a tile: they count as those of the next multiple, which takes longer.
+prints a JSON list of cycles. libtpu simulates the instructions of what it compiles, and writes the result to DIR, if a
+variable of the environment asks for it before it is loaded, so a process of its own does this. Samples follow each
+other, so two of them are simulated, and the time of the others is that of the second. libtpu fails to simulate
+gradients of lengths that are no multiple of 128, the width of a tile: they count as those of the next multiple, which
+takes longer.
 """
 
 import dataclasses
@@ -26,7 +27,6 @@ from flextok_jax.core import files
 from flextok_jax.ops import attention_pallas
 from flextok_jax.tools.compile import hlo
 
-_FOLDER = "STATIC_PROFILES"  # variable of the environment: where libtpu writes the result of its simulation
 _TILE = 128  # positions
 _DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 _PRODUCTS = {attention_pallas.FORWARD: 2, attention_pallas.BACKWARD: 5}  # of a query with a key, in all features
@@ -84,15 +84,10 @@ def cycles(found: list[Kernel], topology: str) -> dict[Kernel, int]:
     return {}
   with tempfile.TemporaryDirectory() as folder:
     flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_static_llo_profile_to={folder}"
+    arguments = topology, json.dumps([dataclasses.astuple(k) for k in found]), folder
     process = subprocess.run(
-      [
-        sys.executable,
-        "-m",
-        "flextok_jax.tools.compile.kernels",
-        topology,
-        json.dumps([dataclasses.astuple(k) for k in found]),
-      ],
-      env=os.environ | {"LIBTPU_INIT_ARGS": flags, _FOLDER: folder, "JAX_COMPILATION_CACHE_DIR": ""},
+      [sys.executable, "-m", "flextok_jax.tools.compile.kernels", *arguments],
+      env=os.environ | {"LIBTPU_INIT_ARGS": flags, "JAX_COMPILATION_CACHE_DIR": ""},
       capture_output=True,
       text=True,
     )
@@ -122,13 +117,13 @@ def _simulate(kernel: Kernel, samples: int, device: jax.Device, folder: Path) ->
   return int(re.findall(r"estimated_cycles: (\d+)", files.read_text(path))[0])
 
 
-def main(topology: str, found: str) -> None:
+def main(topology: str, found: str, folder: str) -> None:
   """Prints the cycles of kernels; see above."""
   device = topologies.get_topology_desc(topology, "tpu").devices[0]
   results = []
   for name, dtype, queries, *rest in json.loads(found):
     kernel = Kernel(name, dtype, tuple(queries), *rest)
-    one, two = (_simulate(kernel, samples, device, Path(os.environ[_FOLDER])) for samples in (1, 2))
+    one, two = (_simulate(kernel, samples, device, Path(folder)) for samples in (1, 2))
     results.append(one + (queries[0] - 1) * (two - one))
   print(json.dumps(results))
 
