@@ -61,9 +61,9 @@ def draw_scenes(size: int, first: int = 0, batch: int = 128):
   return lambda step: scenes("train", first + step * batch, batch, size)[:2]
 
 
-def learn(draw: Draw, size: int, steps: int, seed: int, heads=HEADS) -> dict:
+def learn(draw: Draw, size: int, steps: int, seed: int) -> dict:
   """Trains a network on images uint8 [n, s, s, 3] and answers {question: [n]} of every step; returns its parameters."""
-  network = SceneClassifier(heads)
+  network = SceneClassifier(HEADS)
   params = network.init(jax.random.key(seed), jnp.zeros((1, size, size, 3)))
   optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, steps), weight_decay=1e-3)
 
@@ -75,7 +75,7 @@ def learn(draw: Draw, size: int, steps: int, seed: int, heads=HEADS) -> dict:
     x = x + 0.1 * jax.random.normal(noise, x.shape)
     logits = network.apply(params, x)
     ce = optax.softmax_cross_entropy_with_integer_labels
-    return sum(ce(logits[k], labels[k]).mean() for k, _ in heads)
+    return sum(ce(logits[k], labels[k]).mean() for k, _ in HEADS)
 
   @jax.jit
   def update(params, state, images, labels, key):
@@ -92,9 +92,9 @@ def learn(draw: Draw, size: int, steps: int, seed: int, heads=HEADS) -> dict:
   return params["params"]
 
 
-def make_answer(params: dict, heads=HEADS):
+def make_answer(params: dict):
   """Returns a function from images uint8 [n, s, s, 3] to a network's answers {question: [n]}."""
-  network = SceneClassifier(heads)
+  network = SceneClassifier(HEADS)
 
   @jax.jit
   def classify(images):
@@ -102,7 +102,7 @@ def make_answer(params: dict, heads=HEADS):
 
   def answer(images):
     parts = [jax.device_get(classify(images[i : i + 256])) for i in range(0, len(images), 256)]
-    return {k: np.concatenate([part[k] for part in parts]) for k, _ in heads}
+    return {k: np.concatenate([part[k] for part in parts]) for k, _ in HEADS}
 
   return answer
 

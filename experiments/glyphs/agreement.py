@@ -3,15 +3,17 @@
 python -m experiments.glyphs.agreement --glyphs=DIR --tokenizer=FILE --generators=FILE,FILE [--guidance_scales=2,4]
     [--num_images=512] --out=DIR
 
-DIR is the folder of experiments/glyphs/prepare.py. A small convolutional network is trained on glyphs of the training
-split alone, half of them centred. It then answers for held-out centred glyphs (its own accuracy), for reconstructions
-of these by the tokenizer, and for generated images: of every group equally many, or of the captions of glyphs of the
-training split, and of held-out ones, whose names may have words that no training caption has. The main colour of a
-glyph is that of most of its opaque pixels, of COLORS. For generators that stop by themselves, reports the rank
-correlation of their length with the complexity of the real glyph: the number of its colours (of 512) that cover 1% or
-more of it, and the mean difference of neighbouring pixels.
+DIR is the folder of experiments/glyphs/prepare.py. A picture has the group, the style and the main colour of the
+nearest of all glyphs of the training split (Judge). So are judged: held-out glyphs (the accuracy of the judge),
+reconstructions by the tokenizer, of these and of glyphs of the training split, and generated images: of every group
+equally many, or of the captions of glyphs of the training split, and of held-out ones, whose names may have words that
+no training caption has. For glyphs of the training split, "glyph" is the share of pictures whose nearest glyph is the
+very one. The main colour of a glyph is that of most of its opaque pixels, of COLORS. For generators that stop by
+themselves, reports the rank correlation of their length with the complexity of the real glyph: the number of its
+colours (of 512) that cover 1% or more of it, and the mean difference of neighbouring pixels.
 """
 
+from collections.abc import Iterable
 import colorsys
 import functools
 import itertools
@@ -32,7 +34,7 @@ from flextok_jax.data import transforms
 from flextok_jax.data.sources import code_points, emoji
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "white", "gray", "black")
-LESSONS, BATCH = 24_000, 128  # pictures that the network is trained on, and of them in a step
+JUDGED_SIZE = 16  # pixels: details that decoders get wrong do not count
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -42,8 +44,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_string("tokenizer", None, "The tokenizer whose tokens they draw.", flag_values=values)
   flags.DEFINE_list("guidance_scales", [], "Of the generators; default: from their configs.", flag_values=values)
   flags.DEFINE_integer("num_images", 512, "Images of each kind.", flag_values=values)
-  flags.DEFINE_integer("steps", 1500, "Training steps of the network.", flag_values=values)
-  flags.DEFINE_integer("seed", 0, "Seed of the network, the samples and the decoder's noise.", flag_values=values)
+  flags.DEFINE_integer("seed", 0, "Of the glyphs asked for, the samples and the decoder's noise.", flag_values=values)
   flags.DEFINE_string("out", None, "Folder for agreement.json.", flag_values=values)
 
 
@@ -78,25 +79,64 @@ def facts(glyph: emoji.Glyph) -> dict[str, float]:
 
 
 class Drawn(NamedTuple):
-  """n glyphs: images uint8 [n, s, s, 3]; answers, {question: int [n]}; the glyphs."""
+  """n glyphs, centred on white: images uint8 [n, s, s, 3]; answers, {question: int [n]}; the glyphs."""
 
   images: np.ndarray
   answers: dict[str, np.ndarray]
   glyphs: list[emoji.Glyph]
 
 
-def draw(source: emoji.Emoji, styles: list[str], seed: int, count: int, size: int, centered: float = 1.0) -> Drawn:
-  """Draws glyphs of a split, every base as often, a share of them centred."""
-  rng = np.random.default_rng(seed)
-  bases = [source.bases[i] for i in rng.integers(len(source.bases), size=count)]
-  glyphs = [base[rng.integers(len(base))] for base in bases]
-  place = lambda glyph: emoji.place(glyph.picture(), rng, bool(rng.random() < centered))
-  answers = {
+def answers_of(glyphs: list[emoji.Glyph]) -> dict[str, np.ndarray]:
+  """Returns {"group", "style" or "color": numbers [n]}."""
+  styles = sorted({glyph.style for glyph in glyphs})
+  return {
     "group": np.array([code_points.group_of(glyph.codes) for glyph in glyphs]),
     "style": np.array([styles.index(glyph.style) for glyph in glyphs]),
     "color": np.array([facts(glyph)["color"] for glyph in glyphs]),
   }
-  return Drawn(np.stack([transforms.center_crop(place(glyph), size) for glyph in glyphs]), answers, glyphs)
+
+
+def draw(source: emoji.Emoji, seed: int, count: int, size: int) -> Drawn:
+  """Draws glyphs of a split, every base as often."""
+  rng = np.random.default_rng(seed)
+  bases = [source.bases[i] for i in rng.integers(len(source.bases), size=count)]
+  glyphs = [base[rng.integers(len(base))] for base in bases]
+  place = lambda glyph: transforms.center_crop(emoji.place(glyph.picture(), rng, centered=True), size)
+  return Drawn(np.stack([place(glyph) for glyph in glyphs]), answers_of(glyphs), glyphs)
+
+
+class Judge:
+  """Answers for pictures of centred glyphs with what the nearest of given glyphs is.
+
+  Distances are of squared pixels. Glyphs are put on the picture's own background, the median of its border.
+
+  Args:
+    glyphs: to compare with.
+  """
+
+  def __init__(self, glyphs: list[emoji.Glyph]):
+    self._answers = answers_of(glyphs) | {"glyph": np.arange(len(glyphs))}
+    pictures = [glyph.picture() for glyph in glyphs]
+    black = [Image.merge("RGBA", (*[Image.new("L", p.size)] * 3, p.getchannel("A"))) for p in pictures]
+    rng = np.random.default_rng(0)  # centred glyphs on white need none
+    place = lambda glyph: emoji.place(glyph, rng, centered=True)
+    on_white, cleared = (self._shrink(map(place, glyphs)) for glyphs in (pictures, black))
+    self._opaque, self._drawn = 1 - cleared, on_white - cleared  # [n, s, s, 3]: opacity, colour times opacity
+
+  def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    """images uint8 [n, s, s, 3] -> {question: int [n]}; "glyph": the number of the nearest."""
+    nearest = []
+    for image in self._shrink(images):
+      border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+      background = np.median(border, 0)
+      gaps = self._drawn - self._opaque * background - (image - background)
+      nearest.append(np.einsum("nhwc,nhwc->n", gaps, gaps).argmin())
+    return {question: answers[nearest] for question, answers in self._answers.items()}
+
+  @staticmethod
+  def _shrink(images: Iterable[np.ndarray]) -> np.ndarray:
+    """Returns images in [0, 1], float32 [n, JUDGED_SIZE, JUDGED_SIZE, 3]."""
+    return np.stack([transforms.center_crop(x, JUDGED_SIZE) for x in images]).astype(np.float32) / 255
 
 
 def main(values: flags.FlagValues):
@@ -106,23 +146,26 @@ def main(values: flags.FlagValues):
   generators = {name: flextok_jax.load_ar(name) for name in values.generators}
   size, count, seed = tokenizer.image_size, values.num_images, values.seed
   train, held_out = (emoji.Emoji(split, values.glyphs) for split in ("train", "validation"))
-  styles = sorted({glyph.style for base in train.bases for glyph in base})
-  heads = (("group", len(code_points.CLASS_NAMES)), ("style", len(styles)), ("color", len(COLORS)))
-  lessons = draw(train, styles, seed, LESSONS, size, centered=0.5)
+  known = [glyph for base in train.bases for glyph in base]
+  judge = Judge(known)
+  number_of = {id(glyph): number for number, glyph in enumerate(known)}
 
-  def lesson(step: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    rows = np.random.default_rng((seed, step)).integers(LESSONS, size=BATCH)
-    return lessons.images[rows], {k: v[rows] for k, v in lessons.answers.items()}
+  def right(pictures: np.ndarray, said: dict[str, np.ndarray]) -> dict[str, float]:
+    found = judge(pictures)
+    return {question: float((found[question] == answer).mean()) for question, answer in said.items()}
 
-  answer = agreement.make_answer(agreement.learn(lesson, size, values.steps, seed, heads), heads)
-  right = lambda pictures, said: {k: float((answer(pictures)[k] == v).mean()) for k, v in said.items()}
-  real = draw(held_out, styles, seed + 1, count, size)
-  asked = {"training captions": draw(train, styles, seed + 1, count, size), "held-out captions": real}
-  ids = [row for i in range(0, count, 64) for row in tokenizer.tokenize(real.images[i : i + 64])]
+  def reconstruct(images: np.ndarray) -> np.ndarray:
+    ids = [row for i in range(0, count, 64) for row in tokenizer.tokenize(images[i : i + 64])]
+    return agreement.decode(tokenizer, ids, seed)
+
+  real, seen = (draw(source, seed + 1, count, size) for source in (held_out, train))
+  seen.answers["glyph"] = np.array([number_of[id(glyph)] for glyph in seen.glyphs])
+  asked = {"training captions": seen, "held-out captions": real}
   report = {
     "num_images": count,
     "held-out glyphs": right(real.images, real.answers),
-    "their reconstructions": right(agreement.decode(tokenizer, ids, seed), real.answers),
+    "their reconstructions": right(reconstruct(real.images), real.answers),
+    "reconstructions of training glyphs": right(reconstruct(seen.images), seen.answers),
   }
   labels = np.resize(np.arange(len(code_points.CLASS_NAMES)), count)
   changes = [{"guidance_scale": float(scale)} for scale in values.guidance_scales] or [{}]
