@@ -72,8 +72,7 @@ def draw_scenes(count: int, size: int, style: str) -> tuple[np.ndarray, np.ndarr
 def draw_glyphs(count: int, size: int, folder: str) -> tuple[np.ndarray, np.ndarray]:
   """Returns `count` centred held-out emoji of each level of edges, as draw_scenes does, from few edges to many."""
   source = emoji.Emoji("validation", folder)
-  styles = sorted({glyph.style for base in source.bases for glyph in base})
-  drawn = agreement.draw(source, styles, 0, count * len(LEVELS), size)
+  drawn = agreement.draw(source, 0, count * len(LEVELS), size)
   order = np.argsort([agreement.facts(glyph)["edges"] for glyph in drawn.glyphs], kind="stable")
   return drawn.images[order], np.repeat(LEVELS, count)
 
