@@ -8,9 +8,7 @@ process of its own, as libtpu ends the process at a kernel that it cannot simula
 """
 
 import json
-import os
 from pathlib import Path
-import re
 import subprocess
 import sys
 import tempfile
@@ -23,7 +21,7 @@ import jax.numpy as jnp
 from flextok_jax import cli
 from flextok_jax.core import accelerators
 from flextok_jax.ops import attention, norms
-from flextok_jax.tools.compile import hlo
+from flextok_jax.tools.compile import hlo, kernels
 
 ROWS, WIDTH, HEADS, LENGTH = 1_536, 1_792, 28, 384  # ROWS: positions of 4 samples
 
@@ -64,8 +62,7 @@ def measure(topology: str, name: str, folder: str) -> tuple[int, int, int]:
   compiled = jax.jit(run).lower(*args).compile()
   estimated = {run.instruction.name: hlo.kernel_cycles(run) for run in hlo.Module(compiled.as_text()).runs()}
   estimated = {name: cycles for name, cycles in estimated.items() if cycles}
-  paths = {path.name.split("_TPU")[0]: path for path in Path(folder).iterdir()}
-  simulated = {name: int(re.findall(r"estimated_cycles: (\d+)", path.read_text())[0]) for name, path in paths.items()}
+  simulated = {path.name.split("_TPU")[0]: kernels.read_cycles(path) for path in Path(folder).iterdir()}
   both = estimated.keys() & simulated.keys()
   chip, memory = accelerators.known(device), compiled.memory_analysis()
   least = (memory.argument_size_in_bytes + memory.output_size_in_bytes) / chip.bandwidth * chip.clock
@@ -82,8 +79,7 @@ def main(values: flags.FlagValues):
     for name in PROGRAMS:
       with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "experiments.compiler_cycles", f"--topologies={topology}", f"--program={name}"]
-        asked = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_static_llo_profile_to={folder}"
-        env = os.environ | {"LIBTPU_INIT_ARGS": asked, "JAX_COMPILATION_CACHE_DIR": "", "JAX_PLATFORMS": "cpu"}
+        env = kernels.environment(folder) | {"JAX_PLATFORMS": "cpu"}
         process = subprocess.run([*command, f"--folder={folder}"], env=env, capture_output=True, text=True)
       cells = ["not simulated"] * 3
       if not process.returncode:

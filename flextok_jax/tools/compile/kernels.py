@@ -74,6 +74,17 @@ def find(run: hlo.Run) -> Kernel | None:
   return Kernel(found[2], queries.dtype, queries.dims, keys.dims[-1], masked, bool(found[1]))
 
 
+def environment(folder: str) -> dict[str, str]:
+  """Returns the environment of a process in which libtpu simulates what it compiles; it writes results to folder."""
+  flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_static_llo_profile_to={folder}"
+  return os.environ | {"LIBTPU_INIT_ARGS": flags, "JAX_COMPILATION_CACHE_DIR": ""}
+
+
+def read_cycles(path: Path) -> int:
+  """Returns the cycles in a file that libtpu wrote of a kernel that it simulated."""
+  return int(re.findall(r"estimated_cycles: (\d+)", files.read_text(path))[0])
+
+
 def cycles(found: list[Kernel], topology: str) -> dict[Kernel, int]:
   """Returns the cycles that the compiler expects for one run of each kernel on a device of the topology.
 
@@ -83,11 +94,10 @@ def cycles(found: list[Kernel], topology: str) -> dict[Kernel, int]:
   if not found:
     return {}
   with tempfile.TemporaryDirectory() as folder:
-    flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_static_llo_profile_to={folder}"
     arguments = topology, json.dumps([dataclasses.astuple(k) for k in found]), folder
     process = subprocess.run(
       [sys.executable, "-m", "flextok_jax.tools.compile.kernels", *arguments],
-      env=os.environ | {"LIBTPU_INIT_ARGS": flags, "JAX_COMPILATION_CACHE_DIR": ""},
+      env=environment(folder),
       capture_output=True,
       text=True,
     )
@@ -114,7 +124,7 @@ def _simulate(kernel: Kernel, samples: int, device: jax.Device, folder: Path) ->
     old.unlink()
   jax.jit(run).lower(q, k, k, bias, mask, *grad).compile()
   (path,) = folder.glob(f"*{kernel.name}.*")
-  return int(re.findall(r"estimated_cycles: (\d+)", files.read_text(path))[0])
+  return read_cycles(path)
 
 
 def main(topology: str, found: str, folder: str) -> None:
