@@ -3,7 +3,7 @@
   glyphs:vae     the VAE: 4x down, 4 channels, 0.7M parameters
   glyphs         the tokenizer of its latents: 32 tokens, 3.4M parameters; glyphs:next continues it
   glyphs:groups  a generator by group: face, animal, food, ...
-  glyphs:text    a generator by caption ("mushroom, noto"), which ends its sequences itself
+  glyphs:text    a generator by caption ("strawberry, flat"), which ends its sequences itself
   glyphs:mixed   the tokenizer that ships, continued at 32, 48, 64 and 96 px (experiments/size_and_content.py)
 
 DATA stands for --config.data.sources.emoji.path=GLYPHS --config.data.sources.photos.path=PHOTOS, two folders that
