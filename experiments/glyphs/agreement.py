@@ -1,16 +1,17 @@
 """Do generators of glyphs draw what they are asked for: group, style, main colour; and do they choose fitting lengths?
 
 python -m experiments.glyphs.agreement --glyphs=DIR --tokenizer=FILE --generators=FILE,FILE [--guidance_scales=2,4]
-    [--num_images=512] --out=DIR
+    [--num_images=512] [--qualities=0.09,0.05] --out=DIR
 
 DIR is the folder of experiments/glyphs/prepare.py. A picture has the group, the style and the main colour of the
 nearest of all glyphs of the training split (Judge). So are judged: held-out glyphs (the accuracy of the judge),
 reconstructions by the tokenizer, of these and of glyphs of the training split, and generated images: of every group
 equally many, or of the captions of glyphs of the training split, and of held-out ones, whose names may have words that
 no training caption has. For glyphs of the training split, "glyph" is the share of pictures whose nearest glyph is the
-very one. The main colour of a glyph is that of most of its opaque pixels, of COLORS. For generators that stop by
-themselves, reports the rank correlation of their length with the complexity of the real glyph: the number of its
-colours (of 512) that cover 1% or more of it, and the mean difference of neighbouring pixels.
+very one. With --qualities, reconstructions from as many tokens as tokenize --quality keeps are judged as well. The main
+colour of a glyph is that of most of its opaque pixels, of COLORS. For sequences that end early, reports the rank
+correlation of their length with the complexity of the real glyph: the number of its colours (of 512) that cover 1% or
+more of it, and the mean difference of neighbouring pixels.
 """
 
 from collections.abc import Iterable
@@ -43,6 +44,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
   flags.DEFINE_list("generators", [], "Generators: anything that load_ar takes.", flag_values=values)
   flags.DEFINE_string("tokenizer", None, "The tokenizer whose tokens they draw.", flag_values=values)
   flags.DEFINE_list("guidance_scales", [], "Of the generators; default: from their configs.", flag_values=values)
+  flags.DEFINE_list("qualities", [], "Largest MSE of a reconstruction that chooses its length.", flag_values=values)
   flags.DEFINE_integer("num_images", 512, "Images of each kind.", flag_values=values)
   flags.DEFINE_integer("seed", 0, "Of the glyphs asked for, the samples and the decoder's noise.", flag_values=values)
   flags.DEFINE_string("out", None, "Folder for agreement.json.", flag_values=values)
@@ -105,6 +107,16 @@ def draw(source: emoji.Emoji, seed: int, count: int, size: int) -> Drawn:
   return Drawn(np.stack([place(glyph) for glyph in glyphs]), answers_of(glyphs), glyphs)
 
 
+def describe_lengths(sequences: list[np.ndarray], glyphs: list[emoji.Glyph]) -> dict[str, float]:
+  """Returns the mean length and its rank correlation with the complexity of each sequence's glyph."""
+  lengths = [len(sequence) for sequence in sequences]
+  found = {"mean length": float(np.mean(lengths))}
+  for what in ("colors", "edges"):
+    complexity = [facts(glyph)[what] for glyph in glyphs]
+    found[f"rank correlation with {what}"] = float(scipy.stats.spearmanr(lengths, complexity)[0])
+  return found
+
+
 class Judge:
   """Answers for pictures of centred glyphs with what the nearest of given glyphs is.
 
@@ -154,9 +166,11 @@ def main(values: flags.FlagValues):
     found = judge(pictures)
     return {question: float((found[question] == answer).mean()) for question, answer in said.items()}
 
+  def tokenize(images: np.ndarray, **options) -> list[np.ndarray]:
+    return [row for i in range(0, count, 64) for row in tokenizer.tokenize(images[i : i + 64], **options)]
+
   def reconstruct(images: np.ndarray) -> np.ndarray:
-    ids = [row for i in range(0, count, 64) for row in tokenizer.tokenize(images[i : i + 64])]
-    return agreement.decode(tokenizer, ids, seed)
+    return agreement.decode(tokenizer, tokenize(images), seed)
 
   real, seen = (draw(source, seed + 1, count, size) for source in (held_out, train))
   seen.answers["glyph"] = np.array([number_of[id(glyph)] for glyph in seen.glyphs])
@@ -167,6 +181,11 @@ def main(values: flags.FlagValues):
     "their reconstructions": right(reconstruct(real.images), real.answers),
     "reconstructions of training glyphs": right(reconstruct(seen.images), seen.answers),
   }
+  for quality in map(float, values.qualities):
+    for name, drawn in {"held-out": real, "training": seen}.items():
+      ids = tokenize(drawn.images, quality=quality, num_steps=1)
+      found = right(agreement.decode(tokenizer, ids, seed), drawn.answers) | describe_lengths(ids, drawn.glyphs)
+      report[f"reconstructions of {name} glyphs, quality {quality:g}"] = found
   labels = np.resize(np.arange(len(code_points.CLASS_NAMES)), count)
   changes = [{"guidance_scale": float(scale)} for scale in values.guidance_scales] or [{}]
   for (name, gen), change in itertools.product(generators.items(), changes):
@@ -180,11 +199,7 @@ def main(values: flags.FlagValues):
       settings, sequences = agreement.generate(gen, seed, labels, prompts, **change)
       found = right(agreement.decode(tokenizer, sequences, seed), drawn.answers)
       if gen.stop_id is not None:
-        lengths = [len(sequence) for sequence in sequences]
-        found["mean length"] = float(np.mean(lengths))
-        for what in ("colors", "edges"):
-          complexity = [facts(glyph)[what] for glyph in drawn.glyphs]
-          found[f"rank correlation with {what}"] = float(scipy.stats.spearmanr(lengths, complexity)[0])
+        found |= describe_lengths(sequences, drawn.glyphs)
       report[f"{title}, {which}"] = settings | found
   text = json.dumps(report, indent=1)
   print(text)
