@@ -1,6 +1,6 @@
 """Small models of emoji by four artists and of photographs: all three stages of the method, 64 px, on a CPU.
 
-  glyphs:vae     the VAE: 4x down, 4 channels, 0.7M parameters
+  glyphs:vae     the VAE: 4x down, 4 channels, 0.7M parameters; glyphs:vae_detail sharpens its decoder
   glyphs         the tokenizer of its latents: 32 tokens, 3.4M parameters; glyphs:next continues it
   glyphs:groups  a generator by group: face, animal, food, ...
   glyphs:text    a generator by caption ("strawberry, flat"), which ends its sequences itself
@@ -12,8 +12,11 @@ experiments/glyphs makes:
   python -m experiments.glyphs.prepare --out=GLYPHS
   python -m experiments.glyphs.photographs --out=PHOTOS
   python -m flextok_jax.train --config=glyphs:vae --workdir=VAE DATA
-  python -m flextok_jax.tokenize --what=latents --checkpoint=VAE --config=glyphs --num_images=98304 --out=LATENTS DATA
-  python -m flextok_jax.train --config=glyphs --workdir=DIR --config.init_from=VAE --config.data.latents=LATENTS DATA
+  python -m flextok_jax.train --config=glyphs:vae_detail --workdir=DETAIL --config.init_from=VAE DATA
+  python -m flextok_jax.train --config=glyphs:vae_detail --workdir=SHARP --config.init_from=DETAIL \
+      --config.vae_loss.detail_weight=80 --config.train.num_steps=600 DATA
+  python -m flextok_jax.tokenize --what=latents --checkpoint=SHARP --config=glyphs --num_images=98304 --out=LATENTS DATA
+  python -m flextok_jax.train --config=glyphs --workdir=DIR --config.init_from=SHARP --config.data.latents=LATENTS DATA
   python -m flextok_jax.train --config=glyphs:next --workdir=NEXT --config.init_from=DIR --config.data.latents=LATENTS \
       DATA
 
@@ -33,7 +36,7 @@ NUM_TOKENS = 32
 
 
 def get_config(arg: str = ""):
-  common.check_argument("glyphs", arg, ("", "next", "mixed", "vae", "vae_next", "groups", "text"))
+  common.check_argument("glyphs", arg, ("", "next", "mixed", "vae", "vae_next", "vae_detail", "groups", "text"))
   if arg in ("groups", "text"):
     return _generator(arg)
   c = common.derive(
@@ -49,7 +52,7 @@ def get_config(arg: str = ""):
     eval=dict(sources=("emoji", "photos"), num_images=128, batch_size=64, grid_images=6),
   )
   if arg.startswith("vae"):
-    _vae(c, continued=arg == "vae_next")
+    _vae(c, arg)
   else:
     _tokenizer(c, continued=arg != "")
   if arg == "mixed":
@@ -57,7 +60,7 @@ def get_config(arg: str = ""):
   return c
 
 
-def _vae(c: ConfigDict, continued: bool):
+def _vae(c: ConfigDict, arg: str):
   """Sets stage 0; its discriminator is for the runs of get_sweep, which continue a run without it."""
   c.update(
     stage="vae",
@@ -74,12 +77,18 @@ def _vae(c: ConfigDict, continued: bool):
     ),
     train=dict(num_steps=3_000, eval_every=1_500),
   )
-  if continued:
+  if arg != "vae":
     c.update(
       seed=1,
       vae_loss=dict(train_encoder=False),  # latents stay, so tokenizers of them can take the new decoder
       optim=dict(learning_rate=3e-4, end_learning_rate=1e-5),
       train=dict(num_steps=1_000),
+    )
+  if arg == "vae_detail":
+    c.update(
+      vae_loss=dict(detail_weight=30.0),
+      optim=dict(learning_rate=1e-3, end_learning_rate=1e-4, ema_decay=0.99),
+      train=dict(num_steps=1_500),
     )
 
 

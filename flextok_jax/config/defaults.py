@@ -190,6 +190,7 @@ def get_config() -> ConfigDict:
   # Of the KL, summed over a latent, mean over the batch. [LDM] has 1e-6 with errors summed over the values of an image,
   # where ours are means: the equivalent at 256 px is 1e-6 / (3 * 256 * 256) = 5.1e-12 [ours: stronger].
   c.vae_loss.kl_weight = 1e-6
+  c.vae_loss.detail_weight = 0.0  # of ops/distances.py:detail, without which a small autoencoder smoothes textures
   c.vae_loss.lpips_weight = 0.0  # of LPIPS by VGG16
   c.vae_loss.lpips = ""  # a folder with lpips_vgg, as docs/evaluation.md describes it
   c.vae_loss.train_encoder = True  # False: the decoder alone, so that latents stay, and tokenizers of them

@@ -187,6 +187,7 @@ RANGES = {
   "vae_loss.l1_weight": NOT_NEGATIVE,
   "vae_loss.l2_weight": NOT_NEGATIVE,
   "vae_loss.kl_weight": NOT_NEGATIVE,
+  "vae_loss.detail_weight": NOT_NEGATIVE,
   "vae_loss.lpips_weight": NOT_NEGATIVE,
   "discriminator.weight": NOT_NEGATIVE,
   "discriminator.start_step": whole(0),

@@ -17,6 +17,7 @@ Distance = Callable[[jax.Array, jax.Array], jax.Array]
 _SMOOTH = tuple(w / 16 for w in (1, 4, 6, 4, 1))
 _SLOPE = tuple(w / 8 for w in (-1, -2, 0, 2, 1))
 _CURVE = tuple(w / 4 for w in (1, 0, -2, 0, 1))
+DETAIL_WINDOW = 16  # pixels
 MIN_SIDE = 8  # pixels; the pyramid has no smaller scale, unless the image itself is smaller
 COLOR_FLOOR = 1.0  # the constant beside the colours: they count about linearly
 STRUCTURE_FLOOR = 0.2  # beside the filters: contrast well above it counts by its pattern, well below it by its strength
@@ -66,6 +67,18 @@ def statistics(images: jax.Array) -> jax.Array:
     x = _halve(x)
 
 
+def detail(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Returns how much the local detail of images differs: 0 if it is as strong everywhere, whatever its pattern.
+
+  The detail at a place is the mean absolute difference of pixels that are neighbours in a row or in a column, over a
+  window of DETAIL_WINDOW x DETAIL_WINDOW; the distance is the mean absolute difference of the two details over windows
+  (every half a window), channels and the two directions.
+  """
+  apart = lambda x, axis: jnp.abs(jnp.diff(x.astype(jnp.float32), axis=axis))
+  gaps = (_window_means(apart(a, axis)) - _window_means(apart(b, axis)) for axis in (1, 2))
+  return sum((jnp.abs(gap).mean((1, 2, 3)) for gap in gaps), start=jnp.zeros((), jnp.float32)) / 2
+
+
 DISTANCES = {"mse": mse, "perceptual": perceptual}
 
 
@@ -92,6 +105,14 @@ def _halve(x: jax.Array) -> jax.Array:
   """Averages 2x2 pixels: [b, h, w, c] -> [b, h // 2, w // 2, c]; an odd last row or column is dropped."""
   height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
   return einops.reduce(x[:, :height, :width], "b (h i) (w j) c -> b h w c", "mean", i=2, j=2)
+
+
+def _window_means(x: jax.Array) -> jax.Array:
+  """Averages over windows that overlap by half: [b, h, w, c] -> [b, h', w', c]; smaller images are one window."""
+  height, width = (min(DETAIL_WINDOW, side) for side in x.shape[1:3])
+  steps = [max(side // 2, 1) for side in (height, width)]
+  total = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, height, width, 1), (1, *steps, 1), "VALID")
+  return total / (height * width)
 
 
 def _scale_distance(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from flextok_jax.models.perception.lpips import LPIPS
 from flextok_jax.models.vae import tiling
 from flextok_jax.models.vae.autoencoder import AutoencoderKL, kl_divergence, last_conv, sample_posterior
 from flextok_jax.models.vae.discriminator import PatchDiscriminator, patches_of
-from flextok_jax.ops import adversarial
+from flextok_jax.ops import adversarial, distances
 from flextok_jax.stages.stage import Maps, Params, Stage
 
 _LPIPS_NET = "vgg"  # the usual training loss
@@ -109,8 +109,8 @@ class VAEStage(Stage):
   def loss_fn(self, params: Params, batch: Mapping, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
     """Returns reconstruction losses, KL of the posterior (summed over a latent) and adversarial losses, batch means.
 
-    loss = r + kl_weight KL + w g + d, with reconstruction losses r = l1_weight L1 + l2_weight L2 + lpips_weight LPIPS,
-    the loss g of the generator and d of the discriminator; w = discriminator.weight * adversarial.adaptive_weight. g
+    loss = r + kl_weight KL + w g + d, with reconstruction losses r = l1_weight L1 + l2_weight L2 + lpips_weight LPIPS +
+    detail_weight distances.detail, the loss g of the generator and d of the discriminator; w = discriminator.weight * adversarial.adaptive_weight. g
     and d have weight 0 before step discriminator.start_step. Gradients flow into the autoencoder from r, KL and g only,
     into the discriminator from d only; w is a constant. Without vae_loss.train_encoder, none flows into the encoder.
 
@@ -135,6 +135,9 @@ class VAEStage(Stage):
         to_unit = lambda x: (x + 1) / 2
         losses["lpips"] = self.lpips.apply({"params": fixed["lpips"]}, to_unit(recon), to_unit(images))
         total += self.lpips_weight * losses["lpips"]
+      if w.detail_weight:
+        losses["detail"] = distances.detail(recon, images)
+        total += w.detail_weight * losses["detail"]
       return total.mean(), (total, losses)
 
     (_, (total, losses)), at_recon = jax.value_and_grad(reconstruction, has_aux=True)(fixed["recon"])

@@ -221,6 +221,31 @@ def test_perceptual_distance_differs_from_mse(pictures):
   assert (np.asarray(a["perceptual"]) > 1.3 * np.asarray(b["perceptual"]))[:2].all()  # for the photographs
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (37, 50), (6, 9)], ids=["square", "odd", "small"])
+def test_detail_equals_numpy(shape):
+  a, b = np.random.default_rng(0).uniform(-1, 1, (2, 3, *shape, 3)).astype(np.float32)
+  b[1] = a[1] + 0.05 * b[1]
+
+  def windows(x, axis):
+    steps = np.abs(np.diff(np.float64(x), axis=axis))  # [h, w, c]
+    sides = [min(16, side) for side in steps.shape[:2]]
+    every = np.lib.stride_tricks.sliding_window_view(steps, sides, (0, 1))
+    return every[:: sides[0] // 2, :: sides[1] // 2].mean((-2, -1))
+
+  expected = [np.mean([np.abs(windows(x, i) - windows(y, i)).mean() for i in (0, 1)]) for x, y in zip(a, b)]
+  np.testing.assert_allclose(jax.jit(distances.detail)(a, b), expected, rtol=1e-5, atol=2e-7)  # of means near 0.7
+
+
+def test_detail_is_of_strength_and_not_of_pattern(pictures):
+  x = pictures[256][:2]
+  blurred = np.stack([skimage.filters.gaussian(image, 1, channel_axis=-1) for image in x]).astype(np.float32)
+  lost = np.asarray(distances.detail(x, blurred))
+  assert (lost > 10 * np.asarray(distances.detail(x, 0.1 - x))).all()  # the negative has the same detail
+  board = np.indices((32, 32)).sum(0)[None, ..., None] % 2 * np.ones(3, np.float32)  # 1 apart everywhere
+  np.testing.assert_allclose(distances.detail(board, 1 - board), 0, atol=1e-6)
+  np.testing.assert_allclose(distances.detail(board, np.zeros_like(board)), 1, rtol=1e-6)
+
+
 # End to end.
 
 QUIET = dict(num_steps=2, guidance="cfg", guidance_scale=1.5)

@@ -46,6 +46,7 @@ def test_metrics_are_the_parts_of_the_loss():
     "loss",
     "l1",
     "l2",
+    "detail",
     "kl",
     "loss_generator",
     "loss_discriminator",
@@ -59,7 +60,7 @@ def test_metrics_are_the_parts_of_the_loss():
   assert {x.dtype for x in jax.tree.leaves((loss, metrics))} == {jnp.dtype("float32")}
   np.testing.assert_allclose(m["loss"], loss, rtol=1e-6)
   w = stage.loss_weights
-  apart = w.l1_weight * m["l1"] + w.l2_weight * m["l2"] + w.kl_weight * m["kl"]
+  apart = w.l1_weight * m["l1"] + w.l2_weight * m["l2"] + w.detail_weight * m["detail"] + w.kl_weight * m["kl"]
   apart += m["adaptive_weight"] * m["loss_generator"] + m["loss_discriminator"]
   np.testing.assert_allclose(loss, apart, rtol=1e-5)
   np.testing.assert_allclose(m["loss_generator"], -m["logits_fake"], rtol=1e-6)

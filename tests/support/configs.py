@@ -13,7 +13,7 @@ _ARGUMENTS = {
   "distill": list(distill.MODELS),
   "finetune": list(finetune.MODELS),
   "flextok": list(flextok.MODELS),
-  "glyphs": ["", "next", "mixed", "vae", "vae_next", "groups", "text"],
+  "glyphs": ["", "next", "mixed", "vae", "vae_next", "vae_detail", "groups", "text"],
   "shapes": ["", "coarse", "grid", "mixed"],
   "shapes_ar": ["", "text", "stop"],
   "vae": list(vae.CHANNELS),

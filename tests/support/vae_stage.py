@@ -21,7 +21,7 @@ def config_of(weight=0.5, **overrides):
     stage="vae",
     image_size=8,
     vae=dict(kind="autoencoder_kl", latent_channels=4, block_out_channels=(8,), layers_per_block=1, norm_groups=4),
-    vae_loss=dict(l1_weight=1.0, l2_weight=0.3, kl_weight=1e-3),
+    vae_loss=dict(l1_weight=1.0, l2_weight=0.3, kl_weight=1e-3, detail_weight=0.4),
     discriminator=dict(weight=weight, start_step=START, channels=4, num_layers=1),
   )
   c.update(overrides)
@@ -56,10 +56,14 @@ def plain_losses(stage, images, key, lpips=None):
     return recon, kl_divergence(mean, logvar).mean()
 
   def reconstruction(vae):
-    error = through(vae)[0] - images
+    recon = through(vae)[0]
+    error = recon - images
     total = w.l1_weight * jnp.abs(error).mean() + w.l2_weight * jnp.square(error).mean()
+    for axis in (1, 2) if w.detail_weight else ():  # of these small images, one window
+      strength, wanted = (jnp.abs(jnp.diff(x, axis=axis)).mean((1, 2)) for x in (recon, images))
+      total += w.detail_weight * jnp.abs(strength - wanted).mean() / 2
     if lpips is not None:
-      a, b = ((x + 1) / 2 for x in (through(vae)[0], images))
+      a, b = ((x + 1) / 2 for x in (recon, images))
       total += w.lpips_weight * LPIPS("vgg").apply({"params": lpips}, a, b).mean()
     return total
 
