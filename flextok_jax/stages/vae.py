@@ -110,9 +110,10 @@ class VAEStage(Stage):
     """Returns reconstruction losses, KL of the posterior (summed over a latent) and adversarial losses, batch means.
 
     loss = r + kl_weight KL + w g + d, with reconstruction losses r = l1_weight L1 + l2_weight L2 + lpips_weight LPIPS +
-    detail_weight distances.detail, the loss g of the generator and d of the discriminator; w = discriminator.weight * adversarial.adaptive_weight. g
-    and d have weight 0 before step discriminator.start_step. Gradients flow into the autoencoder from r, KL and g only,
-    into the discriminator from d only; w is a constant. Without vae_loss.train_encoder, none flows into the encoder.
+    detail_weight D (distances.detail), the loss g of the generator and d of the discriminator; w = discriminator.weight
+    * adversarial.adaptive_weight. g and d have weight 0 before step discriminator.start_step. Gradients flow into the
+    autoencoder from r, KL and g only, into the discriminator from d only; w is a constant. Without
+    vae_loss.train_encoder, none flows into the encoder.
 
     The gradients dr and dg of r and g at the reconstruction are needed for w, and suffice for the backward pass of the
     decoder: the loss has the gradient of sum((dr + w dg) * reconstruction), so there is only one such pass.
