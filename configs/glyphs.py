@@ -125,8 +125,8 @@ def _generator(condition: str):
   )
   if text:  # the words of 11,000 captions; the first tokens, as later ones follow from these
     c.update(
-      ar=dict(position_decay=0.5, guidance_scale=1.0, temperature=0.5),
+      ar=dict(position_decay=0.5, guidance_scale=1.0, temperature=0.25),
       text=dict(ngram_rows=8_192),
-      train=dict(num_steps=4_000),
+      train=dict(num_steps=5_000),
     )
   return c

@@ -34,7 +34,7 @@ A generator draws tokens for a caption, a tokenizer decodes them. Models that sh
 workdir or a repository of the Hugging Face hub works in their place.
 
 $ python -m flextok_jax.sample --checkpoint=glyphs_text --tokenizer=glyphs_student --num_samples=4 \\
-    --prompts="red heart, flat;grinning face, flat" --out=drawn
+    --prompts="cactus, flat;grinning face, flat" --out=drawn
 
 Each row of `drawn/grid.png` is a sample, decoded from its first tokens. The generator ends a sequence by itself: the
 simpler the picture, the fewer tokens.
@@ -68,7 +68,7 @@ The generator from Python, one sample for each caption:
 
 >>> generator = flextok_jax.load_ar("glyphs_text")
 >>> generator
->>> drawn = generator.generate(7, prompts=["soccer ball, flat"], temperature=0.3)
+>>> drawn = generator.generate(7, prompts=["soccer ball, flat"])
 >>> generator.trim(drawn)
 >>> pictures = flextok_jax.to_pil(model.detokenize(generator.trim(drawn), key=0))
 

@@ -53,7 +53,7 @@ fi
 
 heading "2. A generator: captions become pictures, which end when nothing is left to say"
 python -m flextok_jax.sample --tokenizer=glyphs_student --checkpoint=glyphs_text --num_samples=2 --out="$work/captions" \
-  --prompts="grinning face, flat;soccer ball, flat;cactus, flat;red heart, flat"
+  --prompts="grinning face, flat;soccer ball, flat;cactus, flat;umbrella, flat"
 sheet+=("Drawn from captions, from the first token to the last=$work/captions/grid.png")
 
 heading "3. Training from scratch: the same kind of tokenizer learns handwritten digits, in two to three minutes"
