@@ -90,7 +90,7 @@ def test_sample(name, tokenizer, flag, condition, tmp_path):
     assert_same(Image.open(path), image)
   # The checkpoint's own sampling settings are used.
   c = gen.config.ar
-  expected = (1.0, 0.5) if name == "glyphs_text" else (2.0, 1.0)
+  expected = (1.0, 0.25) if name == "glyphs_text" else (2.0, 1.0)
   assert (c.guidance_scale, c.temperature, c.top_k, c.top_p) == (*expected, 0, pytest.approx(0.9))
   given = dict(guidance_scale=c.guidance_scale, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p)
   again = gen.trim(gen.generate(jax.random.key(SEED), **condition, **given))

@@ -30,7 +30,7 @@ Job = tuple[Ids, int]  # ids, and how many of them to decode
 MAX_PIXELS = 2**25  # of an uploaded picture
 MAX_TEXT = 10_000  # characters of pasted tokens
 SCENES = (25, 33, 32, 28, 3, 2)  # examples: numbers of the validation split
-EMOJI = (38, 14, 42, 35, 22, 13)  # examples: numbers of assets.pictures
+EMOJI = (14, 38, 42, 35, 22, 13)  # examples: numbers of assets.pictures
 CAPTIONS = ("cactus, flat", "strawberry, flat", "grinning face, flat", "soccer ball, flat")  # for generators of emoji
 SEARCHES: dict[str, dict[str, Any]] = {  # settings of search_plan.Settings by what the page calls them
   "lookahead, 2 beams of 4": dict(algorithm="lookahead", beam_width=2, candidates=4, lookahead=-1, num_results=2),
