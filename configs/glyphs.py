@@ -77,13 +77,10 @@ def _vae(c: ConfigDict, arg: str):
     ),
     train=dict(num_steps=3_000, eval_every=1_500),
   )
-  if arg != "vae":
-    c.update(
-      seed=1,
-      vae_loss=dict(train_encoder=False),  # latents stay, so tokenizers of them can take the new decoder
-      optim=dict(learning_rate=3e-4, end_learning_rate=1e-5),
-      train=dict(num_steps=1_000),
-    )
+  if arg != "vae":  # latents stay, so tokenizers of them can take the new decoder
+    c.update(seed=1, vae_loss=dict(train_encoder=False))
+  if arg == "vae_next":
+    c.update(optim=dict(learning_rate=3e-4, end_learning_rate=1e-5), train=dict(num_steps=1_000))
   if arg == "vae_detail":
     c.update(
       vae_loss=dict(detail_weight=30.0),

@@ -1,4 +1,4 @@
-"""Distances between images, for finding the shortest prefix of tokens that suffices (inference/adaptive.py).
+"""Distances between images, to find the shortest prefix that suffices (inference/adaptive.py) and for the VAE's loss.
 
 All take two batches [b, h, w, 3] of float32 in [-1, 1] and return float32 [b]. They are symmetric, and 0 for equal
 images. They use elementwise float32 arithmetic only (no matrix products), so accelerators do not lower their precision.
@@ -8,6 +8,7 @@ from collections.abc import Callable
 import math
 
 import einops
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -75,8 +76,10 @@ def detail(a: jax.Array, b: jax.Array) -> jax.Array:
   (every half a window), channels and the two directions.
   """
   apart = lambda x, axis: jnp.abs(jnp.diff(x.astype(jnp.float32), axis=axis))
-  gaps = (_window_means(apart(a, axis)) - _window_means(apart(b, axis)) for axis in (1, 2))
-  return sum((jnp.abs(gap).mean((1, 2, 3)) for gap in gaps), start=jnp.zeros((), jnp.float32)) / 2
+  rows, columns = (
+    jnp.abs(_window_means(apart(a, axis)) - _window_means(apart(b, axis))).mean((1, 2, 3)) for axis in (1, 2)
+  )
+  return (rows + columns) / 2
 
 
 DISTANCES = {"mse": mse, "perceptual": perceptual}
@@ -110,9 +113,7 @@ def _halve(x: jax.Array) -> jax.Array:
 def _window_means(x: jax.Array) -> jax.Array:
   """Averages over windows that overlap by half: [b, h, w, c] -> [b, h', w', c]; smaller images are one window."""
   height, width = (min(DETAIL_WINDOW, side) for side in x.shape[1:3])
-  steps = [max(side // 2, 1) for side in (height, width)]
-  total = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, height, width, 1), (1, *steps, 1), "VALID")
-  return total / (height * width)
+  return nn.avg_pool(x, (height, width), (max(height // 2, 1), max(width // 2, 1)))
 
 
 def _scale_distance(a: jax.Array, b: jax.Array) -> jax.Array:
